@@ -447,7 +447,7 @@ def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
-    """The bounds on privacy settings that depend on the other settings."""
+    """Check the bounds on privacy settings that depend on other settings."""
     privacy = config.privacy
     if privacy.delta >= 1 / largest_size:
         bound = f"must be below 1 / data.declared_sizes = {1 / largest_size:.3g}"

@@ -9,17 +9,17 @@ from fedtune.data.load import shipped_folders
 
 
 def config_folder() -> Path:
-    """The folder `conf/`, in a checkout or inside the installed package."""
+    """Return the folder `conf/`, in a checkout or inside the installed package."""
     return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
 
 
 def config_groups() -> list[str]:
-    """The groups of settings, by name."""
+    """Return the names of the groups of settings."""
     return sorted(one.name for one in config_folder().iterdir() if options_of(one.name))
 
 
 def options_of(group: str) -> list[str]:
-    """The options of a group, without files that only others build on; none if conf/ has no such group."""
+    """Return the options of a group, without files that only others build on; none if conf/ has no such group."""
     found = (config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
     return sorted(one.stem for one in found)
 

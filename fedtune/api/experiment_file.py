@@ -136,7 +136,7 @@ def composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
 
 @cache
 def default_settings() -> Mapping[str, Any]:
-    """The settings of the default run, which nobody changes."""
+    """Return the settings of the default run; callers must not change them."""
     return plain(composed())
 
 
@@ -192,7 +192,7 @@ def _left_open(value: Any, key: str = "") -> Iterator[str]:
 
 
 def settings_of(group: str, option: str) -> dict[str, Any]:
-    """What an option of a group sets."""
+    """Return the settings of one option of a group."""
     if option not in options_of(group):
         raise no_option(group, option)
     return plain(composed(name=f"{group}/{option}"))[group]  # type: ignore[no-any-return]
@@ -207,7 +207,7 @@ def no_option(group: str, option: Any, *, key: str | None = None) -> ConfigError
 
 
 def _file_of(config_path: str) -> tuple[str, Path | None]:
-    """The group of a config in Hydra's words, and its file; None where there is none."""
+    """Return the group of a config that Hydra asks for, and its file; None where there is none."""
     group, _, option = config_path.rpartition("/")
     if config_path.startswith("experiment/"):
         group, option = "experiment", config_path.removeprefix("experiment/")

@@ -192,7 +192,7 @@ def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapp
 
 
 def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, LeftOut]) -> Iterator[Section]:
-    """How near synthetic records come to own ones, beside own ones to each other; the nearest; personal details."""
+    """Show how close synthetic records are to a site's own, next to how close its own are to each other."""
     counts, rows, warned = Counter(what for one in usual for what in _of_another(one)), list[tuple[str, ...]](), {}
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
     for one in near:

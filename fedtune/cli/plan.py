@@ -129,7 +129,7 @@ class Outlook:
 
 
 def show_outlook(console: Console, outlook: Outlook) -> None:
-    """Print everything that is known of a run."""
+    """Print a run's outlook: its price, the policies' verdicts, other plans, bytes and time."""
     say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
     plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
     promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."

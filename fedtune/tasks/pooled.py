@@ -64,7 +64,7 @@ class PooledTask(Task):
         return ()
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """(rows,) of (rows, outputs) scores, each the answer to a question; 0 for a target of `UNSUPERVISED`."""
+        """Return each row's loss, (rows,), from logits (rows, outputs); a target of `UNSUPERVISED` adds 0."""
         return binary_losses(logits, targets)
 
     @abstractmethod

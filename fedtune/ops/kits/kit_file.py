@@ -247,7 +247,7 @@ class Kit(KitFile):
         return self.folder / "lead_key.pem"
 
     def load_key(self) -> SigningKey:
-        """The lead's signing key, from its file or its command.
+        """Load the lead's signing key from its file or its command.
 
         Raises:
             ConfigError: it cannot be read.
