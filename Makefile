@@ -1,6 +1,7 @@
 # make simulate   fresh clone to finished demo
 # make test       fresh clone to green checks, the same that CI runs
 # make nightly    the tests that take too long for that: every mutant, 32 sites, a real model at real sites
+# make mutants    print the table of deliberate faults that the tests must find
 # make constraints   for a release: constraints.hashed.txt, the versions of constraints.txt with the hashes of their files
 # make sbom       for a release: dist/sbom.cdx.json, a CycloneDX list of all that is installed where SBOM_OF is the Python
 # ARGS="..." passes overrides to the demo, as in: make simulate ARGS="privacy.epsilon=3"
@@ -27,7 +28,7 @@ TOOLS ?= $(VENV)/release-tools
 SBOM_OF ?= $(VENV)/bin/python
 SBOM ?= dist/sbom.cdx.json
 
-.PHONY: simulate test checks nightly format constraints sbom clean
+.PHONY: simulate test checks nightly mutants format constraints sbom clean
 
 simulate: $(VENV)/.demo
 	$(VENV)/bin/fedtune simulate $(ARGS)
@@ -46,6 +47,9 @@ checks:
 
 nightly: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m nightly --result tests/nightly_result.json
+
+mutants: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.mutants
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .

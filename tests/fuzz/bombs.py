@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import file_targets, seeds, wire_targets
+from . import file_targets, seeds
 from .target import Target
+from .targets import TARGETS
 
-_TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS)}
 MIB = 1 << 20
 MOST_MIB = 100
 """By so much may a process grow."""
@@ -43,8 +43,8 @@ def bombs() -> Iterator[tuple[str, Target, bytes]]:
         ("200 MiB of nesting", gzip.compress(b"[" * (16 * MIB), mtime=0) * members),
         ("a million blank lines", gzip.compress(b"\n" * MIB, mtime=0)),
     ):
-        yield name, _TARGETS["data.jsonl.gz"], data
-    csv = Target("csv", _TARGETS["data.csv"].broken, file_targets._rows("bomb.csv.gz"), _TARGETS["data.csv"].errors)
+        yield name, TARGETS["data.jsonl.gz"], data
+    csv = Target("csv", TARGETS["data.csv"].broken, file_targets._rows("bomb.csv.gz"), TARGETS["data.csv"].errors)
     yield "200 MiB in one cell", csv, quoted + member * members
     yield "a cell of 16 million lines", csv, quoted + gzip.compress(b"a\n" * (8 * MIB), mtime=0) * 2
     for name, header in (
@@ -53,22 +53,22 @@ def bombs() -> Iterator[tuple[str, Target, bytes]]:
         ("an update of impossible shape", {"tensors": [["b", [1 << 62, 1 << 62, 0]]]}),
     ):
         fields = json.dumps({"site": "a", "run": "r", "round": 1, "scores": None, **header}).encode()
-        yield name, _TARGETS["update"], b"fedtune-update-2\n" + struct.pack("<Q", len(fields)) + fields
-    yield "an update whose header has 4 GB", _TARGETS["update"], b"fedtune-update-2\n" + struct.pack("<Q", 1 << 32)
+        yield name, TARGETS["update"], b"fedtune-update-2\n" + struct.pack("<Q", len(fields)) + fields
+    yield "an update whose header has 4 GB", TARGETS["update"], b"fedtune-update-2\n" + struct.pack("<Q", 1 << 32)
     tensor = json.dumps({"b": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 1 << 32]}}).encode()
-    yield "safetensors of 4 GB", _TARGETS["adapter"], struct.pack("<Q", len(tensor)) + tensor
-    yield "a safetensors header of 4 GB", _TARGETS["adapter"], struct.pack("<Q", 1 << 32)
+    yield "safetensors of 4 GB", TARGETS["adapter"], struct.pack("<Q", len(tensor)) + tensor
+    yield "a safetensors header of 4 GB", TARGETS["adapter"], struct.pack("<Q", 1 << 32)
     # Nine levels of nine references each: 400 million values.
     laughs = ["l0: &l0 [x, x, x, x, x, x, x, x, x]", "name: *l8"]
     laughs[1:1] = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 9)]
     for name in ("config.yaml", "config.yaml of a resumed run"):
-        yield f"references in {name}", _TARGETS[name], "\n".join(laughs).encode()
+        yield f"references in {name}", TARGETS[name], "\n".join(laughs).encode()
     text, many = re.subn(r"num_sites: \d+", f"num_sites: {10**9}", (seeds.run_folder() / "config.yaml").read_text())
     assert many == 1
-    yield "a billion sites", _TARGETS["config.yaml"], text.encode()
+    yield "a billion sites", TARGETS["config.yaml"], text.encode()
     saved = json.loads((seeds.run_folder() / "adapter/fedtune.json").read_text())
     saved["lora"]["rank"] = 1 << 30
-    yield "a rank of a billion", _TARGETS["saved adapter's settings"], json.dumps(saved).encode()
+    yield "a rank of a billion", TARGETS["saved adapter's settings"], json.dumps(saved).encode()
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from fedtune.spec import RunError
 
 from ..forked import run_forked
-from . import file_targets, seeds, wire_targets
+from . import seeds
 from .bombs import MOST_MIB
 from .target import Target
+from .targets import TARGETS
 
-TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS)}
 EXAMPLES, EXAMPLES_AT_NIGHT = 30, 3_000
 """Of each target.  The same ones every time by day; others each night."""
 
