@@ -16,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # No threads that tokenizers would fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
-# speed where something else runs beside it (docs/LOG.md).
+# speed where something else runs beside it (simulations/benchmarks).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -126,6 +126,24 @@ def test_vectors_of_a_npy_file_become_a_column(tmp_path: Path, monkeypatch: pyte
         exec(block, {})
 
 
+def test_decisions_are_indexed_and_have_their_four_parts_on_one_page() -> None:
+    folder = ROOT / "docs" / "decisions"
+    records = sorted(path for path in folder.glob("*.md") if path.name != "README.md")
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", (folder / "README.md").read_text())
+    assert sorted(linked) == [path.name for path in records]
+    for record in records:
+        text = record.read_text()
+        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ["Context", "Decision", "Rejected", "Evidence"], (
+            record.name
+        )
+        assert len(text.splitlines()) <= 45, record.name
+        evidence = text.partition("## Evidence")[2]
+        commands = re.findall(r"```\n(.*?)```", evidence, re.S)
+        assert commands, f"{record.name} has no command"
+        for name in re.findall(r"(?:tests|simulations|verifier)/[\w/.-]+", commands[0]):
+            assert (ROOT / name).exists(), f"{record.name} names {name}"
+
+
 def test_links_lead_somewhere_and_files_that_pages_name_exist() -> None:
     for page in PAGES:
         for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
@@ -171,7 +189,9 @@ def test_the_table_of_factors_is_computed() -> None:
 
 
 def test_every_command_is_on_a_page() -> None:
-    pages = "\n".join(path.read_text() for path in PAGES if "decisions" not in path.parts and path.name != "CHANGELOG.md")
+    pages = "\n".join(
+        path.read_text() for path in PAGES if "decisions" not in path.parts and path.name != "CHANGELOG.md"
+    )
     context, lacking = click.Context(fedtune), []
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
