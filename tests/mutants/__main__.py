@@ -24,19 +24,16 @@ def table(mutants: Iterable[Mutant]) -> str:
 
 def run(names: Iterable[str]) -> int:
     """Run the named mutants, print the result of each, and return the exit code."""
-    not_killed = []
+    killed = []
     for name in names:
         try:
             test, seconds = hunt(MUTANTS[name])
         except (NoResult, Rotten) as error:
             print(error, file=sys.stderr)
             test, seconds = None, 0.0
-        if test is None:
-            not_killed.append(name)
+        killed.append(test is not None)
         print(f"{name}: {'not killed' if test is None else f'killed by {test} in {seconds:.0f} s'}", flush=True)
-    if not_killed:
-        print(f"not killed: {', '.join(not_killed)}", file=sys.stderr)
-    return bool(not_killed)
+    return not all(killed)
 
 
 def main(words: list[str]) -> int:
