@@ -15,7 +15,8 @@ from fedtune.cli.main import fedtune
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import iter_records
 from fedtune.privacy.accountant import factor_text
-from fedtune.spec import DataError
+from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, WIRE_SCHEMA, DataError
+from fedtune.version import __version__
 
 from .conftest import command
 from .pictures import vision_folder, write_pictures
@@ -182,6 +183,14 @@ def test_nothing_says_that_the_promise_fails_with_a_chance_of_delta() -> None:
     assert [page.name for page in pages if _TOO_MUCH.search(" ".join(page.read_text().split()))] == []
 
 
+def test_changelog_and_contributing_are_short_and_name_the_formats_numbers() -> None:
+    changelog, contributing = ((ROOT / page).read_text() for page in ("CHANGELOG.md", "CONTRIBUTING.md"))
+    assert max(len(text.splitlines()) for text in (changelog, contributing)) <= 80
+    formats = re.findall(r"(ledger|report|run folder|kit|wire) (\d+)\b", " ".join(changelog.split()))
+    assert [int(number) for _, number in formats] == [LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, KIT_SCHEMA, WIRE_SCHEMA]
+    assert f"## {__version__}\n" in changelog
+
+
 def test_the_table_of_factors_is_computed() -> None:
     rows = re.findall(r"^\| ([\d.]+) \| ([\d.,]+) \|$", (ROOT / "docs" / "epsilon.md").read_text(), re.MULTILINE)
     assert len(rows) == 6
@@ -202,12 +211,13 @@ def test_every_command_is_on_a_page() -> None:
     assert lacking == ["fedtune report build"], "which `fedtune report` does where nothing else is asked for"
 
 
-MOST_FILES = {"A strategy": 2, "A task": 3, "An input": 3, "A release": 7, "A section of the report": 5}
+MOST_FILES = {"A strategy": 2, "A task": 3, "An input": 3, "A format": 3, "A release": 7, "A section of the report": 5}
 """How many files a change of each kind touches at most.  These numbers only fall."""
 
 
 def test_each_corridor_is_as_short_as_it_was() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Corridors")[1]
+    pages = [(ROOT / page).read_text() for page in ("CONTRIBUTING.md", "docs/architecture.md")]
+    text = "\n".join(page.split("\n## Corridors\n")[1].partition("\n## ")[0] for page in pages)
     parts = re.split(r"^\*\*(.*?)\*\*.*$", text, flags=re.MULTILINE)[1:]
     named = {
         kind: set(re.findall(r"^- (.*?):", files.replace("\n  ", " "), flags=re.MULTILINE))
