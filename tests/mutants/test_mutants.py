@@ -32,7 +32,8 @@ def test_each_mutant_applies_and_is_python_and_there_are_no_more_than_can_be_kep
 def test_tests_that_mutants_name_exist() -> None:
     for name, mutant in MUTANTS.items():
         for file, _, test in (one.partition("::") for one in mutant.tests):
-            assert f"def {test.partition('[')[0]}" in (ROOT / file).read_text(encoding="utf-8"), name
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert not test or f"def {test.partition('[')[0]}(" in text, name
 
 
 HARMLESS = Mutant(
