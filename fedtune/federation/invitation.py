@@ -1,4 +1,4 @@
-"""A run that sites are invited to: the lead's part in it, and the sites' answers before anybody pays."""
+"""A run that sites are invited to, and the sites' answers before anybody pays."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fedtune.federation.aggregation import Aggregation
-from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import Invitation, Reply
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
-from fedtune.model.adapter import Adapter
-from fedtune.model.spec import LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Offer, Receipt, Refusal
-from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.release import Offer, Refusal
 from fedtune.spec import RefusedError, RunError
-from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
 
@@ -108,31 +102,3 @@ def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> A
     for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
         log.warning("%s does not take part: %s", site, why)
     return Answers(offers=offers, refusals=refusals, silent=silent)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lead(ProposedRun):
-    """The lead's part in a run."""
-
-    training: TrainingSpec  # how each site steps, which bounds how far an update can be from the adapter that was sent
-    lora: LoraSpec  # which tensors rest in a round
-    declared_sizes: Mapping[str, int]  # site -> the size it publishes; the weights of the average
-    average: Aggregation  # makes the next adapter of plain updates
-    checkpoints: Checkpoints
-    evaluate: Callable[[Adapter], Mapping[str, float]]  # scores an adapter on the lead's own validation data
-    finished: Callable[[LeadState], None]  # called with the state after each round
-    elapsed: Callable[[], float]  # seconds since the run began, interruptions left out
-    # site -> the newest one of earlier runs, to be sent back until this run has one
-    earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
-    gives_adapter: bool = False  # whether the sites receive the final adapter
-    judged_by: str = "loss"  # of these scores the one that may decide when the run ends, and whose adapter it keeps
-
-    @property
-    def run(self) -> str:
-        """The run's name at its sites."""
-        return self.proposal.run
-
-    @property
-    def plan(self) -> Plan:
-        """The run's plan."""
-        return self.proposal.plan

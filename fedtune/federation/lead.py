@@ -1,16 +1,16 @@
-"""The lead's knowledge of a run between two rounds, what sites were charged by it, and how it is kept."""
+"""The lead: its part in a run, its knowledge between two rounds, what sites were charged by it, and how it is kept."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedtune.codec import decode_value, parse_json
-from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE
+from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, RoundReplies
 from fedtune.federation.run_folder import ASKED, checkpoint_name, locked, saved_checkpoints
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant
@@ -27,6 +27,11 @@ from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, spec
 from fedtune.words import finite
+
+if TYPE_CHECKING:
+    from fedtune.federation.invitation import ProposedRun
+    from fedtune.model.spec import LoraSpec
+    from fedtune.training.spec import TrainingSpec
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
@@ -325,3 +330,77 @@ def _plain_fields() -> Mapping[str, Any]:
     """The fields of a state that are no arrays, with their types."""
     hints = get_type_hints(LeadState)
     return {name: hint for name, hint in hints.items() if name not in ("adapter", "best", "strategy")}
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The result of one round.
+
+    Attributes:
+        sites: the sites whose updates it combines.
+        failures: site -> why its update was left out.
+        strategy: the server optimizer's state, for a checkpoint.
+    """
+
+    adapter: Adapter
+    sites: tuple[str, ...]
+    failures: Mapping[str, str]
+    strategy: Arrays
+
+
+class Aggregation(Protocol):
+    """How a round's updates become the next adapter: the lead's half, for one run, of plain and of secure averages.
+
+    The site's half is `_protect` in `site_round.py`.
+
+    Attributes:
+        session: name of the secure-sum session that the next round belongs to; empty for plain averages.
+        left_out: sites that are not asked any more.
+    """
+
+    @property
+    def session(self) -> str: ...
+
+    @property
+    def left_out(self) -> Collection[str]: ...
+
+    def resume(self, state: LeadState) -> LeadState:
+        """Start, or resume after an interruption, at `state`; returns the state to continue from."""
+
+    def prepare(self) -> Sequence[str]:
+        """Choose the sites of the next round, before any is charged; raises RunError if they are too few."""
+
+    def combine(self, state: LeadState, replies: RoundReplies) -> Made:
+        """Combine a round's valid updates into the next adapter; raises RunError if rounds cannot go on."""
+
+    def restore(self, strategy: Arrays) -> None:
+        """Restore an earlier state of the server optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lead:
+    """The lead's part in a run."""
+
+    asked: ProposedRun  # who is asked about what
+    training: TrainingSpec  # how each site steps, which bounds how far an update can be from the adapter that was sent
+    lora: LoraSpec  # which tensors rest in a round
+    declared_sizes: Mapping[str, int]  # site -> the size it publishes; the weights of the average
+    average: Aggregation  # makes the next adapter of plain updates
+    checkpoints: Checkpoints
+    evaluate: Callable[[Adapter], Mapping[str, float]]  # scores an adapter on the lead's own validation data
+    finished: Callable[[LeadState], None]  # called with the state after each round
+    elapsed: Callable[[], float]  # seconds since the run began, interruptions left out
+    # site -> the newest one of earlier runs, to be sent back until this run has one
+    earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
+    gives_adapter: bool = False  # whether the sites receive the final adapter
+    judged_by: str = "loss"  # of these scores the one that may decide when the run ends, and whose adapter it keeps
+
+    @property
+    def run(self) -> str:
+        """The run's name at its sites."""
+        return self.asked.proposal.run
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return self.asked.proposal.plan

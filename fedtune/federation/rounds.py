@@ -14,10 +14,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from fedtune.federation.aggregation import Aggregation, Made
-from fedtune.federation.invitation import Lead, invite
+from fedtune.federation.invitation import invite
 from fedtune.federation.kept_round import is_over, kept_of
-from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
+from fedtune.federation.lead import Aggregation, Lead, LeadState, Made, RoundResult, Scores, newest_of
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
@@ -42,18 +41,18 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
         RefusedError: too many sites refuse, or have used up their plan, for any round to succeed.
         StuckError: two rounds in a row diverged; a resumed run would fail again.
     """
-    there = transport.reach(lead.declared_sizes, timeout_s=lead.federation.round_timeout_s)
+    there = transport.reach(lead.declared_sizes, timeout_s=lead.asked.federation.round_timeout_s)
     if missing := sorted(set(lead.declared_sizes) - set(there)):
         raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")
     if state.round == 0:
         # Invite first, so that no site is charged for a run that other sites' policies would end.
-        answers, rounds = invite(transport, lead), lead.plan.num_rounds
-        answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
+        answers, rounds = invite(transport, lead.asked), lead.plan.num_rounds
+        answers.require_enough(lead.asked.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
     aggregation = lead.average if lead.plan.shared is None else SecureSums(transport, lead, state)
     state = aggregation.resume(state)
     transport.traffic()  # reset the counter: invitations belong to no round
     try:
-        while not is_over(state.rounds, lead.federation, judged_by=lead.judged_by):
+        while not is_over(state.rounds, lead.asked.federation, judged_by=lead.judged_by):
             state = _run_round(transport, lead, state, aggregation)
             lead.checkpoints.save(state)
             lead.finished(state)
@@ -83,16 +82,16 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     }
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
         replies = RoundReplies(
-            proposal=lead.proposal,
+            proposal=lead.asked.proposal,
             round=round,
             sent=state.adapter,
             reaches=reaches,
             arrived=arrived,
-            update_dtype=lead.federation.update_dtype,
+            update_dtype=lead.asked.federation.update_dtype,
             left_out=aggregation.left_out,
         )
-        for site, reply in transport.train(questions, timeout_s=lead.federation.round_timeout_s):
-            receipt, update = lead.without_foreign_receipt(site, reply).receipt, isinstance(reply.body, Update)
+        for site, reply in transport.train(questions, timeout_s=lead.asked.federation.round_timeout_s):
+            receipt, update = lead.asked.without_foreign_receipt(site, reply).receipt, isinstance(reply.body, Update)
             if receipt and (receipt.site, receipt.run) != (site, lead.run):
                 receipt = None
             # A server may attach a receipt for another answer, which does not show what this round was charged.
@@ -124,7 +123,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         diverged=diverged,
     )
     rounds = (*state.rounds, result)
-    kept = kept_of(rounds, lead.federation, judged_by=lead.judged_by)
+    kept = kept_of(rounds, lead.asked.federation, judged_by=lead.judged_by)
     return replace(
         state,
         round=round,
@@ -164,10 +163,10 @@ def _back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores
 
 def _requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str]) -> list[Question]:
     receipts, digest = newest_of(lead.earlier_receipts, state.receipts), state.adapter.digest()
-    expires, questions = time.time() + lead.federation.round_timeout_s, []
+    expires, questions = time.time() + lead.asked.federation.round_timeout_s, []
     for site in sites:
         request = RoundRequest(
-            proposal=lead.proposal,
+            proposal=lead.asked.proposal,
             round=state.round + 1,
             site=site,
             adapter_digest=digest,
@@ -175,24 +174,24 @@ def _requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str
             receipt=receipts.get(site),
             expires=expires,
         )
-        signed = request.signed(lead.key)
-        questions.append(Question(site=site, signed=signed, adapter=state.adapter, settings=lead.settings))
+        signed = request.signed(lead.asked.key)
+        questions.append(Question(site=site, signed=signed, adapter=state.adapter, settings=lead.asked.settings))
     return questions
 
 
 def _is_spent(replies: RoundReplies, lead: Lead) -> bool:
     """So many sites have used up the run's plan that no further round can succeed."""
     spent = sum(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
-    return len(lead.declared_sizes) - spent < lead.federation.least_sites
+    return len(lead.declared_sizes) - spent < lead.asked.federation.least_sites
 
 
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
-    least = lead.federation.least_sites
+    least = lead.asked.federation.least_sites
     if len(replies.sites) >= least:
         return
     refusals = {site: refusal.in_words for site, refusal in replies.refusals.items()}
     others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
-    too_few = lead.federation.too_few(len(replies.sites), "sent an update", others=others)
+    too_few = lead.asked.federation.too_few(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < least:
         hint = "; interrupted rounds count, plan with federation.spare_rounds" if _is_spent(replies, lead) else ""
@@ -203,11 +202,11 @@ def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
 def _ended(transport: Transport, lead: Lead, state: LeadState, *, adapter: Adapter | None) -> LeadState:
     """Tell every site that the run is over, and add the answers' receipts; other sites let the run expire."""
     given = adapter if lead.gives_adapter else None
-    notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
-    signed = notice.signed(lead.key)
-    questions = [Question(site=site, signed=signed, adapter=given) for site in lead.federation.active]
-    timeout_s = min(lead.federation.round_timeout_s, _END_TIMEOUT_S)
+    notice = EndOfRun(run=lead.run, lead=lead.asked.key.public, adapter_digest=given.digest() if given else "")
+    signed = notice.signed(lead.asked.key)
+    questions = [Question(site=site, signed=signed, adapter=given) for site in lead.asked.federation.active]
+    timeout_s = min(lead.asked.federation.round_timeout_s, _END_TIMEOUT_S)
     for site, receipt in transport.end(questions, timeout_s=timeout_s):
-        if receipt and not receipt.reply and receipt.site_key == lead.site_keys.get(site, receipt.site_key):
+        if receipt and not receipt.reply and receipt.site_key == lead.asked.site_keys.get(site, receipt.site_key):
             state = state.with_receipt(site, receipt, run=lead.run, plan=lead.plan) or state
     return state

@@ -15,9 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.codec import parse_json
-from fedtune.federation.aggregation import Made
-from fedtune.federation.invitation import Lead
-from fedtune.federation.lead import Arrays, LeadState, RoundResult
+from fedtune.federation.lead import Arrays, Lead, LeadState, Made, RoundResult
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, digest_of_parts, terms_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, RoundReplies
 from fedtune.federation.secure.agreement import Rejected, Session
@@ -52,8 +50,8 @@ class SecureSums:
 
     def __init__(self, transport: Transport, lead: Lead, state: LeadState) -> None:
         self._transport, self._lead = transport, lead
-        members = {site: lead.site_keys[site] for site in lead.declared_sizes}
-        self._terms = terms_of(lead.proposal, members=members, length=state.adapter.num_values)
+        members = {site: lead.asked.site_keys[site] for site in lead.declared_sizes}
+        self._terms = terms_of(lead.asked.proposal, members=members, length=state.adapter.num_values)
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
         self.session, self.left_out = "", frozenset[str]()
@@ -124,7 +122,7 @@ class SecureSums:
                 plan=lead.plan,
                 step=sum(bool(result.sites) for result in state.rounds),
                 sites=len(sites),
-                most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.proposal.lora_scale),
+                most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.asked.proposal.lora_scale),
                 declared_size=sum(lead.declared_sizes[site] for site in sites),
             )
         except Unreadable as error:
@@ -208,7 +206,7 @@ class SecureSums:
         assert self._begun is not None, "prepare first"
         release = Summation(self._begun, release=round)
         _take(uploads, release.add_upload)
-        if (uploaded := len(release.survivors)) < (least := self._lead.federation.least_sites):
+        if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.least_sites):
             raise Unreadable(round, f"{uploaded} sites uploaded, and {least} must")
         request = release.confirm_request()
         # Sites that did not upload may help, too.
@@ -238,7 +236,7 @@ class SecureSums:
         most = Counter(site for pair in pairs for site in pair).most_common(2)
         if dealer is None and most:
             (first, count), (_, next_count) = most  # a pair has two ends
-            dealer = first if count > max(1, self._lead.federation.colluders, next_count) else None
+            dealer = first if count > max(1, self._lead.asked.federation.colluders, next_count) else None
         if dealer is not None:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
             self.left_out |= {dealer}
@@ -248,14 +246,15 @@ class SecureSums:
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
     ) -> tuple[dict[str, bytes], dict[str, Refusal | None]]:
         """The answers by site, in the members' order, and why others gave none; None: they did not answer."""
-        timeout_s = self._lead.federation.round_timeout_s
+        run = self._lead.asked
+        timeout_s = run.federation.round_timeout_s
         expires, questions = time.time() + timeout_s, []
         for site in self._lead.declared_sizes:
             if site not in parts:
                 continue
             own = tuple(parts[site])
             asked = SumRequest(
-                proposal=self._lead.proposal,
+                proposal=run.proposal,
                 site=site,
                 expires=expires,
                 step=step,
@@ -263,8 +262,8 @@ class SecureSums:
                 parts_digest=digest_of_parts(own),
             )
             # A site that has a part in the session knows them; one that has lost it says so, and announces again.
-            settings = self._lead.settings if step == ANNOUNCE else ""
-            questions.append(Question(site=site, signed=asked.signed(self._lead.key), settings=settings, parts=own))
+            settings = run.settings if step == ANNOUNCE else ""
+            questions.append(Question(site=site, signed=asked.signed(run.key), settings=settings, parts=own))
         answers: dict[str, bytes] = {}
         missing: dict[str, Refusal | None] = dict.fromkeys(parts)
         for site, answer in self._transport.sum_up(questions, timeout_s=timeout_s):

@@ -10,8 +10,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
-from fedtune.federation.aggregation import Made
-from fedtune.federation.lead import Arrays, LeadState
+from fedtune.federation.lead import Arrays, LeadState, Made
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedtune.config import RunConfig
-from fedtune.federation.aggregation import Aggregation
 from fedtune.federation.cost import Meter
-from fedtune.federation.invitation import Lead, ProposedRun
+from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.kept_round import again_text, kept_of
-from fedtune.federation.lead import Checkpoints, LeadState, keep_receipts, read_receipts
+from fedtune.federation.lead import Aggregation, Checkpoints, Lead, LeadState, keep_receipts, read_receipts
 from fedtune.federation.planner import check_signal
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.run_folder import RunFolder
@@ -128,7 +127,7 @@ class FederationRun:
         keys, known = self.asked.site_keys, read_receipts(self.receipts)
         earlier = {site: own for site, own in known.items() if own.site_key == keys.get(site, own.site_key)}
         lead = Lead(
-            **vars(self.asked),
+            asked=self.asked,
             training=self.config.training,
             lora=self.config.lora,
             declared_sizes=self.config.declared_sizes(),

@@ -12,8 +12,8 @@ from fastapi.routing import iter_route_contexts
 from flwr.app import Context, Message
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 
-from fedtune.federation.invitation import Lead
-from fedtune.federation.lead import Checkpoints, LeadState
+from fedtune.federation.invitation import ProposedRun
+from fedtune.federation.lead import Checkpoints, Lead, LeadState
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Prepared, Site, Trained
@@ -70,9 +70,7 @@ class Federation:
         self.transport = GridTransport(self.grid)
         self.finished: list[LeadState] = []
         self.lead = Lead(
-            proposal=proposal,
-            key=lead_key,
-            federation=spec,
+            asked=ProposedRun(proposal=proposal, key=lead_key, federation=spec),
             training=TrainingSpec(optimizer="sgd", learning_rate=1.0),
             lora=LoraSpec(),
             declared_sizes=self.sizes,

@@ -168,14 +168,14 @@ def test_receipts_count_under_the_keys_of_the_roster_and_of_sites_that_it_does_n
 ) -> None:
     made = federation(num_rounds=2)
     keys = {site: key for site, key in known_keys(made).items() if site in named}
-    state = made.run(site_keys=keys)
+    state = made.run(asked=replace(made.lead.asked, site_keys=keys))
     assert charges(made, state) == dict.fromkeys(SITES, (2, False))
 
 
 def test_a_receipt_under_another_key_is_nobody_s_word(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = federation(num_rounds=2)
     keys = known_keys(made) | {"site-2": stranger_key.public}
-    state = made.run(site_keys=keys)
+    state = made.run(asked=replace(made.lead.asked, site_keys=keys))
     # Nobody knows whose update it is, nor what was charged, in the rounds and at the end.
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert state.rounds[0].failed_sites == {"site-2": "unsigned_reply"}
@@ -222,7 +222,7 @@ def test_a_last_word_that_is_none_changes_nothing(federation: Any, tamper: Any, 
 def test_settings_travel_to_each_site_in_each_round(federation: Any) -> None:
     made = federation(num_rounds=2)
     settings = json.dumps({"task": "classification", "name": "Größe"})
-    made.run(settings=settings)
+    made.run(asked=replace(made.lead.asked, settings=settings))
     asked, ends = made.asked[:9], made.asked[9:]
     assert asked == [(name, settings) for name in SITES] * 3, "before the run, and in each of two rounds"
     assert ends == [(name, "") for name in SITES], "the end of a run needs none"
