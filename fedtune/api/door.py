@@ -77,6 +77,9 @@ class Teller:
     def site_replied(self, number: int) -> None:
         """A round tells of itself when it is over."""
 
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        """Only real sites do, and a run over them has the command's display."""
+
     def round_finished(self, state: LeadState) -> None:
         self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
 

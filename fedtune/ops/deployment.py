@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
 
 from fedtune.config import RunConfig
 from fedtune.federation.invitation import ProposedRun, invite
@@ -43,13 +42,6 @@ OFFER = "would_take_part"  # what a listener hears of a site that would take par
 _ASK_AGAIN_S = 5.0  # how soon to ask a site again that waits for a person there
 
 
-class DeployedListener(Listener, Protocol):
-    """Also hears each site."""
-
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
-        """A site's answer came in: "update", or why there is none, and what its receipt says was charged in all."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class LeadService:
     """A lead and the sites of a run, by the lead's kit."""
@@ -74,7 +66,7 @@ class LeadService:
         """The key that signs requests and calls."""
         return self.kit.load_key()
 
-    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
+    def run(self, config: RunConfig, folder: Path, listener: Listener) -> RunResult:
         """Run `config` at its sites to its end, or from its newest checkpoint on, and write the run folder.
 
         Returns:
@@ -149,7 +141,7 @@ class LeadService:
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
 
     def grid(
-        self, listener: DeployedListener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
+        self, listener: Listener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
     ) -> AbstractContextManager[AskingGrid]:
         """Return the connection to the sites.  Our own picks up a renewed certificate of the kit while it is open.
 
@@ -194,7 +186,7 @@ class LeadService:
 class _Noted:
     """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
 
-    def __init__(self, listener: DeployedListener, folder: Path, metrics: LeadMetrics) -> None:
+    def __init__(self, listener: Listener, folder: Path, metrics: LeadMetrics) -> None:
         self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
         self._answers: dict[str, dict[str, str]] = {}
         with suppress(RunError):  # what is damaged is written anew
@@ -227,7 +219,7 @@ class _Ears:
         most_rounds: that a site may be charged for.
     """
 
-    def __init__(self, sites: Sequence[Member], listener: DeployedListener | None, *, most_rounds: int) -> None:
+    def __init__(self, sites: Sequence[Member], listener: Listener | None, *, most_rounds: int) -> None:
         self._sites, self._listener, self._most_rounds = sites, listener, most_rounds
         self._said: dict[str, str] = {}
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedtune.config import RunConfig
 from fedtune.federation.cost import Meter
@@ -24,15 +24,7 @@ from fedtune.federation.transport import Transport
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.environment import note_environment, read_environments, start_adapter_of
-from fedtune.runs.results import (
-    DATA_CHANGED,
-    BaseModel,
-    FinalResult,
-    RunProvenance,
-    RunResult,
-    Template,
-    findings_of,
-)
+from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, findings_of
 from fedtune.sites.data_warnings import check_decides, lead_notes
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
@@ -56,6 +48,9 @@ class Listener(Protocol):
     def site_replied(self, number: int) -> None:
         """The `number`-th reply of the current round came in."""
 
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        """A real site answered: "update", or why there is none, and what its receipt says was charged in all."""
+
     def round_finished(self, state: LeadState) -> None:
         """A round was aggregated, scored and checkpointed."""
 
@@ -65,16 +60,20 @@ class Followed:
 
     def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
         self._listener, self._updates = listener, updates
+        self.preparing, self.note = listener.preparing, listener.note
+        self.site_replied, self.site_answered = listener.site_replied, listener.site_answered
 
-    def __getattr__(self, name: str) -> Any:
-        told, updates = getattr(self._listener, name), self._updates
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        self._update(state)
+        self._listener.prepared(shared, proposal, state)
 
-        def follow(*given: Any) -> None:
-            for update in updates:
-                update(given[-1])
-            told(*given)
+    def round_finished(self, state: LeadState) -> None:
+        self._update(state)
+        self._listener.round_finished(state)
 
-        return follow if name in ("prepared", "round_finished") else told  # which end with the state
+    def _update(self, state: LeadState) -> None:
+        for update in self._updates:
+            update(state)
 
 
 Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
