@@ -88,8 +88,7 @@ AsJson = Annotated[bool, Option("for machines", names=("--json",))]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
-    str | None,
-    Option("answer GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT"),
+    str | None, Option("answer GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT")
 ]
 Metrics = Annotated[
     str | None,

@@ -74,7 +74,7 @@ class _Outcome:
     refusal: Refusal | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RoundReplies:
     """A round's replies, each judged as it comes: which updates their sites signed and training can have made."""
 

@@ -142,11 +142,7 @@ class AskingGrid(ABC):
                 continue
             about = question.question.metadata
             question.unsent = question.unsent or Message(
-                question.question.content,
-                node.node_id,
-                about.message_type,
-                group_id=about.group_id,
-                ttl=ttl + CLOCKS_S,
+                question.question.content, node.node_id, about.message_type, group_id=about.group_id, ttl=ttl + CLOCKS_S
             )
             message_id = self._push(question.unsent)
             if message_id is None:

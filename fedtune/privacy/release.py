@@ -179,7 +179,7 @@ class Update:
     round: int
     tensors: Tensors | Difference | Masked
     scores: tuple[float, float] | None = None
-    _bytes: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)
+    _bytes: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: magic, header length, JSON header, then each tensor, or the masked vector.
@@ -188,8 +188,8 @@ class Update:
         """
         if not self._bytes:
             header, following = self._encoded()
-            self._bytes.append(b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *following]))
-        return self._bytes[0]
+            object.__setattr__(self, "_bytes", b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *following]))
+        return self._bytes
 
     def _encoded(self) -> tuple[bytes, list[memoryview]]:
         """The header, and what follows it."""
@@ -232,7 +232,7 @@ class Update:
                 raise ValueError("header")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
             raise ConfigError("update", f"{len(data)} bytes", "must be an encoded update") from error
-        update._bytes.append(data)
+        object.__setattr__(update, "_bytes", data)
         return update
 
 
