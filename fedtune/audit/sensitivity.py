@@ -26,7 +26,7 @@ from fedtune.data import TextDataset
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import spec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
@@ -76,7 +76,7 @@ def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) 
     Raises:
         ConfigError: the model cannot be loaded or trained.
     """
-    shared = SharedModel(config)
+    shared = RunModel(LoadedModel(config), config)
     bound = adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
     found = _Search(shared, bound=bound, seed=seed).over(audit.tries)
     write_durably(folder / FILE, json.dumps(asdict(found), indent=1).encode() + b"\n")
@@ -84,7 +84,7 @@ def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) 
 
 
 class _Search:
-    def __init__(self, shared: SharedModel, *, bound: float, seed: int) -> None:
+    def __init__(self, shared: RunModel, *, bound: float, seed: int) -> None:
         self._shared, self._bound = shared, bound
         self._unit = shared.config.privacy.unit
         self._draws = np.random.default_rng(seed)
@@ -107,8 +107,8 @@ class _Search:
         lengths = self._draws.integers(1, usual, size=sum(units), endpoint=True)
         lengths[self._draws.random(len(lengths)) < 0.1] = most
         dataset = made_up(self._shared.model, [int(length) for length in lengths], self._draws)
-        examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.shapes, device=self._shared.device)
-        if self._shared.keeps_states:
+        examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.loaded.shapes, device=self._shared.device)
+        if self._shared.loaded.keeps_states:
             examples.keep_frozen_states(self._shared.model)
         examples.keep_reference(self._shared.model)
         adapter = self._fill(examples)

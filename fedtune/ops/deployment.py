@@ -33,7 +33,7 @@ from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, text_for_sites
 from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
@@ -88,6 +88,8 @@ class LeadService:
             patience_s = self.federation.round_timeout_s
             grid = self.grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
 
+            loaded = LoadedModel(config, trains=False, progress=noted.preparing)  # nothing is trained here
+
             def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
                 with grid as opened, (transport := self._transport(opened)).one_protocol():
                     return run(transport)
@@ -95,8 +97,7 @@ class LeadService:
             return FederationRun(
                 config=config,
                 folder=folder,
-                # nothing is trained here
-                shared=SharedModel(config, trains=False, records=records, progress=noted.preparing),
+                shared=RunModel(loaded, config, records=records, progress=noted.preparing),
                 asked=asked,
                 average=Average(config.federation, config.declared_sizes()),
                 receipts=self.kit.folder / RECEIPTS,
@@ -193,7 +194,7 @@ class _Noted:
             self._answers = latest_answers(folder)
         self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
 
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         self._metrics.began(state, num_rounds=proposal.plan.num_rounds)
         self._listener.prepared(shared, proposal, state)
 

@@ -29,7 +29,7 @@ from fedtune.version import __version__
 if TYPE_CHECKING:  # they import torch, which a reader does not need
     from transformers import PreTrainedConfig
 
-    from fedtune.sites.shared_model import SharedModel
+    from fedtune.sites.shared_model import RunModel
     from fedtune.tasks.saved import SavedAdapter
 
 _NOTED = ("cryptography", "dp-accounting", "flwr", "numpy", "opacus", "peft", "safetensors", "torch", "transformers")
@@ -60,7 +60,7 @@ class Environment:
     randomness: str | None
 
 
-def note_environment(folder: Path, shared: SharedModel) -> None:
+def note_environment(folder: Path, shared: RunModel) -> None:
     """Note what this process is, in the run folder, unless the newest note says just that."""
     known, here = read_environments(folder), _here(shared)
     if known and replace(here, since=known[-1].since) == known[-1]:
@@ -170,7 +170,7 @@ def mark(
     setattr(base, OWED, chain([*debts_in(own), *of_texts, *debts_in(getattr(base, OWED, None))]))
 
 
-def _here(shared: SharedModel) -> Environment:
+def _here(shared: RunModel) -> Environment:
     from fedtune.model.base_model import model_sha256
     from fedtune.training.accelerators import about
 

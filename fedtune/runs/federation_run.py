@@ -26,7 +26,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.runs.environment import note_environment, read_environments, start_adapter_of
 from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, findings_of
 from fedtune.sites.data_warnings import check_decides, lead_notes
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import RunModel
 from fedtune.spec import RunError
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.registry import task_named
@@ -42,7 +42,7 @@ class Listener(Protocol):
     def note(self, text: str) -> None:
         """Something about the data that a person should know before training begins."""
 
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         """Data and model are ready; training is about to begin."""
 
     def site_replied(self, number: int) -> None:
@@ -63,7 +63,7 @@ class Followed:
         self.preparing, self.note = listener.preparing, listener.note
         self.site_replied, self.site_answered = listener.site_replied, listener.site_answered
 
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         self._update(state)
         self._listener.prepared(shared, proposal, state)
 
@@ -86,7 +86,7 @@ class FederationRun:
 
     config: RunConfig
     folder: Path  # the run folder
-    shared: SharedModel  # the lead's model and data
+    shared: RunModel  # the lead's model and data
     asked: ProposedRun  # who is asked about what
     average: Aggregation  # makes the next adapter of plain updates
     receipts: Path  # file with the sites' newest receipts, kept over runs

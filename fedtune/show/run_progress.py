@@ -26,7 +26,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
 from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.show.terminal_tables import Section, pairs, say, show
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import RunModel
 from fedtune.words import counted, size, unbounded
 
 
@@ -102,7 +102,7 @@ class Display:
         if self._shown:
             say(text, style=style, console=self._console)
 
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""
         federation = self._config.federation
         self._plan, self._done = proposal.plan, state.round * len(federation.active)
@@ -268,7 +268,7 @@ def _finding(code: str, config: RunConfig) -> str:
     return texts[code]
 
 
-def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
+def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
     """A run that is about to begin, with what to think twice about in yellow."""
     trained, warnings = shared.initial_adapter.num_values, set[str]()
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
@@ -300,7 +300,7 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
     if str(shared.device) == "cpu" and is_slow_on_cpu(dtype):
         slower = f"model.dtype={dtype} makes this run slower: this CPU has no instructions for bfloat16"
         rows["format"] = f"{slower}, and model.dtype=float32 needs less time here"
-    if not shared.keeps_states:
+    if not shared.loaded.keeps_states:
         rows["memory"] = (
             f"runtime.kept_states_mib is too small to keep what the frozen layers make of the records, which takes "
             f"{math.ceil(shared.states_mib):,} MiB: training takes several times as long. "

@@ -25,7 +25,7 @@ from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
-from fedtune.sites.shared_model import Progress, SharedModel, silent
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, silent
 from fedtune.spec import DataError, RunError
 from fedtune.tasks.saved import SavedAdapter, save_task_model, whole_folder
 from fedtune.training.examples import Places, SiteExamples
@@ -128,10 +128,11 @@ def personalise(
     """
     saved = SavedAdapter.read(adapter, model=config.model)
     _noted(beside_ledger / NOTE)  # before hours of work, not behind them
-    shared = SharedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
+    loaded = LoadedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
+    shared = RunModel(loaded, config, progress=progress)
     examples = shared.examples_of(shared.tokenised([*parts.training, *parts.choosing], lenient=lenient))
-    if shared.keeps_states:
-        examples.keep_frozen_states(shared.model, folder=shared.states_folder)
+    if loaded.keeps_states:
+        examples.keep_frozen_states(shared.model, folder=loaded.states_folder)
     examples.keep_reference(shared.model)
     training, choosing = np.split(np.arange(len(examples)), [len(parts.training)])
     fit = _Fit(shared, examples, training, choosing)
@@ -175,7 +176,7 @@ def _noted(path: Path) -> list[Any]:
 class _Fit:
     """Training without noise on some of `examples`; the loss on others chooses the rate and when to stop."""
 
-    def __init__(self, shared: SharedModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
+    def __init__(self, shared: RunModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
         self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
 
     def best(self, start: Adapter, *, what: str) -> int:

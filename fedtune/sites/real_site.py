@@ -21,7 +21,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.shared_settings import at_site, read_settings
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError
@@ -43,7 +43,7 @@ class SiteProcess:
     # called for each run that waits for a person's approval, with its settings and its lead's version of fedtune
     awaits: Callable[[Proposal, str, str], None]
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
-    _shared: SharedModel | None = field(default=None, init=False)
+    _model: LoadedModel | None = field(default=None, init=False)
     parties: Parties = field(default_factory=Parties, init=False)
 
     def site(self, settings: str) -> Site:
@@ -58,7 +58,7 @@ class SiteProcess:
             raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self.site_toml)
         return RealSite(self, files, settings)
 
-    def work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
+    def work(self, run: str, shared: RunModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
         version = version_of(Path(shared.config.data.train_file))
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
@@ -69,7 +69,7 @@ class SiteProcess:
             log.info("ready for a run", extra={"run": run})
         return self._warm[1]
 
-    def _loaded(self, shared: SharedModel, files: SiteFiles) -> SiteWork:
+    def _loaded(self, shared: RunModel, files: SiteFiles) -> SiteWork:
         records = site_records(shared.config, files)
         if (left_out := records.left_out).is_much:  # for the site's own people: nothing of it is sent to anybody
             about = {
@@ -87,32 +87,30 @@ class SiteProcess:
             lenient=True,
         )
 
-    def shared_model(self, config: RunConfig, policy: Policy) -> SharedModel:
+    def shared_model(self, config: RunConfig, policy: Policy) -> RunModel:
         """The model, kept while runs want the same one on the same machine; only one that passed its try is kept.
 
         Guarantee: no record is freed here, since that takes as long as there are records, and whoever asks may be
         charged nothing.  `work` frees them, which is held to the schedule of a charged round's answers.
         """
         size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
-        kept = self._shared
+        kept = self._model
         if kept is not None and kept.serves(config, declared_size=size, inexact_allowed=inexact):
-            self._shared = kept.for_run(config)
-            return self._shared
-        if self._warm is not None:  # under no run's key any more, and without a model, also on other devices
+            return RunModel(kept, config)
+        if self._warm is not None and self._warm[0]:  # from now on under no run's key, and without a model
             self._warm = "", self._warm[1]
-            vars(self._warm[1]).pop("_divided", None)
-            vars(self._warm[1].shared).clear()
-        kept = self._shared = None  # the old one goes before the new one comes
+            self._warm[1].drop_model()
+        kept = self._model = None  # the old one goes before the new one comes
         began = time.monotonic()
-        self._shared = SharedModel(config, declared_size=size, inexact_allowed=inexact)
+        self._model = LoadedModel(config, declared_size=size, inexact_allowed=inexact)
         about = {"sha256": config.model.sha256, "model_s": round(time.monotonic() - began, 3)}
         log.info("the base model is loaded", extra=about)
-        if self._shared.moved > 0:
+        if self._model.moved > 0:
             log.warning(
                 "this machine rounds an example by its neighbours, as the policy accepts: the bound is measured",
-                extra={"moved": self._shared.moved},
+                extra={"moved": self._model.moved},
             )
-        return self._shared
+        return RunModel(self._model, config)
 
 
 class RealSite(WorkingSite):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:  # a command waits for none of them before it has looked at what was typed
+    from fedtune.config import RunConfig
     from fedtune.data import TextDataset
 
 _M = TypeVar("_M")
@@ -24,7 +25,7 @@ _M = TypeVar("_M")
 class Session:
     """The caller of several runs keeps one, and passes it to each run; as a context manager it is emptied at exit."""
 
-    # the tried `SharedModel` (typed Any, since its module imports this one); None before the first run
+    # the `LoadedModel` of the newest run (typed Any, since its module imports this one); None before the first run
     model: Any = None
     _states: dict[str, Any] = field(default_factory=dict)
     _before: dict[str, Any] = field(default_factory=dict)
@@ -41,6 +42,14 @@ class Session:
         self.model, self._num_tokens = None, 0
         self._states.clear()
         self._before.clear()
+
+    def model_for(self, config: RunConfig, *, inexact_allowed: bool, load: Callable[[], _M]) -> _M:
+        """The model of the run before where it serves this one, or else what `load` gives."""
+        if self.model is None or not self.model.serves(config, declared_size=None, inexact_allowed=inexact_allowed):
+            self.clear()  # with all that is kept, the old one goes before the new one comes
+            self.model = load()
+        found: _M = self.model
+        return found
 
     def states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
         """Return what keeps the frozen layers' outputs for a data set: from an earlier run, or made now.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import secrets
@@ -11,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -65,31 +65,32 @@ def silent(what: str, done: int, total: int) -> None:
     """Shows nobody what is done: at a real site that would be how many records there are."""
 
 
-class SharedModel:
-    """A run's task model on this machine's device.  The constructor tries it, so every instance has passed.
+class LoadedModel:
+    """A task model on this machine's device, for every run that it serves; the constructor has tried it.
+
+    It keeps no state of a run: whoever trains or scores loads an adapter first, which sets all that is trained.
 
     Args:
-        config: of the run.
+        config: of the run that it is loaded for.
         declared_size: privacy units, as published, that train in this process; None: those of all sites.
         inexact_allowed: take a machine whose kernels let an example's neighbours change how it is rounded.
         trains: whether records are trained on here; a real lead only scores, and need not try the model.
-        records: what was read of the run's records; None: nothing yet.
-        progress: told what takes long, also while records are trained on.
-        session: keeps what this model makes of records for runs to come; None: nothing does.
+        leads: whether this is a simulation's lead, which refuses a run with too weak a signal before the trial.
+        alone: take one process where nobody chose a number.  Runs that keep what frozen layers made of the records
+            would not find it in another process.
+        progress: told what takes long.
 
     Attributes:
+        config: the same, with the number of devices that was chosen.
+        initial_adapter: a new one, which changes nothing yet.
         shapes: that micro-batches have.
         keeps_states: whether what the frozen layers make of the records fits the memory or the folder set aside for it.
         states_folder: that folder, where memory has no room.
-        states_mib: what that takes, in MiB.
         moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
 
     Raises:
         ConfigError: the model cannot be loaded, or not be trained with per-example clipping.
     """
-
-    _outcome: Outcome | None = None
-    _may_be_one = False
 
     def __init__(
         self,
@@ -98,79 +99,49 @@ class SharedModel:
         declared_size: int | None = None,
         inexact_allowed: bool = False,
         trains: bool = True,
-        records: RunRecords | None = None,
+        leads: bool = False,
+        alone: bool = False,
         progress: Progress = silent,
-        session: Session | None = None,
     ) -> None:
         tried = config.privacy.private and trains
-        given, self._session = config, session
+        given = config
         if tried:
-            # Runs that keep what frozen layers made of the records would not find it in another process.
-            config = replace(config, runtime=_with_processes(config, alone=session is not None))
-        self.config = config
-        self.progress = progress
-        self.records = RunRecords(config) if records is None else records
+            config = replace(config, runtime=_with_processes(config, alone=alone))
+        self.config: Final = config
         progress("loading the model", 0, 0)
-        self.device = device_for(config.runtime.device)
-        self.tokenizer, self.model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
-        self.initial_adapter = Adapter.of(self.model)
-        self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
-        self.keeps_states, self.states_folder = self._states_place(config, declared_size)
-        self.states_mib = frozen_states_mib(self.model, num_tokens=self._num_tokens(config, declared_size))
-        self._facts = self._facts_of(given, declared_size)
-        self.moved = 0.0
-        self._devices: Devices | None = None
-        # A simulation's lead; trying the model takes minutes.
-        if tried and records is not None and config.resume is None and not config.training.go_on_without_signal:
+        self.device: Final = device_for(config.runtime.device)
+        tokenizer, model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
+        self.tokenizer: Final = tokenizer
+        self.model: Final = model
+        self.initial_adapter: Final = Adapter.of(model)
+        tokens = _num_tokens(config, declared_size)
+        keeps_states, states_folder = place_for_states(model, config.runtime, num_tokens=tokens)
+        self.keeps_states: Final = keeps_states
+        self.states_folder: Final = states_folder
+        self._facts: Final = self._facts_of(given, declared_size)
+        shapes, moved = shapes_for(model, config.runtime, max_length=config.data.max_length), 0.0
+        # Trying the model takes minutes.
+        if tried and leads and config.resume is None and not config.training.go_on_without_signal:
             check_signal(config.plan(), config.declared_sizes(), values=self.initial_adapter.num_values)
+        devices: Devices | None = None
         if tried and config.runtime.devices > 1:  # so that the others load the model while it is tried here
-            length = config.data.max_length
-            self._devices = Devices(self.model, config.task_model(), config.runtime, max_length=length)
+            devices = Devices(model, config.task_model(), config.runtime, max_length=config.data.max_length)
+        self._devices: Final = devices
+        self._may_be_one: Final = given.runtime.num_devices is None
         if tried:
-            self.shapes, self.moved = self._tried()
-            require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
-        if self._devices is not None:
-            trial = self._trial(self.shapes)
-            self._devices.try_others(trial, self._outcome or trial.outcome(self.model, secrets.randbits(63)))
-            self._may_be_one = given.runtime.num_devices is None
-            if not self._may_be_one:
-                self._devices.ready()  # the error is the run's, before it begins
-
-    @classmethod
-    def of_simulation(
-        cls,
-        config: RunConfig,
-        *,
-        inexact_allowed: bool,
-        records: RunRecords,
-        progress: Progress,
-        session: Session | None,
-    ) -> SharedModel:
-        """A simulated run's model: that of the session's run before, where it serves."""
-        if session is None:
-            return cls(config, inexact_allowed=inexact_allowed, records=records, progress=progress)
-        kept: SharedModel | None = session.model
-        if kept is None or not kept.serves(config, declared_size=None, inexact_allowed=inexact_allowed):
-            kept = None  # with what the session keeps, the old one goes before the new one comes
-            session.clear()
-            kept = cls(config, inexact_allowed=inexact_allowed, records=records, progress=progress, session=session)
-            session.model = kept
-        shared = kept.for_run(config)
-        shared.records, shared.progress = records, progress
-        shared.states_mib = frozen_states_mib(shared.model, num_tokens=cls._num_tokens(config, None))
-        return shared
+            shapes, moved, outcome = self._tried(shapes, progress)
+            require_alone(moved, path=config.model.path, inexact_allowed=inexact_allowed)
+            if devices is not None:
+                trial = self._trial(shapes)
+                devices.try_others(trial, outcome or trial.outcome(model, secrets.randbits(63)))
+                if not self._may_be_one:
+                    devices.ready()  # the error is the run's, before it begins
+        self.shapes: Final = shapes
+        self.moved: Final = moved
 
     def serves(self, config: RunConfig, *, declared_size: int | None, inexact_allowed: bool) -> bool:
         """Another run wants the same model on the same machine, and may train on it as it was tried."""
         return self._facts == self._facts_of(config, declared_size) and (inexact_allowed or self.moved == 0)
-
-    def for_run(self, config: RunConfig) -> SharedModel:
-        """The same loaded model for another run that trains it."""
-        other = copy.copy(self)
-        other.config, other.records = replace(config, runtime=self.config.runtime), RunRecords(config)
-        for name in ("validation", "test"):
-            other.__dict__.pop(name, None)
-        return other
 
     @cached_property
     def devices(self) -> Devices | None:
@@ -200,47 +171,47 @@ class SharedModel:
             config.privacy.private,
             config.privacy.max_grad_norm,
             config.privacy.unit,
-            self._states_place(config, declared_size),
+            place_for_states(self.model, config.runtime, num_tokens=_num_tokens(config, declared_size)),
             torch.get_num_threads(),
         )
 
-    def _states_place(self, config: RunConfig, declared_size: int | None) -> tuple[bool, Path | None]:
-        """Whether states are kept, and in which folder if not in memory."""
-        return place_for_states(self.model, config.runtime, num_tokens=self._num_tokens(config, declared_size))
+    def has_room_for(self, num_tokens: int) -> bool:
+        """The frozen layers' outputs for `num_tokens` fit where they are kept."""
+        if self.states_folder is None:
+            return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        return folder_for_states(self.model, self.config.runtime, num_tokens=num_tokens) is not None
 
-    @staticmethod
-    def _num_tokens(config: RunConfig, declared_size: int | None) -> int:
-        """By public numbers, so that no record decides: full length, and of a user the records of a step."""
-        size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
-        return size * config.privacy.contribution * config.data.max_length * config.task_model().texts
+    def _tried(self, plain: Shapes, progress: Progress) -> tuple[Shapes, float, Outcome | None]:
+        """The shapes in which no example's neighbours move it, else the plain ones and how far they do.
 
-    def _tried(self) -> tuple[Shapes, float]:
-        """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
+        Also the outcome of a trial made now, where other devices are to repeat it.
+        """
+        outcome: Outcome | None = None
         if self._facts not in _measured:
-            self.progress("trying the model", 0, 0)
-            shapes = self._within_memory()
-            moved = self._moved(shapes)
+            progress("trying the model", 0, 0)
+            shapes = self._within_memory(plain)
+            moved, outcome = self._moved(shapes, progress)
             if moved > 0 and self.device.type != "cpu" and not attends_by_products():
                 attend_by_products()  # fused kernels may part their work by how many rows there are
-                shapes = self._within_memory()
-                moved = self._moved(shapes)
+                shapes = self._within_memory(plain)
+                moved, outcome = self._moved(shapes, progress)
             if moved > 0 and len(shapes.row_shares) > 1:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
                 shapes = replace(shapes, row_shares=(1,))
-                moved = self._moved(shapes)
+                moved, outcome = self._moved(shapes, progress)
             _measured[self._facts] = shapes, moved
-        return _measured[self._facts]
+        return *_measured[self._facts], outcome
 
-    def _within_memory(self) -> Shapes:
-        shapes = within_memory(
+    def _within_memory(self, shapes: Shapes) -> Shapes:
+        found = within_memory(
             self.model,
-            self.shapes,
+            shapes,
             most_bytes=step_bytes(self.model, self.config.runtime) - self.bytes_of_means,
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
         by_rows = goes_by_rows(self.config.model.dtype, self.device)  # as the trial would find, which takes seconds
-        return replace(shapes, row_shares=(1,)) if by_rows else shapes
+        return replace(found, row_shares=(1,)) if by_rows else found
 
     @property
     def bytes_of_means(self) -> int:
@@ -248,12 +219,12 @@ class SharedModel:
         by_user = self.config.privacy.unit == "user"
         return min(_MEANS_BYTES, step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
-    def _moved(self, shapes: Shapes) -> float:
-        trial, told = self._trial(shapes), partial(self.progress, "trying the model")
+    def _moved(self, shapes: Shapes, progress: Progress) -> tuple[float, Outcome | None]:
+        trial, told = self._trial(shapes), partial(progress, "trying the model")
         if self._devices is None:
-            return moved_by_others(self.model, **trial.arguments, told=told)
-        self._outcome = trial.outcome(self.model, secrets.randbits(63), told)
-        return self._outcome.moved
+            return moved_by_others(self.model, **trial.arguments, told=told), None
+        outcome = trial.outcome(self.model, secrets.randbits(63), told)
+        return outcome.moved, outcome
 
     def _trial(self, shapes: Shapes) -> Trial:
         return Trial(
@@ -264,6 +235,44 @@ class SharedModel:
             weights_chosen=not self.config.model.built_in,
             attend_by_products=attends_by_products(),
         )
+
+
+def _num_tokens(config: RunConfig, declared_size: int | None) -> int:
+    """By public numbers, so that no record decides: full length, and of a user the records of a step."""
+    size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
+    return size * config.privacy.contribution * config.data.max_length * config.task_model().texts
+
+
+class RunModel:
+    """A run's part in a loaded model: its settings, the adapter that it begins with, and the lead's data.
+
+    Args:
+        loaded: which other runs use, too.
+        config: of the run.
+        records: what was read of the run's records; None: nothing yet.
+        progress: told what takes long, also while records are trained on.
+        session: keeps what this model makes of records for runs to come; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: RunConfig,
+        *,
+        records: RunRecords | None = None,
+        progress: Progress = silent,
+        session: Session | None = None,
+    ) -> None:
+        self.loaded, self.config = loaded, replace(config, runtime=loaded.config.runtime)
+        self.records = RunRecords(config) if records is None else records
+        self.progress, self._session = progress, session
+        self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
+        self.initial_adapter = loaded.initial_adapter
+
+    @property
+    def states_mib(self) -> float:
+        """The memory that the frozen layers' outputs for all sites' records take, in MiB."""
+        return frozen_states_mib(self.model, num_tokens=_num_tokens(self.config, None))
 
     def first_adapter(self) -> Adapter:
         """The adapter that a run begins with: `model.adapter`, or a new one that changes nothing yet.
@@ -306,18 +315,12 @@ class SharedModel:
         session, about = self._session, f"batches of {self.config.evaluation.max_tokens}"
         return replace(data, kept={} if session is None else session.states(about, data.examples, dict))
 
-    def has_room_for(self, num_tokens: int) -> bool:
-        """The frozen layers' outputs for `num_tokens` fit where they are kept."""
-        if self.states_folder is None:
-            return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
-        return folder_for_states(self.model, self.config.runtime, num_tokens=num_tokens) is not None
-
     def examples_of(self, dataset: TextDataset) -> SiteExamples:
         """A site's records as training reads them."""
 
         def make() -> SiteExamples:
             pad_id = self.tokenizer.pad_token_id
-            return SiteExamples(dataset, pad_id=pad_id, shapes=self.shapes, device=self.device)
+            return SiteExamples(dataset, pad_id=pad_id, shapes=self.loaded.shapes, device=self.device)
 
         return make() if self._session is None else self._session.states("examples", dataset, make)
 

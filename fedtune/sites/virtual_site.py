@@ -52,7 +52,7 @@ from fedtune.privacy.site_policy import (
 from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.session import Session
-from fedtune.sites.shared_model import Progress, SharedModel, silent
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, silent
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
 from fedtune.tasks.registry import task_named
@@ -275,13 +275,10 @@ def budget_for(plans: Sequence[Plan]) -> Budget:
         return Budget(delta=first.delta, max_epsilon=math.inf, reference=typical)
     steps = first.local_steps * first.most_rounds
     typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.counted_noise, steps=steps)
-    whole, cheapest = ComposedDpEvent(tuple(plan.whole for plan in plans)), min(plans, key=_price)
+    whole = ComposedDpEvent(tuple(plan.whole for plan in plans))
+    cheapest = min(plans, key=lambda plan: filter.cheapest(plan.whole, delta=plan.delta)[0])
     cap = filter.least_cap(whole, more=cheapest.whole, reference=typical.event, delta=first.delta)
     return Budget(delta=first.delta, max_epsilon=cap, reference=typical)
-
-
-def _price(plan: Plan) -> float:
-    return filter.cheapest(plan.whole, delta=plan.delta)[0]
 
 
 def dealt_out(config: RunConfig) -> dict[str, Any]:
@@ -329,9 +326,9 @@ class Participants:
     def __init__(
         self, config: RunConfig, folder: Path, *, progress: Progress = silent, session: Session | None = None
     ) -> None:
-        self.config, self._folder = config, folder
+        self.config, self.plan = config, config.plan()  # its noise is calibrated once in a process
         self._progress, self._session = progress, session
-        self.sites = VirtualSites.of(config, folder, config.plan())
+        self.sites = VirtualSites.of(config, folder, self.plan)
         self.records = RunRecords(config)
         self.parties = {name: Parties() for name in config.federation.active}
 
@@ -342,13 +339,15 @@ class Participants:
         return {name: own.key(make=True).public for name, own in files.items()}
 
     @cached_property
-    def shared(self) -> SharedModel:
+    def shared(self) -> RunModel:
         """The model, loaded when it is first asked for."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(policy.allow.inexact_gradients for policy in policies)
-        return SharedModel.of_simulation(
-            self.config, inexact_allowed=inexact, records=self.records, progress=self._progress, session=self._session
-        )
+        config, session, progress = self.config, self._session, self._progress
+        alone = session is not None
+        load = partial(LoadedModel, config, inexact_allowed=inexact, leads=True, alone=alone, progress=progress)
+        loaded = load() if session is None else session.model_for(config, inexact_allowed=inexact, load=load)
+        return RunModel(loaded, config, records=self.records, progress=progress, session=session)
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:
@@ -379,11 +378,6 @@ class Participants:
         mine = (Kind.COMMIT, self.config.run_id())
         events = [event for event in known.events if (event.kind, event.run) == mine] if known else []
         return bool(events) and events[-1].detail.get("fingerprint") != self.work[name].fingerprint(key)
-
-    @property
-    def plan(self) -> Plan:
-        """The run's plan, its noise calibrated once in a process."""
-        return self.sites.plan
 
     def site(self, index: int) -> Site:
         """Open a site with its ledger, as the file stands now."""

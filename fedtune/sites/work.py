@@ -26,7 +26,7 @@ from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import RunModel
 from fedtune.training.devices import DividedUnits
 from fedtune.training.examples import SiteExamples, Units
 from fedtune.training.local import RoundOfTraining, share_of_round, train_round
@@ -36,19 +36,20 @@ PROMISES = ".promises.jsonl"  # follows the ledger's whole name, since ledgers o
 TrainingUnits = SiteExamples | UserExamples
 
 
-@dataclass(frozen=True)
+@dataclass
 class SiteWork:
     """One site's records and the model to train on them."""
 
     site: str  # name of the site
-    shared: SharedModel  # the model, which the sites of one process use in turn
+    shared: RunModel  # the model, which the sites of one process use in turn
     records: SiteRecords  # the site's own records
     declared_size: int  # the size that the site publishes, in privacy units
     max_adapter_value: float  # the site's bound on values of the adapter
     lenient: bool = False  # no record may make the work fail, since a lead that chose the settings would learn of it
     # wraps the training units; only an audit uses it, to add canaries
     around: Callable[[TrainingUnits], TrainingUnits] = lambda units: units
-    _limited: dict[frozenset[str], SiteWork] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _divided: DividedUnits | None = field(default=None, init=False, repr=False, compare=False)
+    _limited: tuple[frozenset[str], SiteWork] | None = field(default=None, init=False, repr=False, compare=False)
 
     @cached_property
     def examples(self) -> TrainingUnits:
@@ -63,15 +64,22 @@ class SiteWork:
             examples,
             users_of(self.records.training),
             most_records=privacy.contribution,
-            most_users=max(1, self.shared.bytes_of_means // of_each),
+            most_users=max(1, self.shared.loaded.bytes_of_means // of_each),
         )
         return self.around(users)
 
-    @cached_property
-    def _divided(self) -> DividedUnits | None:
-        """The same units, divided over the site's devices; None: it has one device."""
-        devices, max_grad_norm = self.shared.devices, self.shared.config.privacy.max_grad_norm
-        return None if devices is None else devices.divided(self.examples, max_grad_norm=max_grad_norm)
+    def _units(self) -> TrainingUnits | DividedUnits:
+        """The same units, divided over the site's devices where it has several."""
+        devices, max_grad_norm = self.shared.loaded.devices, self.shared.config.privacy.max_grad_norm
+        if devices is not None and self._divided is None:
+            self._divided = devices.divided(self.examples, max_grad_norm=max_grad_norm)
+        return self.examples if self._divided is None else self._divided
+
+    def drop_model(self) -> None:
+        """Let go of the model, also on other devices, and free no record."""
+        for work in (self,) if self._limited is None else (self, self._limited[1]):
+            work._divided = None
+            del work.shared
 
     @cached_property
     def _heldout(self) -> TextDataset:
@@ -89,14 +97,14 @@ class SiteWork:
 
     def _limited_to(self, admitted: frozenset[str]) -> SiteWork:
         """The same with the records of some users alone; kept for the next round."""
-        if self._limited.keys() != {admitted}:
-            self._limited.clear()  # first, so that two rounds' states never fill the memory together
+        if self._limited is None or self._limited[0] != admitted:
+            self._limited = None  # first, so that two rounds' states never fill the memory together
             training, heldout = (
                 [record for record in records if record.fields["user"] in admitted]
                 for records in (self.records.training, self.records.heldout)
             )
-            self._limited[admitted] = replace(self, records=SiteRecords(training, heldout))
-        return self._limited[admitted]
+            self._limited = admitted, replace(self, records=SiteRecords(training, heldout))
+        return self._limited[1]
 
     def do(
         self,
@@ -147,10 +155,10 @@ class SiteWork:
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
         )
-        units = self.examples if self._divided is None else self._divided
-        if self.shared.keeps_states:
+        units = self._units()
+        if self.shared.loaded.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
-            units.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)
+            units.keep_frozen_states(self.shared.model, folder=self.shared.loaded.states_folder, told=told)
         units.keep_reference(self.shared.model)
         return units, work
 

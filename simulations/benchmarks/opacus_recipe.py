@@ -67,7 +67,7 @@ def _prepare(settings: list[str], folder: Path) -> None:
 
     config = compose_run([*settings, "privacy.epsilon=8"])
     with patch.object(shared_model, "moved_by_others", lambda *_, **__: 0.0):
-        shared = shared_model.SharedModel(config)
+        shared = shared_model.RunModel(shared_model.LoadedModel(config), config)
     sites = []
     for site in shared.records.dealt.sites:
         dataset = shared.tokenised(site.training, lenient=True)

@@ -36,7 +36,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import add_gaussian_noise
 from fedtune.privacy.randomness import SystemRandomness
 from fedtune.sites import shared_model
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import add_clipped, descend, zeros
 from fedtune.training.per_example import attached
@@ -65,7 +65,7 @@ def prepared(case: str, *, onednn: bool = True, dtype: str = "float32") -> tuple
     ours = ["privacy.epsilon=8", f"runtime.onednn={str(onednn).lower()}", f"model.dtype={dtype}"]
     config = compose_run([*settings, *ours])
     with patch.object(shared_model, "moved_by_others", lambda *_, **__: 0.0):
-        shared = SharedModel(config)
+        shared = RunModel(LoadedModel(config), config)
     examples = shared.examples_of(shared.tokenised(shared.records.dealt.sites[0].training[:count], lenient=True))
     if shared.model.skips_layers:
         examples.keep_frozen_states(shared.model)

@@ -42,7 +42,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import preflight
@@ -238,13 +238,13 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     noise = ["privacy.noise_multiplier=3", "runtime.seeded_noise=true"]
     config = compose_run([*_banks(machine), *noise, f"runtime.num_devices={num_devices}"])
     began = time.perf_counter()
-    shared, draws = SharedModel(config), np.random.default_rng(5)
+    shared, draws = RunModel(loaded := LoadedModel(config), config), np.random.default_rng(5)
     lengths = draws.integers(2, config.data.max_length, size=40 if machine.tiny else 2000).tolist()
     examples = shared.examples_of(sensitivity.made_up(shared.model, lengths, draws))
     max_grad_norm = config.privacy.max_grad_norm
-    units = examples if shared.devices is None else shared.devices.divided(examples, max_grad_norm=max_grad_norm)
+    units = examples if loaded.devices is None else loaded.devices.divided(examples, max_grad_norm=max_grad_norm)
     units.keep_reference(shared.model)
-    if shared.keeps_states:
+    if loaded.keeps_states:
         units.keep_frozen_states(shared.model)
     work = RoundOfTraining(
         site="north",

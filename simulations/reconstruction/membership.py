@@ -14,7 +14,7 @@ from site_update import Released
 
 from fedtune.data import Record, collate
 from fedtune.data.batching import micro_batches
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import RunModel
 from fedtune.training.per_example import attached
 
 _LEAST_NOISE = 1e-6
@@ -33,7 +33,7 @@ class Candidates:
         records: m of them, with their labels.
     """
 
-    def __init__(self, shared: SharedModel, records: Sequence[Mapping[str, str]]) -> None:
+    def __init__(self, shared: RunModel, records: Sequence[Mapping[str, str]]) -> None:
         shared.initial_adapter.load_into(shared.model)
         data = shared.tokenised([Record(dict(record)) for record in records])
         self.names = attacked(list(shared.model.trainable()))

@@ -27,7 +27,7 @@ from site_update import Released, released, shared_model
 from table import table
 from text_attack import TextAttack, Told
 
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import RunModel
 
 DATA = study.ROOT / "simulations" / "data" / "banking77" / "train.jsonl.gz"
 PRIVACY = {
@@ -98,7 +98,7 @@ class Attacked:
     def __init__(self, case: Case, rows: Sequence[Mapping[str, str]]) -> None:
         self._case, self._rows = case, rows
         self._overrides = ["runtime.num_threads=1", *case.overrides]
-        self._shared: SharedModel = shared_model([*PRIVACY["none"], *self._overrides])
+        self._shared: RunModel = shared_model([*PRIVACY["none"], *self._overrides])
         tokenizer = self._shared.tokenizer
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
         self._text = TextAttack(self._shared.model, special=special) if case.reads_text else None

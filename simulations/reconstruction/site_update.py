@@ -17,7 +17,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import answer
 from fedtune.privacy.release import Update
 from fedtune.privacy.run_plan import Plan
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.virtual_site import Participants
 
 SITE = "bank-a"
@@ -26,9 +26,9 @@ SITE = "bank-a"
 class OneSite(Participants):
     """A federation of one site on a model that is loaded already."""
 
-    def __init__(self, config: RunConfig, folder: Path, shared: SharedModel) -> None:
+    def __init__(self, config: RunConfig, folder: Path, shared: RunModel) -> None:
         super().__init__(config, folder)
-        self.shared = shared.for_run(config)
+        self.shared = RunModel(shared.loaded, config)
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,13 @@ def config_of(overrides: Sequence[str], records_file: Path, declared_size: int) 
     )
 
 
-def shared_model(overrides: Sequence[str]) -> SharedModel:
+def shared_model(overrides: Sequence[str]) -> RunModel:
     """The model that the runs with `overrides` have in common; loading it once saves seconds a run."""
-    return SharedModel(config_of(overrides, Path("unused.jsonl"), 1))
+    config = config_of(overrides, Path("unused.jsonl"), 1)
+    return RunModel(LoadedModel(config), config)
 
 
-def released(shared: SharedModel, records: Sequence[Mapping[str, str]], overrides: Sequence[str]) -> Released:
+def released(shared: RunModel, records: Sequence[Mapping[str, str]], overrides: Sequence[str]) -> Released:
     """Ask the site that has `records` for its first round, and take what it answers."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "records.jsonl"

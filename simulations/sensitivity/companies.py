@@ -21,7 +21,7 @@ from run import LINES
 from fedtune.api.compose import compose_run
 from fedtune.audit.sensitivity import made_up
 from fedtune.data import Shapes
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, attached
 
@@ -50,7 +50,7 @@ def main() -> None:
             continue
         for threads in options.threads:
             torch.set_num_threads(threads)
-            shared = SharedModel(compose_run(LINES[name][1]))
+            shared = LoadedModel(compose_run(LINES[name][1]))
             buckets = shared.shapes.lengths
             line = results["lines"].setdefault(f"{name}, threads: {threads}", {})
             line["buckets"] = list(buckets)
@@ -62,7 +62,7 @@ def main() -> None:
             print(name, threads, line, flush=True)
 
 
-def bucket(shared: SharedModel, length: int, *, companies: int, seed: int) -> dict[str, int]:
+def bucket(shared: LoadedModel, length: int, *, companies: int, seed: int) -> dict[str, int]:
     """Records of one length in random companies, compared with themselves alone."""
     draws, shapes = np.random.default_rng([length, seed] if seed else length), shared.shapes
     longest = shapes.most_tokens(shapes.lengths[-1])

@@ -33,7 +33,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Machine
 from fedtune.sites import work
 from fedtune.sites.real_site import SiteProcess
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import Participants, generated_policy
 from fedtune.spec import ConfigError
@@ -197,7 +197,7 @@ class Station:
 @pytest.fixture(scope="session")
 def first_adapter() -> Adapter:
     """What every run of the tiny model begins with."""
-    return SharedModel(letters()).initial_adapter
+    return LoadedModel(letters()).initial_adapter
 
 
 @pytest.fixture

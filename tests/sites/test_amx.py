@@ -7,7 +7,7 @@ import torch
 
 from fedtune.api.compose import compose_run
 from fedtune.model.products import rounded_product
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
 needs_minilm = pytest.mark.skipif(
@@ -27,10 +27,12 @@ def test_a_row_s_long_product_hangs_on_the_number_of_rows() -> None:
 @needs_minilm
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
 def test_each_length_has_one_number_of_rows_and_is_tried_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries, moved = [], SharedModel._moved
-    monkeypatch.setattr(SharedModel, "_moved", lambda self, shapes: (tries.append(shapes), moved(self, shapes))[1])
+    tries, moved = [], LoadedModel._moved
+    monkeypatch.setattr(
+        LoadedModel, "_moved", lambda self, shapes, *told: (tries.append(shapes), moved(self, shapes, *told))[1]
+    )
     settings = ["experiment=banks_intents", "privacy.noise_multiplier=4", f"model.dtype={dtype}"]
-    shared = SharedModel(compose_run([*settings, "runtime.num_threads=1", "runtime.num_devices=1"]))
+    shared = LoadedModel(compose_run([*settings, "runtime.num_threads=1", "runtime.num_devices=1"]))
     assert shared.moved == 0.0, "in no number of rows that a run has"
     assert (shared.shapes.row_shares == (1,)) == (dtype in ("mixed", "nf4"))
     assert len(tries) == 1

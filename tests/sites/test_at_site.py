@@ -16,7 +16,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Dataset, Machine, Policy
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import at_own_site, at_site, for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.spec import ConfigError
@@ -154,7 +154,7 @@ GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in r
 def site(station: Any) -> Any:
     """The site north, whose file calls age otherwise."""
     made = station(**TABLE)
-    made.first = SharedModel(letters(**TABLE)).initial_adapter
+    made.first = LoadedModel(letters(**TABLE)).initial_adapter
     made.edit(dataset={"columns": {"label": "KIND", "feature:age": "AGE_YEARS"}})
     return made
 

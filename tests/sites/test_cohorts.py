@@ -19,7 +19,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason
 from fedtune.sites.real_site import SiteProcess
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
@@ -218,7 +218,8 @@ def records(users: dict[str, int]) -> list[Record]:
 
 def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: SigningKey, scored: Any) -> None:
     data = {"heldout_fraction": 0.5, "columns": {"text": "text", "label": "label", "user": "who"}}
-    shared = SharedModel(letters(data=data, privacy={"metrics": "noised", "unit": "user"}))
+    config = letters(data=data, privacy={"metrics": "noised", "unit": "user"})
+    shared = RunModel(LoadedModel(config), config)
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=records({"third": 3}), heldout=records(users))
         assert do(shared, lead_key, own).scores is not None

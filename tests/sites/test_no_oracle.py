@@ -13,7 +13,7 @@ from fedtune.model.base_model import load_base, load_tokenizer
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import HeadSpec, ModelSpec
 from fedtune.privacy.release import Reason
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 from fedtune.tasks import inputs
@@ -27,7 +27,7 @@ LABELS = [{"labels": ("invoice", "complaint")}, {"labels": ("never", "declared")
 @pytest.mark.parametrize("asked", [*LABELS, {"heldout_fraction": 0.999999}, {"max_length": 3}], ids=str)
 def test_no_setting_makes_a_record_fail(asked: dict[str, Any], station: Any) -> None:
     site = station(data=asked)
-    first = SharedModel(for_sites(site.config)).initial_adapter
+    first = LoadedModel(for_sites(site.config)).initial_adapter
     write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
     site.update(adapter=first)
     write_records(site.data, [])
@@ -72,7 +72,7 @@ def test_no_setting_makes_a_held_out_record_fail(station: Any) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
     write_records(site.data, [(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
-    assert site.update(adapter=SharedModel(for_sites(site.config)).initial_adapter).scores is not None
+    assert site.update(adapter=LoadedModel(for_sites(site.config)).initial_adapter).scores is not None
 
 
 def test_a_record_is_opened_only_for_a_round_that_is_charged(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_no_marked_text_ends_an_answer(case: str, station: Any, tmp_path: Path) 
         (folder / name).symlink_to(folder / name) if text is None else (folder / name).write_text(text)
     (alone,) = [name for name in files if name in ("a.conll", "a.pubtator")] or [""]
     site.edit(dataset={"path": f"notes/{alone}", "columns": columns})
-    site.update(adapter=SharedModel(letters(**run)).initial_adapter)
+    site.update(adapter=LoadedModel(letters(**run)).initial_adapter)
 
 
 # A model in a site's store that is not the one the run names, or that a record could break, costs nothing.
@@ -229,4 +229,4 @@ def test_a_tokenizer_that_ends_no_text_is_refused_where_the_model_is_loaded(tmp_
     data = {"labels": (), "columns": {"prompt": "p", "completion": "c"}}
     config = letters(task="causal_lm", model={"path": str(tmp_path), "sha256": None}, data=data)
     with pytest.raises(ConfigError, match="its tokenizer must have an end-of-text token"):
-        SharedModel(config)
+        LoadedModel(config)

@@ -12,7 +12,7 @@ from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.model.adapter import Adapter
 from fedtune.sites.personal import FEWEST_RECORDS, Parts, _Fit, note_made
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import DataError, RunError
 
 from .conftest import letters
@@ -50,7 +50,7 @@ def test_a_site_that_held_nothing_out_parts_its_records_but_no_user_and_says_so(
 
 def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
     records = [Record({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
-    shared = SharedModel(config, declared_size=len(records), trains=False)
+    shared = RunModel(LoadedModel(config, declared_size=len(records), trains=False), config)
     examples = shared.examples_of(shared.tokenised(records))
     training, choosing = np.split(np.arange(len(records)), [len(records) * 3 // 4])
     return _Fit(shared, examples, training, choosing)

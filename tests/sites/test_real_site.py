@@ -25,7 +25,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.runs.model_comparison import side_by_side
 from fedtune.sites.run_records import LeadRecords
-from fedtune.sites.shared_model import LeadData, SharedModel
+from fedtune.sites.shared_model import LeadData, LoadedModel, RunModel
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
@@ -170,7 +170,7 @@ def test_settings_of_runs_without_this_site_or_of_another_size_are_refused(site:
 def untouchable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where a model or a record is reached for, it is noted, and fails."""
     reached: list[str] = []
-    for name in ("SharedModel", "own_records"):
+    for name in ("LoadedModel", "own_records"):
         monkeypatch.setattr(real_site, name, lambda *_, name=name, **__: reached.append(name) or 1 / 0)
     return reached
 
@@ -240,7 +240,7 @@ def test_a_step_of_a_sum_puts_up_no_other_settings(summing: Any) -> None:
 
 def test_an_allowed_request_does_reach_for_the_model(site: Any, untouchable: list[str]) -> None:
     assert site.refusal() is Reason.SITE_ERROR
-    assert untouchable == ["SharedModel"]
+    assert untouchable == ["LoadedModel"]
 
 
 @pytest.mark.parametrize("fault", [None, b"a,b\nsecret-17,2\n", b"body,kind,\xff\nsecret-17,praise,\n"])
@@ -267,8 +267,8 @@ def test_a_data_file_that_cannot_be_read_is_an_error_without_words(site: Any, fa
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded, and every data file that is read."""
     seen: list[str] = []
-    load, read = real_site.SharedModel, real_site.own_records
-    monkeypatch.setattr(real_site, "SharedModel", lambda *of, **rest: seen.append("model") or load(*of, **rest))
+    load, read = real_site.LoadedModel, real_site.own_records
+    monkeypatch.setattr(real_site, "LoadedModel", lambda *of, **rest: seen.append("model") or load(*of, **rest))
     monkeypatch.setattr(real_site, "own_records", lambda *of, **rest: seen.append("records") or read(*of, **rest))
     return seen
 
@@ -281,7 +281,7 @@ def test_model_and_records_stay_for_a_run_and_the_model_for_others_of_it(site: A
     site.update(round=3)
     assert loaded == ["model", "records", "records", "records"], "the newest run's alone are kept"
     other = letters(name="third", seed=5)
-    site.update(other, adapter=SharedModel(for_sites(other)).initial_adapter)
+    site.update(other, adapter=LoadedModel(for_sites(other)).initial_adapter)
     assert loaded[4:] == ["model", "records"]
 
 
@@ -364,7 +364,7 @@ HELD_OUT = {"data": {"heldout_fraction": 0.5}}
 
 def held_out(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
     """Texts of the records that the site keeps from training in a round."""
-    site.update(config, round=round, adapter=SharedModel(for_sites(config)).initial_adapter)
+    site.update(config, round=round, adapter=LoadedModel(for_sites(config)).initial_adapter)
     _, work = site.real._warm
     assert isinstance(work, SiteWork)
     texts = {record.fields["text"] for record in work.records.heldout}
@@ -398,7 +398,7 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     folder = Path(site.adapters / for_sites(site.config).run_id())
     config = saved_config(folder)
     found = side_by_side({"tuned": (config, folder / "adapter")}, file=str(site.data))
-    shared = SharedModel(config)
+    shared = RunModel(LoadedModel(config), config)
     data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
     after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)
     assert {name: found.estimate("tuned", name).value for name in found.scores} == after

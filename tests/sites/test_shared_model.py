@@ -11,9 +11,7 @@ import pytest
 from fedtune.data import Shapes
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.sites import shared_model
-from fedtune.sites.run_records import RunRecords
-from fedtune.sites.session import Session
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import save_task_model
 from fedtune.training import preflight
@@ -46,13 +44,13 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
 
 
 def test_a_model_is_tried_once_for_private_runs_of_one_clip_norm(tries: Tries) -> None:
-    assert SharedModel(letters(privacy={"mechanism": "none", "noise_multiplier": None})).moved == 0
+    assert LoadedModel(letters(privacy={"mechanism": "none", "noise_multiplier": None})).moved == 0
     assert tries == []
     for _ in range(2):
-        assert SharedModel(letters()).moved == 0
+        assert LoadedModel(letters()).moved == 0
     assert len(tries) == 1
     # The clip norm is what a move is measured in, and smaller ones bring other gradients below the bound.
-    SharedModel(letters(privacy={"max_grad_norm": 0.25}))
+    LoadedModel(letters(privacy={"max_grad_norm": 0.25}))
     assert len(tries) == 2
 
 
@@ -60,9 +58,9 @@ def test_a_simulation_with_too_weak_a_signal_is_refused_before_the_model_is_trie
     noise = {"noise_multiplier": 400.0}
     weak, allowed = (letters(privacy=noise, training={"go_on_without_signal": on}) for on in (False, True))
     with pytest.raises(ConfigError, match=r"training\.go_on_without_signal"):
-        SharedModel(weak, records=RunRecords(weak))
+        LoadedModel(weak, leads=True)
     assert tries == []
-    SharedModel(allowed, records=RunRecords(allowed))
+    LoadedModel(allowed, leads=True)
     assert len(tries) == 1
 
 
@@ -71,7 +69,7 @@ def test_another_setting_of_a_tried_model_is_tried_by_the_guard_itself(other: An
     """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
     assert shared_model.moved_by_others is preflight.moved_by_others
     assert shared_model.within_memory is preflight.within_memory
-    SharedModel(letters())
+    LoadedModel(letters())
     build = shared_model.build_task_model
 
     def mixing(spec: Any, *, device: Any) -> Any:
@@ -82,17 +80,17 @@ def test_another_setting_of_a_tried_model_is_tried_by_the_guard_itself(other: An
 
     monkeypatch.setattr(shared_model, "build_task_model", mixing)
     with pytest.raises(ConfigError, match="mixes the examples"):
-        SharedModel(letters(**other))
+        LoadedModel(letters(**other))
 
 
 def test_a_model_that_cannot_be_tried_is_tried_and_refused_each_time(tries: Tries) -> None:
     tries.moved = ConfigError("model.path", "tiny", "cannot be trained on examples of 24 tokens here")
     for number in (1, 2, 3):
         with pytest.raises(ConfigError, match="cannot be trained"):
-            SharedModel(letters())
+            LoadedModel(letters())
         assert len(tries) == number
     tries.moved = 0.0
-    SharedModel(letters())
+    LoadedModel(letters())
 
 
 @pytest.mark.parametrize(("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "another gradient")])
@@ -100,7 +98,7 @@ def test_who_asks_again_gets_no_other_draw_of_the_try(tries: Tries, moved: float
     tries.moved = moved
     for _ in range(3):
         with pytest.raises(ConfigError, match=message):
-            SharedModel(letters())
+            LoadedModel(letters())
         assert len(tries) == 2, "once, and once more with plainer shapes"
         tries.moved = 0.0
 
@@ -109,10 +107,10 @@ def test_a_machine_that_is_not_exact_is_taken_where_that_was_allowed_alone(tries
     tries.moved = 1e-7
     for _ in range(2):
         with pytest.raises(ConfigError, match="another gradient"):
-            SharedModel(letters())
-    assert SharedModel(letters(), inexact_allowed=True).moved == 1e-7
+            LoadedModel(letters())
+    assert LoadedModel(letters(), inexact_allowed=True).moved == 1e-7
     with pytest.raises(ConfigError, match="another gradient"):
-        SharedModel(letters())
+        LoadedModel(letters())
     assert {shapes.row_shares for shapes in tries} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
 
 
@@ -120,21 +118,21 @@ def test_another_chat_template_wants_a_model_that_was_checked_for_it() -> None:
     plain, chats = (
         letters(task="causal_lm", model=LLAMA, data={**PROMPTED, "chat_template": kind}) for kind in ("none", "model")
     )
-    kept = SharedModel(plain)
+    kept = LoadedModel(plain)
     size = sum(plain.declared_sizes().values())
     assert kept.serves(plain, declared_size=size, inexact_allowed=False)
     assert not kept.serves(chats, declared_size=size, inexact_allowed=False)
     with pytest.raises(ConfigError, match=r"data\.chat_template = 'model'"):
-        SharedModel(chats)
+        LoadedModel(chats)
 
 
 def test_a_run_begins_in_the_adapter_that_it_was_proposed_with_and_no_other(tries: Tries, tmp_path: Path) -> None:
-    shared = SharedModel(letters())
+    shared = LoadedModel(letters())
     save_task_model(shared.model, tmp_path)
     digest = shared.initial_adapter.digest()
 
-    def begun(digest: str) -> SharedModel:
-        return shared.for_run(letters(model={"adapter": str(tmp_path), "adapter_sha256": digest}))
+    def begun(digest: str) -> RunModel:
+        return RunModel(shared, letters(model={"adapter": str(tmp_path), "adapter_sha256": digest}))
 
     assert begun(digest).first_adapter().digest() == digest
     with pytest.raises(ConfigError, match=rf"model\.adapter_sha256 = .*must be {digest}, that of the adapter"):
@@ -170,10 +168,10 @@ def test_devices_that_nobody_asked_for_need_not_be_of_use(monkeypatch: Any, capl
     others.ready.side_effect = ConfigError("runtime.num_devices", 2, "needs devices that compute the same gradients")
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
     with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
-        SharedModel(letters(runtime={"num_devices": 2}))
+        LoadedModel(letters(runtime={"num_devices": 2}))
     monkeypatch.setattr(shared_model, "processes_that_pay", lambda *_, **__: 2)
     others.try_others.reset_mock()
-    assert SharedModel(letters()).devices is None
+    assert LoadedModel(letters()).devices is None
     others.try_others.assert_called_once()
     assert "the run goes on in one process" in caplog.text
 
@@ -190,8 +188,8 @@ def test_only_the_command_itself_begins_processes_that_nobody_asked_for(
     monkeypatch.setattr(shared_model, "processes_that_pay", lambda _, *, gradients: asked.append(gradients) or 1)
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main))
     config = letters()
-    SharedModel(config)
-    SharedModel(config, session=Session())
+    LoadedModel(config)
+    LoadedModel(config, alone=True)
     steps = config.federation.num_rounds * config.training.local_steps
     expected = steps * config.privacy.sampling_rate * sum(config.declared_sizes().values())
     assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]
@@ -202,6 +200,6 @@ def test_a_run_that_leaves_records_out_learns_nothing_from_those_that_cannot_be_
         task = SimpleNamespace(tokenise=lambda records, tokenizer, *, data, lenient_within: lenient_within)
         model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_unusable=leave_out)
         shared: Any = SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(data=data))
-        return SharedModel.tokenised(shared, [], lenient=lenient)  # type: ignore[return-value]
+        return RunModel.tokenised(shared, [], lenient=lenient)  # type: ignore[return-value]
 
     assert (within(leave_out=False), within(leave_out=True), within(leave_out=False, lenient=True)) == (None, 7, 7)

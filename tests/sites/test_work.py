@@ -18,7 +18,7 @@ from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.privacy.release import Reason, Update
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.work import SiteWork, randomness_of
 from fedtune.training.devices import _Device
 
@@ -36,7 +36,7 @@ LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3])
 )
 def test_a_real_site_trains_to_the_bit_what_a_simulated_one_does(station: Any, tmp_path: Path, groups: Any) -> None:
     site = station(**groups)
-    site.first = SharedModel(site.config).initial_adapter
+    site.first = LoadedModel(site.config).initial_adapter
     rows = [*((*letter, "north") for letter in LETTERS), ("elsewhere", "praise", "south")]
     everyone, found = simulated(site.config, tmp_path, rows), set[str]()
     for round in (1, 2):
@@ -54,7 +54,7 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Any, 
     # A new ledger knows of no answer, so that the same round is trained again.
     site.edit(ledger="another.db", machine={"num_devices": 2})
     assert Adapter(site.update().tensors).digest() == first.digest()
-    crew = site.real._shared.devices._crew
+    crew = site.real._model.devices._crew
     (member,) = crew._members
     site.edit(ledger="third.db")
     ask = crew.ask
@@ -70,7 +70,7 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Any, 
     assert run.charged_rounds == 1, "it was charged before it was trained"
     # The next round finds its devices at work again, also where one ended meanwhile.
     second = Adapter(site.update(round=2).tensors).digest()
-    (again,) = site.real._shared.devices._crew._members
+    (again,) = site.real._model.devices._crew._members
     again.process.kill()
     again.process.join()
     site.edit(ledger="fourth.db")
@@ -106,12 +106,13 @@ def test_noise_repeats_only_from_a_seed(station: Any, seeded: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared() -> SharedModel:
+def shared() -> RunModel:
     """The model of a run with held-out records and noised scores."""
-    return SharedModel(letters(data={"heldout_fraction": 0.5}, privacy={"metrics": "noised"}))
+    config = letters(data={"heldout_fraction": 0.5}, privacy={"metrics": "noised"})
+    return RunModel(LoadedModel(config), config)
 
 
-def do(shared: SharedModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> Trained:
+def do(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> Trained:
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
     request = first_request(shared.config, lead)
@@ -125,7 +126,7 @@ def read(letters: list[tuple[str, str]]) -> list[Record]:
 RECORDS = SiteRecords(training=read(LETTERS[:20]), heldout=read(LETTERS[20:]))
 
 
-def test_scores_are_of_held_out_records_and_updates_of_the_others(shared: SharedModel, lead_key: SigningKey) -> None:
+def test_scores_are_of_held_out_records_and_updates_of_the_others(shared: RunModel, lead_key: SigningKey) -> None:
     whole = do(shared, lead_key, RECORDS)
     others_held_out = do(shared, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
     assert others_held_out.adapter.digest() == whole.adapter.digest()
@@ -135,7 +136,7 @@ def test_scores_are_of_held_out_records_and_updates_of_the_others(shared: Shared
     assert fewer_trained.adapter.digest() != whole.adapter.digest()
 
 
-def test_a_fingerprint_is_of_the_training_records_under_the_given_key(shared: SharedModel, lead_key: Any) -> None:
+def test_a_fingerprint_is_of_the_training_records_under_the_given_key(shared: RunModel, lead_key: Any) -> None:
     one = do(shared, lead_key, RECORDS).fingerprint
     without = do(shared, lead_key, replace(RECORDS, heldout=[]))
     assert without.fingerprint == one

@@ -23,7 +23,7 @@ from fedtune.config import saved_config
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
-from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.saved import load_task_model
 
 from ..privacy.builders import lead_key
@@ -164,7 +164,7 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
         folder = simulate(*sites, *training, into=tmp_path_factory.mktemp("runs"))
         config = saved_config(folder)
         released = Adapter.of(load_task_model(folder / "adapter", model=config.model))
-        return Release(config.federation.names[0], SharedModel(config).initial_adapter, released)
+        return Release(config.federation.names[0], LoadedModel(config).initial_adapter, released)
 
     return make(), make()
 
@@ -184,7 +184,8 @@ def test_two_runs_with_one_configuration_share_nothing(runs: tuple[Release, Rele
 @pytest.fixture
 def worked() -> Callable[[], Release]:
     """One round of a site's work, with nothing about its noise chosen here."""
-    shared = SharedModel(letters(training={"local_steps": 1}, runtime={"seeded_noise": False}))
+    config = letters(training={"local_steps": 1}, runtime={"seeded_noise": False})
+    shared = RunModel(LoadedModel(config), config)
     return lambda: Release("north", shared.initial_adapter, do(shared, lead_key, RECORDS).adapter)
 
 
