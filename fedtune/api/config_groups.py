@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedtune.data.load import shipped_folders
+from fedtune.version import shipped_folders
 
 
 def config_folder() -> Path:

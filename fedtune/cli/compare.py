@@ -16,7 +16,6 @@ from fedtune.cli.finished_run import finished_run
 from fedtune.cli.interruptible_run import run_in_a_line
 from fedtune.cli.personalise import shown_progress
 from fedtune.config import RunConfig
-from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
@@ -28,6 +27,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least
 from fedtune.studies.comparison import Line, plan_runs, score_side_by_side
 from fedtune.studies.personalised import parts_of, personalise
 from fedtune.studies.trials import Trial, price_text, result_in
+from fedtune.version import shipped_folders
 
 
 def compare(

@@ -26,7 +26,6 @@ from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.features import check_range
 from fedtune.data.formats import format_of
-from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, usable_records, without_records
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_written
@@ -46,6 +45,7 @@ from fedtune.sites.run_records import file_sha256, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import TASKS, task_named
+from fedtune.version import shipped_folders
 
 app = group(__doc__)
 Experiment = Annotated[

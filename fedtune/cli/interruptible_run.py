@@ -27,10 +27,10 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.ops.files import signals_handled
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.results import RunResult
-from fedtune.show.terminal_tables import say, show
+from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
 from fedtune.spec import RunError, StuckError, full_disk
-from fedtune.studies.trials import Trial, Trials
+from fedtune.studies.trials import Trial, Trials, price_text
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
@@ -121,6 +121,20 @@ def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session
     if missing := used_up_text(result.rounds, trial.config.federation):
         say(f"{name}: {missing}.", console=console)
     return result
+
+
+@contextmanager
+def several_runs(trials: Trials, console: Console, *, again: Sequence[str], as_json: bool = False) -> Iterator[None]:
+    """Say what several runs spend before the first begins, and show them all in the end, however that comes."""
+    for text in price_text({folder.name: trial for folder, trial in trials.rows.items()}):
+        say(text, console=console)
+    try:
+        yield
+    finally:
+        if as_json:
+            print_json(trials.to_json())
+        else:
+            show_trials(console, trials, again=shlex.join(["fedtune", *again]))
 
 
 def show_trials(console: Console, trials: Trials, *, again: str) -> None:

@@ -108,10 +108,10 @@ def build(
     if key is not None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
-    from fedtune.data.load import shipped_folders
     from fedtune.data.records import resolve_file
     from fedtune.report.page.render import as_svg, write_files
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
+    from fedtune.version import shipped_folders
 
     spoken = language or own_language
     beside = {LABEL: as_svg(report, language=spoken).encode()} if label else {}

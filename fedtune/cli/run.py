@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
 from fedtune.cli.command import Metrics, Multirun, Option, Renew, SettingsArgument, answer
-from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run, show_trials
+from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, several_runs, show_run
 from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.kept_round import is_over
@@ -32,7 +31,7 @@ from fedtune.runs.place_of_run import folder_of, is_finished
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
-from fedtune.studies.trials import Trials, price_text
+from fedtune.studies.trials import Trials
 
 _ACTIONS = ("status", "stop", "resume")
 _STOP_S = 60.0
@@ -128,13 +127,9 @@ def start_run(
 def _start_each(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     """Begin each run of a sweep, or go on with it, one after the other, after saying what all of them spend."""
     trials = Trials.of_sweep(words, partial(compose_for_sites, kit=kit))
-    for text in price_text({folder.name: trial for folder, trial in trials.rows.items()}):
-        say(text)
     again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
-    try:
+    with several_runs(trials, Console(), again=again):
         trials.run(lambda trial: _start(trial.config, again, kit=kit, metrics=metrics))
-    finally:
-        show_trials(Console(), trials, again=shlex.join(["fedtune", *again]))
 
 
 def _start(

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Annotated
 
-from rich.console import Console
-
-from fedtune.api.compose import compose_run, quoted
 from fedtune.cli.command import AsJson, Multirun, Option, Overrides, Renew
-from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, show_trials
-from fedtune.runs.place_of_run import folder_of
-from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
-from fedtune.sites.session import Session
-from fedtune.spec import ConfigError
-from fedtune.studies.trials import Trials, price_text
 
 
 def simulate(
@@ -37,6 +27,17 @@ def simulate(
       fedtune simulate --renew runs/spring name=autumn       begin where a run ended, for those who came since
     docs/configuration.md lists every key.
     """
+    # Hydra and the accountants take more than a second to import, and --help needs none of them.
+    from rich.console import Console
+
+    from fedtune.api.compose import compose_run, quoted
+    from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, several_runs
+    from fedtune.runs.place_of_run import folder_of
+    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
+    from fedtune.sites.session import Session
+    from fedtune.spec import ConfigError
+    from fedtune.studies.trials import Trials
+
     console = Console(stderr=as_json)
     overrides = overrides if renew is None else (*overrides, f"renew={quoted(str(renew))}")
     overrides = (*overrides, "tracking.log_level=debug") if verbose else overrides
@@ -45,16 +46,9 @@ def simulate(
     if any(config.runtime.kind == "deployment" for config in runs):
         raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if trials and len(runs) > 1:
-        for text in price_text({folder.name: trial for folder, trial in trials.rows.items()}):
-            say(text, console=console)
-        try:
-            with Session() as session:
-                trials.run(lambda trial: run_in_a_line(trial, console=console, name=trial.folder.name, session=session))
-        finally:
-            if as_json:
-                print_json(trials.to_json())
-            else:
-                show_trials(console, trials, again=shlex.join(["fedtune", "simulate", "-m", *trials.again]))
+        again = ["simulate", "-m", *trials.again]
+        with several_runs(trials, console, again=again, as_json=as_json), Session() as session:
+            trials.run(lambda trial: run_in_a_line(trial, console=console, name=trial.folder.name, session=session))
         return
     config = after_shown_public_stage(runs[0], console, again=["simulate", *overrides])
     folder = folder_of(config)

@@ -14,7 +14,6 @@ from fedtune.api import door
 from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperature, TopP, finished_run, harmless
 from fedtune.cli.personalise import shown_progress
-from fedtune.data.load import shipped_folders
 from fedtune.data.records import iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.show.new_files import new_files
@@ -23,6 +22,7 @@ from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, file_sha
 from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.studies import synthetic
 from fedtune.tasks.measures import classified
+from fedtune.version import shipped_folders
 from fedtune.words import counted
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]

@@ -15,19 +15,14 @@ from fedtune.data.records import Fault, Record, resolve_file, usable_records, wi
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
+from fedtune.version import shipped_folders
 
-_PACKAGE = Path(__file__).parents[1]
 _ROWS_KEY = b"fedtune rows"  # one for all runs, so that a score on some rows of a file is about the same rows in each
 
 
 def is_far(true: int, declared: int) -> bool:
     """A declared size is far from the true one."""
     return not 1 / 1.5 < true / declared < 1.5
-
-
-def shipped_folders() -> tuple[Path, ...]:
-    """Where `conf/` and `simulations/` lie: inside an installed wheel, else beside the package in a checkout."""
-    return tuple(folder for folder in (_PACKAGE / "share", _PACKAGE.parent) if folder.is_dir())
 
 
 def split_key(seed: int) -> bytes:

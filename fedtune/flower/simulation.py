@@ -25,7 +25,7 @@ from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.data_warnings import site_notes
 from fedtune.sites.session import Session
-from fedtune.sites.virtual_site import Participants
+from fedtune.sites.virtual_site import RECEIPTS, Participants
 
 _RUN_ID = 1
 
@@ -65,7 +65,7 @@ def simulate(
             site_keys=everyone.identities if everyone.plan.shared else {},
         ),
         average=Average(config.federation, config.declared_sizes()),
-        receipts=everyone.sites.receipts,
+        receipts=everyone.sites.folder / RECEIPTS,
         engine=_engine(config, folder, everyone, listener),
         ready=ready,
     ).to_its_end(listener)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults
 from fedtune.data.formats import format_of, raw_rows
-from fedtune.data.load import lead_side, shipped_folders, split_key
+from fedtune.data.load import lead_side, split_key
 from fedtune.data.marked import entities_of, entity_types
 from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunks, judged, resolve_file
@@ -35,6 +35,7 @@ from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.token_classification import misplaced
+from fedtune.version import shipped_folders
 
 SHOWN = 20  # errors that are kept of a file, and lines of a finding
 _MOST_TOKENS = 8_192  # up to which lengths are told apart

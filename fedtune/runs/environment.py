@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode, parse_json
 from fedtune.config import RunConfig, saved_settings
-from fedtune.data.load import shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.federation.earlier_debts import SPENT, UNKNOWN, Debt, chain, debts_in, debts_of_base, debts_of_texts
 from fedtune.federation.run_folder import RunFolder
@@ -24,7 +23,7 @@ from fedtune.privacy.selection import Selection, released
 from fedtune.sites.run_records import RunRecords, card_of, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.tasks.registry import task_named
-from fedtune.version import __version__
+from fedtune.version import __version__, shipped_folders
 
 if TYPE_CHECKING:  # they import torch, which a reader does not need
     from transformers import PreTrainedConfig

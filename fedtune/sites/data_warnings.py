@@ -13,12 +13,13 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.data import users_of
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import Dealt, is_far, shipped_folders
+from fedtune.data.load import Dealt, is_far
 from fedtune.data.records import resolve_file
 from fedtune.sites.run_records import LeadRecords, RunRecords, said_by_role, telling
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
+from fedtune.version import shipped_folders
 from fedtune.words import counted
 
 _MOST_NAMED = 3

@@ -19,7 +19,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.lists import as_json
-from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, shipped_folders, split_key
+from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, split_key
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
 from fedtune.data.spec import SITE
@@ -29,6 +29,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, expand_home
 from fedtune.tasks.registry import task_named
+from fedtune.version import shipped_folders
 from fedtune.words import counted
 
 MOST_SHARED = 1 / 20

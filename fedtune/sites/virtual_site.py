@@ -59,7 +59,7 @@ from fedtune.tasks.registry import task_named
 
 LEAD_KEY = "lead_key.pem"
 DEALT = "dealt_out.json"
-RECEIPTS = "receipts.json"
+RECEIPTS = "receipts.json"  # the newest ones of kept sites, which a new run of the same lead sends back
 POLICY = "site.toml"
 
 
@@ -107,11 +107,6 @@ class VirtualSites:
             if before[key] != value:
                 bound = f"must be {shown(before[key])}: the sites in {self.folder} were dealt their records so"
                 raise ConfigError(key, value, bound)
-
-    @property
-    def receipts(self) -> Path:
-        """The file with the newest receipts of kept sites, which a new run of the same lead sends back."""
-        return self.folder / RECEIPTS
 
     def lead_key(self) -> SigningKey:
         """The simulated lead's key; every generated policy allows it."""

@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 from fedtune.api.door import Progress, Run
 from fedtune.api.experiment_file import OPEN
-from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, without_records
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.preparation.starter import literal
 from fedtune.sites.run_records import RunRecords, in_one_form, require_apart
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
+from fedtune.version import shipped_folders
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.tasks.saved import SavedAdapter

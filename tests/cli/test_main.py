@@ -68,7 +68,7 @@ def test_each_command_gets_what_its_function_takes() -> None:
 
 @pytest.mark.parametrize(("error", "code"), [(RunError("few"), 1), (RefusedError("no"), 3), (KeyboardInterrupt(), 1)])
 def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.cli.simulate.compose_run", Mock(side_effect=error))
+    monkeypatch.setattr("fedtune.api.compose.compose_run", Mock(side_effect=error))
     assert command("simulate").failed(code) == (str(error) or "interrupted")
 
 
@@ -83,11 +83,11 @@ def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variable
 
 def test_neither_help_nor_a_mistake_nor_a_plan_waits_for_a_slow_import() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
-    names = ("simulate", "plan", "audit", "evaluate", "ledger", "report", "provision", "run")
+    names = ("plan", "audit", "evaluate", "ledger", "report", "provision", "run")
     _, out, err = started(
         "-c",
         "import sys; from fedtune.cli.main import main\n"
-        "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash']):\n"
+        "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash'], ['simulate']):\n"
         "    assert main([*words, '--help']) == 0\n"
         f"found = [name for name in {slow} if name in sys.modules]\n"
         f"for name in {names}: assert main([name, '--help']) == 0\n"
