@@ -27,13 +27,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("post_processor", "pre_tokenizer", "prec", "_ssl_context", "use_cache", "writeable"),
     },
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
-    "Hydra calls them": {
-        "is_config",
-        "load_config",
-        "manipulate_search_path",
-        "scheme",
-        "version_base",
-    },
+    "Hydra calls them": {"is_config", "load_config", "manipulate_search_path", "scheme", "version_base"},
     "importlib.resources calls it": {"get_resource_reader"},
     "Opacus calls it": {"_of_scales"},
     "names.toml and the layouts of files name them, of a column": {

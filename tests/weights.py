@@ -18,9 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 BUDGETS = tomllib.loads((REPOSITORY / "tests" / "budgets.toml").read_text())
 GOLDEN = {".txt", ".json", ".html", ".svg", ".md", ".yaml", ".toml", ".csv", ".jsonl", ".ambr"}
 BINARY = {".woff2", ".ttf"}
-_NO_CODE = {
-    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
-}
+_NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 _RECORD = re.compile(r"dataclass|\bspec\b|BaseModel|NamedTuple|TypedDict")
 
 

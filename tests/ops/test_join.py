@@ -96,8 +96,7 @@ def resigned(path: Path, **changes: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("site", "south"), ("datasets", {"patients": 101}), ("signature", "00" * 64)],
+    ("key", "value"), [("site", "south"), ("datasets", {"patients": 101}), ("signature", "00" * 64)]
 )
 def test_a_request_that_was_changed_is_refused(request_of: Any, key: str, value: object) -> None:
     path = request_of("north")

@@ -20,6 +20,7 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services import lead_and_server
 from fedtune.ops.services.lead_and_server import RUNNING, ServerService, latest_answers, members, running_process
 from fedtune.privacy.keys import SigningKey
+from fedtune.runs.federation_run import Followed
 from fedtune.spec import ConfigError
 
 from .conftest import Desk
@@ -106,8 +107,8 @@ def test_a_folder_is_run_by_the_process_that_says_so_while_it_lives(tmp_path: Pa
 
 
 def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_path: Path, now: datetime) -> None:
-    shown, state = Mock(), Mock()
-    noted = _Noted(shown, tmp_path, Mock())
+    shown, state, update = Mock(), Mock(), Mock()
+    noted = _Noted(Followed(shown, update), tmp_path, Mock())
     assert latest_answers(tmp_path) == {}
     told = [
         call.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
@@ -122,6 +123,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     for name, arguments, options in told:
         getattr(noted, name)(*arguments, **options)
     assert shown.mock_calls == told
+    assert update.mock_calls == [call(state), call(state)], "a tracker gets each state of the run, and nothing else"
     answers = latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())

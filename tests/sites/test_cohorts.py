@@ -3,6 +3,7 @@
 import json
 import logging
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -226,3 +227,12 @@ def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: 
         assert scored[-1].shape == (len(users),)
         assert ((scored[-1] >= 0) & (scored[-1] <= 1)).all()
     assert scored[0][0] == scored[1][0], "nor does one user move another's score"
+
+
+def test_a_dropped_model_goes_from_the_work_of_a_cohort_and_its_records_stay() -> None:
+    of_site, shared = SiteRecords(training=records({"one": 2, "another": 1}), heldout=[]), Mock()
+    work = site_work.SiteWork("north", shared, of_site, declared_size=3, max_adapter_value=2.0)
+    limited = work._limited_to(frozenset({"one"}))
+    work.drop_model()
+    assert not any(hasattr(one, "shared") for one in (work, limited)), "two models would fill the memory"
+    assert (len(work.records.training), len(limited.records.training)) == (3, 2)

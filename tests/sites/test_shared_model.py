@@ -139,6 +139,12 @@ def test_a_run_begins_in_the_adapter_that_it_was_proposed_with_and_no_other(trie
         begun("ab" * 32).first_adapter()  # of the one that lay in the folder before
 
 
+def test_runs_of_one_loaded_model_share_neither_settings_nor_records(tries: Tries) -> None:
+    loaded = LoadedModel(letters())
+    one, other = (RunModel(loaded, letters(seed=seed)) for seed in (1, 2))
+    assert (one.config.seed, other.config.seed, one.records is other.records) == (1, 2, False)
+
+
 def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(station: Any, tries: Tries) -> None:
     site = station()  # made with a model that passes
     tries.moved = ConfigError("model.path", "tiny", "mixes the examples of a batch")
