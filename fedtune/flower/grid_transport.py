@@ -38,7 +38,8 @@ class GridTransport:
     """Sites as nodes of a grid, by node id; without `nodes` each is asked for its name."""
 
     def __init__(self, grid: Grid | StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
-        self._grid, self._nodes, self._traffic = grid, dict(nodes or {}), [0, 0]
+        self._grid, self._nodes = grid, dict(nodes or {})
+        self._bytes_down = self._bytes_up = 0  # since they were last asked for
         self._apart: dict[str, str] = {}  # sites that refused the last exchange for its protocol, with what they speak
 
     def reach(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
@@ -66,8 +67,9 @@ class GridTransport:
         return self._exchange(f"query.{flower_records.END}", questions, flower_records.to_receipt, timeout_s)
 
     def traffic(self) -> tuple[int, int]:
-        (down, up), self._traffic = self._traffic, [0, 0]
-        return down, up
+        traffic = self._bytes_down, self._bytes_up
+        self._bytes_down = self._bytes_up = 0
+        return traffic
 
     @contextmanager
     def one_protocol(self) -> Iterator[None]:
@@ -93,7 +95,7 @@ class GridTransport:
             if question.adapter is not None and id(question.adapter) not in adapters:
                 adapters[id(question.adapter)] = flower_records.from_adapter(question.adapter)
             content = flower_records.from_question(question, adapters.get(id(question.adapter)))
-            self._traffic[0] += flower_records.num_bytes(content)
+            self._bytes_down += flower_records.num_bytes(content)
             messages.append(Message(content, numbers[question.site], kind))
         for message in self._receive(messages, timeout_s=timeout_s):
             site = self._nodes.get(message.metadata.src_node_id)
@@ -105,7 +107,7 @@ class GridTransport:
             except ConfigError as error:
                 log.warning("%s sent an unreadable answer: %s", site, error)
                 continue
-            self._traffic[1] += flower_records.num_bytes(message.content)
+            self._bytes_up += flower_records.num_bytes(message.content)
             said = getattr(answer, "body", answer)
             unread = said.allowed or "" if isinstance(said, Refusal) and said.reason is Reason.MALFORMED_REQUEST else ""
             if OTHER_PROTOCOL.fullmatch(unread):

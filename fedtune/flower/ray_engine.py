@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,15 +45,15 @@ def on_ray(
     from flwr.simulation import run_simulation
 
     app, num_sites = ServerApp(), len(config.federation.active)
-    states: list[LeadState] = []
-    failures: list[BaseException] = []
+    # Flower may wrap or swallow what is raised in its app; kept here, so that its type and exit code survive.
+    ended: Future[LeadState] = Future()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            states.append(run(GridTransport(grid)))
+            ended.set_result(run(GridTransport(grid)))
         except BaseException as error:
-            failures.append(error)  # Flower may wrap or swallow it; kept so that its type and exit code survive
+            ended.set_exception(error)
             raise
 
     with _ray(config.runtime) as ray:
@@ -70,10 +71,10 @@ def on_ray(
             of_sites = client_app(replace(config, runtime=runtime))
             run_simulation(app, of_sites, num_supernodes=num_sites, backend_config=backend)
         except BaseException as error:
-            raise next(iter(failures), error) from None
-    if failures or not states:
-        raise next(iter(failures), RunError("Flower's simulation engine ended without a result; see log.txt"))
-    return states[0]
+            raise (ended.exception() if ended.done() else None) or error from None
+    if not ended.done():
+        raise RunError("Flower's simulation engine ended without a result; see log.txt")
+    return ended.result()
 
 
 _KNOCK_S = 10.0  # for an address to answer at all
