@@ -55,13 +55,13 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Any, 
     site.edit(ledger="another.db", machine={"num_devices": 2})
     assert Adapter(site.update().tensors).digest() == first.digest()
     crew = site.real._model.devices._crew
-    (member,) = crew._members
+    ((process, _),) = crew._members
     site.edit(ledger="third.db")
     ask = crew.ask
 
     def dies(rank: int, what: Callable[..., Any], *about: Any) -> None:
         if what is _Device.add_up:
-            member.process.kill()
+            process.kill()
         ask(rank, what, *about)
 
     crew.ask = dies
@@ -70,9 +70,9 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Any, 
     assert run.charged_rounds == 1, "it was charged before it was trained"
     # The next round finds its devices at work again, also where one ended meanwhile.
     second = Adapter(site.update(round=2).tensors).digest()
-    (again,) = site.real._model.devices._crew._members
-    again.process.kill()
-    again.process.join()
+    ((again, _),) = site.real._model.devices._crew._members
+    again.kill()
+    again.join()
     site.edit(ledger="fourth.db")
     assert Adapter(site.update(round=2).tensors).digest() == second
 
