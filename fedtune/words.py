@@ -1,4 +1,4 @@
-"""Figures as every layer writes them: infinity in JSON, counts with their noun, sizes, times, keys to compare."""
+"""Figures as every layer writes them: infinity in JSON, counts with their noun, sizes, keys to compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from decimal import Decimal
 from enum import Enum
 from typing import Any
 
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
 
 
@@ -44,11 +43,6 @@ def spoken_start(digits: str) -> str:
     return f"{spoken(digits[:16])} ..."
 
 
-def finite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
-    """Scores as JSON has them: a model that diverged may have a loss that is not a number."""
-    return {name: finite(score) for name, score in scores.items()}
-
-
 def jsonable(value: Any) -> Any:
     """Nested data and dataclasses as JSON has them, with None for every number that is not finite."""
     match value:
@@ -79,22 +73,6 @@ def score_words(name: str) -> str:
     return " ".join(word.upper() if word in _ABBREVIATED else word for word in name.split("_"))
 
 
-def score_text(value: float | None) -> str:
-    """A score in four digits: 0.7500, and never -0.0000."""
-    return "not a number" if value is None or not math.isfinite(value) else f"{value:z.4f}"
-
-
-def shortened(text: str, most: int) -> str:
-    """A long name, cut in its middle."""
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
-
-
-def power_of_ten(exponent: int) -> str:
-    """10⁻⁵ and the like."""
-    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
-
-
 def counted(count: int, noun: str) -> str:
     """`1 round`, `2 rounds`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -109,12 +87,3 @@ def size(num_bytes: float) -> str:
         if num_bytes < 1024:
             return f"{num_bytes:.1f} {unit}"
     return f"{num_bytes / 1024:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min`, `5.0 h`: rounded up, as exactly as an estimate is."""
-    if seconds < 10:
-        return f"{max(seconds, 0.1):.1f} s"
-    if seconds < 120:
-        return f"{math.ceil(seconds)} s"
-    return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from fedtune.words import counted, duration, finite, jsonable, score_words, size, unbounded
+from fedtune.show.lines import duration
+from fedtune.words import counted, finite, jsonable, score_words, size, unbounded
 
 
 @pytest.mark.parametrize(

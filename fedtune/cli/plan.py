@@ -27,13 +27,13 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import price_of
 from fedtune.show.budget_text import SEEDED, contribution, noise_words, signal_words, trust_words
-from fedtune.show.lines import printable
+from fedtune.show.lines import duration, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
 from fedtune.studies.trial_search import check_trials, price_section
 from fedtune.tasks.inputs import input_of
 from fedtune.version import __version__
-from fedtune.words import counted, duration, jsonable, size, spoken_start
+from fedtune.words import counted, jsonable, size, spoken_start
 
 if TYPE_CHECKING:
     from fedtune.runs.forecast import Forecast  # which imports torch

@@ -41,10 +41,10 @@ from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
-from fedtune.runs.results import FinalResult, RunResult
+from fedtune.runs.results import FinalResult, RunResult, finite_scores
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, errors_in
-from fedtune.words import finite, finite_scores, total
+from fedtune.words import finite, total
 
 _RESULT = TypeAdapter(RunResult)
 

@@ -6,6 +6,7 @@ Every figure, and the wording of the guarantee, comes from the run's report.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from fedtune.report.page.render import as_svg, environment, write_files
 from fedtune.report.page.report_words import Words
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
-from fedtune.words import score_text, score_words
+from fedtune.words import score_words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,12 +136,17 @@ def owed(epsilon: float | None, delta: float | None) -> str:
     return f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}"
 
 
+def _score_text(value: float | None) -> str:
+    """A score in four digits: 0.7500, and never -0.0000."""
+    return "not a number" if value is None or not math.isfinite(value) else f"{value:z.4f}"
+
+
 def rendered(file: str, **values: object) -> str:
     """A card by its template, whose values are escaped for Markdown."""
     # For Markdown, where autoescape would escape for HTML.
     markdown: dict[str, Any] = {"finalize": _escaped, "autoescape": False, "keep_trailing_newline": True}
     templates = environment().overlay(**markdown, lstrip_blocks=False)
-    named = {"score_words": score_words, "score_text": score_text, "figure": catalogue("en").figure, "owed": owed}
+    named = {"score_words": score_words, "score_text": _score_text, "figure": catalogue("en").figure, "owed": owed}
     return templates.get_template(file).render(**named, **values)
 
 

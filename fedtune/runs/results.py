@@ -19,7 +19,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.measures import Detail
 from fedtune.version import __version__
-from fedtune.words import finite, finite_scores, unbounded
+from fedtune.words import finite, unbounded
 
 if TYPE_CHECKING:  # it imports pydantic, which readers of results need not
     from fedtune.config import RunConfig
@@ -76,6 +76,11 @@ def findings_of(
     worse = started is not None and sign * score < sign * started - error
     guessed = guess is not None and sign * score <= sign * guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
+
+
+def finite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
+    """Scores as JSON has them: a model that diverged may have a loss that is not a number."""
+    return {name: finite(score) for name, score in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

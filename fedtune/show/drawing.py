@@ -11,7 +11,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from fedtune.words import power_of_ten
+from fedtune.show.lines import power_of_ten
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#9A6A00")
 DASHES = ("", "6 2", "2 1", "6 2 1 2", "10 3", "1 2")

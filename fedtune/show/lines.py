@@ -1,11 +1,13 @@
-"""Lines of text that a terminal has room for, and that cannot steer it."""
+"""Lines of text that a terminal has room for and that cannot steer it; times, powers and long names as text."""
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Iterator
 
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _COPIED = re.compile(r"/|[0-9a-f]{32,}")
 _FRONT = re.compile(r" *(?:\d+\. |- )?")
 _TO_TYPE = re.compile(r"(^ *|^.*: )(fedtune \w(?:(?![.;] ).)*[^.;])$")
@@ -57,3 +59,23 @@ def printable(text: object, most: int = 200) -> str:
     """A text from outside in one line of at most `most` letters, without what could steer a terminal."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
     return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min`, `5.0 h`: rounded up, as exactly as an estimate is."""
+    if seconds < 10:
+        return f"{max(seconds, 0.1):.1f} s"
+    if seconds < 120:
+        return f"{math.ceil(seconds)} s"
+    return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def shortened(text: str, most: int) -> str:
+    """A long name, cut in its middle."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """10⁻⁵ and the like."""
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"

@@ -15,11 +15,12 @@ from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate, constant_words
 from fedtune.evaluation.groups import OTHERS, GroupScores
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.show.lines import duration
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trial
 from fedtune.version import __version__
-from fedtune.words import counted, duration, jsonable, score_words, size
+from fedtune.words import counted, jsonable, score_words, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide

@@ -14,7 +14,7 @@ from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import FONTS, as_svg, as_svg_of_own
 from fedtune.report.page.report_words import Words
-from fedtune.words import shortened
+from fedtune.show.lines import shortened
 
 from .shown import HOSTILE, NAMES, numbers, periods, reports, with_facts, with_site
 

@@ -21,7 +21,8 @@ from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import as_svg
 from fedtune.report.page.report_words import Words, pointer
 from fedtune.report.page.tables import MOST_ROWS
-from fedtune.words import shortened, spoken
+from fedtune.show.lines import shortened
+from fedtune.words import spoken
 
 from . import shown as made
 from .shown import HOSTILE, NAMES, Element, Make, lookup, numbers, page, parsed, reports, with_site

@@ -19,8 +19,8 @@ from markupsafe import Markup, escape
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.show.budget_text import Arrivals
+from fedtune.show.lines import power_of_ten
 from fedtune.spec import check_one_of
-from fedtune.words import power_of_ten
 
 LANGUAGES = ("en", "de")
 _TIMES = "\N{MULTIPLICATION SIGN}"

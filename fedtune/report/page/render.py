@@ -31,8 +31,9 @@ from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words, data, pointer
 from fedtune.report.page.tables import Charts, Column
+from fedtune.show.lines import shortened
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import score_words, shortened, spoken
+from fedtune.words import score_words, spoken
 
 FONTS = Path(__file__).parent / "fonts"
 _GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # of fields, by how they begin

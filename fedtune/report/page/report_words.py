@@ -22,7 +22,8 @@ from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, Catalogue
 from fedtune.show.budget_text import Arrivals, neighbours_together
 from fedtune.show.drawing import MOST_LINES
-from fedtune.words import shortened, unbounded
+from fedtune.show.lines import shortened
+from fedtune.words import unbounded
 
 One = TypeVar("One")
 _LONGEST_IN_CHART = 18

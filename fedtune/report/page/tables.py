@@ -16,7 +16,8 @@ from fedtune.report.page.catalogue import Catalogue
 from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, named_by, pointer
 from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
-from fedtune.words import score_words, shortened
+from fedtune.show.lines import shortened
+from fedtune.words import score_words
 
 MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
 PAGE_ONE_SITES = 8  # sites on page 1, the least favourable first; later tables list each
