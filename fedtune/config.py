@@ -27,7 +27,7 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_schema, expand_home, spec
+from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_name, check_schema, expand_home, spec
 from fedtune.tasks.registry import task_named
 from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, automatic_rate
 
@@ -115,9 +115,7 @@ class RunConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.,=-]*", self.name, re.ASCII) or len(self.name) > MOST_NAME:
-            bound = f"must be a plain folder name of at most {MOST_NAME} letters, digits, '-', '_', '.', ',', '='"
-            raise ConfigError("name", self.name, bound)
+        check_name("name", self.name, most=MOST_NAME, marks="-_.,=")
         if not 0 <= self.seed <= MOST_SEED:
             raise ConfigError("seed", self.seed, f"must be from 0 to {MOST_SEED}")
         task = task_named(self.task)

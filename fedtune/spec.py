@@ -19,6 +19,7 @@ from types import NoneType
 from typing import Any, ClassVar, Final, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+_NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 
 # One number for each format.  A change of what is written takes a new one, or a migration; a reader refuses all others.
 LEDGER_SCHEMA: Final = 5  # ledger.db and its anchor
@@ -215,10 +216,18 @@ def expand_home(path: str, *, key: str) -> str:
     return found
 
 
-def check_name(key: str, name: str) -> None:
-    """Require a name that can stand in a file, a message and a command line."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):
-        raise ConfigError(key, name, "must be made of at most 100 letters, digits, '-', '_' and '.'")
+def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> None:
+    """Require a name that can stand in a file, a message and a command line, and name a folder on every system.
+
+    A kit, a ledger's folder or a run may be copied to another system than the one on which it was named.
+    """
+    if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9{re.escape(marks)}]*", name) or len(name) > most:
+        allowed = f"letters, digits, {', '.join(map(repr, marks[:-1]))} and {marks[-1]!r}"
+        raise ConfigError(key, name, f"must be made of at most {most} {allowed}, and begin with a letter or digit")
+    if _NOT_ON_WINDOWS.fullmatch(name):
+        raise ConfigError(
+            key, name, "cannot be the name of a folder on Windows: choose another, without a dot at its end"
+        )
 
 
 def shown(value: object, most: int = 120) -> str:

@@ -36,7 +36,7 @@ _names = st.from_regex(r"[abcXYZ019][abcXYZ019_-]{0,11}", fullmatch=True)
 _settings = st.fixed_dictionaries(
     {},
     optional={
-        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.,=-]{0,20}", fullmatch=True),
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.,=-]{0,20}[A-Za-z0-9_]", fullmatch=True),
         "seed": st.integers(0, MOST_SEED),
         "resume": st.none() | st.text(min_size=1),
         "privacy__epsilon": st.floats(min_value=1e-6, max_value=100.0),

@@ -98,8 +98,8 @@ class FederationSpec:
             if "." in name:
                 raise ConfigError("site_names", name, "must not hold a '.'")
             check_name("site_names", name)
-        if len(set(self.site_names)) != len(self.site_names):
-            raise ConfigError("site_names", list(self.site_names), "must not repeat a name")
+        if len({name.lower() for name in self.site_names}) != len(self.site_names):  # one folder each on every disk
+            raise ConfigError("site_names", list(self.site_names), "must not repeat a name, in capitals or not")
         names = set(self.names)
         for name in self.participants:
             if name not in names:
