@@ -31,6 +31,7 @@ from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
 from fedtune.spec import RunError, StuckError, full_disk
 from fedtune.studies.trials import Trial, Trials, price_text
+from fedtune.system import send_signal
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
@@ -160,7 +161,7 @@ def _interrupted_by_signals() -> Iterator[None]:
 
     def dropped(about: sys.UnraisableHookArgs) -> None:
         if about.exc_type is KeyboardInterrupt:
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.01, send_signal, (os.getpid(), signal.SIGINT)).start()
         else:
             hook(about)
 

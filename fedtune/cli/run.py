@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.studies.trials import Trials
+from fedtune.system import send_signal
 
 _ACTIONS = ("status", "stop", "resume")
 _STOP_S = 60.0
@@ -169,7 +169,7 @@ def _stop(folder: Path, *, kit: Kit | None) -> None:
         if (pid := running_process(folder)) is None:
             raise RunError(f"{folder} is running, and does not say in which process; stop it where it was started")
         with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(pid, signal.SIGTERM)
+            send_signal(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
         while files.is_running:
             if time.monotonic() > deadline:

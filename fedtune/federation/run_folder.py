@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from fedtune.codec import parse_json
 from fedtune.privacy.durable import hashes, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk
+from fedtune.system import lock, open_to_lock
 
 _MOST_NAMED = 10
 CARD, LABEL = "README.md", "label.svg"  # of an adapter, and the privacy label beside it
@@ -67,9 +67,9 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
+            descriptor = open_to_lock(folder)
             held.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, wait=True)
         except OSError as error:
             raise ConfigError("folder", str(folder), f"cannot be locked: {error.strerror or error}") from None
         yield
@@ -215,9 +215,9 @@ class RunFolder:
         Raises:
             ConfigError: another process runs it.
         """
-        with self.log.open("a") as lock:  # the lock ends with the process, even if that is killed
+        with self.log.open("a") as held:  # the lock ends with the process, even if that is killed
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(held.fileno())
             except OSError:
                 raise ConfigError("resume", str(self.path), "is running in another process") from None
             yield
@@ -227,9 +227,9 @@ class RunFolder:
         """True if a process holds the folder; changes nothing in it."""
         if not self.log.is_file():
             return False
-        with self.log.open() as lock:
+        with self.log.open() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock(held.fileno(), shared=True)
             except OSError:
                 return True
         return False

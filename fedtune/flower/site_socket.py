@@ -30,6 +30,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.codec import parse_json
 from fedtune.flower.unix_socket import bind_socket
+from fedtune.system import PEER_CREDENTIALS, UNIX_SOCKETS, effective_user
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def ask(path: str, kind: str, created_at: float, content: RecordDict) -> RecordD
         OSError, EOFError: the process is away, hears others alone, or closed the connection.
         ValueError: the content is none of fedtune's.
     """
-    with socket.socket(socket.AF_UNIX) as line:
+    with socket.socket(UNIX_SOCKETS) as line:
         line.connect(path)
         line.sendall(pack(kind, created_at, content))
         return unpack(*_receive(line, most_s=None))[2]
@@ -146,7 +147,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
     Raises:
         ConfigError: something else is there, another process listens there, or the folder is missing or closed.
     """
-    with socket.socket(socket.AF_UNIX) as server:
+    with socket.socket(UNIX_SOCKETS) as server:
         bind_socket(server, path, key="socket", backlog=_WAITING)
         try:
             yield server
@@ -178,12 +179,12 @@ def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> Non
 
 def _check_peer(line: socket.socket, *, group: int) -> None:
     """Raise PermissionError for a process of another user that is in another group than the socket."""
-    credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    credentials = line.getsockopt(socket.SOL_SOCKET, PEER_CREDENTIALS, _CREDENTIALS.size)
     _, user, first = _CREDENTIALS.unpack(credentials)
     groups = array("I")
     with suppress(OSError):  # more groups than fit: the first one counts alone
         groups.frombytes(line.getsockopt(socket.SOL_SOCKET, _PEER_GROUPS, _MOST_OPTION))
-    if user != os.geteuid() and group not in (first, *groups):
+    if user != effective_user() and group not in (first, *groups):
         raise PermissionError
 
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedtune.spec import ConfigError
+from fedtune.system import UNIX_SOCKETS
 
 
 def bind_socket(server: socket.socket, path: Path, *, key: str, backlog: int) -> None:
@@ -18,7 +19,7 @@ def bind_socket(server: socket.socket, path: Path, *, key: str, backlog: int) ->
         ConfigError: about `key`: something else is there, another process listens there, or the folder is missing or
             closed.
     """
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as other:
+    with suppress(OSError), socket.socket(UNIX_SOCKETS) as other:
         other.connect(str(path))
         raise ConfigError(key, str(path), "is in use: another process listens there")
     try:

@@ -26,12 +26,13 @@ from fedtune.ops.files import new_folder, writing
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
 from fedtune.ops.services.site_state import serving
-from fedtune.privacy.durable import fsync_folder, write_durably
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
+from fedtune.system import change_mode, fsync_folder
 from fedtune.version import __version__
 
 Kind = Literal["site", "server", "lead"]
@@ -113,7 +114,7 @@ def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
             with os.fdopen(descriptor, "wb") as file, archive.open(name) as entry:
                 _copied(entry, file)
                 file.flush()
-                os.fchmod(descriptor, 0o600 | archive.getinfo(name).external_attr >> 16 & 0o044)  # as it was
+                change_mode(descriptor, 0o600 | archive.getinfo(name).external_attr >> 16 & 0o044)  # as it was
                 os.fsync(file.fileno())
             os.link(building, target)
         finally:

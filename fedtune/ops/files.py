@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import os
-import pwd
 import shutil
 import signal
 import sys
@@ -16,8 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.privacy.durable import fsync_folder, require_room
+from fedtune.privacy.durable import require_room
 from fedtune.spec import ConfigError
+from fedtune.system import effective_user, fsync_folder, pwd
 
 _PAGE_BYTES = 4096
 
@@ -78,7 +79,7 @@ def trouble_of(*files: Path) -> str:
                 page.flush()
                 os.fsync(page.fileno())
         except OSError as error:
-            disk = next(folder for folder in file.resolve().parents if folder.is_mount())
+            disk = next(folder for folder in file.resolve().parents if os.path.ismount(folder))
             return f"{file} cannot be written ({error.strerror}, on the disk at {disk}): no round can be charged"
     return ""
 
@@ -103,7 +104,7 @@ def act_as_owner(*places: Path) -> None:
         ConfigError: this root may not, as in some containers; or that account cannot read this Python.
     """
     place = next((place for place in places if os.path.lexists(place)), None)
-    if place is None or os.geteuid() != 0:
+    if place is None or effective_user() != 0:
         return
     owner = place.lstat()  # of a link itself, which is not followed
     if owner.st_uid == 0:
@@ -114,8 +115,8 @@ def act_as_owner(*places: Path) -> None:
     name = name_of(owner.st_uid)
     try:
         os.setgroups(groups)
-        os.setresgid(group, group, group)
-        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+        os.setregid(group, group)
+        os.setreuid(owner.st_uid, owner.st_uid)
     except OSError as error:
         bound = f"belongs to account {name}, which this root may not become ({error.strerror}): run this as {name}"
         raise ConfigError("account", str(place), bound) from None
@@ -145,7 +146,7 @@ def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 def person() -> str:
     """The account of whoever runs this command: with sudo, the one that called it."""
-    return os.environ.get("SUDO_USER") or name_of(os.getuid())
+    return os.environ.get("SUDO_USER") or (name_of(os.getuid()) if pwd else getpass.getuser())
 
 
 def own_group(uid: int) -> int | None:
@@ -158,8 +159,8 @@ def _python_is_readable() -> bool:
     return os.access(os.__file__, os.R_OK) and os.access(__file__, os.R_OK)
 
 
-def _known(uid: int) -> pwd.struct_passwd | None:
+def _known(uid: int) -> Any:
     try:
-        return pwd.getpwuid(uid)
+        return pwd and pwd.getpwuid(uid)
     except KeyError:
         return None

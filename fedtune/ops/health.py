@@ -31,6 +31,7 @@ from typing import Literal, TypedDict, get_args
 
 from fedtune.flower.unix_socket import bind_socket
 from fedtune.spec import ConfigError, check_one_of
+from fedtune.system import UNIX_SOCKETS
 from fedtune.version import build
 
 State = Literal["starting", "connected", "disconnected", "expired", "failing", "training", "paused", "stopping"]
@@ -188,7 +189,7 @@ def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, 
         listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         bound = listening.getsockname()[1]
         return listening, f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
-    listening = socket.socket(socket.AF_UNIX)
+    listening = socket.socket(UNIX_SOCKETS)
     try:
         bind_socket(listening, Path(address.removeprefix(_UNIX)), key=key, backlog=_BACKLOG)
     except ConfigError:
@@ -228,7 +229,7 @@ def ask(address: str, path: str = "/health") -> tuple[int, str]:
     connection = http.client.HTTPConnection(host, port, timeout=_REQUEST_S)
     try:
         if is_unix:
-            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock = socket.socket(UNIX_SOCKETS)
             connection.sock.settimeout(_REQUEST_S)
             connection.sock.connect(address.removeprefix(_UNIX))
         connection.request("GET", path)

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedtune import system
 from fedtune.spec import ConfigError
 
 
@@ -30,7 +31,7 @@ def write_durably(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
     temporary.unlink(missing_ok=True)  # of a process that had this number, and was killed
     # A link that somebody put there is not followed.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.NO_FOLLOW, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             keep_owner(descriptor, path)
@@ -42,7 +43,7 @@ def write_durably(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)  # on a full disk it would take what room is left
         error.filename = str(path)  # which an error of a write does not name
         raise
-    fsync_folder(path.parent)
+    system.fsync_folder(path.parent)
 
 
 def keep_owner(descriptor: int, path: Path) -> None:
@@ -53,21 +54,12 @@ def keep_owner(descriptor: int, path: Path) -> None:
         before = None
     owner = path.parent.stat() if before is None else before
     with contextlib.suppress(PermissionError):
-        if os.geteuid() == 0:
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        if system.effective_user() == 0:
+            system.change_owner(descriptor, owner.st_uid, owner.st_gid)
         elif before is not None:
-            os.fchown(descriptor, -1, before.st_gid)
+            system.change_owner(descriptor, -1, before.st_gid)
     if before is not None and stat.S_ISREG(before.st_mode):
-        os.fchmod(descriptor, before.st_mode & 0o755)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        system.change_mode(descriptor, before.st_mode & 0o755)
 
 
 def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:

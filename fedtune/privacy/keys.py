@@ -20,8 +20,10 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedtune.privacy.durable import fsync_folder, write_durably
+from fedtune import system
+from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, shown
+from fedtune.system import fsync_folder
 
 PASSPHRASE_FILE = "FEDTUNE_KEY_PASSPHRASE_FILE"  # environment variable: a file whose first line is the passphrase
 _COMMAND_S = 10.0  # after which a command that prints a key is killed
@@ -135,7 +137,7 @@ def _framed(purpose: str, message: bytes) -> bytes:
 
 def _check_command(command: Sequence[str], named_in: Path | None) -> None:
     about = None if named_in is None else named_in.stat()
-    if about is None or about.st_uid != os.geteuid() or about.st_mode & 0o022:
+    if about is None or about.st_uid != system.effective_user() or about.st_mode & 0o022:
         bound = "runs only for the account that the file with it belongs to, which alone may write that file"
         raise ConfigError(f"{named_in}: key_command", command[0], bound)
     if not os.path.isabs(command[0]) or "\0" in "".join(command):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +26,7 @@ from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProven
 from fedtune.sites.data_warnings import check_decides, lead_notes
 from fedtune.sites.shared_model import RunModel
 from fedtune.spec import RunError
+from fedtune.system import MEMORY_UNIT, resource
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import save_task_model
@@ -212,8 +211,9 @@ class FederationRun:
             constant=guess,
             seconds=seconds,
             # Of this process: Ray's actors are not its children.
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024),
+            peak_memory_bytes=None
+            if resource is None
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MEMORY_UNIT,
             findings=(DATA_CHANGED, *findings) if state.data_changed else findings,
             kept=kept_of(state.rounds, config.federation, judged_by=config.judged_by),
             energy=meter.stop(),

@@ -10,8 +10,9 @@ from io import BufferedWriter
 from pathlib import Path
 from secrets import token_hex
 
-from fedtune.privacy.durable import fsync_folder, keep_owner
+from fedtune.privacy.durable import keep_owner
 from fedtune.spec import ConfigError
+from fedtune.system import fsync_folder
 
 
 @contextmanager

@@ -234,7 +234,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     for code in final.findings:
         say_here(_finding(code, config), style="yellow")
     took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
-    say_here(f"{took}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
+    memory = f", peak memory {final.peak_memory_bytes / 2**30:.1f} GiB" if final.peak_memory_bytes else ""
+    say_here(took + memory)
 
 
 def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:

@@ -44,6 +44,7 @@ from fedtune.model.quiet import first_line
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
+from fedtune.system import UNIX_SOCKETS
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products
 from fedtune.training.dp_step import TensorSums, UnitGradients, add_each, zeros
@@ -306,7 +307,8 @@ class _Crew:
         self.end = weakref.finalize(self, _end, self._members)
         start = multiprocessing.get_context("spawn")
         for place in places:
-            ours, theirs = start.Pipe()
+            ends: tuple[Any, Any] = start.Pipe()
+            ours, theirs = ends
             _bound_sending(ours)
             process = start.Process(target=_serve, args=(theirs, place, load), daemon=True)
             process.start()
@@ -359,7 +361,9 @@ class _Crew:
 
 
 def _bound_sending(pipe: Connection) -> None:
-    """Let a process that stopped reading fail what is sent to it, in place of holding its sender up for good."""
+    """Set a send timeout, so that a hung worker raises instead of blocking the sender; a pipe of Windows has none."""
+    if UNIX_SOCKETS < 0:
+        return
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # the option is that of the pipe's end, whoever sets it
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(MOST_WAIT_S), 0))
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedtune import system
 from fedtune.data import Shapes, TextDataset, collate
 from fedtune.model.fits import usable_positions
 from fedtune.model.products import multiply_by_onednn
@@ -96,8 +97,7 @@ def usable_cores() -> int:
 
     OMP_NUM_THREADS lowers it further: threads that wait for each other on busy cores take several times as long.
     """
-    on_linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    cores = len(system.usable_cores(0))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 

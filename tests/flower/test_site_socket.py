@@ -194,8 +194,7 @@ def test_another_user_is_heard_as_a_member_of_the_group_alone(monkeypatch: pytes
     line, peer = socket.socketpair(socket.AF_UNIX)
     with line, peer:
         site_socket._check_peer(line, group=54321)  # the same user
-        own = os.geteuid()
-        monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+        monkeypatch.setattr(site_socket, "effective_user", lambda: os.geteuid() + 1)
         for group in {os.getegid(), *os.getgroups()}:
             site_socket._check_peer(line, group=group)
         with pytest.raises(PermissionError):

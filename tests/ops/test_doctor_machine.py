@@ -187,7 +187,7 @@ def test_what_root_made_is_named_once(site: Path, monkeypatch: pytest.MonkeyPatc
     assert f"the site's process runs as account {STRANGER}, and this is root" in check.found
     for name in ("ledger.db", "other disk/anchor.json"):
         os.chown(site / name, 0, 0)
-    monkeypatch.setattr(machine.os, "geteuid", lambda: STRANGER)
+    monkeypatch.setattr(machine, "effective_user", lambda: STRANGER)
     monkeypatch.setattr(site_checks.os, "access", lambda path, mode: Path(path).stat().st_uid == STRANGER)
     assert [check.name for check in looked_at(site)] == ["files: ledger", "files: anchor"]
     check, history = site_checks.ledger(SiteFiles.of(site / "site.toml"))

@@ -123,7 +123,7 @@ def test_a_command_runs_for_the_owner_of_the_file_that_names_it_alone(named_in: 
     for command in (("sh",), ("./sh",), ("/bin/sh", "a\0b")):
         with pytest.raises(ConfigError, match="must begin with the absolute path of a program, and hold no NUL"):
             SigningKey.load(Path("key.pem"), command=command, named_in=named_in)
-    monkeypatch.setattr(keys.os, "geteuid", lambda: named_in.stat().st_uid + 1)
+    monkeypatch.setattr(keys.system, "effective_user", lambda: named_in.stat().st_uid + 1)
     with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the account"):
         SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
     monkeypatch.undo()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from fedtune import system
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, shown
 
 SETTINGS, REFUSED, SERVER = 2, 3, 1
@@ -97,10 +98,10 @@ class PrivateLog:
         """Write `text` down, and say where, as the rest of a sentence; empty where that is not possible."""
         try:
             self._path.parent.mkdir(exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_APPEND if self._begun else os.O_TRUNC)
+            flags = os.O_WRONLY | os.O_CREAT | system.NO_FOLLOW | (os.O_APPEND if self._begun else os.O_TRUNC)
             descriptor = os.open(self._path, flags, 0o600)
             with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
-                os.fchmod(descriptor, 0o600)  # it may be there already
+                system.change_mode(descriptor, 0o600)  # it may be there already
                 file.write(text.rstrip() + "\n")
         except OSError:
             return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grp
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from fedtune.ops.doctor.check import SERVER, Check, failed, ok, skipped, warning
 from fedtune.ops.files import name_of, own_group
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.system import effective_group, effective_user, grp
 
 MOST_AHEAD_S, WRONG_S = 5.0, 60.0
 """A server takes nothing that was signed more than 5 s in its future (Flower's SYSTEM_TIME_TOLERANCE), or some minutes
@@ -100,7 +100,9 @@ def socket_place(place: Path) -> Check:
     if found.st_mode & stat.S_IRWXO:
         fix = "Stop the site, remove the socket, and start the site again."
         return failed(name, "every user of this machine may open it", fix=fix)
-    group = next((one.gr_name for one in grp.getgrall() if one.gr_gid == found.st_gid), str(found.st_gid))
+    number = found.st_gid
+    named = grp and next((one.gr_name for one in grp.getgrall() if one.gr_gid == number), None)
+    group = named or str(number)
     return ok(name, f"for the site's user and members of the group {group}")
 
 
@@ -204,7 +206,7 @@ def owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[Chec
     policy cannot be read.
     """
     key = kit / "connection_key.pem"
-    account = key.stat().st_uid if key.exists() else os.geteuid()
+    account = key.stat().st_uid if key.exists() else effective_user()
     places = {"policy": site_toml, "kit": kit, "connection key": key}
     if files is not None:
         folder = files.ledger.absolute().parent
@@ -213,8 +215,8 @@ def owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[Chec
             places["anchor"] = files.anchor
     wrong = [check for what, path in places.items() if (check := _wrong(what, path, account)) is not None]
     yield from wrong
-    if account != os.geteuid():
-        found = f"the site's process runs as account {name_of(account)}, and this is {name_of(os.geteuid())}"
+    if account != effective_user():
+        found = f"the site's process runs as account {name_of(account)}, and this is {name_of(effective_user())}"
         fix = f"Run the doctor as {name_of(account)}, for instance with `sudo -u {name_of(account)}`."
         yield failed(f"{_NAME}: account", found, fix=fix)
     elif not wrong:
@@ -234,7 +236,10 @@ def _wrong(what: str, path: Path, account: int) -> Check | None:
         said = f"{path} belongs to account {name_of(found.st_uid)}, and the site's process runs as {own}"
         return failed(name, said, fix=f"Run `chown {own}: {path}`.")
     own_gid = own_group(account)
-    others = found.st_mode & stat.S_IWGRP and found.st_gid not in (os.getegid() if own_gid is None else own_gid, _ROOT)
+    others = found.st_mode & stat.S_IWGRP and found.st_gid not in (
+        effective_group() if own_gid is None else own_gid,
+        _ROOT,
+    )
     # Who else may write, as chmod calls them.
     who = ("g" if others else "") + ("o" if found.st_mode & stat.S_IWOTH else "")
     if not who or (folder and found.st_mode & stat.S_ISVTX):

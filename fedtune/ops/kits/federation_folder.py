@@ -31,9 +31,10 @@ from fedtune.ops.kits.certificates import (
 )
 from fedtune.ops.kits.kit_file import Address, KitFile, KitModel, check_models, is_host, read_json, read_spec
 from fedtune.ops.kits.members import Member, Roster
-from fedtune.privacy.durable import fsync_folder, write_durably
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA, ConfigError, spec
+from fedtune.system import fsync_folder
 from fedtune.words import spoken
 
 SETTINGS, CHANGE = "federation.toml", "change.json"

@@ -13,8 +13,8 @@ from fedtune.model.manifest import Manifest, manifest_of
 from fedtune.model.source import model_folder, only_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
 from fedtune.ops.kits.kit_file import Kit, KitModel, model_place
-from fedtune.privacy.durable import fsync_folder
 from fedtune.spec import ConfigError, RunError
+from fedtune.system import fsync_folder
 
 _OPTION = "--import-model"
 _KEPT_FREE_BYTES = 200 * 2**20

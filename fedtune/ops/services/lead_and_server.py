@@ -28,6 +28,7 @@ from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.metrics import ServerMetrics
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, RunError
+from fedtune.system import send_signal
 
 if TYPE_CHECKING:
     from fedtune.ops.health import Health
@@ -117,7 +118,7 @@ def running_process(folder: Path) -> int | None:
         pid = int(told["pid"])
         if told.get("at") not in (None, _here()) or pid <= 0:  # which is a group of processes, or none, to the system
             return None
-        os.kill(pid, 0)
+        send_signal(pid, 0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return pid

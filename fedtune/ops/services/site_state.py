@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedtune import system
 from fedtune.codec import decode, parse_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
@@ -149,12 +149,12 @@ def serving(ledger: Path) -> Iterator[None]:
     path = ledger.with_name(f"{ledger.name}.serving")
     path.parent.mkdir(parents=True, exist_ok=True)  # as for the ledger, which may be yet to be made
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | system.NO_FOLLOW, 0o600)
     except OSError as error:
         raise ConfigError("ledger", str(path), f"must be a file that can be written ({error.strerror})") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(descriptor)
         except OSError:
             said = os.read(descriptor, 32).strip()
             holder = said.decode() if said.isdigit() else "another"

@@ -7,7 +7,7 @@ and httpcore 1.0, whose internals it uses; tests/flower/test_bounded_http.py fai
 
 from __future__ import annotations
 
-import select
+import selectors
 import ssl
 import threading
 import time
@@ -182,10 +182,10 @@ def _hear_refusal(connection: object, *, within_s: float) -> None:
     """
     if not isinstance(connection, ssl.SSLSocket):  # TLS inside a proxy's TLS
         return
-    waiting = select.poll()
-    waiting.register(connection, select.POLLIN)
-    if not connection.pending() and not waiting.poll(1000 * within_s):
-        return
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(connection, selectors.EVENT_READ)
+        if not connection.pending() and not waiting.select(within_s):
+            return
     connection.setblocking(False)
     try:
         said = connection.recv(1)

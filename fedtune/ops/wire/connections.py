@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import resource
 import socket
 import ssl
 from collections import Counter
@@ -27,6 +26,7 @@ from fedtune.ops.kits.certificates import common_name, public_pem
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.gate import PEER, Peer
 from fedtune.ops.wire.identity import Tls
+from fedtune.system import resource
 
 _RESERVED_FILES = 128  # of the process's, for database, roster, health and logs
 _MOST_CONNECTIONS, _LEAST_CONNECTIONS = 2048, 16
@@ -70,6 +70,8 @@ def server_context(tls: Tls) -> ssl.SSLContext:
 
 def most_connections() -> int:
     """That this process's limit of open files leaves room for; raises that limit as far as it may."""
+    if resource is None:
+        return _LEAST_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_CONNECTIONS + _RESERVED_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,0 +1,129 @@
+"""fedtune on systems that lack what Linux has, as far as Linux can play them."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedtune.api.compose import compose_run
+
+from .conftest import REPOSITORY, python
+
+MODULES = ("fcntl", "grp", "pwd", "resource")
+NAMES = (
+    *("geteuid", "getuid", "getegid", "fchmod", "fchown", "O_NOFOLLOW", "sched_getaffinity", "getgrouplist"),
+    *("setgroups", "setregid", "setreuid"),
+)
+OF_ROOT = {"getgrouplist", "setgroups", "setregid", "setreuid", "getuid"}
+"""What `fedtune/ops/files.py` calls where it acts as another account, which only root can."""
+
+WINDOWS = f"""
+import asyncio, fcntl, os, socket, subprocess, sys, tempfile, types
+flags = {{"LK_LOCK": fcntl.LOCK_EX, "LK_NBLCK": fcntl.LOCK_EX | fcntl.LOCK_NB}}
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=lambda at, flag, size, lock=fcntl.flock: lock(at, flag), **flags)
+for name in {MODULES}:
+    sys.modules[name] = None
+kept = {{name: getattr(os, name) for name in {NAMES}}}
+for name in kept:
+    delattr(os, name)
+known, sys.platform = sys.platform, "win32"
+import fedtune.system
+sys.platform = known
+assert fedtune.system.effective_user() == -1
+"""
+"""The start of a program that sees what Python has on Windows; other libraries are told that it is Linux."""
+
+
+def test_one_file_knows_what_systems_lack() -> None:
+    asked = re.compile(
+        r"^ *(import|from) (fcntl|grp|pwd|resource|msvcrt)\b|sys\.platform|os\.name\b|AF_UNIX|SO_PEERCRED", re.MULTILINE
+    )
+    for path in (REPOSITORY / "fedtune").rglob("*.py"):
+        if path.name == "system.py":
+            continue
+        source = path.read_text()
+        assert not asked.search(source), path
+        used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+        lacking = {name for name in NAMES if f"os.{name}" in used}
+        assert lacking <= (OF_ROOT if path.name == "files.py" else set()), path
+
+
+def test_text_files_name_their_encoding() -> None:
+    for path in (REPOSITORY / "fedtune").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="write_text"), args=[_], keywords=[]):
+                    pytest.fail(f"{path}:{node.lineno}: write_text() takes the machine's encoding")
+
+
+def test_commands_start_and_a_ledger_is_written_without_modules_of_linux(tmp_path: Path) -> None:
+    code = f"""{WINDOWS}
+from pathlib import Path
+from fedtune.cli.main import main
+from fedtune.federation.run_folder import RunFolder, locked
+from fedtune.ops.files import name_of
+from fedtune.ops.services.lead_and_server import running_process
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.verify import verify
+from fedtune.spec import ConfigError
+from tests.privacy.builders import make_key, policy, proposal, train
+
+assert main(["--help"]) == 0
+assert main(["simulate", "experiment=debug", "--cfg", "job"]) == 0
+train(Ledger(Path("ledger.db"), policy(), make_key(1)), proposal(), 1, 2)
+assert len(verify(Path("ledger.db")).history.charged()) == 1
+folder = RunFolder(Path.cwd())
+with folder.held():
+    assert folder.is_running
+    try:
+        with folder.held():
+            raise AssertionError("two processes hold one folder")
+    except ConfigError as error:
+        assert "is running in another process" in str(error)
+assert not folder.is_running
+with locked(Path.cwd()):
+    assert Path(".lock").exists()
+Path("running.json").write_text('{{"pid": 1}}')
+assert running_process(Path.cwd()) is None
+print(name_of(7))
+"""
+    printed = python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert "Usage: fedtune" in printed
+    assert "experiment" in printed
+    assert printed.endswith("\n7\n")
+
+
+@pytest.mark.nightly
+def test_a_run_finishes_without_modules_of_linux(tmp_path: Path) -> None:
+    # torch and transformers need them where Linux runs below; fedtune.system has made its choice.
+    code = f"""{WINDOWS}
+for name, value in kept.items():
+    setattr(os, name, value)
+for name in {MODULES}:
+    del sys.modules[name]
+from fedtune.cli.main import main
+sys.exit(main(["simulate", "experiment=debug", "name=one"]))
+"""
+    printed = python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert "peak memory" not in printed
+    assert (tmp_path / "runs/one/run.json").is_file()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("system", "lacking"), [("darwin", set()), ("win32", OF_ROOT - {"getuid"})])
+def test_types_hold_on_other_systems(system: str, lacking: set[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mypy", "--platform", system, "--cache-dir", str(tmp_path)]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
+    errors = [line for line in found.splitlines() if ": error: " in line]
+    assert {name for line in errors for name in re.findall(r'no attribute "(\w+)"', line)} == lacking
+    assert all(line.startswith("fedtune/ops/files.py") for line in errors)
+
+
+@pytest.mark.parametrize("path", [r"C:\data\train.csv", "C:/data/train.csv", r"\\server\share\train.csv"])
+def test_paths_of_windows_are_settings(path: str) -> None:
+    config = compose_run(["experiment=debug", f"data.train_file={path}", f"tracking.output_dir={path}"])
+    assert (config.data.train_file, config.tracking.output_dir) == (path, path)
