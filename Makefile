@@ -4,6 +4,11 @@
 # make mutants    print the table of deliberate faults that the tests must find
 # make constraints   for a release: constraints.hashed.txt, the versions of constraints.txt with the hashes of their files
 # make sbom       for a release: dist/sbom.cdx.json, a CycloneDX list of all that is installed where SBOM_OF is the Python
+# make dist       dist/: the source distribution, and the wheel that is built from it
+# make package    for a release: dist/ with wheel, sdist, constraints, SBOM and SHA256SUMS; the wheel is tried in an empty
+#                 environment outside the checkout.  With DEPENDENCIES=<a Python> only dist/ is built, and the wheel is
+#                 tried with the packages that this Python has: seconds instead of minutes, as CI does
+# make wheelhouse wheelhouse/: every wheel that a machine without the internet needs (docs/air_gapped.md), and SHA256SUMS
 # ARGS="..." passes overrides to the demo, as in: make simulate ARGS="privacy.epsilon=3"
 
 PYTHON ?= python3
@@ -28,7 +33,12 @@ TOOLS ?= $(VENV)/release-tools
 SBOM_OF ?= $(VENV)/bin/python
 SBOM ?= dist/sbom.cdx.json
 
-.PHONY: simulate test checks nightly mutants format constraints sbom clean
+DEPENDENCIES ?=
+WHEELHOUSE ?= wheelhouse
+EXTRAS ?= gguf,metrics,text
+FROM_INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: simulate test checks nightly mutants format constraints sbom dist package wheelhouse clean
 
 simulate: $(VENV)/.demo
 	$(VENV)/bin/fedtune simulate $(ARGS)
@@ -58,7 +68,7 @@ format: $(VENV)/.dev
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "torch $(TORCH_VERSION): GPU found: $(GPU); from $(if $(TORCH_INDEX),$(TORCH_INDEX),the default package index (set TORCH_INDEX to choose a build))"
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
+	$(PIP) install --quiet $(FROM_INDEX) torch==$(TORCH_VERSION)
 	@$(VENV)/bin/python -W ignore -c "import torch; cuda = torch.version.cuda; \
 	  print('torch', torch.__version__, 'for', f'CUDA {cuda}' if cuda else 'CPU only'); \
 	  '$(GPU)' == 'yes' and not torch.cuda.is_available() and print('WARNING: a GPU is here, but this torch cannot use it: set TORCH_INDEX to a CUDA wheel index')"
@@ -83,8 +93,28 @@ sbom: $(TOOLS)/.made
 	mkdir -p $(dir $(SBOM))
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file $(SBOM) $(SBOM_OF)
 
-$(TOOLS)/.made:
+# The wheel is built from the source distribution, so that a file that this lacks is noticed.
+dist: $(TOOLS)/.build
+	rm -rf dist
+	$(TOOLS)/bin/python -m build --no-isolation --outdir dist .
+
+package: dist
+	.ci/check_package dist/fedtune-*.whl $(DEPENDENCIES)
+
+# pip wheel and not pip download: a few packages come as sources only, and are built here.
+wheelhouse: dist
+	rm -rf $(WHEELHOUSE)
+	$(TOOLS)/bin/python -m pip wheel --quiet --wheel-dir $(WHEELHOUSE) --no-deps $(FROM_INDEX) torch==$(TORCH_VERSION)
+	$(TOOLS)/bin/python -m pip wheel --quiet --wheel-dir $(WHEELHOUSE) --constraint constraints.txt \
+	  --find-links $(WHEELHOUSE) "fedtune[$(EXTRAS)] @ file://$$(realpath dist/fedtune-*.whl)"
+	cd $(WHEELHOUSE) && sha256sum -- *.whl > ../SHA256SUMS
+
+$(TOOLS)/.build:
 	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet build==1.6.1 hatchling==1.33.0
+	@touch $@
+
+$(TOOLS)/.made: $(TOOLS)/.build
 	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 cyclonedx-bom==7.5.0
 	@touch $@
 
