@@ -1,4 +1,5 @@
 """Everything that fedtune takes from Flower beside its public interface; no other file does.
+Its `Message` is here as well, for `fedtune.ops.wire`, which imports nothing of Flower itself.
 
 tests/flower/test_internals.py names what is relied on: a new release of Flower is tried there, and what fails is mended
 here.  What takes long to import, as the server's parts do, is imported where it is used.

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
-from flwr.app import Message
 
 from fedtune.flower.internals import (
     FleetHttpClient,
+    Message,
     RuntimeVersionHttpInterceptor,
     asymmetric,
     constant,

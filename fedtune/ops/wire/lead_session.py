@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import httpx
-from flwr.app import Message
 
 from fedtune.flower.asking_grid import Pulled
 from fedtune.flower.internals import (
+    Message,
     RunStarter,
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,

@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import islice
 
-from flwr.app import Message
-
-from fedtune.flower.internals import core, inflating, message_pb2, objects
+from fedtune.flower.internals import Message, core, inflating, message_pb2, objects
 from fedtune.ops.wire.bounded_http import OutOfBounds
 
 MOST_OBJECTS = 4096

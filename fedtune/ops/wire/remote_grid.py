@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
-from flwr.app import Message
 
 from fedtune.flower import asking_grid
 from fedtune.flower.asking_grid import AskingGrid, Pulled, Questions
 from fedtune.flower.flower_records import num_bytes
-from fedtune.flower.internals import inflating
+from fedtune.flower.internals import Message, inflating
 from fedtune.ops.wire.identity import Tls, refusal
 from fedtune.ops.wire.lead_session import LeadSession, clock_of, not_started
 from fedtune.privacy.keys import SigningKey
