@@ -30,7 +30,7 @@ def require_extra(key: str, value: object, extra: str, *modules: str, or_else: s
     for module in modules or (extra,):
         if not is_installed(module):
             package = "Pillow" if module == "PIL" else module.replace("_", "-")
-            raise ConfigError(key, value, f"needs {package}: {install_command(extra)}{or_else}")
+            raise ConfigError(key, value, f"needs {package}", remedy=f"{install_command(extra)}{or_else}")
 
 
 def install_command(extra: str) -> str:

@@ -45,21 +45,23 @@ class ConfigError(FedtuneError, ValueError):
         key: dotted key or file that is wrong, as the person would write it.
         value: what was given; `NOT_GIVEN` for a key that is absent, and for an option that takes no value.
         bound: what would be accepted, as the end of a sentence ("must be greater than 0").
+        remedy: what to do about it, as a command or the end of a sentence ("set the clock"); empty: the bound says it.
     """
 
     exit_code: ClassVar[int] = 2
 
-    def __init__(self, key: str, value: object, bound: str) -> None:
-        self.key, self.value, self.bound = key, value, bound
-        super().__init__(f"{key}: {bound}" if value is NOT_GIVEN else f"{key} = {shown(value)}: {bound}")
+    def __init__(self, key: str, value: object, bound: str, *, remedy: str = "") -> None:
+        self.key, self.value, self.bound, self.remedy = key, value, bound, remedy
+        given = key if value is NOT_GIVEN else f"{key} = {shown(value)}"
+        super().__init__(": ".join(filter(None, (given, bound, remedy))))
 
     def under(self, prefix: str) -> ConfigError:
         """The same error one level further out (`epsilon` becomes `privacy.epsilon`)."""
-        return type(self)(f"{prefix}.{self.key}" if prefix else self.key, self.value, self.bound)
+        return type(self)(f"{prefix}.{self.key}" if prefix else self.key, self.value, self.bound, remedy=self.remedy)
 
     def in_file(self, path: object) -> ConfigError:
         """The same error, with the file that holds the key."""
-        return type(self)(f"{path}: {self.key}", self.value, self.bound)
+        return type(self)(f"{path}: {self.key}", self.value, self.bound, remedy=self.remedy)
 
 
 class DataError(ConfigError):

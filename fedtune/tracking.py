@@ -69,8 +69,7 @@ class Mlflow:
     def begin(self, settings: Settings) -> int:
         client, found = self._client, self._client.get_experiment_by_name(_PROJECT)
         number = found.experiment_id if found else client.create_experiment(_PROJECT, self._artifacts)
-        known = client.search_runs([number], f"tags.`fedtune.run` = '{self._tag}'", max_results=1)
-        if known:
+        if known := client.search_runs([number], f"tags.`fedtune.run` = '{self._tag}'", max_results=1):
             self._run = known[0].info.run_id
             client.update_run(self._run, status="RUNNING")
             return len(client.get_metric_history(self._run, "system/seconds"))

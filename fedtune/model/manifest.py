@@ -138,8 +138,8 @@ def _settings_names(folder: Path) -> list[str]:
         raise ConfigError("model.path", str(folder), "must be a folder that can be read") from error
     known = SETTINGS_FILES | {WEIGHTS, SHARD_INDEX}
     if "adapter_config.json" in listed:
-        bound = "must not hold adapter_config.json, which points the loader at other weights: give the base model alone"
-        raise ConfigError("model.path", str(folder), bound)
+        bound = "must not hold adapter_config.json, which points the loader at other weights"
+        raise ConfigError("model.path", str(folder), bound, remedy="give the base model alone")
     for name in listed:
         if name not in known and (meant := name.casefold()) in known:
             bound = f"must not hold {name}, whose name differs from {meant} only in case: some machines mix them up"
@@ -187,8 +187,8 @@ def _own_file(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise ConfigError("model.path", str(folder), f"must hold a {name} that can be read") from error
     if not file.is_relative_to(inside):
-        bound = f"must not hold {name}, a link out of it: give a real copy of the folder (cp -rL)"
-        raise ConfigError("model.path", str(folder), bound)
+        bound = f"must not hold {name}, a link out of it"
+        raise ConfigError("model.path", str(folder), bound, remedy="give a real copy of the folder (cp -rL)")
     if not file.is_file():
         raise ConfigError("model.path", str(folder), f"must hold {name} as a plain file")
     return file

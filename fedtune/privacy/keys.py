@@ -78,7 +78,8 @@ class SigningKey:
         if b"ENCRYPTED" in pem:
             bound = "is encrypted with another passphrase, or is no Ed25519 private key"
             if (passphrase := _passphrase_in_file()) is None:
-                raise ConfigError(key, value, f"is encrypted: set {PASSPHRASE_FILE} to a file with its passphrase")
+                remedy = f"set {PASSPHRASE_FILE} to a file with its passphrase"
+                raise ConfigError(key, value, "is encrypted", remedy=remedy)
         try:
             private = serialization.load_pem_private_key(pem, password=passphrase)
             if not isinstance(private, Ed25519PrivateKey):

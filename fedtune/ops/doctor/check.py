@@ -60,18 +60,16 @@ def failed(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> Che
 
 
 def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
-    """A failed check in the words of an error; where these go on to say what to do, that is the fix."""
+    """A failed check in the words of an error; its own remedy, where it has one, is the fix."""
     if not isinstance(error, ConfigError):
         return failed(name, str(error), fix=fix)
-    bound, _, remedy = error.bound.partition(": ")
-    if not remedy[:1].islower():  # it quotes somebody else's message
-        bound, remedy = error.bound, ""
     value = error.value if isinstance(error.value, str) else shown(error.value)
     given = "" if error.value is NOT_GIVEN else f" = {value}:"
+    remedy = error.remedy
     if remedy.startswith(("chmod ", "pip ")):
         remedy = f"run `{remedy}`"
     said = f"{remedy[0].upper()}{remedy[1:]}." if remedy else fix
-    return failed(name, f"{error.key}{given} {bound}", fix=said)
+    return failed(name, f"{error.key}{given} {error.bound}", fix=said)
 
 
 def skipped(name: str, because: str) -> Check:

@@ -94,7 +94,8 @@ def check_private(path: Path) -> None:
     """Require that nobody but the owner can read the secret file `path`."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
-        raise ConfigError(str(path), f"mode {mode:03o}", f"must be readable by its owner alone: chmod 600 {path}")
+        bound = "must be readable by its owner alone"
+        raise ConfigError(str(path), f"mode {mode:03o}", bound, remedy=f"chmod 600 {path}")
 
 
 def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str) -> ec.EllipticCurvePublicKey:
@@ -128,10 +129,10 @@ def check_in_force(certificate: x509.Certificate, *, now: datetime, key: str, re
     """Require `now` (with a time zone) to lie within the certificate's days; `renewal` says what to do otherwise."""
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
-        raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", f"is when the certificate expired: {renewal}")
+        raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", "is when the certificate expired", remedy=renewal)
     if now < begins:
-        bound = f"is when the certificate begins, and this machine's clock says {now:%Y-%m-%d %H:%M}: set the clock"
-        raise ConfigError(key, f"{begins:%Y-%m-%d %H:%M} UTC", bound)
+        bound = f"is when the certificate begins, and this machine's clock says {now:%Y-%m-%d %H:%M}"
+        raise ConfigError(key, f"{begins:%Y-%m-%d %H:%M} UTC", bound, remedy="set the clock")
 
 
 def common_name(name: x509.Name) -> str | None:
@@ -211,8 +212,8 @@ class Authority:
         """
         path = folder / "ca_key.pem"
         if not os.path.isfile(path):
-            bound = "is missing: bring the authority's folder back from where you keep it, for as long as you need it"
-            raise ConfigError(str(path), NOT_GIVEN, bound)
+            remedy = "bring the authority's folder back from where you keep it, for as long as you need it"
+            raise ConfigError(str(path), NOT_GIVEN, "is missing", remedy=remedy)
         check_private(path)
         key, certificate = read_connection_key(path), read_certificate(folder / "ca.pem")
         if public_pem(certificate) != public_pem(key):

@@ -38,8 +38,8 @@ _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _BOUND = "must be host:port, as the sites reach it: a name or an IP address ([v6]:port too), and a port up to 65535"
 _MISSING = {
-    "connection_key.pem": "is missing: unzip the kit into the folder in which `fedtune site init` made it",
-    "site.pem": "is missing: unzip the kit that the lead sent into this folder",
+    "connection_key.pem": "unzip the kit into the folder in which `fedtune site init` made it",
+    "site.pem": "unzip the kit that the lead sent into this folder",
 }
 _RENEWAL = {
     "server": "ask for `fedtune provision renew-server`, and put the new server.pem here",
@@ -207,7 +207,9 @@ class Kit(KitFile):
         secrets = [kit.key, *([kit.lead_key] if kind == "lead" and not kit.key_command else [])]
         for path in (kit.ca, kit.certificate, *secrets, *([] if kind == "site" else [kit.roster])):
             if not os.path.isfile(path):
-                raise ConfigError(str(path), NOT_GIVEN, _MISSING.get(path.name, f"is missing from the {kind}'s kit"))
+                remedy = _MISSING.get(path.name, "")
+                bound = "is missing" if remedy else f"is missing from the {kind}'s kit"
+                raise ConfigError(str(path), NOT_GIVEN, bound, remedy=remedy)
         for path in secrets:
             check_private(path)
         if kind == "lead" and (public := kit.load_key().public) != kit.lead:

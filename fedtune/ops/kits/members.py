@@ -303,8 +303,8 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
     """The fields of `JoinRequest`; the site's key is made where there is none, and no ledger that needs another."""
     policy, path = files.policy, files.site_key
     if files.ledger.is_file() and not (policy.key_command or path.is_file()):
-        bound = f"is missing, and ledger {files.ledger} needs the key that it was made with: restore it from its backup"
-        raise ConfigError("site_key", str(path), bound)
+        bound = f"is missing, and ledger {files.ledger} needs the key that it was made with"
+        raise ConfigError("site_key", str(path), bound, remedy="restore it from its backup")
     with writing(path, key="site_key"):
         site_key = files.key(make=True)
     if path.is_file():

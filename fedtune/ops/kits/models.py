@@ -33,8 +33,8 @@ def installed_model(kit_folder: Path, sha256: str) -> Path:
     """
     folder = model_place(kit_folder, sha256)
     if not folder.is_dir():
-        bound = "is not installed here: run `fedtune site doctor --import-model PATH` with the model's folder or file"
-        raise ConfigError("base model", sha256, bound)
+        remedy = "run `fedtune site doctor --import-model PATH` with the model's folder or file"
+        raise ConfigError("base model", sha256, "is not installed here", remedy=remedy)
     return folder
 
 
@@ -115,7 +115,7 @@ def _packaged(path: str) -> Path:
         spec = ModelSpec(path=folder, gguf_file=name) if is_file else ModelSpec(path=path)
         found = model_folder(spec)
     except ConfigError as error:
-        raise ConfigError(_OPTION, path, error.bound) from error
+        raise ConfigError(_OPTION, path, error.bound, remedy=error.remedy) from error
     return found / name if is_file else found
 
 
@@ -124,11 +124,11 @@ def _check_folder(folder: Path) -> None:
     inside = folder.resolve()
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in _PICKLES:
-            bound = f"must not hold {file.name}: reading such a file can run code; give a folder without it"
-            raise ConfigError(_OPTION, str(folder), bound)
+            remedy = "reading such a file can run code; give a folder without it"
+            raise ConfigError(_OPTION, str(folder), f"must not hold {file.name}", remedy=remedy)
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
-            bound = f"must not hold {file.name}, a link out of it: give a real copy of the folder (cp -rL)"
-            raise ConfigError(_OPTION, str(folder), bound)
+            bound = f"must not hold {file.name}, a link out of it"
+            raise ConfigError(_OPTION, str(folder), bound, remedy="give a real copy of the folder (cp -rL)")
 
 
 def _manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manifest:
@@ -140,7 +140,7 @@ def _manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manife
             raise ConfigError(key, str(folder / name), bound)
         return manifest_of(folder, gguf_file=name)
     except ConfigError as error:
-        raise ConfigError(key, error.value, error.bound) from error
+        raise ConfigError(key, error.value, error.bound, remedy=error.remedy) from error
 
 
 def _papers(folder: Path) -> tuple[Path, ...]:

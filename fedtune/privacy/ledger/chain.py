@@ -110,8 +110,8 @@ def check_ledger_schema(path: Path, found: object) -> None:
     """
     if type(found) is not int or found != LEDGER_SCHEMA:
         go_on = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
-        bound = f"must be {LEDGER_SCHEMA}: {go_on}"
-        raise ConfigError(f"{path}: schema", found if type(found) is int else NOT_GIVEN, bound)
+        value = found if type(found) is int else NOT_GIVEN
+        raise ConfigError(f"{path}: schema", value, f"must be {LEDGER_SCHEMA}", remedy=go_on)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
