@@ -17,8 +17,9 @@ from fedtune import config
 from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import config_groups, options_of
 from fedtune.data.features import FeatureSpec
-from fedtune.data.spec import PairsSpec, PartitionSpec, PreferenceSpec
+from fedtune.data.spec import PartitionSpec
 from fedtune.privacy.about import AboutSpec
+from fedtune.tasks.registry import TASKS
 
 PAGE = Path(__file__).with_name("configuration.md")
 GROUPS = (
@@ -58,13 +59,14 @@ def page() -> str:
     with patch.object(config, "fastest_dtype", lambda device: "auto"):  # as it stands in the recipe, on each machine
         default = compose_run(["name=example"])
     parts = [HEAD, "## Groups\n", _options(), "## The run\n", _table("", config.RunConfig, default, skip=GROUPS)]
+    parts += ["## task_settings\n", "A task has the settings of its table here, and the others have none.\n"]
+    for task in (task for task in TASKS.values() if task.settings):
+        parts += [f"`task={task.name}`: {_summary(task.settings)}", _table("task_settings.", task.settings, task.own)]
     for group in GROUPS:
         spec = type(getattr(default, group))
         parts += [f"## {group}\n", _summary(spec), _table(f"{group}.", spec, getattr(default, group))]
         if group == "data":
             parts += [_table("data.partition.", PartitionSpec, default.data.partition)]
-            for key, spec in (("pairs", PairsSpec), ("preferences", PreferenceSpec)):
-                parts += [_summary(spec), _table(f"data.{key}.", spec, getattr(default.data, key))]
             example = FeatureSpec(columns=("NAME",), range=(0.0, 1.0))
             parts += [_summary(FeatureSpec), _table("data.features[].", FeatureSpec, example)]
         if group == "report":
@@ -87,7 +89,7 @@ def _table(prefix: str, spec: type, values: object, *, skip: tuple[str, ...] = (
     meanings = _attributes(spec)
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(spec):
-        if field.name in skip or field.name in ("partition", "pairs", "preferences", "about"):
+        if field.name in skip or field.name in ("partition", "about"):
             continue
         meaning = meanings.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{prefix}{field.name}` | {_shown(getattr(values, field.name))} | {meaning} |")

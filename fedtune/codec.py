@@ -122,7 +122,7 @@ def items_of(value: Any) -> Iterable[Any]:
 
 def _sequence(key: str, value: Any, hint: Any) -> Any:
     """A list as a tuple or a set of one type, or as a tuple of a fixed length."""
-    require(key, value, isinstance(value, list), "must be a list")
+    require(key, value, isinstance(value, list | tuple), "must be a list")
     if hasattr(hint, "_fields"):  # a NamedTuple
         return hint(*_sequence(key, value, types.GenericAlias(tuple, (*_hints(hint).values(),))))
     arguments = typing.get_args(hint)

@@ -28,6 +28,7 @@ from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_name, check_schema, expand_home, spec
+from fedtune.tasks.base import Task
 from fedtune.tasks.registry import task_named
 from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, automatic_rate
 
@@ -91,6 +92,7 @@ class RunConfig:
     Attributes:
         name: the name of the run and of its folder.
         task: what the model learns, as the README names it.
+        task_settings: the settings of the task alone, by their keys; null: its defaults, or it has none.
         seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
             marked study.
         resume: the run folder to continue, or null.
@@ -100,6 +102,7 @@ class RunConfig:
     task: str
     model: ModelSpec
     data: DataSpec
+    task_settings: Any = None
     lora: LoraSpec = LoraSpec()
     head: HeadSpec = HeadSpec()
     privacy: PrivacySpec = PrivacySpec()
@@ -118,7 +121,9 @@ class RunConfig:
         check_name("name", self.name, most=MOST_NAME, marks="-_.,=")
         if not 0 <= self.seed <= MOST_SEED:
             raise ConfigError("seed", self.seed, f"must be from 0 to {MOST_SEED}")
-        task = task_named(self.task)
+        task = self.bound_task
+        object.__setattr__(self, "task_settings", task.own)
+        task.check_own(self.data)
         try:
             if self.runtime.kind == "deployment":
                 self.data.check_lead_has_files()
@@ -138,6 +143,11 @@ class RunConfig:
             raise ConfigError("data.heldout_fraction", 0, bound)
         task.check_spec(self.task_model())
 
+    @property
+    def bound_task(self) -> Task:
+        """The task, with this run's settings of its own."""
+        return task_named(self.task, self.task_settings)
+
     def task_model(self) -> TaskModelSpec:
         """The specs that define the model."""
         return TaskModelSpec(
@@ -148,13 +158,11 @@ class RunConfig:
             task=self.task,
             labels=self.data.labels,
             target_range=self.data.target_range,
-            intervals=self.data.intervals,
             seed=self.seed,
-            texts=task_named(self.task).texts(self.data),
-            beta=self.data.preferences.beta,
-            per_token=self.data.preferences.per_token,
+            texts=self.bound_task.texts(self.data),
             input=self.data.input,
             values=tuple(value for one in self.data.features for value in one.values()),
+            task_settings=self.task_settings,
         )
 
     def plan(self) -> Plan:
@@ -165,12 +173,12 @@ class RunConfig:
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
             together=self.federation.together,
-            bound=task_named(self.task).bound_on_sums(self.data.sizes(self.federation.num_sites)),
+            bound=self.bound_task.bound_on_sums(self.data.sizes(self.federation.num_sites)),
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
         """The proposal of the lead with public key `lead` to the sites: all that a site makes of this configuration."""
-        has_head = task_named(self.task).has_head
+        has_head = self.bound_task.has_head
         return Proposal(
             run=self.run_id(),
             lead=lead,
@@ -194,7 +202,7 @@ class RunConfig:
         """The same with numbers for the learning rates that were left to fedtune."""
         if self.training.learning_rate != "auto":
             return self
-        plan, sizes, task = self.plan(), self.declared_sizes().values(), task_named(self.task)
+        plan, sizes, task = self.plan(), self.declared_sizes().values(), self.bound_task
         if task.rate_shares is None:
             bound = f"is not for task {task.name}, on which it was not studied: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
@@ -216,7 +224,7 @@ class RunConfig:
     @property
     def judged_by(self) -> str:
         """The score that says which model is better."""
-        return task_named(self.task).judged(self.data)
+        return self.bound_task.judged(self.data)
 
     def declared_sizes(self) -> dict[str, int]:
         """Declared size of each site that takes part."""

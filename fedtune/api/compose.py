@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from fedtune.runs.place_of_run import time_stamp
 from fedtune.runs.public_stage import awaits_public_stage, with_public_stage
 from fedtune.runs.renewal import renewed, with_start
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
+from fedtune.tasks.registry import TASKS
 from fedtune.words import dotted
 
 Recipe = str | Path | RunConfig | DictConfig
@@ -408,6 +409,8 @@ def _unknown(key: str, value: object) -> ConfigError:
     last = key.rpartition(".")[2]
     paths = [path.split(".") for path, _ in dotted(default_settings())]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}
+    of_tasks = (task.settings for task in TASKS.values() if task.settings is not None)
+    every |= {f"task_settings.{one.name}" for settings in of_tasks for one in fields(settings)}
     known = sorted(every, key=lambda path: (path.startswith("public."), path))  # those are seldom what is meant
     meant = (ours for ours, theirs in _OTHER_WORDS.items() if last in theirs.split())
     named = next(meant, None) or next((path for path in known if path.rpartition(".")[2] == last), None)

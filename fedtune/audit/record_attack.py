@@ -27,7 +27,6 @@ from fedtune.report.facts import AuditHitRate, AuditMembership
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import task_named
 
 FALSE_ALARMS = (0.01, 0.001)
 _WORDS = 8  # in each text of a canary: short enough to be read whole, random enough to be nobody's
@@ -84,7 +83,7 @@ class RecordAttack:
     def _made_up(self, stream: RandomStream) -> Record:
         """Random words, and where the task has a declared set of answers, one of them."""
         config, data = self._everyone.config, self._everyone.config.data
-        task = task_named(config.task)
+        task = config.bound_task
 
         def one_of(count: int) -> int:
             (draw,) = stream.uniform64(1)

@@ -44,7 +44,7 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say
 from fedtune.sites.run_records import file_sha256, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import TASKS, task_named
+from fedtune.tasks.registry import TASKS
 from fedtune.version import shipped_folders
 
 app = group(__doc__)
@@ -202,7 +202,7 @@ def clean(
         check_one_of("--drop", rule, RULES)
     if "near-duplicates" in rules:
         require_extra("--drop", "near-duplicates", "data", "datasketch")
-    task, unit = task_named(config.task), config.privacy.unit
+    task, unit = config.bound_task, config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)
     fault, named = task.fault(config.data), config.data.columns
     cleaning = Cleaning(columns, fault, drop=rules, mask=mask == "personal", named=named)

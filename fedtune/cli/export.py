@@ -13,7 +13,6 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import task_named
 from fedtune.words import counted, size
 
 
@@ -43,7 +42,7 @@ def export(
     config, adapter = finished_run(run)
     if merge and format is not None:
         raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
-    formats = input_of(config.data).formats(task_named(config.task).formats)
+    formats = input_of(config.data).formats(config.bound_task.formats)
     if merge and len(formats) == 1:
         raise ConfigError("--merge", NOT_GIVEN, f"is not possible for task {config.task}, which has adapters alone")
     chosen = format or formats[int(merge)]
@@ -118,7 +117,7 @@ def distil(
             passes=passes,
             progress=lambda what, done, total: status.update(f"{what}: step {done} of {total}"),
         )
-    judged = task_named(config.task).judged_by if found.scores else ""
+    judged = config.bound_task.judged_by if found.scores else ""
     rows = [
         (one.file, size(one.bytes), f"{one.milliseconds:.1f}", *([f"{one.scores[judged]:.4f}"] if judged else []))
         for one in found.served

@@ -18,7 +18,6 @@ from fedtune.config import RunConfig, parse
 from fedtune.evaluation.bootstrap import Comparison
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 from fedtune.studies.comparison import changed
-from fedtune.tasks.registry import task_named
 
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
 Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]
@@ -47,7 +46,7 @@ def finished_run(
     if columns is not None:
         settings["data"]["columns"] |= roles_of(columns, known=config.data.columns)
     if generate is not None:
-        if not task_named(config.task).predicts_tokens:
+        if not config.bound_task.predicts_tokens:
             raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
         check_at_least("--generate", generate, 1)
         settings["evaluation"] |= {"generate": True, "generation_rows": generate}
@@ -106,7 +105,7 @@ def compared_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
 def warn_of_fixed_prompt(config: RunConfig) -> None:
     """Warn if the prompt template ignores the prompt: the model was tuned to write from the same words each time."""
     data = config.data
-    if "prompt" in data.columns and "prompt" not in data.template_roles and task_named(config.task).predicts_tokens:
+    if "prompt" in data.columns and "prompt" not in data.template_roles and config.bound_task.predicts_tokens:
         sys.stderr.write(
             f"data.prompt_template = {data.prompt_template!r} has no {{prompt}}: what is asked changes nothing\n"
         )

@@ -14,7 +14,6 @@ from fedtune.data.records import Record
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 from fedtune.spec import ConfigError
-from fedtune.tasks.registry import task_named
 
 
 def generate(
@@ -41,7 +40,7 @@ def generate(
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config, own = runs.finished_run(run, device=device, columns=columns)
-    task = task_named(config.task)
+    task = config.bound_task
     if not task.answers:
         raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
     if spec.temperature > 0 and not task.predicts_tokens:

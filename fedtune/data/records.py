@@ -169,6 +169,16 @@ def judged(
         yield line, record if isinstance(record, DataError) else fault(record) or record
 
 
+def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
+    """A function from a record to the error that `read` raises about it; None: nothing."""
+
+    def found(record: Record) -> DataError | None:
+        target = or_fault(record.at("record"), read, record)
+        return target if isinstance(target, DataError) else None
+
+    return found
+
+
 def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
     """One row as a record, with the `columns` (role to column); DataError where a value is not what its role needs."""
     at, fields = at_line(file, line), {}

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -23,71 +22,18 @@ from fedtune.spec import (
     check_fraction,
     check_name,
     check_one_of,
-    check_positive,
     spec,
 )
 
-_MOST_INTERVALS = 100
 _MOST_TEMPLATE = 4096
 """Of characters, which are worked through for each record, or at each site, before it has answered."""
 _MOST_WINDOWS = 8
-_LARGEST_BETA = 1000.0
 AT_SITE = "at-site"  # stands in what is sent to sites for every file and folder
 SITE = "{site}"  # stands in `train_file` for a site's name
-_COUPLED = (
-    "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
-    "bound what one record does; give a list of public texts, or each record its own column negative"
-)
 _OF_THE_LEAD = {"partition", "unusable", "train_fraction"}
 _OF_THE_LEAD |= {f"{file}_{what}" for file in ("validation", "test") for what in ("file", "rows", "fraction")}
 """Settings of the lead's own files and of simulations: sites are sent them as if nobody had said any."""
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
-
-
-@spec
-class PairsSpec:
-    """How texts are compared that belong together, or do not.
-
-    Attributes:
-        negatives: where the text comes from that does not belong to the anchor: "record", its own column `negative`; or
-            a list of public texts, of which the record's own hash chooses one.  From other records of the batch
-            ("batch") is refused.
-        margin: by how much the cosine with the positive is to be above that with the negative.
-    """
-
-    negatives: tuple[str, ...] | Literal["record", "batch"] = "record"
-    margin: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.negatives == "batch":
-            raise ConfigError("negatives", "batch", _COUPLED)
-        if not isinstance(self.negatives, str):
-            check_names("negatives", self.negatives)
-            if not self.negatives:
-                raise ConfigError("negatives", self.negatives, "must hold at least one text, or be record")
-        check_positive("margin", self.margin)
-        if self.margin > 2:
-            raise ConfigError("margin", self.margin, "must be at most 2, the largest difference of two cosines")
-
-
-@spec
-class PreferenceSpec:
-    """How a model learns which of two answers is preferred (DPO, Rafailov et al. 2023, arXiv 2305.18290).
-
-    Attributes:
-        beta: an answer's reward is beta times the difference between its log-probability under the model and under the
-            base.  A larger beta counts a pair as learnt sooner, and keeps the model nearer to its base.
-        per_token: true divides an answer's log-probabilities by its number of tokens, so that a long answer earns no
-            more than a short one; `beta` must then be larger, as 2.
-    """
-
-    beta: float = 0.1
-    per_token: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
-        if self.beta > _LARGEST_BETA:
-            raise ConfigError("beta", self.beta, f"must be at most {_LARGEST_BETA:g}: every pair would count as learnt")
 
 
 @spec
@@ -113,7 +59,6 @@ class DataSpec:
         target_range: the least and the largest number that a target may be, where the task learns one; declared, and
             never taken from records.  A record outside it cannot be used.  Of two texts with a score, an embedding
             learns the cosine 0 for the one and 1 for the other.
-        intervals: the end of each interval in which an event may come, ascending, where the task learns when it does.
         event_values: the two values of the role `event`: that of records that were followed no longer, and that of
             records to which the event came; none: 0 and 1, or false and true.
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.  Of a task
@@ -128,8 +73,6 @@ class DataSpec:
         windows: how many windows of `max_length` tokens a record has room for, where the task reads long texts piece
             by piece; what is behind the last is not read.  Each costs its time, also where a record is short.
         stride: how many tokens two windows share, each of which is learnt in one of them.
-        pairs: how task embedding compares the texts of a record.
-        preferences: how task preference compares the two answers of a record.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or
             of its user.
@@ -157,12 +100,9 @@ class DataSpec:
     labels: tuple[str, ...] = ()
     label_separator: str = ";"
     target_range: tuple[float, float] | None = None
-    intervals: tuple[float, ...] = ()
     event_values: tuple[str, ...] = ()
     prompt_template: str = "{prompt}"
     chat_template: Literal["none", "model", "plain"] = "none"
-    pairs: PairsSpec = PairsSpec()
-    preferences: PreferenceSpec = PreferenceSpec()
     partition: PartitionSpec = PartitionSpec()
     heldout_fraction: float = 0.0
     train_fraction: float = 1.0
@@ -201,12 +141,6 @@ class DataSpec:
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
         if self.target_range is not None:
             check_range("target_range", self.target_range)
-        ascend = all(start < end for start, end in pairwise((0.0, *self.intervals)))
-        if len(self.intervals) > _MOST_INTERVALS or not ascend:
-            bound = f"must be at most {_MOST_INTERVALS} numbers above 0, each larger than the one before"
-            raise ConfigError("intervals", list(self.intervals), bound)
-        if self.intervals:
-            check_range("intervals", (0.0, self.intervals[-1]))
         if len(set(self.event_values)) != len(self.event_values) or len(self.event_values) not in (0, 2):
             raise ConfigError("event_values", list(self.event_values), "must be two different values, or none")
         columns = [column for one in self.features for column in one.columns]
@@ -323,3 +257,11 @@ def template_roles(template: str) -> tuple[str, ...]:
     if len(set(roles)) < len(roles):
         raise ConfigError("prompt_template", template, "must name each role at most once: a long text would multiply")
     return tuple(roles)
+
+
+def fill_template(template: str, fields: Mapping[str, str]) -> str:
+    """The template with a record's texts, without the paragraphs whose roles are all blank."""
+    texts = {role: fields.get(role, "") for role in template_roles(template)}
+    paragraphs = [(one, template_roles(one)) for one in template.split("\n\n")]
+    kept = (one for one, roles in paragraphs if not roles or any(texts[role].strip() for role in roles))
+    return "\n\n".join(kept).format_map(texts)

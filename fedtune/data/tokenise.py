@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.data.records import Record
 from fedtune.data.text_rows import or_fault
 from fedtune.spec import DataError, panics_as_errors
 
@@ -134,6 +135,31 @@ def encode(
         return [(ids, ()) for ids in found]
 
     return (ids for ids, _ in _each(texts, encoded, getattr(tokenizer, "backend_tokenizer", None), within))
+
+
+def whole_texts(
+    fields: Sequence[tuple[Record, Sequence[str]]],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    lenient_within: int | None,
+) -> tuple[list[NDArray[np.int32]], list[bool]]:
+    """Token ids of the texts of some records' roles with the tokenizer's own special tokens, `max_length` at most.
+
+    Texts of two roles are encoded as a pair.  And whether each could be encoded: with `lenient_within`, as
+    `Task.tokenise` has it, what cannot is one token, 0; otherwise it is a DataError.
+    """
+    cuts = [tuple(cut(record.fields[role], max_length) for role in roles) for record, roles in fields]
+    texts = [one if len(one) > 1 else one[0] for one in cuts]
+    encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
+    input_ids, found = [], []
+    for (record, roles), ids in zip(fields, encoded, strict=True):
+        if not ids and lenient_within is None:
+            raise DataError(record.at(roles[0]), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
+        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
+        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
+        found.append(bool(ids))
+    return input_ids, found
 
 
 def encode_words(

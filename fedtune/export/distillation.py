@@ -35,7 +35,6 @@ from fedtune.runs.environment import mark
 from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, card_of, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
-from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 from fedtune.tasks.task_model import build_task_model
 from fedtune.training.machine import device_for
@@ -94,7 +93,7 @@ def distil(
         ConfigError: the run, student, folder or the texts' card cannot be used, or the run itself reads the texts.
         DataError: the texts cannot be read, or are too few.
     """
-    task = task_named(config.task)
+    task = config.bound_task
     if not task.has_head or config.data.input != "text" or "sentence-transformers" not in task.formats:
         bound = "has no students: only a head that answers to a text by labels or a number is taught"
         raise ConfigError("task", config.task, bound)

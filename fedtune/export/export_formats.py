@@ -38,12 +38,11 @@ from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
-from fedtune.report.model_card import Form, card_files
+from fedtune.report.model_card import Form, card_files, loading_of
 from fedtune.runs.environment import mark
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
 from fedtune.tasks.task_model import TaskModel
 
@@ -226,7 +225,7 @@ def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, in
             if int8:
                 quantise(folder / WHOLE, folder / INT8)
             if config.data.labels:
-                lines = (" ".join(label.split()) for label in task_named(config.task).outputs_of(config.data.labels))
+                lines = (" ".join(label.split()) for label in config.bound_task.outputs_of(config.data.labels))
                 (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             for name, data in card.items():
                 (folder / name).write_bytes(data)
@@ -443,17 +442,20 @@ def form_of(format: str, config: RunConfig) -> Form:
     """The words of a run's model card about a format."""
     own = input_of(config.data)
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
-        lines = own.loading(config.data, base="folder", folder="folder")
-        loading = task_named(config.task).loading(base="folder", folder="folder", lines=lines)
+        loading = loading_of(config, base="folder", folder="folder")
         return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
     if format in ("peft", "safetensors"):
         return Form.adapter(config, folder="folder")
     if lines := own.loading(config.data, base="", folder="folder", graph=True):
-        lines += f"print({task_named(config.task).reads})\n"
+        lines += f"print({config.bound_task.reads})\n"
         return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]
-    task = task_named(config.task)
-    loading = _LOADING[format].replace("LABELS", _LABELS if config.data.labels else "").replace("READS", task.reads)
+    task = config.bound_task
+    loading = (
+        _LOADING[format]
+        .replace("LABELS", _LABELS if config.data.labels else "")
+        .replace("READS", task.reads or "scores")
+    )
     if format == "merged" and task.reads_tokens:
         what, loading = _WHOLE, _FINDING
     if format == "sentence-transformers" and not task.has_head:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_of, check_positive, spec
 
@@ -226,14 +226,12 @@ class TaskModelSpec:
         task: what is learnt, see `fedtune.tasks`.
         labels: the declared label set, in its order; empty where the task has none.
         target_range: the declared range of a number to learn; null where the task has none.
-        intervals: the declared ends of intervals; empty where the task has none.
         seed: of the adapters' random start, which is public.
         texts: of a record, which go through the base each by itself: 1, those that a record compares, or the windows of
             a long one.
-        beta: of preferences, see `PreferenceSpec`.
-        per_token: likewise.
         input: what a record is, as `data.input`.
         values: what each value of a record's vector stands for, with its range; empty for a text.
+        task_settings: the task's own settings, an instance of its class of them; null where it has none.
     """
 
     model: ModelSpec
@@ -242,13 +240,11 @@ class TaskModelSpec:
     head: HeadSpec = HeadSpec()
     labels: tuple[str, ...] = ()
     target_range: tuple[float, float] | None = None
-    intervals: tuple[float, ...] = ()
     seed: int = 0
     texts: int = 1
-    beta: float = 0.1
-    per_token: bool = False
     input: str = "text"
     values: tuple[str, ...] = ()
+    task_settings: Any = None
 
     def __post_init__(self) -> None:
         check_at_least("seed", self.seed, 0)

@@ -26,14 +26,13 @@ from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
-from fedtune.data.values import split_labels
+from fedtune.data.values import misplaced, split_labels
 from fedtune.extras import install_command, is_installed
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, Twin, spelling
 from fedtune.preparation.patterns import ODD_TEXTS, damage, identifiers, odd_texts
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import task_named
 from fedtune.tasks.token_classification import misplaced
 from fedtune.version import shipped_folders
 
@@ -140,7 +139,7 @@ class _Look:
     """A look at the files of one experiment, one after another."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:
-        self.task, self._config, self._data = task_named(config.task), config, config.data
+        self.task, self._config, self._data = config.bound_task, config, config.data
         self.task.check_tokenizer(tokenizer, data=config.data)
         self._tokenizer, self._within = tokenizer, within
         self._fault, self._key = self.task.fault(config.data), split_key(config.seed)

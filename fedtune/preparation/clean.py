@@ -19,13 +19,13 @@ from typing import Any, BinaryIO, cast
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import Fault, Record, record_of
 from fedtune.data.text_rows import Row
+from fedtune.data.tokenise import whole_texts
 from fedtune.data.values import OPTIONAL_ROLES, is_written
 from fedtune.model.spec import TaskModelSpec
 from fedtune.preparation.duplicates import Earlier, words_said
 from fedtune.preparation.patterns import damage, identifiers, masked
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.inputs import whole_texts
 from fedtune.words import jsonable
 
 RULES: Mapping[str, str] = {

@@ -22,7 +22,7 @@ from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.features import FeatureSpec, columns_of
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import NO_NAME, category_of
+from fedtune.data.values import NO_NAME, category_of, misplaced
 from fedtune.preparation.check_data import labels_of
 from fedtune.preparation.columns import Column
 from fedtune.preparation.detect import KINDS, OPEN, Found
@@ -30,7 +30,6 @@ from fedtune.preparation.duplicates import spelling
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.registry import TASKS, task_named
-from fedtune.tasks.token_classification import misplaced
 from fedtune.words import counted
 
 _MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
@@ -97,7 +96,7 @@ def left_open(base: str) -> Sequence[str]:
 def filled(found: Found) -> list[str]:
     """Overrides in place of what the experiment of a file leaves to its owner."""
     features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
-    by_role = {"time": "data.intervals=[1]", "target": "data.target_range=[0, 1]"}
+    by_role = {"time": "task_settings.intervals=[1]", "target": "data.target_range=[0, 1]"}
     return [*features, *(setting for role, setting in by_role.items() if role in found.roles)]
 
 
@@ -107,14 +106,14 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     Token ids are below `within`.  A ConfigError says why the file cannot be dealt out by the column of sites.
     """
     base = KINDS[found.kind][1]
-    task = task_named(_task_of(found) or config.task)
+    task = task_named(_task_of(found) or config.task, {"intervals": [1.0]} if "time" in found.roles else None)
     # A label becomes public: that of one record alone is no class.
     shared = [label for label, count in found.labels.items() if count > 1]
     own: dict[str, Any] = {"labels": tuple(shared if len(shared) > 1 else found.labels), "max_length": _LONGEST_TOLD}
     if found.features:  # by the file's own values: to look at its rows with, and for nothing that is written
         own |= {"features": tuple(_by_own_values(found.columns[name]) for name in found.features), "max_length": 1}
     own |= {"prompt_template": _template(found) or config.data.prompt_template}
-    own |= {"columns": dict(found.roles), "chat_template": "none", "intervals": (1.0,), **found.settings}
+    own |= {"columns": dict(found.roles), "chat_template": "none", **found.settings}
     own |= {"target_range": _ANY_NUMBER} if own.get("target_range") == OPEN else {}
     data = replace(config.data, **own)
     reader: Any = NoTokenizer() if found.features else tokenizer  # the base leaves the columns open
@@ -259,6 +258,7 @@ def experiment(found: Found, plan: Plan, *, file: Path) -> str:
             ("head", zero, "a time has no label whose text it could begin with"),
             within="",
         ),
+        *_own(found),
         "data:",
         *_settings(*_data(found, plan, file)),
         *_all_texts(found),
@@ -276,6 +276,13 @@ def experiment(found: Found, plan: Plan, *, file: Path) -> str:
         ),
     ]
     return "\n".join([*lines, ""])
+
+
+def _own(found: Found) -> Iterator[str]:
+    """The settings of the task alone."""
+    if "time" in found.roles:
+        yield "task_settings:"
+        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_scalar(found.roles["time"])}'
 
 
 def _settings(*some: _Setting, within: str = "  ") -> Iterator[str]:
@@ -343,7 +350,7 @@ def _all_texts(found: Found) -> Iterator[str]:
 
 
 def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
-    """The features, intervals and labels of `data`."""
+    """The features and labels of `data`."""
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
     # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
     if found.features:
@@ -357,8 +364,6 @@ def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
         # All may lack values: whether a row of the file does would be told by the model's shape.
         what = f"columns: [{json.dumps(name, ensure_ascii=False)}], {declared}{size}, missing: indicator"
         yield f"    - {{{what}}}"
-    if "time" in found.roles:
-        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_scalar(found.roles["time"])}'
     if found.labels:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
         yield "  labels:"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.privacy.keys import SigningKey
@@ -14,20 +13,22 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.spec import errors_in
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SiteFiles:
     """Paths start at the policy's folder unless they are absolute.
 
     Attributes:
+        policy: the site's.
         site_toml: the policy's own file.
+        ledger: the file of the ledger.
+        site_key: the file of the site's key.
         anchor: None where the policy names none.
     """
 
-    policy: Policy
-    site_toml: Path
-    ledger: Path
-    site_key: Path
-    anchor: Path | None
+    def __init__(self, policy: Policy, site_toml: Path) -> None:
+        folder = site_toml.parent
+        self.policy, self.site_toml = policy, site_toml
+        self.ledger, self.site_key = folder / policy.ledger, folder / policy.site_key
+        self.anchor = folder / policy.anchor if policy.anchor else None
 
     @classmethod
     def of(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:
@@ -39,17 +40,11 @@ class SiteFiles:
         Raises:
             ConfigError: the file is no policy.
         """
-        policy, folder = read_policy(site_toml), site_toml.parent
+        policy = read_policy(site_toml)
         if not may_be_unanswered:
             with errors_in(site_toml):
                 policy.require_answers()
-        return cls(
-            policy=policy,
-            site_toml=site_toml,
-            ledger=folder / policy.ledger,
-            site_key=folder / policy.site_key,
-            anchor=folder / policy.anchor if policy.anchor else None,
-        )
+        return cls(policy, site_toml)
 
     @property
     def public_key(self) -> str | None:

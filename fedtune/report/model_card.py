@@ -28,7 +28,6 @@ from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import as_svg, environment, write_files
 from fedtune.report.page.report_words import Words
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import task_named
 from fedtune.words import score_words
 
 
@@ -46,11 +45,28 @@ class Form:
     @classmethod
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """An adapter that is loaded on top of its base; `folder` is its path in the loading lines."""
-        task, base, needs_base = task_named(config.task), public_place(config.model), config.lora.kind != NO_ADAPTER
-        lines = input_of(config.data).loading(config.data, base=base, folder=folder)
-        loading = task.loading(base=base, folder=folder, lines=lines)
+        base, needs_base = public_place(config.model), config.lora.kind != NO_ADAPTER
+        loading = loading_of(config, base=base, folder=folder)
         what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
+
+
+def loading_of(config: RunConfig, *, base: str, folder: str) -> str:
+    """Return lines of Python that load a saved adapter where fedtune is not installed."""
+    task, lines = config.bound_task, input_of(config.data).loading(config.data, base=base, folder=folder)
+    if lines is None:
+        auto = task.auto if task.predicts_tokens else "AutoModel"
+        lines = _LOADING.format(auto=auto, base=base, folder=folder) + task.lines.replace("FOLDER", folder)
+    return f"{lines}{task.scales}print({task.reads})\n" if task.reads else lines
+
+
+_LOADING = """\
+from peft import PeftModel
+from transformers import AutoTokenizer, {auto}
+
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").eval()
+"""
 
 
 def write_report_and_card(run: Path, *, language: str) -> None:
@@ -96,14 +112,13 @@ def card_text(record: RunRecord, report: Report, form: Form) -> str:
 
 def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     config = record.config
-    task, model, dataset = task_named(config.task), config.model, config.data.dataset
+    task, model, dataset = config.bound_task, config.model, config.data.dataset
     scores = {name: after for name, (_, after) in _scores(words.report).items() if after is not None}
     of_test = partial(EvalResult, dataset_type=dataset, dataset_name=dataset, dataset_split="test")
     of_task = partial(of_test, task_type=task.hub_name or config.task)
     results = [of_task(metric_type=name, metric_value=score) for name, score in scores.items()]
-    known: dict[str, Any] = {}
-    if model.public_id is not None:
-        known |= {"base_model": model.public_id, "base_model_relation": form.relation}
+    of_base = {"base_model": model.public_id, "base_model_relation": form.relation}
+    known: dict[str, Any] = of_base if model.public_id is not None else {}
     if task.hub_name and model.path != NO_BASE:
         known["pipeline_tag"] = task.hub_name
     # The hub knows short names in lower case; any other licence is "other", with its name.
@@ -132,8 +147,7 @@ def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
 
 def owed(epsilon: float | None, delta: float | None) -> str:
     """The most that is lost, in words."""
-    figure = catalogue("en").figure
-    return f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}"
+    return "epsilon {} at delta {}".format(*map(catalogue("en").figure, (epsilon, delta), ("epsilon", "exact")))
 
 
 def _score_text(value: float | None) -> str:

@@ -22,7 +22,6 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.selection import Selection, released
 from fedtune.sites.run_records import RunRecords, card_of, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
-from fedtune.tasks.registry import task_named
 from fedtune.version import __version__, shipped_folders
 
 if TYPE_CHECKING:  # they import torch, which a reader does not need
@@ -108,7 +107,7 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     from fedtune.tasks.saved import SavedAdapter
 
     start = SavedAdapter.to_begin_in(config.model.adapter)
-    has_head = task_named(config.task).has_head
+    has_head = config.bound_task.has_head
     about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
     public, (of_run, learnt) = config.public.train_file, _of_run(start)
     if public is not None and (learnt != public or of_base):

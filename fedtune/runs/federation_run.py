@@ -28,7 +28,6 @@ from fedtune.sites.shared_model import RunModel
 from fedtune.spec import RunError
 from fedtune.system import MEMORY_UNIT, resource
 from fedtune.tasks.measures import Detail
-from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import save_task_model
 
 
@@ -196,7 +195,7 @@ class FederationRun:
     ) -> RunResult:
         """Write `run.json`; `digest` is that of the final adapter, which is saved."""
         config, test = self.config, self.shared.test
-        guess = task_named(config.task).guess(test.examples) if test else None
+        guess = config.bound_task.guess(test.examples) if test else None
         findings = findings_of(
             state.rounds,
             state.metrics_before,

@@ -24,7 +24,6 @@ from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.measures import Detail
-from fedtune.tasks.registry import task_named
 
 _MOST_GROUPS = 100
 
@@ -183,7 +182,7 @@ def _reading(config: RunConfig) -> Hashable:
 
 def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
     """Refuse a run whose scores on the same records say nothing about those of the first."""
-    task = task_named(own.task)
+    task = own.bound_task
     for key, value, wanted in (
         ("task", own.task, first.task),
         ("data.labels", own.data.labels, first.data.labels),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fedtune.config import RunConfig
 from fedtune.extras import require_extra
-from fedtune.tasks.registry import task_named
 
 
 def require_for_run(config: RunConfig) -> None:
@@ -31,5 +30,5 @@ def require_to_score(config: RunConfig) -> None:
         ConfigError: a package is not installed.
     """
     plain = "text" in config.data.columns  # texts without a prompt, from which nothing is written
-    if config.evaluation.generate and task_named(config.task).predicts_tokens and not plain:
+    if config.evaluation.generate and config.bound_task.predicts_tokens and not plain:
         require_extra("evaluation.generate", True, "text", "sacrebleu", "rouge_score")

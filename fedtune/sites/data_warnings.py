@@ -18,7 +18,6 @@ from fedtune.data.records import resolve_file
 from fedtune.sites.run_records import LeadRecords, RunRecords, said_by_role, telling
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import task_named
 from fedtune.version import shipped_folders
 from fedtune.words import counted
 
@@ -36,7 +35,7 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
         return
     if config.data.test_file is not None and is_training_file(config, config.data.test_file):
         yield "data.test_file holds what data.train_file holds: the scores say nothing about new records"
-    if "label" in task_named(config.task).roles:
+    if "label" in config.bound_task.roles:
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
             yield f"all test records have the label {labels.pop()!r}: always giving that label scores 1.0"

@@ -25,7 +25,6 @@ from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.shared_settings import at_site, read_settings
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError
-from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import save_task_model
 
 log = logging.getLogger(__name__)
@@ -204,5 +203,5 @@ def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
         files: of the site, whose key decides what is held out: nobody outside knows of a record which it is.
     """
     key = files.key().secret("held-out split")
-    data, unit, task = config.data, config.privacy.unit, task_named(config.task)
+    data, unit, task = config.data, config.privacy.unit, config.bound_task
     return own_records(data, columns=task.columns(data, unit=unit), fault=task.fault(data), key=key, unit=unit)

@@ -28,7 +28,6 @@ from fedtune.evaluation.spec import no_test_records
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, expand_home
-from fedtune.tasks.registry import task_named
 from fedtune.version import shipped_folders
 from fedtune.words import counted
 
@@ -53,7 +52,7 @@ class LeadRecords:
         Raises:
             DataError: the file cannot be read, or has rows that cannot be used where the settings leave none out.
         """
-        task, data = task_named(config.task), config.data
+        task, data = config.bound_task, config.data
         columns, fault = task.columns(data, unit=unit), task.fault(data)
         records, left_out = lead_records(file, columns=columns, key=key, fault=fault, leave_out=data.skips_unusable)
         return cls(chosen_rows(records, rows), left_out)
@@ -136,7 +135,7 @@ class RunRecords:
 
 def deal_out(config: RunConfig) -> Dealt:
     """Deal out the records of a simulation."""
-    task, unit = task_named(config.task), config.privacy.unit
+    task, unit = config.bound_task, config.privacy.unit
     columns = task.columns(config.data, partition=True, unit=unit)
     fault = task.fault(config.data)
     return deal(config.data, columns, config.federation.names, seed=config.seed, unit=unit, fault=fault)
@@ -283,7 +282,7 @@ def asked_records(config: RunConfig, name: str, *, key: str, columns: Mapping[st
     Raises:
         DataError: the file cannot be read, or has none.
     """
-    path, task = resolve_file(expand_home(name, key=key), shipped_folders(), key=key), task_named(config.task)
+    path, task = resolve_file(expand_home(name, key=key), shipped_folders(), key=key), config.bound_task
     if path.suffix.lower() == ".txt":
         records = list(_lines(config, path, key=key))
     else:
@@ -304,7 +303,7 @@ def _lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
         raise DataError(key, str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            fields = task_named(config.task).prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}")
+            fields = config.bound_task.prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}")
             yield Record(fields, file=str(path), line=number)
 
 

@@ -31,7 +31,6 @@ from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.measures import Detail
-from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products, attends_by_products
@@ -371,7 +370,7 @@ class LeadData:
     @classmethod
     def of(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
         """Tokenise what was read."""
-        examples = task_named(config.task).tokenise(own.records, tokenizer, data=config.data)
+        examples = config.bound_task.tokenise(own.records, tokenizer, data=config.data)
         return cls(own.records, examples, left_out=own.left_out)
 
 

@@ -27,7 +27,6 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
-from fedtune.tasks.registry import task_named
 from fedtune.training.spec import RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
@@ -41,7 +40,7 @@ def for_sites(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: the model cannot be had, so that it cannot be named by its hash.
     """
-    columns = task_named(config.task).columns(config.data, unit=config.privacy.unit)
+    columns = config.bound_task.columns(config.data, unit=config.privacy.unit)
     noise = config.plan().noise_multiplier
     return replace(
         config,
@@ -158,7 +157,7 @@ def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig
         known = ", ".join(one.id for one in policy.dataset) or "none"
         raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
     unit = policy.population.unit
-    sent = config.data.for_sites(task_named(config.task).columns(config.data, unit=unit))
+    sent = config.data.for_sites(config.bound_task.columns(config.data, unit=unit))
     data = replace(sent.at_site(dataset, folder=folder), declared_sizes=dataset.declared_size)
     federation = FederationSpec(num_sites=1, min_sites=1, site_names=(policy.site,))
     privacy = replace(config.privacy, unit=unit)

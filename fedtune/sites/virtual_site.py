@@ -55,7 +55,6 @@ from fedtune.sites.session import Session
 from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, silent
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
-from fedtune.tasks.registry import task_named
 
 LEAD_KEY = "lead_key.pem"
 DEALT = "dealt_out.json"
@@ -124,7 +123,7 @@ class VirtualSites:
         files = SiteFiles.of(path)
         if files.policy.site != site:
             raise ConfigError("site", files.policy.site, f"must be {site}").in_file(path)
-        return replace(files, policy=replace(files.policy, simulated=True))
+        return SiteFiles(replace(files.policy, simulated=True), path)
 
     def _policy(self, site: str) -> Policy:
         return generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
@@ -289,7 +288,7 @@ def dealt_out(config: RunConfig) -> dict[str, Any]:
         "data.validation_fraction": data.validation_fraction,
         "data.test_fraction": data.test_fraction,
         # Records are dealt out by a hash of the fields that the task and the partition need, users by their ids.
-        "data.columns": task_named(config.task).columns(data, partition=True, unit=unit),
+        "data.columns": config.bound_task.columns(data, partition=True, unit=unit),
     }
     return dict(json.loads(json.dumps(partition)))
 

@@ -25,7 +25,7 @@ from fedtune.evaluation.spec import WritingSpec
 from fedtune.preparation.starter import literal
 from fedtune.sites.run_records import RunRecords, in_one_form, require_apart
 from fedtune.spec import ConfigError
-from fedtune.tasks.registry import TASKS, task_named
+from fedtune.tasks.registry import TASKS
 from fedtune.version import shipped_folders
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -158,7 +158,7 @@ def adapter_of(run: Run) -> SavedAdapter:
 
 def columns_of(run: Run) -> dict[str, str]:
     """Role to column of a synthetic record: those of a prompt, which name a code, and last what the model writes."""
-    task, data = task_named(run.config.task), run.config.data
+    task, data = run.config.bound_task, run.config.data
     if not task.predicts_tokens or "prompt" not in data.columns or "completion" not in data.columns:
         bound = "must be a language model that completes prompts: data.columns names prompt and completion"
         raise ConfigError("RUN", str(run.folder), bound)
@@ -190,7 +190,7 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
 def weights_of(votes: Run) -> dict[str, float]:
     """Each candidate's text with its noisy share of all votes, at least 0; they add up to 1."""
     config = votes.config
-    if not task_named(config.task).counts_units:
+    if not config.bound_task.counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
     _, head = adapter_of(votes).tensors
@@ -237,7 +237,7 @@ def labelled(found: Synthetic, column: str, classifier: Run) -> Synthetic:
     """
     config = classifier.config
     label = config.data.columns.get("label", column)
-    if task_named(config.task).answers != {"label"} or label == column:
+    if config.bound_task.answers != {"label"} or label == column:
         bound = f"must be a run whose records have a text and, in another column than {column}, one label"
         raise ConfigError("--labels", str(classifier.folder), bound)
     adapter_of(classifier)

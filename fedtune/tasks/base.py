@@ -1,26 +1,26 @@
 """The interface of a task: all that settings, training, scoring and reports need to know of it.
 
-A task is one object without state.  To add one: write its file in this folder, name it in
-`fedtune.tasks.registry`, and give it an experiment in conf/.  Nothing else in fedtune asks which task a run has
-(tests/tasks/test_third_task.py runs one that fedtune does not know).
+A task is one object, with nothing in it but its own settings.  To add one: write its file in this folder, with the
+class of its settings if it has any, name it in `fedtune.tasks.registry`, and give it an experiment in conf/.  Nothing
+else in fedtune asks which task a run has (tests/tasks/test_third_task.py runs one that fedtune does not know).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.codec import decode_value, require
 from fedtune.data.batching import Batch
 from fedtune.data.features import columns_of
 from fedtune.data.lists import as_json
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.text_rows import or_fault
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.model.spec import TaskModelSpec
@@ -43,9 +43,9 @@ Draws: TypeAlias = np.random.Generator
 Ids: TypeAlias = Sequence[Row]  # token ids, (t_i,) of each example; or (1, w), its vector
 _ROLES_OF_ALL = ("label", "site", "user", "arrival")
 """Roles by which records can be dealt out or counted, whatever the task."""
-_OF_SOME_TASKS = frozenset({"prompt_template", "chat_template", "label_separator", "target_range", "intervals"})
-_OF_SOME_TASKS |= {"pairs", "preferences", "windows", "stride", "event_values"}
-"""Settings that only tasks with them among their `own_settings` use; for others they keep their default."""
+_OF_SOME_TASKS = frozenset({"prompt_template", "chat_template", "target_range", "windows", "stride"})
+_OF_SOME_TASKS |= {"label_separator", "event_values"}
+"""Settings of `data` that only tasks with them among their `data_settings` use; for others they keep their default."""
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
 
@@ -86,7 +86,9 @@ class Task(ABC):
     roles: ClassVar[tuple[str, ...]]  # that every record must have, in the first of the task's layouts
     # roles that the tuned model answers with, so that who asks it leaves them out; empty: it only scores
     answers: ClassVar[frozenset[str]] = frozenset()
-    own_settings: ClassVar[frozenset[str]] = frozenset()  # keys of `data` that not every task uses, and this one does
+    # the class of the task's own settings (`task_settings` of a run), each with a default; None: it has none
+    settings: ClassVar[type[Any] | None] = None
+    data_settings: ClassVar[frozenset[str]] = frozenset()  # keys of `data` that not every task uses, and this one does
     # what a record may be to the model (`fedtune.tasks.inputs`).
     inputs: ClassVar[frozenset[str]] = frozenset({"text"})
     has_labels: ClassVar[bool] = False  # whether `data.labels` declares the classes.
@@ -104,16 +106,37 @@ class Task(ABC):
     counts_units: ClassVar[bool] = False
     # the score that says whether training helped: the larger the better, but for "loss"
     judged_by: ClassVar[str] = "loss"
+    # `judged_by` of the best constant answer, where it is one number whatever the data set; None: it is not
+    baseline: ClassVar[float | None] = None
     # what LoRA and the head take of the automatic learning rate; None: it was not studied for the task
     rate_shares: ClassVar[tuple[float, float] | None] = None
     studied: ClassVar[Mapping[float, str]] = {}
     """By a run's signal to noise: what studies kept of the gain of training without privacy (docs/planning.md)."""
-    # a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout
-    reads: ClassVar[str] = "scores"
+    # a line of Python that makes the answer of `scores`, a vector, and `labels`; empty: `lines` lead to no scores
+    reads: ClassVar[str] = ""
+    scales: ClassVar[str] = ""  # lines of Python from the head's scores to those that `reads` reads
     reads_tokens: ClassVar[bool] = False  # whether the readout is of each token's hidden state, and not of their mean
     # of Python from a text to what the loaded model makes of it; FOLDER stands for the adapter's
     lines: ClassVar[str] = ""
     auto: ClassVar[str] = "AutoModel"  # the class of transformers that loads a whole model
+    own: Any  # an instance of `settings`, or None; a task that has settings declares their class
+
+    def __init__(self, own: object = None) -> None:
+        self.own = self.settings() if own is None and self.settings else own
+
+    def with_settings(self, given: object) -> Self:
+        """The same task with these settings of its own, by their keys; others keep their default.
+
+        Raises:
+            ConfigError: a key is unknown, or a value is out of its bound; errors name keys of the run.
+        """
+        table: Any = asdict(given) if is_dataclass(given) and not isinstance(given, type) else given
+        require("task_settings", table, isinstance(table, Mapping), "must be keys and values, as in {text: body}")
+        known = [one.name for one in fields(self.settings)] if self.settings else []
+        for key in table:
+            bound = f"is no setting of task {self.name}, which has {', '.join(known) or 'none of its own'}"
+            require(f"task_settings.{key}", table[key], key in known, bound)
+        return type(self)(decode_value("task_settings", dict(table), self.settings) if self.settings else None)
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -185,7 +208,7 @@ class Task(ABC):
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
         for setting in fields(data):
             given = getattr(data, setting.name)
-            if setting.name in _OF_SOME_TASKS - self.own_settings and given != setting.default:
+            if setting.name in _OF_SOME_TASKS - self.data_settings and given != setting.default:
                 only = "null" if setting.default is None else setting.default
                 raise ConfigError(setting.name, given, f"must stay {only}: task {self.name} does not use it")
 
@@ -194,6 +217,9 @@ class Task(ABC):
         if data.input not in self.inputs:
             raise ConfigError("input", data.input, f"must be {' or '.join(sorted(self.inputs))} for task {self.name}")
         input_of(data).check_data(data)
+
+    def check_own(self, data: DataSpec) -> None:  # noqa: B027
+        """Check that the task's own settings suit those of `data`; errors name keys of the run."""
 
     def check_spec(self, spec: TaskModelSpec) -> None:
         """`check_model`, after what the input says of the model, and whether the task has its labels."""
@@ -324,7 +350,7 @@ class Task(ABC):
 
     def guess(self, dataset: TextDataset) -> float | None:
         """`judged_by` of the majority baseline, the best constant answer to `dataset`; None: there is no such."""
-        return None
+        return self.baseline
 
     @abstractmethod
     def unit_score(self, model: Model, batch: Batch) -> float:
@@ -380,24 +406,6 @@ class Task(ABC):
         """The form of an exported base, for `auto` to load: by itself, or with a head of transformers' own."""
         return base
 
-    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
-        """Lines of Python that load a saved adapter where fedtune is not installed.
-
-        `lines` lead to `scores` and `labels`, of an input that is no text; None: those of this task.
-        """
-        auto = self.auto if self.predicts_tokens else "AutoModel"
-        return _LOADING.format(auto=auto, base=base, folder=folder) + self.lines.replace("FOLDER", folder)
-
-
-def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
-    """A function from a record to the error that `read` raises about it; None: nothing."""
-
-    def found(record: Record) -> DataError | None:
-        target = or_fault(record.at("record"), read, record)
-        return target if isinstance(target, DataError) else None
-
-    return found
-
 
 def target_range_of(data: DataSpec) -> tuple[float, float]:
     """The range of the numbers that a task learns; raises ConfigError where none was declared."""
@@ -415,13 +423,6 @@ def number_in(record: Record, bounds: tuple[float, float]) -> float:
     return number
 
 
-_LOADING = """\
-from peft import PeftModel
-from transformers import AutoTokenizer, {auto}
-
-tokenizer = AutoTokenizer.from_pretrained({base!r})
-model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").eval()
-"""
 WITH_HEAD = """
 import json
 import torch

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from fedtune.data.batching import Batch
 from fedtune.data.faults import Faults
-from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec
+from fedtune.data.records import Record, error_of
+from fedtune.data.spec import DataSpec, fill_template
 from fedtune.data.tokenise import (
     UNSUPERVISED,
     MarkedTokenizer,
@@ -29,7 +29,7 @@ from fedtune.data.tokenise import (
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, error_of
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
 from fedtune.tasks.chat_template import (
     SYSTEM,
     USER,
@@ -41,7 +41,6 @@ from fedtune.tasks.chat_template import (
     chat_format,
     turns_in,
 )
-from fedtune.tasks.inputs import fill_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +56,7 @@ class CausalLM(Task):
     name = "causal_lm"
     roles: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     answers = frozenset({"completion"})
-    own_settings = frozenset({"prompt_template", "chat_template"})
+    data_settings = frozenset({"prompt_template", "chat_template"})
     predicts_tokens = True
     auto = "AutoModelForCausalLM"
     hub_name = "text-generation"

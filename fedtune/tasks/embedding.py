@@ -12,24 +12,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.records import Record, record_key
+from fedtune.data.features import check_names
+from fedtune.data.records import Record, error_of, record_key
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
+from fedtune.data.tokenise import Targets, TextDataset, Tokenizer, whole_texts
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
-from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, error_of, number_in, target_range_of
-from fedtune.tasks.inputs import mean_pooled, whole_texts
+from fedtune.spec import ConfigError, DataError, check_positive, spec
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, number_in, target_range_of
+from fedtune.tasks.inputs import mean_pooled
 from fedtune.tasks.measures import rank_correlation
 
 _TIE = 1e-6
 """Cosines that differ by less are the same: those of one text differ so, by the batches that it is computed in."""
 _CHUNK = 256
+_COUPLED = (
+    "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
+    "bound what one record does; give a list of public texts, or each record its own column negative"
+)
 _LINES = """
 import torch
 
@@ -41,18 +47,46 @@ print(embeddings @ embeddings.T)
 """
 
 
+@spec
+class PairSettings:
+    """How texts are compared that belong together, or do not.
+
+    Attributes:
+        negatives: where the text comes from that does not belong to the anchor: "record", its own column `negative`; or
+            a list of public texts, of which the record's own hash chooses one.  From other records of the batch
+            ("batch") is refused.
+        margin: by how much the cosine with the positive is to be above that with the negative.
+    """
+
+    negatives: tuple[str, ...] | Literal["record", "batch"] = "record"
+    margin: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.negatives == "batch":
+            raise ConfigError("negatives", "batch", _COUPLED)
+        if not isinstance(self.negatives, str):
+            check_names("negatives", self.negatives)
+            if not self.negatives:
+                raise ConfigError("negatives", self.negatives, "must hold at least one text, or be record")
+        check_positive("margin", self.margin)
+        if self.margin > 2:
+            raise ConfigError("margin", self.margin, "must be at most 2, the largest difference of two cosines")
+
+
 class Embedding(Task):
     """Mean-pooled, normalised hidden states, compared by their cosine; the loss is each record's own.
 
     * `text`, `other` and `target`, a score: the squared difference between their cosine and the score, brought from its
       range (`data.target_range`) to [0, 1];
-    * `anchor`, `positive` and `negative`: by how much the cosine with the positive is less than `data.pairs.margin`
+    * `anchor`, `positive` and `negative`: by how much the cosine with the positive is less than `task_settings.margin`
       above that with the negative, or 0.  Without the last column the negative is a public text.
     """
 
     name = "embedding"
     roles = ("text", "other", "target")
-    own_settings = frozenset({"pairs", "target_range"})
+    settings = PairSettings
+    own: PairSettings
+    data_settings = frozenset({"target_range"})
     hub_name = "sentence-similarity"
     formats = ("peft", "sentence-transformers", "onnx")
     judged_by = "spearman"
@@ -62,7 +96,7 @@ class Embedding(Task):
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         if "anchor" not in data.columns:
             return self.roles
-        return self.layouts[1 if data.pairs.negatives == "record" else 2]
+        return self.layouts[1 if self.own.negatives == "record" else 2]
 
     def texts(self, data: DataSpec) -> int:
         return 3 if "anchor" in data.columns else 2
@@ -75,12 +109,6 @@ class Embedding(Task):
         if ("anchor" in data.columns) == ("text" in data.columns):
             bound = "must name either text, other and target, or anchor and positive with what does not belong to them"
             raise ConfigError("columns", dict(data.columns), bound)
-        negatives = data.pairs.negatives
-        if "text" in data.columns and negatives != "record":
-            raise ConfigError("pairs.negatives", negatives, "must stay record: a pair with a score has no negative")
-        if "anchor" in data.columns and "negative" not in data.columns and negatives == "record":
-            bound = "needs data.columns.negative, or must be a list of public texts"
-            raise ConfigError("pairs.negatives", negatives, bound)
         super().check_data(data)
         if "text" in data.columns:
             target_range_of(data)
@@ -88,8 +116,15 @@ class Embedding(Task):
             bound = "must stay null: an anchor with what belongs to it has no score"
             raise ConfigError("target_range", data.target_range, bound)
 
+    def check_own(self, data: DataSpec) -> None:
+        if (negatives := self.own.negatives) != "record" and "anchor" not in data.columns:
+            raise ConfigError("task_settings.negatives", negatives, "must stay record: a scored pair has no negative")
+        if negatives == "record" and "anchor" in data.columns and not {"text", "negative"} & {*data.columns}:
+            bound = "needs data.columns.negative, or must be a list of public texts"
+            raise ConfigError("task_settings.negatives", negatives, bound)
+
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return error_of(_wanted(data))
+        return error_of(self._wanted(data))
 
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -100,9 +135,9 @@ class Embedding(Task):
         """
         texts = self.texts(data)
         roles = self.layouts[texts - 2][:texts]
-        fields = [(one, (role,)) for one in map(_with_negative(data), records) for role in roles]
+        fields = [(one, (role,)) for one in map(self._with_negative, records) for role in roles]
         ids, encoded = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
-        wanted = [*map(_wanted(data), records)]
+        wanted = [*map(self._wanted(data), records)]
         complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)
         return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
 
@@ -155,6 +190,21 @@ class Embedding(Task):
         # Of three texts up to the largest margin, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 
+    def _wanted(self, data: DataSpec) -> Callable[[Record], float]:
+        """A function from a record to the cosine to learn, or the margin between two."""
+        if "anchor" in data.columns:
+            return lambda record: self.own.margin
+        low, high = bounds = target_range_of(data)
+        return lambda record: (number_in(record, bounds) - low) / (high - low)
+
+    def _with_negative(self, record: Record) -> Record:
+        """Give a record its negative from the public list, if there is one; which one follows from it alone."""
+        texts = self.own.negatives
+        if isinstance(texts, str):
+            return record
+        number = int.from_bytes(hashlib.sha256(record_key(record)).digest()[:8])
+        return replace(record, fields={**record.fields, "negative": texts[number % len(texts)]})
+
 
 def _cosines(embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
     """Of each record's first text with each of its others, (records,) each, from (rows, h) of norm 1."""
@@ -167,27 +217,6 @@ def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
     missing = batch.targets.nan_to_num() - cosines[0]
     losses = missing.square() if batch.texts == 2 else (missing + cosines[1]).clamp(min=0.0)
     return losses.where(known, losses.new_zeros(()))
-
-
-def _wanted(data: DataSpec) -> Callable[[Record], float]:
-    """A function from a record to the cosine to learn, or the margin between two."""
-    if "anchor" in data.columns:
-        return lambda record: data.pairs.margin
-    low, high = bounds = target_range_of(data)
-    return lambda record: (number_in(record, bounds) - low) / (high - low)
-
-
-def _with_negative(data: DataSpec) -> Callable[[Record], Record]:
-    """A function that gives a record its negative from the public list; which one follows from that record alone."""
-    texts = data.pairs.negatives
-    if isinstance(texts, str):
-        return lambda record: record
-
-    def chosen(record: Record) -> Record:
-        number = int.from_bytes(hashlib.sha256(record_key(record)).digest()[:8])
-        return replace(record, fields={**record.fields, "negative": texts[number % len(texts)]})
-
-    return chosen
 
 
 def ranks_of_own(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from fedtune.data.features import vector_of
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec, template_roles
+from fedtune.data.spec import DataSpec, fill_template
 from fedtune.data.text_rows import or_fault
-from fedtune.data.tokenise import Tokenizer, cut, encode
+from fedtune.data.tokenise import whole_texts
 from fedtune.data.values import FEATURE, NO_NAME, NUMBER
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
 from fedtune.process import torch
@@ -399,14 +399,6 @@ def each_alone(read: Callable[[Record], Row], records: Sequence[Record], *, noth
     return rows, [not isinstance(row, DataError) for row in made]
 
 
-def fill_template(template: str, fields: Mapping[str, str]) -> str:
-    """The template with a record's texts, without the paragraphs whose roles are all blank."""
-    texts = {role: fields.get(role, "") for role in template_roles(template)}
-    paragraphs = [(one, template_roles(one)) for one in template.split("\n\n")]
-    kept = (one for one, roles in paragraphs if not roles or any(texts[role].strip() for role in roles))
-    return "\n\n".join(kept).format_map(texts)
-
-
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The mean over real tokens, scaled to norm 1: (n, h) float32; an example without tokens gives zeros.
 
@@ -415,28 +407,3 @@ def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
     mask = attention_mask.unsqueeze(-1).to(torch.float32)
     total = (hidden.to(torch.float32) * mask).sum(dim=1)
     return torch.nn.functional.normalize(total / mask.sum(dim=1).clamp(min=1.0), dim=-1)
-
-
-def whole_texts(
-    fields: Sequence[tuple[Record, Sequence[str]]],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    lenient_within: int | None,
-) -> Rows:
-    """Token ids of the texts of some records' roles with the tokenizer's own special tokens, `max_length` at most.
-
-    Texts of two roles are encoded as a pair.  And whether each could be encoded: with `lenient_within`, as
-    `Task.tokenise` has it, what cannot is one token, 0; otherwise it is a DataError.
-    """
-    cuts = [tuple(cut(record.fields[role], max_length) for role in roles) for record, roles in fields]
-    texts = [one if len(one) > 1 else one[0] for one in cuts]
-    encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
-    input_ids, found = [], []
-    for (record, roles), ids in zip(fields, encoded, strict=True):
-        if not ids and lenient_within is None:
-            raise DataError(record.at(roles[0]), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
-        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
-        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
-        found.append(bool(ids))
-    return input_ids, found

@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
-from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, undeclared
+from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, place_of
 
 MOST_LABELS = 1_000
 """A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""
@@ -36,7 +36,7 @@ class MultiLabel(LabelTask):
     name = "multi_label"
     roles = ("text", "labels")
     answers = frozenset({"labels"})
-    own_settings = LabelTask.own_settings | {"label_separator"}
+    data_settings = LabelTask.data_settings | {"label_separator"}
     judged_by = "micro_f1"
     reads = "[label for label, score in zip(labels, scores) if score > 0]"
     target_type = np.int8
@@ -52,9 +52,7 @@ class MultiLabel(LabelTask):
         def marks(record: Record) -> npt.NDArray[np.int8]:
             found = np.zeros(len(places), dtype=np.int8)
             for label in split_labels(record.fields["labels"], separator=data.label_separator):
-                if label not in places:
-                    raise undeclared(record, "labels", data.labels)
-                found[places[label]] = 1
+                found[place_of(label, places, record, role="labels")] = 1
             return found
 
         return marks

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedtune.data.batching import Batch
-from fedtune.data.tokenise import UNSUPERVISED, TextDataset
+from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.tasks.base import Model
@@ -33,6 +33,7 @@ class Ordinal(OneLabelTask):
 
     name = "ordinal"
     judged_by = "quadratic_kappa"
+    baseline = 0.0
     reads = "labels[int((scores > 0).sum())]"
 
     def outputs(self, spec: TaskModelSpec) -> int:
@@ -62,10 +63,6 @@ class Ordinal(OneLabelTask):
             "accuracy": float(np.mean(truth == predicted)),
             "mae": float(np.mean(np.abs(truth - predicted))),
         }
-
-    def guess(self, dataset: TextDataset) -> float:
-        """A constant answer has a kappa of 0."""
-        return 0.0
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """1 less the error as a share of the largest possible one."""

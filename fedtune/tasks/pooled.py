@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.records import Record
+from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task
 from fedtune.tasks.inputs import input_named, input_of, require_no_labels
 from fedtune.tasks.measures import Detail, Floats, Marks
 
@@ -44,7 +44,7 @@ class PooledTask(Task):
     """
 
     has_head = True
-    own_settings = frozenset({"prompt_template"})
+    data_settings = frozenset({"prompt_template"})
     inputs = frozenset({"text", "features", "image"})
     hub_name = "text-classification"
     formats: ClassVar[tuple[str, ...]] = ("peft", "sentence-transformers", "onnx")
@@ -52,7 +52,7 @@ class PooledTask(Task):
     # takes until a study of their own says otherwise.
     rate_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
     lines = WITH_HEAD + _LINES
-    scales: ClassVar[str] = ""  # lines of Python from the head's scores to those that `reads` reads
+    reads = "scores"
     target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64  # of one value of a target
 
     @abstractmethod
@@ -205,9 +205,6 @@ class PooledTask(Task):
         centre = model.get_buffer("centre")
         return ((torch.eye(len(centre), device=centre.device), -centre), (scores, None))
 
-    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
-        return f"{lines or super().loading(base=base, folder=folder)}{self.scales}print({self.reads})\n"
-
 
 class LabelTask(PooledTask):
     """A pooled task whose answers are labels of a declared set."""
@@ -261,14 +258,8 @@ class OneLabelTask(LabelTask):
     answers = frozenset({"label"})
 
     def target(self, data: DataSpec) -> TargetOf:
-        classes = {label: index for index, label in enumerate(data.labels)}
-
-        def place(record: Record) -> int:
-            if (found := classes.get(record.fields["label"])) is None:
-                raise undeclared(record, "label", data.labels)
-            return found
-
-        return place
+        places = {label: place for place, label in enumerate(data.labels)}
+        return lambda record: place_of(record.fields["label"], places, record, role="label")
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return data.labels[draw(len(data.labels))] if role == "label" else None
@@ -294,7 +285,14 @@ def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     return each.reshape(logits.shape).mean(dim=1)
 
 
-def undeclared(record: Record, role: str, labels: Sequence[str]) -> DataError:
-    """The error about a label that nobody declared; with another column for it, what is there is a record's text."""
-    declared = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
-    return DataError(record.at(role), "not declared", f"must be one of the {len(labels)} in data.labels: {declared}")
+def place_of(label: str, places: Mapping[str, int], record: Record, *, role: str) -> int:
+    """The place of a record's label among the declared ones.
+
+    The DataError about one that nobody declared does not name it: with another column for it, what is there is a
+    record's text.
+    """
+    if label not in places:
+        declared = ", ".join([*places][:5]) + (", ..." if len(places) > 5 else "")
+        bound = f"must be one of the {len(places)} in data.labels: {declared}"
+        raise DataError(record.at(role), "not declared", bound)
+    return places[label]

@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.records import Record
+from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import messages_of, turns_said
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
-from fedtune.spec import DataError
-from fedtune.tasks.base import Ids, Model, error_of
+from fedtune.spec import ConfigError, DataError, check_positive, spec
+from fedtune.tasks.base import Ids, Model
 from fedtune.tasks.causal_lm import CausalLM, Layout, added_up, laid_out
 from fedtune.tasks.chat_template import ASSISTANT, before_last_answer, turns_in
 
@@ -35,11 +35,31 @@ _ANSWERS = ("chosen", "rejected")
 _TIE = 1e-4  # rewards that differ by less are a tie: even without adapters, rounding makes them differ by this much
 
 
+@spec
+class PreferenceSettings:
+    """How a model learns which of two answers is preferred (DPO, Rafailov et al. 2023, arXiv 2305.18290).
+
+    Attributes:
+        beta: an answer's reward is beta times the difference between its log-probability under the model and under the
+            base.  A larger beta counts a pair as learnt sooner, and keeps the model nearer to its base.
+        per_token: true divides an answer's log-probabilities by its number of tokens, so that a long answer earns no
+            more than a short one; `beta` must then be larger, as 2.
+    """
+
+    beta: float = 0.1
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+        if self.beta > 1000:
+            raise ConfigError("beta", self.beta, "must be at most 1000: every pair would count as learnt")
+
+
 class Preference(CausalLM):
     """A pair's loss is -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))).
 
     Each of the four is the log-probability of the answer's own tokens behind the prompt, the end of the answer among
-    them; with `data.preferences.per_token` divided by how many they are.  A record is
+    them; with `task_settings.per_token` divided by how many they are.  A record is
 
     * a `prompt` with the texts `chosen` and `rejected`, laid out as causal_lm lays out a prompt and its completion;
     * a conversation up to a user's turn, `messages`, with the turns `chosen` and `rejected` that go on with it;
@@ -49,7 +69,8 @@ class Preference(CausalLM):
     name = "preference"
     roles = ("prompt", *_ANSWERS)
     answers = frozenset(_ANSWERS)
-    own_settings = CausalLM.own_settings | {"preferences"}
+    settings = PreferenceSettings
+    own: PreferenceSettings
     has_reference = True
     judged_by = "accuracy"
     one_of = ("messages", "prompt")
@@ -105,10 +126,10 @@ class Preference(CausalLM):
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         """One pair at a time, because the rounding of a vector's loss may depend on its length."""
-        return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin, _ in _margins(model, batch)])
+        return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin, _ in self._margins(model, batch)])
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        margins, lengths = zip(*_margins(model, batch), strict=True)
+        margins, lengths = zip(*self._margins(model, batch), strict=True)
         found = torch.stack(margins)
         return {
             "loss": -torch.nn.functional.logsigmoid(found),
@@ -134,7 +155,7 @@ class Preference(CausalLM):
         told = figures["learnt"] > 0
         told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
         margins, longer = figures["margin"][told], figures["longer"][told]
-        right = np.where(np.abs(margins) <= _TIE * spec.beta, 0.5, margins > 0)
+        right = np.where(np.abs(margins) <= _TIE * self.own.beta, 0.5, margins > 0)
         return {
             "accuracy": float(right.mean()),
             "accuracy_length_controlled": length_controlled(right, longer, neutral=0.5),
@@ -142,6 +163,17 @@ class Preference(CausalLM):
             "margin_length_controlled": length_controlled(margins, longer, neutral=0.0),
             "loss": float(figures["loss"][told].mean()),
         }
+
+    def _margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+        """For each pair, the reward of the chosen answer minus that of the rejected one, and both answers' tokens."""
+        assert batch.reference is not None, "what the base says of a pair is known before its loss"
+        rows = added_up(model, batch)
+        for (chosen, its), (rejected, other), base in zip(rows, rows, batch.reference, strict=True):
+            gains = -chosen - base[0], -rejected - base[1]
+            lengths = len(its), len(other)
+            if self.own.per_token:
+                gains = gains[0] / lengths[0], gains[1] / lengths[1]
+            yield self.own.beta * (gains[0] - gains[1]), lengths
 
 
 def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float) -> float:
@@ -158,18 +190,6 @@ def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.fl
     above, below, alike = (values[some] for some in (longer > 0, longer < 0, longer == 0))
     unlike = (above.mean() + below.mean()) / 2 if len(above) and len(below) else neutral
     return float((alike.sum() + unlike * (len(above) + len(below))) / len(values))
-
-
-def _margins(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
-    """For each pair, the reward of the chosen answer minus that of the rejected one, and both answers' tokens."""
-    assert batch.reference is not None, "what the base says of a pair is known before its loss"
-    rows = added_up(model, batch)
-    for (chosen, its), (rejected, other), base in zip(rows, rows, batch.reference, strict=True):
-        gains = -chosen - base[0], -rejected - base[1]
-        lengths = len(its), len(other)
-        if model.spec.per_token:
-            gains = gains[0] / lengths[0], gains[1] / lengths[1]
-        yield model.spec.beta * (gains[0] - gains[1]), lengths
 
 
 def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:

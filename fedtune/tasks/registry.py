@@ -30,10 +30,14 @@ TASKS: dict[str, Task] = {
 INPUTS["image"] = Image()
 
 
-def task_named(name: str) -> Task:
-    """The task that settings call `name`; raises ConfigError for `task` where there is none."""
+def task_named(name: str, given: object = None) -> Task:
+    """The task that settings call `name`, with these settings of its own; None: their defaults.
+
+    Raises:
+        ConfigError: for `task`, where there is none, or for one of `task_settings`.
+    """
     if name == "cox":
         bound = "couples records: each one's partial likelihood has all that were still followed in it, and clipping "
         raise ConfigError("task", name, f"{bound}would not bound what one record does; use task=survival")
     check_one_of("task", name, TASKS)
-    return TASKS[name]
+    return TASKS[name] if given is None else TASKS[name].with_settings(given)

@@ -15,7 +15,6 @@ from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, number_i
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
 
-_DIGITS = 5  # significant digits of a number that is shown to people
 _SCALED = """\
 low, high = settings["target_range"]
 scores = (low + high) / 2 + (high - low) / 2 * scores
@@ -34,7 +33,7 @@ class Regression(PooledTask):
     name = "regression"
     roles = ("text", "target")
     answers = frozenset({"target"})
-    own_settings = PooledTask.own_settings | {"target_range"}
+    data_settings = PooledTask.data_settings | {"target_range"}
     scales = _SCALED
     reads = "float(scores[0])"
     target_type = np.float32
@@ -82,7 +81,7 @@ class Regression(PooledTask):
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """The predicted number, as text and as JSON."""
         number = float(self.said(logits[None], spec=spec)["predicted"][0])
-        return f"{number:.{_DIGITS}g}", {"number": number}
+        return f"{number:.5g}", {"number": number}
 
     def readout(self, model: Model) -> Readout:
         """The head, with the scaling to the range folded into its last layer."""

@@ -45,8 +45,8 @@ _HEAD = "head."  # prefix of the task's own tensors; its public constants are bu
 _CONSTANTS = ("centre", "candidates")
 """What is public and not trained among the head's tensors: buffers of the model itself."""
 _MEANING = {
-    **{key: key for key in ("task", "model.sha256", "lora.kind", "head.scale", "head.centre")},
-    **{key: f"data.{key}" for key in ("labels", "target_range", "intervals")},
+    **{key: key for key in ("task", "task_settings", "model.sha256", "lora.kind", "head.scale", "head.centre")},
+    **{key: f"data.{key}" for key in ("labels", "target_range")},
     "values": "data.features",
     "lora.scale": "the scale of LoRA",
 }
@@ -106,7 +106,9 @@ class SavedAdapter:
             bound = f"is private to {shown(site)}, without a guarantee: what is made from it may not leave that site"
             raise ConfigError("adapter", str(folder), bound)
         with errors_in(path):
-            digest, spec = str(settings.pop("adapter_digest", None)), decode(TaskModelSpec, settings)
+            digest, own = str(settings.pop("adapter_digest", None)), settings.pop("task_settings", {})
+            spec = decode(TaskModelSpec, settings)
+            spec = replace(spec, task_settings=task_named(spec.task, own).own)
         if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
             spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
         return cls(folder, spec, digest, site)
@@ -186,7 +188,7 @@ class SavedAdapter:
     def has_head_for(self, spec: TaskModelSpec) -> bool:
         """A run of this model, which may know more labels, takes the head, too; else its own starts anew."""
         was = self.spec
-        same = (was.target_range, was.intervals) == (spec.target_range, spec.intervals)
+        same = (was.target_range, was.task_settings) == (spec.target_range, spec.task_settings)
         # A row of an ordinal head is a step from one label to the next.
         known = was.labels == spec.labels or (spec.task != "ordinal" and set(was.labels) <= set(spec.labels))
         return task_named(spec.task).has_head and same and known

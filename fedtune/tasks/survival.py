@@ -9,44 +9,68 @@ record alone.  Cox's partial likelihood compares each record with all that were 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
+from fedtune.data.features import check_range
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
+from fedtune.data.tokenise import UNSUPERVISED, Targets
 from fedtune.data.values import category_of
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import ConfigError, DataError, spec
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats
 from fedtune.tasks.pooled import PooledTask, TargetOf
 
+_MOST_INTERVALS = 100
 _EVENTS = {"1": True, "true": True, "0": False, "false": False}
 
 
+@spec
+class SurvivalSettings:
+    """When an event may come.
+
+    Attributes:
+        intervals: the end of each interval in which the event may come, ascending, in the unit of the role `time`.
+    """
+
+    intervals: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        ascend = all(start < end for start, end in pairwise((0.0, *self.intervals)))
+        if len(self.intervals) > _MOST_INTERVALS or not ascend:
+            bound = f"must be at most {_MOST_INTERVALS} numbers above 0, each larger than the one before"
+            raise ConfigError("intervals", list(self.intervals), bound)
+        if self.intervals:
+            check_range("intervals", (0.0, self.intervals[-1]))
+
+
 class Survival(PooledTask):
-    """The head has a row for each of `data.intervals`; a target is 1 where the event came, 0 where it did not."""
+    """The head has a row for each interval; a target is 1 where the event came, 0 where it did not."""
 
     name = "survival"
     roles = ("text", "time", "event")
     answers = frozenset({"time", "event"})
-    own_settings = PooledTask.own_settings | {"intervals", "event_values"}
+    data_settings = PooledTask.data_settings | {"event_values"}
+    settings = SurvivalSettings
+    own: SurvivalSettings
     hub_name = ""
     judged_by = "concordance"
+    baseline = 0.5  # a constant answer orders nobody
     reads = "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]"
     target_type = np.int8
 
-    def check_data(self, data: DataSpec) -> None:
-        super().check_data(data)
-        if not data.intervals:
-            raise ConfigError("intervals", [], "must hold the end of each interval, in the unit of the role time")
+    def check_own(self, data: DataSpec) -> None:
+        if not self.own.intervals:
+            raise ConfigError("task_settings.intervals", [], "must hold each interval's end, in the unit of role time")
 
     def target(self, data: DataSpec) -> TargetOf:
-        ends = np.array(data.intervals)
+        ends = np.array(self.own.intervals)
         came = dict(zip(data.event_values, (False, True), strict=False)) or _EVENTS
 
         def known(record: Record) -> npt.NDArray[np.int8]:
@@ -65,10 +89,10 @@ class Survival(PooledTask):
         return known
 
     def target_shape(self, data: DataSpec) -> tuple[int, ...]:
-        return (len(data.intervals),)
+        return (len(self.own.intervals),)
 
     def outputs(self, spec: TaskModelSpec) -> int:
-        return len(spec.intervals)
+        return len(self.own.intervals)
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
@@ -81,10 +105,6 @@ class Survival(PooledTask):
             "integrated_brier": integrated_brier(figures["survival"], followed, event),
         }
 
-    def guess(self, dataset: TextDataset) -> float:
-        """A constant answer orders nobody."""
-        return 0.5
-
     def unit_score(self, model: Model, batch: Batch) -> float:
         """The probability that the model gave to what is known, by interval in geometric mean; 0: nothing is."""
         known = int((batch.targets[0] != UNSUPERVISED).sum())
@@ -93,16 +113,16 @@ class Survival(PooledTask):
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """The probability that the event has not come by the end of each interval."""
         chances = self.said(logits[None], spec=spec)["survival"][0].tolist()
-        found = [{"until": end, "survival": chance} for end, chance in zip(spec.intervals, chances, strict=True)]
+        found = [{"until": end, "survival": chance} for end, chance in zip(self.own.intervals, chances, strict=True)]
         return ", ".join(f"{one['survival']:.3f} until {one['until']:g}" for one in found), found
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        events = data.event_values or ("0", "1")
-        made = {"time": lambda: repr(data.intervals[draw(len(data.intervals))]), "event": lambda: events[draw(2)]}
+        ends, events = self.own.intervals, data.event_values or ("0", "1")
+        made = {"time": lambda: repr(ends[draw(len(ends))]), "event": lambda: events[draw(2)]}
         return made[role]() if role in made else None
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        count = len(spec.intervals)
+        count = len(self.own.intervals)
         places, last = np.arange(count), draws.integers(0, count, size=(len(input_ids), 1))
         event = draws.integers(0, 2, size=(len(input_ids), 1))
         return np.where(places < last, 0, np.where(places == last, event, UNSUPERVISED)).astype(np.int8)
@@ -142,7 +162,7 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
         stays[place + 1] = stays[place] * (1 - lost / at_risk if at_risk else 1.0)
     known = [place for place in range(count) if stays[place + 1] > 0]
     if not known:
-        bound = "needs records that were followed through the first of data.intervals, or had their events in it"
+        bound = "needs records that were followed through the first interval, or had their events in it"
         raise DataError("evaluation data", "no interval after which anybody's state is known", bound)
     total = 0.0
     for place in known:

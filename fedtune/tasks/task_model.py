@@ -184,7 +184,7 @@ def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu")
 
 def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
     """The model with a head that is yet to be started, checked to keep examples apart."""
-    task = task_named(spec.task)
+    task = task_named(spec.task, spec.task_settings)
     task.check_spec(spec)
     check = partial(task.check_base, path=spec.model.path)
     base = input_of(spec).base(spec, predicts_tokens=task.predicts_tokens, check=check, device=device)

@@ -22,18 +22,17 @@ import numpy.typing as npt
 
 from fedtune.data.batching import Batch
 from fedtune.data.marked import entities_of
-from fedtune.data.records import Record
+from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
-from fedtune.data.values import UNSPACED
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task
 from fedtune.tasks.inputs import require_no_labels
 from fedtune.tasks.measures import Detail, Entity, Floats
-from fedtune.tasks.pooled import undeclared
+from fedtune.tasks.pooled import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +66,7 @@ class TokenClassification(Task):
     name = "token_classification"
     roles = ("tokens", "tags")
     answers = frozenset({"tags", "spans"})
-    own_settings = frozenset({"windows", "stride"})
+    data_settings = frozenset({"windows", "stride"})
     has_labels = True
     fewest_labels = 1
     has_head = True
@@ -76,6 +75,7 @@ class TokenClassification(Task):
     reads_tokens = True
     auto = "AutoModelForTokenClassification"
     judged_by = "strict_f1"
+    baseline = 0.0  # of no entity anywhere: nothing is found
     studied = {10: "three fifths", 5: "three eighths", 2.4: "a fifth"}  # noqa: RUF012
     lines = WITH_HEAD + _LINES
     layouts = (roles, ("text", "spans"))
@@ -194,10 +194,6 @@ class TokenClassification(Task):
             one = measures.ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=int(counts[0]))
             classes.append(one)
         return Detail(classes=tuple(classes), reliability=())
-
-    def guess(self, dataset: TextDataset) -> float:
-        """Of no entity anywhere: nothing is found."""
-        return 0.0
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """Strict F1 of the one record; 1 where it has no entity and is given none."""
@@ -342,10 +338,9 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
         if "" in tags:
             raise DataError(record.at("tags"), "a blank tag", "must be O or the name of a type behind B- or I-")
         entities, _ = entities_of(tags, places)
-        if any(name not in places for *_, name in entities):
-            raise undeclared(record, "tags", data.labels)
         starts = [0, *accumulate(len(token) + 1 for token in tokens)]
-        return " ".join(tokens), [(starts[a], starts[b] - 1, places[name]) for a, b, name in entities]
+        found = ((starts[a], starts[b] - 1, place_of(name, places, record, role="tags")) for a, b, name in entities)
+        return " ".join(tokens), list(found)
 
     def of_spans(record: Record) -> Marked:
         text, at = record.fields["text"], record.at("spans")
@@ -361,9 +356,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
             if start == stop:
                 bound = "must have 0 <= start < end, and end at most the characters of its text"
                 raise DataError(at, "a span outside the text", bound)
-            if name not in places:
-                raise undeclared(record, "spans", data.labels)
-            entities.append((start, stop, places[name]))
+            entities.append((start, stop, place_of(name, places, record, role="spans")))
         entities.sort()
         if any(one[1] > other[0] for one, other in pairwise(entities)):
             raise DataError(at, "spans that overlap", "must not share a character: a word has one label")
@@ -384,18 +377,3 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     inner, whole = (tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True))
     first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))
     return whole[:first], whole[first + len(inner) :]
-
-
-def misplaced(fields: Mapping[str, str]) -> list[str]:
-    """How a record's spans seem to be counted, if some begin or end within a word, as the end of a sentence."""
-    places = [place for span in json.loads(fields.get("spans", "[]")) if len(span) == 3 for place in span[:2]]
-    text, within_word = fields.get("text", ""), re.compile(rf"(?<=[^\W_{UNSPACED}])(?=[^\W_{UNSPACED}])")
-
-    def torn(places: Sequence[int]) -> bool:
-        return any(within_word.match(text, place) for place in places)
-
-    ways = {"(ends seem inclusive)": [place + number % 2 for number, place in enumerate(places)]}
-    for what, encoding in (("bytes", "utf-8"), ("units of UTF-16", "utf-16-le")):
-        raw, size = text.encode(encoding), len("a".encode(encoding))
-        ways[f"({what} seem to be counted)"] = [len(raw[: size * one].decode(encoding, "ignore")) for one in places]
-    return [next((way for way, some in ways.items() if not torn(some)), "")] if torn(places) else []

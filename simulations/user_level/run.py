@@ -46,7 +46,6 @@ from fedtune.data.partition import unit_hash
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.profile import group
-from fedtune.tasks.registry import task_named
 
 FOLDER = Path(__file__).parent
 TITLES = {
@@ -154,7 +153,7 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
     Which ones: those with the smallest keyed hashes, so that it is a matter of that user's records alone.
     """
     key = split_key(config.seed)
-    columns = task_named(config.task).columns(config.data, partition=True, unit="user")
+    columns = config.bound_task.columns(config.data, partition=True, unit="user")
     sites = deal(config.data, columns, config.federation.names, seed=config.seed, unit="user").sites
     rows = []
     for number, site in enumerate(sites):

@@ -30,7 +30,7 @@ def searched(command: Any, tiny: Any, tmp_path: Path) -> Any:
 
 TRIPLETS = (
     *("experiment=own_pairs", "model=random_bert", "lora=all_linear", "data.train_file=x", "data.max_length=16"),
-    *("data.columns={anchor: a, positive: b}", "data.pairs.negatives=[no, never]", "data.declared_sizes=20"),
+    *("data.columns={anchor: a, positive: b}", "task_settings.negatives=[no, never]", "data.declared_sizes=20"),
 )
 PAIRS = (
     *("experiment=own_preferences", "model=random_llama", *TRIPLETS[2:5], "lora.layers=null"),

@@ -17,9 +17,8 @@ from pyarrow import parquet
 from fedtune.data import images
 from fedtune.data.formats import files_of, format_of
 from fedtune.data.images import image_of
-from fedtune.data.records import Record, iter_records, usable_records
+from fedtune.data.records import Record, error_of, iter_records, usable_records
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import error_of
 
 from ..pictures import encoded, picture
 from .conftest import write_jsonl

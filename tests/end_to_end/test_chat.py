@@ -148,7 +148,7 @@ def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
 
 def test_without_privacy_it_is_learnt(given: Any, tmp_path: Path) -> None:
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
-    beta = ("data.preferences.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
+    beta = ("task_settings.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
     # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
     plain = simulate(*given("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain")
     final = result_of(plain)["final"]

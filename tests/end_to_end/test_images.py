@@ -18,12 +18,13 @@ from ..export.conftest import elsewhere
 from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
 from .conftest import folder_of
 
+ENDS = "task_settings.intervals=[2,4,6]"
 ANSWERS = {
     "classification": ["data.columns={image: image, label: label}"],
     "multi_label": ["data.columns={image: image, labels: several}", "data.labels=[red,green]"],
     "ordinal": ["data.columns={image: image, label: label}"],
     "regression": ["data.columns={image: image, target: number}", "data.labels=[]", "data.target_range=[0,2]"],
-    "survival": ["data.columns={image: image, time: months, event: died}", "data.labels=[]", "data.intervals=[2,4,6]"],
+    "survival": ["data.columns={image: image, time: months, event: died}", "data.labels=[]", ENDS],
 }
 PLAIN = (
     *("privacy=none", "privacy.noise_multiplier=null", "federation.num_rounds=3", "training.local_steps=10"),

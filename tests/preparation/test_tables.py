@@ -110,7 +110,7 @@ def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
     assert "49.25" not in page
     page = page.replace('range: "???"', "range: [0, 110]")
     (tmp_path / "trial.yaml").write_text(page)
-    said = "trial.yaml: data.intervals = '': is required: give it as data.intervals=VALUE"
+    said = "trial.yaml: task_settings.intervals = '': is required: give it as task_settings.intervals=VALUE"
     assert command("plan", "experiment=./trial.yaml").message == said
     (tmp_path / "trial.yaml").write_text(page.replace('intervals: "???"', "intervals: [12, 24]"))
     told = command("data", "check", "trial.yaml", "--json").printed

@@ -49,7 +49,7 @@ def text_of(sent: RunConfig, **leaf: object) -> str:
 
 def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in fields.items():
-        if isinstance(value, dict) and key not in ("columns", "partition", "pairs", "preferences", "about"):
+        if isinstance(value, dict) and key not in ("columns", "partition", "about"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

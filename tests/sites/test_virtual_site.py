@@ -329,8 +329,7 @@ def test_simulated_sites_sum_with_whom_their_policies_name(config: Any, tmp_path
 def test_sites_whose_ledgers_share_a_folder_keep_each_their_own_promises(site_policy: Any, tmp_path: Path) -> None:
     for site in ("east", "west"):
         policy = replace(site_policy(site), ledger=f"{site}.db", site_key=f"{site}.pem")
-        site_toml, ledger, site_key = (tmp_path / name for name in ("site.toml", policy.ledger, policy.site_key))
-        files = SiteFiles(policy=policy, site_toml=site_toml, ledger=ledger, site_key=site_key, anchor=None)
+        files = SiteFiles(policy, tmp_path / "site.toml")
         promise = Promise(session="ab" * 32, release=1, survivors=("east", "west"), confirmed=site == "east")
         site_work.sums_of(files, Parties(), members={}).keep(promise)
     kept = {path.name: path.read_text().count('"confirmed": true') for path in tmp_path.glob("*promises.jsonl")}

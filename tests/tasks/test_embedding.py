@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 
 from fedtune.data import Record, TextDataset, collate
-from fedtune.data.spec import DataSpec, PairsSpec
+from fedtune.data.spec import DataSpec
 from fedtune.evaluation.scoring import figures_of, unit_scores
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.embedding import ranks_of_own
+from fedtune.tasks.embedding import PairSettings, ranks_of_own
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel
 
@@ -28,9 +28,9 @@ TRIPLETS = {**PAIRS, "negative": "n"}
 WORDS = ("card", "lost", "where", "name", "place", "there", "is", "my")
 
 
-def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = None, **pairs: Any) -> DataSpec:
+def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = None) -> DataSpec:
     bounds = bounds or ((0.0, 1.0) if "target" in columns else None)
-    return data_spec(columns=columns, target_range=bounds, pairs=PairsSpec(**pairs))
+    return data_spec(columns=columns, target_range=bounds)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = No
 )
 def test_settings_that_cannot_be(pairs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        PairsSpec(**pairs)
+        PairSettings(**pairs)
     assert str(caught.value).startswith(message)
 
 
@@ -55,9 +55,10 @@ def test_the_layout_says_how_many_texts_and_what_counts() -> None:
         (TRIPLETS, {}, 3, "ndcg_at_10"),
         (PAIRS, {"negatives": ("a",)}, 3, "ndcg_at_10"),
     ):
-        data = settings(columns, **pairs)
-        TASK.check_data(data)
-        assert (TASK.texts(data), TASK.judged(data), set(TASK.columns(data))) == (texts, judge, set(columns))
+        data, task = settings(columns), TASK.with_settings(pairs)
+        task.check_own(data)
+        task.check_data(data)
+        assert (task.texts(data), task.judged(data), set(task.columns(data))) == (texts, judge, set(columns))
 
 
 def scored(*scores: str) -> list[Record]:
@@ -84,16 +85,16 @@ def test_a_score_becomes_the_cosine_to_learn_and_one_beyond_the_range_is_left_ou
 
 def test_the_negative_from_the_list_follows_from_the_record_alone(encoder_tokenizer: Any) -> None:
     texts = ("where is", "a place", "my name", "lost there")
-    data = settings(PAIRS, negatives=texts, margin=0.4)
+    data, task = settings(PAIRS), TASK.with_settings({"negatives": texts, "margin": 0.4})
     records = [Record({"anchor": f"my card {word}", "positive": "is lost"}) for word in WORDS]
-    dataset = TASK.tokenise(records, encoder_tokenizer, data=data)
+    dataset = task.tokenise(records, encoder_tokenizer, data=data)
     taken = [ids.tolist() for ids in dataset.input_ids[2::3]]
     known = [encoder_tokenizer(text)["input_ids"] for text in texts]
     assert all(ids in known for ids in taken)
     assert len({tuple(ids) for ids in taken}) > 1
     assert dataset.targets.tolist() == pytest.approx([0.4] * len(WORDS))
     for place in range(len(WORDS)):
-        alone = TASK.tokenise([records[place]], encoder_tokenizer, data=data)
+        alone = task.tokenise([records[place]], encoder_tokenizer, data=data)
         assert alone.input_ids[2].tolist() == taken[place]
 
 
@@ -173,7 +174,7 @@ ROWS = [
 LAYOUTS = {
     "scored": ("data.columns={text: a, other: b, target: s}", "data.target_range=[0,5]"),
     "triplets": ("data.columns={anchor: a, positive: p, negative: n}",),
-    "listed": ("data.columns={anchor: a, positive: p}", "data.pairs.negatives=[no way, not here, never]"),
+    "listed": ("data.columns={anchor: a, positive: p}", "task_settings.negatives=[no way, not here, never]"),
 }
 
 
@@ -219,8 +220,8 @@ def test_a_whole_run(tmp_path: Path, layout: str, more: tuple[str, ...]) -> None
     said = "task = 'embedding': gives no answer to a text; fedtune evaluate scores it"
     assert command("generate", str(folder), "--prompt", "where").failed() == said
     assert command("plan", *pairs_run(tmp_path, layout, "name=p")).printed
-    refused = command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
-    assert refused.failed().startswith("data.pairs.negatives = 'batch': couples records")
+    refused = command("simulate", *pairs_run(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))
+    assert refused.failed().startswith("task_settings.negatives = 'batch': couples records")
     if layout == "scored" and not more:  # another layout may go on with its adapter
         assert json.loads((folder / "adapter" / "fedtune.json").read_text())["texts"] == 2
         again = simulate(*pairs_run(tmp_path, "triplets", f"model.adapter='{folder}'"), into=tmp_path, name="again")

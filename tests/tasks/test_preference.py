@@ -18,7 +18,7 @@ from fedtune.evaluation.scoring import figures_of, unit_scores
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
 from fedtune.tasks.causal_lm import added_up
-from fedtune.tasks.preference import length_controlled
+from fedtune.tasks.preference import PreferenceSettings, length_controlled
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import load_task_model, save_task_model
 from fedtune.tasks.task_model import TaskModel
@@ -212,7 +212,8 @@ def test_what_is_kept_of_the_lead_s_data_changes_no_score(model: TaskModel) -> N
 
 
 def test_per_token_an_answer_counts_by_its_mean_and_a_saved_adapter_knows_it(tmp_path: Path) -> None:
-    plain, mean = (trained("random:llama", "preference", texts=2, beta=0.5, per_token=on) for on in (False, True))
+    settings = [PreferenceSettings(beta=0.5, per_token=on) for on in (False, True)]
+    plain, mean = (trained("random:llama", "preference", texts=2, task_settings=own) for own in settings)
     dataset = made_up(plain)
     lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
     batch = collate(dataset, range(6), pad_id=0)
@@ -224,7 +225,7 @@ def test_per_token_an_answer_counts_by_its_mean_and_a_saved_adapter_knows_it(tmp
         np.testing.assert_allclose(margins, 0.5 * (of_each[:, 0] - of_each[:, 1]), rtol=1e-4, atol=1e-5)
     save_task_model(mean, tmp_path / "adapter")
     spec = load_task_model(tmp_path / "adapter").spec
-    assert (spec.beta, spec.per_token, spec.texts) == (0.5, True, 2)
+    assert (spec.task_settings, spec.texts) == (settings[1], 2)
 
 
 def test_rows_that_learn_nothing_take_no_call_of_the_output_layer(model: TaskModel) -> None:

@@ -12,16 +12,15 @@ import torch
 from fedtune.data.records import Record
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import TASKS, task_named
+from fedtune.tasks.registry import task_named
 from fedtune.tasks.survival import concordance, followed_through, integrated_brier
 
 from ..conftest import command, result_of, tiny
 from ..data.conftest import data_spec
 
-SURVIVAL = TASKS["survival"]
-ENDS = (1.0, 2.0, 4.0)
-DATA = data_spec("text", "time", "event", intervals=ENDS)
-SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="survival", intervals=ENDS)
+SURVIVAL = task_named("survival", {"intervals": [1.0, 2.0, 4.0]})
+DATA = data_spec("text", "time", "event")
+SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="survival")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def test_what_is_known_of_a_record_by_its_time(time: str, event: str, known: lis
 
 @pytest.mark.parametrize("values", [("1", "2"), ("alive", "dead"), ("0:LIVING", "1:DECEASED")])
 def test_an_event_has_the_declared_values(values: tuple[str, str]) -> None:
-    data = data_spec("text", "time", "event", intervals=ENDS, event_values=values)
+    data = data_spec("text", "time", "event", event_values=values)
     lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
     assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
     assert SURVIVAL.fault(data)(Record({**lost.fields, "event": "0"})) is not None
@@ -109,7 +108,7 @@ def test_the_brier_score_by_hand() -> None:
 )
 def test_intervals_ascend_and_cox_is_refused_with_the_reason(intervals: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="intervals"):
-        data_spec(intervals=intervals)
+        task_named("survival", {"intervals": intervals})
     with pytest.raises(ConfigError, match=r"task = 'cox': couples records: .*; use task=survival"):
         task_named("cox")
 
@@ -125,8 +124,8 @@ def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path) -> None:
     given = [
         *tiny("experiment=own_features", into=tmp_path, name="followed"),
         *("task=survival", f"data.train_file='{file}'", "data.columns={time: months, event: died}", "data.labels=[]"),
-        *("data.features=[{columns: [age], range: [0, 110]}]", "data.intervals=[5,10,20,40]", "data.max_length=1"),
-        *("data.train_fraction=1", "data.test_fraction=0.4", "data.declared_sizes=75"),
+        *("data.features=[{columns: [age], range: [0, 110]}]", "task_settings.intervals=[5,10,20,40]"),
+        *("data.max_length=1", "data.train_fraction=1", "data.test_fraction=0.4", "data.declared_sizes=75"),
         *("data.test_rows=null", "data.validation_rows=null"),
         *("privacy=none", "privacy.noise_multiplier=null", "training=adamw", "training.learning_rate=0.1"),
         *("federation.num_rounds=3", "training.local_steps=10", "runtime.seeded_noise=true"),

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 
 from fedtune.data import Record, TextDataset
+from fedtune.data.records import error_of
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import error_of
 from fedtune.tasks.pooled import binary_losses
 from fedtune.tasks.registry import TASKS, task_named
 

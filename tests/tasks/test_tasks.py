@@ -10,12 +10,14 @@ import pytest
 import fedtune
 from fedtune.data.features import FeatureSpec
 from fedtune.data.records import record_of
-from fedtune.data.spec import PairsSpec
+from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import or_fault
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.base import Task
 from fedtune.tasks.registry import TASKS, task_named
 
+from ..cases import cases_of
 from ..data.conftest import data_spec
 
 LABELLED, PROMPT, TURNS = ("text", "label"), ("prompt", "completion"), {"chat_template": "plain"}
@@ -26,73 +28,24 @@ IN_RANGE: dict[str, Any] = {"target_range": (0.0, 5.0)}
 
 
 def negatives(*texts: str) -> dict[str, Any]:
-    return {"pairs": PairsSpec(negatives=texts)}
+    return {"own": {"negatives": texts}}
 
 
-WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
-    "classification": [
-        (("text",), TWO, "columns = {'text': 'text'}: must name the column for role 'label'"),
-        ((*LABELLED, "anchor"), TWO, "columns.anchor = 'anchor': is no role of this run: task classification"),
-        (LABELLED, TWO | {"prompt_template": "{other}"}, "prompt_template = '{other}': must stay {prompt}"),
-        (LABELLED, TWO | TURNS, "chat_template = 'plain': must stay none"),
-    ],
-    "token_classification": [
-        (("tokens", "tags"), {"labels": ("a",)} | TURNS, "chat_template = 'plain': must stay none"),
-        (("text", "spans", "tags"), {"labels": ("a",)}, "columns.tags = 'tags': is no role of this run"),
-        (("tokens", "tags", "spans"), {"labels": ("a",)}, "columns.spans = 'spans': is no role of this run"),
-        (("tokens",), {"labels": ("a",)}, "columns = {'tokens': 'tokens'}: must name the column for role 'tags'"),
-        (("text",), {"labels": ("a",)}, "columns = {'text': 'text'}: must name the column for role 'spans'"),
-    ],
-    "ordinal": [
-        (LABELLED, TWO | {"windows": 2}, "windows = 2: must stay 1: task ordinal does not use it"),
-        (LABELLED, TWO | IN_RANGE, "target_range = [0.0, 5.0]: must stay null: task ordinal does not"),
-        (LABELLED, TWO | {"label_separator": "|"}, "label_separator = '|': must stay ;: task ordinal"),
-    ],
-    "regression": [
-        (("text", "target"), {}, "target_range = null: must be the least and the largest number"),
-        (("text", "target"), TWO, "labels = ['a', 'b']: must be empty for task regression"),
-    ],
-    "causal_lm": [
-        (("label",), {}, "columns = {'label': 'label'}: must name the column for role 'prompt'"),
-        (PROMPT, TWO, "labels = ['a', 'b']: must be empty for task causal_lm"),
-        (PROMPT, {"prompt_template": "{topic}"}, "columns = "),
-        (PROMPT, {"prompt_template": "{completion}"}, "prompt_template = '{completion}': must not name the answer"),
-        (("messages", *PROMPT), {}, "columns = "),
-        (("messages", "text"), {}, "columns = "),
-        (("text", *PROMPT), {}, "columns = "),
-        (("messages",), {}, "chat_template = 'none': must be model or plain for conversations: no column"),
-        (("text",), TURNS, "chat_template = 'plain': must be none for a text"),
-        (("text",), {"prompt_template": "Say {prompt}"}, "prompt_template = 'Say {prompt}': must stay"),
-        (("text",), {"pairs": PairsSpec(margin=0.5)}, "pairs = "),
-    ],
-    "preference": [
-        (WHOLE, {}, "chat_template = 'none': must be model or plain for conversations"),
-        (WHOLE, TURNS | {"prompt_template": "is {prompt}"}, "prompt_template = 'is {prompt}': must stay {prompt}"),
-        (("text", *WHOLE), TURNS, "columns.text = 'text': is no role of this run"),
-        (("prompt", "messages", *WHOLE), TURNS, "columns = "),
-        *(
-            (("prompt", *WHOLE, role), {"prompt_template": f"{{prompt}} {{{role}}} ="}, "prompt_template = ")
-            for role in ("completion", *WHOLE)
-        ),
-    ],
-    "embedding": [
-        (("label",), {}, "columns = {'label': 'label'}: must name either text, other and target, or anchor and"),
-        ((*SCORED, *PAIR), IN_RANGE, "columns = "),
-        (("text", "other"), {}, "columns = {'text': 'text', 'other': 'other'}: must name the column for role 'target'"),
-        (PAIR, {}, "pairs.negatives = 'record': needs data.columns.negative, or must be a list of public texts"),
-        ((*PAIR, "negative"), negatives("a text"), "columns.negative = 'negative': is no role of this run"),
-        ((*PAIR, "negative"), IN_RANGE, "target_range = [0.0, 5.0]: must stay null"),
-        (SCORED, IN_RANGE | negatives("a text"), "pairs.negatives = ['a text']: must stay record"),
-        (SCORED, {}, "target_range = null: must be the least and the largest number"),
-    ],
-}
+def checked(task: str, roles: tuple[str, ...], *, own: Any = None, **given: Any) -> tuple[Task, DataSpec]:
+    learner, data = task_named(task, own), data_spec(*roles, **given)
+    learner.check_own(data)
+    learner.check_data(data)
+    return learner, data
+
+
+WRONG = cases_of(__file__, "settings_that_do_not_fit")
 CASES = [(task, *case) for task, cases in WRONG.items() for case in cases]
 
 
 @pytest.mark.parametrize(("task", "roles", "given", "message"), CASES)
 def test_settings_that_do_not_fit(task: str, roles: tuple[str, ...], given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        task_named(task).check_data(data_spec(*roles, **given))
+        checked(task, roles, **given)
     assert str(error.value).startswith(message)
 
 
@@ -100,7 +53,7 @@ FEATURE = {"input": "features", "max_length": 1, "features": (FeatureSpec(column
 FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     *(("classification", (*LABELLED, "user"), TWO), ("multi_label", ("text", "labels"), TWO)),
     *(("ordinal", ("label",), TWO | FEATURE), ("regression", ("text", "target"), IN_RANGE)),
-    *(("survival", ("time", "event"), {"intervals": (1.0, 2.0)} | FEATURE), ("votes", ("text",), TWO)),
+    *(("survival", ("time", "event"), {"own": {"intervals": (1.0, 2.0)}} | FEATURE), ("votes", ("text",), TWO)),
     *(("token_classification", ("tokens", "tags"), TWO), ("token_classification", ("text", "spans"), TWO)),
     *(("causal_lm", PROMPT, {}), ("causal_lm", ("messages",), {"chat_template": "model"})),
     *(("causal_lm", ("text", "user"), {}), ("causal_lm", ("messages",), TURNS)),
@@ -122,10 +75,9 @@ def made_up(draws: random.Random) -> object:
 
 
 def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
-    settings = data_spec(*roles, **given)
-    task_named(task).check_data(settings)
-    columns = task_named(task).columns(settings, unit="user" if "user" in roles else "record")
-    fault, draws, found = task_named(task).fault(settings), random.Random(seed), set()
+    learner, settings = checked(task, roles, **given)
+    columns = learner.columns(settings, unit="user" if "user" in roles else "record")
+    fault, draws, found = learner.fault(settings), random.Random(seed), set()
     for _ in range(4000):
         row = {column: made_up(draws) for column in columns.values()}
         error = or_fault("", record_of, row, columns, file="a.jsonl", line=1)

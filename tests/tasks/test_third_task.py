@@ -8,23 +8,35 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.config import saved_config
 from fedtune.data import Batch, Record, TextDataset
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
+from fedtune.sites.shared_settings import for_sites, read_settings, text_for_sites
+from fedtune.spec import check_at_least, spec
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
 from fedtune.tasks.inputs import mean_pooled
 from fedtune.tasks.registry import TASKS
 
 from ..conftest import command, result_of, simulate, tiny
 
-LONGEST = 16
 HEADS = ("length", "room")
+
+
+@spec
+class LengthSettings:
+    longest: int = 16
+
+    def __post_init__(self) -> None:
+        check_at_least("longest", self.longest, 1)
 
 
 class TextLength(Task):
     name = "text_length"
     roles = ("text",)
+    settings = LengthSettings
+    own: LengthSettings
     has_head = True
 
     def tokenise(
@@ -33,7 +45,7 @@ class TextLength(Task):
         texts = [cut(record.fields["text"], data.max_length) for record in records]
         encoded = encode(texts, tokenizer, special_tokens=True, max_length=data.max_length, within=lenient_within)
         input_ids = tuple(np.array(ids or [0], dtype=np.int32) for ids in encoded)
-        return TextDataset(input_ids, targets_of(input_ids))
+        return TextDataset(input_ids, self.targets_of(input_ids))
 
     def add_head(self, model: Model) -> None:
         size = model.base.config.get_text_config().hidden_size
@@ -60,12 +72,11 @@ class TextLength(Task):
         return float(np.exp(-float(model.losses(batch)[0])))
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        return targets_of(input_ids)
+        return self.targets_of(input_ids)
 
-
-def targets_of(input_ids: Sequence[np.ndarray]) -> np.ndarray:
-    lengths = np.array([len(ids) for ids in input_ids], dtype=np.float32) / LONGEST
-    return np.stack([lengths, 1 - lengths], axis=1)
+    def targets_of(self, input_ids: Sequence[np.ndarray]) -> np.ndarray:
+        lengths = np.array([len(ids) for ids in input_ids], dtype=np.float32) / self.own.longest
+        return np.stack([lengths, 1 - lengths], axis=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +90,13 @@ def listed() -> Iterator[None]:
 def folder(listed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(
         f"task={TextLength.name}",
-        *("data.labels=[]", "data.heldout_fraction=0.2", "privacy.metrics=noised", "training.learning_rate=0.05"),
+        *(
+            "task_settings.longest=20",
+            "data.labels=[]",
+            "data.heldout_fraction=0.2",
+            "privacy.metrics=noised",
+            "training.learning_rate=0.05",
+        ),
         into=tmp_path_factory.mktemp("runs"),
     )
 
@@ -94,6 +111,23 @@ def test_it_is_simulated_and_reported(folder: Path) -> None:
     assert json.loads((folder / "report.json").read_text())["facts"]["provenance"]["task"] == "text_length"
     assert command("report", "verify", str(folder / "report.json")).code == 0
     assert "text_length" in (folder / "report.html").read_text()
+
+
+def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
+    sent = for_sites(saved_config(folder))
+    assert read_settings(text_for_sites(sent), plan=sent.plan()).bound_task.own == LengthSettings(longest=20)
+    assert json.loads((folder / "adapter" / "fedtune.json").read_text())["task_settings"] == {"longest": 20}
+    recipe = folder.parent / "lengths.yaml"
+    for given, message in (
+        ("longest: 0", "longest = 0: must be a finite number of at least 1"),
+        ("longest: long", "longest = 'long': must be a whole number"),
+        ("shortest: 3", "shortest = 3: is no setting of task text_length, which has longest"),
+    ):
+        recipe.write_text(f"task: {TextLength.name}\ntask_settings: {{{given}}}\ndata: {{labels: []}}\n")
+        typed = (f"task={TextLength.name}", f"task_settings.{given.replace(': ', '=')}", "data.labels=[]")
+        told = [command("plan", *words) for words in (typed, (f"experiment={recipe}",))]
+        assert [one.code for one in told] == [2, 2]
+        assert [one.message for one in told] == [f"task_settings.{message}", f"{recipe}: task_settings.{message}"]
 
 
 def test_it_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
         with model.base.disable_adapter(), torch.no_grad():
             base = [log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True)]
         chosen, rejected = (log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True))
-        lengths = [max(1, int((wanted[1:] != -100).sum())) if model.spec.per_token else 1 for wanted in targets]
-        margin = model.spec.beta * ((chosen - base[0]) / lengths[0] - (rejected - base[1]) / lengths[1])
+        lengths = [max(1, int((wanted[1:] != -100).sum())) if model.task.own.per_token else 1 for wanted in targets]
+        margin = model.task.own.beta * ((chosen - base[0]) / lengths[0] - (rejected - base[1]) / lengths[1])
         return torch.log1p(torch.exp(-margin))
     output = model.base(input_ids=texts[0])
     if isinstance(dataset.targets, tuple):

@@ -18,6 +18,7 @@ from fedtune.model.base_model import load_processor
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.image_input import ImageReader
 from fedtune.tasks.inputs import NoTokenizer
+from fedtune.tasks.survival import SurvivalSettings
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.machine import ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others
@@ -48,7 +49,7 @@ def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: in
         lora=LoraSpec(kind="none"),
         head=HeadSpec(scale=5.0, hidden=hidden),
         task=task,
-        intervals=(1.0, 2.0, 5.0) if task == "survival" else (),
+        task_settings=SurvivalSettings(intervals=(1.0, 2.0, 5.0)) if task == "survival" else None,
         labels=() if task in ("regression", "survival") else LABELS,
         target_range=(0.0, 4.0) if task == "regression" else None,
         input="features",

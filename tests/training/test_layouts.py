@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from fedtune.data import Record, TextDataset
-from fedtune.data.spec import DataSpec, PairsSpec
+from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.tasks.registry import TASKS
+from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import chat as turns_of
@@ -28,7 +28,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
     "text": {"columns": {"text": "t"}},
     "scored": {"columns": {"text": "t", "other": "o", "target": "s"}, "target_range": (0.0, 5.0)},
-    "triplets": {"columns": {"anchor": "a", "positive": "p", "negative": "n"}, "pairs": PairsSpec(margin=1.5)},
+    "triplets": {"columns": {"anchor": "a", "positive": "p", "negative": "n"}},
     "prompted": {"columns": {"prompt": "p", "chosen": "c", "rejected": "r"}, "prompt_template": "is {prompt}"},
     "continued": {"columns": {"messages": "m", "chosen": "c", "rejected": "r"}, "chat_template": "plain"},
     "labels": {"columns": {"text": "t", "labels": "l"}, "labels": ("card", "lost", "place")},
@@ -39,7 +39,9 @@ TASK_OF = {"scored": "embedding", "triplets": "embedding", "prompted": "preferen
 TASK_OF |= {"labels": "multi_label", "tagged": "token_classification", "marked": "token_classification"}
 """Those not here are a language model's.  The losses of other heads are in test_feature_gradients.py."""
 SETTINGS: dict[str, dict[str, Any]] = {"scored": {"texts": 2}, "triplets": {"texts": 3}, "marked": {"texts": 2}}
-SETTINGS |= {"prompted": {"texts": 2, "beta": 2.0}, "continued": {"texts": 2, "beta": 2.0, "per_token": True}}
+OWN: dict[str, Any] = {"triplets": {"margin": 1.5}, "prompted": {"beta": 2.0}}
+OWN |= {"continued": {"beta": 2.0, "per_token": True}}
+SETTINGS |= {"prompted": {"texts": 2}, "continued": {"texts": 2}}
 layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 
@@ -52,13 +54,15 @@ def as_read(role: str, value: Any) -> str:
 def dataset_of(layout: str) -> TextDataset:
     data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
     records = [Record({role: as_read(role, value) for role, value in one.items()}) for one in RECORDS[layout]]
-    task = TASKS[TASK_OF.get(layout, "causal_lm")]
+    task = task_named(TASK_OF.get(layout, "causal_lm"), OWN.get(layout))
     return task.tokenise(records, make_tokenizer(post="[CLS] $A"), data=data, lenient_within=258)
 
 
 def made(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
     task, settings = TASK_OF.get(layout, "causal_lm"), SETTINGS.get(layout, {}) | ({"lora": LAST} if keeps else {})
-    return trained("random:bert" if TASKS[task].has_head else "random:llama", task, size=size, **settings)
+    learner = task_named(task, OWN.get(layout))
+    base = "random:bert" if learner.has_head else "random:llama"
+    return trained(base, task, size=size, task_settings=learner.own, **settings)
 
 
 @layouts

@@ -18,7 +18,6 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.report.facts import RunFacts, Value
 from fedtune.report.model import Cells, CellState, Report
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import task_named
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.config import RunConfig
@@ -138,7 +137,7 @@ def settings_of(config: RunConfig, plan: Plan) -> dict[str, Value]:
     """Facts of cells that a run's settings say."""
     data = config.data
     known: dict[str, Value] = {
-        "columns_used": tuple(dict.fromkeys(task_named(config.task).columns(data, unit=plan.unit))),
+        "columns_used": tuple(dict.fromkeys(config.bound_task.columns(data, unit=plan.unit))),
         "runtime": config.runtime.kind,
         "most_tokens": data.max_length,
         "modality": input_of(data).modality,
