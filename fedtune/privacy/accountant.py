@@ -25,6 +25,7 @@ from dp_accounting import (
 )
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
+from fedtune.codec import require
 from fedtune.privacy import events
 from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition
 from fedtune.spec import ConfigError, check_fraction
@@ -51,8 +52,8 @@ logging.getLogger("absl").addFilter(lambda note: "_compute_log_a_frac failed to 
 
 def check_noise(key: str, value: float, *, none: bool = False) -> None:
     """Require a noise multiplier whose epsilon can be computed, or 0 where `none` allows it."""
-    if not (LEAST_NOISE <= value <= MOST_NOISE or (none and value == 0)):
-        raise ConfigError(key, value, f"must lie in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
+    right = LEAST_NOISE <= value <= MOST_NOISE or (none and value == 0)
+    require(key, value, right, f"must lie in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
 
 
 def check_delta(key: str, value: float, *, steps: int) -> None:
@@ -63,12 +64,10 @@ def check_delta(key: str, value: float, *, steps: int) -> None:
             there are more steps than epsilon can be computed for in memory.
     """
     check_fraction(key, value)
-    if steps > MOST_STEPS:
-        raise ConfigError("steps", steps, f"must be at most {MOST_STEPS:,} in all rounds together")
-    if value < (least := LEAST_DELTA_A_STEP * steps):
-        raise ConfigError(
-            key, value, f"must be at least {least:g}: below, no epsilon can be computed for {steps} steps"
-        )
+    require("steps", steps, steps <= MOST_STEPS, f"must be at most {MOST_STEPS:,} in all rounds together")
+    least = LEAST_DELTA_A_STEP * steps
+    bound = f"must be at least {least:g}: below, no epsilon can be computed for {steps} steps"
+    require(key, value, value >= least, bound)
 
 
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:

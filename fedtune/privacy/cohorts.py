@@ -12,8 +12,8 @@ from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Literal
 
-from fedtune.codec import decode
-from fedtune.spec import ConfigError, check_one_of, spec
+from fedtune.codec import decode, require
+from fedtune.spec import ConfigError, spec
 
 Calendar = Literal["month", "quarter", "year"]
 MONTHS = {"month": 1, "quarter": 3, "year": 12}  # how long each period is
@@ -68,10 +68,8 @@ class Cohorts:
     first: str | None = None
 
     def __post_init__(self) -> None:
-        check_one_of("period", self.period, MONTHS)
         first, last = self.span
-        if first > last:
-            raise ConfigError("last", self.last, f"must not be before first = {self.first}")
+        require("last", self.last, first <= last, f"must not be before first = {self.first}")
 
     @property
     def span(self) -> tuple[int, int]:

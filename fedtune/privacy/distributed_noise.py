@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from dp_accounting import DpEvent, SelfComposedDpEvent
 
+from fedtune.codec import require
 from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import GRID_BITS, Sums, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream
@@ -69,9 +70,8 @@ class Together:
         _check_within("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
         least = least_threshold(self.num_sites, colluders=self.colluders)
-        if not least <= self.threshold <= self.num_sites:
-            bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could read two sums"
-            raise ConfigError("threshold", self.threshold, bound)
+        bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could read two sums"
+        require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_of(self, total: float) -> float:
         """The smallest noise multiplier of a share, to four digits, that gives every sum at least the noise `total`."""
@@ -141,8 +141,7 @@ class SharedNoise(Together):
 
 def _check_within(key: str, value: int, least: int, most: int) -> None:
     check_whole(key, value)
-    if not least <= value <= most:
-        raise ConfigError(key, value, f"must be from {least} to {most}")
+    require(key, value, least <= value <= most, f"must be from {least} to {most}")
 
 
 def least_cell_bits(noise_multiplier: float) -> int:

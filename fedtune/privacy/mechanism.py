@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.codec import require
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
@@ -73,10 +74,10 @@ class PrivacySpec:
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
-        if self.metrics != "none" and not self.private:
-            raise ConfigError("metrics", self.metrics, "needs a run with privacy; without it scores would be exact")
-        if self.cohorts is not None and self.unit != "user":
-            raise ConfigError("cohorts", str(self.cohorts), "needs unit = user: a date is kept by an id")
+        bound = "needs a run with privacy; without it scores would be exact"
+        require("metrics", self.metrics, self.metrics == "none" or self.private, bound)
+        bound = "needs unit = user: a date is kept by an id"
+        require("cohorts", str(self.cohorts), self.cohorts is None or self.unit == "user", bound)
 
     @property
     def private(self) -> bool:

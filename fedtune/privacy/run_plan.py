@@ -8,7 +8,7 @@ import json
 
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
-from fedtune.codec import decode
+from fedtune.codec import decode, require
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons
@@ -68,17 +68,14 @@ class Plan:
             check_at_least(name, count, 0 if name == "spare_rounds" else 1)
         check_at_most("runs", self.runs, MOST_RUNS)
         accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds * self.runs)
-        if self.unit == "record" and self.records_per_user != 1:
-            raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
-        if self.cohorts is not None and self.unit != "user":
-            raise ConfigError("cohorts", str(self.cohorts), "must be left out for unit 'record'")
+        by_user, most = self.unit == "user", self.records_per_user
+        require("records_per_user", most, by_user or most == 1, "must be 1 for unit 'record'")
+        require("cohorts", str(self.cohorts), by_user or self.cohorts is None, "must be left out for unit 'record'")
         if self.shared is not None:
-            if self.noise_multiplier != self.shared.noise_multiplier:
-                bound = f"must be that of a share of the noise, {self.shared.noise_multiplier:g}"
-                raise ConfigError("noise_multiplier", self.noise_multiplier, bound)
-            if self.local_steps != 1:
-                bound = "must be 1 with a secure sum: what a site steps on by itself is hidden by its own noise alone"
-                raise ConfigError("local_steps", self.local_steps, bound)
+            noise, share = self.noise_multiplier, self.shared.noise_multiplier
+            require("noise_multiplier", noise, noise == share, f"must be that of a share of the noise, {share:g}")
+            bound = "must be 1 with a secure sum: what a site steps on by itself is hidden by its own noise alone"
+            require("local_steps", self.local_steps, self.local_steps == 1, bound)
         for name in ("delta", "sampling_rate", "noise_multiplier", "max_grad_norm", "metrics_noise_multiplier"):
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 1 and -0.0 would have other digests
 

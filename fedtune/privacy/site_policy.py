@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from dp_accounting import DpEvent
 
+from fedtune.codec import require
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.cohorts import Calendar
@@ -28,7 +29,6 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.trust import Broken, Trust
 from fedtune.spec import (
     NOT_GIVEN,
-    ConfigError,
     check_at_least,
     check_at_most,
     check_fraction,
@@ -81,9 +81,8 @@ class Population:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        if self.arrivals and self.unit != "user":
-            bound = 'must be empty for unit = "record": only a person has an id by which the first cohort is kept'
-            raise ConfigError("arrivals", self.arrivals, bound)
+        bound = 'must be empty for unit = "record": only a person has an id by which the first cohort is kept'
+        require("arrivals", self.arrivals, not self.arrivals or self.unit == "user", bound)
 
 
 @spec
@@ -128,8 +127,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_fraction("delta", self.delta)
-        if not self.max_epsilon > 0:
-            raise ConfigError("max_epsilon", self.max_epsilon, "must be greater than 0")
+        require("max_epsilon", self.max_epsilon, self.max_epsilon > 0, "must be greater than 0")
         for key in ("max_epsilon_per_run", "max_epsilon_per_period"):
             if getattr(self, key) is not None:
                 check_positive(key, getattr(self, key))
@@ -180,12 +178,10 @@ class Limits:
         factors = ("max_adapter_value", "max_lora_scale", "max_head_scale")
         for key in ("min_grad_norm", "max_grad_norm", *factors, "run_expires_after_days"):
             check_positive(key, getattr(self, key))
-        if self.min_grad_norm > self.max_grad_norm:
-            bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
-            raise ConfigError("min_grad_norm", self.min_grad_norm, bound)
-        if self.run_expires_after_days > _MOST_DAYS:
-            bound = f"must be at most {_MOST_DAYS:g}, a hundred years"
-            raise ConfigError("run_expires_after_days", self.run_expires_after_days, bound)
+        bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
+        require("min_grad_norm", self.min_grad_norm, self.min_grad_norm <= self.max_grad_norm, bound)
+        days, bound = self.run_expires_after_days, f"must be at most {_MOST_DAYS:g}, a hundred years"
+        require("run_expires_after_days", days, days <= _MOST_DAYS, bound)
         for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
 
@@ -289,13 +285,12 @@ class Machine:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        least = {"num_devices": 1, "num_threads": 0, "micro_batch_tokens": 0, "step_mib": 0, "kept_states_mib": 0}
+        sizes = dict.fromkeys(("micro_batch_tokens", "step_mib", "kept_states_mib"), (0, math.inf))
         # Each device takes a process with a model of its own; a system runs out of threads somewhere above.
-        most = {"num_devices": 64, "num_threads": 1024}
-        for key in least:
+        for key, (least, most) in {"num_devices": (1, 64), "num_threads": (0, 1024), **sizes}.items():
             if (number := getattr(self, key)) is not None:
-                check_at_least(key, number, least[key])
-                check_at_most(key, number, most.get(key, math.inf))
+                check_at_least(key, number, least)
+                check_at_most(key, number, most)
 
 
 @spec
@@ -360,30 +355,28 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_name("site", self.site)
-        if not self.dataset:
-            raise ConfigError("dataset", [], "must declare at least one data set")
         ids = [dataset.id for dataset in self.dataset]
-        if len(set(ids)) != len(ids):
-            raise ConfigError("dataset", ids, "must not repeat an id")
+        require("dataset", ids, bool(ids), "must declare at least one data set")
+        require("dataset", ids, len(set(ids)) == len(ids), "must not repeat an id")
         for dataset in self.dataset:
             for role, needed, why in (
                 ("user", self.population.unit == "user", "unit is user"),
                 ("arrival", self.population.arrivals, "arrivals is given"),
             ):
-                if needed and dataset.columns and role not in dataset.columns:
-                    bound = f"must name the column for role '{role}', as population.{why}"
-                    raise ConfigError(f"dataset {dataset.id} columns", dict(dataset.columns), bound)
+                bound, columns = f"must name the column for role '{role}', as population.{why}", dataset.columns
+                right = not (needed and columns) or role in columns
+                require(f"dataset {dataset.id} columns", dict(columns), right, bound)
         # Otherwise publishing one record whole would keep to delta.
         size = self.population_size
-        if self.budget.delta >= 1 / size and math.isfinite(self.budget.max_epsilon):
-            bound = f"must be below 1 / {size:,} = {1 / size:.3g}, with the declared sizes of all data sets added up"
-            raise ConfigError("budget.delta", self.budget.delta, bound)
+        bound = f"must be below 1 / {size:,} = {1 / size:.3g}, with the declared sizes of all data sets added up"
+        right = self.budget.delta < 1 / size or math.isinf(self.budget.max_epsilon)
+        require("budget.delta", self.budget.delta, right, bound)
 
     def require_answers(self) -> None:
         """Require what a person has to state, which the template leaves open; a simulation has nobody to ask."""
-        if not self.simulated and self.asserted.no_person_at_another_site is None:
-            bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
-            raise ConfigError("asserted.no_person_at_another_site", NOT_GIVEN, bound)
+        bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
+        answered = self.simulated or self.asserted.no_person_at_another_site is not None
+        require("asserted.no_person_at_another_site", NOT_GIVEN, answered, bound)
 
     @property
     def population_size(self) -> int:
