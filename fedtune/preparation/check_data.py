@@ -33,7 +33,6 @@ from fedtune.preparation.duplicates import Earlier, Likeness, Twin, spelling
 from fedtune.preparation.patterns import ODD_TEXTS, damage, identifiers, odd_texts
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.token_classification import misplaced
 from fedtune.version import shipped_folders
 
 SHOWN = 20  # errors that are kept of a file, and lines of a finding
