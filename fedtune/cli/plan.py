@@ -36,7 +36,7 @@ from fedtune.version import __version__
 from fedtune.words import counted, jsonable, size, spoken_start
 
 if TYPE_CHECKING:
-    from fedtune.runs.forecast import Forecast  # which imports torch
+    from fedtune.federation.forecast import Forecast  # which imports torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -434,8 +434,8 @@ def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) 
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Bytes and time, and the kind of device that they hold for."""
     # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
+    from fedtune.federation.forecast import forecast
     from fedtune.ops.round_bytes import round_bytes
-    from fedtune.runs.forecast import forecast
     from fedtune.tasks.task_model import build_task_model
     from fedtune.training.machine import device_for, ready_model
 

@@ -22,7 +22,6 @@ from fedtune.data.batching import collate
 from fedtune.evaluation.bootstrap import Comparison, compared
 from fedtune.export.export_formats import WRITERS, Source, form_of, new_folder
 from fedtune.export.onnx_graphs import Served, graphs, scored
-from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.federation.run_folder import CARD
 from fedtune.model.base_model import model_sha256
 from fedtune.model.layers import layer_stack
@@ -31,6 +30,7 @@ from fedtune.report import from_run
 from fedtune.report.facts import RunFacts
 from fedtune.report.model_card import card_files, card_text
 from fedtune.report.synthetic_card import in_words, read_card, run_of, together
+from fedtune.runs.earlier_debts import debts_of_base
 from fedtune.runs.environment import mark
 from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, card_of, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent

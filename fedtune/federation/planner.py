@@ -2,7 +2,7 @@
 
 `price` gives the cost of a plan by site and by round, and `what_if` that of other plans.  `solve_rounds`,
 `solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every result was checked against the target,
-on the coarse grid that calibration uses.  `verdict.py` tells whether a site would accept the plan; `runs/forecast.py`
+on the coarse grid that calibration uses.  `verdict.py` tells whether a site would accept the plan; `forecast.py`
 gives bytes and time, which need the model.
 """
 

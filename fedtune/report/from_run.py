@@ -23,7 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.federation.drift import HeldOut, held_out_of
-from fedtune.federation.earlier_debts import UNKNOWN
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
@@ -40,6 +39,7 @@ from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive, problems
+from fedtune.runs.earlier_debts import UNKNOWN
 from fedtune.runs.environment import Environment, read_environments, read_selection
 from fedtune.runs.results import FinalResult, RunResult, finite_scores
 from fedtune.sites.shared_settings import for_sites

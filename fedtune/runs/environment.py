@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from fedtune.codec import decode, parse_json
 from fedtune.config import RunConfig, saved_settings
 from fedtune.data.records import resolve_file
-from fedtune.federation.earlier_debts import SPENT, UNKNOWN, Debt, chain, debts_in, debts_of_base, debts_of_texts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.refusals import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.selection import Selection, released
+from fedtune.runs.earlier_debts import SPENT, UNKNOWN, Debt, chain, debts_in, debts_of_base, debts_of_texts
 from fedtune.sites.run_records import RunRecords, card_of, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.version import __version__, shipped_folders

@@ -9,8 +9,8 @@ from typing import Any
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.records import record_key
-from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.federation.spec import PublicSpec
+from fedtune.runs.earlier_debts import debts_of_base
 from fedtune.sites.run_records import LeadRecords, RunRecords, require_apart, require_no_card
 from fedtune.spec import ConfigError
 

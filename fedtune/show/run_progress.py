@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from fedtune.config import RunConfig
-from fedtune.federation.earlier_debts import UNKNOWN
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all, used_up_text
 from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.planner import signal_to_noise
@@ -23,6 +22,7 @@ from fedtune.model.products import is_slow_on_cpu
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
+from fedtune.runs.earlier_debts import UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
 from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.show.terminal_tables import Section, pairs, say, show

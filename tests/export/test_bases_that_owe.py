@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.earlier_debts import chain, debts_in, debts_of_base
 from fedtune.model.refusals import OWED, check_content
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.selection import Selection, price_of
 from fedtune.report.from_run import build, spent_on_start
 from fedtune.report.synthetic_card import run_of
+from fedtune.runs.earlier_debts import chain, debts_in, debts_of_base
 from fedtune.runs.environment import start_adapter_of
 from fedtune.runs.public_stage import public_stage_of
 from fedtune.sites.run_records import card_of

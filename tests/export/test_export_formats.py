@@ -19,10 +19,10 @@ from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import export_formats
 from fedtune.export.onnx_graphs import served
-from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.report import from_run
+from fedtune.runs.earlier_debts import debts_of_base
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.tasks.inputs import INPUTS

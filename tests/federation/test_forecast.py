@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from fedtune.federation import forecast as forecast_module
+from fedtune.federation.forecast import Forecast, forecast
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.run_plan import Plan
-from fedtune.runs import forecast as forecast_module
-from fedtune.runs.forecast import Forecast, forecast
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import machine
 from fedtune.training.spec import RuntimeSpec
