@@ -140,8 +140,7 @@ def micro_batches(
     """
     chosen = np.asarray(indices, dtype=np.int64)
     chosen = chosen[np.lexsort((chosen, lengths[chosen]))]
-    cuts: list[int] = []
-    first = 0
+    cuts, first = list[int](), 0
     for place, length in enumerate(lengths[chosen].tolist()):  # ascending: each is the longest so far
         if place > first and (place + 1 - first) * length > max_tokens:
             cuts.append(place)

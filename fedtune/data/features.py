@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -161,13 +162,11 @@ def check_names(key: str, names: Sequence[str]) -> None:
     """Require names of something, each once; none is fine."""
     if len(names) > _MOST_NAMES:
         raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MOST_NAMES}")
-    seen: set[str] = set()
-    for name in names:
+    for name, times in Counter(names).items():
         if not name or name != name.strip():
             raise ConfigError(key, name, "must not be blank, nor have spaces around it")
-        if name in seen:
+        if times > 1:
             raise ConfigError(key, name, "must be declared once")
-        seen.add(name)
 
 
 def columns_of(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:

@@ -40,7 +40,8 @@ _OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
 """Files of a folder that is a set of Hugging Face's, or meant to be one; any other folder is brat's."""
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
-_CONLL, _BIOC, _BRAT, _CLASSES = (".conll", ".bio", ".iob"), (".bioc", ".biocjson"), "brat", "classes"
+_IN_LINES = dict.fromkeys((".conll", ".bio", ".iob"), marked.sentence) | {".pubtator": marked.document}
+_BIOC, _BRAT, _CLASSES = (".bioc", ".biocjson"), "brat", "classes"
 OF_RECORDS = frozenset({".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".json", ".ann"})
 """Endings of files with records, beside which images are no records of their own."""
 _BATCH_ROWS = 256  # of Parquet, in memory at once
@@ -87,10 +88,8 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
             raise DataError(str(path), ".npy", "must be a column of lists in a Parquet file (docs/features.md)")
         case "folder":
             return _arrow_rows(path, _saved_batches(path, columns))
-        case suffix if suffix in _CONLL:
-            return parsed(path, marked.between_blank_lines(path), partial(marked.sentence, path))
-        case ".pubtator":
-            return parsed(path, marked.between_blank_lines(path), partial(marked.document, path))
+        case suffix if suffix in _IN_LINES:
+            return parsed(path, marked.between_blank_lines(path), partial(_IN_LINES[suffix], path))
         case suffix if suffix in _BIOC:
             documents = array_rows(path, lenient=lenient, opens=marked.DOCUMENTS)
             return parsed(path, documents, partial(marked.of_passages, path))
@@ -144,8 +143,7 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
     """
     if (found := what_is(path)) is None:
         return
-    bound = f"must be a file, or {_SAVED}"
-    splits: list[str] = []
+    bound, splits = f"must be a file, or {_SAVED}", list[str]()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         splits = [str(path / str(name)) for name in json.loads((path / _SPLITS).read_bytes())["splits"][:10]]
     if found == "a folder" and splits:

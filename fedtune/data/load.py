@@ -67,9 +67,7 @@ def deal(
     """
     key = split_key(seed)
     lead: dict[str, list[Record]] = {"validation": [], "test": []}
-    of_files: list[list[Record]] = []
-    left_out = NONE_LEFT_OUT
-    by_file = spec.partition.kind == "file"
+    of_files, left_out, by_file = list[list[Record]](), NONE_LEFT_OUT, spec.partition.kind == "file"
     for site in names if by_file else names[:1]:
         name, skips = spec.train_file.replace(SITE, site), spec.skips_unusable
         records, of_file = lead_records(name, columns=columns, key="data.train_file", fault=fault, leave_out=skips)

@@ -23,9 +23,9 @@ _BEGINS, _ENDS, _GOES_ON = frozenset("BSU"), frozenset("ELSU"), frozenset("ILEM"
 """Letters of the tags of an entity's first and last token, and of those behind the first (IOB2, BILOU, BIOES)."""
 _BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")
 _PARTS = (
-    ("start", "start_offset", "begin", "start_char"),
-    ("end", "end_offset", "end_char"),
-    ("label", "type", "entity_group", "entity", "tag", "category"),
+    ("start", "start_offset", "startOffset", "begin", "begin_offset", "beginOffset", "start_char"),
+    ("end", "end_offset", "endOffset", "end_char"),
+    ("label", "type", "entity_group", "entity", "tag", "category", "displayName", "labels"),
 )
 """Names of a span's first character, of its end, and of its label."""
 DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
@@ -61,8 +61,7 @@ def spans_of(value: object, at: str) -> str:
         given = one
         if isinstance(one, dict):
             given = [next((one[key] for key in keys if key in one), None) for keys in _PARTS]
-            labels = one.get("labels")
-            given[2] = labels[0] if isinstance(labels, list) and len(labels) == 1 else given[2]
+            given[2] = given[2][0] if isinstance(given[2], list) and len(given[2]) == 1 else given[2]
         kinds = [type(part) for part in given] if isinstance(given, list) else []
         if kinds not in ([int, int, str], [int, int, int]):
             bound = "must have start and end, whole numbers, and label, a text (role spans)"
@@ -157,12 +156,9 @@ def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
     cells = [one.strip(" ").split("\t") if tabs else re.split("[ \t]+", one.strip(" \t")) for one in lines]
     of_others = [one for one, said in zip(cells, lines, strict=True) if not said.startswith("# ")]
     columns, is_tagged = {len(one) for one in of_others}, all(_LIKE_TAG.fullmatch(one[-1].strip()) for one in of_others)
-
-    def is_comment(cells: list[str]) -> bool:
-        same_columns = len(cells) in columns or not columns
-        return not same_columns or (is_tagged and not _LIKE_TAG.fullmatch(cells[-1].strip()))
-
-    cells = [one for one, said in zip(cells, lines, strict=True) if not (said.startswith("# ") and is_comment(one))]
+    places = [place for place, one in enumerate(cells) if len(one) in (columns or {len(one)})]
+    own = {place for place in places if not is_tagged or _LIKE_TAG.fullmatch(cells[place][-1].strip())}
+    cells = [one for place, one in enumerate(cells) if place in own or not lines[place].startswith("# ")]
     if any(len(one) < 2 for one in cells):
         raise DataError(at_line(path, line), "a line of one column", "must have a token and its tag on each line")
     return _tagged(cells, at=at_line(path, line)) if cells else None
@@ -171,20 +167,42 @@ def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
 def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     """The tokens and tags of a sentence's lines: tags are in the last column that holds a scheme's, or else the last.
 
-    Tokens are in the first column, or in the last where tags are first.  A column that counts them is dropped before,
-    as in CoNLL-U and its kin, where lines 3-4 and 3.1 are of no token of their own.
+    Tokens are in the first other column behind those that name or count them (`_first_token`).  CoNLL-U's lines 3-4 and
+    3.1 are of no token of their own.  Nothing but the sentence's own lines decides: how a record is read must not
+    depend on others.
     """
-    lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])]
-    counted = [one[0] for one in lines] in ([str(place + first) for place in range(len(lines))] for first in (0, 1))
+    lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])] or cells
     columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
     tagged = [place for place, column in enumerate(columns) if all(map(_LIKE_TAG.fullmatch, column))]
-    first = int(counted and len(columns) > (2 if len(lines) > 1 else 4))
+    tag = tagged[-1] if tagged else len(columns) - 1
+    others = [place for place in range(len(columns)) if place != tag]
+    first = _first_token([columns[place] for place in others])
     if first and not tagged:
         bound = "must have one such as B-PER and O, or a token and its tag alone on each line"
         raise DataError(at, "no column of tags", bound)
-    tag = tagged[-1] if tagged else -1
-    token, kept = -1 if tag == first else first, lines if first else cells
-    return {"tokens": [one[token] for one in kept], "tags": [one[tag].strip() for one in kept]}
+    kept = lines if _counts(columns[0], of=len(others)) else cells
+    return {"tokens": [one[others[first]] for one in kept], "tags": [one[tag].strip() for one in kept]}
+
+
+def _first_token(columns: Sequence[Sequence[str]]) -> int:
+    """The place of the first column that holds tokens, behind counters, offsets, and names that all lines share."""
+    whole = [all(map(str.isdecimal, column)) for column in columns]
+    counts = [_counts(column, of=len(columns)) for column in columns]
+    for place, column in enumerate(columns[:-1]):
+        is_id = any(map(str.isdigit, column[0])) and not whole[place] and (len(column) > 1 or whole[place + 1])
+        is_shared = len({*column}) == 1 and (is_id or any(len({*other}) > 1 for other in columns[place + 1 :]))
+        is_offset = whole[place] and (whole[place + 1] or (place > 0 and whole[place - 1] and not counts[place - 1]))
+        if all(whole) or not (counts[place] or is_shared or is_offset):
+            return place
+    return len(columns) - 1
+
+
+def _counts(column: Sequence[str], *, of: int) -> bool:
+    """Numbers behind one name, if any, that rise by one; few of them from 0 or 1, and one beside `of` cells."""
+    found = [re.fullmatch(r"(.*[\W_])?(\d{1,9})", one) for one in column]
+    numbers = [int(one[2]) for one in found if one] or [-1]
+    rises = len({one and one[1] for one in found}) == 1 and numbers == [*range(numbers[0], numbers[0] + len(column))]
+    return rises and (len(column) > 2 or (0 <= numbers[0] < 2 and of > (1 if len(column) > 1 else 3)))
 
 
 def document(path: Path, line: int, raw: bytes | None) -> Row:

@@ -98,8 +98,7 @@ def partition_records(
 ) -> tuple[list[Record], ...]:
     """The records of each site, in the order given; a site may end up with none, but no user at two."""
     sites: tuple[list[Record], ...] = tuple([] for _ in range(num_sites))
-    site_of: dict[str, int] = {}
-    torn: dict[str, Record] = {}
+    site_of, torn = dict[str, int](), dict[str, Record]()
     for record in records:
         site = assign_site(record, spec, num_sites=num_sites, key=key, unit=unit)
         if unit == "user" and site_of.setdefault(record.fields["user"], site) != site:

@@ -369,8 +369,7 @@ def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = N
             return
         text = (raw or b"").lstrip()
         line += (raw or b"")[: len(raw or b"") - len(text)].count(b"\n")
-        piece = text if raw is not None else None
-        row = or_fault(at_line(path, line), _element, path, line, piece, between=(before, mark))
+        row = or_fault(at_line(path, line), _element, path, line, None if raw is None else text, between=(before, mark))
         if isinstance(row, DataError) and not mark and not lenient:
             raise row  # what is missing may be any number of records
         if row is not None:

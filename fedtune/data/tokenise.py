@@ -96,11 +96,6 @@ class TextDataset:
         return TextDataset(tuple(self.input_ids[text] for text in texts), taken, self.texts)
 
 
-def cut(text: str, max_length: int) -> str:
-    """The characters of a text that are encoded at all, for an example of `max_length` tokens."""
-    return text[: most_characters(max_length)]
-
-
 def most_characters(max_length: int) -> int:
     """How many characters of a text are encoded at all, for an example of `max_length` tokens."""
     return _CHARACTERS_A_TOKEN * max_length
@@ -149,7 +144,8 @@ def whole_texts(
     Texts of two roles are encoded as a pair.  And whether each could be encoded: with `lenient_within`, as
     `Task.tokenise` has it, what cannot is one token, 0; otherwise it is a DataError.
     """
-    cuts = [tuple(cut(record.fields[role], max_length) for role in roles) for record, roles in fields]
+    most = most_characters(max_length)
+    cuts = [tuple(record.fields[role][:most] for role in roles) for record, roles in fields]
     texts = [one if len(one) > 1 else one[0] for one in cuts]
     encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
     input_ids, found = [], []

@@ -41,7 +41,7 @@ _INVISIBLE = re.compile(
     "\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
 )
 """Letters without a shape of their own (Unicode's Default_Ignorable_Code_Point)."""
-_WHOLE_DECIMAL = re.compile(r"([+-]?\d+)\.0+", re.ASCII)
+_WHOLE_DECIMAL = re.compile(r"\A([+-]?\d+)\.0+\Z", re.ASCII)
 _WITH_EXPONENT = re.compile(r"\d+(\.\d+[eE]\+?|[eE]\+)\d+", re.ASCII)
 """How spreadsheets write long ids, without their last digits."""
 _SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
@@ -153,8 +153,7 @@ def _name(value: object, role: str, *, at: str) -> str:
         raise DataError(at, "no id", "must name a user (role user)")
     if _WITH_EXPONENT.fullmatch(found):
         raise DataError(at, "a number with an exponent", "must name a user by all digits, written as text (role user)")
-    whole = _WHOLE_DECIMAL.fullmatch(found)
-    return whole[1] if whole else found
+    return _WHOLE_DECIMAL.sub(r"\1", found)
 
 
 # Turns.
@@ -359,9 +358,7 @@ def feature_of(value: object, at: str) -> str:
 
 def category_of(text: str) -> str:
     """A category's name as JSON writes its value: a program may have written 1 as 1.0, and true as True or TRUE."""
-    if whole := _WHOLE_DECIMAL.fullmatch(text):
-        return whole[1]
-    return text.lower() if text.lower() in ("true", "false") else text
+    return text.lower() if text.lower() in ("true", "false") else _WHOLE_DECIMAL.sub(r"\1", text)
 
 
 def numbers_of(text: str, at: str) -> list[float]:

@@ -22,7 +22,6 @@ from fedtune.data.tokenise import (
     Targets,
     TextDataset,
     Tokenizer,
-    cut,
     encode,
     most_characters,
 )
@@ -317,7 +316,7 @@ class Layout:
         """
         length, longest = self.data.max_length, ""
         if "text" in fields:
-            return _Example((), [Piece(cut(fields["text"], length), said=True, learnt=True)])
+            return _Example((), [Piece(fields["text"][: most_characters(length)], said=True, learnt=True)])
         if self.chat is None or "messages" not in fields:
             reference, most = fields["completion"], most_characters(length) // (2 * len(fields))
             fields = {
@@ -328,7 +327,7 @@ class Layout:
         else:
             asked, reference = before_last_answer(_turns(fields))
             context = self.chat.prompt(asked, answer=reference)
-        said = cut(reference, length)
+        said = reference[: most_characters(length)]
         answer = [Piece(said, said=True, learnt=True)] if self.chat is None else self.chat.answer(said)
         return _Example(_last(context, length), answer, reference, longest)
 

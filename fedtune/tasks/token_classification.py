@@ -24,7 +24,7 @@ from fedtune.data.batching import Batch
 from fedtune.data.marked import entities_of
 from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode_words, most_characters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -119,7 +119,7 @@ class TokenClassification(Task):
         read = [*map(marks(data), records)]
         before, behind = _around(tokenizer)
         room, step, most = _sizes(data, len(before) + len(behind))
-        texts = [cut(text, most) for text, _ in read]
+        texts = [text[: most_characters(most)] for text, _ in read]
         input_ids: list[npt.NDArray[np.int32]] = []
         targets: list[npt.NDArray[np.int64]] = []
         encoded = encode_words(texts, tokenizer, max_length=most, within=lenient_within)
@@ -210,7 +210,7 @@ class TokenClassification(Task):
         each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
         said = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
         *_, most = _sizes(data, sum(map(len, _around(tokenizer))))
-        _, words = next(encode_words([cut(asked, most)], tokenizer, max_length=most))
+        _, words = next(encode_words([asked[: most_characters(most)]], tokenizer, max_length=most))
         words = [word for word in words if word != _NO_WORD]
         found: list[dict[str, Any]] = []
         marked = asked
