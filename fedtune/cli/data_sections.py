@@ -43,9 +43,8 @@ def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
     yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
     yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
     counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
-    held = tuple(
-        (one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in found.columns.values()
-    )
+    every = found.columns.values()
+    held = tuple((one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in every)
     yield _shortened("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
     odd = tuple(
         (name, kind, f"{count:,}", ", ".join(f"{row}: {_short(text)}" for row, text in some))
@@ -93,11 +92,9 @@ def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
                 holds = f"{min(one.numbers):g} to {max(one.numbers):g}" if one.size is None else ""
             lacking = f"{found.rows - one.filled:,}" if one.filled < found.rows else ""
             rows.append((one.name, what, holds, lacking))
-        title, headings = (
-            "Features, and the file's own values: shown here alone",
-            ("column", "seems to be", "in the file"),
-        )
-        return Section(title, (*headings, "rows without"), rows, words={0, 1, 2}, notes=_WORDS["about_features"])
+        title = "Features, and the file's own values: shown here alone"
+        headings = ("column", "seems to be", "in the file", "rows without")
+        return Section(title, headings, rows, words={0, 1, 2}, notes=_WORDS["about_features"])
     shares = (int(np.quantile(plan.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
     of_lengths = ("median", "90 % have at most", "longest", "max_length")
@@ -120,11 +117,8 @@ def check_sections(checked: Checked) -> Iterator[Section]:
 
 def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
     usable, left_out = sum(file.uses.values()), LeftOut(rows=file.rows, reasons=file.num_errors)
-    told = {
-        "rows": f"{file.rows:,}",
-        "usable": ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none",
-        "errors": f"{left_out.count:,}",
-    }
+    uses = ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none"
+    told = {"rows": f"{file.rows:,}", "usable": uses, "errors": f"{left_out.count:,}"}
     yield pairs(told, title=file.path)
     yield Section(notes=(f"{left_out}.",) if left_out.is_much else ())
     left = left_out.count - len(file.errors)
@@ -210,11 +204,8 @@ def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[s
     yield pairs({at.rpartition("/")[2]: f"{n.rows - n.count:,} of {counted(n.rows, 'row')}" for at, n in read.items()})
     what_again = ("synthetic records with", "records", "share", "ordinary", "longest run / text")
     yield Section("What comes up again", what_again, rows, styles=warned, notes=notes)
-    longest = [
-        (f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _short(one.run, 300))
-        for one in near[:10]
-        if one.words
-    ]
+    runs = [one for one in near[:10] if one.words]
+    longest = [(f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _short(one.run, 300)) for one in runs]
     headings = ("words", "of text", "synthetic", "own", "run")
     yield Section("Longest runs of words", headings, longest, words={2, 3, 4}, whole={2, 3})
     again = sorted((count, kind, one.place, own) for one in near for kind, count, own in one.details)

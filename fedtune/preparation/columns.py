@@ -7,7 +7,7 @@ import re
 import tomllib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -34,8 +34,10 @@ _MOST_NUMBERS = 1_000_000
 _OUTSIDE = 0.005  # of the numbers at either end: so few do not decide a scale
 _CODE = re.compile(r"[!-~]{5,}")
 """A text of one word of ASCII: a link, a path, a hash; no word of a language that has no spaces."""
-_WORD = re.compile(rf"[{read.UNSPACED}]{{2}}|[^\W\d_{read.UNSPACED}]{{2,}}")
-"""A word; of a script without spaces, two letters."""
+_WORD = re.compile(rf"[{read.UNSPACED}]{{2}}|\b[^\W\d_{read.UNSPACED}]{{2,}}+(?!\d)")
+"""A word, which is no part of a code such as FEW021; of a script without spaces, two letters."""
+_NUMBERED = re.compile(r"\d\S*")
+"""A number or a code: what has more of these than words is no text that somebody wrote."""
 _LISTS, _BEGIN_NUMBERS = ("[", "(", "{", "array(", "set("), frozenset("+-.0123456789")
 """How lists as text begin, and numbers."""
 _BARE = frozenset("OBIESLUM")
@@ -43,6 +45,7 @@ _BARE = frozenset("OBIESLUM")
 _LONGEST_ID, _HEAD, _LONGEST_DATE = 64, 120, 40
 _WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words of a text that is taken for one
 _LEAST_ID = 1_000_000  # of numbers of one length that name records
+SHARD = re.compile(r"\d+[-_ ]of[-_ ]0*(\d+)")  # in the name of one file of several
 _FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
 _MANY_PERSONS = 20  # a column of so many is of nothing else
@@ -64,13 +67,13 @@ letter tells apart; `turns` are of a conversation.  Of `people` the first counts
 names, which are no texts that somebody wrote.  `splits`, `marked` and `checks` say what a row is for, with `helpers`
 and values of `parts`, `reviews` and `passed`; `ids` and `numbered` are of records.
 """
-_ENDINGS = (*SUFFIXES, *NAMES["endings"])
+_ENDINGS, _LINKED = (*SUFFIXES, *NAMES["endings"]), "linked"
+"""Of paths of images, the last of which no run reads; and images at addresses on the net."""
 _MONTHS = "jan|feb|m[aä]r|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz]"
 _CLOCK = r"\d{1,2}:\d{2}(?::\d{2})?\S{0,20}(?: [ap]m)?"
 _DATE = re.compile(
-    r"(?:\d{1,4}([-./])\d{1,2}\1\d{1,4}|\d{4}-\d{2}|(?:\d{1,2}[. -]{0,2})?"
-    rf"(?:{_MONTHS})[a-zä]{{0,6}}\.?[ -]?(?:\d{{1,2}},?[ ])?\d{{2,4}})(?:[T ,]+{_CLOCK})?|{_CLOCK}",
-    re.IGNORECASE,
+    r"(?i)(?:\d{1,4}([-./])\d{1,2}\1\d{1,4}|\d{4}-\d{2}|(?:\d{1,2}[. -]{0,2})?"
+    rf"(?:{_MONTHS})[a-zä]{{0,6}}\.?[ -]?(?:\d{{1,2}},?[ ])?\d{{2,4}})(?:[T ,]+{_CLOCK})?|{_CLOCK}"
 )
 """A day, a month or a time."""
 _MEASURE = re.compile(r"[<>\u2264\u2265~]=? ?[+-]?\d[\d.,]*\S{0,9}|[+-]?\d[\d.,]* ?[^\W\d_]{1,6}(?:[/^]\S{1,9})?")
@@ -95,7 +98,8 @@ _OF_EVENTS = re.compile(
 """Names of columns of persons, of the time up to an event, and of whether it came."""
 _OF_WEIGHTS = re.compile(rf"(?:{'|'.join(NAMES['weights'])})(?:weight|wg?t)s?|weights")
 """Of rows; what weighs in kilograms (`birth_weight`) is another thing."""
-_TAKEN_BACK = re.compile("reject|ignore|skip|discard")
+_TAKEN_BACK, _OF_MARKS = re.compile("reject|ignore|skip|discard"), re.compile("(?:is)?(?:valid(?!ation)|usable|needs)")
+"""Words that take a record back, and beginnings of the names of flags that do."""
 
 
 class Column:
@@ -107,11 +111,13 @@ class Column:
         self.words = _words(name)
         # The same with # in place of the numbers and single letters that tell it from others: `answer_a` is `answer#`.
         self.stem = "".join("#" if len(word) == 1 or word.isdecimal() else word for word in self.words)
+        self.mark = "".join(word for word in self.words if len(word) == 1 or word.isdecimal())
         letters = [word for word in self.words if not word.isdecimal()]
         found = _OF_PEOPLE.fullmatch(self.key) or (len(letters) > 2 and _OF_PEOPLE.fullmatch("".join(letters[-2:])))
         # Where in the order of people it is, if it is called as people are (`tweet_author_id`).
         self.person = NAMES["people"].index(found["who"]) if found else None
         self.filled = self.characters = 0  # rows with a value that is not blank; of all its texts together
+        self.longest = self.furthest = 0  # characters of a text; the second of the whole numbers of an object in a list
         self.types = Counter[str]()  # how often each type of value came
         self.reads = Counter[str]()  # how many values a run can read in a role, or are of a kind that `note` names
         # How often each label came, by the type of its values; empty where there are too many, or too long ones.
@@ -139,6 +145,7 @@ class Column:
         text = value.strip() if isinstance(value, str) else ""
         self.filled += 1
         self.characters += len(text)
+        self.longest = max(self.longest, len(text))
         kind = json_type(value)
         kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(kind, kind)
         if not text or text[0] in _BEGIN_NUMBERS:
@@ -196,7 +203,10 @@ class Column:
             return
         self.reads["vector"] += len(listed) > 1 and all(one in (0, 1, "0", "1") for one in listed)
         first = listed[0] if listed else ()
-        self.keys.update(first if isinstance(first, dict) else ())
+        self.keys.update([*first] if isinstance(first, dict) else ())
+        places = sorted(_whole_numbers(first))[1:2]
+        self.reads["places"] += bool(places) or not listed
+        self.furthest = max(self.furthest, *places, 0)
         if not isinstance(first, str) or first[:1] in _BEGIN_NUMBERS:
             with suppress(DataError):
                 self.sizes[len(read.numbers_of(read.feature_of(value, self.name), self.name))] += 1
@@ -257,8 +267,8 @@ class Column:
         self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")
         self.is_image, self.is_date = self.nearly("image", *SUFFIXES), self.nearly("date")
         # How many paths of images end otherwise than in what a run reads, where nearly all are such paths.
-        others = ", ".join(f"{self.reads[end]:,} {end}" for end in NAMES["endings"] if self.reads[end])
-        self.other_images = others if self.nearly(*_ENDINGS) and not self.is_image else ""
+        others = ", ".join(f"{self.reads[end]:,} {end}" for end in (*NAMES["endings"], _LINKED) if self.reads[end])
+        self.other_images = others if self.nearly(*_ENDINGS, _LINKED) and not self.is_image else ""
         self.is_vector = self.nearly("vector") or (self.size is not None and not self.mostly("tokens"))
         self.is_constant, self.is_empty = len(self.labels) == 1, not self.filled
         # How many different values it has; 0: they are not counted.
@@ -268,6 +278,7 @@ class Column:
         self.is_said, self.is_context = self.is_text or self.is_chat, self.is_text or self.is_empty
         self.is_tokens, self.is_whole_chat = self.nearly("tokens"), self.nearly("whole chat")
         self.is_tags, self.is_spans = (self.nearly(role) and bool(self.entities) for role in ("tags", "spans"))
+        self.are_words = self.is_tokens and not self.is_tags and self.size is None
         self.is_speaker = {"assistant"} < set(map(read.speaker_of, self.labels))
         # Yes or no, or good or bad.
         self.is_flag = self.nearly("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
@@ -282,9 +293,8 @@ class Column:
         self.is_label = is_label and not self.is_other_number
         self.is_binary = self.is_label and said <= {"0", "1", "true", "false"}
         # A last word may call it an answer, or all words but such as in 90 days (`churned_in_90d`).
-        plain = "".join(
-            word for word in self.words if len(word) > 1 and word.isalpha() and word not in NAMES["helpers"]
-        )
+        rest, all_parts = [word for word in self.words if word not in NAMES["helpers"]], {*NAMES["parts"]}
+        plain = "".join(word for word in rest if len(word) > 1 and word.isalpha())
         self.is_called_answer = not {self.key, plain, *self.words[-1:]}.isdisjoint(NAMES["answers"] + NAMES["labels"])
         # A tag for a single word in each row, and a row for each word.
         is_scheme = all(tag in _BARE or read_tag(tag)[0] for tag in self.labels)
@@ -298,11 +308,13 @@ class Column:
         is_other = self.is_other_number or not (self.is_text or self.nearly("target"))
         is_long = not self.is_text or self.mean_characters >= LONGEST_LABEL or self.is_constant
         self.is_called_time = self.is_number and bool(_OF_TIMES.fullmatch(self.key))
-        is_of_time = self.is_called_time or _WORDS_OF_TIMES.match(" ".join(self.words))
-        self.may_be_time = self.is_number and bool(is_of_time)
+        self.may_be_time = self.is_number and bool(self.is_called_time or _WORDS_OF_TIMES.match(" ".join(self.words)))
         is_usual = self.is_event and said.isdisjoint(NAMES["flags"])  # alive or dead, whatever the column is called
         self.may_be_event = self.is_label and (is_usual or bool(_OF_EVENTS.fullmatch(self.key)))
         self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
+        self.is_lone_answer = self.is_called_answer and not self.is_answer and (self.is_constant or self.is_empty)
+        # The second of the numbers of each, as the end of a part of a text; 0: it holds no such.
+        self.furthest *= self.nearly("places")
         self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
         self.is_code = self.is_text and self.nearly("code") and not self.is_label  # links, paths or other marks
         # Texts written behind a prompt, and no label that is called so; and what is asked, not who asks.
@@ -315,19 +327,16 @@ class Column:
         self.is_prose = is_words and (self.mostly("prose") or (is_named and self.mostly("word")))
         self.is_short = is_words and self.mostly("words") and not (self.is_label or self.is_prose)
         # What a row is for, as whoever wrote the file marked it: for the test, rejected, or to count more than others.
-        rest, all_parts = {*self.words} - {*NAMES["helpers"]}, {*NAMES["parts"]}
         is_part = said <= all_parts or any(one.startswith("train") for one in said)
         is_part = is_part and all(all_parts.intersection(_words(label)) for label in self.labels)
-        flag = rest if self.is_flag else set[str]()
-        is_called = bool(rest) and rest.issubset(NAMES["splits"])
-        is_called = is_called or (bool(flag) and flag <= all_parts and flag != {*self.words})
+        is_called = bool(rest) and {*rest}.issubset(NAMES["splits"])
+        is_called = is_called or (self.is_flag and 0 < len(rest) < len(self.words) and {*rest} <= all_parts)
         self.is_split = self.is_label and (is_part or is_called)
-        is_review = said.issubset(NAMES["reviews"]) and any(map(_TAKEN_BACK.match, said))
-        is_review = is_review and self.key not in {*NAMES["labels"]} - {"answer"}
+        is_answer = self.is_called_answer and self.key != "answer"
+        is_review = said.issubset(NAMES["reviews"]) and any(map(_TAKEN_BACK.match, said)) and not is_answer
         is_review = is_review or (said.issubset(NAMES["passed"]) and not {*self.words}.isdisjoint(NAMES["checks"]))
-        is_needed = self.words[:1] == ["needs"] or self.words[-1:] in (["review"], ["flag"])
-        is_review = is_review or (said == {"true", "false"} and is_needed and not self.is_called_answer)
-        self.is_review = self.is_label and (is_review or (bool(flag) and flag.issubset(NAMES["marked"])))
+        is_called = not {*rest[-1:]}.isdisjoint(NAMES["marked"]) or bool(_OF_MARKS.match(self.key))
+        self.is_review = self.is_label and (is_review or (self.is_flag and is_called and not is_answer))
         self.is_weight, self.is_mark = bool(_OF_WEIGHTS.fullmatch(self.key)), self.is_split or self.is_review
         # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
         # An id that no two rows share says of no two that they are of one person.
@@ -344,8 +353,7 @@ class Column:
         # Few values under a bare name (`author`, `account`), which may be an answer; each stays a person's until then.
         is_bare = self.is_person and self.words[-1:] == [NAMES["people"][self.person or 0]]
         self.may_be_one_of_few = is_bare and self.is_label and len(self.labels) < _MANY_PERSONS
-        self.may_be_answer = self.is_answer and self.person is None and not of_a_row
-        self.may_be_answer = self.may_be_answer and not (self.is_prose and is_named)
+        self.may_be_answer = self.is_answer and self.person is None and not (of_a_row or (self.is_prose and is_named))
         # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
         self.is_category = self.size is None and not self.nearly("target")
         is_value = self.filled > 0 and (not self.is_category or self.is_label or self.is_flag)
@@ -380,6 +388,12 @@ class Column:
         pair = said if said == ["1", "2"] else pair[::-1] if self.key in NAMES["inverted"] else pair
         return tuple(pair) if len(said) == 2 and sorted(pair) == said else None
 
+    def judges(self, some: Iterable[Column]) -> bool:
+        """Whether it says which of some numbered columns is better: by its name, or its values are their marks."""
+        marks = {word for label in self.labels for word in _words(label)[-1:]}.difference(NAMES["ties"])
+        is_called = not {*self.words}.isdisjoint(NAMES["better"])
+        return self.is_label and (is_called or marks == {one.mark for one in some})
+
     @property
     def scale(self) -> tuple[float, float] | None:
         """The first usual scale that nearly all numbers fit; None: there is none, and a person must say it."""
@@ -411,12 +425,27 @@ def no_rows(path: Path) -> DataError:
     for one in sorted(path.rglob("*")):
         if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
             tables[one.parent / one.name.partition("-0")[0]].append(one)
-    below = [str(parts[0]) if len(parts) == 1 else f"all parts of {one} as one" for one, parts in tables.items()]
+    below = []
+    for one, parts in tables.items():
+        shard = SHARD.search(parts[-1].name)
+        here = f" ({len(parts)} of {shard[1]} are there)" if shard and int(shard[1]) != len(parts) else ""
+        below.append(f"all parts of {one} as one{here}" if len(parts) > 1 else f"{parts[0]}{here}")
     if tables:
-        return DataError(str(path), "a folder of several files", f"must be one file: name {listed(below)}")
+        found, bound = "a folder of several files", "must be one file"
+        if any(parts[0].is_dir() for parts in tables.values()):
+            found, bound = "images two folders deep", "must be one folder of class folders, or a table of paths"
+        return DataError(str(path), found, f"{bound}: name {', '.join(below[:10])}")
     if images := other_images(path):
         return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
     return DataError(str(path), "no rows", "must hold at least one record")
+
+
+def refusal(path: Path, what: str, columns: Sequence[Column], other: object = "") -> DataError:
+    """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
+    names = listed(one.name for one in columns)
+    said = {"names": names, "other": other, "event": WORDS["bounds"]["is_event"]}
+    value, bound = (text.format(columns[0], **said) for text in WORDS["refused"][what].split(" = "))
+    return DataError(f"{path}, column{'s' * (len(columns) > 1)} {names}", value, bound)
 
 
 def other_images(folder: Path) -> str:
@@ -436,9 +465,17 @@ def _words(name: str) -> list[str]:
     return re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
+def _whole_numbers(value: object, *, within: int = 3) -> list[int]:
+    """The whole numbers of an object or a list, or else of the first within it that has some."""
+    parts = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    inner = (_whole_numbers(one, within=within - 1) for one in parts if within)
+    return [one for one in parts if type(one) is int] or next(filter(None, inner), [])
+
+
 def _kinds_of_text(text: str) -> Iterator[str]:
     """What a text is, by itself: words, as many as a name has or more, a date, a number in another form, a path."""
     words = len(_WORD.findall(text[:_HEAD]))
+    words = 0 if words and len(_NUMBERED.findall(text[:_HEAD])) > words else words
     yield from (kind for kind, least in _WORDS_OF.items() if words >= least)
     if _CODE.fullmatch(text):
         yield "code"
@@ -448,5 +485,6 @@ def _kinds_of_text(text: str) -> Iterator[str]:
         yield "other number"
     elif len(text) <= _LONGEST_DATE and _MEASURE.fullmatch(text):
         yield "measure"
-    if (end := text[-9:].lower()).endswith(_ENDINGS) and "://" not in text:
-        yield next(one for one in _ENDINGS if end.endswith(one))
+    is_link = "://" in text
+    if (end := (re.split("[?#]", text)[0] if is_link else text)[-9:].lower()).endswith(_ENDINGS):
+        yield _LINKED if is_link else next(one for one in _ENDINGS if end.endswith(one))

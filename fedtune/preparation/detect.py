@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
-from fedtune.preparation.columns import NAMES, WORDS, Column, listed, no_rows, numbered, other_images
+from fedtune.preparation.columns import NAMES, SHARD, WORDS, Column, listed, no_rows, numbered, other_images, refusal
 from fedtune.preparation.patterns import ODD_TEXTS, odd_texts
 from fedtune.spec import ConfigError, DataError
 
@@ -52,6 +52,8 @@ _IMAGE, _ASKED = _Part("image", NAMES["images"], "is_image"), NAMES["prompts"] +
 _INPUTS, _TIMED = frozenset({"text", "text_pair", "image"}), frozenset({"time", "event"})
 _ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)  # what may be chosen of an answer
 _MAY_ANSWER = [*NAMES["labels"], *NAMES["topics"], *NAMES["numbers"], *NAMES["completions"], *NAMES["positives"]]
+_BY_FORM = {"tags": "is_tags", "spans": "is_spans", "tokens": "are_words", "text": "is_prose"}
+"""By role what a column is that may be called anything, if it alone is that."""
 _BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
 
 
@@ -77,14 +79,6 @@ _OTHERWISE = {"context": "input", "score": "target", "text-pair": "text_pair"}
 OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | _OTHERWISE
 """Role of a column: on the command line, and in settings."""
 _OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
-
-
-def _refusal(path: Path, what: str, columns: Sequence[Column], other: object = "") -> DataError:
-    """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
-    names = listed(one.name for one in columns)
-    said = {"names": names, "other": other, "event": WORDS["bounds"]["is_event"]}
-    value, bound = (text.format(columns[0], **said) for text in WORDS["refused"][what].split(" = "))
-    return DataError(f"{path}, column{'s' * (len(columns) > 1)} {names}", value, bound)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,9 +223,9 @@ def _require_header(columns: Mapping[str, Column], path: Path) -> None:
     own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
     odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
     if odd or len(unnamed) > 1:
-        raise _refusal(path, "header", odd or unnamed)
+        raise refusal(path, "header", odd or unnamed)
     if own and is_long:
-        raise _refusal(path, "no_header", own[:1])
+        raise refusal(path, "no_header", own[:1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +243,7 @@ class _Guess:
             return "text", {"text": (self.chosen["text"], "chosen; without --label its texts alone are learnt")}
         for what, some, other in self._unwanted() if not roles else ():
             if some:
-                raise _refusal(self.path, what, some, other)
+                raise refusal(self.path, what, some, other)
         layouts = [one for one in _layouts(pair) if roles <= {part.role for part in one[1]}]
         for kind, parts in layouts if self.form is None else ():
             if found := self._laid_out(parts):
@@ -262,7 +256,7 @@ class _Guess:
                 others = [one for one in self._texts("is_prose") if 2 * one.mean_characters >= text[0].mean_characters]
                 others += [one for one in self.every if one.is_image]
                 if len(others) > 1:
-                    raise _refusal(self.path, "texts", others)
+                    raise refusal(self.path, "texts", others)
                 return "text", {"text": (text[0], f"{text[1]}; no label stands beside it")}
         raise self._misfit(layouts)
 
@@ -276,7 +270,7 @@ class _Guess:
         if times and "label" in found and found["label"][0] in events:
             yield WORDS["notes"]["followed"].format(found["label"][0], times[0])
         yield from (f"{one.name}: {one.why('unread')}." for one in self.every if one.is_mark and one.name not in used)
-        if shard := re.search(r"\d+[-_ ]of[-_ ]0*(\d+)", self.path.name):
+        if shard := SHARD.search(self.path.name):
             yield WORDS["notes"]["shard"].format(shard[1])
 
     def features(self, *, but: Collection[Column] = ()) -> list[Column]:
@@ -291,8 +285,9 @@ class _Guess:
             one, why = self.chosen.get(part.role), "chosen"
             if one is None and not (part.optional and all(other.role in self.chosen for other in needed)):
                 but = (*(other for other, _ in found.values()), *self.chosen.values())
-                by_values = [other.key for other in self.every] if part.role in ("tags", "spans") else []
-                one, why = self._named([*part.names, *by_values], part.fits, but=but), "its name"
+                alike = [other.key for other in self.every if getattr(other, _BY_FORM.get(part.role, ""), False)]
+                one = self._named([*part.names, *alike[: len(alike) == 1]], part.fits, but=but)
+                why = _BY_VALUES if one is not None and one.key not in part.names else "its name"
             if one is not None and getattr(one, part.fits):
                 found[part.role] = one, why
             elif not part.optional or one is not None:
@@ -301,6 +296,10 @@ class _Guess:
 
     def _answered(self, pair: Sequence[Column]) -> tuple[Kind, Roles] | None:
         """An image, a text, two texts or a table with an answer; which answer it is does not depend on which it is."""
+        is_open, texts = self.form is None and not {"image", "text"} & set(self.chosen), self._texts("is_prose")
+        for one in self.every if is_open else ():
+            if one.other_images and (not texts or one.key in NAMES["images"]):
+                raise refusal(self.path, "ending", [one], one.other_images)
         kind, roles = self._with_answer()
         but = [one for one, _ in roles.values()]
         features, text = self.features(but=but), None if self.form == "table" else self._text("is_prose", but=but)
@@ -311,7 +310,7 @@ class _Guess:
         if text is None and self.form != "table":
             text = self._text("is_text" if self.form else "is_short", but=but)
             if text and features and self.form is None:
-                raise _refusal(self.path, "few_words", [text[0]], listed(one.name for one in features))
+                raise refusal(self.path, "few_words", [text[0]], listed(one.name for one in features))
         if text is None:
             return ("table", roles) if features and self.form != "texts" else None
         if text[0] in pair:
@@ -338,7 +337,7 @@ class _Guess:
                 return None
             is_one = len(times) == len(events) == 1 and not self._usual()
             if not (is_one and times[0].is_called_time and events[0].is_event):
-                raise _refusal(self.path, "event", events, listed(one.name for one in times))
+                raise refusal(self.path, "event", events, listed(one.name for one in times))
         named = zip(_FOLLOWED, (times, events), strict=True)
         return self._laid_out([part._replace(names=[one.key for one in some]) for part, some in named])
 
@@ -369,7 +368,9 @@ class _Guess:
         usual, others = self._usual(), [one for one in self.every if one not in self.chosen.values()]
         is_text = any(one.is_prose for one in self.every)
         if not usual:
-            self._require_read(_MAY_ANSWER)
+            longest = max((one.longest for one in self.every if one.is_prose), default=0)
+            marked = [one for one in self.every if one.is_lone_answer or one.is_tags or 0 < one.furthest <= longest]
+            self._require_read(_MAY_ANSWER, others=marked)
         few = [one for one in others if one.may_be_answer and (one.is_label or (one.is_list and one.several["["]))]
         numbers = [one for one in others if one.may_be_answer and one.is_number and one not in few]
         if not few or self._is_of_texts():  # in a table, one column of few values among numbers is not yet the answer
@@ -381,7 +382,7 @@ class _Guess:
         found = usual or [*few, *people, *numbers] or [one for one in others if one.is_place and one.is_label]
         if len(found) > 1:
             lists = ", or as one column of lists with the labels' names" * (len(binary) > 1 and is_text)
-            raise _refusal(self.path, "answers", found, lists)
+            raise refusal(self.path, "answers", found, lists)
         return found[0] if found else None
 
     def _usual(self) -> list[Column]:
@@ -395,25 +396,22 @@ class _Guess:
         others = any(one.is_short or one.is_image for one in self.every)
         return self.form != "table" and (others or bool(self._texts("is_prose")))
 
-    def _require_read(self, names: Sequence[str]) -> None:
-        """Refuse a column that is called an answer and is none, for others would be learnt in silence."""
-        for one in (one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))):
-            if one.is_unread_answer and one not in self.chosen.values():
-                raise _refusal(self.path, "unread", [one], one.why("no_answer"))
+    def _require_read(self, names: Sequence[str], *, others: Iterable[Column] = ()) -> None:
+        """Refuse a column that is called an answer, or is one of `others`, and is none: others would be learnt."""
+        named = [one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))]
+        unread = [one for one in named if one.is_unread_answer or one.is_lone_answer]
+        for one in (one for one in (*unread, *others) if one not in self.chosen.values()):
+            raise refusal(self.path, "unread", [one], one.why("no_answer"))
 
     def _image(self, text: tuple[Column, str] | None) -> tuple[Column, str] | None:
         """The column of images: by its name, or the only one where no text is beside it; of a kind that is read."""
         if {"image", "text"} & set(self.chosen):
             return (self.chosen["image"], "chosen") if "image" in self.chosen else None
-        others = [one for one in self.every if text is None or one.key in NAMES["images"]]
-        for one in others:
-            if one.other_images:
-                raise _refusal(self.path, "ending", [one], one.other_images)
-        found = [one for one in others if one.is_image]
+        found = [one for one in self.every if one.is_image and (text is None or one.key in NAMES["images"])]
         if named := self._named(NAMES["images"], "is_image"):
             return named, "its name"
         if len(found) > 1:
-            raise _refusal(self.path, "images", found)
+            raise refusal(self.path, "images", found)
         return (found[0], _BY_VALUES) if found else None
 
     def _text(self, fits: str, *, but: Collection[Column] = ()) -> tuple[Column, str] | None:
@@ -425,7 +423,7 @@ class _Guess:
         if named := self._named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
             return named, "its name"
         if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._pair()}:
-            raise _refusal(self.path, "texts", texts)
+            raise refusal(self.path, "texts", texts)
         return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
     def _texts(self, fits: str, *, but: Collection[Column] = ()) -> list[Column]:
@@ -442,7 +440,7 @@ class _Guess:
             by_key[one.key].append(one)
         found = next((by_key[name] for name in names if name in by_key), [])
         if len(found) > 1:
-            raise _refusal(self.path, "alike", found)
+            raise refusal(self.path, "alike", found)
         return found[0] if found else None
 
     def _pair(self) -> Sequence[Column]:
@@ -466,8 +464,8 @@ class _Guess:
         yield "unwanted", flags, answers.name if answers else ""
         parts = [one for one in self.every if one.is_tag or (one.key in NAMES["speakers"] and one.is_speaker)]
         yield "rows", parts, ""
-        judges = [one for one in self.every if one.is_label and set(one.words) & {*NAMES["better"]}]
         for some in numbered(self.every):
+            judges = [one for one in self.every if one.judges(some)]
             rival, turn, negative = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
             is_odd = rival or turn or judges or (len(some) > 2 and not negative)
             yield "several", [*some, *(judges[:1] if not turn else [])] if is_odd else [], ""

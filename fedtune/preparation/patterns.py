@@ -120,26 +120,30 @@ _MARK = re.compile(
     r"<\|[\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|begin|end)_?\w{0,9}>"
 )
 """Marks that chat templates of well-known models write between turns."""
+_ELEMENT = "(?i)(?:<|&lt;)/?(?:p|br|div|span|a|b|i|em|strong|[uo]l|li|table|t[dr]|h[1-6]|img)(?: [^<>]*|/)?(?:>|&gt;)"
+_HTML = re.compile(rf"{_ELEMENT}|&(?:amp;)?(?:[a-z]{{2,8}}|#\d{{2,6}});")
+"""Elements and entities of HTML, also escaped."""
 ODD_TEXTS: Mapping[str, str] = {
-    "line ends in a cell": "line ends within a cell: in a table without quoting, a quote at a cell's beginning takes "
-    "all along up to the next quote",
+    "line ends in a cell": "line ends within a cell: without quoting, a quote takes all along up to the next one",
     "what looks like rows in a cell": "lines within a cell that look like whole rows: if the table was written without "
     "quoting, these rows are lost; write it with quotes around cells, or as JSON lines",
-    "marks of a chat template": "marks of a chat template: in a chat or a whole text they are learnt as letters, never "
-    "as tokens of the template; take them out, or make turns of them",
+    "marks of a chat template": "marks of a chat template, which are learnt as letters: take them out, or write turns",
     "quotes behind a space": "quotes behind a space, which are learnt as letters: write no space before them",
     MOJIBAKE: f"{MOJIBAKE}: read the file again from its source as UTF-8",
+    "HTML": "HTML, which is learnt as letters: write plain text, as a browser shows it",
 }
 
 
 def odd_texts(row: Mapping[str, object], form: str) -> Iterator[tuple[str, str]]:
     """(one of `ODD_TEXTS`, column) of each cell that is no text as somebody wrote it, but one that a program spoilt."""
-    in_cell, rows_within, marks, quotes, mojibake = ODD_TEXTS
+    in_cell, rows_within, marks, quotes, mojibake, html = ODD_TEXTS
     commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
     for column, value in row.items():
         text = value if isinstance(value, str) else str(value) if isinstance(value, list | dict) else ""
         if _MARK.search(text):
             yield marks, column
+        if ("<" in text or "&" in text) and _HTML.search(text):
+            yield html, column
         if not text.isascii() and _is_twice_encoded(text):
             yield mojibake, column
         if commas and text.startswith(' "') and text.endswith('"'):

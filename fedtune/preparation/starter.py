@@ -42,6 +42,7 @@ _WHOLE, _MOST_OF_THEM = 0.99, 0.9
 """Of the records within `max_length`, where these are short, and at least: not the longest decides what is public."""
 _MORE_SITES = (1000, 3000)  # from each of these numbers of records on, a simulation has one site more than two
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
+_MOST_UNKNOWN = 0.1  # of tokens: another script than the model's, for the most part
 _LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
 _SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, smaller where there are more records
 _SMALLER_FROM = (1000, 10_000)
@@ -72,6 +73,7 @@ class Plan:
     places: Mapping[str, int]  # units by the value of the column that says at which site each is; none: it has no such
     alike: int  # persons whose id is another's but for case
     misplaced: Mapping[str, int]  # records whose spans begin or end within words, by how they seem to be counted
+    unknown: float  # share of the tokens of the first records that stand for letters which the tokenizer does not know
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of columns, as a person declared them
 
     @property
@@ -126,6 +128,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
             data = replace(data, chat_template="plain")
     faults, at = Faults(), defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
     counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
+    unknown, num_tokens, marks = 0, 1, [getattr(reader, f"{one}_token_id", None) for one in ("unk", "bos", "eos")]
     for chunk in chunks(usable_records(found.path, roles, fault=task.fault(data), faults=faults, lenient=False)):
         usable += len(chunk)
         for record in chunk:
@@ -134,14 +137,16 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
             num_of.update(labels_of(record, data))
             cut_words.update(misplaced(record.fields))
         if len(counts) < _MEASURED_ROWS:
-            counts += task.tokenise(chunk, reader, data=data, lenient_within=within).lengths.tolist()
+            read = task.tokenise(chunk, reader, data=data, lenient_within=within)
+            counts, num_tokens = counts + read.lengths.tolist(), num_tokens + read.num_tokens
+            if marks[0] not in (None, *marks[1:]):
+                unknown += sum(int(np.count_nonzero(ids == marks[0])) for ids in read.input_ids)
     left_out = faults.left_out(used=usable)
     # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
     by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
     units = len(users) if by_user and usable else usable
-    places = {
-        place: len(at[place]) if by_user else at[place].total() for place in in_order(at) if "site" in found.roles
-    }
+    named = in_order(at) if "site" in found.roles else []
+    places = {place: len(at[place]) if by_user else at[place].total() for place in named}
     if by_user and sum(places.values()) > units:
         bound = "must be the same in all records of a person, who is protected at one site; or use --unit record"
         raise ConfigError("--site", found.roles["site"], bound)
@@ -171,13 +176,13 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
         places=places,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
         misplaced=cut_words,
+        unknown=unknown / num_tokens,
     )
 
 
 def _by_own_values(column: Column) -> FeatureSpec:
-    declared: Any = (
-        {"categories": (*map(category_of, column.labels), "x")[:1]} if column.is_category else {"range": (-1.0, 1.0)}
-    )
+    names = (*map(category_of, column.labels), "x")[:1]
+    declared: Any = {"categories": names} if column.is_category else {"range": (-1.0, 1.0)}
     return FeatureSpec(columns=(column.name,), size=column.size, missing="indicator", **declared)
 
 
@@ -377,12 +382,9 @@ def about_spellings(labels: Iterable[str]) -> list[str]:
     together = defaultdict[str, list[str]](list)
     for label in labels:
         together[spelling(label)].append(label)
-    return [
-        f"The labels {', '.join(map(ascii, some))} look alike, and are learnt as different ones: write them alike in "
-        "the file if they are one. They differ in case, spaces, form or invisible letters alone."
-        for some in together.values()
-        if len(some) > 1
-    ]
+    alike = [", ".join(map(ascii, some)) for some in together.values() if len(some) > 1]
+    what_to_do = "write them alike in the file if they are one. They differ in case, spaces, form or invisible letters"
+    return [f"The labels {some} look alike, and are learnt as different ones: {what_to_do} alone." for some in alike]
 
 
 def notes(found: Found, plan: Plan) -> Iterator[str]:
@@ -402,6 +404,9 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
         yield f"{units}: that is little, so with noise expect the run to learn little."
     if plan.left_out.count:
         yield f"{plan.left_out}. A run leaves such rows out (unusable: leave_out)."
+    if plan.unknown > _MOST_UNKNOWN:
+        told = f"{plan.unknown:.0%} of the tokens are unknown to this model"
+        yield f"{told}: choose one that knows the texts' language (--model)."
     yield from about_spellings(plan.labels)
     if none := NO_NAME & set(plan.labels):
         yield f"A label may stand for no value: {', '.join(sorted(none))}. If so, take it out of labels."
@@ -415,10 +420,8 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
     if cut := _num_cut(plan):
         lost = "the beginning of what stands before their answer" if found.kind in _TURNS else "their end"
         lost = "the middle of their longest text" if "prompt" in found.roles else lost
-        yield (
-            f"{cut:,} of {len(plan.lengths):,} records are longer than max_length ({plan.max_length} tokens) and lose "
-            f"{lost}: raise it, or shorten them."
-        )
+        longer = f"{cut:,} of {len(plan.lengths):,} records are longer than max_length ({plan.max_length} tokens)"
+        yield f"{longer} and lose {lost}: raise it, or shorten them."
     if len(plan.lengths) == _MEASURED_ROWS:
         yield f"Lengths are of the first {_MEASURED_ROWS:,} rows."
 

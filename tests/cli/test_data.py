@@ -139,16 +139,15 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
     ("name", "text", "message"),
     [
         ("a.csv", "\n".join(LINES), "a.csv, column billing = 'among its own values': must be in a header"),
-        (
-            "a.jsonl",
-            '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9,
-            "= 'columns n (object, number)",
-        ),
+        ("a.jsonl", '{"n": {"text": "a"}, "m": "b"}\n{"n": 1, "m": "c"}\n' * 9, "= 'columns n (object, number)"),
+        ("two/data/train-00002-of-00003.csv", "text,label\na,b\n", "train-00002-of-00003.csv (1 of 3 are there)"),
+        ("two/crops/apple/rust/1.jpg", "", "images two folders deep': must be one folder of class folders"),
     ],
 )
 def test_a_file_that_no_experiment_can_be_made_of(here: Path, name: str, text: str, message: str) -> None:
+    (here / name).parent.mkdir(parents=True, exist_ok=True)
     (here / name).write_text(text)
-    assert message in command("data", "init", name, "--model", "random_bert").failed()
+    assert message in command("data", "init", name.partition("/")[0], "--model", "random_bert").failed()
     assert not list(here.glob("*.yaml"))
 
 

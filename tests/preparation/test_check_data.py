@@ -173,8 +173,13 @@ def test_tags_that_go_on_with_nothing_and_words_that_are_cut(tmp_path: Path) -> 
     tags = [["B-x", "I-x"], ["O", "I-x"], ["B-y", "I-x"], ["B-x", "L-x", "L-x"], ["U-x", "B-x", "E-x"], ["x", "x"]]
     rows = [{"tokens": ["a"] * len(one), "tags": one} for one in tags]
     rows.append({"tokens": ["a"] * 20, "tags": ["O"] * 20})
-    own = ("experiment=own_entities", "data.labels=[x,y]", "model=random_bert")
-    tagged = (*own, "data.max_length=20", "data.stride=4")
+    tagged = (
+        "experiment=own_entities",
+        "data.labels=[x,y]",
+        "model=random_bert",
+        "data.max_length=20",
+        "data.stride=4",
+    )
 
     def found(windows: int) -> list[str]:
         config = over(tmp_path, rows, *tagged, f"data.windows={windows}")

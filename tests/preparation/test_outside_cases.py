@@ -27,7 +27,6 @@ def table(folder: Path, *lines: str) -> Path:
     ("columns", "message"),
     [
         (PAIR | {"label": YES}, "column label = 'true or false': may say in which rows completion is not wanted"),
-        (PAIR | {"label": (0, 1)}, "column label = '1 or 0': may say"),
         (PAIR | {"score": (0, 1)}, "column score = '1 or 0': may say"),
         (QUESTION | {"label": ("good", "bad")}, "rows answer is not"),
         (QUESTION | {"accepted": YES}, "rows answer is not"),
@@ -40,10 +39,7 @@ def table(folder: Path, *lines: str) -> Path:
         ({"prompt": [ASK], "completion": [SAY]}, "all turns of a record as one list in a column messages"),
         ({"prompt": own, "response": [SAY]}, "column response = 'list': must be a text: write all turns"),
         *(({"text": own, name: {"a": ["b"]}}, f"column {name} = 'object': must be a") for name in ("answers", "label")),
-        ({"text": own, "label": lambda n: f"c{n % 30}"}, "on average in 5 rows"),
-        ({"text": own, "labels": ([0, 1, 0], [1.0, 1, 0])}, "vectors of numbers name none"),
         ({"text": own, "score": lambda n: f"{n % 9},5"}, r"column score = 'text': .* write 3\.5"),
-        ({"text": own, "rating": "{} %".format}, r"column rating = 'text': .* write 3\.5"),
         ({"n": 1.5}, "a column of text"),
     ],
 )
@@ -57,7 +53,7 @@ def test_what_would_be_learnt_wrongly_is_refused(tmp_path: Path, columns: dict[s
     [
         ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "no run"),
         ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "no run"),
-        ({"text": own, "label": "one"}, "label", "always the same"),
+        ({"text": own, "state": "one"}, "state", "always the same"),
         (LABELLED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
         ({"text": own, "parent_id": own}, "parent_id", "ids of the records"),
         ({"text": own, "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),

@@ -27,6 +27,7 @@ WARD, SHAPE, YES = ("north", "south"), ("x", "y", "z"), (True, False)
 TABLE: dict[str, Any] = {"age": AGE, "dx": WARD}
 MIXED: dict[str, Any] = {"age": AGE, "kappa": WARD}
 FEW = ("all of it was seen before", "none of it was ever seen")
+METAR = "METAR EDDF 0{0}20Z 2{0}KT CAVOK FEW0{0} 17/02 Q10{0}".format
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
 
 
@@ -50,6 +51,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "limits": (TABLE | {"sigma": ("<0.5", "0.75", ">90", 12.5)}, "table: label=dx; not sigma"),
     "categories": (TABLE | {"sigma": ("left knee", "right knee")} | {"dx": AB}, "table: label=dx"),
     "printed vectors": ({"sigma": "[0.{} -1.5\n 2e-3]".format, "kappa": WARD}, "table: label=kappa"),
+    "codes of several words": (TABLE | {"sigma": METAR}, "table: label=dx; not sigma"),
     "names": (MIXED | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
     "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=dx; not full_name"),
     "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=dx; not sigma"),
@@ -71,6 +73,9 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "a usual name": (MIXED | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
     "marks of labels": ({"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
     "and a usual one": ({"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
+    "a lone answer": ({"text": own, "label": "one"}, "label = 'text': must have two values or more"),
+    "a lone last word": ({"text": own, "final_decision": "one"}, "must have two values or more"),
+    "an empty answer": ({"text": own, "sentiment": ""}, "must have two values or more"),
     # A time beside its event, in usual codes.
     "alive or dead": (MIXED | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
@@ -93,6 +98,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "reviews": ({"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")}, "in which rows a"),
     "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a"),
     "checks": (TABLE | {"sample_quality": ("pass", "fail", "pass")}, "in which rows a record is not wanted"),
+    "what is valid": (TABLE | {"valid_sample": (0, 1)}, "in which rows a record is not wanted"),
+    "what is all right": (TABLE | {"probe_ok": ("TRUE", "FALSE")}, "in which rows a record is not wanted"),
     "a need": (TABLE | {"needs_repair": YES}, "in which rows a record is not wanted"),
     "a split abroad": (TABLE | {"sigma": ("treino", "Validierung", "teste")}, "table: label=dx; not sigma"),
     "weights of rows": (TABLE | {"survey_wt": AGE, "birth_weight": AGE}, "table: label=dx; not survey_wt"),
@@ -103,6 +110,12 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "cats": ({"text": own, "cats": ({"a": 1, "b": 0}, {"a": 0.0, "b": 1.0})}, "tagged: text labels=cats"),
     "choices": (TASK | {"annotations": (chosen_by("a"), chosen_by("b"))}, "tagged: text=data labels=annotations"),
     "ids of doccano": ({"text": own, "annotations": ([{"label": 1}], [{"label": 2}])}, "labels=annotations"),
+    "another name": ({"sigma": own, "rho": spans("startOffset endOffset displayName")}, "text=sigma spans=rho"),
+    "other keys": ({"text": own, "sigma": spans("von bis typ"), "kappa": WARD}, "must have start and end, whole"),
+    "lengths": ({"text": own, "sigma": [{"of": {"at": 0, "length": 1}}]}, "must have start and end, whole numbers"),
+    "beyond the text": ({"text": own, "sigma": [{"width": 640, "height": 480}]}, "text: text; not sigma"),
+    "tags of any name": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"]}, "entities: tokens=sigma tags=kappa"),
+    "two of tags": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"], "rho": ["B-y", "O", "O"]}, "must be a label, a"),
     "no type": ({"text": own, "entities": [{"start": 0, "stop": 1}]}, "must have start and end, whole numbers"),
     "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be the names of tags, such as B-PER"),
     "tags without types": ({"tokens": [*"abc"], "ner_tags": ["B", "O", "O"]}, "must have a letter and"),
@@ -118,6 +131,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
     "questions": ({"question": own, "sentence": own, "label": (0, 1)}, "text=question text_pair=sentence label"),
     "answers": ({"prompt": own, "answer_0": own, "answer_1": own, "better_id": (0, 1)}, "must be one answer, chosen"),
+    "answers by marks": ({"clause_a": own, "clause_b": own, "kappa": ("B", "A", "tie")}, "must be one answer, chosen"),
     "a tournament": ({"prompt": own, "reply_1": own, "reply_2": own, "reply_3": own}, "several texts"),
     "negatives": (BELONG | {"negative_1": own, "negative_2": own}, "positive negative=negative_1; not negative_2"),
     "no negative": (BELONG, "must have beside them a column negative"),
@@ -132,7 +146,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
     "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of 60 .nii.gz files': must be"),
     "several endings": ({"sigma": lambda n: f"{n}.{'jp2' if n % 3 else 'png'}", "dx": AB}, "paths of 40 .jp2 f"),
-    "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma: paths of images of 60 .jp2"),
+    "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma = 'paths of 60 .jp2 files'"),
+    "links": ({"sigma": "https://a.org/{}.jpg?w=9".format, "kappa": WARD}, "sigma = 'paths of 60 linked files'"),
     "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=dx; not sigma"),
     "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=dx; not order_nr"),
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
@@ -174,16 +189,17 @@ def test_rule_decides_alike_for_other_orders_and_names(tmp_path: Path, name: str
     assert sorted_parts(decided(tmp_path, json.loads(text))) == sorted_parts(before), "names that mean nothing"
 
 
-KINDS = st.lists(st.sampled_from(["whole", "torn", "damaged"]), min_size=12, max_size=20)
 NOTED = {"torn": "records have parts that begin or end within a word", "damaged": "of its values have mojibake"}
+NOTED |= {"marked_up": "of its values have HTML"}
+KINDS = st.lists(st.sampled_from(["whole", *NOTED]), min_size=12, max_size=20)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
 def test_torn_and_damaged_rows_are_counted_whatever_their_order(tmp_path: Path, kinds: Any, names: Any) -> None:
     """Offsets are held against words, and what an encoding spoiled is told."""
-    texts = {"whole": "cards are lost", "torn": "cards are lost", "damaged": "f\u00c3\u00bcr are lost"}
-    made = [[f"{texts[kind]} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
+    lost, texts = "cards are lost", {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"}
+    made = [[f"{texts.get(kind, lost)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in made))
     told = made_for(tmp_path / "rows.jsonl").notes
     for kind, said in NOTED.items():
@@ -192,9 +208,14 @@ def test_torn_and_damaged_rows_are_counted_whatever_their_order(tmp_path: Path, 
         assert all(f"{kinds.count(kind)} of " in line for line in counted)
 
 
-@given(order=st.permutations(["NOUN", "_", "B-x"]), first=st.integers(0, 1))
-def test_a_counter_is_no_token_wherever_tags_stand(tmp_path_factory: Any, order: list[str], first: int) -> None:
-    rows = [f"{first + n}\tw{n}\t" + "\t".join(order).replace("B-x", "B-x" if n else "O") for n in range(3)]
+IDS = st.lists(st.sampled_from(["nw/a_0", "d7", "0", "wsj"]), max_size=3)
+BESIDE = st.tuples(IDS, st.sampled_from(["", "d7\t", "4{0}\t4{0}\t"]))
+
+
+@given(order=st.permutations(["NOUN", "_", "B-x"]), first=st.integers(0, 1), beside=BESIDE)
+def test_counters_ids_and_offsets_are_no_tokens(tmp_path_factory: Any, order: Any, first: int, beside: Any) -> None:
+    tags, before, last = "\t".join(order), "".join(f"{one}\t" for one in beside[0]), beside[1]
+    rows = [f"{before}{first + n}\t{last.format(n)}w{n}\t{tags.replace('B-x', 'B-x' if n else 'O')}" for n in range(3)]
     path = tmp_path_factory.mktemp("marked") / "train.conll"
     path.write_text("\n\n".join(["\n".join(rows)] * 5) + "\n")
     ((_, row), *_) = raw_rows(path)

@@ -151,12 +151,8 @@ def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
 def test_a_file_names_its_run_and_the_next_line_can_be_typed() -> None:
     names = {"a b(1).yaml": "a-b-1", "...yaml": "own", "Ärger.yaml": "rger"}
     assert {file: starter.run_name(Path(file)) for file in names} == names
-    typed = {
-        "a.yaml": "experiment=./a.yaml",
-        "in/a.yaml": "experiment=in/a.yaml",
-        "a b.yaml": "'experiment=./a b.yaml'",
-    }
-    for file, line in typed.items():
+    typed = [("a.yaml", "experiment=./a.yaml"), ("in/a.yaml", "experiment=in/a.yaml")]
+    for file, line in [*typed, ("a b.yaml", "'experiment=./a b.yaml'")]:
         assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
 
 
@@ -183,6 +179,11 @@ def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
 )
 def test_what_a_person_should_know_is_said(tmp_path: Path, labels: tuple[str, ...], more: str, note: str) -> None:
     assert note in made_for(table(tmp_path, 60, labels=labels, more=more)).notes
+
+
+def test_tokens_unknown_to_the_model_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.unk_token_id", 225, raising=False)  # a space
+    assert "% of the tokens are unknown to this model" in made_for(table(tmp_path, 60)).notes
 
 
 def test_labels_stand_in_the_order_of_numbers_and_those_without_a_record_are_left(tmp_path: Path) -> None:
