@@ -184,11 +184,8 @@ def _is_laid_over(one: Override) -> bool:
     merge.
     """
     is_group = bool(options_of(one.key_or_group)) and isinstance(one.value(), dict)
-    return (
-        is_group
-        or one.key_or_group in ("resume", "renew")
-        or any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
-    )
+    is_own_map = any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
+    return is_group or is_own_map or one.key_or_group in ("resume", "renew")
 
 
 def _finished(
@@ -203,6 +200,9 @@ def _finished(
 
     `values` are the keys that a person gave, and `of_file` those of their file.
     """
+    for name in ("validation", "test"):  # a file that a person gives takes the place of a share in their page
+        if f"data.{name}_file" in values and f"data.{name}_fraction" not in values and settings["data"][f"{name}_file"]:
+            settings["data"][f"{name}_fraction"] = 0.0
     as_given = deepcopy(settings)
 
     def said_beside(key: str) -> set[str]:

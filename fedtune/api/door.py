@@ -59,14 +59,19 @@ class Progress:
     round: RoundResult | None = None
 
 
+Callback = Callable[[Progress], None]  # is told how far a run is
+
+
+def stages(progress: Callback) -> Callable[[str, int, int], None]:
+    """Return what tells a callback of a stage, and how many of its parts are done."""
+    return lambda what, done, total: progress(Progress(stage=what, done=done, total=total))
+
+
 class Teller:
     """Tells a callback of a run; notes on the data are warnings."""
 
-    def __init__(self, config: RunConfig, progress: Callable[[Progress], None]) -> None:
-        self._rounds, self._progress = config.federation.num_rounds, progress
-
-    def preparing(self, what: str, done: int, total: int) -> None:
-        self._progress(Progress(stage=what, done=done, total=total))
+    def __init__(self, config: RunConfig, progress: Callback) -> None:
+        self._rounds, self._progress, self.preparing = config.federation.num_rounds, progress, stages(progress)
 
     def note(self, text: str) -> None:
         warnings.warn(text, stacklevel=2)
@@ -88,7 +93,7 @@ def simulate(
     recipe: Recipe | None = None,
     settings: Settings | None = None,
     *,
-    progress: Callable[[Progress], None] | Literal[True] = lambda told: None,
+    progress: Callback | Literal[True] = lambda told: None,
     session: Session | None = None,
 ) -> Run:
     """Run a federation on this machine to its end: simulated sites, each with a ledger and DP-SGD of its own.
@@ -165,20 +170,24 @@ def load(folder: str | Path) -> Run:
     return Run(path, saved_config(path))
 
 
-def evaluate(run: Run, data: str | Path) -> SideBySide:
+def evaluate(run: Run, data: str | Path, *, progress: Callback = lambda told: None) -> SideBySide:
     """Score a run's adapter, and its base without one, on a file; intervals (95 %) draw the same records for both.
 
     The file has the columns that the run's settings name.  Scores are exact, and not covered by any guarantee.
+    `progress` is called before each model is scored, in this thread.
 
     Raises:
         ValueError: the run is not finished, or the file cannot be used.
     """
     from fedtune.runs.model_comparison import side_by_side
 
-    return side_by_side({"tuned": (run.config, run.adapter)}, file=str(data), final=True)
+    runs = {"tuned": (run.config, run.adapter)}
+    return side_by_side(runs, file=str(data), final=True, progress=stages(progress))
 
 
-def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySide:
+def compare(
+    runs: Mapping[str, Run], data: str | Path | None = None, *, progress: Callback = lambda told: None
+) -> SideBySide:
     """Score finished runs, and their base before training, on the same records; exact, and no guarantee covers it.
 
     `comparison("base", NAME)` of what is returned is the difference of two of them, with an interval (95 %) that draws
@@ -187,6 +196,7 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
     Args:
         runs: by name; the first one's settings say which the records are.
         data: a file with the columns that these settings name; None: the first run's test records.
+        progress: is called before each model is scored, in this thread.
 
     Raises:
         ValueError: a run is not finished, or the runs' scores say nothing about each other.
@@ -197,7 +207,7 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
     if not runs or BASE in runs:  # which is what their base is called
         raise ConfigError("runs", [*runs], f"must name at least one run, and none of them {BASE}")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
-    return side_by_side(finished, file=None if data is None else str(data))
+    return side_by_side(finished, file=None if data is None else str(data), progress=stages(progress))
 
 
 def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:

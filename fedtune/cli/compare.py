@@ -84,9 +84,9 @@ def compare(
         if not words:
             require_agreed("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")
         lines = _run_all(lines, console, again=again, personal=personal)
-    with Console(stderr=True).status("Scoring ..."):
+    with shown_progress() as progress:
         finished = [finished_run(line.run.folder, generate=generate) for line in lines]
-        compared = score_side_by_side(lines, finished, data=data, by=by, smallest=smallest)
+        compared = score_side_by_side(lines, finished, data=data, by=by, smallest=smallest, progress=progress)
     for path in written:
         write_file(path, json_text(compared.to_json()), option="compare.json")
     answer(compared.to_json(), compared.sections(), as_json=as_json)

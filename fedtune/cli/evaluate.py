@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
+from fedtune.api.door import stages
 from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
+from fedtune.cli.personalise import shown_progress
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, constant_words
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.tasks.measures import Detail
@@ -35,8 +37,8 @@ def evaluate(
     from fedtune.runs.model_comparison import side_by_side
     from fedtune.sites.data_warnings import is_training_file
 
-    with columns_by_option():
-        found = side_by_side({"tuned": (config, adapter)}, file=data, final=True)
+    with columns_by_option(), shown_progress() as progress:
+        found = side_by_side({"tuned": (config, adapter)}, file=data, final=True, progress=stages(progress))
     tuned = found.measured["tuned"]
     in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # the task's own order
     scores = {name: found.comparison("base", "tuned", name) for name in in_order}

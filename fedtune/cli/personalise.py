@@ -38,7 +38,7 @@ def personalise(
 
 @contextmanager
 def shown_progress() -> Iterator[Callable[[door.Progress], None]]:
-    """A line on the terminal that says how far the training of own adapters is."""
+    """A line on the terminal that says how far scoring, or the training of own adapters, is."""
     with Console(stderr=True).status("Loading ...") as status:
         yield lambda told: status.update(f"{told.stage} ({told.done} of {told.total})" if told.total else told.stage)
 

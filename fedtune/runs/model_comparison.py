@@ -21,7 +21,7 @@ from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords
-from fedtune.sites.shared_model import LeadData, Measured
+from fedtune.sites.shared_model import LeadData, Measured, silent
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.measures import Detail
 
@@ -110,6 +110,7 @@ def side_by_side(
     records: Sequence[Record] | None = None,
     means: Mapping[str, Sequence[str]] | None = None,
     final: bool = False,
+    progress: Callable[[str, int, int], None] = silent,
 ) -> SideBySide:
     """Score runs, and their base before training, on the same records.
 
@@ -122,6 +123,7 @@ def side_by_side(
         records: to score instead, a site's own: none of them ends the scoring, whatever it holds.
         means: by name, runs whose mean counts as one more.
         final: the scores of a finished run, of which some take longer; else those of a round.
+        progress: is told which of the models is scored.
 
     Raises:
         ConfigError: an adapter or the file cannot be used, or the runs' scores say nothing about each other.
@@ -135,7 +137,8 @@ def side_by_side(
     together: dict[Hashable, list[str]] = {}
     for name, (config, _) in runs.items():
         together.setdefault((config.task_model(), _reading(config)), []).append(name)
-    for names in together.values():
+    for done, names in enumerate(together.values()):
+        progress(f"scoring {', '.join(names)}", done, len(together))
         config, _ = runs[names[0]]
         # Before the model, whose loading takes longer.
         own = LeadRecords.to_score(config, file) if records is None else None

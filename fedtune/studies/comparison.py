@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import compose_run
+from fedtune.api.door import Callback, stages
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate, constant_words
@@ -269,16 +270,12 @@ class Compared:
         return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
 
     def _cost(self) -> Section:
-        rows = [
-            (
-                line.name,
-                epsilon_text(result.privacy.epsilon),
-                "-" if result.final.seconds is None else duration(result.final.seconds),
-                size(line.moved) if line.moved else "none",
-            )
-            for line in self.lines
-            if (result := line.run.result) is not None
-        ]
+        rows = []
+        for line, result in ((line, line.run.result) for line in self.lines):
+            if result is not None:
+                took = "-" if result.final.seconds is None else duration(result.final.seconds)
+                moved = size(line.moved) if line.moved else "none"
+                rows.append((line.name, epsilon_text(result.privacy.epsilon), took, moved))
         notes = ["Time: the whole run on this machine, which plays all sites one after another."]
         if any(line.kind == "pooled" for line in self.lines):
             notes.append("Pooled, all records themselves would have to leave their sites.")
@@ -287,11 +284,9 @@ class Compared:
 
     def _about(self) -> Iterator[str]:
         count, unit = self.sides.num_units, self.sides.unit
-        yield (
-            f"Intervals: 95 %, from {RESAMPLES:,} draws of {counted(count, unit)}, with replacement, the same for all "
-            "models. They say how far other test records would move a score, and nothing about another run of the same "
-            "training."
-        )
+        drawn = f"from {RESAMPLES:,} draws of {counted(count, unit)}, with replacement, the same for all models"
+        told = "They say how far other test records would move a score, and nothing about another run of that training."
+        yield f"Intervals: 95 %, {drawn}. {told}"
         if count < FEWEST_UNITS:
             yield f"Fewer than {FEWEST_UNITS} {unit}s are too few to call a model better or worse."
         if (pairs := math.comb(len(self.models), 2)) >= 20:
@@ -361,6 +356,7 @@ def score_side_by_side(
     by: str | None,
     smallest: int,
     records: Sequence[Record] | None = None,
+    progress: Callback = lambda told: None,
 ) -> Compared:
     """Score runs on `data`, or on the first run's test records, or a site's own `records`; and by groups.
 
@@ -375,7 +371,7 @@ def score_side_by_side(
         if len(names) > 1:
             means[f"alone, mean of {len(names)}{suffix}"] = names
     runs = dict(zip((line.name for line in lines), finished, strict=True))
-    sides = side_by_side(runs, file=data, records=records, means=means)
+    sides = side_by_side(runs, file=data, records=records, means=means, progress=stages(progress))
     first, main = finished[0][0], lines[0].name
     base, notes = next(iter(sides.measured)), []
     pairs = [(name, main) for name in sides.measured if name != main]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.door import Progress, Run
+from fedtune.api.door import Callback, Run, stages
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
@@ -34,7 +34,7 @@ class Personalised:
 
 
 def personalise(
-    run: Run, sites: Sequence[str] = (), *, progress: Callable[[Progress], None] = lambda told: None
+    run: Run, sites: Sequence[str] = (), *, progress: Callback = lambda told: None
 ) -> dict[str, Personalised]:
     """Make the own adapter of simulated sites: each begins in the run's final one and trains on without noise.
 
@@ -86,7 +86,7 @@ def make(
     site: str,
     into: Path,
     beside_ledger: Path,
-    progress: Callable[[Progress], None],
+    progress: Callback,
     lenient: bool = False,
 ) -> Personalised:
     """Make a site's own adapter in the folder `into`, and score it beside the shared one and the site alone."""
@@ -106,7 +106,7 @@ def make(
             beside_ledger=beside_ledger,
             label=as_svg_of_own(site, config.name),
             lenient=lenient,
-            progress=lambda what, done, total: progress(Progress(stage=what, done=done, total=total)),
+            progress=stages(progress),
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
         sides = side_by_side({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)

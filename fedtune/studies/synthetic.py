@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import ChainMap, Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.api.door import Progress, Run
+from fedtune.api.door import Callback, Progress, Run
 from fedtune.api.experiment_file import OPEN
 from fedtune.data.records import Record, iter_records, resolve_file, without_records
 from fedtune.evaluation.spec import WritingSpec
@@ -61,7 +61,7 @@ def synthesize(
     spec: WritingSpec = WRITING,
     pattern: str | None = None,
     own: RunRecords | None = None,
-    progress: Callable[[Progress], None] = lambda told: None,
+    progress: Callback = lambda told: None,
 ) -> Synthetic:
     """Write records with a run's model, so many of each code as its share says.
 
@@ -140,12 +140,8 @@ def synthesize(
 def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | None) -> str | None:
     if text is None:
         return "not ended"
-    faults = {
-        "blank": not text,
-        "broken": "\N{REPLACEMENT CHARACTER}" in text,
-        "twice": text in others,
-        "pattern": whole is not None and whole.fullmatch(text) is None,
-    }
+    is_broken, is_other = "\N{REPLACEMENT CHARACTER}" in text, whole is not None and whole.fullmatch(text) is None
+    faults = {"blank": not text, "broken": is_broken, "twice": text in others, "pattern": is_other}
     return next((fault for fault, found in faults.items() if found), None)
 
 

@@ -73,7 +73,9 @@ def test_a_run_is_loaded_from_its_folder_or_its_adapters(run: fedtune.Run) -> No
 
 
 def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
-    found = fedtune.compare({"tuned": run})
+    told = list[fedtune.Progress]()
+    found = fedtune.compare({"tuned": run}, progress=told.append)
+    assert [one.stage for one in told] == ["scoring tuned"]
     assert found.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
     difference = found.comparison("base", "tuned").difference
     assert difference.low <= difference.value <= difference.high

@@ -90,6 +90,9 @@ def test_a_wrong_value_that_was_typed_is_not_the_file_s(page: Path) -> None:
         with pytest.raises(ConfigError) as error:
             compose_run([f"experiment={page}", typed])
         assert str(error.value).startswith("data.")
+    page.write_text(PAGE + "  validation_fraction: 0.1")
+    given = compose_run([f"experiment={page}", "data.validation_file=own.csv"]).data
+    assert (given.validation_file, given.validation_fraction) == ("own.csv", 0.0), "a file takes a share's place"
     page.write_text(PAGE + "  validation_file: " + "x" * 300)
     assert compose_run([f"experiment={page}"]).data.validation_file == "x" * 300, "its reader refuses it"
 
