@@ -94,9 +94,8 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
     told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
     answer(told, [pairs({**moved, "written": str(folder / sensitivity.FILE)}, title=title)], as_json=as_json)
     if found.exceeded or found.others_moved:
-        raise RunError(
-            "one unit moved a sum by more than its own clipped contribution: no epsilon holds on this machine"
-        )
+        beyond = "one unit moved a sum by more than its own clipped contribution"
+        raise RunError(f"{beyond}: no epsilon holds on this machine")
 
 
 def audit_spec(overrides: Sequence[str]) -> AuditSpec:

@@ -87,13 +87,10 @@ Renew = Annotated[Path | None, Option("the run after this finished one, for the 
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
-Health = Annotated[
-    str | None, Option("answer GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT")
-]
-Metrics = Annotated[
-    str | None,
-    Option("answer GET /metrics, for Prometheus, at this loopback address, or write a .prom file", metavar="HOST:PORT"),
-]
+_HEALTH = "answer GET /health and GET /ready at this loopback address or unix:PATH"
+Health = Annotated[str | None, Option(_HEALTH, metavar="HOST:PORT")]
+_METRICS = "answer GET /metrics, for Prometheus, at this loopback address, or write a .prom file"
+Metrics = Annotated[str | None, Option(_METRICS, metavar="HOST:PORT")]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 
@@ -139,9 +136,8 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         params = self.get_params(ctx)
         arguments = [(each.make_metavar(ctx), each.about.help) for each in params if isinstance(each, _Argument)]
-        options = [
-            record for each in params if isinstance(each, click.Option) and (record := each.get_help_record(ctx))
-        ]
+        given = (each for each in params if isinstance(each, click.Option))
+        options = [record for each in given if (record := each.get_help_record(ctx))]
         for title, rows in (("Arguments", arguments), ("Options", options)):
             if rows:
                 with formatter.section(title):

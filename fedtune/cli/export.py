@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -67,12 +68,14 @@ def export(
     sections = [Section(title=f"{run} as {chosen}, in {to}", headings=("file", "size"), rows=rows)]
     if graphs:
         headings = ("graph", "size", "ms a text", *graphs[0].scores)
-        costs = tuple(
-            (one.file, size(one.bytes), f"{one.milliseconds:.1f}", *(f"{score:.4f}" for score in one.scores.values()))
-            for one in graphs
-        )
+        costs = [_cost(one, graphs[0].scores) for one in graphs]
         sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
     answer(figures, sections, as_json=as_json)
+
+
+def _cost(one: Any, scores: Iterable[str]) -> tuple[str, ...]:
+    """What a served model costs, and its scores of these names."""
+    return one.file, size(one.bytes), f"{one.milliseconds:.1f}", *(f"{one.scores[name]:.4f}" for name in scores)
 
 
 def distil(
@@ -118,10 +121,7 @@ def distil(
             progress=lambda what, done, total: status.update(f"{what}: step {done} of {total}"),
         )
     judged = config.bound_task.judged_by if found.scores else ""
-    rows = [
-        (one.file, size(one.bytes), f"{one.milliseconds:.1f}", *([f"{one.scores[judged]:.4f}"] if judged else []))
-        for one in found.served
-    ]
+    rows = [_cost(one, [judged] if judged else []) for one in found.served]
     headings = ("model", "size", "ms a text", *([judged] if judged else []))
     notes = [f"Taught on {counted(found.texts, 'text')}. Times are of one thread."]
     sections = [Section(title=f"A student of {run}, in {to}", headings=headings, rows=rows, words={0}, notes=notes)]

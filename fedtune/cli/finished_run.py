@@ -106,9 +106,8 @@ def warn_of_fixed_prompt(config: RunConfig) -> None:
     """Warn if the prompt template ignores the prompt: the model was tuned to write from the same words each time."""
     data = config.data
     if "prompt" in data.columns and "prompt" not in data.template_roles and config.bound_task.predicts_tokens:
-        sys.stderr.write(
-            f"data.prompt_template = {data.prompt_template!r} has no {{prompt}}: what is asked changes nothing\n"
-        )
+        template = f"data.prompt_template = {data.prompt_template!r}"
+        sys.stderr.write(f"{template} has no {{prompt}}: what is asked changes nothing\n")
 
 
 def harmless(text: str) -> str:

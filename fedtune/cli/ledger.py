@@ -187,10 +187,9 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     """
     site = _own_site(policy)
     history = verify(site.ledger).history
-    say(
-        f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC; the ledger's newest event is of "
-        f"{history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be taken back."
-    )
+    clock = f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC"
+    newest = f"the ledger's newest event is of {history.last_time:%Y-%m-%d %H:%M} UTC"
+    say(f"{clock}; {newest}. This cannot be taken back.")
     if not yes:
         require_agreed("Is the date of this machine right?", otherwise="nothing is changed: the date is not confirmed")
     site.open().confirm_date()
@@ -267,10 +266,8 @@ def show_spent(history: History, figures: Lifetime) -> None:
         say("FROZEN: all training on this population has ended for ever.", style="bold")
     show([_lifetime(history, figures), _by_arrival(figures), _methods(figures, said), _each_run(figures.runs, history)])
     if history.restored:
-        say(
-            f"Backups put back so far: {len(history.restored)}. What they lacked is in the figures for all events, but "
-            "in no run's own."
-        )
+        lacked = "What they lacked is in the figures for all events, but in no run's own."
+        say(f"Backups put back so far: {len(history.restored)}. {lacked}")
     caps = [cap for _, cap, _ in history.policies]
     if len(set(caps)) > 1:
         changes = ", then ".join(f"{cap_text(cap)} ({time[:10]})" for time, cap, _ in history.policies)
@@ -363,10 +360,8 @@ def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> Non
 
 def show_other_policy(cap: float | None, *, time: str) -> None:
     """Print that another policy than site.toml was in force at `time`, and its lifetime `cap`."""
-    say(
-        f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {cap_text(cap)}). "
-        "Compare caps, leads and all else before you start the site."
-    )
+    other = f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {cap_text(cap)})"
+    say(f"{other}. Compare caps, leads and all else before you start the site.")
 
 
 def moment(event: Event) -> str:

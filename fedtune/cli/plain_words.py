@@ -52,12 +52,10 @@ def event_text(event: Event) -> str:
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
             start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
-            return (
-                f"run accepted from lead {spoken_start(proposal.lead)}: {printable(proposal.task)} on "
-                f"{printable(proposal.dataset)}, {counted(plan.num_rounds, 'round')}{spare}, each "
-                f"{_mechanisms(dp_events.to_json(plan.event()))}; the cost of all is set aside until "
-                f"{str(detail['expires'])[:10]}{start}{seeded}"
-            )
+            what = f"{printable(proposal.task)} on {printable(proposal.dataset)}"
+            each = f"{counted(plan.num_rounds, 'round')}{spare}, each {_mechanisms(dp_events.to_json(plan.event()))}"
+            kept = f"the cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
+            return f"run accepted from lead {spoken_start(proposal.lead)}: {what}, {each}; {kept}"
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_mechanisms(detail['event'])}"
@@ -87,10 +85,9 @@ def _mechanisms(data: object) -> str:
 def _note_text(detail: dict[str, Any]) -> str:
     match detail["what"]:
         case "opened":
-            return (
-                f"ledger made for population {printable(detail['population'])} of site {printable(detail['site'])}: "
-                f"protects each {detail['unit']}, delta {detail['delta']:g}, filter order {detail['order']:g}"
-            )
+            whose = f"population {printable(detail['population'])} of site {printable(detail['site'])}"
+            promise = f"protects each {detail['unit']}, delta {detail['delta']:g}, filter order {detail['order']:g}"
+            return f"ledger made for {whose}: {promise}"
         case "policy":
             budget = detail["policy"]["budget"]
             most = budget["max_epsilon"]
@@ -104,15 +101,11 @@ def _note_text(detail: dict[str, Any]) -> str:
             return "a person at the site confirmed the date, so that a new period of the budget may begin"
         case "restored":
             gap = [mechanism_text(dp_events.from_json(data), count) for data, count in detail["gap"]]
-            return (
-                f"a backup was put back; charged what it lacked up to event {detail['end']} of the "
-                f"lost ledger: {' and '.join(gap) or 'nothing'}"
-            )
+            charged = f"charged what it lacked up to event {detail['end']} of the lost ledger"
+            return f"a backup was put back; {charged}: {' and '.join(gap) or 'nothing'}"
         case "in_doubt":
-            return (
-                f"IN DOUBT: a receipt of this site's own knows event {detail['sequence']}, which is missing; "
-                "nothing is trained until the ledger is restored"
-            )
+            lacking = f"a receipt of this site's own knows event {detail['sequence']}, which is missing"
+            return f"IN DOUBT: {lacking}; nothing is trained until the ledger is restored"
         case "approved" | "denied" as decided:
             who, ticket = printable(detail["by"]) or "a person at the site", printable(detail["ticket"])
             why = "; ".join(filter(None, (ticket and f"ticket {ticket}", printable(detail["why"]))))
@@ -206,10 +199,8 @@ def _show_beside(ledger: Path, verified: Verified | None, differences: Differenc
     figures, cap = lifetime_of(verified), verified.history.cap
     runs = figures.reference_runs_left
     fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
-    say(
-        f"Ledger {ledger}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(cap)}, "
-        f"left for new runs {rounded_down(unbounded(figures.left))}{fits}."
-    )
+    left = f"left for new runs {rounded_down(unbounded(figures.left))}{fits}"
+    say(f"Ledger {ledger}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(cap)}, {left}.")
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended for ever.")
     if not figures.has_guarantee:

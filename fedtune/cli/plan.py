@@ -95,6 +95,7 @@ class Outlook:
         strictest, sums = self.strictest, self.secure_sums
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
         common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
+        own = {key: getattr(self, key) for key in ("model_sha256", "guaranteed", "signal_to_noise", "lead_assumed")}
         figures: dict[str, Any] = jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -102,24 +103,21 @@ class Outlook:
                 "run": config.name,
                 "config_sha256": config.digest(),
                 "model": config.model.path,
-                "model_sha256": self.model_sha256,
+                **own,
                 "dataset": config.data.dataset,
                 "public_stage": config.public if config.public.train_file else None,
                 "solved_for": self.solved,
                 "target_epsilon": config.privacy.epsilon if plan.private else None,
-                "guaranteed": self.guaranteed,
                 "seeded_noise": config.runtime.seeded_noise,
                 "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
                 "noise_calibrated": self.calibrated,
                 **dataclasses.asdict(price),
                 "sites": {name: dataclasses.asdict(site) | common for name, site in price.sites.items()},
                 "steps": price.steps,
-                "signal_to_noise": self.signal_to_noise,
                 "what_if_epsilon": self.epsilon,
                 "what_if": self.changes,
                 "secure_sums": sums and {"plan": sums, "noise_in_average": self.noise_of_sums},
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
-                "lead_assumed": self.lead_assumed,
                 "strictest_site": strictest.site if strictest else None,
                 "epsilon_for_all_sites": strictest.most_epsilon if strictest else None,
                 "policies": [one.to_json() for one in self.verdicts],
@@ -198,10 +196,8 @@ def _about_sites(outlook: Outlook) -> Iterator[str]:
         noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
         ratio = price.sites[noisiest].step_noise / price.sites[largest].step_noise
         yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
-    yield (
-        f"delta x size: the expected number of {plan.unit}s, at most, that give away something only they could have "
-        "caused; keep it far below 1."
-    )
+    given_away = f"the expected number of {plan.unit}s, at most, that give away something only they could have caused"
+    yield f"delta x size: {given_away}; keep it far below 1."
 
 
 def _rounds(outlook: Outlook) -> Section:

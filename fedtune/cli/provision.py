@@ -59,13 +59,11 @@ def init(
     rows.append(("sites/", "the sites' kits, as they join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
     _compare("Keys of the federation, to be read out to each site over the telephone:", _keys_of(made))
-    _steps(
-        f"Move {made.folder}/authority to a place that is offline. Only adding and renewing need it.",
-        f"Copy {made.folder}/server to the machine that {made.settings.server} names, and start there what its "
-        "README.md says.",
-        "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in: "
-        f"fedtune provision add-site join_request.json --federation {made.folder}",
-    )
+    server = f"Copy {made.folder}/server to the machine that {made.settings.server} names"
+    let_in = f"fedtune provision add-site join_request.json --federation {made.folder}"
+    offline = f"Move {made.folder}/authority to a place that is offline. Only adding and renewing need it."
+    ask = "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in"
+    _steps(offline, f"{server}, and start there what its README.md says.", f"{ask}: {let_in}")
 
 
 @command(app, "let a site in", name="add-site")
@@ -183,17 +181,14 @@ def restore(
     from fedtune.ops.backup import put_back_federation
 
     put_back_federation(file, out=out)
-    say(
-        f"The federation's folder is {out}. Revoke again whom you revoked after the backup, and let in again whom you "
-        "let in after it."
-    )
+    again = "Revoke again whom you revoked after the backup, and let in again whom you let in after it."
+    say(f"The federation's folder is {out}. {again}")
 
 
 def _copy_the_roster(folder: Path) -> str:
-    return (
-        f"Copy {folder}/server/roster.json into the server's kit. Until then nothing changes there; no restart is "
-        f"needed. A lead's kit on another machine needs {folder}/lead/roster.json."
-    )
+    until_then = "Until then nothing changes there; no restart is needed."
+    other = f"A lead's kit on another machine needs {folder}/lead/roster.json."
+    return f"Copy {folder}/server/roster.json into the server's kit. {until_then} {other}"
 
 
 def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
@@ -201,18 +196,14 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
     made = FederationFolder.open(folder)
     for name, declared_size in request.datasets.items():
         say(f"Data set {name}: declared size {declared_size:,}.")
-    _compare(
-        "Telephone, at a number that you know from elsewhere, and let the site read out these. If one differs, "
-        "somebody else made the request.",
-        {"connection key": fingerprint_of(request.node_key), "site key": request.site_key},
-    )
+    call = "Telephone, at a number that you know from elsewhere, and let the site read out these."
+    keys = {"connection key": fingerprint_of(request.node_key), "site key": request.site_key}
+    _compare(f"{call} If one differs, somebody else made the request.", keys)
     _compare("Read out these; the site notes them, and later compares them with its kit's README.md.", _keys_of(made))
     say("")
     if not already:
-        otherwise = (
-            f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the request is "
-            "somebody else's: have the site send its own again, over another way"
-        )
+        otherwise = f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the "
+        otherwise += "request is somebody else's: have the site send its own again, over another way"
         require_agreed("Did the site read out the same?", otherwise=otherwise)
 
 
@@ -225,10 +216,8 @@ def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) 
 def _renew(of: Literal["server", "lead"], folder: Path, days: int | None) -> None:
     certificate = provisioning.renew(folder, of, days=days, now=datetime.now(UTC))
     say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
-    _steps(
-        f"Copy kit.toml, {of}.pem and README.md from {folder / of} into the {of}'s kit, unless it is used from this "
-        "folder. A server that runs takes the certificate within seconds; after a change of kit.toml start it again."
-    )
+    copy = f"Copy kit.toml, {of}.pem and README.md from {folder / of} into the {of}'s kit, unless it is used from this "
+    _steps(f"{copy}folder. A running server takes the certificate within seconds; restart it if kit.toml changed.")
 
 
 def _compare(title: str, fingerprints: Mapping[str, str]) -> None:

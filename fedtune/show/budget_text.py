@@ -195,36 +195,21 @@ def reference_runs_left(history: History) -> int | None:
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
     """Which ledger this is, in keys that scripts may rely on."""
-    opened = verified.history.opened
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "path": str(path),
-        "ledger": opened.ledger,
-        "site": opened.site,
-        "population": opened.population,
-        "unit": opened.unit,
-        "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
-        "delta": opened.delta,
-        "site_key": verified.site_key,
-        "num_events": len(verified.events),
-    }
+    opened, relation = verified.history.opened, {"neighbouring_relation": NEIGHBOURING_RELATION.name.lower()}
+    whose = {key: getattr(opened, key) for key in ("ledger", "site", "population", "unit", "delta")} | relation
+    about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose}
+    return {**about, "site_key": verified.site_key, "num_events": len(verified.events)}
 
 
 def verification_json(verified: Verified) -> dict[str, Any]:
     """The findings of `verify`; it raises for a ledger that does not fit."""
-    return {
-        "unchanged": True,
-        "head": verified.history.hash,
-        "key_expected": verified.key_expected,
-        "rollback_excluded": verified.anchor_sequence is not None,
-        "anchor_sequence": verified.anchor_sequence,
-    }
+    chain = {"unchanged": True, "head": verified.history.hash, "key_expected": verified.key_expected}
+    sequence = verified.anchor_sequence
+    return {**chain, "rollback_excluded": sequence is not None, "anchor_sequence": sequence}
 
 
-SEEDED = (
-    "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
-    "can subtract the noise."
-)
+SEEDED = "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
+SEEDED += "can subtract the noise."
 
 
 def rounded_down(epsilon: float) -> str:
@@ -249,17 +234,13 @@ def noise_words(plan: Plan) -> str:
 
 def trust_words(by_trust: Epsilons) -> str:
     """Whom an epsilon relies on, where several sites make the noise together."""
-    return (
-        f"epsilon {epsilon_text(by_trust.server_alone)} against the server alone, "
-        f"{epsilon_text(by_trust.with_colluders)} with as many colluding sites as planned for, "
-        f"{epsilon_text(by_trust.with_all_others)} if all other sites collude"
-    )
+    alone = f"epsilon {epsilon_text(by_trust.server_alone)} against the server alone"
+    planned = f"{epsilon_text(by_trust.with_colluders)} with as many colluding sites as planned for"
+    return f"{alone}, {planned}, {epsilon_text(by_trust.with_all_others)} if all other sites collude"
 
 
-ABOUT_RDP = (
-    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is larger as a "
-    "rule. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
-)
+ABOUT_RDP = "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is "
+ABOUT_RDP += "larger as a rule. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
 """Beside an epsilon by RDP; `counts` names the other figure."""
 WEAK_SIGNAL = 1.0
 """Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""

@@ -257,14 +257,13 @@ def _finding(code: str, config: RunConfig) -> str:
     """A finding that speaks against the training, and what to do about it."""
     rates = config.training.lower_rates(clipped=config.privacy.private)
     lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
-    page = "(docs/own_data.md, When scores are low)"
+    page, worse = "(docs/own_data.md, When scores are low)", "The model is worse than before training."
+    guess, more = "The model is no better than always giving one and the same answer.", f"try {lower}, or more records"
     texts = {
         DATA_CHANGED: "A training file changed between two starts of this run.",
         DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
-        WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
-        f"taught; try {lower}, or more records {page}.",
-        GUESS: "The model is no better than always giving one and the same answer. "
-        f"The records may be too few for this noise {page}.",
+        WORSE: f"{worse} Noise, or too high a learning rate, did more than the records taught; {more} {page}.",
+        GUESS: f"{guess} The records may be too few for this noise {page}.",
     }
     return texts[code]
 
@@ -302,11 +301,9 @@ def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
         slower = f"model.dtype={dtype} makes this run slower: this CPU has no instructions for bfloat16"
         rows["format"] = f"{slower}, and model.dtype=float32 needs less time here"
     if not shared.loaded.keeps_states:
-        rows["memory"] = (
-            f"runtime.kept_states_mib is too small to keep what the frozen layers make of the records, which takes "
-            f"{math.ceil(shared.states_mib):,} MiB: training takes several times as long. "
-            "runtime.kept_states_folder, a folder on a fast disk, keeps it too"
-        )
+        small = "runtime.kept_states_mib is too small to keep what the frozen layers make of the records"
+        slower = f"which takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long"
+        rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, keeps it too"
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
     return replace(pairs(rows), styles=styles)
 
@@ -330,10 +327,8 @@ def _start(about: Mapping[str, Any]) -> str:
 
 
 def _scores(metrics: Mapping[str, float | None]) -> str:
-    texts = {
-        name.replace("_", "-"): "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()
-    }
-    return ", ".join(f"{name} {text}" for name, text in texts.items())
+    texts = {name: "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()}
+    return ", ".join(f"{name.replace('_', '-')} {text}" for name, text in texts.items())
 
 
 def _duration(seconds: float) -> str:
