@@ -216,8 +216,9 @@ def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) 
 def _renew(of: Literal["server", "lead"], folder: Path, days: int | None) -> None:
     certificate = provisioning.renew(folder, of, days=days, now=datetime.now(UTC))
     say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
-    copy = f"Copy kit.toml, {of}.pem and README.md from {folder / of} into the {of}'s kit, unless it is used from this "
-    _steps(f"{copy}folder. A running server takes the certificate within seconds; restart it if kit.toml changed.")
+    kit = f"from {folder / of} into the {of}'s kit, unless it is used from this folder"
+    running = "A server that runs takes the certificate within seconds; after a change of kit.toml start it again."
+    _steps(f"Copy kit.toml, {of}.pem and README.md {kit}. {running}")
 
 
 def _compare(title: str, fingerprints: Mapping[str, str]) -> None:

@@ -195,10 +195,10 @@ def reference_runs_left(history: History) -> int | None:
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
     """Which ledger this is, in keys that scripts may rely on."""
-    opened, relation = verified.history.opened, {"neighbouring_relation": NEIGHBOURING_RELATION.name.lower()}
-    whose = {key: getattr(opened, key) for key in ("ledger", "site", "population", "unit", "delta")} | relation
-    about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose}
-    return {**about, "site_key": verified.site_key, "num_events": len(verified.events)}
+    opened, relation = verified.history.opened, NEIGHBOURING_RELATION.name.lower()
+    whose = {key: getattr(opened, key) for key in ("ledger", "site", "population", "unit")}
+    about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose, "neighbouring_relation": relation}
+    return {**about, "delta": opened.delta, "site_key": verified.site_key, "num_events": len(verified.events)}
 
 
 def verification_json(verified: Verified) -> dict[str, Any]:
