@@ -32,7 +32,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Opacus calls it": {"_of_scales"},
     "names.toml and the layouts of files name them, of a column": {
         *("is_asked", "is_completion", "is_context", "is_nested", "is_of_persons", "is_rank", "is_score"),
-        *("are_words", "is_spans", "is_tags", "is_tokens", "is_whole_chat", "other_numbers", "with_keys"),
+        *("are_words", "is_spans", "is_whole_chat", "other_numbers", "with_keys"),
     },
     "templates call them": {
         *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),

@@ -181,8 +181,7 @@ def evaluate(run: Run, data: str | Path, *, progress: Callback = lambda told: No
     """
     from fedtune.runs.model_comparison import side_by_side
 
-    runs = {"tuned": (run.config, run.adapter)}
-    return side_by_side(runs, file=str(data), final=True, progress=stages(progress))
+    return side_by_side({"tuned": (run.config, run.adapter)}, file=str(data), final=True, progress=stages(progress))
 
 
 def compare(

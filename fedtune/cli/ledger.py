@@ -188,8 +188,7 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     site = _own_site(policy)
     history = verify(site.ledger).history
     clock = f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC"
-    newest = f"the ledger's newest event is of {history.last_time:%Y-%m-%d %H:%M} UTC"
-    say(f"{clock}; {newest}. This cannot be taken back.")
+    say(f"{clock}; the ledger's newest event is of {history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be taken back.")
     if not yes:
         require_agreed("Is the date of this machine right?", otherwise="nothing is changed: the date is not confirmed")
     site.open().confirm_date()

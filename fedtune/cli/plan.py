@@ -95,7 +95,6 @@ class Outlook:
         strictest, sums = self.strictest, self.secure_sums
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
         common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
-        own = {key: getattr(self, key) for key in ("model_sha256", "guaranteed", "signal_to_noise", "lead_assumed")}
         figures: dict[str, Any] = jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -103,21 +102,24 @@ class Outlook:
                 "run": config.name,
                 "config_sha256": config.digest(),
                 "model": config.model.path,
-                **own,
+                "model_sha256": self.model_sha256,
                 "dataset": config.data.dataset,
                 "public_stage": config.public if config.public.train_file else None,
                 "solved_for": self.solved,
                 "target_epsilon": config.privacy.epsilon if plan.private else None,
+                "guaranteed": self.guaranteed,
                 "seeded_noise": config.runtime.seeded_noise,
                 "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
                 "noise_calibrated": self.calibrated,
                 **dataclasses.asdict(price),
                 "sites": {name: dataclasses.asdict(site) | common for name, site in price.sites.items()},
                 "steps": price.steps,
+                "signal_to_noise": self.signal_to_noise,
                 "what_if_epsilon": self.epsilon,
                 "what_if": self.changes,
                 "secure_sums": sums and {"plan": sums, "noise_in_average": self.noise_of_sums},
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
+                "lead_assumed": self.lead_assumed,
                 "strictest_site": strictest.site if strictest else None,
                 "epsilon_for_all_sites": strictest.most_epsilon if strictest else None,
                 "policies": [one.to_json() for one in self.verdicts],
