@@ -15,9 +15,9 @@ from fedtune.version import __version__ as __version__
 if TYPE_CHECKING:
     from fedtune.api.door import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
     from fedtune.config import RunConfig
+    from fedtune.lab.studies.personalised import personalise
+    from fedtune.lab.studies.synthetic import synthesize
     from fedtune.privacy.site_policy import Policy
-    from fedtune.studies.personalised import personalise
-    from fedtune.studies.synthetic import synthesize
 
 __all__ = [
     "Ledger",
@@ -37,8 +37,8 @@ __all__ = [
 _ELSEWHERE = {
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
-    "personalise": "fedtune.studies.personalised",
-    "synthesize": "fedtune.studies.synthetic",
+    "personalise": "fedtune.lab.studies.personalised",
+    "synthesize": "fedtune.lab.studies.synthetic",
 }
 
 

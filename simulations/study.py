@@ -31,11 +31,11 @@ from typing import Any
 import fedtune
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
+from fedtune.lab.studies.trials import Trial
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.results import RunResult
 from fedtune.sites.session import Session
-from fedtune.studies.trials import Trial
 
 import readme  # isort: skip  # fedtune comes first: torch reads settings that it makes
 

@@ -12,7 +12,7 @@ from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import config_folder
 from fedtune.api.experiment_file import settings_of
 from fedtune.config import RunConfig, saved_config
-from fedtune.preparation.starter import left_open
+from fedtune.lab.preparation.starter import left_open
 
 from .conftest import write_config
 

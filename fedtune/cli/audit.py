@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, key_of, value_of
-from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, answer
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, config_yaml
 from fedtune.federation.run_folder import RunFolder
+from fedtune.lab.audit.spec import AuditSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.verdicts import read_audit, refuted
 from fedtune.report.facts import Audit, AuditHitRate
@@ -60,7 +60,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
         return
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-    from fedtune.audit.experiment import auditable, run_audit
+    from fedtune.lab.audit.experiment import auditable, run_audit
 
     config = auditable(config, spec)
     folder, console = folder_of(config), Console(stderr=as_json)
@@ -82,7 +82,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
 
 def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
     """Look for a case that breaks the bound on one unit's influence, and say what came of it."""
-    from fedtune.audit import sensitivity
+    from fedtune.lab.audit import sensitivity
 
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")

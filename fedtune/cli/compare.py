@@ -21,12 +21,12 @@ from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.lab.studies.comparison import Line, plan_runs, score_side_by_side
+from fedtune.lab.studies.personalised import parts_of, personalise
+from fedtune.lab.studies.trials import Trial, price_text, result_in
 from fedtune.show.terminal_tables import json_text, require_agreed, say, write_file
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least
-from fedtune.studies.comparison import Line, plan_runs, score_side_by_side
-from fedtune.studies.personalised import parts_of, personalise
-from fedtune.studies.trials import Trial, price_text, result_in
 from fedtune.version import shipped_folders
 
 

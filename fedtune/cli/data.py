@@ -30,14 +30,14 @@ from fedtune.data.records import Record, iter_records, resolve_file, usable_reco
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_written
 from fedtune.extras import install_command, is_installed, require_extra
+from fedtune.lab.preparation import starter
+from fedtune.lab.preparation.check_data import check as examine
+from fedtune.lab.preparation.clean import RULES, Cleaning, Coding
+from fedtune.lab.preparation.clean import clean as write_clean
+from fedtune.lab.preparation.detect import KINDS, OPTIONS, Form, Found, look_at
+from fedtune.lab.preparation.duplicates import compare
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
-from fedtune.preparation import starter
-from fedtune.preparation.check_data import check as examine
-from fedtune.preparation.clean import RULES, Cleaning, Coding
-from fedtune.preparation.clean import clean as write_clean
-from fedtune.preparation.detect import KINDS, OPTIONS, Form, Found, look_at
-from fedtune.preparation.duplicates import compare
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files, new_streams, refused
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file

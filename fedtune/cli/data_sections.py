@@ -14,11 +14,11 @@ import numpy as np
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import is_far
 from fedtune.extras import install_command, is_installed
-from fedtune.preparation import starter
-from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
-from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
-from fedtune.preparation.detect import KINDS, Found
-from fedtune.preparation.duplicates import Near
+from fedtune.lab.preparation import starter
+from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
+from fedtune.lab.preparation.clean import RULES, UNREADABLE, Cleaned
+from fedtune.lab.preparation.detect import KINDS, Found
+from fedtune.lab.preparation.duplicates import Near
 from fedtune.show.terminal_tables import Section, pairs
 from fedtune.spec import shown
 from fedtune.words import counted

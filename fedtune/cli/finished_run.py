@@ -16,8 +16,8 @@ from fedtune.api.door import load
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.bootstrap import Comparison
+from fedtune.lab.studies.comparison import changed
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
-from fedtune.studies.comparison import changed
 
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
 Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]

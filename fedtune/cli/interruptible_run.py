@@ -24,13 +24,13 @@ from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.kept_round import used_up_text
 from fedtune.federation.run_folder import RunFolder
+from fedtune.lab.studies.trials import Trial, Trials, price_text
 from fedtune.ops.files import signals_handled
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
 from fedtune.spec import RunError, StuckError, full_disk
-from fedtune.studies.trials import Trial, Trials, price_text
 from fedtune.system import send_signal
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from fedtune.api import door
 from fedtune.cli.command import Argument, AsJson, answer
 from fedtune.cli.finished_run import Device, Run, finished_run
-from fedtune.studies import personalised
-from fedtune.studies.personalised import Personalised, sections, to_json
+from fedtune.lab.studies import personalised
+from fedtune.lab.studies.personalised import Personalised, sections, to_json
 
 
 def personalise(

@@ -20,6 +20,7 @@ from fedtune.federation import planner, verdict
 from fedtune.federation.calendar import about_calendar, calendar_rows
 from fedtune.federation.planner import Change, Price, signal_to_noise
 from fedtune.federation.verdict import Verdict, strictest_of
+from fedtune.lab.studies.trial_search import check_trials, price_section
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.keys import check_public_key
@@ -30,7 +31,6 @@ from fedtune.show.budget_text import SEEDED, contribution, noise_words, signal_w
 from fedtune.show.lines import duration, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
-from fedtune.studies.trial_search import check_trials, price_section
 from fedtune.tasks.inputs import input_of
 from fedtune.version import __version__
 from fedtune.words import counted, jsonable, size, spoken_start

@@ -23,6 +23,7 @@ from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
+from fedtune.lab.studies.trials import Trials
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.lead_and_server import everyone, latest_answers, run_named, running_process
 from fedtune.privacy.accountant import epsilon_text
@@ -30,7 +31,6 @@ from fedtune.runs.place_of_run import folder_of, is_finished
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
-from fedtune.studies.trials import Trials
 from fedtune.system import send_signal
 
 _ACTIONS = ("status", "stop", "resume")

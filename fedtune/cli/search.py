@@ -8,11 +8,11 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, Overrides, same_command
 from fedtune.cli.interruptible_run import run_in_a_line, show_trials
+from fedtune.lab.studies.trial_search import Method, Search, price_section
+from fedtune.lab.studies.trials import Trial, Trials
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
-from fedtune.studies.trial_search import Method, Search, price_section
-from fedtune.studies.trials import Trial, Trials
 from fedtune.words import jsonable
 
 

@@ -32,11 +32,11 @@ def simulate(
 
     from fedtune.api.compose import compose_run, quoted
     from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, several_runs
+    from fedtune.lab.studies.trials import Trials
     from fedtune.runs.place_of_run import folder_of
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
     from fedtune.sites.session import Session
     from fedtune.spec import ConfigError
-    from fedtune.studies.trials import Trials
 
     console = Console(stderr=as_json)
     overrides = overrides if renew is None else (*overrides, f"renew={quoted(str(renew))}")

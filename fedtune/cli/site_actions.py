@@ -18,6 +18,9 @@ from fedtune.cli.plain_words import filled, reason_text
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.verdict import Verdict, ask
+from fedtune.lab.studies.comparison import Line, score_side_by_side
+from fedtune.lab.studies.personalised import make
+from fedtune.lab.studies.trials import Trial
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.ops.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.ops.doctor.examination import Examination
@@ -33,9 +36,6 @@ from fedtune.show.budget_text import contribution, noise_words, trust_words
 from fedtune.show.lines import fold, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
-from fedtune.studies.comparison import Line, score_side_by_side
-from fedtune.studies.personalised import make
-from fedtune.studies.trials import Trial
 from fedtune.words import counted, dotted, spoken, spoken_start
 
 _SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")

@@ -16,11 +16,11 @@ from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperatur
 from fedtune.cli.personalise import shown_progress
 from fedtune.data.records import iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.lab.studies import synthetic
 from fedtune.show.new_files import new_files
 from fedtune.show.terminal_tables import Section, pairs
 from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, file_sha256, note_written, require_apart
 from fedtune.spec import ConfigError, check_at_least, check_at_most
-from fedtune.studies import synthetic
 from fedtune.tasks.measures import classified
 from fedtune.version import shipped_folders
 from fedtune.words import counted

@@ -33,9 +33,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedtune.api.compose import compose_run
-from fedtune.audit import sensitivity
-from fedtune.audit.spec import AuditSpec
 from fedtune.data import Batch, Part, Shapes
+from fedtune.lab.audit import sensitivity
+from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.layers import attach_adapters, compute_by_row, layer_stack
 from fedtune.model.quantized import FourBit, keep_in_four_bits
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec

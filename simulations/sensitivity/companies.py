@@ -19,8 +19,8 @@ import torch
 from run import LINES
 
 from fedtune.api.compose import compose_run
-from fedtune.audit.sensitivity import made_up
 from fedtune.data import Shapes
+from fedtune.lab.audit.sensitivity import made_up
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, attached

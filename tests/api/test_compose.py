@@ -9,8 +9,8 @@ import pytest
 
 from fedtune.api.compose import compose_recipe, compose_run
 from fedtune.config import RunConfig, saved_config
+from fedtune.lab.studies.trials import Trials
 from fedtune.spec import ConfigError
-from fedtune.studies.trials import Trials
 
 from ..conftest import write_config
 

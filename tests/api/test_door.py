@@ -12,7 +12,7 @@ import pytest
 import fedtune
 from fedtune.api import door
 from fedtune.api.compose import compose_recipe
-from fedtune.audit.experiment import audit as audit_run
+from fedtune.lab.audit.experiment import audit as audit_run
 from fedtune.spec import ConfigError
 
 from ..conftest import python

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from fedtune.api.compose import compose_run
+from fedtune.lab.studies.trials import Trials
 from fedtune.spec import ConfigError
-from fedtune.studies.trials import Trials
 
 from ..cli import snapshots
 

@@ -10,8 +10,8 @@ import yaml
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.main import main
+from fedtune.lab.studies.trials import Trials
 from fedtune.spec import ConfigError
-from fedtune.studies.trials import Trials
 from fedtune.words import dotted
 
 from ..conftest import REPOSITORY, python

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.audit.spec import AuditSpec
 from fedtune.cli.audit import audit, audit_spec, show_findings
 from fedtune.evaluation import audit_bound
+from fedtune.lab.audit.spec import AuditSpec
 from fedtune.report.derive.verdicts import refuted
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.spec import ConfigError

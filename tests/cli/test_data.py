@@ -92,7 +92,7 @@ def test_init_replaces_an_experiment_by_force_and_names_the_data_set_after_its_f
 
 def test_what_is_printed_of_records(made: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    monkeypatch.setattr("fedtune.preparation.check_data.install_command", lambda extra: f"COMMAND FOR {extra}")
+    monkeypatch.setattr("fedtune.lab.preparation.check_data.install_command", lambda extra: f"COMMAND FOR {extra}")
     before = files_in(made)
     shown, told = (command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
     (file,) = json.loads(told)["checked"]["files"]

@@ -22,6 +22,7 @@ from fedtune.api import door
 from fedtune.api.compose import compose_run
 from fedtune.data.load import deal
 from fedtune.data.partition import PartitionSpec
+from fedtune.lab.studies.synthetic import WRITING, allotted, as_written, ballot, chosen, synthesize, weights_of
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.selection import Selection, price_of
@@ -33,7 +34,6 @@ from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
 from fedtune.sites.virtual_site import dealt_out
 from fedtune.spec import ConfigError
-from fedtune.studies.synthetic import WRITING, allotted, as_written, ballot, chosen, synthesize, weights_of
 
 from ..conftest import REPOSITORY, command, edit_json, simulate
 from . import snapshots

@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 from scipy.spatial import ConvexHull
 
-from fedtune.audit.guesses import counted
 from fedtune.evaluation import audit_bound
 from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound, p_value
+from fedtune.lab.audit.guesses import counted
 from fedtune.privacy.accountant import calibrate_noise
 
 DELTA = 1e-5

@@ -18,13 +18,13 @@ from fedtune.api.compose import compose_run
 from fedtune.cli import interruptible_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, SiteCharge
+from fedtune.lab.studies.trials import Trial
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult
 from fedtune.show.budget_text import ABOUT_RDP, signal_words
 from fedtune.show.run_progress import Display, show_result
 from fedtune.sites.session import Session
-from fedtune.studies.trials import Trial
 
 from ..builders import run_result
 from ..cli import snapshots

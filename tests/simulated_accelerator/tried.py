@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.audit import sensitivity
 from fedtune.data import Shapes
 from fedtune.evaluation.scoring import figures_of
+from fedtune.lab.audit import sensitivity
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model

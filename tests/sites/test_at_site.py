@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fedtune.config import RunConfig
+from fedtune.lab.preparation.check_data import check
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
-from fedtune.preparation.check_data import check
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason, Refused

@@ -1,0 +1,160 @@
+"""An audit from its start to `audit.json`: a simulated run with canaries, an attack, and a bound beside each claim."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedtune.api.compose import Recipe, Settings, compose_recipe
+from fedtune.api.door import Progress, Run, Teller, load, run_in_folder
+from fedtune.config import RunConfig, parse
+from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound
+from fedtune.federation.lead import LeadState
+from fedtune.federation.run_folder import RunFolder
+from fedtune.flower.simulation import simulate
+from fedtune.lab.audit.gradient_attack import GradientAttack
+from fedtune.lab.audit.guesses import Place
+from fedtune.lab.audit.record_attack import RecordAttack
+from fedtune.lab.audit.spec import AuditSpec
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.policy_file import write_policy
+from fedtune.report.derive.verdicts import read_audit, refuted
+from fedtune.report.facts import Audit, AuditBound
+from fedtune.runs.federation_run import Followed, Listener
+from fedtune.runs.place_of_run import folder_of
+from fedtune.runs.results import RunResult
+from fedtune.sites.virtual_site import POLICY, Participants, generated_policy
+from fedtune.spec import RUN_SCHEMA, ConfigError
+from fedtune.words import unbounded
+
+_LARGEST_ADAPTER = 1e6
+"""Canaries move an adapter further than records do, and without clipping a thousand times further."""
+_MARK = """\
+This folder is an audit. Among the training data were {what},
+planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
+"""
+
+
+def audit(
+    recipe: Recipe | None = None,
+    settings: Settings | None = None,
+    *,
+    attack: Mapping[str, Any] = MappingProxyType({}),
+    progress: Callable[[Progress], None] = lambda told: None,
+) -> tuple[Run, Audit]:
+    """Run a federation on this machine with canaries in it, attack it, and say what the attack shows of its epsilon.
+
+    `recipe`, `settings`, `progress` and errors are as of `simulate`; `attack` has values by the names of
+    `fedtune.lab.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
+    """
+    spec = AuditSpec.of(attack)
+    config = auditable(compose_recipe(recipe, settings), spec)
+    folder = folder_of(config)
+    run_in_folder(config, folder, Teller(config, progress), work=partial(run_audit, spec=spec))
+    found = read_audit(folder)
+    assert found is not None, "an audit that ended has written what it found"
+    return load(folder), found
+
+
+def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
+    """The configuration of the audited run: `config`, with records kept from training where the attack needs some.
+
+    Raises:
+        ConfigError: there is nothing to audit, or it is nothing that may be audited.
+    """
+    if spec.kind == "sensitivity":
+        raise ConfigError("audit.kind", spec.kind, "makes no run: fedtune audit audit.kind=sensitivity searches")
+    runtime = config.runtime
+    for key, given, only, why in (
+        ("runtime.sites_dir", runtime.sites_dir, None, "plants made-up records, and charges no ledger that is kept"),
+        ("runtime", runtime.kind, "simulation", "plants made-up records"),
+        ("runtime.num_devices", runtime.devices, 1, "watches each step in one process"),
+        ("lora.alternate", config.lora.alternate, False, "watches all tensors in each step"),
+        ("resume", config.resume, None, "runs from its start, with coins of its own"),
+        ("federation.stop_after", config.federation.stop_after, None, "attacks all rounds of the plan"),
+    ):
+        if given != only:
+            wanted = "simulation" if key == "runtime" else json.dumps(only)
+            raise ConfigError(key, given, f"must be {wanted}: an audit {why}")
+    if not config.privacy.private:
+        raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
+    if config.privacy.unit != "record" and spec.kind == "records":
+        bound = "must be 'record' with audit.kind=records; audit.kind=gradient plants made-up users, too"
+        raise ConfigError("privacy.unit", config.privacy.unit, bound)
+    for site in audited_sites(config, spec):
+        if site not in config.federation.active:
+            raise ConfigError("audit.sites", site, f"must be one of {', '.join(config.federation.active)}")
+    settings = config.to_json()
+    settings["runtime"]["num_devices"] = 1
+    settings["training"]["go_on_without_signal"] = True  # what is learnt is no matter
+    if spec.kind != "gradient" and config.data.heldout_fraction == 0:
+        settings["data"]["heldout_fraction"] = spec.never_used
+    return parse(settings)
+
+
+def audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
+    """The sites that get canaries."""
+    return spec.sites or tuple(config.federation.active)
+
+
+def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: AuditSpec) -> RunResult:
+    """Run `config`, which `auditable` gave, attack it, and write the run folder with `audit.json` in it.
+
+    Raises:
+        ConfigError: the canaries don't fit the model, or as `simulate`.
+        RunError: as `simulate`.
+    """
+    sites = audited_sites(config, spec)
+    everyone = Participants(config, folder, progress=listener.preparing)
+    for site in config.federation.active:  # none refuses an adapter for its size: a broken clip is to show as a bound
+        policy = generated_policy(config, everyone.sites.plan, site, lead=everyone.sites.lead_key().public)
+        limits = replace(policy.limits, max_adapter_value=_LARGEST_ADAPTER)
+        write_policy(replace(policy, limits=limits), everyone.sites.folder / site / POLICY)
+    attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
+    kind = "records" if spec.kind == "records" else "users" if config.privacy.unit == "user" else "gradients"
+    planted = f"about {spec.canaries // 2} made-up {kind} at each of {', '.join(sites)}"
+    adapters: list[Adapter] = []
+
+    def note(state: LeadState) -> None:
+        if not adapters:  # before training begins
+            write_durably(RunFolder(folder).audit_mark, _MARK.format(what=planted).encode())
+        adapters.append(state.adapter)
+
+    with attack.watching():
+        run = simulate(config, folder, Followed(listener, note), everyone=everyone)
+    counts = attack.counts(adapters)
+    membership = attack.membership() if isinstance(attack, RecordAttack) else ()
+    # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
+    claims: dict[Place, float] = {site: unbounded(run.privacy.sites[site].epsilon) for site in sites}
+    claims[None] = max(claims.values())
+    known = {"delta": config.privacy.delta, "confidence": spec.confidence}
+    bounds = tuple(
+        AuditBound(
+            site=place,
+            claimed_epsilon=claims[place],
+            lower_bound=epsilon_lower_bound(canaries, guesses, right, **known),
+            best_possible=best_possible(canaries, guesses=guesses, **known),
+            canaries=canaries,
+            guesses=guesses,
+            right=right,
+        )
+        for place, (canaries, guesses, right) in counts.items()
+    )
+    found = Audit(
+        method="gradient_canaries" if spec.kind == "gradient" else "record_canaries",
+        confidence=spec.confidence,
+        delta=config.privacy.delta,
+        seeded=config.runtime.seeded_noise,
+        bounds=bounds,
+        membership=membership,
+        exceeded=False,
+    )
+    fields = {**asdict(replace(found, exceeded=bool(refuted(found)))), "schema_version": RUN_SCHEMA}
+    write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
+    return run

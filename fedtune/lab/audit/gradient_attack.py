@@ -1,0 +1,323 @@
+"""The white-box attack: made-up units whose gradient is one direction, and guesses from noisy steps or the average.
+
+A canary has a coordinate of the joint vector of all trainable tensors for itself.  Its raw gradient there is 1,000
+times the clip norm, so that it shows if nothing clips it.  Behind that it is a unit like any other, a record or a user
+with several: it is sampled with the others, goes through `dp_step.add_clipped`, the noise and the optimizer, and its
+site is charged no differently.
+
+Only what a simulated site *has* is changed, its `examples`, and only from here: above every module that a real site
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fedtune.data import Batch
+from fedtune.lab.audit.guesses import Coins, Count, Place, by_likelihood, counted
+from fedtune.lab.audit.spec import AuditSpec
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.mechanism import cell
+from fedtune.privacy.randomness import RandomStream
+from fedtune.sites.virtual_site import Participants
+from fedtune.sites.work import TrainingUnits, randomness_of
+from fedtune.spec import ConfigError
+from fedtune.tasks.task_model import TaskModel
+from fedtune.training import dp_step
+from fedtune.training.dp_step import UnitGradients
+from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.optimizer import learning_rate_factor
+from fedtune.training.users import UserBatch, UserExamples
+
+RAW_SIZE = 1000.0  # of a canary's gradient before it is clipped, in clip norms
+_MOST_VALUES = 2**23  # in the dense gradients of one micro-batch of canaries: 32 MiB in float32
+_LEAST_CONTROLS = 100  # coordinates without a canary, which show what noise alone does
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CanaryBatch(Batch):
+    """A micro-batch of canaries; it has no tokens that matter."""
+
+    # (n,) of each, in the joint vector
+    coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, coordinates: Places) -> CanaryBatch:
+        """The canaries at these coordinates."""
+        nothing = torch.zeros(len(coordinates), 1, dtype=torch.int64)
+        return cls(nothing, nothing, nothing, coordinates=torch.from_numpy(coordinates))
+
+
+@dataclass
+class Tally:
+    """An attacker's total over a site's steps, in clip norms: the noisy sums less what the records added to them.
+
+    The attacker knows the model, the plan, every record but the canaries, and which of the records each step drew; the
+    guarantee holds against that.  What the records added is made anew, by the function that the step itself uses.
+    """
+
+    max_grad_norm: float  # the plan's clip norm
+    denominator: float  # of the site's steps
+    total: Vector  # (parameters,) over all steps so far
+    steps: int = 0  # how many
+    records: dp_step.TensorSums = field(default_factory=dict)  # their clean sum in the step that is taken
+
+    def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """A micro-batch of records takes part."""
+        if not self.records:
+            self.records = {name: g.new_zeros(g.shape[1:], dtype=torch.int64) for name, g in gradients.items()}
+        dp_step.add_clipped(self.records, gradients, self.max_grad_norm)
+
+    def end(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """The optimizer is about to step with the noisy mean as its gradient."""
+        parts = []
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
+            noisy = parameter.grad.double() * (self.denominator / self.max_grad_norm)
+            known = self.records[name] * cell(1.0) if self.records else 0.0
+            parts.append((noisy - known).flatten().cpu())
+        self.total += torch.cat(parts).numpy()
+        self.steps += 1
+
+
+class Observer:
+    """Sees every step of the process, and tells the tally of the site that is training.
+
+    Args:
+        parameters: the trainable tensors, in the order of the joint vector.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.training: Tally | None = None  # of the site that has sampled a step
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See the steps that are taken meanwhile."""
+
+        def before_step(*_: object) -> None:
+            if self.training is not None:  # a site without canaries is not watched
+                self.training.end(self.parameters)
+                self.training = None
+
+        handle = register_optimizer_step_pre_hook(before_step)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Canaries:
+    """A site's canaries; training meets those that are in."""
+
+    coordinates: Places  # (canaries,) of each in the joint vector, whether in or not
+    inserted: Coins  # (canaries,) the coins
+    observer: Observer  # told of each step
+    tally: Tally  # of the site's steps
+
+    def __len__(self) -> int:
+        return int(self.inserted.sum())
+
+    def parts(self, places: Places) -> Iterator[Places]:
+        """The coordinates of the chosen canaries, as many at a time as a micro-batch of dense gradients holds."""
+        size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
+        for first in range(0, len(places), size):
+            yield self.coordinates[self.inserted][places[first : first + size]]
+
+    def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
+        """Each canary's own direction, `RAW_SIZE` clip norms long."""
+        parameters = self.observer.parameters
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        dense = torch.zeros(len(batch), sum(sizes))
+        dense[torch.arange(len(batch)), batch.coordinates.cpu()] = RAW_SIZE * self.tally.max_grad_norm
+        return {
+            name: part.reshape(len(batch), *parameter.shape).to(parameter.device)
+            for (name, parameter), part in zip(parameters.items(), torch.split(dense, sizes, dim=1), strict=True)
+        }
+
+    def gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
+        """Gradients of `units`, of which the tally is told, and canaries' made up, dense, like what the hooks give."""
+        canaries, tally = self, self.tally
+
+        class WithCanaries:
+            def of(self, batch: Batch) -> dict[str, torch.Tensor]:
+                return canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else of_each.of(batch)
+
+        of_units = units.gradients(WithCanaries())
+
+        class Watched:
+            def of(self, batch: Any) -> dict[str, torch.Tensor]:
+                gradients = of_units.of(batch)
+                if not isinstance(batch, CanaryBatch | CanaryUserBatch):
+                    tally.add_records(gradients)
+                return gradients
+
+        return Watched()
+
+    def sampled(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
+        """A step has sampled: its places among the real units, and the coordinates of its canaries behind them."""
+        self.observer.training, self.tally.records = self.tally, {}
+        return indices[indices < num_real], self.parts(indices[indices >= num_real] - num_real)
+
+
+class _Behind:
+    """A site's units, and behind them its canaries that are in."""
+
+    def __init__(self, real: Any, canaries: Canaries) -> None:
+        # Not the parent's: the units keep their own state, and nothing of theirs is copied.
+        self._real, self._canaries = real, canaries
+
+    def __len__(self) -> int:
+        return len(self._real) + len(self._canaries)
+
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """With those of the canaries."""
+        return self._canaries.gradients(self._real, of_each)
+
+    def keep_frozen_states(self, model: TaskModel, **how: Any) -> None:
+        """Of the records; canaries have none."""
+        self._real.keep_frozen_states(model, **how)
+
+    def keep_reference(self, model: TaskModel, **how: Any) -> None:
+        """Likewise."""
+        self._real.keep_reference(model, **how)
+
+
+class CanaryExamples(_Behind, SiteExamples):
+    """A site's records with its canaries."""
+
+    def cut(self, indices: Places) -> Iterator[Batch]:
+        """The sampled records as ever, then the sampled canaries."""
+        real, parts = self._canaries.sampled(indices, len(self._real))
+        yield from self._real.cut(real)
+        yield from map(CanaryBatch.of, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class CanaryUserBatch(UserBatch):
+    """A micro-batch of canaries who are users: `contributions` holds a canary's coordinate once for each record.
+
+    Each record has the canary's whole gradient.  So their mean is as long as one, and records that were clipped one by
+    one and added up would show as that many clip norms.
+    """
+
+    def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
+        """A record of every canary at a time, as a user's records lie in several micro-batches when they are long."""
+        num_records = len(self.contributions[0])
+        for coordinates in np.stack(self.contributions, axis=1):
+            yield CanaryBatch.of(coordinates), np.arange(len(self)), np.full(len(self), 1 / num_records)
+
+
+class CanaryUsers(_Behind, UserExamples):
+    """A site's users with its canaries, each with as many records as may take part."""
+
+    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+        """The sampled users as ever, then the sampled canaries."""
+        cut = self._real.cut_with(stream)
+
+        def with_canaries(indices: Places) -> Iterator[UserBatch]:
+            real, parts = self._canaries.sampled(indices, len(self._real))
+            yield from cut(real)
+            for coordinates in parts:
+                records = [np.full(self._real.most_records, one) for one in coordinates]
+                yield CanaryUserBatch(records, self._real.examples)
+
+        return with_canaries
+
+
+class GradientAttack:
+    """Plants its canaries when it is made.
+
+    Args:
+        everyone: the participants of the run, whose data nobody has read yet.
+        spec: the audit's settings.
+        sites: those that get canaries.
+
+    Raises:
+        ConfigError: the adapter has not enough coordinates for this many canaries.
+    """
+
+    def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
+        self._everyone, self._spec = everyone, spec
+        parameters = everyone.shared.model.trainable()
+        size = sum(parameter.numel() for parameter in parameters.values())
+        fitting = (size - _LEAST_CONTROLS) // len(sites)
+        if spec.canaries > fitting:
+            bound = f"must be at most {fitting}: each of them at {len(sites)} sites needs one of {size:,} coordinates"
+            raise ConfigError("audit.canaries", spec.canaries, bound)
+        self._observer = Observer(parameters)
+        # Where canaries lie is no secret, so an ordinary generator will do.
+        order = np.random.default_rng(everyone.config.seed).permutation(size).astype(np.int64)
+        self.planted = {
+            site: self._plant(site, order[number * spec.canaries : (number + 1) * spec.canaries], size=size)
+            for number, site in enumerate(sites)
+        }
+
+    def _plant(self, site: str, coordinates: Places, *, size: int) -> Canaries:
+        everyone, plan, work = self._everyone, self._everyone.plan, self._everyone.work[site]
+        randomness = randomness_of(everyone.config.runtime.seeded_noise, everyone.config.seed)
+        inserted = randomness.stream(site, "audit", "coins").bernoulli(len(coordinates), 0.5)
+        denominator = plan.sampling_rate * work.declared_size
+        tally = Tally(max_grad_norm=plan.max_grad_norm, denominator=denominator, total=np.zeros(size))
+        canaries = Canaries(coordinates, inserted, self._observer, tally)
+
+        def planted(units: TrainingUnits) -> TrainingUnits:
+            return (CanaryUsers if isinstance(units, UserExamples) else CanaryExamples)(units, canaries)
+
+        everyone.work[site] = replace(work, around=planted)
+        return canaries
+
+    def watching(self) -> AbstractContextManager[None]:
+        """See every step meanwhile."""
+        return self._observer.watching()
+
+    def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
+        """How the guesses went, by site, and on the average of all sites.
+
+        Args:
+            adapters: the initial one, and the aggregated one after each round.
+        """
+        counts: dict[Place, Count] = {None: self._count([*self.planted.values()], self._moves(adapters), least=0.0)}
+        of_sites = {site: self._count([one], one.tally.total, least=1.0) for site, one in self.planted.items()}
+        return of_sites | counts
+
+    def _count(self, planted: Sequence[Canaries], vector: Vector, *, least: float) -> Count:
+        coordinates = np.concatenate([one.coordinates for one in planted])
+        scores, controls = vector[coordinates], np.delete(vector, coordinates)
+        steps, rate = planted[0].tally.steps, self._everyone.plan.sampling_rate
+        evidence = by_likelihood(scores, controls, steps=steps, sampling_rate=rate, least=least)
+        inserted = np.concatenate([one.inserted for one in planted])
+        guesses = (self._spec.guesses or self._spec.canaries) * len(planted)
+        return counted(evidence, inserted, guesses=guesses)
+
+    def _moves(self, adapters: Sequence[Adapter]) -> Vector:
+        """How far each round moved the average down each coordinate, in units of its learning rates, over all rounds.
+
+        That is what everybody sees who is sent each round's adapter: another site, or the server of a federation that
+        hides the updates.
+        """
+        training, plan = self._everyone.config.training, self._everyone.plan
+        lora_rate, head_rate = training.peak_rates(clipped=True)
+        steps, all_steps = plan.local_steps, plan.num_rounds * plan.local_steps
+        factors = [learning_rate_factor(training, step=step, total_steps=all_steps) for step in range(all_steps)]
+        total = np.zeros(adapters[0].num_values)
+        for number, (before, after) in enumerate(pairwise(adapters)):
+            factor = sum(factors[number * steps : (number + 1) * steps])
+            moves = []
+            for name, value in before.tensors.items():
+                rate = factor * (head_rate if name.startswith("head.") else lora_rate)
+                moves.append((value.astype(np.float64) - after.tensors[name]).ravel() / rate)
+            total += np.concatenate(moves)
+        return total

@@ -1,0 +1,208 @@
+"""The black-box attack: plants made-up records, and guesses from the final model's losses which were trained on.
+
+Beside it, the plain baselines of membership inference on real records, with confidence intervals: those trained on
+against those never used.  They lie here and not in `fedtune.evaluation`, since nothing but an audit may look at exact
+scores of private records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+from scipy.stats import binomtest
+
+from fedtune.data import Record
+from fedtune.evaluation.scoring import batches_by_length, scoring
+from fedtune.lab.audit.guesses import Coins, Count, Place, Values, by_rank, counted
+from fedtune.lab.audit.spec import AuditSpec
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.randomness import RandomStream
+from fedtune.report.facts import AuditHitRate, AuditMembership
+from fedtune.sites.virtual_site import Participants
+from fedtune.sites.work import randomness_of
+from fedtune.tasks.inputs import input_of
+
+FALSE_ALARMS = (0.01, 0.001)
+_WORDS = 8  # in each text of a canary: short enough to be read whole, random enough to be nobody's
+_FEWEST_WORDS = 100
+_LARGEST_LOSS = 1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedRecords:
+    """One site's canaries, and its real records."""
+
+    canaries: list[Record]  # whether in or not
+    inserted: Coins  # (canaries,) the coins
+    trained_on: list[Record]  # the site's real training records
+    never_used: list[Record]  # its held-out ones, which a keyed hash picked
+
+
+def _gain(losses: Values) -> Values:
+    """How much likelier training has made each record, as a log ratio of likelihoods."""
+    gain: Values = losses[0] - losses[1]
+    return gain
+
+
+class RecordAttack:
+    """Plants its canaries when it is made.
+
+    Args:
+        everyone: the participants of the run, whose data nobody has tokenised yet.
+        spec: the audit's settings.
+        sites: those that get canaries.
+    """
+
+    def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
+        self._everyone, self._spec = everyone, spec
+        # Words that the model has tokens for.
+        tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
+        words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
+        self._words = words if len(words) >= _FEWEST_WORDS else [f"word{number}" for number in range(1000)]
+        self.planted = {site: self._plant(site) for site in sites}
+        self._losses: dict[str, list[Values]] = {}  # as `_losses_at` has them
+
+    def _plant(self, site: str) -> PlantedRecords:
+        config, work = self._everyone.config, self._everyone.work[site]
+        randomness = randomness_of(config.runtime.seeded_noise, config.seed)
+        inserted = randomness.stream(site, "audit", "coins").bernoulli(self._spec.canaries, 0.5)
+        texts = randomness.stream(site, "audit", "records")
+        canaries = [self._made_up(texts) for _ in range(self._spec.canaries)]
+        chosen = [canary for canary, is_in in zip(canaries, inserted, strict=True) if is_in]
+        trained_on, never_used = list(work.records.training), list(work.records.heldout)
+        records = replace(work.records, training=[*trained_on, *chosen])
+        self._everyone.work[site] = replace(work, records=records)
+        return PlantedRecords(canaries=canaries, inserted=inserted, trained_on=trained_on, never_used=never_used)
+
+    def _made_up(self, stream: RandomStream) -> Record:
+        """Random words, and where the task has a declared set of answers, one of them."""
+        config, data = self._everyone.config, self._everyone.config.data
+        task = config.bound_task
+
+        def one_of(count: int) -> int:
+            (draw,) = stream.uniform64(1)
+            return int(draw % np.uint64(count))
+
+        def text(role: str) -> str:
+            chosen = task.made_up(role, data, draw=one_of) or input_of(data).made_up_field(role, data, draw=one_of)
+            return " ".join(self._words[one_of(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
+
+        return Record({role: text(role) for role in task.columns(data)})
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Nothing is watched: the attacker sees the final model alone."""
+        return nullcontext()
+
+    def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
+        """How the guesses went, by site and over all sites; also scores the real records.
+
+        Args:
+            adapters: the initial one, and the aggregated one after each round.
+        """
+        self._losses = {site: self._losses_at(planted, adapters) for site, planted in self.planted.items()}
+        evidence = {site: by_rank(_gain(losses[0])) for site, losses in self._losses.items()}
+        guesses = self._spec.guesses or self._spec.canaries
+        of_sites = {site: counted(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence}
+        together = by_rank(np.concatenate([_gain(losses[0]) for losses in self._losses.values()]))
+        inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
+        counts: dict[Place, Count] = {None: counted(together, inserted, guesses=guesses * len(self.planted))}
+        return of_sites | counts
+
+    def membership(self) -> tuple[AuditMembership, ...]:
+        """The baselines on real records, by site and over all sites; after `counts`."""
+        by_site = list(self._losses.values())
+        pooled = [np.concatenate(some, axis=1) for some in zip(*by_site, strict=True)]
+        return tuple(
+            self._baseline(site, score, trained_on=losses[1], never_used=losses[2])
+            for site, losses in [*self._losses.items(), (None, pooled)]
+            if losses[1].size and losses[2].size
+            for score in ("loss", "reference_ratio")
+        )
+
+    def _baseline(
+        self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: Values, never_used: Values
+    ) -> AuditMembership:
+        members, others = (_gain(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used))
+        area, low, high = auroc(members, others, confidence=self._spec.confidence)
+        rates = []
+        for share in FALSE_ALARMS:
+            found = hit_rate(members, others, false_alarms=share, confidence=self._spec.confidence)
+            rate, least, most = found or (None, None, None)
+            rates.append(AuditHitRate(false_alarms=share, found=rate, low=least, high=most))
+        return AuditMembership(
+            site=site,
+            score=score,
+            trained_on=len(members),
+            never_used=len(others),
+            auroc=area,
+            auroc_low=low,
+            auroc_high=high,
+            hit_rates=tuple(rates),
+        )
+
+    def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
+        """(2, records) before training and after it: of canaries, records trained on, and records never used."""
+        groups = (planted.canaries, planted.trained_on, planted.never_used)
+        first, last = ([self._losses_of(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1]))
+        return [np.stack(both) for both in zip(first, last, strict=True)]
+
+    def _losses_of(self, records: Sequence[Record], adapter: Adapter) -> Values:
+        if not records:
+            return np.zeros(0)
+        losses = np.zeros(len(records))
+        shared, evaluation = self._everyone.shared, self._everyone.config.evaluation
+        adapter.load_into(shared.model)
+        examples = shared.tokenised(records)
+        pad_id = shared.tokenizer.pad_token_id
+        with scoring(shared.model):
+            for places, batch in batches_by_length(examples, pad_id=pad_id, max_tokens=evaluation.max_tokens):
+                losses[places] = shared.model.losses(batch.to(shared.device)).double().cpu().numpy()
+        # A model that diverged gives no number for some; to the attack that is the largest loss.
+        return np.where(np.isfinite(losses), losses, _LARGEST_LOSS)
+
+
+def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float, float, float]:
+    """The chance that a member scores above another record, ties counted half; with its interval.
+
+    The interval is DeLong's (DeLong, DeLong and Clarke-Pearson 1988): normal, with the variance of the placements.
+
+    Returns:
+        (estimate, low, high).
+    """
+    both = np.sort(others), np.sort(members)
+    of_members = (np.searchsorted(both[0], members, "left") + np.searchsorted(both[0], members, "right")) / 2
+    of_others = (np.searchsorted(both[1], others, "left") + np.searchsorted(both[1], others, "right")) / 2
+    area = float(of_members.mean() / len(others))
+    variance = _variance(of_members / len(others)) + _variance(of_others / len(members))
+    reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
+    return area, max(0.0, area - reach), min(1.0, area + reach)
+
+
+def hit_rate(
+    members: Values, others: Values, *, false_alarms: float, confidence: float
+) -> tuple[float, float, float] | None:
+    """Share of members above the lowest threshold that at most a share `false_alarms` of the others exceeds.
+
+    The interval is Clopper and Pearson's for the members; the threshold is taken as it is, since the others that
+    it was measured on are those that are compared with.
+
+    Returns:
+        (estimate, low, high); None with fewer others than 1 / false_alarms, of whom not one may be above.
+    """
+    allowed = math.floor(false_alarms * len(others) + 1e-9)
+    if allowed < 1:
+        return None
+    threshold = np.sort(others)[-allowed - 1] if allowed < len(others) else -np.inf
+    found = int((members > threshold).sum())
+    interval = binomtest(found, len(members)).proportion_ci(confidence, method="exact")
+    return found / len(members), float(interval.low), float(interval.high)
+
+
+def _variance(placements: Values) -> float:
+    return float(placements.var(ddof=1) / len(placements)) if len(placements) > 1 else 0.25

@@ -1,0 +1,184 @@
+"""A search for the premise: how far can one unit move the clean sum of a step?  No run, no ledger, no private record.
+
+The accounting takes for granted that one record, or one user, more or less moves a step's sum by at most the clip norm.
+This looks for a case in which it does not, with the code of the step itself and all that a hostile lead may choose: the
+adapter within the site's bound (random, at its bound, and driven by gradient ascent to where attention saturates), the
+clip norm, and on the other side whatever a site may hold: other records, their number and lengths, and the one more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.config import RunConfig
+from fedtune.data import TextDataset
+from fedtune.lab.audit.spec import AuditSpec
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.mechanism import GRID_BITS
+from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
+from fedtune.sites.shared_model import LoadedModel, RunModel
+from fedtune.spec import spec
+from fedtune.tasks.task_model import TaskModel
+from fedtune.training import dp_step
+from fedtune.training.examples import SiteExamples
+from fedtune.training.local import project
+from fedtune.training.per_example import attached
+from fedtune.training.preflight import lengths_of_texts
+from fedtune.training.users import UserExamples
+
+FILE = "sensitivity.json"
+_MOST_OTHERS = 40
+_MOST_OF_A_USER = 4
+_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM = -18.0, 4.0  # powers of ten
+_ASCENT_STEPS = 3
+
+Integers = npt.NDArray[np.int64]
+
+
+@spec
+class Worst:
+    """The result of a search.
+
+    Attributes:
+        unit: "record" or "user".
+        tries: cases that were tried.
+        moved: the largest change of a sum by one unit more, in clip norms.
+        exceeded: tries in which it was above one clip norm, decided in whole numbers.
+        others_moved: tries in which the change was not, to the cell, what the unit adds when it is alone.
+        max_grad_norm: of the try that moved most.
+        adapter: how its adapter was made.
+        others: how many other units took part in it.
+    """
+
+    unit: str
+    tries: int
+    moved: float
+    exceeded: int
+    others_moved: int
+    max_grad_norm: float
+    adapter: str
+    others: int
+
+
+def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) -> Worst:
+    """Try `audit.tries` cases on the run's model, and write what was found into `folder`.
+
+    Raises:
+        ConfigError: the model cannot be loaded or trained.
+    """
+    shared = RunModel(LoadedModel(config), config)
+    bound = adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
+    found = _Search(shared, bound=bound, seed=seed).over(audit.tries)
+    write_durably(folder / FILE, json.dumps(asdict(found), indent=1).encode() + b"\n")
+    return found
+
+
+class _Search:
+    def __init__(self, shared: RunModel, *, bound: float, seed: int) -> None:
+        self._shared, self._bound = shared, bound
+        self._unit = shared.config.privacy.unit
+        self._draws = np.random.default_rng(seed)
+
+    def over(self, tries: int) -> Worst:
+        with attached(self._shared.model) as self._gradients:
+            cases = [self._one() for _ in range(tries)]
+        exceeded, others_moved = (sum(map(attrgetter(name), cases)) for name in ("exceeded", "others_moved"))
+        worst = max(cases, key=attrgetter("moved"))
+        return replace(worst, tries=tries, exceeded=exceeded, others_moved=others_moved)
+
+    def _one(self) -> Worst:
+        """One case: others, one unit more, an adapter and a clip norm."""
+        num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
+        by_user, most = self._unit == "user", _MOST_OF_A_USER
+        units = [int(self._draws.integers(1, most, endpoint=True)) if by_user else 1 for _ in range(num_others + 1)]
+        # Short records with some long ones, or long ones alone.
+        most = self._shared.config.data.max_length
+        usual = max(1, int(most * self._draws.choice([0.1, 0.3, 1.0])))
+        lengths = self._draws.integers(1, usual, size=sum(units), endpoint=True)
+        lengths[self._draws.random(len(lengths)) < 0.1] = most
+        dataset = made_up(self._shared.model, [int(length) for length in lengths], self._draws)
+        examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.loaded.shapes, device=self._shared.device)
+        if self._shared.loaded.keeps_states:
+            examples.keep_frozen_states(self._shared.model)
+        examples.keep_reference(self._shared.model)
+        adapter = self._fill(examples)
+        max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
+
+        summed = partial(self._sum, examples, units, max_grad_norm)
+        # The one more has any place among the others, so that it changes rows, shapes and company.
+        one_more = int(self._draws.integers(0, num_others, endpoint=True))
+        everyone = list(range(num_others + 1))
+        change = summed(everyone) - summed([unit for unit in everyone if unit != one_more])
+        square = sum(int(value) ** 2 for value in change[change != 0])
+        return Worst(
+            unit=self._unit,
+            tries=1,
+            moved=math.sqrt(square) / 2.0**GRID_BITS,
+            exceeded=int(square > 1 << 2 * GRID_BITS),
+            others_moved=int(not np.array_equal(change, summed([one_more]))),
+            max_grad_norm=max_grad_norm,
+            adapter=adapter,
+            others=num_others,
+        )
+
+    def _fill(self, examples: SiteExamples) -> str:
+        """Give the adapter values that a lead might send; returns how they were made."""
+        how = str(self._draws.choice(["small", "random", "at the bound", "by ascent"]))
+        parameters = self._shared.model.trainable()
+        generator = torch.Generator().manual_seed(int(self._draws.integers(1 << 31)))
+        scale = 0.05 if how == "small" else float(self._draws.uniform(0, 1)) * self._bound
+        with torch.no_grad():
+            for parameter in parameters.values():
+                values = torch.randn(parameter.shape, generator=generator)
+                chosen = values.sign() * self._bound if how == "at the bound" else values * scale
+                parameter.copy_(chosen.to(parameter.device))
+        # To where losses are large: there attention saturates and gradients are mostly rounding.
+        for _ in range(_ASCENT_STEPS if how == "by ascent" else 0):
+            batch = next(iter(examples.cut(np.arange(min(8, len(examples)), dtype=np.int64))))
+            slopes = {name: gradient.sum(dim=0) for name, gradient in self._gradients.of(batch).items()}
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.add_(slopes[name].sign() * self._bound / _ASCENT_STEPS)
+            project(parameters, self._bound)
+        project(parameters, self._bound)
+        return how
+
+    def _sum(self, examples: SiteExamples, units: list[int], max_grad_norm: float, chosen: list[int]) -> Integers:
+        """The clean sum of the chosen units, in cells, by the code of a step."""
+        sums = dp_step.zeros(self._shared.model.trainable())
+        places = np.array(chosen, dtype=np.int64)
+        if self._unit == "record":
+            batches: Iterator[object] = iter(examples.cut(places))
+            of_units: dp_step.UnitGradients = self._gradients
+        else:
+            users = np.split(np.arange(sum(units), dtype=np.int64), np.cumsum(units)[:-1])
+            everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
+            batches = everyone.cut_drawn([users[place] for place in chosen])
+            of_units = everyone.gradients(self._gradients)
+        for batch in batches:
+            dp_step.add_clipped(sums, of_units.of(batch), max_grad_norm)
+        return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
+
+
+def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
+    """Examples of these lengths over the whole vocabulary; some repeat one token, which is hardest on attention."""
+    input_ids = model.made_up(lengths_of_texts(lengths, model.spec.texts, draws), draws)
+    for ids in input_ids:
+        if draws.random() < 0.2:
+            ids[:] = ids[0]
+
+    def first(length: int) -> int:
+        return int(draws.integers(0, length, endpoint=True))  # the last place of all: nothing is supervised
+
+    targets = model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first)
+    return TextDataset(input_ids, targets, model.spec.texts)

@@ -1,0 +1,302 @@
+"""Faults and oddities of an experiment's records, for the eyes of those who hold them.
+
+What is found are counts, lines and names of columns; no record's text is among it, since a page may be passed around.
+The counts are exact, and no noise protects them.  Nothing is dropped or changed, and no run reads any of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.config import RunConfig
+from fedtune.data.faults import Faults
+from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.load import lead_side, split_key
+from fedtune.data.marked import entities_of, entity_types
+from fedtune.data.partition import assign_site, is_heldout, is_selected
+from fedtune.data.records import Record, chunks, judged, resolve_file
+from fedtune.data.spec import SITE, DataSpec
+from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
+from fedtune.data.values import misplaced, split_labels
+from fedtune.extras import install_command, is_installed
+from fedtune.lab.preparation import duplicates
+from fedtune.lab.preparation.duplicates import Earlier, Likeness, Twin, spelling
+from fedtune.lab.preparation.patterns import ODD_TEXTS, damage, identifiers, odd_texts
+from fedtune.spec import DataError
+from fedtune.tasks.inputs import input_of
+from fedtune.version import shipped_folders
+
+SHOWN = 20  # errors that are kept of a file, and lines of a finding
+_MOST_TOKENS = 8_192  # up to which lengths are told apart
+_BINS = 10
+_USES = ("train", "held out", "validation", "test", "unused")
+Kind = Literal[
+    "cut", "lost", "unlearnt", "scheme", "hidden", "torn", "overlap", "near_overlap", "contradiction", "same", "alike",
+    "shared", "declared", "personal", "damage",
+]  # fmt: skip
+_Likes: TypeAlias = tuple[tuple[Kind, list[Twin]], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """Something that records of a file have in common."""
+
+    kind: Kind
+    what: str  # within the kind, such as "e-mail"
+    column: str  # where it stands; empty: in the record as a whole
+    count: int = 0
+    # of the first of them, or their rows, with that of the earlier record that each is like, if any
+    lines: tuple[tuple[int, int | None], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Tokens of the records of a file, before any are cut."""
+
+    median: int
+    most_of_them: int  # the quantile 0.9
+    longest: int
+    bins: tuple[tuple[int, int, int], ...]  # (fewest tokens, most tokens, records) of equal steps, ascending
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileCheck:
+    """One file."""
+
+    path: str
+    places: str  # what numbers of places count: "lines", or the "rows" of a file whose rows may share a line
+    rows: int  # in it
+    # records that can be used, by what for: "train", "held out" by its site, "validation", "test", or "unused"
+    uses: Mapping[str, int]
+    # what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound)
+    errors: tuple[tuple[str, str, str], ...]
+    num_errors: Mapping[str, int]  # all such rows by what a run needs
+    findings: tuple[Finding, ...]
+    labels: Mapping[str, int]  # records of each declared label
+    # by declared label, rows whose own is undeclared and differs in case and spaces alone
+    spelt_otherwise: Mapping[str, int]
+    lengths: Lengths | None  # None: no record can be used
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """All that was found: in the files of training, validation and test, and what was not looked at (`skipped`)."""
+
+    max_length: int
+    files: tuple[FileCheck, ...]
+    # by site its "declared" size, and the "true" number of records (or users) that it would train on
+    sizes: Mapping[str, Mapping[str, int]]
+    skipped: tuple[str, ...]
+
+
+def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
+    """Read the files of an experiment as a run would, and look at each record; token ids must be below `within`.
+
+    A DataError is raised only for what is a fault of a file and of no record, such as a missing one.
+    """
+    look = _Look(config, tokenizer, within)
+    files = tuple(look.file(path, use, site) for path, use, site in _files(config))
+    declared = config.declared_sizes().items()
+    sizes = {site: {"declared": size, "true": len(look.units[site])} for site, size in declared}
+    missing = f"near-duplicates: datasketch is not installed ({install_command('data')})"
+    skipped = [] if is_installed("datasketch") else [missing]
+    if look.earlier.is_full:
+        most = f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
+        skipped.append(f"duplicates beyond {duplicates.MOST_SAME:,} different records, near-duplicates beyond {most}")
+    return Checked(max_length=config.data.max_length, files=files, sizes=sizes, skipped=tuple(skipped))
+
+
+def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
+    """(file, what it is used for, the site whose file it is) of each; no site: it is dealt out, or the lead's."""
+    data = config.data
+    sites = config.federation.names if data.partition.kind == "file" else ("",)
+    files = [("train", data.train_file.replace(SITE, site), site) for site in sites]
+    files += [(use, name, "") for use, name in (("validation", data.validation_file), ("test", data.test_file)) if name]
+    for use, name, site in files:
+        path = resolve_file(name, shipped_folders(), key=f"data.{use}_file")
+        # From the working folder, where it lies in that: it stands before each error.
+        yield (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), use, site
+
+
+def labels_of(record: Record, data: DataSpec) -> Mapping[str, int]:
+    """The labels of a record, or the types of the entities in it, with how often each is there."""
+    if "labels" in record.fields:
+        return Counter(split_labels(record.fields["labels"], separator=data.label_separator))
+    return {record.fields["label"]: 1} if "label" in record.fields else entity_types(record.fields, data.labels)
+
+
+class _Look:
+    """A look at the files of one experiment, one after another."""
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:
+        self.task, self._config, self._data = config.bound_task, config, config.data
+        self.task.check_tokenizer(tokenizer, data=config.data)
+        self._tokenizer, self._within = tokenizer, within
+        self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
+        self.earlier = Earlier(alike=is_installed("datasketch"))
+        self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
+
+    def file(self, path: Path, use: str, site: str) -> FileCheck:
+        data, unit, form = self._data, self._config.privacy.unit, format_of(path)
+        rows, by_row, faults, errors = 0, form == ".json", Faults(), list[tuple[str, str, str]]()
+        self._found: dict[tuple[Kind, str, str], Finding] = {}  # in this file so far, by kind, what and column
+        self._texts: dict[bytes, tuple[int, int]] = {}  # in it by digest: the first line, and records that have it
+        uses, spelt_otherwise, labels = Counter[str](), Counter[str](), dict.fromkeys(data.labels, 0)
+        spellings = {spelling(label): label for label in reversed(data.labels)}
+        lengths: list[int] = []
+
+        def fault(record: Record) -> DataError | None:
+            error = self._fault(record)
+            if error is not None:  # perhaps by a label that is a declared one but for case and spaces
+                unknown = {spelling(label) for label in labels_of(record, data) if label not in labels}
+                spelt_otherwise.update(spellings[one] for one in unknown & spellings.keys())
+            elif data.partition.kind == "column" and record.fields.get("site") not in (*data.partition.sites, None):
+                error = DataError(record.at("site"), "another site", "must be one of data.partition.sites")
+            return error
+
+        def usable() -> Iterator[Record]:
+            """The records that a run can use; the others are errors, which quote nothing of them."""
+            nonlocal rows
+            for line, one in judged(path, self.task.columns(data, partition=use == "train", unit=unit), fault=fault):
+                rows += 1
+                if isinstance(one, Record):
+                    yield replace(one, line=rows) if by_row else one
+                    continue
+                faults.add(one, line)
+                if len(errors) < SHOWN:
+                    errors.append((f"row {rows} ({one.key})" if by_row else one.key, str(one.value), one.bound))
+
+        for some in chunks(usable()):
+            lengths += self._note_tokens(some)
+            for record in some:
+                its_use = self._use(record, site) if use == "train" else use
+                uses[its_use] += 1
+                for label in labels_of(record, data).keys() & labels.keys():
+                    labels[label] += 1
+                self._note_record(record, its_use)
+        # What the rows say beside what a run reads of them.
+        for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
+            for what, column in odd_texts(row, form) if not isinstance(row, DataError) else ():
+                self._note(number if by_row else line, "damage", what, column)
+        if shared := self._found.get(("shared", "", "")):
+            most = max(count for _, count in self._texts.values())
+            self._found["shared", "", ""] = replace(shared, what=f"(one is in {most:,})")
+        return FileCheck(
+            path=str(path),
+            places="lines" if form in (".jsonl", ".csv", ".tsv") else "rows",
+            rows=rows,
+            uses={use: uses[use] for use in _USES if use in uses},
+            errors=tuple(errors),
+            num_errors=faults.left_out(used=0).reasons,
+            findings=tuple(sorted(self._found.values(), key=lambda one: get_args(Kind).index(one.kind))),
+            labels=labels,
+            spelt_otherwise=dict(spelt_otherwise.most_common()),
+            lengths=_lengths(np.array(lengths)) if lengths and data.max_length > 1 else None,
+        )
+
+    def _use(self, record: Record, site: str) -> str:
+        """The use of a record of a training file; one that is trained on counts for its site."""
+        data, unit = self._data, self._config.privacy.unit
+        if side := lead_side(record, data, key=self._key, unit=unit):
+            return side
+        if not is_selected(record, fraction=data.train_fraction, key=self._key, unit=unit):
+            return "unused"
+        if is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
+            return "held out"
+        if not (name := site):  # the one to which a simulation deals it
+            names = self._config.federation.names
+            name = names[assign_site(record, data.partition, num_sites=len(names), key=self._key, unit=unit)]
+        units = self.units[name]
+        units.add(record.fields["user"] if unit == "user" else len(units))
+        return "train"
+
+    def _note(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
+        """Note a record by its line, and by that of the earlier one that it is like."""
+        one = self._found.get((kind, what, column)) or Finding(kind=kind, what=what, column=column)
+        lines = (*one.lines, (line, like))[:SHOWN]
+        self._found[kind, what, column] = replace(one, count=one.count + 1, lines=lines)
+
+    def _note_tokens(self, records: Sequence[Record]) -> list[int]:
+        """The lengths of the examples that a run would make of records, before any are cut."""
+
+        def read(records: Sequence[Record], length: int) -> tuple[TextDataset, list[int]]:
+            """The examples, and how many targets of each are learnt."""
+            data = replace(self._data, max_length=length)
+            examples = self.task.tokenise(records, self._tokenizer, data=data, lenient_within=self._within)
+            known = [np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets]
+            learnt = np.array(list(map(np.count_nonzero, known))).reshape(len(examples), -1).sum(axis=1)
+            return examples, learnt.tolist()
+
+        most = self._data.max_length
+        whole, left = read(records, max(most, _MOST_TOKENS))
+        long = [place for place, tokens in enumerate(whole.lengths) if tokens > most]
+        fitted = read([records[place] for place in long], most)[1] if long else []
+        for place, count in zip(long, fitted, strict=True):
+            if self._data.windows == 1 or count < left[place]:
+                self._note(records[place].line, "cut")
+            if 0 < count < left[place]:
+                self._note(records[place].line, "lost")
+            left[place] = count
+        for record, count, hides in zip(records, left, self.task.hide_parts(whole, data=self._data), strict=True):
+            if not count:
+                self._note(record.line, "unlearnt")
+            if hides:
+                self._note(record.line, "hidden")
+        return [int(length) for length in whole.lengths]
+
+    def _note_record(self, record: Record, use: str) -> None:
+        """Note what is odd in a record's own values, and what it shares with earlier ones."""
+        data, line, twins = self._data, record.line, self.earlier.twins(record, use)
+        same, alike = ([one for one in twins[kind] if one.use == use] for kind in get_args(Likeness))
+        own_same, own_alike = ([one for one in some if one.answer == record.answer] for some in (same, alike))
+        others, near_others = ([one for one in twins[kind] if one.use != use] for kind in get_args(Likeness))
+        here: _Likes = (("same", own_same), ("contradiction", same), ("alike", own_alike))
+        elsewhere: _Likes = (("overlap", others), ("near_overlap", near_others))
+        for likes in (here, elsewhere):  # in each the first that there is
+            if found := next(((kind, some[0]) for kind, some in likes if some), None):
+                kind, twin = found
+                self._note(line, kind, twin.use if likes is elsewhere else "", like=twin.line)
+        if entities_of(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
+            self._note(line, "scheme")
+        for way in misplaced(record.fields):
+            self._note(line, "torn", way)
+        if self.task.texts(data) > data.windows:
+            self._note_shared_texts(record)
+        for what, column in input_of(data).odd(record, data):
+            self._note(line, "declared", what, column)
+        odd: dict[tuple[Kind, str, str], None] = {}
+        for role, text in record.texts():
+            odd |= dict.fromkeys(("personal", kind, data.columns[role]) for kind, *_ in identifiers(text))
+            odd |= dict.fromkeys(("damage", what, data.columns[role]) for what in damage(text) if what not in ODD_TEXTS)
+        for one in odd:
+            self._note(line, *one)
+
+    def _note_shared_texts(self, record: Record) -> None:
+        """Note a record of several texts if an earlier one has one of them, too."""
+        earlier = []
+        for text in {text for _, text in record.texts()}:
+            digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+            line, count = self._texts.get(digest, (record.line, 0))
+            earlier += [line] if count else []
+            if count or len(self._texts) < duplicates.MOST_SAME:
+                self._texts[digest] = line, count + 1
+        if earlier:
+            self._note(record.line, "shared", like=min(earlier))
+
+
+def _lengths(lengths: npt.NDArray[np.int64]) -> Lengths:
+    median, most_of_them = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.9))
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    step = math.ceil((longest + 1 - shortest) / _BINS)
+    counts = enumerate(np.bincount((lengths - shortest) // step).tolist())
+    bins = tuple((shortest + place * step, shortest + (place + 1) * step - 1, count) for place, count in counts)
+    return Lengths(median=median, most_of_them=most_of_them, longest=longest, bins=bins)

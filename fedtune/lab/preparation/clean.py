@@ -1,0 +1,197 @@
+"""A new file with what a site wants to keep of an old one, row by row, or with more columns; the old one stays.
+
+To drop duplicates couples records: whether one is there goes by the others.  A site may do that before it declares its
+data.  The guarantee is then about the records of the new file, and says nothing of those that were dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from fedtune.data.formats import raw_rows
+from fedtune.data.records import Fault, Record, record_of
+from fedtune.data.text_rows import Row
+from fedtune.data.tokenise import whole_texts
+from fedtune.data.values import OPTIONAL_ROLES, is_written
+from fedtune.lab.preparation.duplicates import Earlier, words_said
+from fedtune.lab.preparation.patterns import damage, identifiers, masked
+from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
+from fedtune.spec import ConfigError, DataError
+from fedtune.words import jsonable
+
+RULES: Mapping[str, str] = {
+    "empty": "a value that a record must have is blank or absent",
+    "unusable": "a run cannot use the row, for whatever reason",
+    "duplicates": "an earlier row says the same, and has the same answer",
+    "near-duplicates": "an earlier row says almost the same, and has the same answer",
+    "personal": "something in it looks like a personal identifier",
+    "damaged": "its encoding is damaged",
+}
+"""Rules for dropping rows.  A row that cannot be read is dropped in any case, for nobody can write it."""
+UNREADABLE = "unreadable"
+_MOST_TOKENS = 256  # of a text, for its topic; the rest is not read
+
+
+class Cleaning:
+    """The rules of one cleaning, out of `RULES`, and kinds of likely identifiers to mask, but not in marked texts.
+
+    `columns` are role to column, `named` also those of the settings that this run does not read.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, str], fault: Fault, *, drop: Collection[str], mask: bool, named: Mapping[str, str]
+    ) -> None:
+        if mask and (marks := {"tags", "spans"} & {*columns, *named}):
+            bound = f"must be left out where words are marked (role {min(marks)}): the marks would stand on other words"
+            raise ConfigError("--mask", "personal", bound)
+        self.drop, self.mask = drop, mask
+        self._columns, self._fault = columns, fault
+        self._as_it_is = {column for role, column in {**named, **columns}.items() if not is_written(role)}
+        self._earlier = Earlier(alike="near-duplicates" in drop)
+
+    def reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
+        """By which rules a row is dropped, the first of which counts."""
+        if isinstance(row, DataError):
+            yield UNREADABLE
+            return
+        try:
+            record = record_of(row, self._columns, file=file, line=line)
+        except DataError:
+            needed = [row.get(column) for role, column in self._columns.items() if role not in OPTIONAL_ROLES]
+            if any(value is None or (isinstance(value, str) and not value.strip()) for value in needed):
+                yield "empty"
+            yield "unusable"
+            return
+        if self._fault(record) is not None:
+            yield "unusable"
+        texts = [text for _, text in record.texts()]
+        if "personal" in self.drop and any(map(identifiers, texts)):
+            yield "personal"
+        if "damaged" in self.drop and any(any(damage(text)) for text in texts):
+            yield "damaged"
+        if not {"duplicates", "near-duplicates"} & set(self.drop):
+            return
+        # Last, since a record that is dropped is no earlier one.
+        twins = self._earlier.twins(record)
+        for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
+            if any(twin.answer == record.answer for twin in some):
+                yield rule
+
+    def changed(self, row: Row, kinds: Counter[str]) -> Row:
+        """The row with its identifiers masked, but in what no role has for a text: answers, features, sites, users."""
+
+        def text_of(value: str) -> str:
+            text, found = masked(value)
+            kinds.update(found)
+            return text
+
+        def number_of(digits: str) -> int | str:
+            text = text_of(digits)
+            return int(digits) if text == digits else text
+
+        def inner(value: Any) -> Any:
+            match value:
+                case list():
+                    return [inner(one) for one in value]
+                case dict():
+                    return {key: inner(one) for key, one in value.items()}
+                case str() if value.lstrip().startswith(("[", "{")):
+                    # Text that is JSON is masked within, and stays JSON; a whole number may be one of a telephone.
+                    with suppress(ValueError, RecursionError):
+                        json.loads(value)  # whole: what is no JSON is counted as a text
+                        before = kinds.total()
+                        inside = inner(json.loads(value, parse_int=number_of))
+                        return json.dumps(inside, ensure_ascii=False) if kinds.total() > before else value
+            return text_of(value) if isinstance(value, str) else value
+
+        return {column: value if column in self._as_it_is else inner(value) for column, value in row.items()}
+
+
+class Coding(Cleaning):
+    """Declared codes as new columns: `topic`, the nearest text of a public list, and `length`, a class of words.
+
+    Guarantee: a record's codes follow from its own texts, the list, the model and the bounds.  The model reads one
+    record at a time, so that not even rounding depends on another.  One record more or less in the old file is one row
+    more or less in the new one, and what a run promises of the new file it promises of the old one.
+
+    `columns` are role to column of the texts that codes are about; `votes` is a model of task votes, whose candidate is
+    the topic (None: no topics); a text without tokens of `tokenizer` is read as token 0; `bounds` are the most words of
+    each class of length but the last, rising.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, str], votes: TaskModelSpec | None, tokenizer: Any, *, bounds: Sequence[int]
+    ) -> None:
+        super().__init__(columns, lambda record: None, drop=("empty", "unusable"), mask=True, named={})
+        self.codes: dict[str, tuple[str, ...]] = {}
+        self._tokenizer, self._bounds = tokenizer, bounds
+        if votes is not None:
+            from fedtune.model.fits import usable_positions
+            from fedtune.tasks.task_model import build_task_model
+
+            self.codes["topic"], self._model = votes.labels, cast(Any, build_task_model(votes))
+            self._most = min(_MOST_TOKENS, usable_positions(self._model.base.get_base_model()) or _MOST_TOKENS)
+        if bounds:
+            between = (f"{low + 1} to {high} words" for low, high in pairwise(bounds))
+            self.codes["length"] = (f"up to {bounds[0]} words", *between, f"over {bounds[-1]} words")
+
+    def changed(self, row: Row, kinds: Counter[str]) -> Row:
+        """The row with its codes; a ConfigError says that it has such a column."""
+        record, places = record_of(row, self._columns, file="", line=0), dict[str, int]()
+        if "topic" in self.codes:
+            said, within = [(Record({"text": record.said}), ("text",))], self._model.num_ids
+            (ids,), _ = whole_texts(said, self._tokenizer, max_length=self._most, lenient_within=within)
+            alone = torch.from_numpy(ids)[None]
+            with torch.no_grad():
+                embedding = self._model.task.embed(self._model, alone, torch.ones_like(alone))
+            places["topic"] = int((embedding @ self._model.get_buffer("candidates").T).argmax())
+        if "length" in self.codes:
+            places["length"] = bisect_left(self._bounds, sum(word is not None for word in words_said(record)))
+        for column in places.keys() & row.keys():
+            raise ConfigError("FILE", column, "must not have this column: a new one gets its name")
+        found = {column: self.codes[column][place] for column, place in places.items()}
+        kinds.update(f"{column}: {code}" for column, code in found.items())
+        return {**row, **found}
+
+
+@dataclass(kw_only=True, slots=True)
+class Cleaned:
+    """The outcome for a file: rows `dropped` by rule, `masked` identifiers by kind; or of a `Coding`, rows by code."""
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    masked: Counter[str] = field(default_factory=Counter)
+
+
+def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
+    """Write the rows of a file that are kept to a stream, as JSON lines under the names of their columns.
+
+    Raises:
+        DataError: the file cannot be read, or no row is kept.
+    """
+    done = Cleaned()
+    for line, row in raw_rows(path):
+        reasons = cleaning.reasons(row, file=str(path), line=line)
+        rule = next((one for one in reasons if one in (UNREADABLE, *cleaning.drop)), None)
+        if rule is not None or isinstance(row, DataError):
+            done.dropped[str(rule)] += 1
+            continue
+        # What JSON has no form for, such as a date, as text, and a number that is none as null.
+        written = jsonable(cleaning.changed(row, done.masked) if cleaning.mask else row)
+        try:
+            stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
+        except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
+            stream.write(f"{json.dumps(written, default=str)}\n".encode())
+        done.kept += 1
+    if not done.kept:
+        raise DataError(str(path), "no row is kept", "must have a row that is not dropped")
+    return done

@@ -1,0 +1,506 @@
+"""The kind of training that the columns of a data file suit, and why: for the file's owner, and for no run or site."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.text_rows import Row
+from fedtune.lab.preparation.columns import (
+    NAMES,
+    SHARD,
+    WORDS,
+    Column,
+    listed,
+    no_rows,
+    numbered,
+    other_images,
+    refusal,
+)
+from fedtune.lab.preparation.patterns import ODD_TEXTS, odd_texts
+from fedtune.spec import ConfigError, DataError
+
+Kind: TypeAlias = str  # one of `KINDS`
+KINDS: Mapping[Kind, Sequence[str]] = {kind: said.split(" = ") for kind, said in WORDS["kind"].items()}
+"""In words, and the experiment of conf/ that such records begin in."""
+SHOWN_ROWS = 5
+OPEN = "???"  # in place of a setting that a person must give
+Form: TypeAlias = Literal["table", "texts"]
+Roles: TypeAlias = dict[str, tuple[Column, str]]  # by role the column that has it, and why
+
+
+class _Part(NamedTuple):
+    """A column that a kind of file has."""
+
+    role: str  # of fedtune
+    names: Sequence[str]  # that it may have, the usual first
+    fits: str = "is_text"  # the attribute of a column whose values suit
+    optional: bool = False  # whether the kind can do without it
+
+    @property
+    def bound(self) -> str:
+        """What its values must be, as the end of a message."""
+        return f"must hold {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
+
+
+def _parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
+    return tuple(_Part(role, NAMES.get(some, ()), fits) for role, some in names.items())
+
+
+_SYSTEM = _Part("system", ("system", "systemprompt"), optional=True)
+_CONTEXT = _Part("input", NAMES["contexts"], "is_context", optional=True)
+_PROMPT, _COMPLETION = _Part("prompt", NAMES["prompts"], "is_asked"), _Part("completion", NAMES["completions"])
+_BOTH, _BELONGS = {"chosen": "chosen", "rejected": "rejected"}, {"anchor": "anchors", "positive": "positives"}
+_FOLLOWED = (_Part("time", (), "is_number"), _Part("event", (), "is_event"))
+_BESIDE = (_Part("user", (), "is_id"), _Part("site", (), "is_label"))  # any kind of records
+_IMAGE, _ASKED = _Part("image", NAMES["images"], "is_image"), NAMES["prompts"] + NAMES["chats"]
+_INPUTS, _TIMED = frozenset({"text", "text_pair", "image"}), frozenset({"time", "event"})
+_ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)  # what may be chosen of an answer
+_MAY_ANSWER = [*NAMES["labels"], *NAMES["topics"], *NAMES["numbers"], *NAMES["completions"], *NAMES["positives"]]
+_BY_FORM = {"tags": "is_tags", "spans": "is_spans", "tokens": "are_words", "text": "is_prose"}
+"""By role what a column is that may be called anything, if it alone is that."""
+_BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
+
+
+def _layouts(pair: Sequence[Column]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]:
+    """Files that are known by the names of their columns, of which the first that fits counts; `pair`: of two texts."""
+    texts = [_Part(role, [one.key]) for role, one in zip(("text", "other"), pair, strict=False)]
+    yield "entities", (_Part("tokens", NAMES["tokens"], "is_tokens"), _Part("tags", NAMES["tags"], "is_tags"))
+    yield "entities", (_Part("text", (*NAMES["texts"], "data")), _Part("spans", NAMES["spans"], "is_spans"))
+    yield "preferences", _parts(_BOTH, "is_whole_chat")
+    yield "preferences", (_Part("messages", _ASKED, "is_chat"), *_parts(_BOTH, "is_chat"))
+    yield "preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_parts(_BOTH))
+    yield "chat", (_Part("messages", NAMES["chats"], "is_chat"), _SYSTEM)
+    yield "triplets", _parts(_BELONGS | {"negative": "negatives"})
+    yield "scored", (*(texts or _parts({"text": "", "other": ""})), _Part("target", _SCORES, "is_score"))
+    # What is asked of a text is answered in words, however few the answers are.
+    yield "pairs", (_PROMPT, _Part("input", NAMES["contexts"]), _SYSTEM, _COMPLETION)
+    yield "pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits="is_completion"))
+
+
+_ROLES = "text label prompt completion system messages chosen rejected tokens tags spans time event image anchor "
+_ROLES += "positive negative other user site"
+_OTHERWISE = {"context": "input", "score": "target", "text-pair": "text_pair"}
+OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | _OTHERWISE
+"""Role of a column: on the command line, and in settings."""
+_OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The kind of a file and the roles of its columns."""
+
+    path: Path
+    rows: int  # that can be read
+    faults: Sequence[DataError]  # what is wrong with the first of the others
+    num_faults: int  # all of them
+    columns: Mapping[str, Column]
+    first: Sequence[Row]
+    kind: Kind
+    roles: Mapping[str, str]  # role to column; `user` where a column says whose each record is
+    why: Mapping[str, str]  # by role, why this column has it
+    notes: tuple[str, ...]  # what else the person should know of the columns
+    features: tuple[str, ...] = ()  # columns of a table that are a record's vector
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many values are each label, or entities of each type, most first; empty where the kind has none."""
+        column_of = {role: self.columns[name] for role, name in self.roles.items()}
+        if marked := column_of.get("tags") or column_of.get("spans"):
+            return dict(marked.entities.most_common())
+        if several := column_of.get("labels"):
+            return dict(several.parts[several.separator or "["].most_common())
+        return dict(column_of["label"].labels.most_common()) if "label" in column_of else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of `data` about the answers, beside their labels."""
+        if "target" in self.roles:
+            return {"target_range": self.columns[self.roles["target"]].scale or OPEN}
+        if "event" in self.roles:
+            values = self.columns[self.roles["event"]].event_values
+            return {} if values in (("0", "1"), ("false", "true")) else {"event_values": values}
+        separator = self.columns[self.roles["labels"]].separator if "labels" in self.roles else None
+        return {"label_separator": separator} if separator not in (None, "[") else {}
+
+    @property
+    def options(self) -> Iterator[tuple[str, str, str, str]]:
+        """(role, column, why, what chooses another) of each role."""
+        for role, one in ((role, self.columns[name]) for role, name in self.roles.items()):
+            more = f"; it holds numbers from {one.least:g} to {one.most:g}" if role in ("time", "target") else ""
+            yield role, one.name, self.why[role] + more, f"--{_OPTION_OF[role]} COLUMN"
+
+    @property
+    def unread(self) -> Iterator[tuple[str, str]]:
+        """(column, why) of each that no run reads."""
+        for one in self.columns.values():
+            if one.name not in (*self.roles.values(), *self.features):
+                why, teaches = one.why("unread"), {"prompt", "messages"} & set(self.roles)
+                yield one.name, why.replace("--text-pair", "--context") if teaches else why
+            elif one.is_chat:
+                yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
+
+
+def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
+    """Read a file once and say what it is.
+
+    `chosen` (option to column) and `form` (of a file with an answer) are as a person says; `by_person`: a column that
+    looks like persons is taken for the unit.  A DataError is about the file, a ConfigError about what was chosen.
+    """
+    columns, first, faults = dict[str, Column](), list[Row](), list[DataError]()
+    kind_of_file, rows, num_faults = format_of(path), 0, 0
+    odd = defaultdict[tuple[str, str], list[int]](list)  # lines by what is odd, and column
+    for number, (line, row) in enumerate(raw_rows(path), 1):
+        if isinstance(row, DataError):
+            num_faults += 1
+            faults += [row] if num_faults <= SHOWN_ROWS else []
+            continue
+        rows += 1
+        for place in odd_texts(row, kind_of_file):
+            odd[place].append(line)
+        first += [row] if rows <= SHOWN_ROWS else []
+        for name, value in row.items():
+            if name not in columns:
+                columns[name] = Column(name)
+            columns[name].note(value, number)
+    if not rows:
+        raise faults[0] if faults else no_rows(path)
+    for column in columns.values():
+        column.judge(rows)
+    for some in numbered(columns.values()):  # as one of them is, so are the others
+        for column in some:
+            column.judge(rows, may_be_label=False)
+    if not chosen and kind_of_file in (".csv", ".tsv"):
+        _require_header(columns, path)
+    for option, name in chosen.items():
+        if name not in columns:
+            raise ConfigError(f"--{option}", name, f"must be one of the columns {listed(columns)}")
+    if len(set(chosen.values())) < len(chosen):
+        raise ConfigError(f"--{option}", name, "must be another column than the other options name")
+    roles = {OPTIONS[option]: columns[name] for option, name in chosen.items()}
+    _require_fit([*_BESIDE, _IMAGE, *_FOLLOWED], roles)
+    beside = {part.role: roles.pop(part.role) for part in _BESIDE if part.role in roles}
+    free = [one for one in columns.values() if one not in beside.values()]
+    kind, found = (guess := _Guess(free, roles, path, form)).made()
+    found |= {role: (one, "chosen") for role, one in beside.items()}
+    taken = [one for one, _ in found.values()]
+    people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one not in taken)
+    if by_person and people and "user" not in beside:  # where a column says whose a record is, the first that does
+        why = "its name: whose a record is (--unit record protects each record alone)"
+        found["user"] = columns[people[0][1]], why
+    odd_notes = (
+        f"{column}: {len(lines):,} of its values have {ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
+        for (what, column), lines in odd.items()
+    )
+    images = other_images(path) if kind_of_file == "classes" else ""
+    skipped = [f"{images} images beside them are not read: convert them to PNG, JPEG or WebP."] if images else []
+    return Found(
+        path=path,
+        rows=rows,
+        faults=faults,
+        num_faults=num_faults,
+        columns=columns,
+        first=first,
+        kind=kind,
+        roles={role: one.name for role, (one, _) in found.items()},
+        why={role: why for role, (_, why) in found.items()},
+        notes=(*guess.notes(found), *odd_notes, *skipped),
+        features=tuple(one.name for one in guess.features(but=taken)) if kind == "table" else (),
+    )
+
+
+def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, Column]) -> None:
+    """Refuse a chosen column whose values are not what its role needs."""
+    for part in parts:
+        one = chosen.get(part.role)
+        if one is not None and not getattr(one, part.fits):
+            bound = one.fault if part.role in ("tags", "spans") and one.fault else part.bound
+            raise ConfigError(f"--{_OPTION_OF[part.role]}", one.name, bound)
+
+
+def _require_header(columns: Mapping[str, Column], path: Path) -> None:
+    """Refuse a table whose first row looks like a record or a note: its texts would become the names of the columns."""
+    filled = [one for one in columns.values() if one.filled]
+    unnamed = [one for one in filled if one.name.startswith("(column ")]
+    # Without a header one of them is among the column's values, and the texts' as long; a class may be called so, too.
+    longest = max(columns.values(), key=lambda one: one.mean_characters)
+    is_long = longest.key not in NAMES["texts"] and 3 * len(longest.name) >= longest.mean_characters
+    own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
+    odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
+    if odd or len(unnamed) > 1:
+        raise refusal(path, "header", odd or unnamed)
+    if own and is_long:
+        raise refusal(path, "no_header", own[:1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """Guesses the roles of columns by what was chosen, then names that data sets share, then values; or asks."""
+
+    every: Sequence[Column]
+    chosen: Mapping[str, Column]
+    path: Path
+    form: Form | None
+
+    def made(self) -> tuple[Kind, Roles]:
+        roles, pair = set(self.chosen), self._pair()
+        if roles == {"text"}:
+            return "text", {"text": (self.chosen["text"], "chosen; without --label its texts alone are learnt")}
+        for what, some, other in self._unwanted() if not roles else ():
+            if some:
+                raise refusal(self.path, what, some, other)
+        layouts = [one for one in _layouts(pair) if roles <= {part.role for part in one[1]}]
+        for kind, parts in layouts if self.form is None else ():
+            if found := self._laid_out(parts):
+                return "instructions" if kind == "pairs" and found["prompt"][0].key == "instruction" else kind, found
+        if not {"text", "image"} <= roles and any(roles - _INPUTS <= answer for answer in _ANSWERS):
+            if answered := self._answered(pair):
+                return answered
+            text = self._text("is_prose") or (None if self.features() else self._text("is_short"))
+            if text and not roles and self.form != "table":
+                others = [one for one in self._texts("is_prose") if 2 * one.mean_characters >= text[0].mean_characters]
+                others += [one for one in self.every if one.is_image]
+                if len(others) > 1:
+                    raise refusal(self.path, "texts", others)
+                return "text", {"text": (text[0], f"{text[1]}; no label stands beside it")}
+        raise self._misfit(layouts)
+
+    def notes(self, found: Roles) -> Iterator[str]:
+        """What the person should know of the columns that have these roles, or could."""
+        used = {one.name for one, _ in found.values()}
+        for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
+            if role in found and getattr(found[role][0], holds):
+                yield WORDS["notes"][role].format(found[role][0])
+        times, events = self._timed()
+        if times and "label" in found and found["label"][0] in events:
+            yield WORDS["notes"]["followed"].format(found["label"][0], times[0])
+        yield from (f"{one.name}: {one.why('unread')}." for one in self.every if one.is_mark and one.name not in used)
+        if shard := SHARD.search(self.path.name):
+            yield WORDS["notes"]["shard"].format(shard[1])
+
+    def features(self, *, but: Collection[Column] = ()) -> list[Column]:
+        """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
+        return [one for one in self.every if one.is_feature and one not in but]
+
+    def _laid_out(self, parts: Sequence[_Part]) -> Roles | None:
+        """The columns of one layout; None: one that it needs is not there."""
+        found: Roles = {}
+        needed = [part for part in parts if not part.optional]
+        for part in (*needed, *(part for part in parts if part.optional)):
+            one, why = self.chosen.get(part.role), "chosen"
+            if one is None and not (part.optional and all(other.role in self.chosen for other in needed)):
+                but = (*(other for other, _ in found.values()), *self.chosen.values())
+                alike = [other.key for other in self.every if getattr(other, _BY_FORM.get(part.role, ""), False)]
+                one = self._named([*part.names, *alike[: len(alike) == 1]], part.fits, but=but)
+                why = _BY_VALUES if one is not None and one.key not in part.names else "its name"
+            if one is not None and getattr(one, part.fits):
+                found[part.role] = one, why
+            elif not part.optional or one is not None:
+                return None
+        return {part.role: found[part.role] for part in parts if part.role in found}
+
+    def _answered(self, pair: Sequence[Column]) -> tuple[Kind, Roles] | None:
+        """An image, a text, two texts or a table with an answer; which answer it is does not depend on which it is."""
+        is_open, texts = self.form is None and not {"image", "text"} & set(self.chosen), self._texts("is_prose")
+        for one in self.every if is_open else ():
+            if one.other_images and (not texts or one.key in NAMES["images"]):
+                raise refusal(self.path, "ending", [one], one.other_images)
+        kind, roles = self._with_answer()
+        but = [one for one, _ in roles.values()]
+        features, text = self.features(but=but), None if self.form == "table" else self._text("is_prose", but=but)
+        if not roles:
+            return None
+        if self.form is None and (image := self._image(text)):
+            return "images", {"image": image, **roles}
+        if text is None and self.form != "table":
+            text = self._text("is_text" if self.form else "is_short", but=but)
+            if text and features and self.form is None:
+                raise refusal(self.path, "few_words", [text[0]], listed(one.name for one in features))
+        if text is None:
+            return ("table", roles) if features and self.form != "texts" else None
+        if text[0] in pair:
+            return kind, {"text": (pair[0], text[1]), "text_pair": (pair[1], "its name beside the other's"), **roles}
+        return kind, {"text": text, **roles}
+
+    def _with_answer(self) -> tuple[Kind, Roles]:
+        """The columns of the answer, and the kind of texts that have it; none where the file has no answer."""
+        chosen = set(self.chosen)
+        is_open = chosen <= _INPUTS and not self._named(NAMES["answers"], "is_answer")
+        timed = self._followed() if chosen & _TIMED or is_open else None
+        answer = None if timed or chosen & _TIMED else self._answer()
+        if answer is None:
+            return "followed", timed or {}
+        if answer[0].separator is not None:
+            return "tagged", {"labels": answer}
+        return ("labelled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
+
+    def _followed(self) -> Roles | None:
+        """A time and whether an event came by it; a person is asked where other values than an event's stand there."""
+        times, events = self._timed()
+        if not _TIMED & set(self.chosen):
+            if not times or not events or not {*self._usual()} <= {*events}:
+                return None
+            is_one = len(times) == len(events) == 1 and not self._usual()
+            if not (is_one and times[0].is_called_time and events[0].is_event):
+                raise refusal(self.path, "event", events, listed(one.name for one in times))
+        named = zip(_FOLLOWED, (times, events), strict=True)
+        return self._laid_out([part._replace(names=[one.key for one in some]) for part, some in named])
+
+    def _timed(self) -> tuple[list[Column], list[Column]]:
+        """The columns that may be a time up to an event, those that are called so before others, and the events."""
+        events = [one for one in self.every if one.may_be_event]
+        times = [one for one in self.every if one.may_be_time and any(event.is_event for event in events)]
+        return [one for one in self.every if one.is_called_time] or times, events
+
+    def _answer(self) -> tuple[Column, str] | None:
+        """The column of the answer, and why; where several could be it, a person is asked."""
+        if one := self.chosen.get("label") or self.chosen.get("target"):
+            if not one.is_answer:
+                raise ConfigError("--label" if "label" in self.chosen else "--score", one.name, one.why("no_answer"))
+            return one, "chosen"
+        self._require_read(NAMES["answers"])
+        one = self._named(NAMES["answers"], "is_answer", but=self.chosen.values()) or self._only_answer()
+        if one is None:
+            return None
+        names = self._named([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
+        if names and names.is_label and one.is_number:
+            return names, f"the names of {one.name}"
+        is_named = one.is_called_answer or one.key in (*NAMES["topics"], *NAMES["numbers"])
+        return one, "its name" if is_named else _BY_VALUES
+
+    def _only_answer(self) -> Column | None:
+        """The one column that may be the answer: with a name that answers often have, or else by its values."""
+        usual, others = self._usual(), [one for one in self.every if one not in self.chosen.values()]
+        is_text = any(one.is_prose for one in self.every)
+        if not usual:
+            longest = max((one.longest for one in self.every if one.is_prose), default=0)
+            marked = [one for one in self.every if one.is_lone_answer or one.is_tags or 0 < one.furthest <= longest]
+            self._require_read(_MAY_ANSWER, others=marked)
+        few = [one for one in others if one.may_be_answer and (one.is_label or (one.is_list and one.several["["]))]
+        numbers = [one for one in others if one.may_be_answer and one.is_number and one not in few]
+        if not few or self._is_of_texts():  # in a table, one column of few values among numbers is not yet the answer
+            numbers = [one for one in numbers if one.key in NAMES["numbers"]]
+        binary = [one for one in few if one.is_binary]
+        if len(usual) == 1 < len(binary) and usual[0] in binary and is_text:
+            usual = binary  # marks of several labels beside a text
+        people = [one for one in others if one.may_be_one_of_few] if few or numbers else []
+        found = usual or [*few, *people, *numbers] or [one for one in others if one.is_place and one.is_label]
+        if len(found) > 1:
+            lists = ", or as one column of lists with the labels' names" * (len(binary) > 1 and is_text)
+            raise refusal(self.path, "answers", found, lists)
+        return found[0] if found else None
+
+    def _usual(self) -> list[Column]:
+        """Columns of few values, or lists of such, with a name that answers to such a record often have."""
+        topics = NAMES["topics"] if self._is_of_texts() else ()
+        few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
+        return [one for one in few if one.is_called_answer or one.key in topics]
+
+    def _is_of_texts(self) -> bool:
+        """Its records are texts or images, and no rows of a table."""
+        others = any(one.is_short or one.is_image for one in self.every)
+        return self.form != "table" and (others or bool(self._texts("is_prose")))
+
+    def _require_read(self, names: Sequence[str], *, others: Iterable[Column] = ()) -> None:
+        """Refuse a column that is called an answer, or is one of `others`, and is none: others would be learnt."""
+        named = [one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))]
+        unread = [one for one in named if one.is_unread_answer or one.is_lone_answer]
+        for one in (one for one in (*unread, *others) if one not in self.chosen.values()):
+            raise refusal(self.path, "unread", [one], one.why("no_answer"))
+
+    def _image(self, text: tuple[Column, str] | None) -> tuple[Column, str] | None:
+        """The column of images: by its name, or the only one where no text is beside it; of a kind that is read."""
+        if {"image", "text"} & set(self.chosen):
+            return (self.chosen["image"], "chosen") if "image" in self.chosen else None
+        found = [one for one in self.every if one.is_image and (text is None or one.key in NAMES["images"])]
+        if named := self._named(NAMES["images"], "is_image"):
+            return named, "its name"
+        if len(found) > 1:
+            raise refusal(self.path, "images", found)
+        return (found[0], _BY_VALUES) if found else None
+
+    def _text(self, fits: str, *, but: Collection[Column] = ()) -> tuple[Column, str] | None:
+        """The column with the texts, by its name or else by their length, and why."""
+        if "text" in self.chosen:
+            return self.chosen["text"], "chosen"
+        others = self._texts(fits, but=but)
+        texts = [one for one in others if not one.is_label] or others
+        if named := self._named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
+            return named, "its name"
+        if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._pair()}:
+            raise refusal(self.path, "texts", texts)
+        return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
+
+    def _texts(self, fits: str, *, but: Collection[Column] = ()) -> list[Column]:
+        """The columns that a record may be about; a remark that few rows have is not."""
+        others = [one for one in self.every if getattr(one, fits) and one not in but and not one.unread]
+        others = [one for one in others if not (one.is_person or one.is_of_records)]
+        most = max((one.filled for one in (*others, *self.features(but=but))), default=0)
+        return [one for one in others if 2 * one.filled >= most]
+
+    def _named(self, names: Sequence[str], fits: str, *, but: Iterable[Column] = ()) -> Column | None:
+        """The column with the first of these names whose values suit."""
+        by_key = defaultdict[str, list[Column]](list)
+        for one in (one for one in self.every if getattr(one, fits) and one not in but):
+            by_key[one.key].append(one)
+        found = next((by_key[name] for name in names if name in by_key), [])
+        if len(found) > 1:
+            raise refusal(self.path, "alike", found)
+        return found[0] if found else None
+
+    def _pair(self) -> Sequence[Column]:
+        """Two columns of texts whose names belong together, the first one first; none: there are no such."""
+        if second := self.chosen.get("text_pair"):
+            text = self._text("is_text", but=[second])
+            return [text[0], second] if text else ()
+        alike = [[self._named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
+        found = [[one for one in some if one] for some in alike]
+        others = {*NAMES["rivals"], *NAMES["turns"], *NAMES["negatives"]}
+        found += [some for some in numbered(self.every) if not others & set(some[0].words)]
+        two = [some for some in found if len(some) == 2 and not any(one.is_label for one in some)]
+        return two[0] if two and "text" not in self.chosen else ()
+
+    def _unwanted(self) -> Iterator[tuple[str, Sequence[Column], object]]:
+        """What is not to be learnt as it stands (taken back, or spread over rows or columns), and what shows it."""
+        prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
+        answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
+        flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
+        yield "unwanted", [one for one in self.every if one.is_review], "a record"
+        yield "unwanted", flags, answers.name if answers else ""
+        parts = [one for one in self.every if one.is_tag or (one.key in NAMES["speakers"] and one.is_speaker)]
+        yield "rows", parts, ""
+        for some in numbered(self.every):
+            judges = [one for one in self.every if one.judges(some)]
+            rival, turn, negative = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
+            is_odd = rival or turn or judges or (len(some) > 2 and not negative)
+            yield "several", [*some, *(judges[:1] if not turn else [])] if is_odd else [], ""
+        laid_out = {kind for kind, parts in _layouts(()) if self._laid_out(parts)}
+        for roles, other in ((_BOTH, "prompt, what they answer"), (_BELONGS, "negative, what does not belong to them")):
+            some = [one for what in roles.values() if (one := self._named(NAMES[what], "is_said"))]
+            yield "belong", some if len(some) > 1 and not laid_out & {"preferences", "triplets"} else [], other
+
+    def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
+        """Why what was chosen makes no kind of file, or why the file is none."""
+        _require_fit((part for _, parts in layouts for part in parts), self.chosen)
+        if self.chosen:
+            role, one = list(self.chosen.items())[-1]
+            beside = [[part.role for part in parts if not part.optional] for _, parts in layouts]
+            gaps = ([role for role in roles if role not in self.chosen] for roles in beside)
+            missing = min(gaps, key=len, default=[])
+            needs = " and ".join(f"--{_OPTION_OF[other]}" for other in missing)
+            others = ", ".join(f"--{_OPTION_OF[other]}" for other in self.chosen if other != role)
+            others = others or "what else this file has: an answer stands beside a text, an image or a table"
+            bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
+            return ConfigError(f"--{_OPTION_OF[role]}", one.name, bound)
+        named = listed(f"{one.name} ({one.holds})" for one in self.every)
+        bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
+        for one in self.every[:SHOWN_ROWS]:
+            bound += f"; {one.name}: {one.why('unread')}" if one.filled and not one.is_feature else ""
+        if chat := self._named(NAMES["chats"], "filled") or next((one for one in self.every if one.keys), None):
+            bound += f", or in {chat.name} turns with role and content, or from and value"
+        return DataError(str(self.path), f"columns {named or 'without a name'}", bound)

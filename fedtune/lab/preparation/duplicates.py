@@ -1,0 +1,198 @@
+"""The records that say what another says: the same by a digest, almost by MinHash, or a run of the same words.
+
+A record is compared with those before it, so that what is found of it depends on them.  That is why no run does this:
+one record more would change what becomes of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from fedtune.data.records import Record
+from fedtune.data.text_rows import at_line
+from fedtune.data.values import UNSPACED, one_form
+from fedtune.extras import is_installed
+from fedtune.lab.preparation.patterns import identifiers
+
+SAME = 0.8  # texts are alike that share so much of their runs of five letters (Jaccard)
+MOST_SAME, MOST_ALIKE, MOST_LETTERS = 500_000, 100_000, 20_000_000
+"""Records that are compared at most, and of those that are alike also letters: about 150 MB each, and a minute."""
+_RUN = 5
+_LEAST, _FIRST = 20, 2_000
+"""Of a text's letters: with fewer, one word decides how alike two texts are; more than the first are not compared."""
+_BANDS, _ROWS = 16, 6
+"""Of a MinHash: texts as alike as `SAME` meet in a band 99 times of 100, and are then compared in whole."""
+_MOST_COMPARED = 50
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+"""Letters and digits in a row; each letter of a script without spaces, such as Chinese."""
+Words = list[str | None]  # of a record; None ends each text
+Likeness = Literal["same", "alike"]
+
+
+class Twin(NamedTuple):
+    """An earlier record."""
+
+    use: str
+    answer: str
+    line: int  # of its file
+
+
+class Earlier:
+    """The records so far; `alike`: also MinHashes of those that are not alike, so that one template takes no time."""
+
+    def __init__(self, *, alike: bool) -> None:
+        self._same: dict[bytes, tuple[Twin, ...]] = {}
+        self._noted: list[tuple[Twin, Any]] = []
+        self._letters, self._index = 0, None
+        if alike:
+            from datasketch import MinHash, MinHashLSH
+
+            self._index = MinHashLSH(num_perm=_BANDS * _ROWS, params=(_BANDS, _ROWS))
+            self._empty = MinHash(num_perm=_BANDS * _ROWS, hashfunc=zlib.crc32)
+
+    @property
+    def is_full(self) -> bool:
+        """Later records are no longer noted."""
+        return len(self._same) >= MOST_SAME or len(self._noted) >= MOST_ALIKE or self._letters >= MOST_LETTERS
+
+    def twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
+        """The earlier records that say the same, and almost, one of each use and answer; this is then one, if kept."""
+        text, twin = record.said, Twin(use, record.answer, record.line)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        same = self._same.get(digest, ())
+        if keep and all(one[:2] != twin[:2] for one in same) and len(self._same) < MOST_SAME:
+            self._same[digest] = (*same, twin)
+        return {"same": same, "alike": self._alike(text, twin, keep)}
+
+    def _alike(self, text: str, twin: Twin, keep: bool) -> tuple[Twin, ...]:
+        letters = text[:_FIRST].casefold()
+        if self._index is None or len(letters) < _LEAST or self._letters >= MOST_LETTERS:
+            return ()
+        self._letters += len(letters)
+        minhash = self._empty.copy()
+        minhash.update_batch({letters[place : place + _RUN].encode() for place in range(len(letters) - _RUN + 1)})
+        found: dict[tuple[str, str], Twin] = {}
+        for number in sorted(self._index.query(minhash))[:_MOST_COMPARED]:
+            other, its = self._noted[number]
+            if other[:2] not in found and minhash.jaccard(its) >= SAME:
+                found[other[:2]] = other
+        # One that is alike to one of its own use and answer need not be noted.
+        has_room = len(self._noted) < MOST_ALIKE and self._letters < MOST_LETTERS
+        if keep and has_room and twin[:2] not in found:
+            self._index.insert(len(self._noted), minhash, check_duplication=False)
+            self._noted.append((twin, minhash))
+        return tuple(found.values())
+
+
+def spelling(label: str) -> str:
+    """A label without differences of case, spaces, form, invisible letters or `.0` of a number."""
+    text = unicodedata.normalize("NFKC", one_form(label)).casefold()
+    return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
+
+
+# Synthetic records beside a site's own, for the site alone.
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A record beside others, of which each is told by its place."""
+
+    place: str
+    words: int  # of its longest run that another has, too
+    share: float  # of its words
+    run: str
+    of: str
+    likeness: str  # "same" or "alike": it says the same as another, or almost
+    twin: str
+    details: list[tuple[str, int, str]]  # likely identifiers that others have: kind, how many others, the first of them
+
+
+def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) -> Iterator[tuple[int, int, str]]:
+    """Of each record the longest run of words that another has: how many, which is the last, and the other's place.
+
+    A suffix automaton: time in proportion to all words, memory to those of `texts` alone.
+    """
+    # Of each state: what a word leads to, the state of its longest suffix that is in another, its longest run.
+    steps, link, size = [dict[str | int | None, int]()], [-1], [0]
+    ends, last = list[list[int]](), 0
+    for number, text in enumerate(texts):
+        ends.append([])
+        for word in (number if word is None else word for word in text):  # a number is no other's word
+            at, last = last, len(steps)
+            ends[-1].append(last)
+            steps.append({})
+            link.append(0)
+            size.append(size[at] + 1)
+            while at >= 0 and word not in steps[at]:
+                steps[at][word] = last
+                at = link[at]
+            link[last] = suffix = steps[at][word] if at >= 0 else 0
+            if at >= 0 and size[suffix] > size[at] + 1:  # what is no longer than here becomes a state of its own
+                steps.append(dict(steps[suffix]))
+                link.append(link[suffix])
+                size.append(size[at] + 1)
+                link[last] = link[suffix] = len(steps) - 1
+                while at >= 0 and steps[at].get(word) == suffix:
+                    steps[at][word] = link[last]
+                    at = link[at]
+    best = [(0, "")] * len(steps)
+    for place, read in others:
+        at = length = 0
+        for its in read:
+            while (then := steps[at].get(its)) is None and at:
+                at = link[at]
+                length = size[at]
+            if then is not None:
+                at, length = then, length + 1
+                if length > best[at][0]:
+                    best[at] = length, place
+    by_size = sorted(range(1, len(steps)), key=size.__getitem__)
+    for at in reversed(by_size):  # with a run its suffixes were read
+        best[link[at]] = max(best[link[at]], (min(best[at][0], size[link[at]]), best[at][1]))
+    for at in by_size:
+        best[at] = best[at] if best[at][0] else best[link[at]]
+    yield from (max((best[at][0], end, best[at][1]) for end, at in enumerate(states, 1)) for states in ends)
+
+
+def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
+    """Records beside others, which are read one after another and not kept; the longest runs come first."""
+    texts, having = list(map(words_said, records)), {detail: list[str]() for one in records for detail in _details(one)}
+    earlier, twins = Earlier(alike=is_installed("datasketch")), dict[str, tuple[str, str]]()
+    for number, one in enumerate(records):
+        earlier.twins(one, str(number))  # with a use of its own each is kept
+
+    def read() -> Iterator[tuple[str, Words]]:
+        for other in others:
+            place = at_line(other.file, other.line)
+            for likeness, some in earlier.twins(other, keep=False).items():
+                for its, *_ in some:
+                    twins[its] = max(twins.get(its, ("", "")), (likeness, place), key=lambda twin: twin[0])
+            for detail in _details(other) & having.keys():
+                having[detail].append(place)
+            yield place, words_said(other)
+
+    near = []
+    for number, (words, end, place) in enumerate(longest_runs(texts, read())):
+        one, text, twin = records[number], texts[number], twins.get(str(number), ("", ""))
+        share, run = words / max(1, len(text) - text.count(None)), " ".join(map(str, text[end - words : end]))
+        details = [(kind, len(some), some[0]) for kind, form in sorted(_details(one)) if (some := having[kind, form])]
+        near.append(Near(at_line(one.file, one.line), words, share, run, place if words else "", *twin, details))
+    return sorted(near, key=lambda one: (-one.words, -one.share))
+
+
+def words_said(record: Record) -> Words:
+    """Without case, punctuation and differences of form."""
+    plain = (re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold()) for _, text in record.texts())
+    return [word for text in plain for word in (*_WORD.findall(text), None)]
+
+
+def _details(record: Record) -> set[tuple[str, str]]:
+    """(kind, form) of likely identifiers; the form of all but e-mail addresses is their letters and digits alone."""
+    found = ((kind, text[a:b]) for _, text in record.texts() for kind, a, b in identifiers(text))
+    return {(kind, (text if kind == "e-mail" else re.sub(r"[\W_]", "", text)).casefold()) for kind, text in found}

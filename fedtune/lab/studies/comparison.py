@@ -1,0 +1,443 @@
+"""A comparison: which runs it makes, and what their scores on the same records say, in words, tables and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedtune.api.compose import compose_run
+from fedtune.api.door import Callback, stages
+from fedtune.config import RunConfig
+from fedtune.data.records import Record, column_values
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate, constant_words
+from fedtune.evaluation.groups import OTHERS, GroupScores
+from fedtune.lab.studies.trials import Trial
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.show.lines import duration
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
+from fedtune.spec import ConfigError
+from fedtune.version import __version__
+from fedtune.words import counted, jsonable, score_words, size
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from fedtune.runs.model_comparison import SideBySide
+
+Kind = Literal["alone", "federated", "pooled", "run", "own"]
+NO_PRIVACY = ", no privacy"  # behind the name of a run without any
+AT_SITES = "by site"
+_MOST_NAMED = 8  # pairs and groups that are named in a sentence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One run of a comparison."""
+
+    name: str  # what tables call it
+    kind: Kind  # who took part; "run" for one that was there already, and "own" for a site's own adapter
+    run: Trial
+    site: str | None = None  # the one that trained alone, or whose own adapter it is
+
+    @property
+    def private(self) -> bool:
+        return self.run.config.privacy.private and self.kind != "own"
+
+    @property
+    def moved(self) -> int:
+        """Bytes of adapters, both ways; 0 where nobody shares any."""
+        if self.run.result is None or self.kind in ("alone", "pooled"):
+            return 0
+        return sum(one.bytes_down + one.bytes_up for one in self.run.result.rounds)
+
+
+def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[Kind]) -> list[Line]:
+    """The runs of a comparison over one experiment, each as it is on disk, the federation's first; or a ConfigError."""
+    asked = compose_run(words)
+    if asked.runtime.kind == "deployment":
+        raise ConfigError("runtime", "deployment", "is for real sites: no site's records can be pooled there")
+    if asked.resume is not None:
+        raise ConfigError("resume", asked.resume, "does not go with compare, which goes on by itself under one name")
+    if asked.federation.participants:
+        bound = "must be empty to compare: each site runs alone, and all of them together"
+        raise ConfigError("federation.participants", list(asked.federation.participants), bound)
+    if asked.runtime.sites_dir is not None:
+        bound = "must be null to compare: every run would be charged to the same sites"
+        raise ConfigError("runtime.sites_dir", asked.runtime.sites_dir, bound)
+    kinds: list[tuple[Kind, str | None]] = [("federated", None)]
+    if asked.federation.num_sites > 1:
+        kinds += [("alone", site) for site in asked.federation.names]
+        kinds += [("pooled", None)] if asked.data.partition.kind != "file" else []
+    if not (kinds := [(kind, site) for kind, site in kinds if kind not in leave_out]):
+        raise ConfigError("--leave-out", ", ".join(leave_out), "must leave something to run")
+    plain: list[dict[str, Any]] = [{}]
+    if without_privacy and asked.privacy.private:
+        plain.append({"privacy.mechanism": "none", "privacy.noise_multiplier": None, "privacy.metrics": "none"})
+    lines = []
+    for changes in plain:
+        for kind, site in kinds:
+            suffix = "-".join(filter(None, (kind, site, "plain" if changes else "")))
+            into = str(Path(asked.tracking.output_dir) / asked.name)
+            named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": into}
+            if kind != "federated":  # which alone decides whether anything is likely to be learnt
+                named["training.go_on_without_signal"] = True
+            if kind != "federated" or changes:  # a secure sum needs several sites, and noise
+                named |= {"federation.aggregation": "plain", "federation.threshold": None, "federation.colluders": 0}
+            config = compose_run(words, changed={**_who(asked, kind, site), **changes, **named})
+            name = (f"{site} alone" if site else kind) + ("" if config.privacy.private else NO_PRIVACY)
+            lines.append(Line(name=name, kind=kind, site=site, run=Trial.of(config)))
+    return lines
+
+
+def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
+    alone = {"federation.min_sites": 1, "federation.enough_sites": None}
+    if kind == "alone":
+        return {**alone, "federation.participants": [site]}
+    if kind == "federated":
+        return {}
+    # The partition's kind stays: a record's hash, which says whether it is kept for the test, goes by its columns.
+    return {
+        **alone,
+        "federation.num_sites": 1,
+        "federation.site_names": ["all"],
+        "data.declared_sizes": sum(asked.data.sizes(asked.federation.num_sites)),
+        "data.partition.proportions": [],
+        "data.partition.sites": dict.fromkeys(asked.data.partition.sites, 0),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Models side by side."""
+
+    lines: Sequence[Line]  # the runs; the first is the one that the others are compared with
+    means: Mapping[str, Sequence[str]]  # names of models that are means of several, by the runs that they are of
+    sides: SideBySide  # their scores
+    groups: Mapping[str, GroupScores]  # scores by group, by what the groups are called
+    data: str | None  # the file that was scored; None: the runs' own test records, or a site's held-out ones
+    notes: Sequence[str]  # what else must be said
+
+    @property
+    def main(self) -> str:
+        return self.lines[0].name
+
+    @property
+    def models(self) -> list[str]:
+        """In the order of tables, the model before training first."""
+        return [*self.sides.measured, *self.means]
+
+    @property
+    def _score(self) -> str:
+        return score_words(self.sides.judged_by)
+
+    def sections(self) -> list[Section]:
+        return [
+            Section(title="Verdict", notes=self.verdict()),
+            self._scores(),
+            self._beside_main(),
+            self._other_scores(),
+            *(self._by_group(title, found) for title, found in self.groups.items()),
+            self._own(),
+            self._cost(),
+            Section(title="How to read this", notes=[*self.notes, *self._about()]),
+        ]
+
+    def verdict(self) -> list[str]:
+        """The result in sentences; the first is the one that matters most."""
+        compare, base, private = self.sides.comparison, self.models[0], self.lines[0].private
+        told, constant, score = [self._sentence(base)], self.sides.constant, self.sides.judged_by
+        if constant is not None:
+            mine = self.sides.estimate(self.main, score)
+            told.insert(0, constant_words(self.main, mine, constant, score=score, num_units=self.sides.num_units))
+        told[-1:-1] = self._against_alone()
+        others = [name for name in self.sides.measured if name not in (self.main, base)]
+        for verdict in ("better", "worse"):
+            if names := [name for name in others if compare(name, self.main).verdict == verdict]:
+                told.append(f"{_capital(self.main)} is {verdict} than {_listed(names)}.")
+        private_of = {line.name: line.private for line in self.lines}
+        told += [self._sentence(mean) for mean, names in self.means.items() if private_of[names[0]] == private]
+        plain = f"{self.main}{NO_PRIVACY}"
+        if plain in private_of:
+            found = compare(plain, self.main)
+            if found.verdict == NO_DIFFERENCE:
+                told.append(f"These records do not show what privacy costs it: {interval_text(found)}.")
+            else:
+                told.append(f"With privacy it is {found.verdict} than without: {self._score} {interval_text(found)}.")
+        pairs = combinations(self.sides.measured, 2)
+        if alike := [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]:
+            alike.sort(key=lambda pair: self.main not in pair)
+            shown = "; ".join(map(" and ".join, alike[:_MOST_NAMED]))
+            more = f"; and {counted(len(alike) - _MOST_NAMED, 'more pair')}" if len(alike) > _MOST_NAMED else ""
+            told.append(f"These records do not tell apart: {shown}{more}.")
+        for title, groups in self.groups.items():
+            told += self._fair(title, groups)
+        besides = self._own_beside().items()
+        told += [f"Compared with {beside}, the own adapter is {_by_verdict(at, 'at')}." for beside, at in besides]
+        if own := [line.name for line in self.lines if line.kind == "own"]:
+            told.append(f"No guarantee covers what is said of {_listed(own)}: trained without noise at one site.")
+        return told
+
+    @property
+    def _alone(self) -> Mapping[str, str]:
+        """By site the run that it made alone, as private as the one that all others are compared with."""
+        first = self.lines[0]
+        return {str(one.site): one.name for one in self.lines if one.kind == "alone" and one.private == first.private}
+
+    def _against_alone(self) -> Iterator[str]:
+        """What decides for each site: together against alone, on its own records where it is known which these are."""
+        at_sites, each = self.groups.get(AT_SITES), dict[str, Comparison]()
+        for site, name in self._alone.items():
+            if at_sites is None:
+                each[site] = self.sides.comparison(name, self.main)
+            elif site in at_sites.changes:
+                each[site] = at_sites.changes[site][name, self.main]
+        if each and self.lines[0].kind == "federated":
+            where = "on all records" if at_sites is None else "on each site's own test records"
+            yield f"Compared with each site alone, {where}, {self.main} is {_by_verdict(each, 'at')}."
+
+    def _sentence(self, base: str) -> str:
+        found = self.sides.comparison(base, self.main)
+        if found.verdict == NO_DIFFERENCE:
+            return f"{_capital(self.main)} cannot be told apart from {base} by {self._score}: {interval_text(found)}."
+        return f"{_capital(self.main)} is {found.verdict} than {base}: {self._score} {interval_text(found)}."
+
+    def _fair(self, title: str, found: GroupScores) -> Iterator[str]:
+        changes = {name: pairs[self.models[0], self.main] for name, pairs in found.changes.items()}
+        yield f"{_capital(title)}, compared with {self.models[0]}, {self.main} is {_by_verdict(changes, 'in')}."
+        name = found.groups.smallest
+        count = counted(min(found.groups.sizes), self.sides.unit)
+        yield f"The smallest group is {name} ({count}): {_range(found.scores[name][self.main])}."
+
+    def _own_beside(self) -> dict[str, dict[str, Comparison]]:
+        """By what else a site could use and by site: its own adapter less that, on the records that it would have."""
+        at_sites, found = self.groups.get(AT_SITES), dict[str, dict[str, Comparison]]()
+        for beside, own in _own_pairs(self.lines, base=self.models[0]):
+            pairs = {} if at_sites is None else at_sites.changes.get(str(own.site), {})
+            if at_sites is None or pairs:  # else the site has too few of them
+                one = pairs.get((beside, own.name)) or self.sides.comparison(beside, own.name)
+                found.setdefault(beside.removeprefix(f"{own.site} "), {})[str(own.site)] = one
+        return found
+
+    def _own(self) -> Section:
+        rows = [(site, beside, *changed(one)) for beside, at in self._own_beside().items() for site, one in at.items()]
+        where = "the records that the site would have" if AT_SITES in self.groups else "all records"
+        headings = ("site", "compared with", "difference", "95 % interval", "own is")
+        return Section(title=f"Own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4})
+
+    def _scores(self) -> Section:
+        base, *others = self.models
+        own = self.sides.estimate(base, self.sides.judged_by)
+        rows = [(base, _figure(own.value), _ends(own), "", "", "")]
+        if self.sides.constant is not None:
+            rows.append(("best constant answer", _figure(self.sides.constant), "", "", "", ""))
+        for name in others:
+            found = self.sides.comparison(base, name)
+            rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *changed(found)))
+        where = f" on {self.data}" if self.data else ""
+        title = f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}"
+        headings = ("model", self._score, "95 % interval", f"minus {base}", "95 % interval", "compared with it")
+        return Section(title=title, headings=headings, rows=rows, words={0, 5})
+
+    def _beside_main(self) -> Section:
+        others = [name for name in self.models[1:] if name != self.main]
+        rows = [(name, *changed(self.sides.comparison(name, self.main))) for name in others]
+        headings = ("compared with", "difference", "95 % interval", f"{self.main} is")
+        return Section(title=f"{_capital(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
+
+    def _other_scores(self) -> Section:
+        names = [name for name in self.sides.scores if name != self.sides.judged_by]
+        rows = [(model, *(_range(self.sides.estimate(model, name)) for name in names)) for model in self.models]
+        headings = ("model", *map(score_words, names))
+        return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
+
+    def _by_group(self, title: str, found: GroupScores) -> Section:
+        """At sites beside each site's own run alone, else beside the model before training."""
+        base, groups = self.models[0], found.groups
+        alone = {name: self._alone[name] for name in groups.names if title == AT_SITES and name in self._alone}
+        rows = []
+        for name, count in zip(groups.names, groups.sizes, strict=True):
+            scores = found.scores[name]
+            change = found.changes[name][alone.get(name, base), self.main]
+            values = [_figure(scores[base].value)]
+            values += [_figure(scores[alone[name]].value) if name in alone else "-"] if alone else []
+            rows.append((name, f"{count:,}", *values, _figure(scores[self.main].value), *changed(change)[1:]))
+        headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
+        headings += (f"minus {'alone' if alone else base},\n95 % interval", "compared with it")
+        merged = f"{OTHERS}: {counted(len(groups.merged), 'small group')}, merged by size alone."
+        title, notes = f"{_capital(self._score)} {title}", [merged] if groups.merged else []
+        return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
+
+    def _cost(self) -> Section:
+        rows = []
+        for line, result in ((line, line.run.result) for line in self.lines):
+            if result is not None:
+                took = "-" if result.final.seconds is None else duration(result.final.seconds)
+                moved = size(line.moved) if line.moved else "none"
+                rows.append((line.name, epsilon_text(result.privacy.epsilon), took, moved))
+        notes = ["Time: the whole run on this machine, which plays all sites one after another."]
+        if any(line.kind == "pooled" for line in self.lines):
+            notes.append("Pooled, all records themselves would have to leave their sites.")
+        headings = ("model", "epsilon", "time", "adapters moved")
+        return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
+
+    def _about(self) -> Iterator[str]:
+        count, unit = self.sides.num_units, self.sides.unit
+        drawn = f"from {RESAMPLES:,} draws of {counted(count, unit)}, with replacement, the same for all models"
+        told = "They say how far other test records would move a score, and nothing about another run of that training."
+        yield f"Intervals: 95 %, {drawn}. {told}"
+        if count < FEWEST_UNITS:
+            yield f"Fewer than {FEWEST_UNITS} {unit}s are too few to call a model better or worse."
+        if (pairs := math.comb(len(self.models), 2)) >= 20:
+            yield f"Of {pairs} pairs, about {pairs // 20} would look different by chance where none is."
+
+    def to_json(self) -> dict[str, Any]:
+        sides, lines = self.sides, {line.name: line for line in self.lines}
+        models = []
+        for name in self.models:
+            scores = {score: sides.estimate(name, score) for score in sides.scores}
+            about = {"name": name, "mean_of": list(self.means.get(name, ())) or None, "scores": scores}
+            models.append(about | (_run_json(lines[name]) if name in lines else {}))
+        pairs = [
+            {"base": one, "tuned": other, "score": score, **_pair_json(sides.comparison(one, other, score))}
+            for one, other in combinations(self.models, 2)
+            for score in sides.scores
+        ]
+        told: dict[str, Any] = jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "fedtune_version": __version__,
+                "data": self.data,
+                "records": len(sides.records),
+                "unit": sides.unit,
+                "units": sides.num_units,
+                "judged_by": sides.judged_by,
+                "constant_answer": sides.constant,
+                "compared_with": self.main,
+                "verdict": self.verdict(),
+                "models": models,
+                "pairs": pairs,
+                "groups": {title: _groups_json(found) for title, found in self.groups.items()},
+            }
+        )
+        return told
+
+
+def _run_json(line: Line) -> dict[str, Any]:
+    about: dict[str, Any] = {"kind": line.kind, "site": line.site, "private": line.private}
+    about["folder"] = str(line.run.folder)
+    if line.run.result is None:  # a site's copy of a final adapter
+        return about
+    final, privacy = line.run.result.final, line.run.result.privacy
+    about |= {"epsilon": privacy.epsilon, "delta": privacy.delta, "seconds": final.seconds}
+    return about | {"bytes": line.moved, "energy": final.energy}
+
+
+def _pair_json(found: Comparison) -> dict[str, Any]:
+    return {"difference": found.difference, "verdict": found.verdict}
+
+
+def _groups_json(found: GroupScores) -> dict[str, Any]:
+    groups, each = found.groups, list[dict[str, Any]]()
+    for name, count in zip(groups.names, groups.sizes, strict=True):
+        pairs = found.changes[name].items()
+        changes = [{"base": base, "tuned": tuned, **_pair_json(one)} for (base, tuned), one in pairs]
+        scores = {"scores": found.scores[name], "gaps": found.gaps[name], "changes": changes}
+        each.append({"name": name, "units": count, **scores})
+    return {"merged": groups.merged, "smallest": groups.smallest, "groups": each}
+
+
+def score_side_by_side(
+    lines: Sequence[Line],
+    finished: Sequence[tuple[RunConfig, Path]],
+    *,
+    data: str | None,
+    by: str | None,
+    smallest: int,
+    records: Sequence[Record] | None = None,
+    progress: Callback = lambda told: None,
+) -> Compared:
+    """Score runs on `data`, or on the first run's test records, or a site's own `records`; and by groups.
+
+    `finished` has the settings to score each by, and the folder of its adapter; a group has at least `smallest` units.
+    """
+    from fedtune.runs.model_comparison import side_by_side
+    from fedtune.sites.run_records import sites_of
+
+    means = {}
+    for suffix in ("", NO_PRIVACY):
+        names = [line.name for line in lines if line.kind == "alone" and line.private == (suffix == "")]
+        if len(names) > 1:
+            means[f"alone, mean of {len(names)}{suffix}"] = names
+    runs = dict(zip((line.name for line in lines), finished, strict=True))
+    sides = side_by_side(runs, file=data, records=records, means=means, progress=stages(progress))
+    first, main = finished[0][0], lines[0].name
+    base, notes = next(iter(sides.measured)), []
+    pairs = [(name, main) for name in sides.measured if name != main]
+    pairs += [(beside, own.name) for beside, own in _own_pairs(lines, base=base)]
+    is_federated = any(line.kind == "federated" for line in lines)
+    values = {f"by {by}": column_values(sides.records, by, key="--by")} if by else {}
+    if is_federated and (at_sites := sites_of(first, sides.records)) is not None:
+        values = {AT_SITES: at_sites, **values}
+    groups = {}
+    for title, of_records in values.items():
+        if (found := sides.by(of_records, smallest=smallest, pairs=pairs)) is None:
+            notes.append(f"No scores {title}: fewer than two groups have {smallest} {sides.unit}s.")
+        else:
+            groups[title] = found
+    if first.model.adapter_sha256 is not None:
+        notes.append(f"Training began in another adapter; {base} is the model without any.")
+    if is_federated and first.data.partition.kind == "file":
+        notes.append("There is no pooled run: the sites' records are in files of their own.")
+    if AT_SITES in groups:
+        notes.append("A simulation has the test records of all sites in one place: scores by site release nothing.")
+    return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
+
+
+def _own_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
+    """Each site's own adapter, beside what else the site could use: all but what is another site's."""
+    for own in (line for line in lines if line.kind == "own" and line.site):
+        others = [line.name for line in lines if line.kind != "own" and line.site in (None, own.site)]
+        yield from ((beside, own) for beside in (base, *others))
+
+
+def _by_verdict(changes: Mapping[str, Comparison], place: str) -> str:
+    parts = []
+    for verdict, said in (("better", "better"), ("worse", "worse"), (NO_DIFFERENCE, "not told apart")):
+        names = [name for name, one in changes.items() if one.verdict == verdict]
+        shown = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
+        parts += [f"{said} {place} {_listed(shown)}"] if names else []
+    return "; ".join(parts)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _figure(value: float) -> str:
+    return f"{value:z.4f}" if math.isfinite(value) else "not finite"
+
+
+def _ends(estimate: Estimate, *, sign: str = "") -> str:
+    if math.isnan(estimate.low):
+        return "unknown"
+    return f"{estimate.low:{sign}z.4f} to {estimate.high:{sign}z.4f}"
+
+
+def _range(estimate: Estimate) -> str:
+    return f"{_figure(estimate.value)} ({_ends(estimate)})"
+
+
+def changed(found: Comparison) -> tuple[str, str, str]:
+    """The difference between two models, its interval, and what that says of the second."""
+    return f"{found.difference.value:+z.4f}", _ends(found.difference, sign="+"), found.verdict
+
+
+def interval_text(found: Comparison) -> str:
+    """The difference between two models with its interval."""
+    return "{} ({})".format(*changed(found))

@@ -1,0 +1,160 @@
+"""A site's own adapter beside the base, the shared one and the site alone: made, scored, and put into words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fedtune.api.door import Callback, Run, stages
+from fedtune.config import RunConfig
+from fedtune.evaluation.bootstrap import NO_DIFFERENCE
+from fedtune.lab.studies.comparison import interval_text
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
+from fedtune.spec import ConfigError, check_one_of
+from fedtune.words import counted, score_words
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from fedtune.runs.model_comparison import SideBySide
+    from fedtune.sites.personal import Parts
+
+OWN, SHARED, ALONE = "own", "shared", "alone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalised:
+    """A site's own adapter beside the others, scored on records that chose and trained nothing of it."""
+
+    folder: Path  # that holds the adapter, with its settings and its card
+    passes: int  # over its training records; 0 where the shared adapter was the best
+    seen: bool  # whether the shared adapter was trained on the records that are scored: the run held nothing out
+    sides: SideBySide  # the models "base", "alone" (trained like it, from where the run began), "shared" and "own"
+
+
+def personalise(
+    run: Run, sites: Sequence[str] = (), *, progress: Callback = lambda told: None
+) -> dict[str, Personalised]:
+    """Make the own adapter of simulated sites: each begins in the run's final one and trains on without noise.
+
+    Each is written to `private_to_SITE` in the run's folder, which `load` takes.  What it is worth to its site is
+    `sides.comparison("shared", "own")`, with a paired interval (95 %) of records that neither trained nor chose it.
+
+    Guarantee: none for the site's records.  Nothing is charged, no run begins in it, and it must not leave the site.
+
+    Args:
+        run: a finished simulation.
+        sites: of the run; empty: all.
+        progress: is called as training goes on, in this thread.
+
+    Raises:
+        ValueError: the run is not finished, or over real sites; or a site has too few records.
+        RunError: a site's note of its own adapters is damaged.
+    """
+    parts, adapter = parts_of(run.config, sites), run.adapter
+    from fedtune.sites.virtual_site import VirtualSites
+
+    virtual, made = VirtualSites.of(run.config, run.folder, run.config.plan()), {}
+    for site, of_site in parts.items():
+        into, beside = run.folder / f"private_to_{site}", virtual.files(site).ledger.parent
+        made[site] = make(run.config, adapter, of_site, site=site, into=into, beside_ledger=beside, progress=progress)
+    return made
+
+
+def parts_of(config: RunConfig, sites: Sequence[str] = ()) -> dict[str, Parts]:
+    """The records of simulated sites, by what each is for; as `personalise` takes and refuses them."""
+    if config.runtime.kind == "deployment":
+        bound = "is over real sites, whose records are not here: fedtune site personalise, at a site"
+        raise ConfigError("run", config.name, bound)
+    for site in sites:
+        check_one_of("SITE", site, config.federation.active)
+    from fedtune.data.load import split_key
+    from fedtune.sites.personal import Parts
+    from fedtune.sites.run_records import deal_out
+
+    dealt = dict(zip(config.federation.names, deal_out(config).sites, strict=True))
+    key, unit = split_key(config.seed), config.privacy.unit
+    return {site: Parts.of(dealt[site], key=key, unit=unit) for site in sites or config.federation.active}
+
+
+def make(
+    config: RunConfig,
+    adapter: Path,
+    parts: Parts,
+    *,
+    site: str,
+    into: Path,
+    beside_ledger: Path,
+    progress: Callback,
+    lenient: bool = False,
+) -> Personalised:
+    """Make a site's own adapter in the folder `into`, and score it beside the shared one and the site alone."""
+    from fedtune.report.page.render import as_svg_of_own
+    from fedtune.runs.model_comparison import side_by_side
+    from fedtune.sites.personal import personalise as train
+
+    with TemporaryDirectory() as scratch:
+        alone = Path(scratch, "adapter")
+        passes = train(
+            config,
+            adapter,
+            parts,
+            site=site,
+            into=into,
+            alone=alone,
+            beside_ledger=beside_ledger,
+            label=as_svg_of_own(site, config.name),
+            lenient=lenient,
+            progress=stages(progress),
+        )
+        folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
+        sides = side_by_side({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)
+    return Personalised(folder=into, passes=passes, seen=parts.seen, sides=sides)
+
+
+def sections(made: Mapping[str, Personalised]) -> list[Section]:
+    """Tables for a person: a site's own adapter beside the others."""
+    rows, notes = [], []
+    for site, one in made.items():
+        sides, score = one.sides, one.sides.judged_by
+        base = next(iter(sides.measured))
+        values = [f"{sides.estimate(name, score).value:.4f}" for name in (base, ALONE, SHARED, OWN)]
+        rows.append((site, f"{sides.num_units:,}", *values, interval_text(sides.comparison(SHARED, OWN))))
+        notes.append(_sentence(site, one))
+    first = next(iter(made.values())).sides
+    headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
+    if any(one.seen for one in made.values()):
+        notes.append("The run held nothing out, so the shared adapter was trained on the records that are scored here.")
+    notes.append("Private to the site, without a guarantee: do not send a folder to anybody.")
+    title = f"{score_words(first.judged_by).capitalize()} on the site's own held-out records"
+    folders = Section(headings=("site", "written"), rows=[(site, str(one.folder)) for site, one in made.items()])
+    return [Section(title=title, headings=headings, rows=rows, words={0}, notes=notes), folders]
+
+
+def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
+    """The same for machines."""
+    sites = {}
+    for site, one in made.items():
+        sides = one.sides
+        sites[site] = {
+            "folder": str(one.folder),
+            "score": sides.judged_by,
+            "values": {name: sides.estimate(name, sides.judged_by) for name in sides.measured},
+            "own_less": {name: sides.comparison(name, OWN) for name in sides.measured if name != OWN},
+            "units": sides.num_units,
+            "passes": one.passes,
+            "scored_records_were_trained_on": one.seen,
+        }
+    return {"schema_version": SCHEMA_VERSION, "sites": sites}
+
+
+def _sentence(site: str, one: Personalised) -> str:
+    if one.passes == 0:
+        return f"{site}: its own records do not improve the shared adapter, which its own one equals."
+    beside = {name: one.sides.comparison(name, OWN).verdict for name in (SHARED, ALONE)}
+    words = " and ".join(
+        f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"
+        for name, verdict in beside.items()
+    )
+    return f"{site}: own {words}; it went {counted(one.passes, 'time')} through its records."

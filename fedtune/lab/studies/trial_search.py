@@ -1,0 +1,356 @@
+"""A search: trials of several settings, whose whole price is known and has room before the first one begins.
+
+`fedtune.privacy.selection` derives the price.  Scores on the lead's own validation file pick, and guide TPE: they cost
+nothing, since that file holds no record of a site.  All trials share one ledger for each simulated site; without
+`runtime.sites_dir` the sites are new, with a budget that is the price.  Trials follow from settings, seeds and scores
+alone, so the same search again draws the same ones, goes on where it stopped, and charges nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedtune.api.compose import Searched, compose_run, split_searched
+from fedtune.config import RunConfig, saved_config
+from fedtune.evaluation.bootstrap import direction
+from fedtune.extras import require_extra
+from fedtune.federation.run_folder import RunFolder
+from fedtune.lab.studies.trials import Trial, Trials, Values, combinations, compared_on, run_quietly
+from fedtune.privacy import accountant
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, price_of
+from fedtune.show.budget_text import SEEDED
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least, check_at_most
+from fedtune.words import counted, jsonable
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+    from fedtune.runs.results import RunResult
+    from fedtune.sites.virtual_site import VirtualSites  # which imports torch
+
+Method = Literal["grid", "random", "tpe"]
+_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # they change nothing that is learnt
+_FILE = "search.json"
+_MOST_ENDS = 64  # combinations that are looked at before the first trial
+_NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search of which everything is known that can be known before its first trial."""
+
+    fixed: tuple[str, ...]  # the overrides that all trials have in common
+    asked: RunConfig  # the run that these give
+    searched: tuple[Searched, ...]  # the settings that trials differ in
+    method: Method
+    trials: int | None  # how many were asked for; None: as many as a grid has
+    listed: tuple[Values, ...] = ()  # what each trial tries; empty where that follows from scores
+    shapes: tuple[RunConfig, ...] = ()  # trials as they are known, or else what they may look like
+    plans: tuple[Plan, ...] = ()  # of all trials
+
+    @classmethod
+    def of(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:
+        """Draw what is to be drawn, look at every trial that is known by now, and find their plans."""
+        if (method == "grid") != (trials is None):
+            bound = "does not go with --method grid" if method == "grid" else "must be given"
+            raise ConfigError("--trials", NOT_GIVEN, bound)
+        if trials is not None:
+            check_trials(trials)
+        fixed, searched = split_searched(overrides)
+        if not searched:
+            raise ConfigError("KEY=VALUE", NOT_GIVEN, "must give some setting several values, as in lora.rank=4,8")
+        for one in searched:
+            if one.key.split(".")[0] in _NOT_SEARCHED:
+                bound = "must have one value in a search: it changes nothing that is learnt"
+                raise ConfigError(one.key, NOT_GIVEN, bound)
+        asked = compose_run(fixed)
+        _check_searchable(asked)
+        search = cls(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
+        search._check_name()
+        if method == "tpe" and trials is not None:
+            tried = ends(searched)
+            shapes = tuple(search.trial("shape", values) for values in tried)
+            search._check_alike(shapes)
+            return replace(search, shapes=shapes, plans=(_one_plan(tried, shapes),) * trials)
+        listed = combinations(searched) if trials is None else at_random(searched, seed=str(asked.seed), number=trials)
+        search = replace(search, listed=tuple(listed))
+        shapes = tuple(search.trial(name, values) for name, values in zip(search.names, listed, strict=True))
+        search._check_alike(shapes)
+        return replace(search, shapes=shapes, plans=tuple(shape.plan() for shape in shapes))
+
+    @property
+    def number(self) -> int:
+        return self.trials or len(self.listed)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.asked.tracking.output_dir) / self.asked.name
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.asked.name}-trial-{n + 1:0{len(str(self.number))}}" for n in range(self.number)]
+
+    @cached_property
+    def price(self) -> SearchPrice:
+        return price_of(self.plans)
+
+    def trial(self, name: str, values: Values) -> RunConfig:
+        sites = self.asked.runtime.sites_dir or str(RunFolder(self.folder).sites)
+        places = {"name": name, "tracking.output_dir": str(self.folder), "runtime.sites_dir": sites}
+        return compose_run([*self.fixed, *(f"{key}={value}" for key, value in values.items())], changed=places)
+
+    def check_room(self) -> None:
+        """Refuse a search for all of which the sites that were there before it have no room."""
+        if self.asked.runtime.sites_dir is None:
+            return
+        sites = self._sites(self.shapes[0])
+        sites.check_there()  # before anything is written there
+        lead = sites.lead_key().public
+        known = {shape.name: shape for shape in self.shapes}
+        runs = []
+        for name in self.names:
+            begun = RunFolder(self.folder / name).config.is_file()
+            shape = known.get(name) or replace(self.shapes[0], name=name)
+            config = saved_config(self.folder / name) if begun else shape
+            runs.append(config.proposal(lead=lead, plan=config.plan()))
+        others = [one.proposal(lead=lead, plan=one.plan()) for one in self.shapes]
+        sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
+
+    def run(self, trials: Trials, work: Callable[[Trial], RunResult] = run_quietly) -> None:
+        """Run every trial that is not finished yet into `trials`, and note which one is picked."""
+        from fedtune.sites.virtual_site import budget_for
+
+        if not (self.folder / _FILE).exists():
+            self._note()
+        tpe = None if self.listed else Tpe(self.searched, seed=str(self.asked.seed), number=self.number)
+        within = budget_for(self.plans) if self.asked.runtime.sites_dir is None else None
+        spent: list[Plan] = []
+        for place, name in enumerate(self.names):
+            values = tpe.ask() if tpe else self.listed[place]
+            trial = Trial.of(self.trial(name, values), values)
+            if trial.config.plan() not in self.plans:
+                bound = "decide together what a trial costs: search them by grid"
+                raise ConfigError("KEY=VALUE", ", ".join(values), bound)
+            if within is not None and not trial.earlier:
+                self._sites(trial.config).allow(within=within)
+            trial = trial.run(work)
+            of_sites = trial.result.privacy.sites.values() if trial.result else ()
+            if any(one.rounds for one in of_sites) or not isinstance(trial.error, RefusedError):  # else no charge
+                spent.append(trial.config.plan())
+            together = accountant.epsilon_pld([plan.whole for plan in spent], self.plans[0].delta)
+            trials.rows[trial.folder] = trial = replace(trial, together=together)
+            trials.write()
+            if trial.error is not None and (trial.can_go_on or not isinstance(trial.error, FedtuneError)):
+                raise trial.error
+            if tpe:
+                tpe.tell(None if trial.score is None else direction(trial.config.judged_by) * trial.score)
+        if (best := trials.best) is not None:
+            self._pick(best)
+
+    def _check_name(self) -> None:
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        path, name = self.folder / _FILE, self.asked.name
+        try:
+            same = json.loads(path.read_bytes())["search"] == self._identity()
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise ConfigError("name", name, f"is taken: {self.folder} holds no search; choose another") from None
+        if not same:
+            raise ConfigError("name", name, f"is taken: {path} is of a search with other settings; choose another")
+
+    def _identity(self) -> dict[str, Any]:
+        kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
+        return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
+
+    def _check_alike(self, shapes: Sequence[RunConfig]) -> None:
+        from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
+
+        dealt = [dealt_out(one) | {"federation.participants": list(one.federation.active)} for one in shapes]
+        for shape, settings in zip(shapes, dealt, strict=True):
+            for key, value in settings.items():
+                if value != dealt[0][key]:
+                    bound = "must be the same in all trials: the sites' records are dealt out by it once"
+                    raise ConfigError(key, value, bound)
+            if shape.privacy.delta != shapes[0].privacy.delta:
+                bound = "must be the same in all trials: a ledger has one delta"
+                raise ConfigError("privacy.delta", shape.privacy.delta, bound)
+            if shape.privacy.private != shapes[0].privacy.private:
+                bound = "must be so in all trials or in none: without noise nothing is bounded"
+                raise ConfigError("privacy", "none", bound)
+        if len(set(map(compared_on, shapes))) > 1:
+            bound = "must leave the task and the validation records as they are, or scores cannot be compared"
+            raise ConfigError("KEY=VALUE", ", ".join(one.key for one in self.searched), bound)
+
+    def _sites(self, config: RunConfig) -> VirtualSites:
+        from fedtune.sites.virtual_site import VirtualSites
+
+        return VirtualSites.of(config, self.folder, config.plan())
+
+    def _note(self, **more: Any) -> None:
+        """Note the search before its first trial, so that nothing else takes its folder."""
+        about = {"schema_version": SCHEMA_VERSION, "search": self._identity(), "price": jsonable(self.price)}
+        try:
+            self._owe(self.folder)  # before the first trial, which takes it along
+            write_durably(self.folder / _FILE, json_text(about | more).encode())
+        except OSError as error:
+            bound = f"must be a folder to write {self.asked.name} into ({error.strerror})"
+            raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
+
+    def _owe(self, folder: Path, score: float | None = None) -> None:
+        """Note in a folder what all trials owe, as each does; `score`: of the picked one."""
+        about = {"search": self.asked.name, "method": self.method, "judged_by": self.asked.judged_by}
+        owed = Selection.of(self.price, self.plans, **about, score=score)
+        write_durably(RunFolder(folder).selection, json_text(asdict(owed)).encode())
+
+    def _pick(self, best: Trial) -> None:
+        """Note which trial is picked once its folder, report and card say so, and an earlier one's no longer do."""
+        from fedtune.report import model_card
+
+        noted = json.loads((self.folder / _FILE).read_bytes()).get("picked")
+        if noted == best.folder.name:
+            return
+        for folder, score in {**({self.folder / noted: None} if noted else {}), best.folder: best.score}.items():
+            self._owe(folder, score)
+            model_card.write_report_and_card(folder, language=best.config.report.language)
+        self._note(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
+
+    def picked_text(self, best: Trial) -> str:
+        by, trials, promise = best.config.judged_by, counted(self.number, "trial"), _promise(self.price)
+        return f"Picked by validation {by} ({best.score:.3f}) out of {trials}; its report says so. {promise}"
+
+
+def check_trials(trials: int) -> None:
+    """Require a number of trials."""
+    check_at_least("--trials", trials, 1)
+    check_at_most("--trials", trials, MOST_TRIALS)
+
+
+def _check_searchable(asked: RunConfig) -> None:
+    if asked.runtime.kind == "deployment":
+        bound = "is for real sites, which decide about each run: search on public data, or in a simulation"
+        raise ConfigError("runtime", "deployment", bound)
+    if asked.resume is not None:
+        raise ConfigError("resume", asked.resume, "does not go with a search, which goes on by itself under one name")
+    if asked.may_be_fitted:
+        bound = "must be stop in a search, whose price is fixed before the first trial"
+        raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
+    from fedtune.sites.data_warnings import check_decides
+
+    check_decides(asked)
+
+
+def _one_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
+    """The plan of all trials, where it is not known what they will try: no searched setting may decide the cost."""
+    plan = shapes[0].plan()
+    for values, shape in zip(tried, shapes, strict=True):
+        if shape.plan() != plan:
+            key = ", ".join(key for key, value in values.items() if value != tried[0][key])
+            bound = "decides what a trial costs, which --method tpe must know first: search it at random or by grid"
+            raise ConfigError(key, NOT_GIVEN, bound)
+    return plan
+
+
+def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
+    """The price before the first trial."""
+    if not price.private:
+        return Section(title="Price of the search", notes=[_NOT_PRIVATE])
+    rows = [
+        ("trials", f"{price.trials}"),
+        ("epsilon of the dearest trial", epsilon_text(price.epsilon_of_one)),
+        ("epsilon of all together", f"{epsilon_text(price.epsilon)} (by RDP {epsilon_text(price.epsilon_rdp)})"),
+        ("least lifetime cap", f"{epsilon_text(price.epsilon_filter)}, by the ledgers' filter"),
+    ]
+    notes = [_promise(price), "Anybody who sees the picked adapter alone may learn as much."]
+    notes += [SEEDED] if seeded_noise else []
+    return Section(title="Price of the search", rows=rows, words={0, 1}, notes=notes)
+
+
+def _promise(price: SearchPrice) -> str:
+    if not price.private:
+        return _NOT_PRIVATE
+    bound = f"epsilon at most {epsilon_text(price.epsilon)} at delta {price.delta:g} for each {price.unit}"
+    return f"All trials together: {bound}, at every site."
+
+
+def at_random(searched: Sequence[Searched], *, seed: str, number: int) -> list[Values]:
+    """Trials that are each drawn by themselves from the same distribution."""
+    optuna = _optuna()
+    spaces = {one.key: _distribution(one) for one in searched}
+    trials = []
+    for place in range(number):
+        # One seed for each, so that one trial's values say nothing about its place among them.
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_number_from(seed, place)))
+        trials.append(_typed(searched, study.ask(spaces).params))
+    return trials
+
+
+class Tpe:
+    """Optuna's tree-structured Parzen estimator; a third of the trials, ten at most, are drawn at random first."""
+
+    def __init__(self, searched: Sequence[Searched], *, seed: str, number: int) -> None:
+        optuna = _optuna()
+        first = max(1, min(10, number // 3))
+        sampler = optuna.samplers.TPESampler(seed=_number_from(seed, 0), n_startup_trials=first)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._failed = optuna.trial.TrialState.FAIL
+        self._searched, self._spaces = searched, {one.key: _distribution(one) for one in searched}
+
+    def ask(self) -> Values:
+        self._trial = self._study.ask(self._spaces)
+        return _typed(self._searched, self._trial.params)
+
+    def tell(self, score: float | None) -> None:
+        """The score of the trial that was asked for last, and larger is better; None: it has none."""
+        self._study.tell(self._trial, score, state=self._failed if score is None else None)
+
+
+def ends(searched: Sequence[Searched]) -> list[Values]:
+    """Each listed value, and both ends of each interval: with all of the others', or their first where that is many."""
+    values = {one.key: one.choices or (_number(one, one.low), _number(one, one.high)) for one in searched}
+    if math.prod(map(len, values.values())) <= _MOST_ENDS:
+        return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
+    first = {key: choices[0] for key, choices in values.items()}
+    return [first, *({**first, key: value} for key, choices in values.items() for value in choices[1:])]
+
+
+def _number_from(seed: str, place: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} values {place}".encode()).digest()[:4], "big")
+
+
+def _typed(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
+    return {one.key: str(values[one.key]) if one.choices else _number(one, values[one.key]) for one in searched}
+
+
+def _number(one: Searched, value: float) -> str:
+    """Four digits are enough to tell trials apart."""
+    return str(value) if one.is_whole else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
+
+
+def _distribution(one: Searched) -> BaseDistribution:
+    from optuna import distributions
+
+    if one.choices:
+        return distributions.CategoricalDistribution(one.choices)
+    if one.is_whole:
+        return distributions.IntDistribution(int(one.low), int(one.high), log=one.log)
+    return distributions.FloatDistribution(one.low, one.high, log=one.log)
+
+
+def _optuna() -> Any:
+    require_extra("--method", "random or tpe", "search", "optuna", or_else="; a grid does without")
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna

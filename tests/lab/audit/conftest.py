@@ -1,0 +1,63 @@
+"""Audits of a tiny federation, and faults to be found in it."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.privacy.mechanism import cell
+from fedtune.report.derive.verdicts import read_audit
+from fedtune.report.facts import Audit
+from fedtune.training import dp_step, users
+
+from ...conftest import Outcome, command, tiny
+
+Break = Callable[[str], None]
+"""Puts a named fault into the private step of this process."""
+BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
+
+
+def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: dict(sums))
+
+
+def without_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(sums: Any, gradients: Any, max_grad_norm: float) -> None:
+        for name, gradient in gradients.items():
+            sums[name] += (gradient.double() / cell(max_grad_norm)).round().to(torch.int64).sum(dim=0)
+
+    monkeypatch.setattr(dp_step, "add_clipped", add)
+
+
+def clipping_by_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users are sampled, and their records are clipped and added up one by one."""
+
+    def of(self: Any, batch: Any) -> dict[str, torch.Tensor]:
+        parts = [self._examples.of(examples) for examples, _, _ in batch.parts()]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    monkeypatch.setattr(users.UserGradients, "of", of)
+
+
+FAULTS = {"no noise": without_noise, "no clipping": without_clipping, "clipping by record": clipping_by_record}
+
+
+@pytest.fixture
+def break_it(monkeypatch: pytest.MonkeyPatch) -> Break:
+    return lambda fault: FAULTS[fault](monkeypatch)
+
+
+def audit(*overrides: str, into: Path) -> tuple[Outcome, Audit, Path]:
+    """Outcome of `fedtune audit` on a run of seconds, what it found, and its folder."""
+    outcome = command("audit", *tiny("tracking=quiet", *overrides, into=into, name="audited"))
+    found = read_audit(into / "audited")
+    assert found is not None
+    return outcome, found, into / "audited"
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> Any:
+    return partial(audit, into=tmp_path)

@@ -1,0 +1,173 @@
+"""Canaries go the way of records: sampled, clipped, noised, stepped; and nothing else changes."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.api.compose import compose_run
+from fedtune.flower.simulation import simulate
+from fedtune.lab.audit import gradient_attack
+from fedtune.lab.audit.experiment import auditable, run_audit
+from fedtune.lab.audit.gradient_attack import Canaries, CanaryBatch, CanaryUserBatch, GradientAttack, Tally
+from fedtune.lab.audit.spec import AuditSpec
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.mechanism import cell
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.sites.virtual_site import Participants
+from fedtune.training import dp_step
+from fedtune.training.examples import SiteExamples
+
+from ...builders import round_request
+from .conftest import BY_USER, Break
+
+
+@pytest.fixture(scope="module")
+def everyone(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The participants of a tiny run, which no test changes; keywords as for `tiny`."""
+
+    @cache
+    def make(*overrides: str) -> Participants:
+        into = tmp_path_factory.mktemp("runs")
+        return Participants(compose_run(tiny("runtime.seeded_noise=true", *overrides, into=into)), into / "run")
+
+    return make
+
+
+def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapter:
+    proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
+    start = everyone.shared.initial_adapter
+    request = round_request(proposal, round=round, site=site, adapter_digest=start.digest())
+    return everyone.work[site].do(request, start, 1, fingerprint_key=b"k" * 32).adapter
+
+
+def watched(run: Participants, canaries: int) -> Any:
+    """What became of so many canaries of the first site in its round."""
+    attack = GradientAttack(run, AuditSpec(canaries=canaries), ["site-1"])
+    with attack.watching():
+        train(run)
+    return attack.planted["site-1"]
+
+
+@pytest.mark.by_day("user")
+@pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
+def test_every_draw_adds_exactly_the_clip_norm(everyone: Any, break_it: Break, by_unit: tuple[str, ...]) -> None:
+    break_it("no noise")
+    run = everyone(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
+    planted = watched(run, 200)
+    steps = run.plan.local_steps
+    assert planted.tally.steps == steps
+    assert 60 < planted.inserted.sum() < 140
+    # In clip norms: one for each step where a canary is in; elsewhere nothing, since records are subtracted.
+    wanted = np.zeros_like(planted.tally.total)
+    wanted[planted.coordinates[planted.inserted]] = steps
+    assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
+    if by_unit:  # three records of a user that are clipped one by one show
+        break_it("clipping by record")
+        planted = watched(run, 50)
+        assert planted.tally.total[planted.coordinates[planted.inserted]] == pytest.approx(3.0 * steps, abs=1e-4)
+
+
+def test_a_canarys_records_are_cut_as_users_records_are() -> None:
+    parts = list(CanaryUserBatch([np.full(3, 7), np.full(3, 5)], NoRecords()).parts())
+    assert [part.coordinates.tolist() for part, _, _ in parts if isinstance(part, CanaryBatch)] == [[7, 5]] * 3
+    assert all(users.tolist() == [0, 1] and shares.tolist() == [1 / 3] * 2 for _, users, shares in parts)
+
+
+def test_noise_is_what_the_plan_says_along_every_direction(everyone: Any) -> None:
+    run = everyone()
+    planted = watched(run, 200)
+    noise = np.delete(planted.tally.total, planted.coordinates)
+    expected = run.plan.noise_multiplier * np.sqrt(run.plan.local_steps)
+    # Five standard errors of a standard deviation.
+    assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * len(noise)))
+
+
+def test_canaries_are_sampled_like_records(everyone: Any, break_it: Break) -> None:
+    break_it("no noise")
+    run = everyone("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
+    planted = watched(run, 2000)
+    drawn = planted.tally.total[planted.coordinates[planted.inserted]].round()
+    expected, count = 10 * 0.3, int(planted.inserted.sum())
+    assert drawn.mean() == pytest.approx(expected, abs=5 * np.sqrt(10 * 0.3 * 0.7 / count))
+    assert drawn.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)
+
+
+@pytest.mark.by_day("record")
+@pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
+def test_without_a_canary_in_training_is_as_ever(everyone: Any, by_unit: tuple[str, ...]) -> None:
+    coins = (SeededRandomness(seed).stream("site-1", "audit", "coins").bernoulli(2, 0.5) for seed in range(50))
+    run = everyone(*by_unit, f"seed={next(seed for seed, both in enumerate(coins) if not both.any())}")
+    attack = GradientAttack(run, AuditSpec(canaries=2), ["site-1"])
+    assert not attack.planted["site-1"].inserted.any()
+    with attack.watching():
+        audited = train(run)
+    assert audited.digest() == train(run).digest()
+
+
+def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Any) -> None:
+    def coins(*overrides: str) -> list[bool]:
+        attack = GradientAttack(everyone(*overrides), AuditSpec(canaries=64), ["site-1"])
+        return attack.planted["site-1"].inserted.tolist()
+
+    assert coins() == coins()
+    assert coins("runtime.seeded_noise=false") != coins("runtime.seeded_noise=false")
+
+
+def test_nobody_is_watched_afterwards(everyone: Any) -> None:
+    run = everyone()
+    attack = GradientAttack(run, AuditSpec(canaries=10), ["site-1"])
+    with attack.watching():
+        train(run)
+        train(run, "site-2")  # has no canaries
+    train(run)
+    assert attack.planted["site-1"].tally.steps == run.plan.local_steps
+
+
+def test_an_audit_is_charged_like_the_run_that_it_audits(tiny: Any, tmp_path: Path) -> None:
+    config, spec = compose_run(tiny(into=tmp_path)), AuditSpec(canaries=50)
+    plain, audited = tmp_path / "plain", tmp_path / "audited"
+    for folder in (plain, audited):
+        folder.mkdir()
+    privacy = run_audit(auditable(config, spec), audited, Mock(), spec=spec).privacy
+    assert privacy == simulate(config, plain, Mock()).privacy
+
+
+def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
+    parameters = {"a": torch.nn.Parameter(torch.zeros(384, 8)), "head.weight": torch.nn.Parameter(torch.zeros(77, 384))}
+    size = sum(parameter.numel() for parameter in parameters.values())
+    tally = Tally(max_grad_norm=2.0, denominator=1.0, total=np.zeros(size))
+    coordinates = np.random.default_rng(0).permutation(size)[:15_000]
+    canaries = Canaries(coordinates, np.ones(15_000, dtype=bool), gradient_attack.Observer(parameters), tally)
+    examples = gradient_attack.CanaryExamples(NoRecords(), canaries)
+    assert len(examples) == 15_000
+    seen = np.zeros(size)
+    for batch in examples.cut(np.arange(0, 15_000, 7)):
+        assert isinstance(batch, CanaryBatch)
+        gradients = canaries.raw_gradients(batch)
+        assert sum(gradient.numel() for gradient in gradients.values()) <= 2**23
+        sums = dp_step.zeros(parameters)
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()], dim=1).norm(dim=1)
+        assert torch.equal(norms, torch.full((len(batch),), gradient_attack.RAW_SIZE * 2.0))
+        dp_step.add_clipped(sums, gradients, 2.0)
+        added = np.concatenate([total.flatten().numpy() for total in sums.values()])
+        assert added.max() <= 2**24, "in whole numbers: no canary is longer than a clip norm"
+        seen += added * cell(2.0)
+    wanted = np.zeros(size)
+    wanted[coordinates[np.arange(0, 15_000, 7)]] = 2.0
+    assert seen == pytest.approx(wanted, abs=1e-5)
+
+
+class NoRecords(SiteExamples):
+    def __init__(self) -> None: ...
+
+    def __len__(self) -> int:
+        return 0
+
+    def cut(self, indices: Any) -> Any:
+        assert len(indices) == 0
+        return iter(())

@@ -1,0 +1,84 @@
+"""From scores to guesses; AUROC, hit rates at few false alarms, and their intervals."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedtune.lab.audit.guesses import by_likelihood, by_rank, counted
+from fedtune.lab.audit.record_attack import auroc, hit_rate
+
+
+def test_the_surest_are_guessed_and_counted() -> None:
+    evidence = np.array([5.0, -4.0, 3.0, -0.1, 0.2])
+    inserted = np.array([True, False, False, True, True])
+    assert counted(evidence, inserted, guesses=3) == (5, 3, 2)
+
+
+def test_evidence_follows_the_exact_likelihood_ratio() -> None:
+    """Of one step that draws every canary: a normal against a shifted one."""
+    generator = np.random.default_rng(3)
+    controls = generator.normal(size=200_000)
+    inserted = generator.random(20_000) < 0.5
+    scores = 3.0 * inserted + generator.normal(size=20_000)
+    evidence = by_likelihood(scores, controls, steps=1, sampling_rate=1.0)
+    assert evidence == pytest.approx(3 * scores - 4.5, abs=0.4)
+
+
+@pytest.mark.parametrize("draw", [1.0, 1000.0])
+def test_without_noise_every_guess_is_right_whatever_a_draw_adds(draw: float) -> None:
+    """Also of a canary that was drawn once where most were drawn often."""
+    generator = np.random.default_rng(4)
+    inserted = generator.random(5000) < 0.5
+    drawn = np.maximum(1, generator.binomial(50, 0.1, size=5000)) * inserted
+    rounding = 1e-6 * draw * generator.normal(size=6000)
+    evidence = by_likelihood(draw * drawn + rounding[:5000], rounding[5000:], steps=50, sampling_rate=0.1)
+    assert counted(evidence, inserted, guesses=5000) == (5000, 5000, 5000)
+
+
+def test_scores_that_say_nothing_are_guessed_at_random() -> None:
+    generator = np.random.default_rng(5)
+    noise, inserted = generator.normal(size=(2, 4000)), generator.random(4000) < 0.5
+    evidence = by_likelihood(noise[0], noise[1], steps=4, sampling_rate=0.2, least=1.0)
+    *_, right = counted(evidence, inserted, guesses=4000)
+    assert abs(right - 2000) < 5 * np.sqrt(1000)
+
+
+def test_ranks_lie_around_the_median() -> None:
+    assert by_rank(np.array([7.0, -1.0, 3.0, 3.5])).tolist() == [1.5, -1.5, -0.5, 0.5]
+
+
+# Membership.
+
+TRIALS = 600
+FEW = stats.binom(TRIALS, 0.05).isf(1e-4)
+
+
+def test_auroc_is_mann_whitney_s_also_of_what_is_told_apart_and_what_is_not() -> None:
+    generator = np.random.default_rng(0)
+    members, others = generator.integers(0, 9, 80).astype(float), generator.integers(0, 8, 120).astype(float)
+    wanted = stats.mannwhitneyu(members, others).statistic / (80 * 120)
+    assert auroc(members, others, confidence=0.95)[0] == pytest.approx(wanted)
+    low, high = np.arange(50.0), np.arange(50.0) + 100
+    assert auroc(high, low, confidence=0.95) == (1.0, 1.0, 1.0)
+    assert auroc(low, high, confidence=0.95)[0] == 0.0
+    assert auroc(low, low, confidence=0.95)[0] == 0.5
+
+
+def test_the_interval_of_auroc_covers() -> None:
+    generator, shift = np.random.default_rng(1), 0.5
+    truth = stats.norm.cdf(shift / np.sqrt(2))
+    outside = 0
+    for _ in range(TRIALS):
+        _, low, high = auroc(generator.normal(size=150) + shift, generator.normal(size=100), confidence=0.95)
+        outside += not low <= truth <= high
+    assert 0.02 * TRIALS < outside <= FEW + 0.01 * TRIALS  # normal by approximation only
+
+
+def test_hit_rates_at_few_false_alarms() -> None:
+    members, others = np.concatenate([np.full(30, 2000.0), np.zeros(70)]), np.arange(1000.0)
+    share, low, high = hit_rate(members, others, false_alarms=0.01, confidence=0.95) or (0, 0, 0)
+    assert share == 0.3
+    assert low < 0.3 < high
+    same = hit_rate(others, others, false_alarms=0.01, confidence=0.95)
+    assert same == pytest.approx((0.01, 0.0048, 0.0183), abs=1e-3)
+    assert hit_rate(members, others, false_alarms=0.0001, confidence=0.95) is None, "no tenth of a false alarm"

@@ -1,0 +1,70 @@
+"""Experiments over small files, with models that are drawn at random; and files by what their columns hold."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.lab.preparation.detect import Found, look_at
+
+TEAMS = ("billing", "sales")
+AB, YES_NO = ("a", "b"), ("yes", "no", "maybe")
+ASK, SAY = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
+TURNS = [ASK, SAY]
+
+
+def own(number: int) -> str:
+    """A text that no other row has."""
+    return f"a text of its own, with number {number} in it"
+
+
+def few(count: int, prefix: str = "p") -> Callable[[int], str]:
+    """So many texts in turn, such as ids of persons."""
+    return lambda number: f"{prefix}{number % count}"
+
+
+def rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any]]:
+    """Rows by what each column holds: a function of the row's number, a tuple to take in turn, or one value for all."""
+
+    def value(given: Any, number: int) -> Any:
+        if callable(given):
+            return given(number)
+        return given[number % len(given)] if isinstance(given, tuple) else given
+
+    return [{name: value(given, number) for name, given in columns.items()} for number in range(count)]
+
+
+def seen(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chosen: str) -> Found:
+    """What `data init` makes of a file with such columns, or of such rows."""
+    given = columns if isinstance(columns, list) else rows(columns)
+    (folder / "rows.json").write_text(json.dumps(given))
+    return look_at(folder / "rows.json", chosen)
+
+
+def summary(found: Found) -> str:
+    """The kind, the roles with their columns where these are called otherwise, and the columns that no run reads."""
+    roles = " ".join(role if role == column else f"{role}={column}" for role, column in found.roles.items())
+    unread = " ".join(column for column, why in found.unread if why)
+    return f"{found.kind}: {roles}" + (f"; not {unread}" if unread else "")
+
+
+@pytest.fixture
+def tickets(tmp_path: Path) -> Callable[..., RunConfig]:
+    """An experiment over texts with a label, each a line of CSV."""
+
+    def make(*rows: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+        (tmp_path / "tickets.csv").write_text("\n".join(["body,team", *rows]) + "\n", encoding="utf-8")
+        return compose_run(
+            [
+                *("experiment=own_data", f"data.train_file='{tmp_path / 'tickets.csv'}'"),
+                *("data.columns={text: body, label: team}", f"data.labels=[{','.join(TEAMS)}]"),
+                *("data.declared_sizes=10", "federation.num_sites=2", "model=random_bert"),
+                *overrides,
+            ]
+        )
+
+    return make

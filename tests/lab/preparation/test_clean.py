@@ -1,0 +1,135 @@
+"""A new file with what is kept of an old one."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.lab.preparation.clean import Cleaned, Cleaning, clean
+from fedtune.show.new_files import new_streams
+from fedtune.spec import ConfigError, DataError
+
+COLUMNS = {"text": "body", "label": "team"}
+
+
+def cleaned(
+    path: Path, *drop: str, mask: bool = False, columns: Mapping[str, str] = COLUMNS, **named: str
+) -> tuple[Cleaned, list[Any]]:
+    out = path.with_name("kept.jsonl")
+    fault = {"other": DataError("label", "not declared", "must be another")}.get
+    cleaning = Cleaning(
+        columns, lambda record: fault(record.fields.get("label", "")), drop=drop, mask=mask, named=named
+    )
+    with new_streams(("--out", out)) as (stream,):
+        done = clean(path, stream, cleaning)
+    return done, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def written(folder: Path, *rows: Mapping[str, object] | str) -> Path:
+    path = folder / "rows.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def row(text: object, team: str = "sales", **others: object) -> dict[str, object]:
+    return {"body": text, "team": team, **others}
+
+
+LONG = "the printer on the third floor has been broken since Monday and nobody came to mend it"
+
+
+@pytest.mark.parametrize(
+    ("rules", "rows", "kept"),
+    [
+        ("empty", [row(" "), row(None), row("a"), row("b", "other")], [2, 3]),
+        ("unusable", [row(" "), row(7), row("a"), row("b", "other")], [2]),
+        ("duplicates", [row("a"), row(" a "), row("a", "billing"), row("a b")], [0, 2, 3]),
+        ("near-duplicates", [row(LONG), row(f"{LONG} soon"), row(f"{LONG} soon", "billing")], [0, 2]),
+        ("personal", [row("a@b.de"), row("a")], [1]),
+        ("damaged", [row("\ufffd"), row("a")], [1]),
+        ("unreadable", [row("a"), "{", row("b")], [0, 2]),
+        # A dropped row is no earlier one.
+        ("personal duplicates", [row("say a@b.de"), row("say a@b.de", "billing"), row("c")], [2]),
+    ],
+)
+def test_a_rule_drops_its_rows_and_no_others(tmp_path: Path, rules: str, rows: list[Any], kept: list[int]) -> None:
+    first, *_ = given = rules.split()
+    done, left = cleaned(written(tmp_path, *rows), *given)
+    assert left == [rows[place] for place in kept]
+    assert done == Cleaned(kept=len(kept), dropped=Counter({first: len(rows) - len(kept)}))
+
+
+def test_masks_leave_what_tells_records_apart(tmp_path: Path) -> None:
+    columns = {**COLUMNS, "user": "who"}
+    path = written(tmp_path, row("to a@b.de", who="c@d.de", note={"n": ["e@f.de", 1]}))
+    done, left = cleaned(path, mask=True, columns=columns)
+    assert left == [row("to [e-mail]", who="c@d.de", note={"n": ["[e-mail]", 1]})]
+    assert done.masked == {"e-mail": 2}
+
+
+def test_numbers_and_users_are_not_masked_though_they_look_like_a_person_s(tmp_path: Path) -> None:
+    columns = {"feature:age": "age", "feature:states": "states", "time": "months", "event": "died", "text": "note"}
+    card, mail = "4111111111111111", "a@b.de"
+    given = {"age": card, "states": f"[{card}]", "months": card, "died": "1", "who": mail, "note": f"by {mail}"}
+    _, left = cleaned(written(tmp_path, given), mask=True, columns=columns, user="who")
+    assert left == [given | {"note": "by [e-mail]"}]
+
+
+@pytest.mark.parametrize(("words", "marks"), [("text", "spans"), ("tokens", "tags")])
+def test_marked_words_are_not_masked_behind_their_marks(tmp_path: Path, words: str, marks: str) -> None:
+    with pytest.raises(ConfigError, match=f"--mask = 'personal': must be left out where .*role {marks}"):
+        cleaned(written(tmp_path, {}), mask=True, columns={words: words, marks: marks})
+    assert not (tmp_path / "kept.jsonl").exists()
+
+
+def test_who_has_another_outcome_is_no_duplicate(tmp_path: Path) -> None:
+    rows = [{"age": 50, "months": months, "died": died} for months, died in [(3, 1), (3, 0), (5, 1), (3.0, 1)]]
+    columns = {"feature:age": "age", "time": "months", "event": "died"}
+    done, left = cleaned(written(tmp_path, *rows), "duplicates", columns=columns)
+    assert (left, done.dropped) == (rows[:3], {"duplicates": 1})
+
+
+def test_values_of_other_columns_stay_or_become_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import datetime
+
+    from pyarrow import parquet
+
+    day = datetime.date(2026, 1, 2)
+    table = {"body": ["ä"], "team": ["sales"], "day": [day], "number": [float("nan")], "count": [3]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    _, left = cleaned(tmp_path / "rows.parquet")
+    assert left == [{"body": "ä", "team": "sales", "day": "2026-01-02", "number": None, "count": 3}]
+
+
+def test_the_old_file_stays_and_a_new_one_is_never_written_over(tmp_path: Path) -> None:
+    path = written(tmp_path, row("a"))
+    before = path.read_bytes()
+    cleaned(path)
+    with pytest.raises(ConfigError, match=r"--out = .* must be a new file; there is something of that name"):
+        cleaned(path)
+    assert path.read_bytes() == before
+
+
+def test_nothing_is_left_behind_where_nothing_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row is kept"):
+        cleaned(written(tmp_path, row(" ")), "empty")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_text_that_is_json_is_masked_within_and_stays_json(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "write to\na@b.example"}, {"role": "assistant", "content": "done"}]
+    about = {"from": {"mail": "c@d.example", "phone": 493012345678, "n": 3}, "odd": "[not json"}
+    calm = '{"spaces":1 ,  "kept": [true]}'
+    given = {"chosen": json.dumps(turns), "rejected": json.dumps(turns[:1]), "about": json.dumps(about), "calm": calm}
+    _, (kept,) = cleaned(written(tmp_path, given), mask=True, columns={role: role for role in ("chosen", "rejected")})
+    assert json.loads(kept["chosen"])[0] == {"role": "user", "content": "write to\n[e-mail]"}
+    assert json.loads(kept["chosen"])[1] == turns[1]
+    assert json.loads(kept["rejected"]) == json.loads(kept["chosen"])[:1]
+    inside = json.loads(kept["about"])
+    assert (inside["from"]["mail"], inside["from"]["n"], inside["odd"]) == ("[e-mail]", 3, "[not json")
+    assert kept["calm"] == calm, "as it was, where nothing is masked"

@@ -1,0 +1,258 @@
+"""Which kind of training a file's columns suit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.lab.preparation.detect import look_at
+from fedtune.spec import ConfigError, DataError
+
+from ...cases import cases_of
+from .conftest import AB, ASK, SAY, TURNS, YES_NO, few, own, rows, seen, summary
+
+SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+IN_JSON, LINK = json.dumps(TURNS), "https://example.org/a/long/path/{:050}".format
+ALPACA = {"instruction": own, "input": "", "output": "done"}
+BOTH, LABELLED = {"chosen": own, "rejected": "no"}, {"text": own, "label": AB}
+TIMED: dict[str, Any] = {"months": lambda n: n / 7, "died": (0, 1)}
+PAIR, SCORE = {"sentence1": own, "sentence2": own}, lambda n: n % 11 / 2
+PNG, SPAN = "{}.png".format, {"start": 0, "end": 1}
+TASK = {"data": {"text": "a b"}, "annotations": [{"result": [{"value": SPAN | {"labels": ["x"]}}]}]}
+
+KINDS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": TURNS}, "chat: messages"),
+    ({"conversations": SHARED, "id": int}, "chat: messages=conversations; not id"),
+    ({"Messages": IN_JSON}, "chat: messages=Messages"),
+    (ALPACA | {"system": "x"}, "instructions: prompt=instruction input system completion=output"),
+    ({"system": "x", "question": own} | BOTH, "preferences: prompt=question system chosen rejected"),
+    ({"prompt": [ASK], "chosen": [SAY], "rejected": [SAY]}, "preferences: messages=prompt chosen rejected"),
+    ({"prompt": own, "chosen": IN_JSON, "rejected": IN_JSON}, "preferences: chosen rejected; not prompt"),
+    ({"messages": TURNS, "chosen": TURNS, "rejected": TURNS}, "preferences: chosen rejected; not messages"),
+    ({"chat": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]}, "preferences: messages=chat chosen rejected"),
+    (ALPACA | BOTH, "preferences: prompt=instruction input chosen rejected; not output"),
+    ({"prompt": own, "chosen": f" {IN_JSON}", "rejected": f"\n{IN_JSON}"}, "preferences: chosen rejected; not prompt"),
+    ({"body": own, "chosen": (0, 1), "rejected": "no"}, "labelled: text=body label=chosen; not rejected"),
+    ({"prompt": own, "chosen": own}, "pairs: prompt completion=chosen"),
+    ({"question": own, "answer": own}, "pairs: prompt=question completion=answer"),
+    (PAIR | {"score": SCORE, "split": "train"}, "scored: text=sentence1 other=sentence2 target=score; not split"),
+    ({"Query": own, "positive": own, "negative": own}, "triplets: anchor=Query positive negative"),
+    ({"body": own, "stars": lambda n: n % 5}, "labelled: text=body label=stars"),
+    ({"id": lambda n: f"{n} {own(n)} {n}", "body": own}, "text: text=body; not id"),
+    ({"patient": few(7), "body": own, "desk": few(30)}, "text: text=body user=patient; not desk"),
+    ({"bank_id": ("x", "y"), "text": own, "team": ("a", "b", "c")}, "labelled: text label=team; not bank_id"),
+    ({"bank_id": ("x", "y"), "text": own}, "labelled: text label=bank_id"),
+    ({"tokens": ["a", "b"], "tags": ["B-x", "O"]}, "entities: tokens tags"),
+    ({"words": ["a", "b"], "ner_tags": ["O", "U-x"], "id": int}, "entities: tokens=words tags=ner_tags; not id"),
+    ({"tokens": '["a", "b"]', "labels": "['O', 'B-x']"}, "entities: tokens tags=labels"),
+    ({"text": own, "spans": [SPAN | {"label": "x"}], "tokens": [{"id": 0}]}, "entities: text spans; not tokens"),
+    ({"text": own, "label": ([[0, 1, "x"]], [])}, "entities: text spans=label"),
+    (TASK, "entities: text=data spans=annotations"),
+    ({"text": own, "labels": (["a"], ["b"])}, "tagged: text labels"),
+    ({"file": "x/{}.JPG".format, "site": AB, "diagnosis": AB}, "images: image=file label=diagnosis; not site"),
+    ({"image": PNG, "tags": (["a"], ["a", "b"])}, "images: image labels=tags"),
+    ({"image": PNG, "value": lambda n: n / 7}, "images: image target=value"),
+    ({"image": PNG} | TIMED, "images: image time=months event=died"),
+    ({"text": own} | TIMED, "followed: text time=months event=died"),
+    ({"age": lambda n: n / 3} | TIMED | {"label": AB}, "table: label"),
+    ({"text": own} | TIMED | {"label": AB}, "labelled: text label; not months died"),
+    # As others publish them.
+    (
+        {"instruction": own, "context": own, "response": own, "category": AB},
+        "instructions: prompt=instruction input=context completion=response; not category",
+    ),
+    ({"question": own, "context": own, "answer": YES_NO}, "pairs: prompt=question input=context completion=answer"),
+    ({"question": own, "answer": YES_NO}, "labelled: text=question label=answer"),
+    ({"system": "x", "user": own, "assistant": own}, "pairs: prompt=user system completion=assistant"),
+    ({"conversations": SHARED, "system": "x", "tools": "[]"}, "chat: messages=conversations system; not tools"),
+    (ALPACA | {"history": [["a", "b"]]}, "instructions: prompt=instruction input completion=output; not history"),
+    (PAIR | {"label": SCORE, "idx": int}, "scored: text=sentence1 other=sentence2 target=label; not idx"),
+    ({"premise": own, "hypothesis": own, "label": (0, 1, 2)}, "labelled: text=premise text_pair=hypothesis label"),
+    ({"text": "fine {}".format, "url": LINK, "sentiment": AB}, "labelled: text label=sentiment; not url"),
+    (LABELLED | {"label": (0, 1), "label_text": AB}, "labelled: text label=label_text; not label"),
+    (LABELLED | {"sources": (["web"], ["web", "app"])}, "labelled: text label; not sources"),
+    ({"text": own, "tags": ("[]", "['late']", "['late', 'lost']")}, "tagged: text labels=tags"),
+    (
+        {"prompt": own, "chosen_response": own, "rejected_response": "no"},
+        "preferences: prompt chosen=chosen_response rejected=rejected_response",
+    ),
+    ({"subject": "about your order {}, again".format} | LABELLED, "labelled: text label; not subject"),
+    # Turns as Python and pandas print them, ids that no run can read, and what is said of people but is no id.
+    *(
+        ({"id": int, "messages": turns}, "chat: messages; not id")
+        for turns in (str(TURNS), str(TURNS).replace("}, {", "}\n {"), f"array({[ASK]})")
+    ),
+    (LABELLED | {"user_id": lambda n: f"1.23{n % 9}E+11"}, "labelled: text label user=user_id"),
+    *(
+        (LABELLED | {name: lambda n: n % 9}, f"labelled: text label; not {name}")
+        for name in ("user_rating", "customer_type", "patient_age", "personal", "screening", "new_customer_score")
+    ),
+]
+
+
+@pytest.mark.parametrize(("columns", "expected"), KINDS, ids=range(len(KINDS)))
+def test_the_kind_of_a_file_and_what_is_not_read(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
+    found = seen(tmp_path, columns)
+    assert summary(found) == expected
+    assert [role for role, *_ in found.options] == list(found.roles)
+
+
+@pytest.mark.parametrize(
+    ("scores", "scale"),
+    [
+        *(((0.2, 1.0), (0.0, 1.0)), (("0.5", "5"), (0.0, 5.0)), ((-1, 0.5), (-1.0, 1.0))),
+        *(((3, 7.5), (0.0, 10.0)), ((-2.5, 300), "???")),
+    ],
+)
+def test_a_score_has_the_usual_scale_that_holds_it(tmp_path: Path, scores: Any, scale: object) -> None:
+    given = rows({"text1": own, "text2": own, "similarity": scores}, 9)
+    found = seen(tmp_path, given)
+    assert (found.kind, found.settings) == ("scored", {"target_range": scale})
+    with pytest.raises(DataError, match="columns text1, text2 = 'several texts or images'"):
+        seen(tmp_path, [row | {"similarity": 3} for row in given])  # what never changes is no score
+    with pytest.raises(DataError, match=r"column similarity = '.*text': must have 2 to 200 different texts"):
+        seen(tmp_path, [*given, given[0] | {"similarity": "very"}])
+
+
+def test_one_number_far_off_does_not_decide_a_scale(tmp_path: Path) -> None:
+    given = rows({"text": own, "rating": lambda n: 1 + n % 17 / 2})
+    given[7]["rating"] = 87.31
+    assert seen(tmp_path, given).settings == {"target_range": (0.0, 10.0)}
+
+
+TWO_TEXTS = {"body": own, "note": own, "team": ("t0", "t1", "t2"), "area": AB, "rate": lambda n: n / 9}
+DONE = {"prompt": own, "completion": own}
+SEVERAL = {"question": own, "answer": own, "doc": own, "tone": own, "n": lambda n: n / 7, "who": lambda n: n % 9}
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen", "expected"),
+    [
+        (TWO_TEXTS, "text=note other=body score=rate", "scored: text=note other=body target=rate"),
+        (TWO_TEXTS, "label=team text=note", "labelled: text=note label=team"),
+        (TWO_TEXTS, "prompt=note completion=body", "pairs: prompt=note completion=body"),
+        (SEVERAL, "context=doc", "pairs: prompt=question input=doc completion=answer"),
+        (SEVERAL, "system=tone", "pairs: prompt=question system=tone completion=answer"),
+        (SEVERAL, "prompt=tone completion=doc", "pairs: prompt=tone completion=doc"),
+        (SEVERAL, "text=doc score=n", "rated: text=doc target=n"),
+        (SEVERAL, "anchor=doc positive=tone negative=answer", "triplets: anchor=doc positive=tone negative=answer"),
+        (SEVERAL, "prompt=doc chosen=tone rejected=answer", "preferences: prompt=doc chosen=tone rejected=answer"),
+        (SEVERAL, "user=who", "pairs: prompt=question completion=answer user=who"),
+        (DONE | {"label": (True, False)}, "prompt=prompt completion=completion", "pairs: prompt completion"),
+        ({"sex": AB, "label": AB}, "text=sex", "text: text=sex"),
+        ({"age": lambda n: n + 0.5, "dose": lambda n: n * 1.5}, "score=dose", "table: target=dose"),
+        ({"age": lambda n: n / 3, "week": int, "went": (1, 0)}, "time=week event=went", "table: time=week event=went"),
+    ],
+)
+def test_each_role_can_be_chosen(tmp_path: Path, columns: dict[str, Any], chosen: str, expected: str) -> None:
+    options = dict(one.split("=") for one in chosen.split())
+    assert summary(seen(tmp_path, columns, **options)).partition(";")[0] == expected
+
+
+@pytest.mark.parametrize(("chosen", "message"), cases_of(__file__, "choices_that_do_not_fit"))
+def test_a_choice_that_does_not_fit(tmp_path: Path, chosen: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        seen(tmp_path, rows({"body": own, "n": int}, 400), **chosen)
+    assert str(caught.value) == message
+
+
+def test_rows_that_cannot_be_read_are_counted_and_the_first_kept(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{\n" * 20 + '{"body": "a text"}\n')
+    found = look_at(tmp_path / "rows.jsonl", {})
+    assert (found.rows, found.num_faults, len(found.faults)) == (1, 20, 5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "odd"),
+    [
+        *((LABELLED, odd) for odd in ({"text": 17}, {"label": True}, {"label": 3})),
+        *((LABELLED | {"label": (0, 1)}, {"label": "n/a"}), (LABELLED | {"label": (0.0, 1.0)}, {"label": None})),
+        ({"text": own, "price": lambda n: n / 7}, {"price": "n/a"}),
+        *(({"text": own, "tags": ([], ["a"], ["a", "b"])}, {"tags": odd}) for odd in (None, {"a": 1})),
+        *(({"question": own, "answer": own}, {"answer": 4}), ({"messages": TURNS}, {"messages": []})),
+        ({"anchor": own, "positive": own, "negative": own}, {"positive": 0}),
+    ],
+)
+def test_one_odd_value_changes_nothing(tmp_path: Path, columns: dict[str, Any], odd: dict[str, Any]) -> None:
+    given = rows(columns)
+    before, after = seen(tmp_path, given), seen(tmp_path, [given[0] | odd, *given[1:]])
+    assert (summary(after), set(after.labels)) == (summary(before), set(before.labels))
+    ((column, value),) = odd.items()
+    assert value in (None, [], 0) or [count for _, count, _ in after.columns[column].strange] == [1], "it is shown"
+
+
+# Whose a record is.
+
+
+PERSONS = (
+    *("user_id", "PatientID", "Patient ID", "subject_id", "reviewerID", "Customer No.", "e-mail", "author_name"),
+    *("patient_nr", "PatientNummer", "Patient-ID", "id_patient", "hashed_patient_id", "pseudo_id", "Kundennummer"),
+    *("kunden_nr", "account_id", "screen_name", "pid", "SSN", "nhs_number", "customer email", "anon_user"),
+    *("tweet_author_id", "user.screen_name", "cust_id", "PatID", "Patienten-ID", "Email Address"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"), [*((name, None) for name in PERSONS), *(("user_id", odd) for odd in ("", "NA", 1.5, ["a"]))]
+)
+def test_a_column_of_persons_is_the_unit_whatever_one_row_has(tmp_path: Path, name: str, odd: object) -> None:
+    given = rows(LABELLED | {name: few(9)})
+    given[3][name] = odd
+    assert summary(seen(tmp_path, given)) == f"labelled: text label user={name}"
+
+
+def test_ids_as_decimals_are_persons(tmp_path: Path) -> None:
+    assert seen(tmp_path, LABELLED | {"user_id": lambda n: float(n % 9)}).roles["user"] == "user_id"
+    by_record = look_at(tmp_path / "rows.json", {}, by_person=False)
+    assert "user" not in by_record.roles
+    assert "--user user_id" in dict(by_record.unread)["user_id"]
+
+
+def test_of_two_columns_of_persons_the_other_is_named(tmp_path: Path) -> None:
+    columns = LABELLED | {"author": few(3), "patient": few(9)}
+    found = seen(tmp_path, columns)
+    assert found.roles["user"] == "patient"
+    assert "--user author" in dict(found.unread)["author"]
+    assert seen(tmp_path, columns, user="author").roles["user"] == "author"
+
+
+# What is said, and what is refused.
+
+
+@pytest.mark.parametrize("number", ["{},5", "${}", "{} %", "1.{},00", "({}.5)", "\u2212{}"])
+def test_numbers_in_another_form_are_refused_with_what_to_write(tmp_path: Path, number: str) -> None:
+    columns = {"text": own, "cost": lambda n: number.format(100 + n)}
+    assert "write 3.5" in dict(seen(tmp_path, columns).unread)["cost"]
+    with pytest.raises(ConfigError, match=r"--score = 'cost': must be a label or a number; .* write 3\.5"):
+        seen(tmp_path, columns, score="cost", text="text")
+
+
+@pytest.mark.parametrize("names", ["says,spam", "text,spam"])
+def test_a_class_may_be_called_as_its_column(tmp_path: Path, names: str) -> None:
+    lines = [f"a text with number {number},{('spam', 'ham')[number % 2]}" for number in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
+    assert look_at(tmp_path / "a.csv", {}).labels == {"spam": 30, "ham": 30}
+
+
+@pytest.mark.parametrize(
+    ("tags", "labels"),
+    [
+        ((["S-protein", "O"], ["M_protein", "L-dopa"]), {"S-protein": 1, "M_protein": 1, "L-dopa": 1}),
+        ((["S-protein", "O"], ["B-protein", "I-protein"]), {"protein": 2}),
+        ((["I-drug", "I-drug"], ["O", "I-dose"]), {"drug": 1, "dose": 1}),
+    ],
+)
+def test_a_scheme_is_one_of_the_whole_column(tmp_path: Path, tags: Any, labels: dict[str, int]) -> None:
+    assert seen(tmp_path, rows({"tokens": ["a", "b"], "tags": tags}, 2)).labels == labels
+
+
+def test_a_label_that_may_be_an_event_by_a_time_is_told(tmp_path: Path) -> None:
+    found = seen(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
+    assert "censored may be an event: --time run_hours --event censored." in found.notes
+
+
+def test_images_that_no_run_reads_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "scan.bmp").touch()
+    with pytest.raises(DataError, match=r"1 \.bmp images.: must be PNG"):
+        look_at(tmp_path, {})

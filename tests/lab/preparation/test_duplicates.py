@@ -1,0 +1,174 @@
+"""Records that say what earlier ones said: the same, almost the same, or a run of the same words."""
+
+import random
+from itertools import groupby
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fedtune.data.records import Record
+from fedtune.lab.preparation import duplicates
+from fedtune.lab.preparation.duplicates import Earlier, Likeness, Near, Words, compare, longest_runs
+from fedtune.tasks.registry import TASKS
+
+from ...cases import cases_of
+
+TURNS = '[{"role":"user","content":"b"}]'
+
+
+class Reader:
+    """Gives each text to the records so far, with the next line."""
+
+    def __init__(self) -> None:
+        self.earlier, self._line = Earlier(alike=True), 0
+
+    def __call__(self, text: str, label: str = "a", *, use: str = "train") -> dict[Likeness, list[int]]:
+        self._line += 1
+        record = Record({"text": text, "label": label}, "file", self._line)
+        return {kind: [twin.line for twin in twins] for kind, twins in self.earlier.twins(record, use).items()}
+
+
+def sentence(seed: int) -> str:
+    draws = random.Random(seed)
+    return " ".join("".join(draws.choices("abcdefghijklmnop", k=6)) for _ in range(20))
+
+
+def test_the_same_but_for_spaces_is_the_same_and_one_word_more_is_alike() -> None:
+    read, text = Reader(), sentence(1)
+    assert read(text) == {"same": [], "alike": []}
+    assert read(f"  {text.replace(' ', '  ')}\n") == {"same": [1], "alike": [1]}
+    assert read(f"{text} Indeed") == {"same": [], "alike": [1]}
+    assert read(sentence(2)) == {"same": [], "alike": []}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_records_that_differ_in_any_role_of_a_task_are_not_the_same(name: str) -> None:
+    for layout in TASKS[name].layouts:
+        first = Record(dict.fromkeys(layout, TURNS))
+        for role in layout:
+            other = Record({**first.fields, role: TURNS.replace("b", "c")})
+            assert (other.said, other.answer) != (first.said, first.answer), role
+
+
+def test_records_that_differ_in_a_feature_are_not_the_same() -> None:
+    rows = [("", "1"), ("1", ""), ("a b", "c"), ("a", "b c")]
+    assert len({Record({"feature:a": a, "feature:b": b, "label": "x"}).said for a, b in rows}) == len(rows)
+
+
+def test_each_use_and_label_has_a_first_one() -> None:
+    read, text = Reader(), sentence(1)
+    read(text)
+    assert read(text, "b")["same"] == [1]
+    assert read(text, use="test")["same"] == [1, 2]
+    assert read(text, use="test")["same"] == [1, 2, 3]
+
+
+def test_nearly_all_texts_that_share_nine_tenths_are_found() -> None:
+    read, found = Reader(), 0
+    for seed in range(100):
+        words = sentence(seed).split()
+        read(" ".join(words))
+        found += bool(read(" ".join([*words[:-1], "changed"]))["alike"])
+    assert found >= 95
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "MOST_SAME", 3)
+    monkeypatch.setattr(duplicates, "MOST_ALIKE", 2)
+    read = Reader()
+    for seed in range(5):
+        assert read.earlier.is_full == (seed >= 2)
+        read(sentence(seed))
+    assert read(sentence(1)) == {"same": [2], "alike": [2]}
+    assert read(sentence(4)) == {"same": [], "alike": []}
+
+
+def test_a_record_that_is_not_kept_is_no_earlier_one() -> None:
+    earlier, one = Earlier(alike=True), Record({"text": sentence(1)}, "file", 1)
+    for _ in range(2):
+        assert earlier.twins(one, keep=False) == {"same": (), "alike": ()}
+
+
+# The longest run of words, exactly; and personal details.
+
+PARTS = st.lists(st.lists(st.sampled_from("abc"), max_size=8), max_size=3)
+"""Texts of a record, whose words come again soon."""
+
+
+def of_parts(parts: list[list[str]]) -> Words:
+    return [word for part in parts for word in (*part, None)]
+
+
+def runs_in(words: Words) -> set[tuple[str | None, ...]]:
+    """Every run of words within one of the texts."""
+    parts = [tuple(part) for ends, part in groupby(words, key=lambda word: word is None) if not ends]
+    return {part[a:b] for part in parts for a in range(len(part)) for b in range(a + 1, len(part) + 1)}
+
+
+@given(st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=4))
+@example([[list("ab")], [list("b")]], [[list("ab")]])
+@example([[list("aabab")]], [[list("abaab")], [list("bab")]])
+def test_the_longest_run_is_that_of_all_runs(texts: list[list[list[str]]], others: list[list[list[str]]]) -> None:
+    own = {str(number): of_parts(parts) for number, parts in enumerate(others)}
+    every = [of_parts(parts) or [None] for parts in texts]
+    found = list(longest_runs(every, own.items()))
+    assert len(found) == len(every)
+    for text, (words, end, place) in zip(every, found, strict=True):
+        shared = runs_in(text) & {run for other in own.values() for run in runs_in(other)}
+        assert words == max(map(len, shared), default=0)
+        if words:
+            assert tuple(text[end - words : end]) in shared & runs_in(own[place])
+
+
+def record(text: str, line: int = 1, *, file: str = "own", **more: str) -> Record:
+    return Record({"text": text, **more}, file, line)
+
+
+def near(text: str, *others: str) -> Near:
+    """A text beside others, which are in the lines from 1 on."""
+    (found,) = compare([record(text, 7, file="made")], [record(other, line) for line, other in enumerate(others, 1)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "run"),
+    [
+        ("Don\u2019t PANIC, it's fine!", "so: dont\npanic its fine then", "dont panic its fine"),
+        ("\uff23afe\u0301 au lait", "un caf\u00e9 au lait", "caf\u00e9 au lait"),
+        ("\u6211\u7684\u5361\u4e22\u4e86", "\u4ed6\u7684\u5361\u5462", "\u7684 \u5361"),
+        ("card_arrival 12-34", "Card arrival: 12/34", "card arrival 12 34"),
+        ("\U0001f600 ...", "\U0001f600 ...", ""),
+    ],
+)
+def test_words_go_without_case_punctuation_and_form(text: str, other: str, run: str) -> None:
+    found = near(text, "nothing of it", other)
+    assert (found.run, found.words) == (run, len(run.split()))
+    assert (found.place, found.of) == ("made:7", "own:2" if run else "")
+
+
+def test_a_share_is_of_the_words_and_the_longest_run_comes_first() -> None:
+    made = [record("one two three", 1, file="made"), record("one two three four", 2, file="made", prompt="five six")]
+    found = compare(made, [record("one two three four five six")])
+    assert [(one.place, one.words, one.share) for one in found] == [("made:2", 4, 4 / 6), ("made:1", 3, 1.0)]
+
+
+def test_each_record_of_many_alike_has_its_twin_and_the_same_is_more_than_alike() -> None:
+    draws = random.Random(1)
+    words = ["".join(draws.choices("abcdefgh", k=6)) for _ in range(40)]
+    text = " ".join(words)
+    made = [record(text, line, file="made") for line in (1, 2)] + [record("else entirely, with more words", 3)]
+    found = compare(made, [record(f"{text} Indeed.", 4), record(f" {text}\n", 5), record(f"{text} Yes.", 6)])
+    assert [(one.likeness, one.twin) for one in found] == [("same", "own:5"), ("same", "own:5"), ("", "")]
+    assert (found[2].words, found[2].of) == (0, "")
+    assert near(text, f"{text} Indeed.").likeness == "alike"
+
+
+@pytest.mark.parametrize(("text", "others", "details"), cases_of(__file__, "details"))
+def test_details_are_the_same_in_any_spaces(text: str, others: list[str], details: list[list[object]]) -> None:
+    assert [list(one) for one in near(text, *others).details] == details
+
+
+def test_nothing_is_like_nothing() -> None:
+    assert compare([], [record("a text")]) == []
+    assert near("a text") == Near("made:7", 0, 0.0, "", "", "", "", [])

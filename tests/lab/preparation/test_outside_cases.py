@@ -1,0 +1,94 @@
+"""Files as other programs write them: each kind is read rightly, named, or refused with what to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.data.text_rows import table_rows
+from fedtune.lab.preparation import starter
+from fedtune.lab.preparation.detect import look_at
+from fedtune.spec import ConfigError, DataError
+
+from .conftest import AB, ASK, SAY, own, seen
+
+PAIR, QUESTION = {"prompt": own, "completion": own}, {"question": own, "answer": own}
+YES = (True, False)
+LABELLED = {"text": own, "label": AB}
+NO_PROMPT = "columns chosen, rejected = 'texts that belong together': must have beside them a column prompt"
+
+
+def table(folder: Path, *lines: str) -> Path:
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "rows.csv"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (PAIR | {"label": YES}, "column label = 'true or false': may say in which rows completion is not wanted"),
+        (PAIR | {"score": (0, 1)}, "column score = '1 or 0': may say"),
+        (QUESTION | {"label": ("good", "bad")}, "rows answer is not"),
+        (QUESTION | {"accepted": YES}, "rows answer is not"),
+        ({"instruction": own, "input": "", "output": own, "kto_tag": YES}, "rows output is"),
+        ({"conversations": [ASK, SAY], "kto_tag": YES}, "rows conversations is not wanted"),
+        ({"role": ("prompter", "assistant"), "text": own}, "column role = \"a word's tag, or who speaks"),
+        ({"chosen": "Human: where Assistant: there", "rejected": "Human: where Assistant: no"}, NO_PROMPT),
+        ({"prompt": "where", "chosen": [SAY], "rejected": [SAY]}, NO_PROMPT),
+        ({"prompt": [ASK], "chosen": "there", "rejected": "no"}, NO_PROMPT),
+        ({"prompt": [ASK], "completion": [SAY]}, "all turns of a record as one list in a column messages"),
+        ({"prompt": own, "response": [SAY]}, "column response = 'list': must be a text: write all turns"),
+        *(({"text": own, name: {"a": ["b"]}}, f"column {name} = 'object': must be a") for name in ("answers", "label")),
+        ({"text": own, "score": lambda n: f"{n % 9},5"}, r"column score = 'text': .* write 3\.5"),
+        ({"n": 1.5}, "a column of text"),
+    ],
+)
+def test_what_would_be_learnt_wrongly_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        seen(tmp_path, columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "why"),
+    [
+        ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "no run"),
+        ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "no run"),
+        ({"text": own, "state": "one"}, "state", "always the same"),
+        (LABELLED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
+        ({"text": own, "parent_id": own}, "parent_id", "ids of the records"),
+        ({"text": own, "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),
+        ({"query": own, "response": own, "rejected_response": own}, "rejected_response", "not"),
+    ],
+)
+def test_what_is_not_read_is_named(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
+    assert why in dict(seen(tmp_path, columns).unread)[name]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        *(("1", "1.0"), ("A", "\uff21"), ("very good", "very\u00a0good"), ("Ok", "ok")),
+        *(("Re\u0301clamation", "R\u00e9clamation"), ("Question", "Que\u200bstion")),
+    ],
+)
+def test_labels_that_are_one_in_another_form_are_named(labels: tuple[str, str]) -> None:
+    (said,) = starter.about_spellings([*labels, "other", "2.5"])
+    assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
+
+
+@pytest.mark.parametrize("end", ['d "e",ok', 'd",ok,ok'])
+def test_a_row_that_took_others_along_says_how_many(tmp_path: Path, end: str) -> None:
+    path = table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
+    (fault, last) = [found for _, found in table_rows(path, None, comma=",")]
+    assert isinstance(fault, DataError)
+    assert str(fault.value).endswith(", over 4 lines")
+    assert fault.bound.endswith("takes the lines up to the next quote along")
+    assert last == {"text": "f", "label": "ok"}
+
+
+def test_columns_without_a_name_are_each_named_or_refused(tmp_path: Path) -> None:
+    lines = [f"a text with number {n},{'ab'[n % 2]},,{n}" for n in range(60)]
+    assert set(dict(look_at(table(tmp_path, "text,label,,", *lines), {}).unread)) == {"(column 3)", "(column 4)"}
+    title = table(tmp_path, "Report of 2024,,,", "text,label,a,b", *lines)
+    with pytest.raises(ConfigError, match=r"a name twice or none.*must be a header with one name for each"):
+        look_at(title, {})

@@ -1,0 +1,53 @@
+"""What looks like a personal identifier or like damage, and what only might."""
+
+import pytest
+
+from fedtune.lab.preparation.patterns import damage, identifiers, masked
+
+from ...cases import cases_of
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "whole"),
+    [
+        ("write to a.b+c@mail.example.org today", "e-mail", "a.b+c@mail.example.org"),
+        ("DE89 3704 0044 0532 0130 00 BITTE BALD", "IBAN", "DE89 3704 0044 0532 0130 00"),
+        ("to GB82WEST12345698765432.", "IBAN", "GB82WEST12345698765432"),
+        ("card 4111 1111 1111 1111, please", "card number", "4111 1111 1111 1111"),
+        ("my number is 078-05-1120", "US social security number", "078-05-1120"),
+        ("Steuer-ID 86 095 742 719", "German tax id", "86 095 742 719"),
+        ("Anna, geb. 12.03.1980, sagt", "date of birth", "geb. 12.03.1980"),
+        ("she was born on 3 May 1971", "date of birth", "born on 3 May 1971"),
+        *(("from 192.168.17.4:", "IP address", "192.168.17.4"), ("at 2001:db8::1 it", "IP address", "2001:db8::1")),
+        ("call +49 171 1234567", "phone number", "+49 171 1234567"),
+        *(("Tel. 0171/1234567", "phone number", "0171/1234567"), ("(555) 234-5678", "phone number", "(555) 234-5678")),
+    ],
+)
+def test_an_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:
+    assert [(found, text[start:end]) for found, start, end in identifiers(text)] == [(kind, whole)]
+    assert masked(text) == (text.replace(whole, f"[{kind}]"), [kind])
+
+
+@pytest.mark.parametrize("text", cases_of(__file__, "no_identifiers"))
+def test_what_is_none_is_left_alone(text: str) -> None:
+    assert masked(text) == (text, [])
+
+
+def test_several_in_one_text() -> None:
+    text = "a@b.de or 0171/1234567 or c@d.de"
+    assert masked(text) == ("[e-mail] or [phone number] or [e-mail]", ["e-mail", "phone number", "e-mail"])
+
+
+@pytest.mark.parametrize("evil", ["1 ", "+1", "a.a@", "A1 ", "1:", "DE12A", "(", "1.1.1.", "a@b.de "])
+def test_a_long_text_takes_no_time_beyond_its_length(evil: str) -> None:
+    identifiers(evil * 50_000)  # what looks back over the whole text would take hours
+
+
+@pytest.mark.parametrize(("text", "kind"), cases_of(__file__, "damaged"))
+def test_damage(text: str, kind: str) -> None:
+    assert list(damage(text)) == [kind]
+
+
+@pytest.mark.parametrize("text", ["Für Sie: «É…»", "À la carte, ÇA VA?", "👩‍👩‍👧 🙂", "a\tb\r\nc", "文字 Ünïcode Æ"])
+def test_what_is_as_it_should_be_is_no_damage(text: str) -> None:
+    assert list(damage(text)) == []

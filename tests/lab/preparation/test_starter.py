@@ -1,0 +1,281 @@
+"""The first experiment for a file: what it says composes, and says what the file has."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.data.faults import LeftOut
+from fedtune.data.records import iter_records
+from fedtune.lab.preparation import starter
+from fedtune.lab.preparation.detect import KINDS, look_at
+from fedtune.model.base_model import load_tokenizer
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.registry import task_named
+
+from ...data.conftest import chat as turns
+
+
+@dataclass
+class Made:
+    """What `data init` writes and says for a file."""
+
+    path: Path
+    plan: starter.Plan
+    text: str
+    notes: str
+
+    @property
+    def settings(self) -> Any:
+        return yaml.safe_load(self.text)
+
+    def composed(self, text: str | None = None) -> RunConfig:
+        (self.path.parent / "own.yaml").write_text(text or self.text, encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.path.parent)
+            return compose_run(["experiment=./own.yaml"])
+
+
+def made_for(path: Path, *, model: str = "random_bert", **chosen: str) -> Made:
+    found = look_at(path, chosen)
+    base = KINDS[found.kind][1]
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
+    config = compose_run([f"experiment={base}", f"model={model}", *left_open])
+    tokenizer = load_tokenizer(config.model)
+    plan = replace(starter.planned(found, tokenizer, config, within=len(tokenizer)), model=model)
+    text = starter.experiment(found, plan, file=path.with_name("own.yaml"))
+    return Made(path, plan, text, "\n".join(starter.notes(found, plan)))
+
+
+def table(folder: Path, rows: int, *, labels: tuple[str, ...] = ("yes", "no"), more: str = "") -> Path:
+    path = folder / "rows.csv"
+    lines = [f"text number {number} of the file,{labels[number % len(labels)]}" for number in range(rows)]
+    path.write_text("\n".join(["body,kind", *lines]) + f"\n{more}", encoding="utf-8")
+    return path
+
+
+def lines(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path) -> None:
+    made = made_for(table(tmp_path, 60, labels=("yes", "1", "null", "a: b", "# c", "ä")))
+    assert made.composed().data.labels == ("1", "# c", "a: b", "null", "yes", "ä")
+
+
+@pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
+def test_a_site_gets_a_few_hundred_records(tmp_path: Path, rows: int, sites: int) -> None:
+    assert made_for(table(tmp_path, rows)).plan.num_sites == sites
+
+
+def test_a_template_of_all_texts_is_proposed_as_a_comment_that_composes(tmp_path: Path) -> None:
+    columns = ("title", "summary", "text")
+    given = [{name: f"{name} of {n} in some words" * 2**at for at, name in enumerate(columns)} for n in range(40)]
+    made = made_for(lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(given))))
+    assert made.composed().data.prompt_template == "{prompt}"
+    page = made.text.replace("  columns:", "  # was:").replace("  # columns:", "  columns:")
+    data = made.composed(page.replace("  # prompt_template", "  prompt_template")).data
+    assert data.columns == {"text": "text", "label": "label", "input": "title", "part_2": "summary"}
+    assert data.prompt_template == "{input}\n\n{part_2}\n\n{text}"
+
+
+@pytest.mark.parametrize(("words", "length", "windows"), [(9, 32, 1), (200, 256, 2), (5000, 256, 4)])
+def test_marked_texts_get_windows_and_one_type_is_enough(tmp_path: Path, words: int, length: int, windows: int) -> None:
+    text = " ".join(["a"] * words)
+    path = lines(tmp_path, *[{"text": f"{text} {number}", "spans": [[0, 1, "card"]]} for number in range(40)])
+    config = made_for(path).composed()
+    data = config.data
+    assert (config.task, data.labels, data.columns["spans"]) == ("token_classification", ("card",), "spans")
+    assert (data.max_length, data.windows) == (length, windows)
+    assert data.stride == min(32, (length - 2) // 2)
+
+
+def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path) -> None:
+    rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
+    made = made_for(lines(tmp_path, *rows))
+    assert (made.plan.base, made.plan.usable, len(made.plan.lengths)) == ("own_pairs", 60, 60)
+    data = made.composed().data
+    assert data.target_range == (0.0, 5.0)
+    assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
+
+
+def test_preferences_get_turns_and_leave_out_what_is_no_pair(tmp_path: Path) -> None:
+    rows = [{"chosen": turns(f"where {n}", "there"), "rejected": turns(f"where {n}", "no")} for n in range(60)]
+    rows[7]["rejected"] = turns("what else", "no")
+    made = made_for(lines(tmp_path, *rows), model="random_llama")
+    plan, data = made.plan, made.composed().data
+    assert (plan.usable, plan.left_out.count, plan.turns) == (59, 1, "plain")
+    assert (data.columns, data.unusable) == ({"chosen": "chosen", "rejected": "rejected"}, "leave_out")
+
+
+@pytest.mark.parametrize(("rows", "delta"), [(400, 1e-5), (600_000, 1e-7)])
+def test_delta_and_declared_sizes_are_near_a_site_s_share(tmp_path: Path, rows: int, delta: float) -> None:
+    made = made_for(table(tmp_path, 400))
+    large = replace(made.plan, usable=rows, units=rows)
+    settings = yaml.safe_load(starter.experiment(look_at(made.path, {}), large, file=tmp_path / "own.yaml"))
+    size = starter.declared_size(large)
+    assert settings["data"]["declared_sizes"] == size
+    assert settings["privacy"]["delta"] == pytest.approx(delta)
+    assert delta < 1 / size
+    if rows == 400:
+        assert 0.8 * 400 * 0.7 / 2 <= size <= 400 * 0.7 / 2
+
+
+def test_each_setting_has_its_comment(tmp_path: Path) -> None:
+    text = made_for(table(tmp_path, 60)).text
+    settings = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith("#")]
+    assert [line for line in settings if " # " not in line] == []
+
+
+def test_long_records_are_counted_and_bounded(tmp_path: Path) -> None:
+    made = made_for(lines(tmp_path, *({"body": "word " * size} for size in (5, 50, 5000))), model="random_llama")
+    assert made.plan.max_length == 256
+    assert f"{1 + int(made.plan.lengths[1] > 256)} of 3 records are longer and are cut" in made.text
+
+
+def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
+    made = made_for(table(tmp_path, 60, more=" ,yes\na,b,c\n"))
+    left_out = {"must not be blank (role text)": 1, "must have 2 cells, as the header": 1}
+    assert (made.plan.usable, made.plan.left_out) == (60, LeftOut(rows=62, reasons=left_out))
+    assert made.settings["data"]["unusable"] == "leave_out"
+
+
+def test_a_file_names_its_run_and_the_next_line_can_be_typed() -> None:
+    names = {"a b(1).yaml": "a-b-1", "...yaml": "own", "Ärger.yaml": "rger"}
+    assert {file: starter.run_name(Path(file)) for file in names} == names
+    typed = [("a.yaml", "experiment=./a.yaml"), ("in/a.yaml", "experiment=in/a.yaml")]
+    for file, line in [*typed, ("a b.yaml", "'experiment=./a b.yaml'")]:
+        assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
+
+
+def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
+    path = lines(tmp_path, *[{"messages": turns("who is there?", "nobody at all")}] * 30)
+    made = made_for(path, model="random_llama")
+    assert (made.plan.turns, made.settings["data"]["chat_template"]) == ("plain", "plain"), "it has no template"
+    overrides = ["experiment=own_text", "model=random_llama", "data.train_file=x", "data.declared_sizes=2"]
+    overrides += ["lora.layers=null", "lora.target_modules=all-linear", "data.columns={messages: messages}"]
+    config = compose_run([*overrides, "data.chat_template=plain", "data.max_length=200"])
+    records = list(iter_records(path, config.data.columns))
+    tokenised = task_named(config.task).tokenise(records, load_tokenizer(config.model), data=config.data)
+    assert made.plan.lengths.tolist() == tokenised.lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "note"),
+    [
+        (("yes", "no"), "a text,YES\n" * 6, "The labels 'YES', 'yes' look alike"),
+        (("yes", "no"), ",yes\n" * 30, "A LARGE PART, 30 of 90 rows (33.3 %), cannot be used: 30 must not be"),
+        (("yes", "nan"), "", "A label may stand for no value: nan. If so, take it out of labels."),
+        (("yes", "no"), "", "max_length were proposed from nearly all records"),
+    ],
+)
+def test_what_a_person_should_know_is_said(tmp_path: Path, labels: tuple[str, ...], more: str, note: str) -> None:
+    assert note in made_for(table(tmp_path, 60, labels=labels, more=more)).notes
+
+
+def test_tokens_unknown_to_the_model_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.unk_token_id", 225, raising=False)  # a space
+    assert "% of the tokens are unknown to this model" in made_for(table(tmp_path, 60)).notes
+
+
+def test_labels_stand_in_the_order_of_numbers_and_those_without_a_record_are_left(tmp_path: Path) -> None:
+    numbers = tuple(map(str, range(1, 11)))
+    made = made_for(table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
+    assert made.settings["data"]["labels"] == list(numbers)
+    assert "No class, since one row alone or none that can be used has it: 1 label." in made.notes
+    assert starter.in_order(["10 stars", "-1", "2 stars", "b", "1.5"]) == ["-1", "1.5", "2 stars", "10 stars", "b"]
+
+
+@pytest.mark.parametrize("separator", ["", ";b"])
+def test_a_label_of_one_row_is_not_made_public(tmp_path: Path, separator: str) -> None:
+    labels = (f"yes{separator}", f"no{separator}", "yes")
+    made = made_for(table(tmp_path, 60, labels=labels, more=f"a text,a rare case{separator}\n"))
+    assert made.settings["data"]["labels"] == sorted({"no", "yes", *separator.removeprefix(";")})
+    assert "can be used has it: 1 label." in made.notes
+
+
+@pytest.mark.parametrize("words", [120, 5000])
+def test_long_texts_are_read_as_far_as_most_reach_and_what_is_lost_is_said_last(tmp_path: Path, words: int) -> None:
+    rows = [{"body": "ab " * (words if number % 20 else 3 * words), "kind": "ab"[number % 2]} for number in range(200)]
+    made = made_for(lines(tmp_path, *rows))
+    usual = int(made.plan.lengths[1])
+    assert usual > 256, "which a record of such a file has at most otherwise"
+    assert made.plan.max_length == min(512, -(-usual // 16) * 16)
+    lost = int((made.plan.lengths > made.plan.max_length).sum())
+    assert made.notes.splitlines()[-1].startswith(f"{lost:,} of 200 records are longer than max_length (")
+
+
+def test_a_long_context_is_said_to_lose_its_middle(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"what of {n}?", "context": "a " * (3000 if n % 5 else 3), "answer": f"it is {n}, and so"}
+        for n in range(60)
+    ]
+    made = made_for(lines(tmp_path, *rows), model="random_llama")
+    assert "and lose the middle of their longest text" in made.notes
+
+
+def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> None:
+    before = made_for(table(tmp_path, 120)).plan.max_length
+    made = made_for(table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
+    assert made.plan.max_length == before
+    assert "; 1 of 121 records are longer and are cut" in made.text
+
+
+# Sites by a column, and persons.
+
+
+def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0, **chosen: str) -> Made:
+    rows = [
+        f"text {number},{'ab'[number % 2]},{'' if number < blank else 'NS'[number // 100]},{person(number)}"
+        for number in range(200)
+    ]
+    (folder / "visits.csv").write_text("\n".join(["body,team,org,PatientID", *rows]) + "\n")
+    return made_for(folder / "visits.csv", **chosen)
+
+
+def test_a_chosen_column_of_sites_deals_the_file_out_with_names_and_sizes(tmp_path: Path) -> None:
+    sites = ("N Coast", "South", "South")
+    rows = [f"text {number},{'ab'[number % 2]},{sites[number % 3]}" for number in range(120)]
+    (tmp_path / "visits.csv").write_text("\n".join(["body,desk,carrier", *rows]) + "\n")
+    with pytest.raises(DataError, match="columns desk, carrier = 'answers that there may be'"):
+        made_for(tmp_path / "visits.csv")
+    config = made_for(tmp_path / "visits.csv", site="carrier").composed()
+    assert dict(config.data.partition.sites) == {"N Coast": 0, "South": 1}
+    assert (config.data.columns["site"], config.federation.names) == ("carrier", ("N-Coast", "South"))
+    assert (config.data.declared_sizes, config.data.dataset) == ((28, 56), "visits")
+    text = (tmp_path / "visits.csv").read_text().replace("N Coast", "Köln").replace("South", "K?ln")
+    (tmp_path / "visits.csv").write_text(text)
+    config = made_for(tmp_path / "visits.csv", site="carrier").composed()
+    assert (config.federation.names, len(config.data.partition.sites)) == (("site-1", "site-2"), 2), "alike as names"
+
+
+def test_a_column_of_sites_must_keep_persons_together_and_have_enough_at_each(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--site = 'org': must be the same in all records of a person"):
+        visits(tmp_path, lambda number: f"p{number % 60}", site="org")
+    with pytest.raises(ConfigError, match=r"--site = 'org': must have at least 20 of what is protected.*; N has 10"):
+        visits(tmp_path, lambda number: f"p{number // 10}", site="org")
+
+
+def test_sites_get_the_number_of_their_persons_and_rows_without_an_id_are_left_out(tmp_path: Path) -> None:
+    made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
+    assert (made.plan.places, made.plan.units, made.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
+    assert (made.settings["data"]["declared_sizes"], made.settings["data"]["unusable"]) == ([17, 17], "leave_out")
+    made = visits(tmp_path, lambda number: f"p{number}" if number else "")
+    assert (made.plan.units, made.plan.usable, made.plan.left_out.count) == (199, 199, 1)
+    assert (made.settings["privacy"]["unit"], made.settings["data"]["unusable"]) == ("user", "leave_out"), (
+        "one has no id"
+    )
+
+
+def test_ids_that_differ_in_case_alone_are_counted(tmp_path: Path) -> None:
+    made = visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
+    assert (made.plan.units, made.plan.alike) == (100, 50)
+    assert "50 ids of persons are like another" in made.notes

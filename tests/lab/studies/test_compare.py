@@ -1,0 +1,265 @@
+"""`fedtune compare` over an experiment, and of runs that are there."""
+
+import gzip
+import io
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.evaluation.bootstrap import NO_DIFFERENCE, Comparison, Estimate
+from fedtune.lab.studies.comparison import changed, plan_runs
+from fedtune.show.run_progress import Display
+from fedtune.sites import work as site_work
+
+from ...cli import snapshots
+from ...conftest import REPOSITORY, command, fail_where, result_of, tiny
+
+pytestmark = pytest.mark.nightly
+
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
+SITES = ("data.partition.kind=dirichlet", "data.test_rows=60")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compared")
+
+
+@pytest.fixture(scope="module")
+def words(folder: Path) -> list[str]:
+    return tiny(*SHORT, *SITES, into=folder, name="both")
+
+
+@pytest.fixture(scope="module")
+def told(words: list[str]) -> Any:
+    return json.loads(command("compare", *words, "--without-privacy", "--smallest", "10", "--json").printed)
+
+
+MODELS = ["base", "federated", "site-1 alone", "site-2 alone", "pooled"]
+PLAIN = [f"{name}, no privacy" for name in MODELS[1:]]
+MEANS = ["alone, mean of 2", "alone, mean of 2, no privacy"]
+
+
+def test_one_command_runs_everybody_with_and_without_privacy(told: Any, folder: Path) -> None:
+    models = {model["name"]: model for model in told["models"]}
+    assert list(models) == [*MODELS, *PLAIN, *MEANS]
+    assert {name for name, model in models.items() if model.get("epsilon") is not None} == set(MODELS[1:])
+    assert all(set(model["scores"]) == {"accuracy", "macro_f1", "loss"} for model in models.values())
+    assert {path.name for path in (folder / "both").iterdir() if path.is_dir()} == {
+        f"both-{who}{how}" for who in ("federated", "alone-site-1", "alone-site-2", "pooled") for how in ("", "-plain")
+    }
+    assert json.loads((folder / "both" / "compare.json").read_text()) == told
+
+
+def test_its_scores_are_those_of_the_runs(told: Any) -> None:
+    models = {model["name"]: model for model in told["models"]}
+    for name in (*MODELS[1:], *PLAIN):
+        run = result_of(Path(models[name]["folder"]))
+        assert models[name]["scores"]["loss"]["value"] == pytest.approx(run["final"]["metrics"]["loss"])
+        assert models["base"]["scores"]["loss"]["value"] == pytest.approx(run["final"]["metrics_before"]["loss"])
+        assert models[name]["seconds"] == run["final"]["seconds"]
+        moved = sum(one["bytes_up"] + one["bytes_down"] for one in run["rounds"])
+        assert models[name]["bytes"] == (moved if name.startswith("federated") else 0)
+    alone = [models[f"site-{number} alone"]["scores"]["loss"]["value"] for number in (1, 2)]
+    assert models[MEANS[0]]["scores"]["loss"]["value"] == pytest.approx(sum(alone) / 2)
+    # Sites are groups of the records that they would have.
+    groups = told["groups"]["by site"]["groups"]
+    assert {group["name"] for group in groups} == {"site-1", "site-2"}
+    assert sum(group["units"] for group in groups) == told["records"] == 60
+    pairs = {(one["base"], one["tuned"]) for one in groups[0]["changes"]}
+    assert pairs == {(name, "federated") for name in ("base", *MODELS[2:], *PLAIN)}
+
+
+def test_pairs_hold_every_difference_and_words_say_what_cannot_be_told_apart(told: Any) -> None:
+    pairs = {(pair["base"], pair["tuned"]): pair for pair in told["pairs"] if pair["score"] == "loss"}
+    assert len(pairs) == 11 * 10 / 2
+    models = {model["name"]: model["scores"]["loss"]["value"] for model in told["models"]}
+    for (base, tuned), pair in pairs.items():
+        assert pair["difference"]["value"] == pytest.approx(models[tuned] - models[base], abs=1e-12)
+        apart = pair["difference"]["low"] > 0 or pair["difference"]["high"] < 0
+        assert (pair["verdict"] != "cannot be told apart") == apart
+    first, *others = told["verdict"]
+    assert first.startswith("Federated ")
+    assert others[0].startswith("Compared with each site alone, on each site's own test records, federated is ")
+    assert others[0].count("site-1") == others[0].count("site-2") == 1
+    for said in ("These records do not tell apart: ", "The smallest group is "):
+        assert any(sentence.startswith(said) for sentence in others)
+
+
+def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
+    runs = {line.name: line.run.config for line in plan_runs(words, without_privacy=True, leave_out=())}
+    whole, alone, pooled, plain = (runs[name] for name in ("federated", "site-2 alone", "pooled", "pooled, no privacy"))
+    assert alone.federation.active == ("site-2",)
+    assert pooled.data.declared_sizes == 180
+    assert (pooled.federation.names, pooled.federation.min_sites) == (("all",), 1)
+    assert plain.privacy.mechanism == "none"
+    assert len({config.data.columns["text"] for config in runs.values()}) == 1
+    assert {config.plan() for config in (whole, alone, pooled)} == {whole.plan()}
+    # Rates that are left to fedtune fit each run.
+    lines = plan_runs([*words, "name=rates", "training.learning_rate=auto"], without_privacy=False, leave_out=())
+    rates = {line.name: line.run.config.training.learning_rate for line in lines}
+    assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
+
+
+def test_the_same_command_runs_nothing_again_and_goes_on_where_it_stopped(
+    told: Any, words: list[str], folder: Path, tmp_path: Path
+) -> None:
+    made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
+    again = command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
+    assert json.loads(again.out) == told
+    assert "of 8, " not in again.err
+    assert (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns == made
+    shutil.copytree(folder / "both", tmp_path / "both")
+    shutil.rmtree(tmp_path / "both" / "both-pooled")
+    (tmp_path / "both" / "both-federated" / "run.json").unlink()
+    here = [f"tracking.output_dir='{tmp_path}'" if word.startswith("tracking.output_dir") else word for word in words]
+    again = command("compare", *here, "--leave-out", "alone", "--json")
+    assert again.code == 0, again.err
+    assert [model["name"] for model in json.loads(again.out)["models"]] == ["base", "federated", "pooled"]
+    about, spends, *lines = again.err.splitlines()
+    assert about.endswith("one after the other: federated, pooled.")
+    assert spends.startswith("Each spends epsilon ")
+    assert [line.partition(":")[0] for line in lines[:2]] == ["1 of 2, federated", "2 of 2, pooled"]
+
+
+def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
+    words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"), "--leave-out", "alone")
+    with pytest.MonkeyPatch.context() as patched:
+        fail_where(patched, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
+        stopped = command(*words)
+    assert (stopped.code, "Continue with: fedtune compare" in " ".join(stopped.out.split())) == (1, True)
+    assert not (tmp_path / "both" / "both-pooled").exists()
+    told = json.loads(command(*words, "--json").printed)
+    assert [model["name"] for model in told["models"]] == ["base", "federated", "pooled"]
+    assert [one["round"] for one in result_of(tmp_path / "both" / "both-federated")["rounds"]] == [1]
+
+
+def test_a_run_alone_that_was_interrupted_after_its_charge_keeps_the_rounds_that_it_has(tmp_path: Path) -> None:
+    """Its plan is used up one round early: that ends it, is said in words, and blocks no other run."""
+    words = ("compare", *tiny("federation.num_rounds=2", *SHORT[1:], *SITES, into=tmp_path, name="both"))
+    alone = tmp_path / "both" / "both-alone-site-1"
+
+    def in_its_second_round(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
+        return bool((work.site, work.round, alone.exists()) == ("site-1", 2, True))
+
+    with pytest.MonkeyPatch.context() as patched:
+        fail_where(patched, site_work, "train_round", in_its_second_round, KeyboardInterrupt())
+        assert command(*words).code == 1
+    again = command(*words, "--json")
+    assert again.code == 0, again.err
+    said = " ".join(again.err.split())
+    assert "site-1 alone: Round 2 of 2 is missing, and the run is over without it: an earlier round was" in said
+    assert "federation.spare_rounds=1 would have kept it" in said
+    assert [one["name"] for one in json.loads(again.out)["models"]][:5] == MODELS
+    run = result_of(alone)
+    assert [(one["round"], one["sites"]) for one in run["rounds"]] == [(1, ["site-1"]), (2, [])]
+    assert run["privacy"]["sites"]["site-1"]["rounds"] == 2, "what was interrupted stays charged"
+    told = command(*words, "--json")
+    assert (told.code, "of 4, " in told.err, json.loads(told.out)) == (0, False, json.loads(again.out))
+    assert command("report", "verify", str(alone)).code == 0
+
+
+def test_a_run_alone_without_any_round_is_left_out(tmp_path: Path) -> None:
+    words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"))
+    alone = tmp_path / "both" / "both-alone-site-1"
+    with pytest.MonkeyPatch.context() as patched:
+        fail_where(patched, site_work, "train_round", lambda *_, **__: alone.exists(), KeyboardInterrupt())
+        assert command(*words).code == 1
+    again = command(*words, "--json")
+    assert again.code == 0, again.err
+    said = " ".join(again.err.split())
+    assert "site-1 alone is left out: round 1: refused by policy or budget" in said
+    assert "site-1 alone" not in [one["name"] for one in json.loads(again.out)["models"]]
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    """A difference that is rounded away would read -0.0000."""
+    nothing = Estimate(-1e-6, -2e-6, 1e-6)
+    found = Comparison(base=nothing, tuned=nothing, difference=nothing, verdict=NO_DIFFERENCE)
+    assert changed(found)[:2] == ("+0.0000", "+0.0000 to +0.0000")
+
+
+def test_without_an_experiment_it_says_the_price_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.cli.compare._run_all", lambda *_, **__: pytest.fail("nobody agreed"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    outcome = command("compare")
+    assert (outcome.code, outcome.message) == (1, "nothing is trained; experiment=NAME names other records")
+    assert "Each spends epsilon 7.9" in outcome.out or "Each spends epsilon 8.000" in outcome.out
+    assert "Train them now? [y/N]" in outcome.out
+
+
+def test_runs_that_are_there_are_scored_on_one_file(
+    told: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(snapshots.COLUMNS))
+    one, other = folder / "both" / "both-federated", folder / "both" / "both-pooled"
+    with gzip.open(REPOSITORY / "simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(next(file)) for _ in range(40)]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(row | {"where": number % 3 // 2}) + "\n" for number, row in enumerate(rows)))
+    asked = (str(one), str(other), "--data", str(mine), "--by", "where")
+    found = command("compare", *asked)
+    assert found.code == 0, found.err
+    assert snapshots.too_wide(found.out) == []
+    said = " ".join(found.out.split())
+    assert "No scores by where: fewer than two groups have 20 records." in said
+    assert "Both-federated minus each other" in said
+    told = json.loads(command("compare", *asked, "--smallest", "10", "--json").out)
+    assert [model["name"] for model in told["models"]] == ["base", "both-federated", "both-pooled"]
+    assert command("compare", str(one), "--personal").failed().split(":")[0] == "--personal", "with an experiment alone"
+    groups = told["groups"]["by where"]["groups"]
+    assert [(group["name"], group["units"]) for group in groups] == [("0", 27), ("1", 13)]
+
+
+@snapshots.mistakes("mistakes-compare")
+def test_what_cannot_be_compared(typed: str, tmp_path: Path) -> None:
+    message = command("compare", *tiny(into=tmp_path, name="x"), *shlex.split(typed)).failed()
+    snapshots.check_message("mistakes-compare", typed, message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(tmp_path: Path) -> None:
+    larger = ("data.train_fraction=0.04", "data.declared_sizes=180")
+    asked = [*tiny(*SHORT, *SITES, *larger, into=tmp_path, name="own"), "--personal", "--leave-out=pooled"]
+    asked += ["--smallest", "10"]
+    outcome = command("compare", *asked, "--json")
+    assert outcome.code == 0, outcome.err
+    told = json.loads(outcome.out)
+    models = {model["name"]: model for model in told["models"] if not model["mean_of"]}
+    assert list(models) == ["base", "federated", "site-1 alone", "site-2 alone", "site-1 own", "site-2 own"]
+    run = tmp_path / "own" / "own-federated"
+    for site in ("site-1", "site-2"):
+        own = models[f"{site} own"]
+        assert (own["kind"], own["site"], own["private"]) == ("own", site, False)
+        assert ("epsilon" in own, Path(own["folder"])) == (False, run / f"private_to_{site}")
+        (group,) = (one for one in told["groups"]["by site"]["groups"] if one["name"] == site)
+        changes = {one["base"]: one["difference"] for one in group["changes"] if one["tuned"] == f"{site} own"}
+        assert set(changes) == {"base", "federated", f"{site} alone"}, "not what another site has"
+        scores = group["scores"]
+        value = scores[f"{site} own"]["value"] - scores["federated"]["value"]
+        assert changes["federated"]["value"] == pytest.approx(value)
+    *others, last = told["verdict"]
+    assert {said.partition(", the own ")[0] for said in others if ", the own " in said} == {
+        f"Compared with {name}" for name in ("base", "federated", "alone")
+    }
+    assert last.startswith("No guarantee covers what is said of site-1 own and site-2 own")
+    shutil.rmtree(run / "private_to_site-2")
+    kept = (run / "private_to_site-1").stat().st_mtime_ns
+    again = command("compare", *asked)
+    assert again.code == 0, again.err
+    assert "Own adapter minus each other, on the records that the site would have" in again.out
+    assert (run / "private_to_site-1").stat().st_mtime_ns == kept, "what is there is not made again"
+    assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
+
+
+def test_runs_without_privacy_release_no_scores_and_have_no_secure_sum() -> None:
+    noised = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
+    runs = plan_runs(noised, without_privacy=True, leave_out=())
+    assert {(line.private, line.run.config.privacy.metrics) for line in runs} == {(True, "noised"), (False, "none")}
+    runs = plan_runs(["experiment=debug", "federation.aggregation=secure"], without_privacy=True, leave_out=())
+    assert [line.name for line in runs if line.run.config.federation.aggregation == "secure"] == ["federated"]
+    assert {(line.run.config.federation.num_rounds, line.run.config.training.local_steps) for line in runs} == {(4, 1)}

@@ -1,0 +1,71 @@
+"""Which settings trials try: the same again for the same seed and scores, within their ranges, spread as asked."""
+
+import math
+from itertools import product
+
+import pytest
+
+from fedtune.api.compose import Searched
+from fedtune.lab.studies import trial_search
+from fedtune.lab.studies.trial_search import Tpe, at_random, ends
+from fedtune.lab.studies.trials import combinations
+from fedtune.spec import ConfigError
+
+RATE = Searched(key="training.learning_rate", low=0.001, high=0.1, log=True)
+RANK = Searched(key="lora.rank", low=2, high=9)
+HEAD = Searched(key="lora", choices=("attention", "all_linear"))
+
+
+def test_a_grid_has_every_combination_once_and_needs_an_end() -> None:
+    trials = combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
+    assert [tuple(one.values()) for one in trials] == [*product(("attention", "all_linear"), ("4", "8", "16"))]
+    message = r"^training.learning_rate = '0.001 to 0.1': has no end of values, and all are to be tried: list some"
+    with pytest.raises(ConfigError, match=message):
+        combinations([HEAD, RATE])
+
+
+def test_random_trials_are_spread_over_the_whole_space() -> None:
+    trials = at_random([RATE, RANK, HEAD], seed="1", number=200)
+    rates = sorted(float(one["training.learning_rate"]) for one in trials)
+    assert 0.001 <= rates[0] < 0.0015
+    assert 0.07 < rates[-1] <= 0.1
+    assert math.log10(rates[100]) == pytest.approx(-2, abs=0.3), "half of them are below the middle by logarithm"
+    assert {one["lora.rank"] for one in trials} == {str(rank) for rank in range(2, 10)}
+    assert {one["lora"] for one in trials} == {"attention", "all_linear"}
+    narrow = Searched(key="x", low=0.12346, high=0.12354)
+    values = {float(one["x"]) for one in at_random([narrow], seed="1", number=20)}
+    assert all(0.12346 <= value <= 0.12354 for value in values), "rounded within their ends"
+
+
+def test_each_random_trial_has_a_seed_of_its_own() -> None:
+    """So more trials change no earlier one, and no trial tells its place."""
+    few, many = (at_random([RATE, RANK], seed="1", number=number) for number in (2, 5))
+    assert many[:2] == few
+    assert len({one["training.learning_rate"] for one in many}) == 5
+    assert at_random([RATE, RANK], seed="2", number=2) != few
+
+
+def told(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float]:
+    """What is tried where the best rate is `peak`; every fifth trial has no score."""
+    tpe, tried = Tpe([RATE, HEAD], seed=seed, number=number), []
+    for place in range(number):
+        rate = float(tpe.ask()["training.learning_rate"])
+        tried.append(rate)
+        tpe.tell(None if place % 5 == 4 else -abs(math.log(rate / peak)))
+    return tried
+
+
+def test_tpe_goes_where_scores_are_best_and_does_the_same_again() -> None:
+    tried = told()
+    assert tried == told()
+    assert tried[:8] == told(peak=0.09)[:8], "a third is drawn before any score counts"
+    distances = [abs(math.log(rate / 0.01)) for rate in tried]
+    assert sum(distances[8:]) / 16 < 0.7 * sum(distances[:8]) / 8
+    assert tried[8:] != told(peak=0.09)[8:]
+
+
+def test_the_ends_of_a_space_are_what_trials_may_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [{"lora.rank": rank, "lora": lora} for rank in ("2", "9") for lora in ("attention", "all_linear")]
+    assert ends([RANK, HEAD]) == both
+    monkeypatch.setattr(trial_search, "_MOST_ENDS", 3)
+    assert ends([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"

@@ -1,0 +1,312 @@
+"""A search: refused before its first trial, charged once, picked by the lead's validation file, and told in reports."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from collections import Counter
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from fedtune.api.compose import compose_run
+from fedtune.cli.command import Command
+from fedtune.lab.studies.trial_search import Search
+from fedtune.lab.studies.trials import Trials
+from fedtune.privacy import accountant, events
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy_file import read_policy
+from fedtune.report.facts import RunFacts
+from fedtune.report.model import from_json
+from fedtune.report.synthetic_card import run_of
+from fedtune.show.run_progress import Display
+from fedtune.sites.virtual_site import VirtualSites, budget_for
+from fedtune.spec import RefusedError
+
+from ...cli import snapshots
+from ...conftest import REPOSITORY, command, fail_where, files_in, tiny
+
+pytestmark = pytest.mark.nightly
+
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
+SPACE = ("training.learning_rate=log(0.001,0.1)", "lora.rank=4,8")
+
+
+def charged(sites: Path) -> list[Counter[Any]]:
+    """What each site's ledger was charged."""
+    ledgers = sorted(sites.glob("*/ledger.db"))
+    assert len(ledgers) == 2
+    return [verify(path).history.charged() for path in ledgers]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("search")
+
+
+@pytest.fixture(scope="module")
+def words(folder: Path) -> list[str]:
+    return tiny(*SPACE, *SHORT, into=folder, name="s")
+
+
+@pytest.fixture(scope="module")
+def outcome(words: list[str]) -> Any:
+    with pytest.MonkeyPatch.context() as here:
+        here.setenv("COLUMNS", str(snapshots.COLUMNS))
+        return command("search", *words, "--trials", "3")
+
+
+def test_every_trial_is_charged_to_the_same_ledgers_and_the_table_tells_it(
+    outcome: Any, words: list[str], folder: Path
+) -> None:
+    assert (outcome.code, outcome.err) == (0, "")
+    plan = compose_run([*words[: -len(SHORT) - len(SPACE)], *SHORT]).plan()
+    for spent in charged(folder / "s/sites"):
+        assert spent == events.grouped([plan.whole] * 3)
+    price = json.loads((folder / "s/search.json").read_text())["price"]
+    assert price["epsilon"] == accountant.epsilon_pld({plan.whole: 3}, plan.delta)
+    cap = read_policy(folder / "s/sites/site-1/site.toml").budget.max_epsilon
+    assert price["epsilon_filter"] <= cap < price["epsilon_filter"] + 0.2, "the price, and little more"
+    with (folder / "s/trials.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["state"] for line in lines] == ["finished"] * 3
+    so_far = [float(line["epsilon_so_far"]) for line in lines]
+    assert so_far == sorted(so_far)
+    assert so_far[0] == pytest.approx(float(lines[0]["epsilon_spent"]))
+    assert so_far[2] == price["epsilon"]
+    best = max(lines, key=lambda line: float(line["validation_accuracy"]))
+    assert [line["run"] for line in lines if line["best"]] == [best["run"]]
+    told = " ".join(outcome.out.split())
+    assert "Price of the search trials 3" in told
+    assert told.index("Price of the search") < told.index("trial 1 of 3: training.learning_rate=")
+    assert f"picked: {best['folder']}" in told
+    assert snapshots.too_wide(outcome.out) == []
+    assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
+
+
+def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, folder: Path) -> None:
+    noted = json.loads((folder / "s/search.json").read_text())
+    picked = folder / "s" / noted["picked"]
+    report = from_json((picked / "report.json").read_text())
+    assert isinstance(report.facts, RunFacts)
+    selection = report.facts.selection
+    assert selection is not None
+    assert (selection.search, selection.method, selection.judged_by) == ("s", "random", "accuracy")
+    assert selection.trials == 3
+    assert selection.epsilon == noted["price"]["epsilon"]
+    assert "out of" in (picked / "report.html").read_text().split("The run was picked by accuracy")[1][:100]
+    card = (picked / "adapter/README.md").read_text()
+    assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in card
+    assert command("report", "verify", str(picked)).code == 0
+    for other in {*(folder / "s").glob("s-trial-*")} - {picked}:  # whoever uses one has seen all of them
+        assert run_of(told := from_json((other / "report.json").read_text()), "")["epsilon"] == selection.epsilon
+        assert isinstance(told.facts, RunFacts)
+        assert told.facts.selection == replace(selection, score=None)
+        card = (other / "adapter/README.md").read_text()
+        assert "3 trials of a search on the same records, which picked another" in card
+        assert "search s (random), which picked another or none" in (other / "report.html").read_text()
+        assert command("report", "verify", str(other)).code == 0
+
+
+def test_a_report_that_plays_the_search_down_is_found(outcome: Any, folder: Path, tmp_path: Path) -> None:
+    picked = folder / "s" / json.loads((folder / "s/search.json").read_text())["picked"]
+    told = json.loads((picked / "report.json").read_text())
+
+    def problem(**changes: Any) -> str:
+        changed = json.loads(json.dumps(told))
+        changed["facts"]["selection"] |= changes
+        (tmp_path / "report.json").write_text(json.dumps(changed))
+        checked = command("report", "verify", str(tmp_path))
+        assert checked.code != 0
+        return " ".join((checked.out + checked.err).split())
+
+    assert "selection.epsilon" in problem(epsilon=told["facts"]["selection"]["epsilon"] / 2)
+    assert "selection.trials" in problem(trials=4)
+    assert "selection.delta" in problem(delta=1e-3)
+    (charge,) = told["facts"]["selection"]["charges"]
+    assert "selection.charges" in problem(charges=[], epsilon=0.0)
+    assert "selection.epsilon" in problem(charges=[charge | {"count": 4}])
+    for trials in (0, 1000, None):
+        assert "selection.trials" in problem(trials=trials)
+    assert "selection.method" in problem(method="by hand")
+
+
+def test_the_same_search_again_charges_nothing_and_another_of_its_name_is_refused(
+    outcome: Any, words: list[str], folder: Path
+) -> None:
+    """How many trials there are is fixed before the first one."""
+    whole, taken = files_in(folder), f"is taken: {folder / 's/search.json'} is of a search with other settings"
+    assert command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}; choose another"
+    assert command("search", *words, "--trials", "3", "--method", "tpe").code == 2
+    assert command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("mine")
+    assert "holds no search" in command("search", *words, "name=mine", "--trials", "3").message
+    shutil.rmtree(folder / "mine")
+    assert files_in(folder) == whole
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")}
+    spent = charged(folder / "s/sites")
+    again = command("search", *words, "--trials", "3", "--json")
+    assert (again.code, len([path for path in before if path.name == "run.json"])) == (0, 3)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")} == before, "a signature is kept, too"
+    assert charged(folder / "s/sites") == spent
+    told = json.loads(again.out)
+    assert [run["state"] for run in told["runs"]] == ["finished"] * 3
+    assert told["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
+    assert told["price"]["trials"] == 3
+
+
+def test_a_pick_that_was_cut_short_is_told_again(outcome: Any, words: Any, folder: Path) -> None:
+    file = folder / "s/search.json"
+    right, noted = file.read_text(), json.loads(file.read_text())
+    picked = folder / "s" / noted["picked"]
+    other = next(one for one in (folder / "s").glob("s-trial-*") if one != picked)
+    shutil.copy(picked / "selection.json", other)
+    (picked / "selection.json").unlink()
+    file.write_text(json.dumps(noted | {"picked": other.name}))
+    assert command("search", *words, "--trials", "3").code == 0
+    assert file.read_text() == right
+    for trial, score in ((picked, noted["score"]), (other, None)):
+        told = json.loads((trial / "report.json").read_text())["facts"]["selection"]
+        assert told["score"] == json.loads((trial / "selection.json").read_text())["score"] == score
+
+
+def test_ctrl_c_in_a_trial_charges_nothing_twice(tmp_path: Path) -> None:
+    two_rounds = (SPACE[0], "federation.num_rounds=2", "training.local_steps=1", "tracking=quiet")
+    words = tiny(*two_rounds, into=tmp_path, name="stopped")
+    with pytest.MonkeyPatch.context() as patched:
+        rounds = count(1)
+        fail_where(patched, Display, "round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
+        stopped = command("search", *words, "--trials", "2")  # in the first round of the second trial
+    assert stopped.code == 1
+    assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/selection.json")]
+    assert [(one["trials"], one["score"]) for one in told] == [(2, None)] * 2, "owed, and not picked yet"
+    by_hand = tmp_path / "stopped" / "stopped-trial-2"
+    assert command("simulate", f"resume={by_hand}").code == 0
+    price = json.loads((tmp_path / "stopped/search.json").read_text())["price"]
+    assert run_of(from_json((by_hand / "report.json").read_text()), "")["epsilon"] == price["epsilon"]
+    again = command("search", *words, "--trials", "2")
+    assert (again.code, again.err) == (0, "")
+    plan = compose_run([word for word in words if word != SPACE[0]]).plan()
+    for spent in charged(tmp_path / "stopped/sites"):
+        assert spent == events.grouped([plan.whole] * 2)
+
+
+def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
+    """The words for a search at sites that have room for so many runs, and these sites."""
+    words = [*words, "privacy.noise_multiplier=1.5"]  # dear enough that one more trial is seen in a cap's tenths
+    config = compose_run([*words, f"runtime.sites_dir='{sites}'"])
+    VirtualSites.of(config, sites, config.plan()).allow(within=budget_for([config.plan()] * runs))
+    return [*words, f"runtime.sites_dir='{sites}'"]
+
+
+def test_twelve_trials_are_refused_at_once_where_eight_have_room(tmp_path: Path) -> None:
+    words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    before = files_in(tmp_path)
+    asked = [*words, SPACE[0]]
+    for method in ("random", "tpe"):
+        said = command("search", *asked, "--trials", "12", "--method", method).failed(3)
+        begun = "--trials = 12: site site-1 has room for 8 of these trials; nothing was begun (max_epsilon: asked "
+        assert said.startswith(begun)
+    learnt = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
+    assert command("search", *words, learnt, "--method", "grid").code == 3
+    assert files_in(tmp_path) == before
+    for method in ("random", "tpe"):
+        Search.of(asked, method, trials=8).check_room()
+        with pytest.raises(RefusedError):
+            Search.of(asked, method, trials=9).check_room()
+
+
+def test_a_broken_rule_and_what_others_have_spent_and_set_aside_count_before_the_first_trial(tmp_path: Path) -> None:
+    words = with_room_for(2, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    refused = command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
+    said = "refuses such a trial; nothing was begun (max_rank: asked 64, allowed at most 4)"
+    assert refused.failed(3) == f"--trials = 2: site site-1 {said}"
+    missing = command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
+    assert "runtime.sites_dir" in missing.failed()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
+    assert command("simulate", *words, "name=other").code == 0
+    assert "has room for 1 of these trials" in command("search", *words, SPACE[0], "--trials", "2").failed(3)
+    assert command("search", *words, SPACE[0], "--trials", "1").code == 0
+    assert command("search", *words, SPACE[0], "--trials", "1").code == 0, "it is paid for"
+    assert "has room for 0 of" in command("search", *words, "name=t", SPACE[0], "--trials", "1").message
+
+
+def test_on_public_data_it_costs_what_it_trains(tmp_path: Path) -> None:
+    public = [word for word in tiny(*SHORT, into=tmp_path, name="g") if "noise_multiplier" not in word]
+    outcome = command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
+    assert (outcome.code, outcome.err) == (0, "")
+    told = " ".join(outcome.out.split())
+    assert "Nothing is promised: a trial without noise is for public records, and costs what it trains." in told
+    noted = json.loads((tmp_path / "g/search.json").read_text())
+    assert noted["price"]["epsilon"] is None
+    assert command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
+
+
+def test_a_trial_that_fails_is_no_pick(tmp_path: Path) -> None:
+    words = tiny("lora.target_modules=[nonesuch],[key]", *SHORT, into=tmp_path, name="f")
+    out = command("search", *words, "--method", "grid").printed
+    assert "run 1 failed: lora.target_modules" in " ".join(out.split())
+    assert json.loads((tmp_path / "f/search.json").read_text())["picked"] == "f-trial-2"
+    shutil.rmtree(tmp_path / "f")
+    words = tiny("lora.target_modules=[nonesuch],[other]", *SHORT, into=tmp_path, name="f")
+    outcome = command("search", *words, "--method", "grid")
+    assert outcome.code == 2
+    assert "Nothing is picked: no trial has a score." in outcome.out
+
+
+def test_a_trial_that_sites_refused_costs_what_was_charged_before(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    search = Search.of(tiny("training.learning_rate=0.01,0.02,0.03", *SHORT, into=tmp_path, name="s"), "grid")
+    rounds = iter([0, 1, 0])
+
+    def result_in(folder: Path, *, finished: bool = False) -> Any:
+        if finished:
+            return None
+        return SimpleNamespace(privacy=SimpleNamespace(sites={"site-1": SimpleNamespace(rounds=next(rounds))}))
+
+    monkeypatch.setattr("fedtune.lab.studies.trials.result_in", result_in)
+    search.run(tried := Trials(tmp_path / "s.csv"), Mock(side_effect=RefusedError("no")))
+    once = accountant.epsilon_pld([search.plans[0].whole], search.plans[0].delta)
+    assert [trial.together for trial in tried.rows.values()] == [0.0, once, once]
+
+
+PAGE = (REPOSITORY / "docs/search.md").read_text()
+COMMANDS = [shlex.split(line) for line in re.findall(r"^fedtune (?=plan|search)(.*)$", PAGE, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_page_s_commands_are_understood(words: list[str], monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "plan":
+        planned = command(*words)
+        assert (planned.code, planned.err) == (0, "")
+        assert "Price of the search" in planned.out
+        return
+    asked: list[Any] = []
+    monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))
+    command(*words)
+    (told,) = asked
+    search = Search.of(told["overrides"], told["method"], trials=told["trials"])
+    assert {one.key for one in search.searched} <= {"training.learning_rate", "lora.rank"}
+
+
+@snapshots.mistakes("mistakes-search")
+def test_what_cannot_be_searched(typed: str, tmp_path: Path) -> None:
+    found = command("search", *tiny(*SHORT, into=tmp_path / "runs"), *shlex.split(typed))
+    snapshots.check_message("mistakes-search", typed, found.failed())
+    assert found.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_on_records_trained_on_pick_nothing(tmp_path: Path) -> None:
+    words = tiny(*SHORT, into=tmp_path, name="s")
+    train = compose_run(words).data.train_file
+    refused = command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")
+    assert "must not hold what data.train_file holds: its scores decide" in refused.failed()

@@ -1,0 +1,244 @@
+"""A sweep: what of it runs, its table, its CSV and its JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtune.api.compose import compose_run
+from fedtune.lab.studies.trials import Trial, Trials
+from fedtune.privacy.ledger.verify import verify
+from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
+from fedtune.show.run_progress import Display
+from fedtune.show.terminal_tables import show
+from fedtune.spec import RunError
+
+from ...builders import run_result
+from ...conftest import command, fail_where, result_of, tiny
+from ...federation.conftest import round_of
+
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture(scope="module")
+def swept(folder: Path) -> list[str]:
+    """The second of three runs fails when the model is loaded."""
+    return tiny("lora.target_modules=[query],[nonesuch],[key]", *SHORT, into=folder, name="three")
+
+
+@pytest.fixture(scope="module")
+def outcome(swept: list[str]) -> Any:
+    return command("simulate", "-m", *swept)
+
+
+def test_a_run_that_fails_stops_no_other_and_the_csv_has_every_score_as_it_is(outcome: Any, folder: Path) -> None:
+    reason = "lora.target_modules = 'nonesuch': must be among the base's modules: dense, key, query, value"
+    states = ["finished", "failed", "finished"]
+    assert outcome.failed() == reason
+    table = outcome.out.split("Sweep")[1]
+    assert f"run 2 failed: {reason}" in " ".join(table.split())
+    assert [line.split()[-1] for line in table.splitlines() if "[" in line] == states
+    assert "Continue the sweep" not in table, "it would fail again"
+    assert str(folder / "three.csv") in outcome.out
+    lines = lines_of(folder / "three.csv")
+    assert [line["state"] for line in lines] == states
+    assert [line["reason"] for line in lines] == ["", reason, ""]
+    assert (lines[1]["epsilon_spent"], lines[1]["validation_accuracy"]) == ("", "")
+    assert [line["lora.target_modules"] for line in lines] == ["[query]", "[nonesuch]", "[key]"]
+    assert "federation.num_rounds" not in lines[0], "it was not swept"
+    for line in (lines[0], lines[2]):
+        result = result_of(folder / line["run"])
+        assert float(line["epsilon_spent"]) == result["privacy"]["epsilon"]
+        for name, score in result["final"]["metrics"].items():
+            assert float(line[f"test_{name}"]) == score
+        for name, score in result["rounds"][-1]["metrics"].items():
+            assert float(line[f"validation_{name}"]) == score
+
+
+def test_the_same_sweep_runs_only_what_is_missing(outcome: Any, swept: list[str], folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")}
+    (folder / "three.csv").unlink()
+    again = command("simulate", "-m", *swept, "--json")
+    assert again.code == outcome.code
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")} == before
+    assert len(lines_of(folder / "three.csv")) == 3
+    told = json.loads(again.out)
+    assert told["table"] == str(folder / "three.csv")
+    assert [run["state"] for run in told["runs"]] == ["finished", "failed", "finished"]
+    assert told["runs"][0]["values"] == {"lora.target_modules": "[query]"}
+    assert told["runs"][0]["result"] == json.loads((folder / "three-lora.target_modules=-query/run.json").read_text())
+    assert told["runs"][1]["result"] is None
+    assert "nonesuch" in told["runs"][1]["reason"]
+    marked = [line["folder"] for line in lines_of(folder / "three.csv") if line["best"]]
+    assert [told["best"]] == marked
+
+
+def test_a_taken_name_is_refused_before_any_run(outcome: Any, swept: list[str], folder: Path) -> None:
+    def refused(*more: str, words: Sequence[str] = swept) -> str:
+        found = command("simulate", "-m", *words, *more)
+        assert (found.code, found.out) == (2, "")
+        return str(found.message)
+
+    assert "is taken: " in (changed := refused("lora.rank=3"))
+    assert "lora.rank was 4, is 3" in changed
+    assert "lora.target_modules: must not be given again" in refused("lora.target_modules=[value]")
+    fixed = [word for word in swept if not word.startswith("lora.target_modules")]
+    others = refused("lora.target_modules=[value],[dense]", words=fixed)
+    assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
+    assert "name of two runs" in refused("name=a,a")
+    (folder / "mine.csv").write_text("text,label\na,b\n")
+    assert "is no table of a sweep" in refused("name=mine")
+    assert (folder / "mine.csv").read_text() == "text,label\na,b\n"
+    assert len(lines_of(folder / "three.csv")) == 3
+
+
+def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
+    words = tiny("seed=1,2,3", "federation.num_rounds=2", "training.local_steps=1", into=tmp_path, name="stopped")
+    with pytest.MonkeyPatch.context() as patched:
+        rounds = count(1)
+        fail_where(patched, Display, "round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
+        stopped = command("simulate", "-m", *words)  # in the first round of the second run
+    assert stopped.code == 1
+    assert [line["state"] for line in lines_of(tmp_path / "stopped.csv")] == ["finished", "interrupted"]
+    told = " ".join(stopped.out.split())
+    assert "1 run not begun yet." in told
+    assert "Continue the sweep with: fedtune simulate -m experiment=debug" in told
+    assert "name=stopped" in told
+    assert float(lines_of(tmp_path / "stopped.csv")[1]["epsilon_spent"]) > 0, "its first round was charged"
+
+    again = command("simulate", "-m", *words)
+    assert (again.code, again.err) == (0, "")
+    assert verify(tmp_path / "stopped-seed=2/sites/site-1/ledger.db").history.charged().total() == 2, "none twice"
+    assert "1 run had been finished before" in again.out
+    lines = lines_of(tmp_path / "stopped.csv")
+    assert [line["state"] for line in lines] == ["finished"] * 3
+    assert len({line["epsilon_spent"] for line in lines}) == 1
+
+
+def test_a_sweep_is_a_value_in_python_and_without_a_name_says_how_to_go_on(tmp_path: Path) -> None:
+    words = [word for word in tiny("seed=1,2", *SHORT, into=tmp_path) if not word.startswith("name=")]
+    trials = Trials.of_sweep(words)
+    assert Trials.of_sweep(trials.again) == trials
+    assert Trials.of_sweep(["experiment=debug", "name=a,b"]).table.name == "a-sweep.csv"
+    trials.run()
+    assert [trial.state for trial in trials.rows.values()] == ["finished"] * 2
+    assert trials.best in trials.rows.values()
+
+
+def test_a_sweep_over_a_budget_says_which_run_was_refused(tmp_path: Path) -> None:
+    assert command("simulate", "-m", *tiny("lora.layers=[7],[8]", *SHORT, into=tmp_path)).code == 2
+    assert list(tmp_path.iterdir()) == [], "where every run fails at once"
+    shared = ("training.learning_rate=0.01,0.02", f"runtime.sites_dir='{tmp_path / 'sites'}'")
+    outcome = command("simulate", "-m", *tiny(*shared, *SHORT, into=tmp_path / "runs", name="s"))
+    first, second = lines_of(tmp_path / "runs" / "s.csv")
+    assert (first["state"], second["state"]) == ("finished", "failed")
+    assert second["reason"] == outcome.failed(3)
+
+
+def result(validation: Mapping[str, float | None], *, test: float = 0.5, findings: tuple[str, ...] = ()) -> RunResult:
+    rounds = (round_of(1, metrics=dict(validation)),)
+    final = FinalResult(metrics={"accuracy": test, "loss": test}, findings=findings)
+    return run_result(rounds=rounds, final=final, privacy=PrivacyResult(delta=1e-5, seeded_noise=False, sites={}))
+
+
+@pytest.fixture
+def row(tmp_path: Path) -> Any:
+    def make(score: float | None, *overrides: str, **changes: Any) -> Trial:
+        config = compose_run(tiny(*overrides, into=tmp_path))
+        name = "loss" if config.task == "causal_lm" else "accuracy"
+        scores = {} if score is None else {name: score}
+        return Trial(config=config, folder=tmp_path / "x", values={}, result=result(scores, **changes))
+
+    return make
+
+
+def best_of(rows: Sequence[Trial]) -> Trial | None:
+    return Trials(Path("x.csv"), rows={Path(str(number)): row for number, row in enumerate(rows)}).best
+
+
+WRITES = ("task=causal_lm", "model=random_llama", "data=e2e_nlg", "lora=all_linear", "evaluation.generate=false")
+
+
+def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
+    rows = [row(0.4, test=0.9), row(0.6, test=0.1), row(0.5, test=0.5)]
+    assert best_of(rows) is rows[1]
+    assert best_of([row(None, test=0.9), row(None, test=0.1)]) is None
+    assert best_of(rows[:1]) is None, "one run is the best of nothing"
+    first, second = row(0.5), row(0.5)
+    assert best_of([first, second]) is first
+    losses = [row(2.0, *WRITES), row(1.0, *WRITES), row(3.0, *WRITES)]
+    assert best_of(losses) is losses[1], "the smallest"
+
+
+def test_neither_a_run_that_failed_nor_scores_on_training_records_make_a_best(row: Any) -> None:
+    rows = [row(0.4), row(0.3), row(0.9, findings=(DIVERGED,)), replace(row(0.8), error=RunError("x"))]
+    assert [one.state for one in rows] == ["finished", "finished", "diverged", "failed"]
+    assert best_of(rows) is rows[0]
+    train = (f"data.validation_file={row(0.4).config.data.train_file}",)
+    assert best_of([row(0.4, *train), row(0.6, *train)]) is None
+    share = ("data.validation_fraction=0.2", "data.validation_file=null")
+    rows = [row(0.4, *share, test=0.9), row(0.6, *share, test=0.1)]
+    assert best_of(rows) is rows[1], "no site trains on a simulation's share"
+    assert best_of([row(0.4, *share), row(0.6, *share, "seed=7")]) is None, "other records"
+    assert best_of([row(0.4), row(0.6, "data.unusable=leave_out")]) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "comparable"),
+    [
+        ((), ("lora.rank=2", "privacy.epsilon=3", "data.max_length=8"), True),
+        *((("data.validation_rows=5",), ("data.validation_rows=6",), False), ((), WRITES, False)),
+        *((WRITES, (*WRITES, "lora.rank=2"), True), (WRITES, (*WRITES, "data.max_length=9"), False)),
+    ],
+)
+def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other: Any, comparable: bool) -> None:
+    assert (best_of([row(0.4, *one), row(0.5, *other)]) is not None) == comparable
+
+
+def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tmp_path: Path) -> None:
+    trials, begun = Trials.of_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
+
+    def work(trial: Trial) -> RunResult:
+        begun.append(trial.folder)
+        trial.folder.mkdir()
+        if len(begun) == 2:
+            raise ValueError("a record's text")
+        return result({"accuracy": 0.5})
+
+    with pytest.raises(ValueError, match="a record's text"):
+        trials.run(work)
+    told = [(line["state"], line["reason"]) for line in lines_of(tmp_path / "s.csv")]
+    assert told == [("finished", ""), ("failed", "ValueError")]
+    assert len(begun) == 2
+    assert "record's text" not in str(trials.section())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_the_terminal(tmp_path: Path, width: int) -> None:
+    swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
+    out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
+    trials = Trials.of_sweep(tiny(*swept, into=tmp_path))
+    trials.run(lambda trial: result({"accuracy": next(given)}))
+    show([trials.section()], console=Console(file=out, width=width))
+    table = out.getvalue().splitlines()
+    assert max(map(len, table)) <= width
+    (best,) = [line.split() for line in table if line.startswith("  *") and "finished" in line]
+    assert best == ["*", "2", "1", "0.005", "3", "0.625", "0.500", "unbounded", "finished"]
+    assert sum("not finite" in line for line in table) == 6
