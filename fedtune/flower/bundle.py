@@ -2,19 +2,26 @@
 
 The bundle names modules that the lead's machine and every site have installed.  So no machine runs code that a server
 sends, and a site may keep the folder of its apps read-only.
+
+In a simulation the lead is the process that called `flwr run` (`local_engine.py`), and the ServerApp is its relay.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.codec import decode_value, read_toml, require
 from fedtune.flower.asking_grid import FlowerGrid
+from fedtune.flower.site_socket import pack, split, unpack
 from fedtune.spec import NOT_GIVEN, ConfigError, errors_in
 from fedtune.version import __version__
 
@@ -51,6 +58,12 @@ def write_bundle(folder: Path) -> Path:
     return file
 
 
+LEAD_SOCKET = "FEDTUNE_SIMULATION"
+"""The environment variable by which a simulation's lead names its Unix socket; a run itself cannot name one."""
+NODES, PUSH, PULL = b"n", b"+", b"?"
+"""What the lead asks its relay: the nodes' numbers; to send a message, for its id; to fetch the answer to an id, which
+is empty while there is none."""
+
 Lead = Callable[[Path, Sequence[str], Callable[..., FlowerGrid]], None]
 """Runs the settings of a run by a lead's kit, over the Grid that the function wraps."""
 
@@ -61,6 +74,10 @@ def make_server_app(lead: Lead) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        if simulation := os.environ.get(LEAD_SOCKET):
+            with Client(simulation, family="AF_UNIX") as line, suppress(EOFError):
+                relay(grid, line)
+            return
         file = str(context.run_config["run"])
         if not file:
             raise ConfigError("run", NOT_GIVEN, "is required: --run-config 'run=\"FILE\"'")
@@ -68,6 +85,32 @@ def make_server_app(lead: Lead) -> ServerApp:
         lead(kit, settings, partial(FlowerGrid, grid))
 
     return app
+
+
+def relay(grid: Grid, line: Connection) -> None:
+    """Do what the lead at the other end of `line` asks, one after the other; raise EOFError once it has gone."""
+    while asked := line.recv_bytes():
+        if asked == NODES:
+            line.send_bytes(json.dumps(sorted(grid.get_node_ids())).encode())
+        elif asked[:1] == PUSH:
+            to, _, content = read_frame(asked[1:])
+            node, _, kind = to.partition(" ")
+            (message_id,) = grid.push_messages([Message(content, int(node), kind)])
+            line.send_bytes(message_id.encode())
+        else:
+            answers = list(grid.pull_messages([asked[1:].decode()]))
+            line.send_bytes(_frame(answers[0]) if answers else b"")
+
+
+def read_frame(frame: bytes) -> tuple[str, float, RecordDict]:
+    """Return the head of a frame, a time, and the content: `<node> <kind>` to a node, an error or nothing from it."""
+    return unpack(*split(frame))
+
+
+def _frame(answer: Message) -> bytes:
+    if answer.has_error():
+        return pack(answer.error.reason or "an error without a reason", 0.0, RecordDict())
+    return pack("", 0.0, answer.content)
 
 
 def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The lead's transport over a grid: Flower's own, as Ray's engine has it, or one that yields answers as they come."""
+"""The lead's transport over a grid that yields answers as they come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Protocol, TypeVar
 from flwr.app import ArrayRecord
 from flwr.app import Message as Message
 from flwr.app import RecordDict as RecordDict
-from flwr.serverapp import Grid
 
 from fedtune.federation.protocol import OTHER_PROTOCOL, Reply
 from fedtune.federation.transport import Question
@@ -37,7 +36,7 @@ class StreamingGrid(Protocol):
 class GridTransport:
     """Sites as nodes of a grid, by node id; without `nodes` each is asked for its name."""
 
-    def __init__(self, grid: Grid | StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
+    def __init__(self, grid: StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
         self._grid, self._nodes = grid, dict(nodes or {})
         self._bytes_down = self._bytes_up = 0  # since they were last asked for
         self._apart: dict[str, str] = {}  # sites that refused the last exchange for its protocol, with what they speak
@@ -48,7 +47,7 @@ class GridTransport:
             while len(node_ids := list(self._grid.get_node_ids())) < len(sites) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
             questions = [Message(RecordDict(), node_id, "query") for node_id in sorted(node_ids)]
-            for message in self._receive(questions, timeout_s=timeout_s):
+            for message in self._grid.receive(questions, timeout=timeout_s):
                 if not message.has_error():
                     name = message.content.config_records[flower_records.SITE]["name"]
                     self._nodes[message.metadata.src_node_id] = str(name)
@@ -97,7 +96,7 @@ class GridTransport:
             content = flower_records.from_question(question, adapters.get(id(question.adapter)))
             self._bytes_down += flower_records.num_bytes(content)
             messages.append(Message(content, numbers[question.site], kind))
-        for message in self._receive(messages, timeout_s=timeout_s):
+        for message in self._grid.receive(messages, timeout=timeout_s):
             site = self._nodes.get(message.metadata.src_node_id)
             if site is None or message.has_error():
                 log.warning("%s: Flower delivered an error in place of a reply", site)
@@ -116,16 +115,3 @@ class GridTransport:
             for record in message.content.array_records.values():
                 record.clear()
             yield site, answer
-
-    def _receive(self, messages: Sequence[Message], *, timeout_s: float) -> Iterator[Message]:
-        grid, deadline = self._grid, time.monotonic() + timeout_s
-        if not isinstance(grid, Grid):
-            yield from grid.receive(messages, timeout=timeout_s)
-            return
-        waiting = list(grid.push_messages(messages))
-        while waiting and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-            for message_id in list(waiting):
-                for message in grid.pull_messages([message_id]):
-                    waiting.remove(message_id)
-                    yield message

@@ -1,25 +1,22 @@
-"""A whole federation on this machine: the apps of real sites over an in-process grid or Flower's Ray engine."""
+"""A whole federation on this machine: the app of real sites over an in-process grid, or in Flower's engine."""
 
 from __future__ import annotations
 
-import json
-import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.config import RunConfig, parse
+from fedtune.config import RunConfig
 from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.site_round import Site
 from fedtune.flower.averaging import Average
 from fedtune.flower.client import answering, context_of
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import identify, set_metadata
-from fedtune.flower.ray_engine import on_ray
+from fedtune.flower.local_engine import on_flower
 from fedtune.flower.site_socket import make_client_app
 from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
@@ -73,31 +70,10 @@ def simulate(
 
 def _engine(config: RunConfig, folder: Path, everyone: Participants, listener: Listener) -> Engine:
     if config.runtime.kind == "ray":
-
-        def of_sites(config: RunConfig) -> ClientApp:
-            return simulated_client_app(json.dumps(config.to_json()), str(folder))
-
-        return lambda run: on_ray(run, of_sites, config, everyone.sites.folder)
+        return lambda run: on_flower(run, config, folder, everyone.sites.folder)
     client_app = _client_app(config.federation.active, everyone.site)
     grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
     return lambda run: run(GridTransport(grid))
-
-
-def simulated_client_app(config_json: str, folder: str) -> ClientApp:
-    """The ClientApp of every virtual site in other processes; plain values only, so that it can be sent to them."""
-    started_in = os.getcwd()
-
-    def site(index: int) -> Site:
-        os.chdir(started_in)  # an actor begins elsewhere, and settings may hold relative paths
-        return _of_this_actor(config_json, folder).site(index)
-
-    return _client_app(parse(json.loads(config_json)).federation.active, site)
-
-
-@lru_cache(maxsize=1)
-def _of_this_actor(config_json: str, folder: str) -> Participants:
-    """A run's participants in a Ray actor, which keeps its base model between rounds and is told nothing else."""
-    return Participants(parse(json.loads(config_json)), Path(folder))
 
 
 def _client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:

@@ -3,9 +3,14 @@
 It holds no record, no model and no key, and imports neither torch nor fedtune's own layers.  The socket is named by the
 site's operator, in `--node-config`, and never by a run, whose lead could otherwise have it write to any socket of the
 machine.
+
+In Flower's simulation engine the same app answers as a simulated site, which `partition-id` names
+(`local_engine.py`).  Only an actor of Ray's does: a SuperNode's app takes part in no simulation, whatever a run says.
 """
 
 from __future__ import annotations
+
+import sys
 
 from flwr.app import Context, RecordDict
 
@@ -24,6 +29,11 @@ def hand_over(context: Context, kind: str, created_at: float, content: RecordDic
     Raises:
         SiteAway: there is none.  Flower sends the text to its server, so it is the name of a class alone.
     """
+    if (ray := sys.modules.get("ray")) and ray.is_initialized():
+        from fedtune.flower.local_engine import simulated_site  # slow to import, and needs all of fedtune
+
+        site = simulated_site(str(context.run_config["run"]), int(context.node_config["partition-id"]))
+        return site(kind, created_at, content)
     try:
         return ask(str(context.node_config.get("fedtune-socket", SOCKET)), kind, created_at, content)
     except Exception as error:

@@ -104,6 +104,12 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
     return b"".join([_LENGTHS.pack(*sizes), head, *body])
 
 
+def split(packed: bytes) -> tuple[bytes, bytes]:
+    """Return head and body of a message that `pack` wrote."""
+    size = _LENGTHS.unpack_from(packed)[0] + _LENGTHS.size
+    return packed[_LENGTHS.size : size], packed[size:]
+
+
 def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float, RecordDict]:
     """Invert `pack`; raise an error of some kind for bytes that `pack` does not write."""
     said = parse_json(bytes(head), key="message", bound="must be JSON")

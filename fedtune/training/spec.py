@@ -130,13 +130,15 @@ class RuntimeSpec(Machine):
     """Where a run happens and how fast.  Only `seeded_noise` affects the guarantee, and it marks the run.
 
     Attributes:
-        kind: "simulation" (in this process), "ray" (Flower's simulation engine) or "deployment" (real sites).
+        kind: "simulation" (in this process), "ray" (Flower's simulation engine, by `flwr run`) or "deployment" (real
+            sites).
         seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
             makes new ones in its run folder.
         ray_address: of a Ray cluster that runs and has a node on this machine, "HOST:PORT" or "auto"; null: with
             runtime=ray one is started for the run, on this machine alone.
-        sites_per_gpu: how many sites share a GPU of a Ray cluster; null: as few as it takes for all to train at a time.
+        sites_per_gpu: how many sites share a GPU with runtime=ray; null: as few as it takes for all to train at a time
+            on this machine's GPUs, and no GPU of a Ray cluster.
     """
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"

@@ -1,39 +1,35 @@
-"""A program: `fedtune` in which every site also notes where it answered, as an empty file in the folder NOTED.
+"""A program: `fedtune` whose Flower bundle names the app below, which also notes where each simulated site answered.
 
-A file's name is what was asked, the site's number, and of the actor that answered its Ray node, process and GPUs.
+Each answer is an empty file in the folder `noted` beside that of all runs.  Its name is what was asked, the site's
+number, and of the actor that answered its Ray node, process and GPUs.
 """
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from fedtune.cli.main import main
-from fedtune.flower import simulation
+from flwr.app import Context, RecordDict
+
+from fedtune.flower import bundle
+from fedtune.flower.site_app import hand_over
+from fedtune.flower.site_socket import make_client_app
 
 
-def noting(plain: Any, into: str) -> Any:
-    """What makes a client app that notes and then does what that of `plain` does."""
+def noted(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+    import ray
 
-    def made(*given: Any) -> Any:
-        app = plain(*given)
+    actor = ray.get_runtime_context()
+    gpus = "+".join(actor.get_accelerator_ids()["GPU"])
+    site = context.node_config["partition-id"]
+    into = Path(str(context.run_config["run"])).parents[3] / "noted"
+    Path(into, f"{kind},{site},{actor.get_node_id()},{os.getpid()},{gpus}").touch()
+    return hand_over(context, kind, created_at, content)
 
-        # Ray sends a function of this program as it is written.
-        def noted(message: Any, context: Any) -> Any:
-            import ray
 
-            actor = ray.get_runtime_context()
-            gpus = "+".join(actor.get_accelerator_ids()["GPU"])
-            where = f"{actor.get_node_id()},{os.getpid()},{gpus}"
-            site = context.node_config["partition-id"]
-            Path(into, f"{message.metadata.message_type},{site},{where}").touch()
-            return app(message, context)
-
-        return noted
-
-    return made
-
+app = make_client_app(noted)
 
 if __name__ == "__main__":
-    simulation.simulated_client_app = noting(simulation.simulated_client_app, os.environ["NOTED"])
+    from fedtune.cli.main import main
+
+    bundle._BUNDLE = bundle._BUNDLE.replace("fedtune.flower.site_app:app", "tests.end_to_end.noting_nodes:app")
     sys.exit(main(sys.argv[1:]))

@@ -110,7 +110,7 @@ def on_cluster(tmp_path: Path, address: str) -> Callable[..., subprocess.Complet
     """`fedtune simulate` on the cluster, started in another folder than the nodes were."""
     (tmp_path / "noted").mkdir()
     (tmp_path / "simulations").symlink_to(REPOSITORY / "simulations")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NOTED": str(tmp_path / "noted")}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     program = str(Path(__file__).with_name("noting_nodes.py"))
 
     def run(*settings: str) -> subprocess.CompletedProcess[str]:

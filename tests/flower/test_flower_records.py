@@ -1,12 +1,11 @@
 """Questions and answers as Flower's records, and over its grid."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.transport import Question
@@ -104,24 +103,21 @@ def test_whatever_is_none_is_one_kind_of_error(read: Any, record: str, texts: tu
             read(content)
 
 
-def test_answers_of_known_nodes_come_one_by_one_until_the_time_is_up() -> None:
+def test_answers_of_known_nodes_are_read_one_by_one_and_their_bytes_counted() -> None:
     identify(run_id=7, node_id=0, task_id=0)
-    given, grid = dict[str, Message](), MagicMock(spec=Grid)
+    grid, taken = MagicMock(spec=["get_node_ids", "receive"]), list[int]()
 
-    def push(messages: Iterable[Message]) -> list[str]:
+    def receive(messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:
         for message in messages:
             set_metadata(message, message_id=str(message.metadata.dst_node_id))
-            given[message.metadata.message_id] = Message(flower_records.from_receipt(None), reply_to=message)
-        return list(given)
+            taken.append(message.metadata.dst_node_id)
+            yield Message(flower_records.from_receipt(None), reply_to=message)
 
-    def pull(ids: Iterable[str]) -> list[Message]:
-        return [given.pop(id) for id in ids if id in given and id != "3" and (id == "2" or "2" not in given)]
-
-    grid.push_messages.side_effect, grid.pull_messages.side_effect = push, pull
+    grid.receive.side_effect = receive
     transport = GridTransport(grid, {1: "a", 2: "b", 3: "c"})
     signed = Signed(text="{}", signature="")
-    answers = transport.end([Question(site=site, signed=signed) for site in "abc"], timeout_s=1)
-    assert (next(answers), set(given)) == (("b", None), {"1", "3"}), "the next answer waits until it is asked for"
-    assert list(answers) == [("a", None)]
+    answers = transport.end([Question(site=site, signed=signed) for site in "bca"], timeout_s=1)
+    assert (next(answers), taken) == (("b", None), [2]), "the next answer waits until it is asked for"
+    assert list(answers) == [("c", None), ("a", None)]
     assert (min(transport.traffic()) > 0, transport.traffic()) == (True, (0, 0))
     grid.get_node_ids.assert_not_called()

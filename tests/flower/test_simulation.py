@@ -1,30 +1,39 @@
-"""What a simulation runs on: the in-process grid, and Flower's Ray engine as far as it can be looked at without Ray."""
+"""What a simulation runs on: the in-process grid, and Flower's engine as far as it can be looked at without Ray."""
 
-import socket
+import json
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+import threading
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import flwr.simulation
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 
-import fedtune.flower.ray_engine as ray_engine
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.flower.ray_engine import RayNode, gpu_share, looker
+from fedtune.flower import local_engine
+from fedtune.flower.bundle import make_server_app
+from fedtune.flower.internals import identify
+from fedtune.flower.local_engine import gpu_share
 from fedtune.flower.simulation import InProcessGrid
+from fedtune.flower.site_app import SiteAway, hand_over
 from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.spec import RuntimeSpec
+from fedtune.version import __version__
 
 from ..cli import snapshots
+from .test_asking_grid import FakeGrid
 
 
 def test_each_message_reaches_its_node_and_has_one_reply() -> None:
@@ -58,186 +67,187 @@ def composed(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
     return lambda *more: compose_run([*settings, "runtime.num_threads=2", *more])
 
 
-class Ray(ModuleType):
-    """Stands in for Ray, with a cluster that holds what it is told and runs what it is given here and now."""
+STATE = LeadState(round=1, adapter=Adapter({}))
+
+
+class Engine:
+    """Stands in for Flower's processes: `flwr run` calls the bundle's ServerApp here, with this grid."""
 
     def __init__(self) -> None:
-        super().__init__("ray")
-        self.resources = {"a": {"CPU": 4.0}, "b": {"CPU": 2.0, "GPU": 2.0}, "head": {"memory": 1.0}}
-        self.free: dict[str, float] = {"CPU": 6.0, "GPU": 2.0}
-        self.init, self.shutdown = Mock(), Mock()
-        self.available_resources = lambda: self.free
-        self.elsewhere: dict[str, str] = {}
-        exceptions, strategies = ModuleType("ray.exceptions"), ModuleType("ray.util.scheduling_strategies")
-        exceptions.RayError = OSError  # type: ignore[attr-defined]
-        strategies.NodeAffinitySchedulingStrategy = lambda node_id, soft: node_id  # type: ignore[attr-defined]
-        self.parts = {"ray": self, "ray.exceptions": exceptions, "ray.util.scheduling_strategies": strategies}
+        self.started: list[tuple[Sequence[str], Mapping[str, str]]] = []
+        self.grid: Any = FakeGrid(self.answer)
+        self.fails = ""
 
-    def nodes(self) -> list[dict[str, Any]]:
-        gone = {"NodeID": "4", "NodeManagerHostname": "gone", "Alive": False, "Resources": {"CPU": 64.0}}
-        named = [
-            {"NodeID": name, "NodeManagerHostname": name, "Resources": has} for name, has in self.resources.items()
-        ]
-        return [gone, *({**node, "Alive": True} for node in named)]
+    def answer(self, message: Message, number: int) -> Message:
+        content = RecordDict({"site": ConfigRecord({"name": f"site-{number}"})})
+        return Message(Error(3, "no file") if number == 2 else content, reply_to=message)
 
-    def remote(self, *, num_cpus: int) -> Callable[[Callable[[], dict[str, str]]], Any]:
-        return lambda look: SimpleNamespace(
-            options=lambda scheduling_strategy: SimpleNamespace(
-                remote=lambda: look() | (self.elsewhere if scheduling_strategy == "b" else {})
-            )
-        )
+    @contextmanager
+    def start(self, *words: str, environment: Mapping[str, str], output: Any) -> Iterator[Any]:
+        self.started.append((words, environment))
+        code = 1 if words[0] == self.fails else None
+        if words[0] == "flwr" and code is None:
+            self.thread = threading.Thread(target=self.serve, args=[environment])
+            self.thread.start()
+        yield SimpleNamespace(poll=lambda: code, wait=lambda timeout: self.thread.join() if code is None else None)
 
-    def get(self, found: Any, timeout: float) -> Any:
-        return found
+    def serve(self, environment: Mapping[str, str]) -> None:
+        with unittest.mock.patch.dict(os.environ, environment), suppress(SystemError):
+            make_server_app(Mock())(self.grid, Context(7, 1, {}, state=RecordDict(), run_config={"run": ""}))
 
 
 @pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
-    ray = Ray()
-    for name, part in ray.parts.items():
-        monkeypatch.setitem(sys.modules, name, part)
-    monkeypatch.setattr(ray_engine.socket, "create_connection", lambda *_, **__: socket.socket())
-    monkeypatch.setattr(ray_engine, "_FREE_WITHIN_S", 0.0)
-    return ray
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    identify(run_id=7, node_id=1, task_id=0)
+    made = Engine()
+    monkeypatch.setattr(local_engine, "_started", made.start)
+    monkeypatch.setattr(local_engine, "_is_open", lambda port: True)
+    monkeypatch.setattr(local_engine, "_POLL_S", 0.01)
+    return made
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, ray: Ray) -> dict[str, Any]:
-    """Stands in for Flower's engine: calls the server app here, and wraps what it raises as Flower does."""
-    arguments: dict[str, Any] = {}
-
-    def run_simulation(server_app: Any, client_app: Any, **rest: Any) -> None:
-        arguments.update(rest)
-        try:
-            server_app._main(None, None)
-        except BaseException as error:
-            raise RuntimeError("Exception in ServerApp thread") from error
-
-    monkeypatch.setattr(flwr.simulation, "run_simulation", run_simulation)
-    return arguments
-
-
-STATE = LeadState(round=1, adapter=Adapter({}))
-CLUSTER, OF_GPU = "runtime.ray_address=10.1.2.3:6379", "runtime.device=auto runtime.sites_per_gpu"
-
-
-def on_ray(config: RunConfig, sites: Path, run: Any = lambda grid: STATE, of_sites: Any = lambda _: None) -> LeadState:
-    return ray_engine.on_ray(run, of_sites, config, sites)
-
-
-def test_it_starts_a_node_for_each_participant_with_the_threads_of_the_run(
-    composed: Any, started: dict[str, Any], ray: Ray, tmp_path: Path
+def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
+    composed: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert on_ray(composed(), tmp_path) is STATE
-    assert started["num_supernodes"] == 2
-    assert started["backend_config"]["client_resources"]["num_cpus"] == 2
-    (joined,) = ray.init.call_args_list
-    assert joined.kwargs["address"] == "local"
-    assert joined.kwargs["num_cpus"] >= 2
-    ray.shutdown.assert_called_once()
+    monkeypatch.setenv("NO_PROXY", "hub.example.org")
+    sealed: list[tuple[Path, Any]] = []
+
+    def lead(transport: Any) -> LeadState:
+        ((path,), grid) = (tmp_path / "sites").iterdir(), transport._grid
+        sealed.append((path, json.loads(path.read_text())))
+        assert grid.get_node_ids() == [700, 701, 702]
+        messages = [Message(RecordDict(), node, "train") for node in (702, 700, 701)]
+        answers = list(grid.receive(messages, timeout=5.0))
+        assert [answer.metadata.src_node_id for answer in answers] == [702, 700, 701]
+        assert [answer.has_error() for answer in answers] == [False, True, False]
+        assert answers[0].content.config_records["site"]["name"] == "site-1"
+        assert not engine.grid.replies, "each was fetched once"
+        engine.grid.answer = lambda *_: None
+        assert list(grid.receive([Message(RecordDict(), 700, "train")], timeout=0.05)) == []
+        engine.grid.answer = engine.answer
+        engine.grid.asked.clear()
+        introductions = grid.receive([Message(RecordDict(), node, "query") for node in (701, 702)], timeout=5.0)
+        with pytest.raises(RunError, match=r"a node of Flower's engine cannot take part: no file"):
+            list(introductions)
+        return STATE
+
+    assert local_engine.on_flower(lead, composed(), tmp_path, tmp_path / "sites") is STATE
+    assert engine.grid.asked == [(701, "query"), (702, "query")]
+    (path, said), (superlink, run) = sealed[0], engine.started
+    assert not path.exists()
+    assert (said["folder"], said["started_in"]) == (str(tmp_path), os.getcwd())
+    assert run[0][:2] == ("flwr", "run")
+    assert run[0][3:6] == ("local", "--stream", "--run-config")
+    assert (run[0][6], superlink[0][0]) == (f'run="{path}"', "flower-superlink")
+    assert run[1]["NO_PROXY"] == run[1]["no_proxy"] == "hub.example.org,127.0.0.1"
+    assert run[1]["RAY_ADDRESS"] == "local"
+    assert Path(run[1]["FLWR_HOME"]).parent == tmp_path
+    assert not Path(run[1]["FLWR_HOME"]).exists(), "nothing of Flower's stays but its log"
+    assert run[1]["FLWR_TELEMETRY_ENABLED"] == "0"
 
 
-@pytest.mark.parametrize("error", [RunError("too few"), ConfigError("a", 1, "b"), KeyboardInterrupt()])
-def test_an_error_of_the_run_keeps_its_type(composed: Any, started: Any, error: Any, ray: Ray, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RunError("too few"), ConfigError("a", 1, "b"), KeyboardInterrupt(), OSError("full")])
+def test_an_error_of_the_run_keeps_its_type(composed: Any, engine: Engine, error: Any, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as raised:
-        on_ray(composed(), tmp_path, Mock(side_effect=error))
+        local_engine.on_flower(Mock(side_effect=error), composed(), tmp_path, tmp_path / "sites")
     assert raised.value is error
-    ray.shutdown.assert_called_once()
+    assert not engine.thread.is_alive(), "the ServerApp ends when the lead does"
+
+
+@pytest.mark.parametrize("fails", ["flower-superlink", "flwr"])
+def test_an_engine_that_does_not_start_ends_the_run(
+    composed: Any, engine: Engine, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_engine, "_is_open", lambda port: fails == "flwr")
+    engine.fails = fails
+    with pytest.raises(RunError, match=r"engine did not start, or ended before the run; see flower\.log"):
+        local_engine.on_flower(lambda transport: STATE, composed(), tmp_path, tmp_path / "sites")
+    assert list((tmp_path / "sites").iterdir()) == []
+
+
+def test_a_run_whose_engine_dies_ends(composed: Any, engine: Engine, tmp_path: Path) -> None:
+    engine.grid = Mock(spec=Grid, get_node_ids=Mock(side_effect=SystemError))
+    with pytest.raises(RunError, match="ended before"):
+        local_engine.on_flower(lambda transport: transport._grid.get_node_ids(), composed(), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("device", "sites_per_gpu", "num_sites", "gpus", "share"),
+    ("settings", "gpus", "share"),
     [
-        ("auto", None, 8, (0.0, 0.0), 0.0),
-        ("cpu", None, 8, (1.0, 1.0), 0.0),
-        ("auto", None, 8, (1.0, 1.0), 1 / 4),
-        ("cuda", None, 8, (2.0, 1.0), 1 / 3),
-        ("auto", None, 2, (4.0, 0.0), 1.0),
-        ("auto", 2, 8, (1.0, 1.0), 1 / 2),
+        ({"device": "auto"}, 0, 0.0),
+        ({"device": "cpu"}, 2, 0.0),
+        ({"device": "auto"}, 2, 1 / 4),
+        ({"device": "cuda"}, 3, 1 / 3),
+        ({"device": "auto", "sites_per_gpu": 2}, 1, 1 / 2),
+        ({"device": "auto", "ray_address": "auto", "num_threads": 1}, 2, 0.0),
+        ({"device": "auto", "ray_address": "auto", "num_threads": 1, "sites_per_gpu": 2}, 0, 1 / 2),
     ],
 )
-def test_sites_share_the_gpus_of_the_cluster_so_that_all_can_train_at_a_time(
-    device: Any, sites_per_gpu: int | None, num_sites: int, gpus: tuple[float, ...], share: float
+def test_sites_share_the_gpus_of_this_machine_so_that_all_can_train_at_a_time(
+    settings: Any, gpus: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nodes = [RayNode(str(number), "", 64.0, count) for number, count in enumerate(gpus)]
-    runtime = RuntimeSpec(kind="ray", device=device, sites_per_gpu=sites_per_gpu)
-    assert gpu_share(runtime, num_sites, nodes) == share
-    if share and sites_per_gpu is None:
-        assert sum(node.room(threads=1, share=share) for node in nodes) >= num_sites
-    rooms = [RayNode("1", "", 7.0, have).room(threads=2, share=of) for have, of in ((0.0, 0.0), (1.0, 0.5), (0.0, 0.5))]
-    assert rooms == [3, 2, 0], "room is counted by node"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert gpu_share(RuntimeSpec(kind="ray", **settings), 8) == share
 
 
-def test_sites_know_how_many_share_a_gpu(composed: Any, started: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ray_engine, "gpu_share", lambda *_: 1 / 3)
-    monkeypatch.setattr(ray_engine, "check_room", lambda *_, **__: None)
-    seen: list[RunConfig] = []
-    on_ray(composed("runtime.device=auto"), tmp_path, of_sites=seen.append)
-    assert [one.runtime.sites_per_gpu for one in seen] == [3]
+def test_sites_know_how_many_share_a_gpu(composed: Any, engine: Engine, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    seen: list[Any] = []
+
+    def lead(transport: Any) -> LeadState:
+        (path,) = (tmp_path / "sites").iterdir()
+        seen.append(json.loads(path.read_text())["config"]["runtime"]["sites_per_gpu"])
+        return STATE
+
+    local_engine.on_flower(lead, composed("runtime.device=auto"), tmp_path, tmp_path / "sites")
+    assert seen == [2]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="sites_per_gpu = 3: must be null on a machine without a GPU"):
+        local_engine.on_flower(lead, composed("runtime.device=auto", "runtime.sites_per_gpu=3"), tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("runtime.num_threads=5", r"num_threads = 5: must be at most .*a: 4 and 0; b: 2 and 2; head: 0 and 0"),
-        (f"{OF_GPU}=4 runtime.num_threads=3", r"sites_per_gpu = 4: .* a GPU beside 3 CPUs"),
-    ],
-)
-def test_a_part_of_no_node_is_refused(composed: Any, started: Any, settings: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        on_ray(composed(*settings.split()), tmp_path)
-    assert not started
+def test_flower_is_told_how_many_sites_there_are_and_what_each_takes(composed: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(local_engine, "usable_cores", lambda: 4)
+    told = partial(local_engine.federation_config, share=0.5)
+    here = "num-supernodes=2 client-resources-num-gpus=0.5 init-args-num-cpus={} client-resources-num-cpus={}"
+    assert told(composed()) == here.format(4, 2)
+    assert told(composed("runtime.num_threads=9")) == here.format(9, 9), "one actor has room"
+    secure = ("federation.participants=[]", "federation.aggregation=secure", "training.local_steps=1")
+    assert told(composed(*secure)) == here.format(4, 4).replace("supernodes=2", "supernodes=3"), (
+        "one actor has all keys"
+    )
+    cluster = told(composed("runtime.ray_address=10.1.2.3:6379"))
+    assert cluster == "num-supernodes=2 client-resources-num-gpus=0.5 client-resources-num-cpus=2"
 
 
-def test_a_cluster_that_others_use_is_refused(composed: Any, started: dict[str, Any], ray: Ray, tmp_path: Path) -> None:
-    ray.free = {"CPU": 5.0}
-    with pytest.raises(RunError, match="others use 1 of 6 CPUs and 2 of 2 GPUs of the Ray cluster"):
-        on_ray(composed(CLUSTER), tmp_path)
-    assert not started
-    ray.free = {"CPU": 6.0, "GPU": 2.0}
-    assert on_ray(composed(CLUSTER), tmp_path) is STATE
-    assert ray.init.call_args.kwargs["address"] == "10.1.2.3:6379"
-    assert "num_cpus" not in ray.init.call_args.kwargs, "Ray would refuse it"
-
-
-@pytest.mark.parametrize("key", ["working folder", "tracking.output_dir", "data.train_file", "model.path", "fedtune"])
-def test_what_a_node_does_not_see_is_named(composed: Any, started: Any, ray: Ray, key: str, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    config = composed(CLUSTER)
-    (tmp_path / "train.csv").write_text("text,label\n")
-    data = replace(config.data, train_file=str(tmp_path / "train.csv"))
-    config = replace(config, model=replace(config.model, path=str(tmp_path / "model")), data=data)
-    assert on_ray(config, tmp_path) is STATE
-    started.clear()
-    ray.elsewhere = {key: ""}
-    with pytest.raises(ConfigError, match=f"{key} = .* must be the same on every node of the Ray cluster; node b has"):
-        on_ray(config, tmp_path)
-    assert not started
-
-
-def test_a_node_looks_from_the_working_folder_and_tells_other_files_of_the_name_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
+    composed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "here").mkdir()
-    key, records = tmp_path / "key", tmp_path / "here" / "records"
-    key.write_text("one")
-    look = looker({"working folder": str(tmp_path / "here"), "file": "records", "key": str(key)}, sealed="key")
-    first = look()
-    records.write_text("")
-    monkeypatch.chdir("/")
-    assert (first["file"], look()["file"]) == ("", "there")
-    assert look()["key"] == first["key"] != ""
-    key.write_text("another")
-    assert look()["key"] != first["key"]
-    key.unlink()
-    assert look()["key"] == ""
+    monkeypatch.setattr(local_engine, "Participants", lambda config, folder: SimpleNamespace(config=config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    sys.modules["ray"].is_initialized = lambda: True  # type: ignore[attr-defined]
+    file = tmp_path / "simulation.json"
+    asked = {"config": composed().to_json(), "folder": str(tmp_path), "started_in": "/", "fedtune": __version__}
 
+    def name() -> str:
+        context = Context(1, 7, {"partition-id": 1}, state=RecordDict(), run_config={"run": str(file)})
+        return str(hand_over(context, "query", 0.0, RecordDict()).config_records["site"]["name"])
 
-def test_nobody_knocks_for_long_where_there_is_no_cluster(composed: Any, ray: Ray, tmp_path: Path) -> None:
-    ray.init.side_effect = ConnectionError("nobody\nAdvice")
-    for address in ("10.1.2.3:6379", "auto"):
-        with pytest.raises(ConfigError, match=rf"ray_address = '{address}': must be a Ray cluster .* \(nobody\)$"):
-            on_ray(composed(f"runtime.ray_address={address}"), tmp_path)
+    with pytest.raises(RunError, match=rf"does not see {file} \(No such file"):
+        name()
+    for change, message in (
+        ({"started_in": "/nowhere"}, r"does not see /nowhere \(No such file"),
+        ({"fedtune": "0.0.1"}, rf"has fedtune {__version__}, and the lead 0\.0\.1"),
+    ):
+        file.write_text(json.dumps(asked | change))
+        with pytest.raises(RunError, match=message):
+            name()
+    file.write_text(json.dumps(asked))
+    assert (name(), os.getcwd()) == ("site-3", "/")
+    sys.modules["ray"].is_initialized = lambda: False  # type: ignore[attr-defined]
+    with pytest.raises(SiteAway):  # a SuperNode has the socket alone, whatever its configuration and the run say
+        name()
 
 
 @snapshots.mistakes("mistakes-cluster")

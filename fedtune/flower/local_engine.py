@@ -1,0 +1,256 @@
+"""Flower's simulation engine, as `flwr run APP local` starts it, for the sites of one simulation.
+
+`fedtune simulate` stays the lead.  It starts a SuperLink of its own on loopback and submits the same bundle that real
+federations use (`bundle.py`).  Flower starts the ServerApp, which relays messages between the lead and the nodes, and
+on Ray an actor for each place, which answers as whichever simulated site a node's `partition-id` names.
+
+All of Flower's files are in a folder of the run, and all of its processes end with the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import lru_cache, partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, TypeVar
+
+from flwr.app import Error, Message
+
+from fedtune.config import RunConfig, parse
+from fedtune.federation.lead import LeadState
+from fedtune.federation.transport import Transport
+from fedtune.flower.bundle import LEAD_SOCKET, NODES, PULL, PUSH, read_frame, write_bundle
+from fedtune.flower.client import answering
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.flower.internals import identify
+from fedtune.flower.site_socket import Answering, pack
+from fedtune.process import torch
+from fedtune.sites.virtual_site import Participants
+from fedtune.spec import ConfigError, RunError
+from fedtune.training.machine import usable_cores
+from fedtune.training.spec import RuntimeSpec
+from fedtune.version import __version__
+
+_T = TypeVar("_T")
+_GONE = "Flower's simulation engine did not start, or ended before the run; see flower.log in the run folder"
+_START_S, _END_S, _POLL_S = 120.0, 30.0, 0.2
+
+
+def on_flower(run: Callable[[Transport], LeadState], config: RunConfig, folder: Path, sites: Path) -> LeadState:
+    """Call `run` with a transport to the nodes of Flower's engine, and return what it returns.
+
+    Each actor has as many CPUs as torch threads, its part of a GPU, and its own copy of the base model, which it keeps
+    between rounds.  As many actors as there is room for train at a time, whichever sites' turn it is.
+
+    Args:
+        run: the lead's part of the run.
+        config: of the run.
+        folder: the run folder, with Flower's log.
+        sites: the folder of the sites' ledgers.
+
+    Raises:
+        ConfigError: this machine has no GPU for `runtime.sites_per_gpu`.
+        RunError: Flower's engine did not start, or ended before the run.
+    """
+    share = gpu_share(config.runtime, len(config.federation.active))
+    runtime = replace(config.runtime, sites_per_gpu=round(1 / share)) if share else config.runtime
+    asked = {"config": replace(config, runtime=runtime).to_json(), "folder": str(folder), "fedtune": __version__}
+    # A copy of the sites' folder has the same keys and other ledgers; this file is in no copy.
+    sealed = sites.resolve() / f"simulation-{secrets.token_hex(8)}.json"
+    sealed.parent.mkdir(parents=True, exist_ok=True)
+    sealed.write_text(json.dumps({**asked, "started_in": os.getcwd()}))
+    try:
+        with _engine(config, sealed, log=folder.resolve() / "flower.log", share=share) as line:
+            return run(GridTransport(RelayedGrid(line)))
+    finally:
+        sealed.unlink(missing_ok=True)
+
+
+def gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
+    """Return the part of a GPU that an actor asks for; Ray hides the GPUs from an actor that asks for none.
+
+    It is what `sites_per_gpu` says, or as large as lets all sites train at a time on this machine's GPUs.  The GPUs of
+    other machines are used where `sites_per_gpu` is set.
+    """
+    if runtime.ray_address is not None:
+        return 1.0 / runtime.sites_per_gpu if runtime.sites_per_gpu else 0.0
+    gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
+    if runtime.sites_per_gpu is not None:
+        if not gpus:
+            raise ConfigError("runtime.sites_per_gpu", runtime.sites_per_gpu, "must be null on a machine without a GPU")
+        return 1.0 / runtime.sites_per_gpu
+    return 1.0 / math.ceil(num_sites / gpus) if gpus else 0.0
+
+
+def federation_config(config: RunConfig, *, share: float) -> str:
+    """Return the value of `flwr run --federation-config`: the number of nodes, and what an actor takes."""
+    threads, secure = config.runtime.num_threads or usable_cores(), config.federation.aggregation == "secure"
+    words = [f"num-supernodes={len(config.federation.active)}", f"client-resources-num-gpus={share}"]
+    if config.runtime.ray_address is None:  # Ray refuses the number where it joins a cluster
+        cores = max(usable_cores(), threads)
+        threads = cores if secure else threads  # one actor has room, and it alone has the keys of all sites
+        words.append(f"init-args-num-cpus={cores}")
+    return " ".join([*words, f"client-resources-num-cpus={threads}"])
+
+
+@contextmanager
+def _engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iterator[Connection]:
+    """Start Flower's engine, and yield the line to the ServerApp that relays for this process."""
+    with (
+        tempfile.TemporaryDirectory(prefix="flower-", dir=log.parent) as home,
+        tempfile.TemporaryDirectory(prefix="fedtune-") as short,  # the name of a socket has at most 107 bytes
+        socket.socket(socket.AF_UNIX) as lead,
+        log.open("ab") as output,
+    ):
+        lead.bind(place := str(Path(short, "lead")))
+        lead.listen(1)
+        port = _free_port()
+        connection = f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+        Path(home, "config.toml").write_text(f'[superlink]\ndefault = "local"\n[superlink.local]\n{connection}')
+        bundle = write_bundle(Path(home, "app")).parent
+        environment = _environment(config.runtime) | {"FLWR_HOME": home, LEAD_SOCKET: place}
+        start = partial(_started, environment=environment, output=output)
+        own = ("--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port))
+        with start("flower-superlink", *own, "--disable-runtime-dependency-installation") as superlink:
+            _wait_for(superlink, lambda: _is_open(port))
+            words = ("--run-config", f'run="{sealed}"', "--federation-config", federation_config(config, share=share))
+            with start("flwr", "run", str(bundle), "local", "--stream", *words) as running:
+                lead.settimeout(_POLL_S)
+                line = _wait_for(running, lambda: _accepted(lead))
+                try:
+                    with line:
+                        yield line
+                finally:
+                    with suppress(subprocess.TimeoutExpired):  # the ServerApp ends now, and then the actors do
+                        running.wait(timeout=_END_S)
+
+
+@contextmanager
+def _started(*words: str, environment: Mapping[str, str], output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run one of Flower's commands while the block runs."""
+    process = subprocess.Popen(
+        words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _environment(runtime: RuntimeSpec) -> dict[str, str]:
+    """Return the environment of Flower's processes, which Ray's actors inherit on this machine."""
+    given = dict(os.environ)
+    # Actors import what this process does, and Flower's commands are installed beside this Python.
+    given["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    given["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", os.defpath)])
+    given["NO_PROXY"] = given["no_proxy"] = ",".join(
+        [*filter(None, [given.get("NO_PROXY") or given.get("no_proxy")]), "127.0.0.1"]
+    )
+    given["FLWR_DISABLE_UPDATE_CHECK"], given["RAY_USAGE_STATS_ENABLED"] = "1", "0"
+    given["RAY_ADDRESS"] = runtime.ray_address or "local"
+    return given
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _is_open(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=_POLL_S):
+        return True
+    time.sleep(_POLL_S)
+    return False
+
+
+def _accepted(lead: socket.socket) -> Connection | None:
+    with suppress(TimeoutError):
+        return Connection(lead.accept()[0].detach())
+    return None
+
+
+def _wait_for(process: subprocess.Popen[bytes], there: Callable[[], _T | None]) -> _T:
+    """Return what `there` returns once it is true; raise RunError when the process ends, or the time is up."""
+    deadline = time.monotonic() + _START_S
+    while not (found := there()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RunError(_GONE)
+    return found
+
+
+class RelayedGrid:
+    """The nodes of Flower's engine, through the ServerApp at the other end of `line`."""
+
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+        # This is no process of Flower's, and nobody has said who sends; the relay's own messages name its run.
+        identify(run_id=1, node_id=0, task_id=0)
+
+    def get_node_ids(self) -> Sequence[int]:
+        return list(json.loads(self._ask(NODES)))
+
+    def receive(self, messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:
+        """Ask, and fetch the answers one by one: the next waits at the engine until it is asked for."""
+        deadline, waiting = time.monotonic() + timeout, dict[bytes, Message]()
+        for message in messages:
+            about = message.metadata
+            waiting[self._ask(PUSH + pack(f"{about.dst_node_id} {about.message_type}", 0.0, message.content))] = message
+        while waiting and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            for message_id in list(waiting):
+                if found := self._ask(PULL + message_id):
+                    error, _, content = read_frame(found)
+                    question = waiting.pop(message_id)
+                    if error and question.metadata.message_type == "query":
+                        raise RunError(f"a node of Flower's engine cannot take part: {error}")
+                    yield Message(Error(0, error) if error else content, reply_to=question)
+
+    def _ask(self, frame: bytes) -> bytes:
+        try:
+            self._line.send_bytes(frame)
+            return self._line.recv_bytes()
+        except (EOFError, OSError):
+            raise RunError(_GONE) from None
+
+
+def simulated_site(run_file: str, number: int) -> Answering:
+    """Return the answers of the simulated site of this number, in an actor, for the run that a file describes.
+
+    Raises:
+        RunError: this node sees another file system than the lead, or has another fedtune.
+    """
+    participants = _of_this_actor(run_file)
+    name = participants.config.federation.active[number]
+    return answering(lambda _: participants.site(number), name=name)
+
+
+@lru_cache(maxsize=1)
+def _of_this_actor(run_file: str) -> Participants:
+    """A run's participants in a Ray actor, which keeps its base model between rounds."""
+    try:
+        asked = json.loads(Path(run_file).read_bytes())
+        os.chdir(asked["started_in"])  # an actor begins elsewhere, and settings may hold relative paths
+    except OSError as error:
+        raise RunError(f"{platform.node()} does not see {error.filename} ({error.strerror})") from None
+    if asked["fedtune"] != __version__:
+        raise RunError(f"{platform.node()} has fedtune {__version__}, and the lead {asked['fedtune']}")
+    return Participants(parse(asked["config"]), Path(asked["folder"]))
