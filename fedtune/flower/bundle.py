@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.codec import decode_value, read_toml, require
 from fedtune.flower.asking_grid import FlowerGrid
-from fedtune.flower.site_socket import pack, split, unpack
+from fedtune.flower.site_socket import pack, unpack_whole
 from fedtune.spec import NOT_GIVEN, ConfigError, errors_in
 from fedtune.version import __version__
 
@@ -88,29 +88,24 @@ def make_server_app(lead: Lead) -> ServerApp:
 
 
 def relay(grid: Grid, line: Connection) -> None:
-    """Do what the lead at the other end of `line` asks, one after the other; raise EOFError once it has gone."""
+    """Do what the lead at the other end of `line` asks, one after the other; raise EOFError once it has gone.
+
+    A message to a node has `<node> <kind>` where a site's has its kind; an answer has Flower's error there, or nothing.
+    """
     while asked := line.recv_bytes():
         if asked == NODES:
             line.send_bytes(json.dumps(sorted(grid.get_node_ids())).encode())
         elif asked[:1] == PUSH:
-            to, _, content = read_frame(asked[1:])
+            to, _, content = unpack_whole(asked[1:])
             node, _, kind = to.partition(" ")
             (message_id,) = grid.push_messages([Message(content, int(node), kind)])
             line.send_bytes(message_id.encode())
         else:
-            answers = list(grid.pull_messages([asked[1:].decode()]))
-            line.send_bytes(_frame(answers[0]) if answers else b"")
-
-
-def read_frame(frame: bytes) -> tuple[str, float, RecordDict]:
-    """Return the head of a frame, a time, and the content: `<node> <kind>` to a node, an error or nothing from it."""
-    return unpack(*split(frame))
-
-
-def _frame(answer: Message) -> bytes:
-    if answer.has_error():
-        return pack(answer.error.reason or "an error without a reason", 0.0, RecordDict())
-    return pack("", 0.0, answer.content)
+            found = b""
+            for answer in grid.pull_messages([asked[1:].decode()]):
+                error = answer.error.reason or "no reason" if answer.has_error() else ""
+                found = pack(error, 0.0, RecordDict() if error else answer.content)
+            line.send_bytes(found)
 
 
 def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:

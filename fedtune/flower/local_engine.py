@@ -32,11 +32,11 @@ from flwr.app import Error, Message
 from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import LeadState
 from fedtune.federation.transport import Transport
-from fedtune.flower.bundle import LEAD_SOCKET, NODES, PULL, PUSH, read_frame, write_bundle
+from fedtune.flower.bundle import LEAD_SOCKET, NODES, PULL, PUSH, write_bundle
 from fedtune.flower.client import answering
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import identify
-from fedtune.flower.site_socket import Answering, pack
+from fedtune.flower.site_socket import Answering, pack, unpack_whole
 from fedtune.process import torch
 from fedtune.sites.virtual_site import Participants
 from fedtune.spec import ConfigError, RunError
@@ -85,14 +85,12 @@ def gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
     It is what `sites_per_gpu` says, or as large as lets all sites train at a time on this machine's GPUs.  The GPUs of
     other machines are used where `sites_per_gpu` is set.
     """
-    if runtime.ray_address is not None:
-        return 1.0 / runtime.sites_per_gpu if runtime.sites_per_gpu else 0.0
-    gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
-    if runtime.sites_per_gpu is not None:
-        if not gpus:
-            raise ConfigError("runtime.sites_per_gpu", runtime.sites_per_gpu, "must be null on a machine without a GPU")
-        return 1.0 / runtime.sites_per_gpu
-    return 1.0 / math.ceil(num_sites / gpus) if gpus else 0.0
+    gpus = 0 if runtime.device == "cpu" or runtime.ray_address is not None else torch.cuda.device_count()
+    if runtime.sites_per_gpu is None:
+        return 1.0 / math.ceil(num_sites / gpus) if gpus else 0.0
+    if not gpus and runtime.ray_address is None:
+        raise ConfigError("runtime.sites_per_gpu", runtime.sites_per_gpu, "must be null on a machine without a GPU")
+    return 1.0 / runtime.sites_per_gpu
 
 
 def federation_config(config: RunConfig, *, share: float) -> str:
@@ -161,9 +159,8 @@ def _environment(runtime: RuntimeSpec) -> dict[str, str]:
     # Actors import what this process does, and Flower's commands are installed beside this Python.
     given["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     given["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", os.defpath)])
-    given["NO_PROXY"] = given["no_proxy"] = ",".join(
-        [*filter(None, [given.get("NO_PROXY") or given.get("no_proxy")]), "127.0.0.1"]
-    )
+    direct = filter(None, [given.get("NO_PROXY") or given.get("no_proxy"), "127.0.0.1"])
+    given["NO_PROXY"] = given["no_proxy"] = ",".join(direct)
     given["FLWR_DISABLE_UPDATE_CHECK"], given["RAY_USAGE_STATS_ENABLED"] = "1", "0"
     given["RAY_ADDRESS"] = runtime.ray_address or "local"
     return given
@@ -218,7 +215,7 @@ class RelayedGrid:
             time.sleep(_POLL_S)
             for message_id in list(waiting):
                 if found := self._ask(PULL + message_id):
-                    error, _, content = read_frame(found)
+                    error, _, content = unpack_whole(found)
                     question = waiting.pop(message_id)
                     if error and question.metadata.message_type == "query":
                         raise RunError(f"a node of Flower's engine cannot take part: {error}")

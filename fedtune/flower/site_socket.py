@@ -104,12 +104,6 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
     return b"".join([_LENGTHS.pack(*sizes), head, *body])
 
 
-def split(packed: bytes) -> tuple[bytes, bytes]:
-    """Return head and body of a message that `pack` wrote."""
-    size = _LENGTHS.unpack_from(packed)[0] + _LENGTHS.size
-    return packed[_LENGTHS.size : size], packed[size:]
-
-
 def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float, RecordDict]:
     """Invert `pack`; raise an error of some kind for bytes that `pack` does not write."""
     said = parse_json(bytes(head), key="message", bound="must be JSON")
@@ -131,6 +125,12 @@ def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float
     if taken != len(rest):
         raise ValueError("more than was announced")
     return str(said["kind"]), float(said["created_at"]), content
+
+
+def unpack_whole(packed: bytes) -> tuple[str, float, RecordDict]:
+    """Invert `pack`, for bytes that come whole."""
+    size = _LENGTHS.unpack_from(packed)[0] + _LENGTHS.size
+    return unpack(packed[_LENGTHS.size : size], packed[size:])
 
 
 def ask(path: str, kind: str, created_at: float, content: RecordDict) -> RecordDict:

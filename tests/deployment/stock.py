@@ -1,6 +1,7 @@
 """A federation of Flower's own processes: `flower-superlink`, a `flower-supernode` a site, and the lead's SuperExec.
 
 Kits are made by fedtune's commands.  Sites have no network: each answers at its Unix socket, in a namespace of its own.
+Each SuperNode has a user of its own, who can open nothing of the site's but that socket.
 """
 
 import json
@@ -10,32 +11,62 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from ..flower.loopback import free_port
-from ..processes import Process, environment, wait_for
+from ..processes import REPOSITORY, Process, environment, wait_for
 from .federation import Federation
 from .networks import Network
 from .site_folder import HELD_SITE, SiteFolder
 
 BIN = Path(sys.executable).parent
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-SOCKET = "site.sock"
+STRICT = "north"
+"""The site whose SuperNode has fedtune's bundle installed, and cannot install another."""
+SOCKET_GROUP, NODE_USER = 60001, 60002
+AS_GROUP = ("setpriv", "--regid", str(SOCKET_GROUP), "--clear-groups")
+AS_NODE = (
+    *("unshare", "--mount", "sh", str(Path(__file__).with_name("open_python.sh")), sys.base_prefix, str(Path.home())),
+    *("setpriv", "--reuid", str(NODE_USER), "--regid", str(NODE_USER), "--groups", str(SOCKET_GROUP)),
+)
+
+
+@cache
+def why_no_users() -> str:
+    """Why processes cannot have users of their own here; empty where they can."""
+    if os.geteuid() or shutil.which("setpriv") is None:
+        return "users of their own need root and setpriv"
+    words = [*AS_NODE, "env", sys.executable, "-c", "import fedtune.flower.site_app"]  # `env` starts it as that user
+    done = subprocess.run(words, cwd="/", env=environment(), capture_output=True, check=False)
+    return "" if done.returncode == 0 else "other users cannot run this Python"
+
+
+class Named(Network):
+    """A server with a name, since nginx checks no certificate of an address."""
+
+    address = "localhost"
 
 
 class StockFederation(Federation):
     """The same federation, whose messages Flower's processes carry; started whole, over TLS, with registered keys."""
 
     def __init__(self, folder: Path, command: Any) -> None:
-        super().__init__(folder, command, network=Network())
+        super().__init__(folder, command, network=Named())
+        self.front = self.address
+        """Where SuperNodes find the server: nginx, where it is installed."""
         self.nodes: dict[str, Process] = {}
         self.ca = self.lead_kit / "ca.pem"
+        self.public = Path(tempfile.mkdtemp(prefix="stock-", dir="/tmp"))
+        """What SuperNodes reach: a folder with the home of each, and with its socket."""
+        self.public.chmod(0o711)
         self.secret = folder / "superexec.secret"
         self.secret.write_bytes(secrets.token_bytes(32))
         home = folder / "home"
@@ -44,15 +75,12 @@ class StockFederation(Federation):
         (home / "config.toml").write_text(f'[superlink]\ndefault = "banks"\n[superlink.banks]\n{connection}')
         self.do("flower-app", str(folder / "app"))
 
-    def environment(self, home: str) -> dict[str, str]:
-        return {**QUIET, "FLWR_HOME": str(self.folder / home)}
-
-    def call(self, *words: str) -> str:
+    def call(self, *words: str, cwd: Path | None = None, **more: str) -> str:
         """One of Flower's commands, to its end."""
         done = subprocess.run(
             words,
-            cwd=self.folder,
-            env=environment(**self.environment("home")),
+            cwd=cwd or self.folder,
+            env=environment(**{**QUIET, "FLWR_HOME": str(self.folder / "home"), **more}),
             capture_output=True,
             text=True,
             timeout=120,
@@ -61,10 +89,10 @@ class StockFederation(Federation):
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout
 
-    def flower(self, name: str, *words: str) -> Process:
-        self._begun.append(
-            Process(name, words, log=self.folder / f"{name}.log", cwd=self.folder, env=self.environment(f"{name}-home"))
-        )
+    def flower(self, name: str, *words: str, home: Path | None = None) -> Process:
+        own = str(home or self.folder / f"{name}-home")
+        env = {**QUIET, "FLWR_HOME": own, "HOME": own}
+        self._begun.append(Process(name, words, log=self.folder / f"{name}.log", cwd=home or self.folder, env=env))
         return self._begun[-1]
 
     def start_superlink(self) -> None:
@@ -77,6 +105,23 @@ class StockFederation(Federation):
         )
         self.server.wait_for_text("Uvicorn running")
 
+    def start_front(self) -> str:
+        """Put nginx, where it is installed, in front of the SuperLink by the file that we deliver; its address."""
+        port, folder, kit = free_port(), self.folder / "nginx", self.home / "server"
+        text = (REPOSITORY / "deployment/flower/nginx.conf").read_text()
+        own = {"listen 443": f"listen 127.0.0.1:{port}", "ssl_name fl.example.org": "ssl_name localhost"}
+        own |= {"/etc/nginx/fl.example.org.pem": f"{kit}/server.pem", "/etc/nginx/superlink_ca.pem": str(self.ca)}
+        own |= {"/etc/nginx/fl.example.org.key": f"{kit}/server_key.pem", "127.0.0.1:8000": self.address}
+        for delivered, here in own.items():
+            assert delivered in text
+            text = text.replace(delivered, here)
+        folder.mkdir()
+        (folder / "flower.conf").write_text(text)
+        shutil.copy(Path(__file__).with_name("nginx.conf"), folder)
+        self.flower("nginx", "nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"))
+        wait_for(lambda: (folder / "pid").exists(), what="nginx")
+        return f"localhost:{port}"
+
     def start_lead(self) -> None:
         self.superexec = self.flower(
             *("superexec", "flower-superexec", "--runtime-api-address", self.address),
@@ -85,16 +130,18 @@ class StockFederation(Federation):
 
     def start_site(self, site: SiteFolder) -> None:
         """The site's process, which has no interface of any network, and whose training a test can hold up."""
-        write_policy(replace(read_policy(site.site_toml), socket=SOCKET), site.site_toml)
-        program = [sys.executable, str(HELD_SITE), str(site.folder)]
+        socket = self.public / f"{site.name}-socket" / "site.sock"
+        write_policy(replace(read_policy(site.site_toml), socket=str(socket)), site.site_toml)
+        program = [*AS_GROUP, sys.executable, str(HELD_SITE), str(site.folder)]
         site.up = self.run(site.name, site.name, ["unshare", "--net", *program, "site", "start", *site.own])
 
     def start_node(self, site: SiteFolder) -> None:
+        home, socket = self.public / site.name, self.public / f"{site.name}-socket" / "site.sock"
         self.nodes[site.name] = self.flower(
-            *(f"{site.name}-node", "flower-supernode", "--superlink", self.address, "--host", "127.0.0.1"),
-            *("--port", str(free_port()), "--root-certificates", str(self.ca)),
-            *("--auth-supernode-private-key", str(site.folder / "node_key")),
-            *("--node-config", f'fedtune-socket="{site.folder / SOCKET}"'),
+            *(f"{site.name}-node", *AS_NODE, "flower-supernode", "--superlink", self.front, "--host", "127.0.0.1"),
+            *("--port", str(free_port()), "--root-certificates", str(home / "ca.pem")),
+            *("--auth-supernode-private-key", str(home / "node_key"), "--node-config", f'fedtune-socket="{socket}"'),
+            home=home,
         )
 
     def kill(self, process: Process) -> None:
@@ -112,12 +159,24 @@ class StockFederation(Federation):
 
     def start(self, *names: str, held: bool = False) -> None:
         self.start_superlink()
+        if shutil.which("nginx"):
+            self.front = self.start_front()
         for site in self.sites.values():
-            key = site.folder / "node_key"
+            home, socket = self.public / site.name, self.public / f"{site.name}-socket"
+            for place, group in ((home, NODE_USER), (socket, SOCKET_GROUP), (home / "apps", NODE_USER)):
+                place.mkdir()
+                place.chmod(0o770 if place.name == "apps" and site.name != STRICT else 0o750)
+                os.chown(place, 0, group)
+            key = home / "node_key"
+            shutil.copy(self.ca, home)
+            (home / "ca.pem").chmod(0o644)
             shutil.copy(site.kit / "connection_key.pem", key)
             self.call("ssh-keygen", "-q", "-p", "-P", "", "-N", "", "-f", str(key))
             key.with_name("node_key.pub").write_text(self.call("ssh-keygen", "-y", "-f", str(key)))
             self.call("flwr", "supernode", "register", f"{key}.pub", "banks", "--name", site.name)
+            os.chown(key, NODE_USER, NODE_USER)
+            if site.name == STRICT:
+                self.install_ours(home)
             self.start_site(site)
             self.start_node(site)
         self.start_lead()
@@ -125,23 +184,41 @@ class StockFederation(Federation):
             site.wait_until_up()
             self.nodes[site.name].wait_for_text("SuperNode ID")
 
+    def install_ours(self, home: Path) -> None:
+        """Install the bundle as root does, for a SuperNode that cannot write the folder of its apps."""
+        (built := self.folder / "built").mkdir()
+        self.call("flwr", "build", "--app", str(self.folder / "app"), cwd=built)
+        self.call("flwr", "install", *map(str, built.iterdir()), FLWR_HOME=str(home))
+        for path in (home / "apps").rglob("*"):
+            path.chmod(0o755)
+
     def submit(self, name: str, settings: Sequence[str], *, begins: bool = True) -> str:
         """Start a run by `flwr run`; its number at the SuperLink."""
         where = [f"name={name}", f"tracking.output_dir={self.folder / 'runs'}"] if begins else []
         file = self.folder / f"{name}.toml"
         file.write_text(f"kit = {json.dumps(str(self.lead_kit))}\nsettings = {json.dumps([*settings, *where])}\n")
-        words = ("flwr", "run", str(self.folder / "app"), "banks", "--run-config", f'run="{file}"', "--format", "json")
-        said = self.call(*words)
+        return self.submit_app(self.folder / "app", f'run="{file}"')
+
+    def submit_app(self, app: Path, run_config: str) -> str:
+        said = self.call("flwr", "run", str(app), "banks", "--run-config", run_config, "--format", "json")
         return str(json.loads(said[said.index("{") :])["run-id"])
 
+    def status(self, run: str) -> str:
+        """How a run is doing, as `flwr list` says."""
+        said = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
+        return str(json.loads(said[said.index("{") :])["runs"][0]["status"])
+
     def until_over(self, run: str, *, seconds: float = 400.0) -> str:
-        """How a run ended, as `flwr list` says."""
+        """How a run ended."""
         found: list[str] = []
 
         def over() -> bool:
-            said = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
-            found[:] = [one["status"] for one in json.loads(said[said.index("{") :])["runs"]]
+            found[:] = [self.status(run)]
             return found[0].startswith("finished")
 
         wait_for(over, seconds=seconds, what=f"run {run}")
         return found[0]
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self.public, ignore_errors=True)

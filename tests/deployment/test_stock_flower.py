@@ -1,5 +1,6 @@
 """fedtune in a federation of stock Flower processes: the same adapter and ledgers, by sites without a network."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,20 @@ import pytest
 from fedtune.ops.doctor.connection_checks import control
 
 from .books import check_same_adapter, check_whole
-from .federation import NAMES
-from .stock import StockFederation
+from .stock import NODE_USER, STRICT, StockFederation, why_no_users
 
 DEBUG = (
     *("experiment=debug", "runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true"),
     *("model.dtype=float32", "data.validation_rows=10", "data.test_rows=10", "federation.num_rounds=2"),
 )
+APP = Path(__file__).with_name("stock_app")
 pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[StockFederation]:
+    if why := why_no_users():
+        pytest.skip(why)
     made = StockFederation(tmp_path_factory.mktemp("stock"), command)
     try:
         made.start()
@@ -29,16 +32,29 @@ def stock(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[St
         made.close()
 
 
-def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation(
+def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_stock_app(
     stock: StockFederation, in_one_process: Callable[..., Path]
 ) -> None:
+    """The stock app runs where a SuperNode may install it, and finds nothing; the strict site refuses it as hostile."""
+    files = [path for folder in (stock.home, stock.folder / "sites") for path in folder.rglob("*") if path.is_file()]
+    assert {"questions.csv", "site.toml", "connection_key.pem", "lead_key.pem"} <= {path.name for path in files}
+    secrets = "|".join(map(str, files))
+    other = stock.submit_app(APP, f'secrets="{secrets}" into="{stock.folder / "found.json"}"')
     run = stock.submit("one", DEBUG)
     assert stock.until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
     check_same_adapter(stock, "one", in_one_process("one", *DEBUG), tolerance=0)
     check_whole(stock, "one", rounds=2)
     assert [site.answered("update", "one") for site in stock.sites.values()] == [2, 2, 2]
-    assert set(stock.sites) == set(NAMES)
+    assert stock.until_over(other) == "finished:completed", stock.call("flwr", "log", other, "banks", "--show")
+    found = json.loads((stock.folder / "found.json").read_text())
+    assert found == {"averaged": [1.0] * 3, "files": 0, "processes": 0, "modules": 0, "user": NODE_USER}
+    assert f"Permission denied: '{stock.public / STRICT / 'apps'}" in stock.call(
+        "flwr", "log", other, "banks", "--show"
+    )
     assert control(stock.address, timeout_s=10.0).status == "failed", "it must never be exposed like this"
+    if stock.front != stock.address:
+        assert control(stock.front, timeout_s=10.0).status == "ok"
+        assert "/v1/fleet/push-messages" in (stock.folder / "nginx" / "access.log").read_text()
 
 
 def test_kills_of_flower_s_processes_lose_nothing_and_charge_nothing_twice(

@@ -11,13 +11,10 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +32,10 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import Difference, Offer, Reason, Receipt, Refusal, Update
 
 from ..flower.loopback import free_port
-from ..processes import RUN_S, environment, wait_for
+from ..processes import RUN_S, wait_for
 from . import outbound
 from .books import check_books
 from .federation import Federation, dealt, settings, write_records
-from .foreign_bundle import bundle
 from .site_folder import SiteFolder
 
 HERE = Path(__file__).parent
@@ -70,20 +66,19 @@ class Wire:
     north: SiteFolder
     calls: list[outbound.Call]  # Flower's
     waits: list[outbound.Call]  # fedtune's own, in which the site waits for a question
-    mark: Path  # file that a foreign bundle would have written
     listening: dict[str, list[int]]  # ports of the server and south while they ran; north's proxy is in its network
 
 
 @pytest.fixture(scope="module")
-def wire(make_federation: Callable[..., Federation], tmp_path_factory: pytest.TempPathFactory) -> Wire:
-    federation, mark = make_federation(names=SITES), tmp_path_factory.mktemp("mark") / "mark"
+def wire(make_federation: Callable[..., Federation]) -> Wire:
+    federation = make_federation(names=SITES)
     north, south = (federation.sites[name] for name in SITES)
     few = [*dealt(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
     write_records(north.folder / "questions.csv", few)
     recorded = federation.folder / "recorded.jsonl"
     _start_proxy(federation, north, recorded)
     federation.start(held=True)
-    _run(federation, mark)
+    _run(federation)
     listening = {
         name: listening_ports(process.pid, whole_network=federation.network.isolated)
         for name, process in (("server", federation.server), ("south", south.up))
@@ -93,7 +88,7 @@ def wire(make_federation: Callable[..., Federation], tmp_path_factory: pytest.Te
         assert site.up.end(seconds=60) == 0
     calls = outbound.read_calls(recorded)
     waits = [call for call in calls if call.path.startswith(f"{WAIT}?")]
-    return Wire(federation, north, [call for call in calls if call not in waits], waits, mark, listening)
+    return Wire(federation, north, [call for call in calls if call not in waits], waits, listening)
 
 
 def listening_ports(pid: int, *, whole_network: bool) -> list[int]:
@@ -110,16 +105,12 @@ def listening_ports(pid: int, *, whole_network: bool) -> list[int]:
     return found
 
 
-def _run(federation: Federation, mark: Path) -> None:
+def _run(federation: Federation) -> None:
     """North sends an update, fails, refuses, pauses and meets a broken file, while south answers all four rounds."""
     north, south = (federation.sites[name] for name in SITES)
     policy = read_policy(north.site_toml)
     south.hold(True)
-    lead = federation.lead(
-        RUN,
-        *settings("federation.num_rounds=4", "federation.min_sites=1"),
-        program=[sys.executable, str(HERE / "foreign_bundle.py"), str(mark)],
-    )
+    lead = federation.lead(RUN, *settings("federation.num_rounds=4", "federation.min_sites=1"))
 
     def answered(what: str) -> None:
         wait_for(lambda: north.answered(what, RUN), seconds=RUN_S, what=f"north's {what}", needs=lead)
@@ -337,18 +328,3 @@ def test_the_books_of_the_run(wire: Wire) -> None:
     assert failed == ["update", "site_error", "max_local_steps", "site_error"]
     # The rounds that failed had begun, and are charged: before a record is read.
     assert result["privacy"]["sites"]["north"]["rounds"] == 3
-
-
-def test_a_foreign_bundle_is_not_run_installed_or_even_fetched(wire: Wire, tmp_path: Path) -> None:
-    assert not wire.mark.exists()
-    flower = wire.federation.folder / "flower"
-    assert not [path for path in flower.rglob("*") if path.is_file()]
-    # Fedtune's own code answered the run that came with it.
-    assert wire.federation.result(RUN)["rounds"][0]["sites"] == list(SITES)
-    # Had anybody imported it, there would be a mark.
-    with zipfile.ZipFile(BytesIO(bundle(str(wire.mark)))) as archive:
-        archive.extractall(tmp_path)
-    importing = [sys.executable, "-c", "import marking"]
-    subprocess.run(importing, cwd=tmp_path, env=environment(), check=True, timeout=60)
-    assert wire.mark.read_text() == "marking\n"
-    wire.mark.unlink()

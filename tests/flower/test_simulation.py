@@ -110,6 +110,7 @@ def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
     composed: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "hub.example.org")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     sealed: list[tuple[Path, Any]] = []
 
     def lead(transport: Any) -> LeadState:
@@ -131,11 +132,12 @@ def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
             list(introductions)
         return STATE
 
-    assert local_engine.on_flower(lead, composed(), tmp_path, tmp_path / "sites") is STATE
+    assert local_engine.on_flower(lead, composed("runtime.device=auto"), tmp_path, tmp_path / "sites") is STATE
     assert engine.grid.asked == [(701, "query"), (702, "query")]
     (path, said), (superlink, run) = sealed[0], engine.started
     assert not path.exists()
     assert (said["folder"], said["started_in"]) == (str(tmp_path), os.getcwd())
+    assert said["config"]["runtime"]["sites_per_gpu"] == 2, "sites know how many share a GPU's memory"
     assert run[0][:2] == ("flwr", "run")
     assert run[0][3:6] == ("local", "--stream", "--run-config")
     assert (run[0][6], superlink[0][0]) == (f'run="{path}"', "flower-superlink")
@@ -154,21 +156,15 @@ def test_an_error_of_the_run_keeps_its_type(composed: Any, engine: Engine, error
     assert not engine.thread.is_alive(), "the ServerApp ends when the lead does"
 
 
-@pytest.mark.parametrize("fails", ["flower-superlink", "flwr"])
-def test_an_engine_that_does_not_start_ends_the_run(
+@pytest.mark.parametrize("fails", ["flower-superlink", "flwr", "in the run"])
+def test_an_engine_that_does_not_start_or_dies_ends_the_run(
     composed: Any, engine: Engine, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_engine, "_is_open", lambda port: fails == "flwr")
-    engine.fails = fails
+    monkeypatch.setattr(local_engine, "_is_open", lambda port: fails != "flower-superlink")
+    engine.fails, engine.grid = fails, Mock(spec=Grid, get_node_ids=Mock(side_effect=SystemError))
     with pytest.raises(RunError, match=r"engine did not start, or ended before the run; see flower\.log"):
-        local_engine.on_flower(lambda transport: STATE, composed(), tmp_path, tmp_path / "sites")
-    assert list((tmp_path / "sites").iterdir()) == []
-
-
-def test_a_run_whose_engine_dies_ends(composed: Any, engine: Engine, tmp_path: Path) -> None:
-    engine.grid = Mock(spec=Grid, get_node_ids=Mock(side_effect=SystemError))
-    with pytest.raises(RunError, match="ended before"):
-        local_engine.on_flower(lambda transport: transport._grid.get_node_ids(), composed(), tmp_path, tmp_path)
+        local_engine.on_flower(lambda transport: transport._grid.get_node_ids(), composed(), tmp_path, tmp_path / "at")
+    assert list((tmp_path / "at").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -177,7 +173,6 @@ def test_a_run_whose_engine_dies_ends(composed: Any, engine: Engine, tmp_path: P
         ({"device": "auto"}, 0, 0.0),
         ({"device": "cpu"}, 2, 0.0),
         ({"device": "auto"}, 2, 1 / 4),
-        ({"device": "cuda"}, 3, 1 / 3),
         ({"device": "auto", "sites_per_gpu": 2}, 1, 1 / 2),
         ({"device": "auto", "ray_address": "auto", "num_threads": 1}, 2, 0.0),
         ({"device": "auto", "ray_address": "auto", "num_threads": 1, "sites_per_gpu": 2}, 0, 1 / 2),
@@ -188,22 +183,9 @@ def test_sites_share_the_gpus_of_this_machine_so_that_all_can_train_at_a_time(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert gpu_share(RuntimeSpec(kind="ray", **settings), 8) == share
-
-
-def test_sites_know_how_many_share_a_gpu(composed: Any, engine: Engine, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    seen: list[Any] = []
-
-    def lead(transport: Any) -> LeadState:
-        (path,) = (tmp_path / "sites").iterdir()
-        seen.append(json.loads(path.read_text())["config"]["runtime"]["sites_per_gpu"])
-        return STATE
-
-    local_engine.on_flower(lead, composed("runtime.device=auto"), tmp_path, tmp_path / "sites")
-    assert seen == [2]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ConfigError, match="sites_per_gpu = 3: must be null on a machine without a GPU"):
-        local_engine.on_flower(lead, composed("runtime.device=auto", "runtime.sites_per_gpu=3"), tmp_path, tmp_path)
+        gpu_share(RuntimeSpec(kind="ray", device="auto", sites_per_gpu=3), 8)
 
 
 def test_flower_is_told_how_many_sites_there_are_and_what_each_takes(composed: Any, monkeypatch: Any) -> None:
