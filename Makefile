@@ -2,6 +2,7 @@
 # make test       fresh clone to green checks, the same that CI runs
 # make nightly    the tests that take too long for that: every mutant, 32 sites, a real model at real sites
 # make mutants    print the table of deliberate faults that the tests must find
+# make versions   at night, too: the tests that touch Flower, with each release in FLOWER
 # make constraints   for a release: constraints.hashed.txt, the versions of constraints.txt with the hashes of their files
 # make sbom       for a release: dist/sbom.cdx.json, a CycloneDX list of all that is installed where SBOM_OF is the Python
 # make dist       dist/: the source distribution, and the wheel that is built from it
@@ -26,6 +27,10 @@ TORCH_INDEX ?=
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
 
+# What `make versions` installs over $(VENV); `flwr` alone is the newest that the index has.
+FLOWER ?= flwr==1.41.0 flwr==1.42.0 flwr
+FLOWER_TESTS ?= tests/flower tests/deployment/test_stock_flower.py tests/end_to_end/test_runtimes.py
+
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 # In an environment of their own, so that no list has them.
@@ -38,7 +43,7 @@ WHEELHOUSE ?= wheelhouse
 EXTRAS ?= gguf,metrics,text
 FROM_INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: simulate test checks nightly mutants format constraints sbom dist package wheelhouse clean
+.PHONY: simulate test checks nightly versions mutants format constraints sbom dist package wheelhouse clean
 
 simulate: $(VENV)/.demo
 	$(VENV)/bin/fedtune simulate $(ARGS)
@@ -60,6 +65,19 @@ nightly: $(VENV)/.dev
 
 mutants: $(VENV)/.dev
 	$(VENV)/bin/python -m tests.mutants
+
+# Each release is in an environment of its own, which has all else from $(VENV).
+versions: $(VENV)/.dev
+	main=$$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); failed=; \
+	for wanted in $(FLOWER); do \
+	  own=$$(mktemp -d) && $(VENV)/bin/python -m venv $$own && python=$$own/bin/python && \
+	  echo "import site; site.addsitedir('$$main')" > $$($$python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth && \
+	  $$python -m pip install --quiet --disable-pip-version-check --ignore-installed --no-deps $$wanted && \
+	  $$python -m pip install --quiet --disable-pip-version-check $$wanted && \
+	  version=$$($$python -c "import importlib.metadata; print(importlib.metadata.version('flwr'))") && echo "Flower $$version" && \
+	  OMP_NUM_THREADS=1 $$python -m pytest $(PYTEST_ARGS) -m "" --result tests/flower_$$version.json $(FLOWER_TESTS) || failed="$$failed $$wanted"; \
+	  rm -rf $$own; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
