@@ -1,6 +1,7 @@
 """SIGKILL of real server, site and lead processes over mutual TLS: nothing is lost or charged twice, every run ends.
 
 python simulations/deployment/kills.py                        30 kills in six runs, into kills.json: about 20 minutes
+python simulations/deployment/kills.py --only stock           30 kills of stock Flower's processes and sites: an hour
 python simulations/deployment/kills.py --missing --runs DIR   goes on after the last finished run, and keeps the logs
 """
 
@@ -20,6 +21,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import stock_drill
 from local_federation import SITES, LocalFederation, environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -216,6 +218,7 @@ def books(run: Drill) -> study.Found:
 
 def table(lines: Mapping[str, study.Found]) -> str:
     """One row for each process and moment, and what the books of all runs say."""
+    stock = {name: line for name, line in lines.items() if name in stock_drill.LINES}
     lines = {name: line for name, line in lines.items() if name in RUNS}
     kills = [kill for line in lines.values() for kill in line["kills"]]
     rows = [
@@ -242,11 +245,12 @@ def table(lines: Mapping[str, study.Found]) -> str:
         f"round, {unread} are in a sum that run.json says was not read, {unpaid} are in a round without a charge, and",
         f"at {apart} of {len(books)} sites ledger, run.json and signed receipt differ.",
     ]
-    return "\n".join([*rows, "", *words])
+    return "\n".join([*rows, "", *words, "", stock_drill.summary(stock)])
 
 
 if __name__ == "__main__":
     given = study.parser(__doc__, Path(__file__).parent).parse_args()
     every: dict[str, study.Line] = {name: partial(drill, name=name, overrides=words) for name, words in RUNS.items()}
     every |= {f"apart{protocol:+}": partial(apart, protocol=protocol) for protocol in (-1, 1)}
+    every |= stock_drill.LINES
     study.carry_out(__file__, every, table, asked=given, file="kills.json")

@@ -41,7 +41,6 @@ class LocalFederation:
 
     def __init__(self, folder: Path, overrides: Sequence[str], *, sites: Sequence[str] = SITES) -> None:
         self.folder, self.overrides, self.sites = folder, list(overrides), tuple(sites)
-        self.pids: dict[str, int] = {}
         self.config: RunConfig = compose_run([*overrides, *self._same_sites(), "name=made"])
         self.port = free_port()
         (folder / "federation.toml").write_text(f'name = "fed"\nserver = "127.0.0.1:{self.port}"\n')
@@ -102,7 +101,6 @@ class LocalFederation:
         with self.server_up(), self._process("sites", [str(Path(__file__).parent / "fork_sites.py"), *self.sites]):
             for name in self.sites:
                 self._wait(name, "the site is up")
-                self.pids[name] = int((self.folder / f"{name}.pid").read_text())
             yield
 
     @contextlib.contextmanager
@@ -126,7 +124,6 @@ class LocalFederation:
     def _process(self, name: str, arguments: Sequence[str]) -> Iterator[None]:
         with (self.folder / f"{name}.log").open("w") as stream:
             process = subprocess.Popen([sys.executable, *arguments], cwd=self.folder, stderr=stream, env=environment())
-        self.pids[name] = process.pid
         try:
             yield
         finally:

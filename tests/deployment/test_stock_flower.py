@@ -54,7 +54,6 @@ def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_s
     assert control(stock.address, timeout_s=10.0).status == "failed", "it must never be exposed like this"
     if stock.front != stock.address:
         assert control(stock.front, timeout_s=10.0).status == "ok"
-        assert "/v1/fleet/push-messages" in (stock.folder / "nginx" / "access.log").read_text()
 
 
 def test_kills_of_flower_s_processes_lose_nothing_and_charge_nothing_twice(
