@@ -27,7 +27,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def test_every_package_is_in_a_layer() -> None:
+def test_every_package_belongs_to_a_layer() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]
     (layers,) = (contract["layers"] for contract in settings["contracts"] if contract.get("containers") == ["fedtune"])
     named = {layer.strip() for line in layers for layer in line.split("|")}
@@ -36,7 +36,7 @@ def test_every_package_is_in_a_layer() -> None:
     assert present == named
 
 
-def test_no_module_is_called_after_nothing() -> None:
+def test_no_module_has_a_meaningless_name() -> None:
     nothing = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
     assert nothing & {path.stem for path in MODULES} == set()
 
@@ -48,14 +48,14 @@ def imports() -> dict[str, set[str]]:
     return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
+def test_modules_have_no_circular_imports() -> None:
     try:
         graphlib.TopologicalSorter(imports()).prepare()
     except graphlib.CycleError as problem:
         pytest.fail(" -> ".join(problem.args[1]))
 
 
-def test_no_shreds() -> None:
+def test_short_modules_with_one_user_are_merged() -> None:
     """A short module that only one module beside it needs is a part of that module; each task has its own."""
     tasks, shreds = "fedtune.tasks.registry", []
     for path in MODULES:
@@ -68,16 +68,16 @@ def test_no_shreds() -> None:
     assert not shreds
 
 
-def test_no_two_files_have_one_name() -> None:
+def test_file_names_are_unique() -> None:
     names = Counter(path.name for path in MODULES)
     assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "spec.py"}
 
 
-def test_no_room_is_over_its_budget() -> None:
+def test_no_package_exceeds_its_line_budget() -> None:
     assert [row for row in weights() if row.lines > row.most] == []
 
 
-def test_nothing_is_there_for_nobody() -> None:
+def test_package_contains_no_unused_code() -> None:
     tool = Vulture()
     tool.scavenge([str(PACKAGE)])
     found = {item.name for item in tool.get_unused_code()}
@@ -86,18 +86,18 @@ def test_nothing_is_there_for_nobody() -> None:
     assert allowed - found == set(), "these are gone or in use: take them out of allowed_unused.py"
 
 
-def test_a_file_stays_readable() -> None:
+def test_files_stay_below_the_line_limit() -> None:
     lines = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
     assert {name for name, most in lines.items() if most > LONG_FILES.get(name, MOST_LINES_OF_A_FILE)} == set()
 
 
-def test_only_our_own_bugs_are_asserted() -> None:
+def test_spec_modules_contain_no_assert_statements() -> None:
     # An assert is gone under `python -O`; a person's mistake must stay one.
     for path in PACKAGE.rglob("spec.py"):
         assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path
 
 
-def test_what_a_command_takes_is_typed() -> None:
+def test_commands_do_not_use_argparse() -> None:
     # A Namespace of argparse is Any to mypy: a misspelt option would be found by who types it.
     assert [name_of(path) for path in MODULES if "argparse" in path.read_text()] == []
 
@@ -115,12 +115,12 @@ def test_what_a_command_takes_is_typed() -> None:
     ],
     ids=["the privacy core", "tasks", "a ledger's report", "a probe", "a site that waits"],
 )
-def test_it_runs_without_a_framework(modules: str, libraries: str) -> None:
+def test_modules_import_without_heavy_frameworks(modules: str, libraries: str) -> None:
     imported = ", ".join(f"fedtune.{module}" for module in modules.split())
     code = f"import sys, {imported}; print([name for name in {libraries.split()} if name in sys.modules])"
     assert python("-c", code, cwd=REPOSITORY) == "[]\n"
 
 
-def test_tests_mirror_the_package() -> None:
+def test_folders_mirror_the_package() -> None:
     layers = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert layers <= {path.name for path in (REPOSITORY / "tests").iterdir() if path.is_dir()}

@@ -50,7 +50,7 @@ WITH: dict[str, Callable[..., object]] = {
         for value in values
     ],
 )
-def test_a_value_out_of_bounds_is_refused_by_its_key(what: str, bound: str, key: str, value: object) -> None:
+def test_out_of_bounds_value_is_refused_with_its_key(what: str, bound: str, key: str, value: object) -> None:
     with pytest.raises(ConfigError) as refused:
         WITH[what](**{key: value}) if what in WITH else policy(**{what: {key: value}})
     assert (refused.value.key, refused.value.bound) == (key, bound)

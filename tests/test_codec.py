@@ -36,7 +36,7 @@ class Whole:
 JSON = {"colour": "red", "pairs": [[1, "a"]], "path": [[2, "b"]], "counts": {"r": 3}, "cap": 4}
 
 
-def test_a_record_is_what_its_types_say() -> None:
+def test_record_is_decoded_according_to_its_types() -> None:
     whole = decode(Whole, JSON)
     assert whole == Whole(Colour.RED, ((1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
     assert type(whole.cap) is float
@@ -45,7 +45,7 @@ def test_a_record_is_what_its_types_say() -> None:
 
 
 @snapshots.mistakes("mistakes-records")
-def test_anything_else_is_an_error_that_names_the_key(typed: str) -> None:
+def test_invalid_record_error_names_the_key(typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         decode(Whole, JSON | json.loads(typed.replace('"HUGE"', f"1{'0' * 400}")))
     snapshots.check_message("mistakes-records", typed, str(error.value))
@@ -55,7 +55,7 @@ DEEP = b'{"a":' * 64 + b"{}" + b"}" * 64
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a": ' + b"1" * 5000 + b"}", DEEP])
-def test_what_is_no_object_of_json_is_not_quoted(data: bytes) -> None:
+def test_invalid_json_is_not_quoted_in_the_error(data: bytes) -> None:
     with pytest.raises(ConfigError, match=r"^file = 'something else': must be JSON$"):
         parse_json(data, key="file", bound="must be JSON")
     assert parse_json(DEEP[5:-1], key="file", bound="must be JSON"), "of 64 levels"

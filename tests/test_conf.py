@@ -73,7 +73,7 @@ def walk(value: Any) -> typing.Iterator[tuple[Any, Any]]:
         yield from walk(inner)
 
 
-def test_every_file_is_plain_data() -> None:
+def test_every_configuration_file_is_plain_data() -> None:
     for path in FILES:
         settings = load(path)
         assert isinstance(settings, dict), path
@@ -97,7 +97,7 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
-def test_every_option_composes_and_is_read_again_as_it_was(group: str, option: str, tmp_path: Path) -> None:
+def test_every_option_composes_and_round_trips(group: str, option: str, tmp_path: Path) -> None:
     overrides = [*beside(group, option), f"{group}={option}", "name=x"]
     config = compose_run(overrides)
     write_config(config, tmp_path / "x")

@@ -64,7 +64,7 @@ _settings = st.fixed_dictionaries(
 
 
 @snapshots.mistakes("mistakes-composed")
-def test_settings_that_exclude_each_other(typed: str) -> None:
+def test_mutually_exclusive_settings_are_refused(typed: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose_run(shlex.split(typed))
     snapshots.check_message("mistakes-composed", typed, str(caught.value))
@@ -72,7 +72,7 @@ def test_settings_that_exclude_each_other(typed: str) -> None:
 
 @given(_settings)
 @settings(max_examples=150, deadline=None)
-def test_json_round_trip(changes: dict[str, Any]) -> None:
+def test_configuration_round_trips_through_json(changes: dict[str, Any]) -> None:
     config = parse(changed(**changes))
     again = parse(json.loads(json.dumps(config.to_json())))
     assert again == config
@@ -103,12 +103,12 @@ _RESULT_CHANGES = [
 
 
 @pytest.mark.parametrize("changes", [*_NO_RESULT_CHANGES, *_RESULT_CHANGES], ids=str)
-def test_the_digest_covers_what_may_change_a_result_and_nothing_else(changes: dict[str, Any]) -> None:
+def test_digest_covers_exactly_the_settings_that_affect_results(changes: dict[str, Any]) -> None:
     assert parse(changed(**changes)) != parse(BASE)
     assert (parse(changed(**changes)).digest() != parse(BASE).digest()) == (changes in _RESULT_CHANGES)
 
 
-def test_what_has_no_default_is_required_and_nothing_can_be_changed() -> None:
+def test_required_settings_are_enforced_and_configurations_immutable() -> None:
     for key in ("name", "task", "model", "data"):
         with pytest.raises(ConfigError, match=f"^{key}: is required"):
             parse({name: value for name, value in BASE.items() if name != key})
@@ -119,7 +119,7 @@ def test_what_has_no_default_is_required_and_nothing_can_be_changed() -> None:
     assert parse(changed(runtime__num_threads=2)).run_id() in ids
 
 
-def test_the_plan_holds_the_configured_numbers() -> None:
+def test_plan_uses_the_configured_values() -> None:
     # A given noise must do for all runs that share the epsilon.
     given = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
     with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: gives epsilon .* over 24 steps"):
@@ -134,7 +134,7 @@ def test_the_plan_holds_the_configured_numbers() -> None:
 NOISED = {"privacy__metrics": "noised", "data__heldout_fraction": 0.2}
 
 
-def test_scores_of_held_out_records_are_planned_only_where_they_are_asked_for() -> None:
+def test_held_out_scores_are_planned_only_on_request() -> None:
     noise = {"privacy__noise_multiplier": 4.0}
     plain = parse(changed(**noise)).plan()
     assert not plain.releases_metrics
@@ -146,7 +146,7 @@ def test_scores_of_held_out_records_are_planned_only_where_they_are_asked_for() 
     assert replace(measured, metrics_noise_multiplier=0.0) == plain
 
 
-def test_noise_is_calibrated_for_the_scores_too() -> None:
+def test_calibrated_noise_accounts_for_released_scores() -> None:
     plan = parse(changed(**NOISED, privacy__metrics_noise_multiplier=3.0)).plan()
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-3)
     accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(plan.noise_multiplier)), 4)
@@ -158,7 +158,7 @@ def test_noise_is_calibrated_for_the_scores_too() -> None:
         parse(changed(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
 
 
-def test_the_proposal_says_what_a_policy_judges() -> None:
+def test_proposal_contains_the_values_judged_by_a_policy() -> None:
     config = parse(changed(privacy__noise_multiplier=4.0, federation__participants=["site-1"]))
     proposal = config.proposal(lead=lead_key.public, plan=config.plan())
     assert (proposal.run, proposal.lead, proposal.dataset) == (config.run_id(), lead_key.public, "banking77")
@@ -172,7 +172,7 @@ def test_the_proposal_says_what_a_policy_judges() -> None:
         assert (named.adapter, named.rank, named.lora_scale) == (kind, rank, scale)
 
 
-def test_sizes_are_by_name_of_those_who_take_part_and_delta_is_held_against_the_largest() -> None:
+def test_declared_sizes_follow_participants_and_limit_delta() -> None:
     three = {"federation__num_sites": 3, "data__declared_sizes": [10, 20, 30]}
     assert parse(changed(**three)).declared_sizes() == {"site-1": 10, "site-2": 20, "site-3": 30}
     part = parse(changed(**three, federation__participants=["site-3", "site-1"]))
@@ -185,13 +185,13 @@ def test_sizes_are_by_name_of_those_who_take_part_and_delta_is_held_against_the_
 
 
 @snapshots.mistakes("mistakes-parsed")
-def test_the_first_mistake_is_named_with_its_key_and_value(typed: str) -> None:
+def test_first_invalid_setting_is_named_with_key_and_value(typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(changed(**json.loads(typed)))
     snapshots.check_message("mistakes-parsed", typed, str(error.value))
 
 
-def test_a_number_format_that_is_left_open_is_settled_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_dtype_is_resolved_on_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.config.fastest_dtype", lambda device: "mixed" if device == "auto" else "bfloat16")
     base = ["experiment=debug", "model.dtype=auto"]
     assert compose_run(base).model.dtype == "mixed"

@@ -38,7 +38,7 @@ def commands_on(page: str) -> list[list[str]]:
     return [shlex.split(line.partition(" #")[0])[1:] for line in lines]
 
 
-def test_the_own_data_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_data_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teams = ("billing", "technical", "sales")
     rows = [f'"ticket {number} about {teams[number % 3]}",{teams[number % 3]}' for number in range(90)]
     for name in ("tickets.csv", "tickets_test.csv", "more.csv"):
@@ -52,7 +52,7 @@ def test_the_own_data_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
 
 
-def test_the_lines_about_entities_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entity_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"drug": ("aspirin", "insulin"), "disease": ("asthma", "gout")}
     rows, small = [], [*TINY, *SMALL, "data.max_length=32"]
     for number in range(100):
@@ -76,7 +76,7 @@ def test_the_lines_about_entities_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "- disease" in settings
 
 
-def test_the_lines_about_tables_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ages = [20 + 31 * number % 70 for number in range(120)]
     rows = [f"{age},{age}.5,{('surgery', 'medicine')[age % 2]},{('sepsis', 'none')[age > 55]}" for age in ages]
     for name, some in (("labs", rows), ("more", rows[:40]), ("new", [row.rpartition(",")[0] for row in rows[:5]])):
@@ -96,7 +96,7 @@ def test_the_lines_about_tables_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row has an answer"
 
 
-def test_the_lines_about_images_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     vision_folder(tmp_path / "vit")
     for name, count in (("scans", 60), ("more", 20)):
@@ -110,7 +110,7 @@ def test_the_lines_about_images_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Path("scans-model/model.safetensors").is_file()
 
 
-def test_vectors_of_a_npy_file_become_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_code_converts_npy_vectors_to_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     vectors = np.array([[0.5, -1.0], [0.25, 1.0]], dtype=np.float32)
     np.save("vectors.npy", vectors)
@@ -145,7 +145,7 @@ def test_decisions_are_indexed_and_have_their_four_parts_on_one_page() -> None:
             assert (ROOT / name).exists(), f"{record.name} names {name}"
 
 
-def test_links_lead_somewhere_and_files_that_pages_name_exist() -> None:
+def test_documentation_links_and_named_files_exist() -> None:
     for page in PAGES:
         for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
             if not target.startswith(("http://", "https://")):
@@ -161,7 +161,7 @@ def test_links_lead_somewhere_and_files_that_pages_name_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_index_has_every_page_and_the_readme_what_is_run_first_on_two_screens() -> None:
+def test_docs_index_is_complete_and_readme_short() -> None:
     linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
     assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     text = (ROOT / "README.md").read_text()
@@ -177,7 +177,7 @@ _TOO_MUCH = re.compile(
 """The chance that e to the power of epsilon is exceeded can be many times delta."""
 
 
-def test_nothing_says_that_the_promise_fails_with_a_chance_of_delta() -> None:
+def test_no_text_equates_delta_with_a_failure_probability() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "conf").glob("*.toml")]
     pages += [path for ending in ("py", "toml", "j2") for path in (ROOT / "fedtune").rglob(f"*.{ending}")]
     assert [page.name for page in pages if _TOO_MUCH.search(" ".join(page.read_text().split()))] == []
@@ -191,13 +191,13 @@ def test_changelog_and_contributing_are_short_and_name_the_formats_numbers() -> 
     assert f"## {__version__}\n" in changelog
 
 
-def test_the_table_of_factors_is_computed() -> None:
+def test_table_of_epsilon_factors_is_correct() -> None:
     rows = re.findall(r"^\| ([\d.]+) \| ([\d.,]+) \|$", (ROOT / "docs" / "epsilon.md").read_text(), re.MULTILINE)
     assert len(rows) == 6
     assert [factor_text(float(epsilon)) for epsilon, _ in rows] == [factor for _, factor in rows]
 
 
-def test_every_command_is_on_a_page() -> None:
+def test_every_command_is_documented() -> None:
     pages = "\n".join(
         path.read_text() for path in PAGES if "decisions" not in path.parts and path.name != "CHANGELOG.md"
     )
@@ -215,7 +215,7 @@ MOST_FILES = {"A strategy": 2, "A task": 3, "An input": 3, "A format": 3, "A rel
 """How many files a change of each kind touches at most.  These numbers only fall."""
 
 
-def test_each_corridor_is_as_short_as_it_was() -> None:
+def test_documented_extension_points_touch_few_files() -> None:
     pages = [(ROOT / page).read_text() for page in ("CONTRIBUTING.md", "docs/architecture.md")]
     text = "\n".join(page.split("\n## Corridors\n")[1].partition("\n## ")[0] for page in pages)
     parts = re.split(r"^\*\*(.*?)\*\*.*$", text, flags=re.MULTILINE)[1:]
@@ -231,7 +231,7 @@ def test_each_corridor_is_as_short_as_it_was() -> None:
             assert "<name>" in file or (ROOT / file).is_file(), file
 
 
-def test_studies_import_what_there_is() -> None:
+def test_simulation_scripts_import_existing_names() -> None:
     for script in sorted((ROOT / "simulations").rglob("*.py")):
         for node in ast.walk(ast.parse(script.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedtune"):

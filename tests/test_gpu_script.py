@@ -22,7 +22,7 @@ def call(into: Path, *words: str, script: tuple[str, ...] = (str(SCRIPT),)) -> s
     return run_forked(command, timeout_s=600, env=environment, cwd=ROOT)
 
 
-def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
+def test_gpu_script_runs_every_step_on_the_cpu(tmp_path: Path) -> None:
     into = tmp_path / "results.json"
     done = call(into)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -41,7 +41,7 @@ def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
     assert four["model_bytes"] < steps["speed-8b"]["model_bytes"]
 
 
-def test_a_step_that_fails_is_written_down_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_failed_step_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
     into = tmp_path / "results.json"
     # Told in place of the script itself: on the CPU every step succeeds.
     code = (

@@ -36,7 +36,7 @@ def sentence(key: str, number: int, *, of: str) -> str:
     return f"{re.escape(key)}( = -?\\d+)?: {re.escape(bound)}$"
 
 
-def test_a_ledger_or_anchor_of_another_number_is_refused_and_nothing_invites_a_new_one(tmp_path: Path) -> None:
+def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None:
     path, anchor, key = tmp_path / "ledger.db", tmp_path / "anchor.json", SigningKey.load_or_make(tmp_path / "key.pem")
     whole = json.loads(Ledger(path, site_policy("north"), key).head().to_bytes())
     for number in around(LEDGER_SCHEMA):
@@ -55,7 +55,7 @@ def test_a_ledger_or_anchor_of_another_number_is_refused_and_nothing_invites_a_n
         assert path.read_bytes() == before
 
 
-def test_a_report_of_another_number_is_refused() -> None:
+def test_report_with_another_schema_is_refused() -> None:
     whole = json.loads(A_REPORT.read_text())
     for number in around(REPORT_SCHEMA):
         changed = {**whole, "schema_version": number, "verdict": None}  # another version's may have other fields
@@ -63,7 +63,7 @@ def test_a_report_of_another_number_is_refused() -> None:
             signing.read(json.dumps(changed).encode())
 
 
-def test_a_run_folder_of_another_number_is_refused(tmp_path: Path) -> None:
+def test_run_folder_with_another_schema_is_refused(tmp_path: Path) -> None:
     write_config(compose_run(["experiment=debug"]), tmp_path)
     config, text = tmp_path / "config.yaml", (tmp_path / "config.yaml").read_text()
     for number in around(RUN_SCHEMA):
@@ -80,7 +80,7 @@ def test_a_run_folder_of_another_number_is_refused(tmp_path: Path) -> None:
             (tmp_path / name).unlink()
 
 
-def test_a_kit_of_another_number_is_refused(tmp_path: Path) -> None:
+def test_kit_with_another_schema_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "kit.toml"
     for number in (KIT_SCHEMA - 1, KIT_SCHEMA + 1, 0):
         file.write_text(f"version = {number}\nother = 1\n")

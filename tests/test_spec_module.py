@@ -36,7 +36,7 @@ class Lamp(Knob):
     level: Literal[1, 2] | None = None
 
 
-def test_a_field_of_a_few_values_has_one_of_them_wherever_it_is_made() -> None:
+def test_literal_field_accepts_only_its_declared_values() -> None:
     assert Lamp(colour="green", level=2) == pydantic.TypeAdapter(Lamp).validate_python({"colour": "green", "level": 2})
     with pytest.raises(ConfigError, match=r"^colour = 'blue': must be one of red, green$"):
         Lamp(colour="blue")  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def test_a_field_of_a_few_values_has_one_of_them_wherever_it_is_made() -> None:
         Lamp(turns=0)
 
 
-def test_a_spec_is_frozen_and_takes_keywords_only_and_pydantic_runs_its_checks() -> None:
+def test_specs_are_frozen_and_keyword_only() -> None:
     knob = Knob(turns=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         knob.turns = 3  # type: ignore[misc]
@@ -72,7 +72,7 @@ def test_a_spec_is_frozen_and_takes_keywords_only_and_pydantic_runs_its_checks()
         (NOT_GIVEN, "k: must be given"),
     ],
 )
-def test_a_value_is_shown_in_the_words_of_settings_and_a_long_one_is_cut(value: object, said: str) -> None:
+def test_values_in_errors_use_setting_syntax_and_are_shortened(value: object, said: str) -> None:
     assert str(ConfigError("k", value, "must be given").under("")) == said
     moved = DataError("train_file", "x", "must exist").under("data").under("")
     assert type(moved) is DataError
@@ -97,7 +97,9 @@ INFINITE = (math.nan, math.inf, -math.inf)
         (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, ""), ""),
     ],
 )
-def test_bounds(check: Callable[[object], None], inside: Any, outside: Any, shown: str) -> None:
+def test_bound_checks_accept_inside_and_refuse_outside_values(
+    check: Callable[[object], None], inside: Any, outside: Any, shown: str
+) -> None:
     for value in inside:
         check(value)
     for value in outside:
@@ -106,7 +108,7 @@ def test_bounds(check: Callable[[object], None], inside: Any, outside: Any, show
         assert not shown or caught.value.bound == f"must lie in {shown}"
 
 
-def test_a_panic_becomes_an_error_and_everything_else_passes_as_it_is() -> None:
+def test_library_panic_becomes_an_error_and_others_pass_through() -> None:
     panic = type("Panic", (BaseException,), {})  # as a library written in Rust raises it
     with pytest.raises(LibraryPanic, match=r"^Panic$") as found, panics_as_errors():
         raise panic("the text of a record")

@@ -83,12 +83,12 @@ def mlflow_run(folder: Path) -> tuple[Any, Any]:
     return client, run
 
 
-def test_a_tracker_is_told_no_folder_of_this_machine() -> None:
+def test_tracker_receives_no_local_folder_names() -> None:
     settings = tracking.settings_of(compose_run(["experiment=debug", "name=x", "public.train_file=/secret/public.csv"]))
     assert settings["public.train_file"] == "public.csv"
 
 
-def test_mlflow(tracked: Callable[[str], Path]) -> None:
+def test_mlflow_receives_settings_metrics_and_report(tracked: Callable[[str], Path]) -> None:
     folder = tracked("mlflow")
     client, run = mlflow_run(folder)
     assert (run.info.status, run.info.run_name, run.info.user_id) == ("FINISHED", "one", "unknown")
@@ -106,7 +106,7 @@ def test_mlflow(tracked: Callable[[str], Path]) -> None:
     assert len(client.get_metric_history(run.info.run_id, "privacy/epsilon")) == 2
 
 
-def test_tensorboard(tracked: Callable[[str], Path]) -> None:
+def test_tensorboard_receives_settings_metrics_and_report(tracked: Callable[[str], Path]) -> None:
     folder = tracked("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -143,7 +143,7 @@ def wandb_records(path: Path) -> list[Any]:
 
 
 @pytest.mark.nightly
-def test_wandb(tracked: Callable[[str], Path]) -> None:
+def test_wandb_receives_settings_metrics_and_report(tracked: Callable[[str], Path]) -> None:
     folder = tracked("wandb")
     (path,) = (folder.parent / "wandb" / "wandb").glob("offline-run-*/*.wandb")
     wait_for(lambda: sum(one.WhichOneof("record_type") == "history" for one in wandb_records(path)) == 2)
@@ -170,7 +170,7 @@ def test_wandb(tracked: Callable[[str], Path]) -> None:
     assert not list(path.parent.glob("files/*requirements*")) + list(path.parent.glob("files/*metadata*"))
 
 
-def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_tracker_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=OSError("the disk is full"))
     failing = Mock(return_value=SimpleNamespace(begin=lambda settings: 0, round=full))
     monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": failing})
@@ -184,7 +184,7 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in (tmp_path / "alone").iterdir()] == ["run"], "without a tracker there is the run alone"
 
 
-def test_a_tracker_that_cannot_begin_ends_a_run_uncharged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_that_cannot_start_ends_the_run_uncharged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     (tmp_path / "mlflow").write_text("a file where the folder is to be")
     outcome = command("simulate", *tiny("tracking=mlflow", into=tmp_path))

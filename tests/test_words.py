@@ -18,7 +18,7 @@ from fedtune.words import counted, finite, jsonable, score_words, size, unbounde
         *((duration(0.0), "0.1 s"), (duration(11.2), "12 s"), (duration(150), "3 min"), (duration(18000), "5.0 h")),
     ],
 )
-def test_figures_are_written_one_way(found: str, text: str) -> None:
+def test_numbers_are_formatted_consistently(found: str, text: str) -> None:
     assert found == text
     assert [finite(value) for value in (1.5, 0, None, math.inf, -math.inf, math.nan)] == [1.5, 0.0, *[None] * 4]
     assert [unbounded(value) for value in (1.5, None)] == [1.5, math.inf], "what nothing bounds is infinity again"

@@ -44,7 +44,7 @@ def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", OWN)
-def test_what_an_experiment_leaves_open_is_asked_for(missing: str) -> None:
+def test_missing_required_settings_are_named(missing: str) -> None:
     key = missing.partition("=")[0]
     with pytest.raises(ConfigError) as error:
         compose_run(["experiment=own_data", *(override for override in OWN if override != missing)])
@@ -52,23 +52,23 @@ def test_what_an_experiment_leaves_open_is_asked_for(missing: str) -> None:
     assert "is required" in error.value.bound
 
 
-def test_the_default_is_the_banks() -> None:
+def test_default_experiment_is_banks_intents() -> None:
     config = compose_run(["name=x"])
     assert config == compose_run(["experiment=banks_intents", "name=x"])
     assert (config.data.dataset, config.privacy.epsilon, config.privacy.delta) == ("banking77", 8.0, 1e-5)
     assert config.federation.num_sites == 4
 
 
-def test_a_run_without_a_name_gets_a_time_stamp() -> None:
+def test_unnamed_run_gets_a_timestamp() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", compose_run(["experiment=debug"]).name)
 
 
-def test_blank_overrides_are_nothing() -> None:
+def test_blank_overrides_are_ignored() -> None:
     # `make simulate OVERRIDES=` hands over an empty word.
     assert compose_run(["", "experiment=debug", "name=x", " "]) == compose_run(["experiment=debug", "name=x"])
 
 
-def test_a_sweep_is_every_combination_with_a_name_that_says_which() -> None:
+def test_sweep_combines_all_values_and_names_its_runs() -> None:
     runs = swept(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"])
     wanted = [*product((1, 3), ("adamw", "sgd"))]
     assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == wanted
@@ -77,7 +77,7 @@ def test_a_sweep_is_every_combination_with_a_name_that_says_which() -> None:
     assert run.name.endswith("-run"), "one value each makes one run"
 
 
-def test_runs_of_a_sweep_never_share_a_folder() -> None:
+def test_sweep_runs_never_share_a_folder() -> None:
     sweeps = [
         ["privacy.epsilon=1,3"],
         ["name=same", "privacy.epsilon=1,3"],
@@ -97,7 +97,7 @@ def test_runs_of_a_sweep_never_share_a_folder() -> None:
         swept(["experiment=debug", "name=a,b", "privacy.epsilon=1,3"])
 
 
-def test_a_resumed_run_takes_single_values_on_top_of_its_own_and_no_other_name(tmp_path: Path) -> None:
+def test_resumed_run_accepts_overrides_but_keeps_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "renamed, first's"
     words = ["experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"]
     config = compose_run([*words, "name=first"])
@@ -123,7 +123,7 @@ def test_a_resumed_run_takes_single_values_on_top_of_its_own_and_no_other_name(t
     assert again.name == "first"
 
 
-def test_an_automatic_rate_is_a_number_before_the_run(tmp_path: Path) -> None:
+def test_automatic_learning_rate_is_resolved_before_the_run(tmp_path: Path) -> None:
     run = ["experiment=own_data", "name=x", *OWN, "data.declared_sizes=80"]
     loud, clear = (compose_run([*run, f"privacy.epsilon={epsilon}"]) for epsilon in (1, 8))
     rates = loud.training.peak_rates(clipped=True)
@@ -137,7 +137,7 @@ def test_an_automatic_rate_is_a_number_before_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("many", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
-def test_a_sweep_of_too_many_runs_is_refused(many: str) -> None:
+def test_sweep_with_too_many_runs_is_refused(many: str) -> None:
     with pytest.raises(ConfigError, match="must give at most 1000 runs together"):
         swept(["experiment=debug", many, "privacy.delta=range(1,30)"])
 
@@ -154,7 +154,7 @@ def chosen_for_sums(*overrides: str) -> tuple[int, int, int | None, str, float, 
     return federation.num_rounds, training.local_steps, federation.threshold, training.schedule, *rates
 
 
-def test_secure_sums_choose_their_rounds_steps_and_rates() -> None:
+def test_secure_aggregation_selects_rounds_steps_and_learning_rates() -> None:
     by_hand = ["federation.threshold=4", "training.local_steps=1", "federation.num_rounds=50"]
     by_hand += ["training.schedule=linear", "training.learning_rate=5", "training.head_learning_rate=40"]
     assert chosen_for_sums(SECURE) == (50, 1, 4, "linear", 5.0, 40.0)  # simulations/aggregation
@@ -170,7 +170,7 @@ def test_secure_sums_choose_their_rounds_steps_and_rates() -> None:
     assert compose_run([SECURE, "name=x", *labels]).training.learning_rate != "auto"
 
 
-def test_values_that_are_given_with_secure_sums_stay(tmp_path: Path) -> None:
+def test_explicit_settings_override_secure_aggregation_defaults(tmp_path: Path) -> None:
     given = ("federation.num_rounds=7", "training.head_learning_rate=9")
     assert chosen_for_sums(SECURE, *given) == (7, 1, 4, "linear", 5.0, 9.0)
     assert chosen_for_sums(SECURE, "training.local_steps=1") == (10, 1, None, "linear", 3.0, 24.0), "all by hand"
@@ -198,7 +198,7 @@ def rates_with_public(*overrides: str) -> tuple[object, object]:
     return (config.public.learning_rate, config.public.head_learning_rate), own
 
 
-def test_a_public_stage_has_a_third_of_the_rates_without_privacy_and_the_sites_a_third_of_theirs() -> None:
+def test_public_stage_lowers_the_learning_rates() -> None:
     assert rates_with_public() == ((2.7, 4.7), (1.0, 8.0))  # of 8 and 14, and of 3 and 24: simulations/warm_start
     assert rates_with_public("privacy=none") == ((2.7, 4.7), (2.7, 4.7))
     assert rates_with_public("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 8.0)), "a rate that is given stays"
@@ -214,7 +214,7 @@ def test_a_public_stage_has_a_third_of_the_rates_without_privacy_and_the_sites_a
         assert (public.num_rounds, public.local_steps) == (10, steps), "those of a plain run"
 
 
-def test_rates_of_a_file_stay_where_the_public_stage_stands_beside_them(tmp_path: Path) -> None:
+def test_rates_in_a_file_with_a_public_stage_are_kept(tmp_path: Path) -> None:
     (tmp_path / "public.csv").touch()
     path = tmp_path / "x.yaml"
     path.write_text("defaults: [banks_intents]\nname: x\ntraining: {learning_rate: 2.0}\n")
@@ -226,7 +226,7 @@ def test_rates_of_a_file_stay_where_the_public_stage_stands_beside_them(tmp_path
     assert config.public.columns == {"text": "body", "label": "kind"}
 
 
-def test_a_whole_configuration_keeps_its_rates_with_a_public_stage() -> None:
+def test_complete_configuration_keeps_its_rates_with_a_public_stage() -> None:
     before = compose_run(["name=x"])
     after = compose_recipe(before, {"public.train_file": "public.csv"})
     assert (after.training, after.public.learning_rate) == (before.training, 2.7)
@@ -237,7 +237,7 @@ def test_a_whole_configuration_keeps_its_rates_with_a_public_stage() -> None:
         compose_recipe(begun, {"public.train_file": "public.csv"})
 
 
-def test_a_path_may_begin_at_home_and_hold_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_start_at_home_and_contain_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = {"tracking.output_dir": "~/r", "runtime.sites_dir": "~/s", "runtime.kept_states_folder": "~/k"}
     paths |= {f"data.{part}_file": f"~/My Files, 2024/({part}).csv" for part in ("train", "test")}
@@ -266,7 +266,7 @@ def test_a_path_may_begin_at_home_and_hold_commas(tmp_path: Path, monkeypatch: p
     assert compose_run(["resume=~/r/x"]).resume == str(tmp_path / "r" / "x")
 
 
-def test_values_of_python_are_settings_or_are_refused() -> None:
+def test_python_values_become_settings_or_are_refused() -> None:
     config = compose_recipe("debug", {"data.labels": np.array(["a", "b"]), "privacy.noise_multiplier": np.float32(3)})
     assert (config.data.labels, config.privacy.noise_multiplier) == (("a", "b"), 3.0)
     itself: list[object] = []

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, told: list[fedtune.Progress]) 
     return fedtune.simulate("debug", settings, progress=told.append)
 
 
-def test_a_run_is_a_value_with_what_it_came_to(run: fedtune.Run) -> None:
+def test_simulate_returns_metrics_rounds_privacy_and_report(run: fedtune.Run) -> None:
     assert set(run.metrics) >= {"accuracy", "loss"}
     assert [one.round for one in run.rounds] == [1, 2]
     assert run.privacy.epsilon is not None
@@ -45,14 +45,14 @@ def test_a_run_is_a_value_with_what_it_came_to(run: fedtune.Run) -> None:
     assert (run.folder / "report.html").is_file()
 
 
-def test_progress_is_told_in_the_order_of_the_run(run: fedtune.Run, told: list[fedtune.Progress]) -> None:
+def test_progress_events_follow_the_order_of_the_run(run: fedtune.Run, told: list[fedtune.Progress]) -> None:
     rounds = [one for one in told if one.stage == "round"]
     assert [one.round for one in rounds] == list(run.rounds)
     assert [(one.done, one.total) for one in rounds] == [(1, 2), (2, 2)]
     assert told.index(next(one for one in told if one.stage == "training")) < told.index(rounds[0])
 
 
-def test_a_model_says_labels_with_probabilities_and_writes_no_text(run: fedtune.Run) -> None:
+def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) -> None:
     first, second = run.predict(["I lost my card", "Where is my money?"])
     assert first
     assert first != second
@@ -66,7 +66,7 @@ def test_a_model_says_labels_with_probabilities_and_writes_no_text(run: fedtune.
             run.predict(nothing)  # type: ignore[arg-type]
 
 
-def test_a_run_is_loaded_from_its_folder_or_its_adapters(run: fedtune.Run) -> None:
+def test_run_is_loaded_from_its_folder_or_adapter(run: fedtune.Run) -> None:
     assert fedtune.load(run.folder) == fedtune.load(str(run.adapter)) == run
     with pytest.raises(ValueError, match=r"must hold a config\.yaml"):
         fedtune.load(run.folder / "sites")
@@ -86,7 +86,7 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
         found.comparison("base", "tuned", "precision")
 
 
-def test_a_site_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"data.declared_sizes": 180, "data.train_fraction": 0.04, "federation.num_rounds": 1}
     run, told = fedtune.simulate("debug", tiny(tmp_path, **settings)), list[fedtune.Progress]()
     (found,) = fedtune.personalise(run, ["site-2"], progress=told.append).values()
@@ -101,7 +101,7 @@ def test_a_site_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert tuple(capsys.readouterr()) == ("", "")
 
 
-def test_rounds_and_events_are_tables(run: fedtune.Run) -> None:
+def test_rounds_and_ledger_events_convert_to_data_frames(run: fedtune.Run) -> None:
     pandas = pytest.importorskip("pandas")
     rounds = run.to_frame()
     assert isinstance(rounds, pandas.DataFrame)
@@ -110,7 +110,7 @@ def test_rounds_and_events_are_tables(run: fedtune.Run) -> None:
     assert list(events["kind"]).count("commit") == 2
 
 
-def test_a_run_is_audited(tmp_path: Path) -> None:
+def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:
     found, audit = audit_run("debug", tiny(tmp_path), attack={"canaries": 20})
     assert found.rounds
     assert not audit.exceeded
@@ -124,7 +124,7 @@ def test_a_run_is_audited(tmp_path: Path) -> None:
         audit_run("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
 
 
-def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
+def test_reading_a_ledger_writes_nothing(run: fedtune.Run) -> None:
     path = run.folder / "sites" / "site-1" / "ledger.db"
     before = path.read_bytes()
     ledger = fedtune.Ledger(path)
@@ -134,7 +134,7 @@ def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
         fedtune.Ledger(run.folder / "none.db")
 
 
-def test_a_finished_run_is_renewed_at_the_same_ledgers(run: fedtune.Run, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_renewed_with_the_same_ledgers(run: fedtune.Run, capfd: pytest.CaptureFixture[str]) -> None:
     settings = {"renew": run.folder, "name": "later"}
     assert [one.number for one in fedtune.plan(settings=settings).calendar] == [2]
     later = fedtune.simulate(settings=settings, progress=True)
@@ -145,7 +145,7 @@ def test_a_finished_run_is_renewed_at_the_same_ledgers(run: fedtune.Run, capfd: 
         fedtune.simulate(settings={"renew": later.folder})
 
 
-def test_a_mistake_is_a_value_error_with_the_words_of_the_command_line(tmp_path: Path, command: Any) -> None:
+def test_invalid_setting_is_a_value_error_worded_like_the_command_line(tmp_path: Path, command: Any) -> None:
     for settings in ({"privacy.epsilon": -1}, {"privacy.epsilo": 3}, {"privacy": "nonee"}, {"lora.rank": None}):
         ((key, value),) = settings.items()
         with pytest.raises(ConfigError) as raised:
@@ -161,14 +161,14 @@ def test_a_mistake_is_a_value_error_with_the_words_of_the_command_line(tmp_path:
 @pytest.mark.parametrize(
     "text", ["a'b", 'a"b', "a,b", "ends in \\", "\\'", "{prompt}\nnew line", "ä = [1]", "null", "3"]
 )
-def test_a_text_arrives_as_it_is(text: str) -> None:
+def test_setting_text_is_passed_unchanged(text: str) -> None:
     settings = {"data.columns": {"text": text, "label": "category"}}
     config = compose_recipe("debug", settings)
     assert config.data.columns["text"] == text
     assert compose_recipe(compose_recipe("debug"), settings).data.columns == config.data.columns
 
 
-def test_a_configuration_is_a_recipe_too(tmp_path: Path) -> None:
+def test_configuration_can_replace_a_recipe(tmp_path: Path) -> None:
     config = compose_recipe("debug", tiny(tmp_path))
     changed = compose_recipe(config, {"name": "other", "privacy.noise_multiplier": 5})
     assert (changed.name, changed.privacy.noise_multiplier) == ("other", 5.0)
@@ -177,7 +177,7 @@ def test_a_configuration_is_a_recipe_too(tmp_path: Path) -> None:
         compose_recipe(config, {"privacy.epsilo": 3})
 
 
-def test_a_run_works_inside_a_running_event_loop_and_prints_nothing(
+def test_simulate_works_in_a_running_event_loop_silently(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], run: fedtune.Run
 ) -> None:
     async def cell() -> fedtune.Run:
@@ -187,7 +187,7 @@ def test_a_run_works_inside_a_running_event_loop_and_prints_nothing(
     assert tuple(capsys.readouterr()) == ("", "")
 
 
-def test_importing_fedtune_loads_no_library_and_settles_the_environment() -> None:
+def test_importing_fedtune_loads_no_heavy_library() -> None:
     code = (
         "import sys, fedtune, os;"
         "print(sorted({'torch', 'flwr', 'hydra', 'pydantic', 'numpy'} & set(sys.modules)));"
@@ -198,7 +198,7 @@ def test_importing_fedtune_loads_no_library_and_settles_the_environment() -> Non
     assert python("-c", code) == "[]\nAUTO,STRICT False\nTrue\n"
 
 
-def test_each_name_of_the_door_is_documented_and_no_room() -> None:
+def test_public_names_are_documented_and_no_packages() -> None:
     rooms = {path.name for path in Path(fedtune.__file__).parent.iterdir() if path.is_dir()}
     for name in fedtune.__all__:
         assert getattr(fedtune, name).__doc__
@@ -206,7 +206,7 @@ def test_each_name_of_the_door_is_documented_and_no_room() -> None:
 
 
 @pytest.mark.parametrize("module", [fedtune, door], ids=["fedtune", "door"])
-def test_its_examples_are_right(module: Any) -> None:
+def test_docstring_examples_are_correct(module: Any) -> None:
     done = doctest.testmod(module)
     assert done.attempted >= 2
     assert not done.failed

@@ -33,7 +33,7 @@ def page(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_file_is_composed_as_an_experiment_of_conf(page: Path) -> None:
+def test_experiment_file_composes_like_a_packaged_experiment(page: Path) -> None:
     config = compose_run([f"experiment={page}"])
     assert (config.name, config.model.path, config.training.optimizer) == ("tickets", "random:bert", "adamw")
     assert config.data.columns == {"text": "body", "label": "team"}
@@ -41,7 +41,7 @@ def test_a_file_is_composed_as_an_experiment_of_conf(page: Path) -> None:
     assert config.data.train_file == str(page.parent / "tickets.csv"), "found beside the file"
 
 
-def test_a_value_with_a_backslash_before_its_dollar_stands_for_itself(page: Path) -> None:
+def test_escaped_dollar_sign_is_taken_literally(page: Path) -> None:
     page.write_text(PAGE.replace("[0, 1]", "['\\${seed}', 2026-11-28, 010, 1:30, 0x1F, 1_000, yes, 3.0.0]"))
     config = compose_run(
         [f"experiment={page}", "report.about.curator='\\${name}'", "data.columns.site='${oc.env:HOME}'"]
@@ -50,7 +50,7 @@ def test_a_value_with_a_backslash_before_its_dollar_stands_for_itself(page: Path
     assert (config.report.about.curator, config.data.columns["site"]) == ("${name}", "${oc.env:HOME}")
 
 
-def test_what_is_typed_wins_over_the_file(page: Path) -> None:
+def test_command_line_overrides_win_over_the_file(page: Path) -> None:
     typed = ["data.declared_sizes=50", "data.train_file=other.csv", "lora={rank: 3}", "lora=qv"]
     config = compose_run([f"experiment={page}", *typed])
     assert (config.data.declared_sizes, config.data.train_file) == (50, "other.csv")
@@ -60,7 +60,7 @@ def test_what_is_typed_wins_over_the_file(page: Path) -> None:
     assert (config.report.about.curator, config.report.language, config.seed) == ("Ann", "de", 4)
 
 
-def test_a_file_s_map_replaces_that_of_conf_and_is_swept(page: Path) -> None:
+def test_mapping_in_a_file_replaces_the_default_in_sweeps(page: Path) -> None:
     page.write_text(PAGE.replace("{text: body, label: team}", "{text: body, label: team, site: org}"))
     runs = [trial.config for trial in Trials.of_sweep([f"experiment={page}", "privacy.epsilon=1,3"]).rows.values()]
     assert [run.privacy.epsilon for run in runs] == [1.0, 3.0]
@@ -68,7 +68,7 @@ def test_a_file_s_map_replaces_that_of_conf_and_is_swept(page: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_a_wrong_file_is_named(page: Path, wrong: dict[str, str]) -> None:
+def test_invalid_experiment_file_is_named(page: Path, wrong: dict[str, str]) -> None:
     whole = PAGE.replace(wrong.get("old", ""), wrong.get("new", "")) + wrong.get("added", "")
     page.write_text(wrong.get("text", whole))
     with pytest.raises(ConfigError) as error:
@@ -79,13 +79,13 @@ def test_a_wrong_file_is_named(page: Path, wrong: dict[str, str]) -> None:
 
 
 @snapshots.mistakes("mistakes-typed")
-def test_mistakes_in_plain_words(page: Path, typed: str) -> None:
+def test_typing_mistakes_are_explained(page: Path, typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose_run([f"experiment={page}", "federation.num_sites=2", typed.replace("NINES", "9" * 5000)])
     snapshots.check_message("mistakes-typed", typed, str(error.value))
 
 
-def test_a_wrong_value_that_was_typed_is_not_the_file_s(page: Path) -> None:
+def test_invalid_override_is_not_blamed_on_the_file(page: Path) -> None:
     for typed in ("data.labels=[1.5]", "data={max_length: -1}"):
         with pytest.raises(ConfigError) as error:
             compose_run([f"experiment={page}", typed])
@@ -97,7 +97,7 @@ def test_a_wrong_value_that_was_typed_is_not_the_file_s(page: Path) -> None:
     assert compose_run([f"experiment={page}"]).data.validation_file == "x" * 300, "its reader refuses it"
 
 
-def test_values_as_they_are_typed(page: Path) -> None:
+def test_overrides_are_parsed_as_typed(page: Path) -> None:
     def made(*overrides: str) -> object:
         return compose_run([f"experiment={page}", *overrides]).data
 
@@ -111,7 +111,7 @@ def test_values_as_they_are_typed(page: Path) -> None:
 
 
 @snapshots.mistakes("mistakes-experiments")
-def test_an_experiment_that_is_not_typed_as_one_is_told_of(
+def test_misspelled_experiment_argument_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

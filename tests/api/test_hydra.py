@@ -33,13 +33,13 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
 
 
-def test_at_most_six_things_of_hydra_are_refused() -> None:
+def test_at_most_six_hydra_features_are_refused() -> None:
     assert len(ROWS) - 1 >= 30
     assert sum(row[2].startswith("refused: ") for row in ROWS[1:]) <= 6
 
 
 @pytest.mark.parametrize(("what", "typed", "expected"), ROWS[1:], ids=lambda value: str(value)[:40])
-def test_words_of_hydra_come_to_what_the_page_says(what: str, typed: str, expected: str, capsys: Any) -> None:
+def test_hydra_syntax_behaves_as_documented(what: str, typed: str, expected: str, capsys: Any) -> None:
     words = shlex.split(typed.strip("`"))
     if expected.startswith(("refused: ", "open: ")):
         with pytest.raises(ConfigError) as caught:
@@ -58,7 +58,7 @@ def test_words_of_hydra_come_to_what_the_page_says(what: str, typed: str, expect
         assert found == (value if "$" in value else yaml.safe_load(value)), what
 
 
-def test_a_literal_interpolation_that_data_init_has_written_is_read_back() -> None:
+def test_literal_interpolation_from_data_init_is_read_back() -> None:
     table = "${note},team\nhow do I pay,a${x}\nwhere is my card,b\n" + "a word or two more,b\n" * 20
     Path("elsewhere").mkdir()
     Path("elsewhere/${in}.csv").write_text(table)
@@ -81,7 +81,7 @@ def test_a_literal_interpolation_that_data_init_has_written_is_read_back() -> No
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", pytest.param("submitit_local", marks=pytest.mark.nightly)])
-def test_an_application_of_one_s_own_has_hydra_s_launchers(launcher: str, tmp_path: Path) -> None:
+def test_hydra_application_works_with_its_launchers(launcher: str, tmp_path: Path) -> None:
     script = REPOSITORY / "simulations" / "hydra_application" / "application.py"
     words = ["-m", "experiment=debug", "seed=0,1", "federation.num_rounds=1", "name=job-${seed}"]
     python(script, *words, f"hydra/launcher={launcher}")
@@ -98,7 +98,7 @@ def test_an_application_of_one_s_own_has_hydra_s_launchers(launcher: str, tmp_pa
         ("# @package hydra\nlauncher: {_target_: os.system}\n", "@package"),
     ],
 )
-def test_no_file_becomes_code(text: str, key: str) -> None:
+def test_experiment_files_cannot_execute_code(text: str, key: str) -> None:
     Path("own.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         compose_run(["experiment=./own.yaml", "name=x"])

@@ -17,9 +17,7 @@ pytestmark = pytest.mark.nightly
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_its_first_cell_to_its_last(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notebook_runs_from_first_to_last_cell(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / ".jupyter"))
@@ -29,7 +27,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(
     client.execute()
 
 
-def test_an_application_of_forty_lines_picks_the_strongest_promise_that_serves(tmp_path: Path) -> None:
+def test_example_application_selects_the_smallest_sufficient_epsilon(tmp_path: Path) -> None:
     application = shutil.copy(DOCS / "notebooks" / "application.py", tmp_path)
     assert len(Path(application).read_text().splitlines()) <= 40
     printed = python(application, "debug", "--needs", "0", "--epsilon", "1", "8", cwd=tmp_path)

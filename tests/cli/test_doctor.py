@@ -24,7 +24,7 @@ CHECKS = [
 pytestmark = pytest.mark.usefixtures("narrow")
 
 
-def test_lines_fit_a_narrow_terminal_and_json_has_every_check(
+def test_doctor_lines_fit_a_narrow_terminal_and_json_lists_all_checks(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert site_actions.print_checks(iter(CHECKS), as_json=False) == CHECKS
@@ -40,7 +40,7 @@ def test_lines_fit_a_narrow_terminal_and_json_has_every_check(
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((), 0), ((SERVER,), 1), ((SERVER, REFUSED), 3), ((SERVER, 3, 2), 2)])
-def test_the_exit_code_is_the_most_important_failure_s(codes: tuple[int, ...], expected: int) -> None:
+def test_doctor_exit_code_is_that_of_the_most_important_failure(codes: tuple[int, ...], expected: int) -> None:
     checks = [Check(name=f"c{code}", status=Status.FAILED, found="x", fix="y", exit_code=code) for code in codes]
     if not expected:
         site_actions.finish(checks)
@@ -51,7 +51,7 @@ def test_the_exit_code_is_the_most_important_failure_s(codes: tuple[int, ...], e
     assert all(check.name in str(caught.value) for check in checks)
 
 
-def test_a_folder_without_anything(tmp_path: Path) -> None:
+def test_doctor_in_an_empty_folder_reports_missing_kit_and_policy(tmp_path: Path) -> None:
     outcome = command("site", "doctor", "--kit", str(tmp_path), "--site", str(tmp_path / "site.toml"))
     assert outcome.code == 2
     assert "kit, policy" in outcome.message or "policy, kit" in outcome.message
@@ -59,7 +59,7 @@ def test_a_folder_without_anything(tmp_path: Path) -> None:
     assert outcome.out.splitlines()[-1].endswith("skipped")
 
 
-def test_settings_of_a_run_may_stand_anywhere_and_a_misspelt_one_is_found(
+def test_doctor_accepts_overrides_anywhere_and_rejects_unknown_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = ["--kit", str(tmp_path), "--site", "site.toml"]

@@ -7,7 +7,7 @@ from ..conftest import command
 from . import snapshots
 
 
-def test_the_adapter_goes_out_with_its_card_and_tokenizer(finished: Path, tmp_path: Path) -> None:
+def test_export_writes_the_adapter_with_card_and_tokenizer(finished: Path, tmp_path: Path) -> None:
     report = json.loads(command("export", str(finished), "--to", str(tmp_path / "new" / "out"), "--json").printed)
     assert (report["format"], report["folder"]) == ("peft", str(tmp_path / "new" / "out"))
     names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
@@ -22,7 +22,7 @@ def test_the_adapter_goes_out_with_its_card_and_tokenizer(finished: Path, tmp_pa
 
 
 @snapshots.mistakes("mistakes-export")
-def test_what_cannot_be_is_said(finished: Path, tmp_path: Path, typed: str) -> None:
+def test_unsupported_export_is_refused_without_creating_files(finished: Path, tmp_path: Path, typed: str) -> None:
     words = typed.replace("RUN", str(finished)).split()
     message = command("export", str(finished), "--to", str(tmp_path / "new"), *words).failed()
     snapshots.check_message("mistakes-export", typed, message.replace(str(finished), "RUN"))

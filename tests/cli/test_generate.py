@@ -41,7 +41,7 @@ def chats(runs: Path) -> Path:
     return folder
 
 
-def test_adapters_of_one_base_answer_side_by_side(runs: Path) -> None:
+def test_generate_shows_answers_of_several_adapters_of_one_base(runs: Path) -> None:
     asked = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--json")
     both = command("generate", str(runs / "tables"), "--base", "--adapter", f"more={runs / 'others'}", *asked)
     answers = json.loads(both.out)["answers"]
@@ -54,7 +54,7 @@ def test_adapters_of_one_base_answer_side_by_side(runs: Path) -> None:
     assert re.findall(r"^\[(\w+)\]$", titled.out, re.MULTILINE) == ["base", "tables"]
 
 
-def test_a_prompt_is_answered_and_drawn_answers_repeat_with_their_seed(runs: Path) -> None:
+def test_sampled_answers_repeat_with_the_same_seed(runs: Path) -> None:
     asked = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "12")
     outcome = command(*asked)
     assert (outcome.code, outcome.err) == (0, "")
@@ -66,7 +66,7 @@ def test_a_prompt_is_answered_and_drawn_answers_repeat_with_their_seed(runs: Pat
     assert first == again != other
 
 
-def test_a_classifier_names_the_likeliest_labels(runs: Path) -> None:
+def test_generate_names_the_three_likeliest_labels(runs: Path) -> None:
     asked = ("generate", str(runs / "intents"), "--prompt", "where is my card")
     told = json.loads(command(*asked, "--json").out)["answers"]["intents"]
     assert len(told) == 3
@@ -77,7 +77,7 @@ def test_a_classifier_names_the_likeliest_labels(runs: Path) -> None:
     assert folder.printed == out, "the adapter's folder stands for its run"
 
 
-def test_a_file_of_prompts_or_records_gives_a_line_each(runs: Path, tmp_path: Path) -> None:
+def test_generate_answers_each_line_of_a_prompt_or_record_file(runs: Path, tmp_path: Path) -> None:
     def lines(*words: str, run: str = "intents") -> Any:
         out = command("generate", str(runs / run), "--file", *words, "--json").printed
         return [json.loads(line) for line in out.strip().split("\n")]
@@ -99,7 +99,7 @@ def test_a_file_of_prompts_or_records_gives_a_line_each(runs: Path, tmp_path: Pa
     assert line["answers"] == json.loads(command("generate", str(runs / "tables"), *asked).out)["answers"]
 
 
-def test_a_conversation_in_a_file_needs_no_answer(chats: Path, tmp_path: Path) -> None:
+def test_conversation_in_a_file_needs_no_final_answer(chats: Path, tmp_path: Path) -> None:
     asked, answered = {"role": "user", "content": "name[The Eagle]"}, {"role": "assistant", "content": "no"}
     file = tmp_path / "asked.jsonl"
 
@@ -116,7 +116,7 @@ def test_a_conversation_in_a_file_needs_no_answer(chats: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("asks", [("generate", "--file"), ("evaluate", "--data")])
-def test_other_columns_name_the_option_once(asks: tuple[str, str], runs: Path, tmp_path: Path) -> None:
+def test_missing_column_error_names_the_columns_option_once(asks: tuple[str, str], runs: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
     outcome = command(asks[0], str(runs / "intents"), asks[1], str(rows))
@@ -127,7 +127,9 @@ def test_other_columns_name_the_option_once(asks: tuple[str, str], runs: Path, t
 
 
 @snapshots.mistakes("mistakes-generate")
-def test_what_cannot_be_answered(typed: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_generate_requests_are_refused_without_output(
+    typed: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(runs)
     outcome = command("generate", *shlex.split(typed))
     snapshots.check_message("mistakes-generate", typed, outcome.failed())
@@ -144,7 +146,7 @@ def test_what_cannot_be_answered(typed: str, runs: Path, monkeypatch: pytest.Mon
         (("intents", "--file", b"\n \n"), "^--file = "),
     ],
 )
-def test_what_nobody_types(
+def test_unprintable_or_oversized_prompts_are_refused(
     words: Any, message: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
@@ -155,7 +157,7 @@ def test_what_nobody_types(
     assert outcome.out == ""
 
 
-def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, tmp_path: Path) -> None:
+def test_damaged_audited_or_unfinished_run_cannot_generate(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "intents", tmp_path / "run")
     asked = ("generate", str(tmp_path / "run"), "--prompt", "a")
     (tmp_path / "run/AUDIT.txt").write_text("")
@@ -171,13 +173,13 @@ def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, tmp_path: Path)
 
 
 @pytest.mark.nightly
-def test_an_adapter_of_other_shapes_is_refused(runs: Path, tmp_path: Path) -> None:
+def test_adapter_with_different_shapes_is_refused(runs: Path, tmp_path: Path) -> None:
     wider = simulate(*LANGUAGE_MODEL, "lora.rank=6", "lora.alpha=12", "federation.num_rounds=1", into=tmp_path)
     message = command("generate", str(runs / "tables"), "--prompt", "a", "--adapter", f"wide={wider}").failed()
     assert re.search(r"must be whole, and fit the run's model: .* has shape \(6, \d+\), not the model's \(4, ", message)
 
 
-def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
+def test_keyboard_interrupt_ends_a_streamed_answer_cleanly(runs: Path) -> None:
     words = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "100000")
     started = [sys.executable, "-m", "fedtune", *words, "--temperature", "9"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -190,7 +192,7 @@ def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
     assert said == b"fedtune: interrupted\n"
 
 
-def test_scores_stand_beside_those_of_the_base(runs: Path, tmp_path: Path) -> None:
+def test_evaluate_compares_scores_with_the_base_model(runs: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("body,label\n" + "where is my card,card_arrival\nlost it,lost_or_stolen_card\n" * 10)
     asked = ("evaluate", str(runs / "intents"), "--data", str(rows), "--columns", "{text: body}")
@@ -217,7 +219,7 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, tmp_path: Path) -> No
     assert trained_on in " ".join(command("evaluate", str(run), "--data", str(rows)).printed.split())
 
 
-def test_texts_are_scored_where_they_are_asked_for(runs: Path, tmp_path: Path) -> None:
+def test_evaluate_scores_generated_text_only_on_request(runs: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     lines = [{"mr": f"name[{place % 3}]", "ref": f"{place % 3} is a pub"} for place in range(9)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -232,7 +234,7 @@ def test_texts_are_scored_where_they_are_asked_for(runs: Path, tmp_path: Path) -
 
 
 @pytest.mark.nightly
-def test_users_are_drawn_where_they_are_the_unit_and_named(tmp_path: Path) -> None:
+def test_evaluate_resamples_users_for_user_level_runs(tmp_path: Path) -> None:
     run = simulate("experiment=debug_users", "privacy.unit=user", into=tmp_path)
     rows = [f"{user},message {number}" for user in range(12) for number in range(2)]
     for header, unit in (("user,text", ("user", 12)), ("person,text", ("record", 24))):

@@ -21,7 +21,7 @@ from ..conftest import command, files_in
 
 
 @pytest.mark.parametrize("reader", ["show", "spent", "verify", "export"])
-def test_a_reader_writes_nothing_and_reads_a_whole_ledger_alone(reader: str, lived: Any, tmp_path: Path) -> None:
+def test_ledger_readers_change_nothing_and_refuse_damaged_ledgers(reader: str, lived: Any, tmp_path: Path) -> None:
     before = files_in(lived.folder)
     for path in (lived.ledger, lived.folder):
         assert command("ledger", reader, str(path)).code == 0
@@ -39,7 +39,7 @@ def test_a_reader_writes_nothing_and_reads_a_whole_ledger_alone(reader: str, liv
     assert outcome.out == ""
 
 
-def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, tmp_path: Path) -> None:
+def test_ledger_export_writes_one_file_and_overwrites_none(lived: Any, tmp_path: Path) -> None:
     def said(*words: str) -> Any:
         return json.loads(command("ledger", words[0], str(lived.ledger), *words[1:], "--json").printed)
 
@@ -61,14 +61,14 @@ def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, tmp_pa
         assert (lived.folder / name).read_bytes() == before
 
 
-def test_a_run_s_name_cannot_steer_the_terminal(site: Any) -> None:
+def test_run_name_cannot_inject_terminal_control_sequences(site: Any) -> None:
     site.ask_too_much(site.proposal("x", noise_multiplier=0.5), named="\x1b[31m[red]evil\u202e\n")
     out = command("ledger", "show", str(site.ledger)).out
     assert "?[31m[red]evil??" in out
     assert "\x1b" not in out
 
 
-def test_a_new_ledger_has_spent_nothing_and_seeded_noise_is_no_guarantee(site: Any) -> None:
+def test_new_ledger_has_no_spending_and_seeded_runs_no_guarantee(site: Any) -> None:
     site.write_policy(seeded_noise="true")
     site.open()
     out = command("ledger", "spent", str(site.ledger)).out
@@ -80,7 +80,7 @@ def test_a_new_ledger_has_spent_nothing_and_seeded_noise_is_no_guarantee(site: A
     assert json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["guarantee"] is False
 
 
-def test_a_run_without_noise_is_unbounded_and_null(site: Any) -> None:
+def test_noiseless_run_is_unbounded_in_text_and_null_in_json(site: Any) -> None:
     site.write_policy(
         max_epsilon="inf", max_epsilon_per_run=None, max_epsilon_per_period=None, min_noise_multiplier="0.0"
     )
@@ -95,7 +95,7 @@ def test_a_run_without_noise_is_unbounded_and_null(site: Any) -> None:
     assert "WITHOUT NOISE" in command("ledger", "show", str(site.ledger)).out
 
 
-def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any) -> None:
+def test_freeze_requires_a_reason_and_leaves_no_budget(lived: Any) -> None:
     lived.write_policy(max_epsilon="8.0")
     lived.open()
     assert "The lifetime cap was changed: at most 6" in command("ledger", "spent", str(lived.ledger)).out
@@ -115,7 +115,7 @@ def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any) -> None:
     assert not lived.ledger.exists()
 
 
-def test_verify_says_what_was_checked_and_finds_another_site_s_key(lived: Any) -> None:
+def test_ledger_verify_lists_its_checks_and_detects_another_site_key(lived: Any) -> None:
     verified = ("ledger", "verify", str(lived.ledger))
     known = ("--anchor", str(lived.anchor), "--site-key", lived.key.public)
     told = json.loads(command(*verified, "--json", *known).out)
@@ -126,7 +126,7 @@ def test_verify_says_what_was_checked_and_finds_another_site_s_key(lived: Any) -
     assert command(*verified, "--site-key", "short").code == 2
 
 
-def test_an_anchor_is_not_replaced_by_an_older_one(put_back: Any) -> None:
+def test_anchor_is_not_replaced_by_an_older_head(put_back: Any) -> None:
     verified = ("ledger", "verify", str(put_back.ledger), "--anchor")
     assert "put back" in command(*verified, str(put_back.anchor)).failed(1)
     assert command(*verified, str(put_back.folder / "none.json")).code == 2
@@ -136,7 +136,7 @@ def test_an_anchor_is_not_replaced_by_an_older_one(put_back: Any) -> None:
     assert put_back.anchor.read_bytes() == before
 
 
-def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, tmp_path: Path) -> None:
+def test_manual_anchor_requires_the_key_of_the_ledger(lived: Any, tmp_path: Path) -> None:
     made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
     words = ("ledger", "anchor", str(lived.ledger))
     assert command(*words, "--key", str(lived.folder / "lead.pem"), "--output", str(made)).code == 1
@@ -156,7 +156,7 @@ def restored(site: Any, *more: str) -> Any:
     return command("ledger", "restore", "--policy", str(site.site_toml), *more)
 
 
-def test_restore_happens_once_and_makes_no_ledger(put_back: Any, tmp_path: Path) -> None:
+def test_restore_charges_once_and_creates_no_ledger(put_back: Any, tmp_path: Path) -> None:
     lost = tmp_path / "lost.json"
     shutil.copy(put_back.anchor, lost)
     assert restored(put_back, "--anchor", str(lost)).code == 0
@@ -171,7 +171,7 @@ def test_restore_happens_once_and_makes_no_ledger(put_back: Any, tmp_path: Path)
     assert not put_back.ledger.exists()
 
 
-def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any) -> None:
+def test_restore_charges_missing_events_and_training_continues(put_back: Any) -> None:
     lost = Head.read(put_back.anchor)
     out = restored(put_back).printed
     assert "10 noisy steps (rate 0.05, noise 2.5)" in out
@@ -184,7 +184,7 @@ def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back:
     assert "a backup was put back; charged what it lacked" in shown
 
 
-def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, tmp_path: Path) -> None:
+def test_restore_uses_the_policy_anchor_if_it_is_newer(put_back: Any, tmp_path: Path) -> None:
     # An older anchor, given by hand, must not overwrite the newer one and forget what it knows.
     newest = Head.read(put_back.anchor)
     older = tmp_path / "older.json"
@@ -196,7 +196,7 @@ def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, tmp
 
 
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
-def test_a_person_confirms_the_date_of_a_clock_that_jumped(
+def test_person_confirms_the_date_after_a_clock_jump(
     lived: Any, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Far(datetime):
@@ -217,7 +217,7 @@ def test_a_person_confirms_the_date_of_a_clock_that_jumped(
     assert (noted in command("ledger", "show", str(lived.ledger)).out) is confirmed
 
 
-def test_epsilon_and_factors_are_rounded_up() -> None:
+def test_displayed_epsilons_and_factors_are_rounded_up() -> None:
     assert [epsilon_text(epsilon) for epsilon in (1.0001, 2.0, math.inf)] == ["1.001", "2.000", "unbounded"]
     factors = {0.0: "1.00", 0.5: "1.65", 2.999: "20.1", 6.0: "404", 19.0: "178,482,301", 50.0: "10^22"}
     for epsilon, shown in factors.items():

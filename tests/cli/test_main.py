@@ -26,7 +26,7 @@ from ..conftest import REPOSITORY, command, parsed, python
 from . import snapshots
 
 
-def test_version_tells_builds_apart(tmp_path: Path) -> None:
+def test_version_includes_a_digest_of_the_source_code(tmp_path: Path) -> None:
     assert re.fullmatch(rf"fedtune {re.escape(__version__)}\+[0-9a-f]{{12}}\n", command("--version").printed)
     package = shutil.copytree(REPOSITORY / "fedtune", tmp_path / "fedtune")
     told = "from fedtune.version import build; print(build())"
@@ -42,19 +42,19 @@ def test_version_tells_builds_apart(tmp_path: Path) -> None:
 
 
 @snapshots.mistakes("mistakes-words")
-def test_a_wrong_command_line_is_one_line_and_exit_code_two(typed: str) -> None:
+def test_invalid_command_line_gives_one_line_and_exit_code_two(typed: str) -> None:
     message = command(*typed.split()).failed()
     snapshots.check_message("mistakes-words", typed, message)
     assert message.endswith("--help says more)")
 
 
 @pytest.mark.parametrize("words", ["-m a=1 b=2", "a=1 -m b=2", "a=1 b=2 -m", "a=1 --multirun b=2"])
-def test_overrides_may_stand_on_both_sides_of_a_flag(words: str) -> None:
+def test_overrides_are_accepted_before_and_after_a_flag(words: str) -> None:
     found = parsed("simulate", *words.split())
     assert (found["overrides"], found["multirun"]) == (("a=1", "b=2"), True)
 
 
-def test_each_command_gets_what_its_function_takes() -> None:
+def test_command_parameters_match_their_function_signatures() -> None:
     context = click.Context(fedtune)
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
@@ -67,7 +67,7 @@ def test_each_command_gets_what_its_function_takes() -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(RunError("few"), 1), (RefusedError("no"), 3), (KeyboardInterrupt(), 1)])
-def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_types_have_distinct_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.api.compose.compose_run", Mock(side_effect=error))
     assert command("simulate").failed(code) == (str(error) or "interrupted")
 
@@ -81,7 +81,7 @@ def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variable
     return done.returncode, done.stdout or "", done.stderr
 
 
-def test_neither_help_nor_a_mistake_nor_a_plan_waits_for_a_slow_import() -> None:
+def test_help_errors_and_plan_avoid_slow_imports() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
     _, out, err = started(
         "-c",
@@ -113,7 +113,7 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_imports_are_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(name: str) -> Any:
         assert screen.said.wait(60), "it is said while they are loaded"
         return importlib.import_module(name)
@@ -125,7 +125,7 @@ def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest
     assert screen.getvalue() == "fedtune: loading libraries ...\n"
 
 
-def test_a_stream_that_nobody_reads_or_that_is_closed_gets_no_traceback() -> None:
+def test_closed_output_stream_gives_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     done = started("-m", "fedtune", "site", "template", to=write)
@@ -135,7 +135,7 @@ def test_a_stream_that_nobody_reads_or_that_is_closed_gets_no_traceback() -> Non
         assert started("-m", "fedtune", "model-hash", "--help", closed=closed)[0] == 0
 
 
-def test_flowers_telemetry_is_off_unless_someone_turned_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flower_telemetry_is_disabled_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
     code = "import os; import fedtune.flower; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
     assert started("-c", code)[1] == "0\n"
@@ -143,7 +143,7 @@ def test_flowers_telemetry_is_off_unless_someone_turned_it_on(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("was_on", [True, False])
-def test_libraries_are_imported_without_a_search_for_garbage(was_on: bool) -> None:
+def test_garbage_collection_is_paused_during_imports(was_on: bool) -> None:
     before = gc.isenabled()
     (gc.enable if was_on else gc.disable)()
     try:
@@ -156,7 +156,9 @@ def test_libraries_are_imported_without_a_search_for_garbage(was_on: bool) -> No
 
 
 @pytest.mark.parametrize(("new", "frozen"), [(0, False), (200, True)])
-def test_what_libraries_made_is_never_looked_through(new: int, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_library_objects_are_frozen_for_garbage_collection(
+    new: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frozen_at: list[int] = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen_at.append(len(sys.modules)))
     with importing():
@@ -167,7 +169,7 @@ def test_what_libraries_made_is_never_looked_through(new: int, frozen: bool, mon
 
 @pytest.mark.by_day("ascii")
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str) -> None:
+def test_unencodable_characters_are_printed_as_question_marks(encoding: str) -> None:
     code, out, err = started("-m", "fedtune", "data", "check", "experiment=debug", PYTHONIOENCODING=encoding)
     assert (code, err) == (0, "")
     assert "??????" in out, "a bar"
@@ -175,7 +177,7 @@ def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str
     assert (code, out, err) == (2, "", "fedtune: No such command 'd?nce' (fedtune --help says more)\n")
 
 
-def test_a_full_disk_is_named(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_named_in_the_error_message(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = "make room, and give the command again"
     with open("/dev/full", "wb") as full:
         assert started("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full; {again}\n")
@@ -189,7 +191,7 @@ def test_a_full_disk_is_named(lived: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(folder.iterdir()) == []
 
 
-def test_an_error_is_broken_on_a_terminal_and_one_line_in_a_log(narrow: None) -> None:
+def test_errors_are_wrapped_on_a_terminal_and_one_line_in_logs(narrow: None) -> None:
     for words in (["simulate", "privacy.epsilon=0", "--surely"], ["report", "none"], ["simulate", "privacy.epsilon=0"]):
         with contextlib.redirect_stderr(terminal := Terminal()):
             assert main(words) == 2

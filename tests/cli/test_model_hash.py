@@ -14,7 +14,7 @@ from fedtune.model.spec import ModelSpec
 from ..conftest import command
 
 
-def test_the_hash_and_what_it_covers(tmp_path: Path) -> None:
+def test_model_hash_covers_weights_configuration_and_tokenizer(tmp_path: Path) -> None:
     folder, gguf = tmp_path / "tiny", tmp_path / "a.gguf"
     folder.mkdir()
     save_file({"w": torch.arange(3.0)}, folder / "model.safetensors")

@@ -23,7 +23,9 @@ def own_of(run: Path) -> Path:
     return next(iter(sorted(run.glob("private_to_*"))))
 
 
-def test_each_site_has_one_that_says_whose_it_is(made: tuple[Path, dict[str, Any]], finished: Path) -> None:
+def test_personalized_adapters_are_labeled_as_private_to_their_site(
+    made: tuple[Path, dict[str, Any]], finished: Path
+) -> None:
     run, told = made
     assert {Path(one["folder"]).name for one in told.values()} == {f"private_to_{site}" for site in told}
     for site, one in told.items():
@@ -39,7 +41,7 @@ def test_each_site_has_one_that_says_whose_it_is(made: tuple[Path, dict[str, Any
         assert (run / ledger).read_bytes() == (finished / ledger).read_bytes(), "nothing is charged or noted in it"
 
 
-def test_no_run_begins_in_it_and_it_is_exported_where_somebody_says_so(
+def test_personalized_adapter_cannot_start_a_run_and_needs_export_consent(
     made: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     own, out, whole = own_of(made[0]), tmp_path / "out", tmp_path / "whole"
@@ -60,7 +62,9 @@ def test_no_run_begins_in_it_and_it_is_exported_where_somebody_says_so(
         assert f"{refused}: no run begins in it" in command(*asked).failed()
 
 
-def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_personalized_adapter_works_in_generate_evaluate_and_compare(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     own = own_of(made[0])
     assert command("generate", str(own), "--prompt", "my card is late").code == 0
     rows = [{"text": f"my card {number} is late", "label": "card_arrival"} for number in range(12)]
@@ -73,7 +77,7 @@ def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], tmp_path: Pat
     assert "No guarantee covers what is said of private_to_site-1" in found["verdict"][-1]
 
 
-def test_a_site_that_is_not_there_is_said(finished: Path) -> None:
+def test_unknown_site_is_refused_by_personalize(finished: Path) -> None:
     refused = command("personalise", str(finished), "nowhere").failed()
     assert refused == "SITE = 'nowhere': must be one of site-1, site-2"
     assert not list(finished.glob("private_to_*"))

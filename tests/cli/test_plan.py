@@ -42,7 +42,7 @@ def plan_json(plan: Run) -> Run:
     return lambda *arguments, **options: json.loads(plan(*arguments, "--json", **options).printed)
 
 
-def test_the_plan_says_what_the_run_will_say(plan_json: Run, finished: Path) -> None:
+def test_plan_predicts_the_privacy_results_of_the_run(plan_json: Run, finished: Path) -> None:
     (run,) = json.loads((finished.parent / "printed.json").read_text())["runs"]
     assert run == {"folder": str(finished), "result": result_of(finished)}
     promised, privacy = plan_json(), run["result"]["privacy"]
@@ -52,7 +52,7 @@ def test_the_plan_says_what_the_run_will_say(plan_json: Run, finished: Path) -> 
             assert promised["sites"][name][key] == site[key]
 
 
-def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan: Run, plan_json: Run, tmp_path: Path) -> None:
+def test_plan_solves_for_rounds_beyond_the_configured_epsilon(plan: Run, plan_json: Run, tmp_path: Path) -> None:
     target = ("--target=rounds", "privacy.epsilon=1")
     # Twenty rounds would pass epsilon 1, which a run says is wrong; here it is the question.
     said = plan_json(*target, "federation.num_rounds=20")
@@ -70,11 +70,13 @@ def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan: Run, plan_j
 
 
 @snapshots.mistakes("mistakes-plan")
-def test_a_mistake_is_one_line_and_exit_code_two(plan: Run, typed: str) -> None:
+def test_invalid_plan_command_gives_one_line_and_exit_code_two(plan: Run, typed: str) -> None:
     snapshots.check_message("mistakes-plan", typed, plan(*typed.split()).failed())
 
 
-def test_what_is_printed(plan: Run, policy_file: Any, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_output_matches_its_snapshot(
+    plan: Run, policy_file: Any, narrow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(policy_file().parent)
     out = plan(
         *("federation.site_names=[university-hospital,rural-clinic-in-the-north]", "data.declared_sizes=[90,30]"),
@@ -84,7 +86,7 @@ def test_what_is_printed(plan: Run, policy_file: Any, narrow: None, monkeypatch:
     snapshots.check_output("plan", out)
 
 
-def test_nothing_is_read_or_made_and_only_sites_that_take_part_are_shown(plan_json: Run, tmp_path: Path) -> None:
+def test_plan_reads_no_data_and_lists_only_participants(plan_json: Run, tmp_path: Path) -> None:
     sites = ("federation.num_sites=3", "data.declared_sizes=[90,80,70]", "federation.participants=[site-2]")
     missing = (f"data.train_file='{tmp_path}/missing.csv'", f"data.test_file='{tmp_path}/missing.csv'")
     said = plan_json(*sites, *missing)
@@ -95,7 +97,7 @@ def test_nothing_is_read_or_made_and_only_sites_that_take_part_are_shown(plan_js
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_privacy_no_epsilon_is_promised(plan: Run, plan_json: Run) -> None:
+def test_plan_without_privacy_promises_no_epsilon(plan: Run, plan_json: Run) -> None:
     plain = ("privacy=none", "privacy.noise_multiplier=null")
     shown, said = plan(*plain).out, plan_json(*plain)
     assert "No epsilon is promised" in shown
@@ -122,7 +124,7 @@ def policy_file(tmp_path: Path, lead_key: SigningKey) -> Callable[[], Path]:
     return make
 
 
-def test_a_policy_is_asked_and_says_what_it_would_accept(
+def test_plan_checks_a_policy_and_suggests_acceptable_settings(
     plan: Run, plan_json: Run, policy_file: Any, lead_key: SigningKey, stranger_key: SigningKey, monkeypatch: Any
 ) -> None:
     policy = f"--policy={policy_file()}"
@@ -142,7 +144,7 @@ def test_a_policy_is_asked_and_says_what_it_would_accept(
     assert said["lead_assumed"]
 
 
-def test_the_strictest_site_and_an_epsilon_for_all_sites_are_named(
+def test_plan_names_the_strictest_site_and_a_common_epsilon(
     plan: Run, plan_json: Run, policy_file: Any, tmp_path: Path
 ) -> None:
     allowed, policies = read_policy(policy_file()), []
@@ -162,7 +164,7 @@ def test_the_strictest_site_and_an_epsilon_for_all_sites_are_named(
     assert "Strictest" not in plan("privacy=none", "privacy.noise_multiplier=null", *policies).out
 
 
-def test_what_is_known_once_the_model_is_loaded(plan: Run, plan_json: Run) -> None:
+def test_plan_with_a_model_reports_signal_forecast_and_digest(plan: Run, plan_json: Run) -> None:
     weak = " ".join(plan("privacy.noise_multiplier=400", "privacy.epsilon=8", model=True).out.split())
     assert "nothing is likely to be learnt; a run wants training.go_on_without_signal=true" in weak
     loaded, known = plan_json(model=True), model_sha256(ModelSpec(path="random:bert"))
@@ -173,7 +175,7 @@ def test_what_is_known_once_the_model_is_loaded(plan: Run, plan_json: Run) -> No
     assert plan_json(f"model.sha256={known}")["model_sha256"] == known, "unless the settings pin it"
 
 
-def test_what_secure_sums_would_give_is_told_beside_a_plain_run(plan: Run, plan_json: Run) -> None:
+def test_plan_compares_noise_with_secure_aggregation(plan: Run, plan_json: Run) -> None:
     four = ("federation.num_sites=4", "data.declared_sizes=80")
     sums = plan_json(*four)["secure_sums"]
     assert sums["plan"]["local_steps"] == 1
@@ -187,7 +189,7 @@ def test_what_secure_sums_would_give_is_told_beside_a_plain_run(plan: Run, plan_
         assert plan_json(*none)["secure_sums"] is None, none
 
 
-def test_the_price_of_a_search_is_told_beside_the_plan() -> None:
+def test_plan_shows_the_privacy_cost_of_a_search() -> None:
     words = ("plan", "experiment=debug", "privacy.noise_multiplier=4.0")
     assert "search" not in json.loads(command(*words, "--json").out)
     told = json.loads(command(*words, "--trials", "8", "--json").out)

@@ -40,7 +40,7 @@ def groups(text: str) -> set[str]:
     return set(re.findall(r"(?:[0-9a-f]{4} ){15}[0-9a-f]{4}", text))
 
 
-def test_site_and_lead_read_out_the_same_fingerprints(provision: Any, request_of: Any) -> None:
+def test_site_and_lead_display_the_same_fingerprints(provision: Any, request_of: Any) -> None:
     provision("init", "federation.toml")
     request = request_of("north")
     at_the_site = groups(next_steps(request.parent))
@@ -63,7 +63,7 @@ def test_site_and_lead_read_out_the_same_fingerprints(provision: Any, request_of
 
 @pytest.mark.parametrize("typed", ["n\n", "\n", "", None])
 @pytest.mark.parametrize("what", ["add-site", "renew-site north"])
-def test_nothing_is_changed_before_a_person_has_compared(
+def test_provisioning_changes_nothing_before_confirmation(
     provision: Any, request_of: Any, what: str, typed: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provision("init", "federation.toml")
@@ -87,7 +87,9 @@ def test_nothing_is_changed_before_a_person_has_compared(
     assert files_in(Path("cardiology")) != before
 
 
-def test_what_is_let_in_is_what_was_compared(provision: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admitted_request_is_the_one_compared_by_telephone(
+    provision: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody puts another request in the file's place while people telephone."""
     provision("init", "federation.toml")
     request, other = request_of("north"), request_of("north", kit="other")
@@ -103,7 +105,7 @@ def test_what_is_let_in_is_what_was_compared(provision: Any, request_of: Any, mo
 
 
 @snapshots.mistakes("mistakes-provision")
-def test_mistakes_change_nothing(provision: Any, request_of: Any, typed: str) -> None:
+def test_invalid_provision_command_changes_nothing(provision: Any, request_of: Any, typed: str) -> None:
     provision("init", "federation.toml")
     provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
     Path("wrong.toml").write_text('servr = "x"')

@@ -63,7 +63,7 @@ def edit(path: Path, *keys: Any, to: Any) -> None:
 
 
 @pytest.mark.parametrize("said", ["runs/a", "build runs/a", "./verify", "--pdf runs/a"])
-def test_the_word_build_may_be_left_out(said: str) -> None:
+def test_report_build_subcommand_may_be_omitted(said: str) -> None:
     seen = parsed("report", *said.split())
     assert (str(seen["path"]), seen["pdf"]) == (said.split()[-1].removeprefix("./"), "--pdf" in said)
 
@@ -78,13 +78,15 @@ def test_the_word_build_may_be_left_out(said: str) -> None:
         ("run", "no_guarantee", "NO GUARANTEE (x): "),
     ],
 )
-def test_a_verdict_is_said_in_the_page_s_words(kind: str, state: Any, said: str, run_folder: Path, lived: Any) -> None:
+def test_verdict_line_matches_the_wording_of_the_page(
+    kind: str, state: Any, said: str, run_folder: Path, lived: Any
+) -> None:
     report = report_in(run_folder) if kind == "run" else from_ledger.build(lived.ledger)
     verdict = Verdict(state=state, reasons=() if state == "within" else ("x",))
     assert verdict_line(replace(report, verdict=verdict))[0].startswith(said)
 
 
-def test_a_run_s_report_lies_in_its_folder(run_folder: Path) -> None:
+def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
     banner, verdict, two_figures, *others = command("report", str(run_folder)).printed.splitlines()
@@ -99,7 +101,7 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path) -> None:
     assert not list(run_folder.glob("*.partial"))
 
 
-def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp_path: Path) -> None:
+def test_registry_entry_lists_fields_that_need_a_person(run_folder: Path, tmp_path: Path) -> None:
     out = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
     assert "lacks what only a person can say, in report.about: curator" in " ".join(out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")
@@ -112,7 +114,7 @@ def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp
     assert entry["privacy"]["result"] == "within", "the configuration is still the one that ran"
 
 
-def test_a_site_says_in_its_policy_what_a_registry_asks_for(lived: Any, tmp_path: Path) -> None:
+def test_registry_fields_of_a_site_come_from_its_policy(lived: Any, tmp_path: Path) -> None:
     policy = read_policy(lived.site_toml)
     write_policy(replace(policy, about=AboutSpec(curator="Hospital of the North")), lived.site_toml)
     assert read_policy(lived.site_toml).digest() == policy.digest()
@@ -124,7 +126,7 @@ def test_a_site_says_in_its_policy_what_a_registry_asks_for(lived: Any, tmp_path
     assert not any(one["code"] == "policy_noted" and one["status"] == "violated" for one in told)
 
 
-def test_one_run_gives_one_report_with_its_label_beside_it(run_folder: Path, tmp_path: Path) -> None:
+def test_report_is_reproducible_and_changes_to_page_or_label_are_detected(run_folder: Path, tmp_path: Path) -> None:
     a, b, names = tmp_path / "a", tmp_path / "b", {"label.svg", "report.html", "report.json"}
     for folder in (a, b):
         words = ("--label", "--language", "de", "--output", str(folder))
@@ -144,7 +146,7 @@ def test_one_run_gives_one_report_with_its_label_beside_it(run_folder: Path, tmp
         shutil.copy(b / name, a)
 
 
-def test_a_ledger_s_report_lies_beside_it_signed_by_its_site_or_not_at_all(lived: Any, key_file: Path) -> None:
+def test_ledger_report_is_signed_by_its_site_or_fails_verification(lived: Any, key_file: Path) -> None:
     before, folder = lived.ledger.read_bytes(), lived.folder / "ledger.db.report"
     own, key = ("--sign", str(lived.folder / "site_key.pem")), ("--key", lived.key.public)
     assert f"not by {lived.key.public}" in command("report", str(lived.ledger), "--sign", str(key_file)).failed(1)
@@ -161,13 +163,13 @@ def test_a_ledger_s_report_lies_beside_it_signed_by_its_site_or_not_at_all(lived
 
 
 @snapshots.mistakes("mistakes-report")
-def test_what_cannot_be_reported_or_verified(typed: str, run_folder: Path, lived: Any) -> None:
+def test_invalid_report_command_is_refused(typed: str, run_folder: Path, lived: Any) -> None:
     words = typed.replace("RUN", str(run_folder)).replace("LEDGER", str(lived.ledger)).split()
     message = command("report", *words).failed()
     snapshots.check_message("mistakes-report", typed, message.replace(str(run_folder), "RUN"))
 
 
-def test_a_missing_signature_and_another_one_are_found(signed: Path, key_file: Path) -> None:
+def test_missing_or_changed_signature_is_reported(signed: Path, key_file: Path) -> None:
     key, whole = SigningKey.load(key_file).public, signing.read(signed.read_bytes())
     verified = ("report", "verify", str(signed))
     assert command(*verified, "--key", key).code == 0
@@ -187,7 +189,7 @@ def test_a_missing_signature_and_another_one_are_found(signed: Path, key_file: P
 
 
 @pytest.mark.parametrize(("signature", "state"), [("signed", "wrong"), ("unsigned", "not_checked")])
-def test_what_was_changed_is_found(signature: str, state: str, signed: Path) -> None:
+def test_changed_figures_are_reported_by_verify(signature: str, state: str, signed: Path) -> None:
     edit(signed, *_EPSILON, to=0.25)
     if signature == "unsigned":
         edit(signed, "signature", to=None)
@@ -203,7 +205,7 @@ def test_what_was_changed_is_found(signature: str, state: str, signed: Path) -> 
     assert found > 0.25
 
 
-def test_another_configuration_is_found(signed: Path, looser: Path, tmp_path: Path) -> None:
+def test_report_with_another_configuration_is_reported(signed: Path, looser: Path, tmp_path: Path) -> None:
     of_another = shutil.copytree(looser, tmp_path / "two")
     shutil.copy(signed, of_another)
     assert command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration, files")
@@ -220,7 +222,7 @@ def test_another_configuration_is_found(signed: Path, looser: Path, tmp_path: Pa
     assert re.search("configuration +not checked", command("report", "verify", str(signed)).printed)
 
 
-def test_a_report_is_by_the_key_of_the_roster(joined: Any, signed: Path, key_file: Path) -> None:
+def test_report_is_verified_with_the_roster_key(joined: Any, signed: Path, key_file: Path) -> None:
     """So a raised cap under another key is not the site's word."""
     here = joined("a")
     here.start_run(run_proposal(), 1)
@@ -247,7 +249,7 @@ def test_a_report_is_by_the_key_of_the_roster(joined: Any, signed: Path, key_fil
     assert outcome.failed(1).endswith("not compared: site keys"), "a simulation's keys are no real site's"
 
 
-def test_a_name_cannot_steer_the_terminal(signed: Path) -> None:
+def test_report_name_cannot_inject_terminal_control_sequences(signed: Path) -> None:
     edit(signed, "facts", "name", to="\x1b[31m[red]evil\u202e\n")
     edit(signed, "facts", "provenance", "config_sha256", to="[bold]\x1b[2J")
     out = command("report", "verify", str(signed)).out
@@ -264,13 +266,13 @@ def looser(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_tables_fit_the_terminal(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_tables_fit_the_terminal_width(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run_folder.parent)
     for arguments in (["verify", "one"], ["one", "--registry"]):
         assert snapshots.too_wide(command("report", *arguments).out) == []
 
 
-def test_what_is_no_report(run_folder: Path, tmp_path: Path) -> None:
+def test_malformed_report_files_are_refused(run_folder: Path, tmp_path: Path) -> None:
     whole, path = (run_folder / "report.json").read_text(), tmp_path / "a.json"
     for content, message in (
         (None, "must be a report.json, or a folder with one"),
@@ -291,7 +293,7 @@ def test_what_is_no_report(run_folder: Path, tmp_path: Path) -> None:
             assert message in command("report", "verify", str(file)).failed()
 
 
-def test_a_verifier_lies_beside_the_report_and_needs_no_fedtune(run_folder: Path, tmp_path: Path) -> None:
+def test_standalone_verifier_runs_without_fedtune(run_folder: Path, tmp_path: Path) -> None:
     assert command("report", str(run_folder), "--verifier").code == 0
     program = run_folder / "verify_report.py"
     text = program.read_text()
@@ -304,7 +306,9 @@ def test_a_verifier_lies_beside_the_report_and_needs_no_fedtune(run_folder: Path
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["HOLDS", "within:"]), done.stdout + done.stderr
 
 
-def test_what_lies_beside_a_report_is_compared_with_it(run_folder: Path, looser: Path, tmp_path: Path) -> None:
+def test_registry_entry_and_model_card_are_compared_with_the_report(
+    run_folder: Path, looser: Path, tmp_path: Path
+) -> None:
     assert command("report", str(run_folder), "--registry").code == 0
     assert command("report", "verify", str(run_folder)).code == 0
     for name in ("registry.json", "adapter/README.md"):

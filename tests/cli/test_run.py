@@ -61,14 +61,14 @@ def words(*more: str) -> list[str]:
 @pytest.mark.parametrize(
     "sites", ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"]
 )
-def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None:
+def test_sites_option_accepts_several_list_notations(kit: Kit, sites: str) -> None:
     config = compose_for_sites(words(f"sites={sites}"), kit=kit)
     assert config.federation.active == ("west", "north")
     assert config.declared_sizes() == {"west": 90, "north": 230}
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
 
 
-def test_a_lead_s_own_kind_of_data_needs_no_file_and_its_experiment_names_the_sites(kit: Kit, tmp_path: Path) -> None:
+def test_lead_needs_no_training_file_for_custom_data(kit: Kit, tmp_path: Path) -> None:
     """The experiment file that docs/own_data.md shows, with the names of these sites and of their data set."""
     page = (REPOSITORY / "docs" / "own_data.md").read_text(encoding="utf-8").partition("## Your own kind of data")[2]
     text = page.partition("```yaml\n")[2].partition("```")[0]
@@ -87,7 +87,7 @@ def test_a_lead_s_own_kind_of_data_needs_no_file_and_its_experiment_names_the_si
 
 
 @pytest.mark.parametrize("prefix", ["", "++"])
-def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
+def test_explicit_declared_sizes_override_the_roster(kit: Kit, prefix: str) -> None:
     for sizes, found in (("70", {"west": 70, "north": 70}), ("[70,80]", {"west": 70, "north": 80})):
         config = compose_for_sites(words(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit)
         assert config.declared_sizes() == found
@@ -97,7 +97,7 @@ def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
 
 
 @snapshots.mistakes("mistakes-run")
-def test_a_mistake_begins_no_run(kit: Kit, typed: str) -> None:
+def test_invalid_run_command_starts_no_run(kit: Kit, typed: str) -> None:
     """Sites that there are not, settings that real sites decide, and what a kit, a folder and a name are needed for."""
     places = {"KIT": str(kit.folder), "SERVER": str(kit.folder.parent / "server")}
     message = command("run", *(places.get(word, word) for word in shlex.split(typed))).failed()
@@ -107,7 +107,7 @@ def test_a_mistake_begins_no_run(kit: Kit, typed: str) -> None:
     assert not Path("runs").exists()
 
 
-def test_without_a_word_all_sites_take_part_that_are_not_revoked_and_other_settings_are_the_leads(kit: Kit) -> None:
+def test_all_active_sites_take_part_by_default(kit: Kit) -> None:
     given = words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1")
     config = compose_for_sites(given, kit=kit)
     assert config.declared_sizes() == SIZES
@@ -123,7 +123,7 @@ def test_without_a_word_all_sites_take_part_that_are_not_revoked_and_other_setti
         assert (partition.kind, partition.proportions, partition.sites) == ("iid", (), {})
 
 
-def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(kit: Kit, tmp_path: Path) -> None:
+def test_run_without_a_server_can_be_resumed(kit: Kit, tmp_path: Path) -> None:
     small = ("sites=[north]", "data.validation_rows=2", "data.test_rows=2", f"tracking.output_dir='{tmp_path}'")
     small += ("federation.round_timeout_s=1",)  # for so long it is waited for
     outcome = command("run", "--kit", str(kit.folder), *words(*small))
@@ -140,7 +140,7 @@ def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(kit: Kit, tmp_pa
     assert "was made with another configuration (training.local_steps was 2, is 9)" in message
 
 
-def test_a_sweep_over_real_sites_says_its_price_first_and_how_to_go_on(kit: Kit, tmp_path: Path) -> None:
+def test_sweep_over_real_sites_states_its_privacy_cost_first(kit: Kit, tmp_path: Path) -> None:
     swept = ["experiment=debug", "name=s", "sites=[north]", "seed=1,2", f"tracking.output_dir='{tmp_path}'"]
     small = ("data.validation_rows=2", "data.test_rows=2", "federation.round_timeout_s=1")
     outcome = command("run", "--kit", str(kit.folder), "-m", *swept, *small)
@@ -184,7 +184,7 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.stdout.close()
 
 
-def test_going_on_by_the_same_words_asks_nothing_of_the_number_of_sites(
+def test_resuming_with_the_same_words_skips_site_count_checks(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Any] = []
@@ -194,7 +194,7 @@ def test_going_on_by_the_same_words_asks_nothing_of_the_number_of_sites(
     assert begun == [tuple(typed)]
 
 
-def test_settings_that_no_site_would_read_are_not_sent(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_settings_are_not_sent_to_sites(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = saved_config(folder)
     lead = LeadService(kit=kit, federation=config.federation)
     assert parse(json.loads(lead._invited(config).settings)) == for_sites(config)
@@ -203,9 +203,7 @@ def test_settings_that_no_site_would_read_are_not_sent(kit: Kit, folder: Path, m
         lead._invited(config)
 
 
-def test_stopping_ends_the_process_that_a_run_says_and_no_other(
-    folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_stop_ends_only_the_recorded_process(folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = ("run", "stop", str(folder))
     assert command(*stop).printed == f"{folder} is not running.\n"
     process = runner()
@@ -237,9 +235,7 @@ def ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Fede
 SILENT = "Not reached: {}; their budget is free when the run expires."
 
 
-def test_stopping_for_good_says_which_of_the_sites_that_are_still_there_heard_it(
-    kit: Kit, folder: Path, runner: Any, ended: list[Any]
-) -> None:
+def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner: Any, ended: list[Any]) -> None:
     runner()
     config, stop = saved_config(folder), ("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
     stopped, *said = command(*stop).printed.splitlines()
@@ -252,9 +248,7 @@ def test_stopping_for_good_says_which_of_the_sites_that_are_still_there_heard_it
     assert ended[1][1].active == names[1:]
 
 
-def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
-    kit: Kit, ended: list[Any], tmp_path: Path
-) -> None:
+def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended: list[Any], tmp_path: Path) -> None:
     whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
     assert command(*stop, whole).out == f"Told that it is over: north, west.\n{SILENT.format('south')}\n"
@@ -271,7 +265,7 @@ def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
     assert [(run, federation.active) for run, federation in ended] == [(whole, ("north", "south", "west"))] * 2
 
 
-def test_a_lead_sees_which_sites_are_online(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LeadService, "grid", lambda self: nullcontext(SimpleNamespace(online=lambda: [1, 3])))
     rows = command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
     assert [row.split() for row in rows] == [["north", "online"], ["south", "not", "heard"], ["west", "online"]]
@@ -280,7 +274,7 @@ def test_a_lead_sees_which_sites_are_online(kit: Kit, monkeypatch: pytest.Monkey
     assert command("run", "status").code == 2
 
 
-def test_a_run_is_resumed_with_its_sites_and_in_one_process_alone(kit: Kit, folder: Path) -> None:
+def test_resumed_run_keeps_its_sites_and_runs_in_one_process(kit: Kit, folder: Path) -> None:
     message = command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder)).failed()
     assert message == "sites = '[north]': cannot change in a run that is resumed"
     assert "must be a run folder" in command("run", "resume", str(folder / "no"), "--kit", str(kit.folder)).failed()
@@ -291,7 +285,7 @@ def test_a_run_is_resumed_with_its_sites_and_in_one_process_alone(kit: Kit, fold
     assert (folder / "config.yaml").exists()
 
 
-def test_simulations_and_real_runs_are_resumed_apart(kit: Kit, folder: Path, tmp_path: Path) -> None:
+def test_simulations_and_real_runs_cannot_resume_each_other(kit: Kit, folder: Path, tmp_path: Path) -> None:
     message = command("simulate", f"resume={folder}").failed()
     assert message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     simulated = tmp_path / "simulated"
@@ -303,7 +297,7 @@ def test_simulations_and_real_runs_are_resumed_apart(kit: Kit, folder: Path, tmp
         compose_for_sites([f"renew='{simulated}'"], kit=kit)
 
 
-def test_a_folder_without_a_run_is_wrong_input_whatever_its_name(kit: Kit, tmp_path: Path) -> None:
+def test_folder_without_a_run_is_refused_regardless_of_its_name(kit: Kit, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)  # with no run beside it, which would be named
     for action in ("status", "stop"):
@@ -313,7 +307,7 @@ def test_a_folder_without_a_run_is_wrong_input_whatever_its_name(kit: Kit, tmp_p
         assert message == 'run folder = "it\'s {gone}": must hold a config.yaml'
 
 
-def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lead's process trains it before any site is asked, and the run begins in its adapter."""
     public = tmp_path / "public.jsonl"
     public.write_text('{"text": "a", "label": "card_arrival"}\n' * 3)
@@ -339,7 +333,7 @@ def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeyp
     assert for_sites(run).public == PublicSpec(train_file=AT_SITE), "the file stays with the lead"
 
 
-def test_a_renewed_run_has_the_sites_of_the_last_one_and_their_sizes_of_today(kit: Kit, tmp_path: Path) -> None:
+def test_renewed_run_keeps_its_sites_with_current_sizes(kit: Kit, tmp_path: Path) -> None:
     before = compose_for_sites(words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.runs=2"), kit=kit)
     write_config(before, tmp_path / "one")
     save_task_model(build_task_model(before.task_model()), tmp_path / "one" / "adapter")

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("own_process")
         ("health for all", ("--health", "0.0.0.0:0"), "add --health-anywhere"),
     ],
 )
-def test_a_kit_or_place_of_no_use(joined: Any, wrong: str, words: tuple[str, ...], message: str) -> None:
+def test_invalid_server_kit_or_database_path_is_refused(
+    joined: Any, wrong: str, words: tuple[str, ...], message: str
+) -> None:
     federation = joined("north", days_ago=400 if wrong == "expired" else 0).folder.parent / "federation"
     kit = federation / {"a lead's": "lead", "no kit": ""}.get(wrong, "server")
     assert re.search(message, command("server", "start", "--kit", str(kit), *words).failed())

@@ -51,7 +51,7 @@ def north(joined: Any) -> Here:
     return joined("north")
 
 
-def test_what_waits_is_listed_with_its_price(north: Here) -> None:
+def test_pending_runs_are_listed_with_their_epsilon(north: Here) -> None:
     assert approve(north, OTHER, "--yes").failed().endswith("must be a run that waits for approval: none")
     north.state.wait_for_approval(proposed("triage"), SETTINGS)
     message = approve(north, OTHER, "--yes").failed()
@@ -64,7 +64,7 @@ def test_what_waits_is_listed_with_its_price(north: Here) -> None:
     assert approve(north, TRIAGE, "--json").code == 2
 
 
-def test_approval_shows_the_price_and_lets_the_run_start(north: Here) -> None:
+def test_approval_shows_the_epsilon_and_lets_the_run_start(north: Here) -> None:
     earlier, asked = proposed("earlier"), proposed("triage", spare_rounds=0)
     north.start_run(earlier, 1)
     north.state.wait_for_approval(asked, SETTINGS)
@@ -91,7 +91,9 @@ def test_approval_shows_the_price_and_lets_the_run_start(north: Here) -> None:
         ("bare", NO_LIMITS, {"noise_multiplier": 0.0}),
     ],
 )
-def test_what_is_said_of_a_policy_and_a_run(north: Here, name: str, policy: Any, asked: Any, monkeypatch: Any) -> None:
+def test_check_policy_and_approve_output_match_snapshots(
+    north: Here, name: str, policy: Any, asked: Any, monkeypatch: Any
+) -> None:
     """A run that trains its head alone, and runs without a guarantee, which are not given a price."""
     monkeypatch.chdir(north.folder)
     north.edit(**policy)
@@ -101,14 +103,14 @@ def test_what_is_said_of_a_policy_and_a_run(north: Here, name: str, policy: Any,
     snapshots.check_output(f"site-approve-{name}", said)
 
 
-def test_a_long_list_is_shown_to_its_end(north: Here) -> None:
+def test_long_settings_are_shown_in_full_for_approval(north: Here) -> None:
     settings = json.dumps({"data": {"labels": [*(f"ordinary subject {n}" for n in range(60)), "is HIV positive"]}})
     north.state.wait_for_approval(run_proposal(run=named("r", settings)), settings)
     assert "is HIV positive" in " ".join(approve(north, named("r", settings), "--yes").printed.split())
 
 
 @pytest.mark.parametrize(("typed", "yes"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)])
-def test_a_person_is_asked(north: Here, typed: str, yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_approval_requires_an_explicit_yes(north: Here, typed: str, yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     north.state.wait_for_approval(proposed(), SETTINGS)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     outcome = approve(north, R)
@@ -118,7 +120,7 @@ def test_a_person_is_asked(north: Here, typed: str, yes: bool, monkeypatch: pyte
     assert (north.state.waiting() == []) is yes
 
 
-def test_what_the_budget_refuses_is_not_approved_and_waits(north: Here) -> None:
+def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> None:
     north.state.wait_for_approval(proposed(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(north, R, "--yes")
@@ -134,7 +136,7 @@ def test_what_the_budget_refuses_is_not_approved_and_waits(north: Here) -> None:
     assert "the site would not start" in approve(north, R, "--yes").failed(1)
 
 
-def test_of_two_runs_with_one_name_one_is_approved(north: Here) -> None:
+def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> None:
     one, other = proposed(), proposed(lead=stranger_key.public)
     north.edit(allow={"leads": (one.lead, other.lead)})
     for proposal in (one, other):
@@ -149,7 +151,7 @@ def test_of_two_runs_with_one_name_one_is_approved(north: Here) -> None:
 
 
 @pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
-def test_a_leads_brackets_are_shown_as_they_are(north: Here, name: str) -> None:
+def test_markup_in_a_run_name_is_shown_literally(north: Here, name: str) -> None:
     north.state.wait_for_approval(proposed(name), SETTINGS)
     assert name in approve(north).out
     assert name in approve(north, named(name, SETTINGS), "--yes").printed
@@ -159,7 +161,7 @@ def approve(here: Here, *words: str, by: str = "approve") -> Any:
     return command("site", by, *words, *here.words)
 
 
-def test_denying_notes_a_reason_and_the_run_waits_no_longer(north: Here) -> None:
+def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> None:
     denied, other = proposed("triage"), proposed("other")
     for proposal in (denied, other):
         north.state.wait_for_approval(proposal, SETTINGS)
@@ -180,7 +182,7 @@ def test_denying_notes_a_reason_and_the_run_waits_no_longer(north: Here) -> None
     assert approve(north, TRIAGE, "--yes").code == 2
 
 
-def test_a_site_ends_one_run_that_has_begun_and_the_ledger_names_who_decided(north: Here, monkeypatch: Any) -> None:
+def test_denying_a_started_run_records_the_person_responsible(north: Here, monkeypatch: Any) -> None:
     monkeypatch.setenv("SUDO_USER", "mkeller")
     asked, other = proposed("triage"), proposed("other")
     for proposal in (asked, other):
@@ -205,14 +207,14 @@ def test_a_site_ends_one_run_that_has_begun_and_the_ledger_names_who_decided(nor
     assert all(who in runs for who in ("approved by Anna Weber", "denied by mkeller", "approved by mkeller"))
 
 
-def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(north: Here) -> None:
+def test_pause_and_resume_are_idempotent_and_report_the_state(north: Here) -> None:
     for word, said in (("pause", "Paused: "), ("resume", "The site takes part again.\n")):
         for _ in range(2):
             assert command("site", word, *north.kit).printed.startswith(said)
             assert north.state.paused.exists() is (word == "pause")
 
 
-def test_leaving_ends_open_runs_and_frees_what_they_set_aside(north: Here) -> None:
+def test_leaving_ends_open_runs_and_releases_their_reserves(north: Here) -> None:
     north.start_run(run_proposal(run="over"), 1)
     north.open().end("over")
     north.start_run(run_proposal(run="open"), 1)
@@ -231,7 +233,7 @@ def test_leaving_ends_open_runs_and_frees_what_they_set_aside(north: Here) -> No
     assert message == f"this site has left the federation; remove {north.state.left} to take part again"
 
 
-def test_another_site_s_policy_is_refused_by_all_who_read_it(joined: Any) -> None:
+def test_policy_of_another_site_is_refused_by_every_command(joined: Any) -> None:
     north, south = joined("north"), joined("south")
     north.state.wait_for_approval(proposed(), SETTINGS)
     told = f"{south.site_toml}: site = 'south': must be north, as in the kit"
@@ -241,7 +243,7 @@ def test_another_site_s_policy_is_refused_by_all_who_read_it(joined: Any) -> Non
     assert not north.state.left.exists()
 
 
-def test_a_kit_of_another_kind_or_none_is_wrong_input(north: Here) -> None:
+def test_kit_of_another_kind_is_refused(north: Here) -> None:
     lead = north.folder.parent / "federation" / "lead"
     for name in ("start", "approve", "leave", "pause", "resume"):
         site = () if name in ("pause", "resume") else north.words[2:]
@@ -252,7 +254,9 @@ def test_a_kit_of_another_kind_or_none_is_wrong_input(north: Here) -> None:
     assert not (lead / "state").exists()
 
 
-def test_what_a_site_does_not_start_with(joined: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
+    joined: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An expired certificate, a ledger that another process serves, a key that is gone or open, a missing package."""
     old, north = joined("old", days_ago=400), joined("north")
     told = "is when the certificate expired: ask the lead for a new kit"
@@ -281,7 +285,7 @@ def test_what_a_site_does_not_start_with(joined: Any, monkeypatch: pytest.Monkey
     assert not key.exists(), "another key would be another site's"
 
 
-def test_a_site_does_not_start_without_the_ledger_that_it_served(north: Here) -> None:
+def test_site_does_not_start_with_a_missing_or_different_ledger(north: Here) -> None:
     north.state.check_ledger(north.open().history.opened.ledger)
     ledger = north.folder / "ledger.db"
     ledger.unlink()
@@ -302,7 +306,7 @@ def keys_in(table: Any, prefix: str = "") -> set[str]:
     return {leaf for name, value in table.items() for leaf in keys_in(value, f"{prefix}{name}.")}
 
 
-def test_the_template_is_a_policy_that_lets_nobody_ask_until_it_is_filled_in(tmp_path: Path) -> None:
+def test_policy_template_is_commented_and_incomplete_until_filled_in(tmp_path: Path) -> None:
     out, file = command("site", "template").printed, tmp_path / "site.toml"
     assert out == (config_folder() / "site.toml").read_text(encoding="utf-8")
     file.write_text(out)
@@ -324,7 +328,7 @@ def test_the_template_is_a_policy_that_lets_nobody_ask_until_it_is_filled_in(tmp
 
 
 @pytest.mark.parametrize("words", [("init", "--site"), ("doctor", "--kit", "kit", "--site")])
-def test_no_command_but_check_policy_takes_a_policy_without_answers(words: tuple[str, ...], site: Any) -> None:
+def test_only_check_policy_accepts_an_incomplete_policy(words: tuple[str, ...], site: Any) -> None:
     site.write_policy(no_person_at_another_site=None)
     outcome = command("site", *words, str(site.site_toml))
     said = " ".join((outcome.out + outcome.err).split())
@@ -333,7 +337,7 @@ def test_no_command_but_check_policy_takes_a_policy_without_answers(words: tuple
     assert not (site.folder / "kit").exists()
 
 
-def test_check_policy_prints_the_ledgers_own_figures(site: Any) -> None:
+def test_check_policy_figures_match_the_ledger(site: Any) -> None:
     reference = read_policy(site.site_toml).budget.reference
     amount = json.loads(command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
     assert amount["reference_pld"] == epsilon_pld([reference.event], 1e-5)
@@ -344,14 +348,14 @@ def test_check_policy_prints_the_ledgers_own_figures(site: Any) -> None:
 
 
 @snapshots.mistakes("site-warnings")
-def test_what_is_warned_of(typed: str, site: Any) -> None:
+def test_risky_policy_settings_give_a_warning(typed: str, site: Any) -> None:
     site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **json.loads(typed)})  # by itself there is no warning
     out = command("site", "check-policy", str(site.site_toml), "--json").printed
     (warning,) = json.loads(out)["warnings"]
     snapshots.check_message("site-warnings", typed, f"{warning['key']}: {warning['text']}")
 
 
-def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any) -> None:
+def test_placeholder_lead_key_is_refused_or_warned_of(site: Any) -> None:
     # Only zeros is a point of small order: anybody can make signatures that verify under it.
     site.write_policy(leads=f'["{"0" * 64}"]')
     outcome = command("site", "check-policy", str(site.site_toml))
@@ -359,7 +363,7 @@ def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any) -> None:
 
 
 @snapshots.mistakes("site-ledgers")
-def test_a_ledger_of_something_else(typed: str, lived: Any) -> None:
+def test_ledger_of_another_site_or_policy_is_refused(typed: str, lived: Any) -> None:
     lived.write_policy(**json.loads(typed))
     outcome = command("site", "check-policy", str(lived.site_toml))
     message = outcome.failed().removeprefix(f"{lived.site_toml}: ")
@@ -369,7 +373,7 @@ def test_a_ledger_of_something_else(typed: str, lived: Any) -> None:
     assert [difference["key"] for difference in told["differences"]] == [message.partition(" = ")[0]]
 
 
-def test_another_key_does_not_fit_and_missing_files_beside_a_ledger_are_warned_of(lived: Any) -> None:
+def test_wrong_site_key_is_refused_and_missing_files_give_a_warning(lived: Any) -> None:
     key = lived.folder / "site_key.pem"
     shutil.copy(lived.folder / "lead.pem", key)
     assert "site_key" in command("site", "check-policy", str(lived.site_toml)).failed()
@@ -379,7 +383,7 @@ def test_another_key_does_not_fit_and_missing_files_beside_a_ledger_are_warned_o
     assert {warning["key"] for warning in told} == {"site_key", "anchor"}
 
 
-def test_a_ledger_that_was_put_back_is_exit_code_one(put_back: Any) -> None:
+def test_rolled_back_ledger_gives_exit_code_one(put_back: Any) -> None:
     assert "put back" in command("site", "check-policy", str(put_back.site_toml)).failed(1)
 
 
@@ -400,7 +404,7 @@ def here(joined: Any, finished: Path) -> Any:
     return site
 
 
-def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any) -> None:
+def test_site_score_uses_the_held_out_records_of_the_site(here: Any) -> None:
     before = files_in(here.folder)
     out = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json").printed
     told = json.loads(out)
@@ -423,14 +427,14 @@ def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any) -> None:
     assert "Cost" not in out, "the site knows no run.json"
 
 
-def test_what_cannot_be_scored_is_said(here: Any) -> None:
+def test_score_without_adapter_or_held_out_records_is_refused(here: Any) -> None:
     assert 'is kept (final_adapter = "keep"): first' in command("site", "score", "second", *here.words).failed()
     edit_config(here.folder / "kit" / "adapters" / "first", data={"heldout_fraction": 0.0})
     assert command("site", "score", "first", *here.words).failed().split(":")[0] == "data.heldout_fraction = 0"
     assert command("site", "score", "first", *here.words, "--smallest", "3").code == 2
 
 
-def test_the_own_adapter_is_made_at_the_site_and_noted_beside_its_ledger(here: Any) -> None:
+def test_personalized_adapter_is_created_at_the_site(here: Any) -> None:
     before = files_in(here.folder)
     out = command("site", "personalise", "first", *here.words, "--json").printed
     told = json.loads(out)["sites"]["north"]

@@ -89,7 +89,7 @@ def waiting(served: Here) -> Proposal:
 
 
 @pytest.mark.parametrize("command", ["approve", "pause", "resume", "leave", "doctor", "init"])
-def test_commands_of_the_site(served: Here, waiting: Proposal, command: str) -> None:
+def test_site_commands_as_root_keep_file_ownership(served: Here, waiting: Proposal, command: str) -> None:
     words = served.kit if command in ("pause", "resume") else served.words[2:] if command == "init" else served.words
     more = {"approve": (waiting.run, "--yes"), "init": ("--out", str(served.folder / "new-kit"))}.get(command, ())
     code = called("site", command, *more, *words)
@@ -103,7 +103,7 @@ def test_commands_of_the_site(served: Here, waiting: Proposal, command: str) -> 
 
 
 @pytest.mark.parametrize("command", ["restore", "freeze", "anchor"])
-def test_commands_of_the_ledger(served: Here, waiting: Proposal, command: str) -> None:
+def test_ledger_commands_as_root_keep_file_ownership(served: Here, waiting: Proposal, command: str) -> None:
     ledger, policy = str(served.folder / "ledger.db"), ("--policy", str(served.site_toml))
     own = ("--key", str(served.folder / "site_key.pem"), "--output", str(served.folder / "anchor.json"))
     words = {"restore": policy, "freeze": (*policy, "--why", "withdrawn"), "anchor": (ledger, *own)}
@@ -112,7 +112,7 @@ def test_commands_of_the_ledger(served: Here, waiting: Proposal, command: str) -
     verify(served.folder / "ledger.db")
 
 
-def test_a_link_of_the_account_s_is_not_followed_as_root(served: Here, waiting: Proposal, tmp_path: Path) -> None:
+def test_symbolic_link_is_not_followed_as_root(served: Here, waiting: Proposal, tmp_path: Path) -> None:
     own = tmp_path / "root's own"
     own.write_text("secret")
     own.chmod(0o600)
@@ -122,13 +122,15 @@ def test_a_link_of_the_account_s_is_not_followed_as_root(served: Here, waiting: 
     assert own.read_text() == "secret"
 
 
-def test_an_unreadable_python(served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_unreadable_python_is_reported_before_dropping_privileges(
+    served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     monkeypatch.setattr(files, "_python_is_readable", lambda: False)
     assert called("site", "approve", "r", "--yes", *served.words) == 2
     assert "cannot be read by account 54321" in capfd.readouterr().err
 
 
-def test_a_file_that_is_replaced_stays_its_owner_s(tmp_path: Path) -> None:
+def test_replaced_file_keeps_its_owner_and_mode(tmp_path: Path) -> None:
     file, new = tmp_path / "file", tmp_path / "folder/new"
     file.write_bytes(b"old")
     file.chmod(0o640)

@@ -33,7 +33,9 @@ def every_command() -> list[str]:
 
 
 @pytest.mark.parametrize("command", every_command(), ids=lambda words: words or "fedtune")
-def test_help(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_text_matches_its_snapshot(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main([*command.split(), "--help"]) == 0
     name, shown = "-".join(["fedtune", *command.split()]), capsys.readouterr().out
@@ -65,14 +67,14 @@ OF_A_SITE = [
 
 
 @pytest.mark.parametrize("words", OF_A_SITE)
-def test_a_ledger_and_its_policy(words: str, lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_site_ledger_commands_match_their_snapshots(words: str, lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lived.folder)
     name, before = "-".join(word.lstrip("-") for word in words.split() if "." not in word), files_in(lived.folder)
     snapshots.check_output(name, shown(words))
     assert files_in(lived.folder) == before, "looking writes nothing"
 
 
-def test_json_of_a_policy_a_ledger_and_a_plan(lived: Any, tmp_path: Path) -> None:
+def test_json_of_policy_ledger_and_plan_matches_snapshots(lived: Any, tmp_path: Path) -> None:
     """What `export` writes is all that the other commands print; the first event of each kind stands for the others."""
     told = json.loads(command("ledger", "export", str(lived.ledger)).out)
     kind = itemgetter("kind")
@@ -84,7 +86,7 @@ def test_json_of_a_policy_a_ledger_and_a_plan(lived: Any, tmp_path: Path) -> Non
     snapshots.check_json("plan", planned.printed, folder=lived.folder)
 
 
-def test_reports(lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_commands_match_their_snapshots(lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lived.folder)
     assert command("report", "site.toml", "--sign", "site_key.pem", "--output", "before").code == 0
     key = SigningKey.load(lived.folder / "site_key.pem").public
@@ -94,7 +96,7 @@ def test_reports(lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots.check_json("report-verify", verified.out, folder=lived.folder)
 
 
-def test_a_calendar(tmp_path: Path) -> None:
+def test_calendar_output_matches_its_snapshot(tmp_path: Path) -> None:
     words = tiny("privacy.unit=user", "+data.columns.user=u", "+data.columns.arrival=came", into=tmp_path)
     window = "privacy.cohorts={period: quarter, first: '2025-Q3', last: '2026-Q1'}"
     out = command("plan", *words, "privacy.runs=4", "privacy.noise_multiplier=null", window).printed
@@ -102,7 +104,7 @@ def test_a_calendar(tmp_path: Path) -> None:
     snapshots.check_output("plan-calendar", "".join(part[1:]).partition("\nWhat if")[0])
 
 
-def test_runs_that_wait(joined: Any) -> None:
+def test_approval_output_matches_its_snapshot(joined: Any) -> None:
     here = joined("north")
     settings = '{"training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
     triage, later = named("triage", settings), named("follow-up", settings)
@@ -113,7 +115,7 @@ def test_runs_that_wait(joined: Any) -> None:
     snapshots.check_output("site-approve", said)
 
 
-def test_a_federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "fl.example.org:9092"\n')
     for name in ("north", "south"):

@@ -97,7 +97,9 @@ def written(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dic
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
-def test_codes_have_shares_and_cards(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dealt = []
     monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
     to = tmp_path / "texts.jsonl"
@@ -124,7 +126,7 @@ def test_codes_have_shares_and_cards(runs: Path, tmp_path: Path, monkeypatch: py
     assert "writer wrote some of them. Put their card beside them" in message
 
 
-def test_votes_are_shares_and_choose_candidates(runs: Path, tmp_path: Path) -> None:
+def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> None:
     ballot, to, best = tmp_path / "ballot.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
     voted = ("--votes", str(runs / "shares"))
     rows = written(runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
@@ -177,7 +179,7 @@ def test_votes_are_shares_and_choose_candidates(runs: Path, tmp_path: Path) -> N
     assert "private text" not in message
 
 
-def test_rounds_of_variation_and_votes_add_up(runs: Path, tmp_path: Path) -> None:
+def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Path) -> None:
     behind, options, rounds = [door.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
     for number in range(2):
         to, best, ballot = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "ballot.yaml"))
@@ -211,7 +213,7 @@ def test_rounds_of_variation_and_votes_add_up(runs: Path, tmp_path: Path) -> Non
         assert "must be given without --codes and --votes" in command(*refused, *more).failed()
 
 
-def test_a_classifier_labels_and_its_epsilon_adds_up(runs: Path, tmp_path: Path) -> None:
+def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Path) -> None:
     to, best = tmp_path / "texts.jsonl", tmp_path / "labelled.jsonl"
     rows = written(runs, to, "--rows", "6")
     old = tmp_path / "texts.jsonl.card.json"  # which need not name what is empty in it
@@ -238,7 +240,7 @@ def test_a_classifier_labels_and_its_epsilon_adds_up(runs: Path, tmp_path: Path)
         assert said in outcome.err
 
 
-def test_each_label_has_a_column_and_stays(runs: Path, tmp_path: Path) -> None:
+def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> None:
     written(runs, tmp_path / "0.jsonl", "--rows", "6")
     with gzip.open(REPOSITORY / "simulations/data/banking77/train.jsonl.gz", "rt") as lines:
         (tmp_path / "sorts.jsonl").write_text("".join(line.replace('"label":', '"sort":') for line in lines))
@@ -255,7 +257,7 @@ def test_each_label_has_a_column_and_stays(runs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "3.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
 
 
-def test_an_edited_card_is_refused(runs: Path, tmp_path: Path) -> None:
+def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
     to, card = tmp_path / "texts.jsonl", tmp_path / "texts.jsonl.card.json"
     written(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
     whole = json.loads(card.read_text())
@@ -290,7 +292,7 @@ def test_an_edited_card_is_refused(runs: Path, tmp_path: Path) -> None:
     refused()
 
 
-def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, tmp_path: Path) -> None:
+def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path: Path) -> None:
     picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
     alone, config = door.load(picked).privacy, door.load(picked).config
     begun = replace(config, model=replace(config.model, adapter=str(picked)))
@@ -316,7 +318,7 @@ def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, tmp_pa
     assert spent_on_start(start_adapter_of(begun) or {}) == both
 
 
-def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, tmp_path: Path) -> None:
+def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "shares", tmp_path / "other")
     config, told = door.load(other).config, json.loads((other / "run.json").read_text())
     votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no.jsonl"))
@@ -343,7 +345,7 @@ def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, tmp_path:
 
 
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
-def test_votes_of_another_unit_are_refused(
+def test_votes_with_another_privacy_unit_are_refused(
     words: tuple[str, ...], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = door.load
@@ -359,7 +361,7 @@ def test_votes_of_another_unit_are_refused(
     assert "must be of privacy.unit=record, as RUN is" in message
 
 
-def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, tmp_path: Path) -> None:
+def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path: Path) -> None:
     to = tmp_path / "texts.jsonl"
     rows = written(runs, to, "--rows", "12", "--pattern", ".* number 1?2")
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())["made"]
@@ -373,7 +375,7 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, tmp_
 
 
 @snapshots.mistakes("mistakes-synthesize")
-def test_what_is_refused_is_so_before_a_text_is_written(
+def test_invalid_synthesize_command_fails_before_generation(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
     monkeypatch.setattr(SavedModel, "drawn", lambda *given, **named: pytest.fail("it writes"))
@@ -405,7 +407,7 @@ def private_to_a_site(run: Path, to: Path) -> Path:
     return to
 
 
-def test_a_private_adapter_or_one_without_its_own_file_writes_nothing(runs: Path, tmp_path: Path) -> None:
+def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_path: Path) -> None:
     asked = ("--to", str(tmp_path / "texts.jsonl"), "--codes", str(runs / "tables.jsonl"))
     own = private_to_a_site(runs / "writer", tmp_path / "own")
     assert "is private to" in command("synthesize", str(own), *asked).failed()
@@ -415,7 +417,7 @@ def test_a_private_adapter_or_one_without_its_own_file_writes_nothing(runs: Path
     assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 
-def test_shares_are_whole_numbers_that_add_up_and_of_one_text_the_votes_of_both(runs: Path, tmp_path: Path) -> None:
+def test_allotted_shares_are_whole_numbers_and_merge_equal_texts(runs: Path, tmp_path: Path) -> None:
     assert allotted({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
     assert sum(allotted({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
     run = door.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
@@ -426,7 +428,7 @@ def test_shares_are_whole_numbers_that_add_up_and_of_one_text_the_votes_of_both(
         weights_of(door.load(tmp_path / "shares"))
 
 
-def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path, tmp_path: Path) -> None:
+def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path, tmp_path: Path) -> None:
     run, file = door.load(runs / "writer"), tmp_path / "ballot.yaml"
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     aside: dict[str, Any] = {"test_fraction": 0.1, "test_rows": 5, "validation_fraction": 0.2}

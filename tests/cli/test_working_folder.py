@@ -42,7 +42,7 @@ def folder(config: RunConfig) -> Path:
     return folder_of(config)
 
 
-def test_what_a_killed_run_left_before_it_began_is_cleared_away(config: RunConfig, folder: Path) -> None:
+def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, folder: Path) -> None:
     assert not RunFolder(folder).has_begun()
     RunFolder(folder).create(config_yaml(config))
     (folder / "log.txt").touch()
@@ -61,7 +61,7 @@ def test_what_a_killed_run_left_before_it_began_is_cleared_away(config: RunConfi
     assert RunFolder(folder).has_begun(), "a result without its checkpoints is no rubbish"
 
 
-def test_a_folder_is_held_once_and_looking_at_one_makes_and_clears_nothing(config: RunConfig, folder: Path) -> None:
+def test_run_folder_is_locked_once_and_inspecting_it_changes_nothing(config: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("thesis.txt", "config.yaml"):
         (folder / name).write_text("mine")
@@ -82,7 +82,7 @@ def test_a_folder_is_held_once_and_looking_at_one_makes_and_clears_nothing(confi
     assert not RunFolder(folder).is_running, "one that may only be read can be looked at"
 
 
-def test_a_folder_is_made_with_its_configuration(config: RunConfig, folder: Path) -> None:
+def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder: Path) -> None:
     folder.parent.write_text("no folder")
     with pytest.raises(ConfigError, match=r"tracking\.output_dir = .*: must be a folder to write one into"):
         RunFolder(folder).create(config_yaml(config))
@@ -141,7 +141,7 @@ def of_process() -> list[object]:
         *((error, False) for error in (RefusedError("no"), ConfigError("a", 1, "b"), OSError("disk"))),
     ],
 )
-def test_what_never_began_leaves_nothing_behind_and_what_began_stays_and_says_how_to_go_on(
+def test_failed_start_leaves_no_folder_and_started_run_can_resume(
     config: RunConfig, folder: Path, error: BaseException, hint: bool
 ) -> None:
     before = of_process()
@@ -157,7 +157,7 @@ def test_what_never_began_leaves_nothing_behind_and_what_began_stays_and_says_ho
 
 
 @pytest.mark.parametrize("log", ["log.txt", "/dev/full"])
-def test_a_simulated_site_that_has_no_room_is_told_of_and_a_log_without_room_ends_no_run(
+def test_full_disk_at_a_simulated_site_is_named_in_the_error(
     config: RunConfig, folder: Path, log: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def work(*_: object) -> Any:
@@ -171,7 +171,9 @@ def test_a_simulated_site_that_has_no_room_is_told_of_and_a_log_without_room_end
     assert capfd.readouterr() == ("", "")
 
 
-def test_scores_come_before_a_report(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_printed_before_the_report_is_written(
+    config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def work(*_: object) -> None:
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints" / "round-0000.safetensors").touch()
@@ -182,7 +184,7 @@ def test_scores_come_before_a_report(config: RunConfig, folder: Path, monkeypatc
     assert said.splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
 
 
-def test_what_others_have_made_stays_and_a_folder_of_a_resumed_run(config: RunConfig, folder: Path) -> None:
+def test_existing_folders_survive_a_failed_start(config: RunConfig, folder: Path) -> None:
     for earlier in (folder.parent / "earlier", folder.parent):
         earlier.mkdir(parents=True, exist_ok=True)
         attempt(config, folder, RunError("no server"))
@@ -198,7 +200,7 @@ def test_what_others_have_made_stays_and_a_folder_of_a_resumed_run(config: RunCo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_while_it_loads_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_run_stopped_while_loading_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
     # Its micro-batches have many shapes, each of which is tried: that takes seconds.
     slow = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=400")
     words = [sys.executable, "-m", "fedtune", "simulate", *tiny(*slow, into=tmp_path / "new" / "runs")]
@@ -214,7 +216,7 @@ def test_a_run_that_is_stopped_while_it_loads_leaves_nothing(tmp_path: Path, num
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_where_python_drops_what_is_raised_ends_a_run_too(
+def test_signal_raised_in_a_destructor_still_ends_the_run(
     config: RunConfig, folder: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Dying:
@@ -234,7 +236,7 @@ def status(folder: Path) -> Any:
     return json.loads(command("run", "status", str(folder), "--json").printed)
 
 
-def test_the_status_of_a_finished_run(finished: Path) -> None:
+def test_status_of_a_finished_run_matches_its_result(finished: Path) -> None:
     out = command("run", "status", str(finished)).printed
     assert f"{finished}: finished, 2 of 2 rounds are done" in out
     told = status(finished)
@@ -247,7 +249,7 @@ def test_the_status_of_a_finished_run(finished: Path) -> None:
         assert f"{about['epsilon']:.2f}"[:3] in out
 
 
-def test_the_status_of_a_run_that_goes_on_shows_what_sites_said(run_folder: Path) -> None:
+def test_status_of_a_running_run_shows_site_answers(run_folder: Path) -> None:
     def shown() -> str:
         return str(command("run", "status", str(run_folder)).printed)
 

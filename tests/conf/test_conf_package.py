@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from fedtune.api.compose import compose_recipe, compose_run
 
 
-def test_a_schema_has_hydra_check_types(tmp_path: Path) -> None:
+def test_registered_schema_lets_hydra_check_types(tmp_path: Path) -> None:
     defaults = "defaults: [fedtune_schema, config, _self_]\nhydra: {searchpath: [pkg://fedtune.conf]}\n"
     (tmp_path / "conf.yaml").write_text(defaults)
     import_module("fedtune.conf")

@@ -20,7 +20,7 @@ SEVERAL = TextDataset((*IDS, *IDS[::-1]), np.array([0.5, 0.25, 1.0], dtype=np.fl
 A_TOKEN_EACH = TextDataset((*IDS, *IDS[::-1]), (*TOKENS.targets, *TOKENS.targets[::-1]), 2)
 
 
-def test_a_data_set_of_several_texts_has_the_length_of_each_record_s_longest() -> None:
+def test_multi_text_record_has_the_length_of_its_longest_text() -> None:
     assert (len(SEVERAL), SEVERAL.num_tokens) == (3, 18)
     assert SEVERAL.text_lengths.tolist() == [[3, 2], [4, 4], [2, 3]]
     assert SEVERAL.lengths.tolist() == [3, 4, 3]
@@ -34,7 +34,7 @@ def test_a_data_set_of_several_texts_has_the_length_of_each_record_s_longest() -
     assert len(TextDataset((), np.zeros(0), 3)) == 0
 
 
-def test_collate_puts_the_texts_of_a_record_into_rows_one_after_the_other() -> None:
+def test_collate_places_texts_of_a_record_in_consecutive_rows() -> None:
     batch = collate(SEVERAL, [2, 0], pad_id=0, shape=(3, 5))
     assert (len(batch), batch.texts, batch.empty_rows) == (2, 2, 2)
     assert batch.attention_mask.sum(dim=1).tolist() == [2, 3, 3, 2, 1, 1]
@@ -46,7 +46,7 @@ def test_collate_puts_the_texts_of_a_record_into_rows_one_after_the_other() -> N
     assert (tokens.targets[2:] == UNSUPERVISED).all()
 
 
-def test_collate_pads_on_the_right_by_length() -> None:
+def test_collate_pads_on_the_right() -> None:
     batch = collate(CLASSES, np.array([1, 0]), pad_id=PAD)
     assert batch.input_ids.tolist() == [[7, PAD, PAD], [5, 6, PAD]]
     assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
@@ -61,7 +61,7 @@ def test_collate_pads_on_the_right_by_length() -> None:
 
 @pytest.mark.parametrize(("dataset", "shape"), [(CLASSES, (0,)), (TOKENS, (0, 1))])
 @pytest.mark.parametrize("nobody", [[], np.array([], dtype=np.int64)])
-def test_an_empty_batch_has_the_dtypes_of_any_other(dataset: TextDataset, shape: tuple[int, ...], nobody: Any) -> None:
+def test_empty_batch_has_the_usual_dtypes(dataset: TextDataset, shape: tuple[int, ...], nobody: Any) -> None:
     batch = collate(dataset, nobody, pad_id=0)
     assert batch.input_ids.shape == batch.attention_mask.shape == (0, 1)
     assert batch.targets.shape == shape
@@ -72,7 +72,7 @@ def test_an_empty_batch_has_the_dtypes_of_any_other(dataset: TextDataset, shape:
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.data(), st.integers(1, 80))
-def test_micro_batches_only_regroup(lengths: list[int], chosen: st.DataObject, max_tokens: int) -> None:
+def test_micro_batches_only_regroup_records(lengths: list[int], chosen: st.DataObject, max_tokens: int) -> None:
     table = np.array(lengths, dtype=np.int32)
     indices = chosen.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
     cut = micro_batches(np.array(indices, dtype=np.int64), table, max_tokens=max_tokens)
@@ -85,7 +85,7 @@ def test_micro_batches_only_regroup(lengths: list[int], chosen: st.DataObject, m
 
 
 @pytest.mark.parametrize("dataset", [CLASSES, TOKENS], ids=["classes", "tokens"])
-def test_a_batch_of_a_given_shape_is_filled_with_empty_rows(dataset: TextDataset) -> None:
+def test_batch_with_a_fixed_shape_is_filled_with_empty_rows(dataset: TextDataset) -> None:
     batch = collate(dataset, [1, 0], pad_id=PAD, shape=(4, 8))
     assert (len(batch), batch.empty_rows) == (2, 2)
     assert batch.input_ids.shape == batch.attention_mask.shape == (4, 8)
@@ -99,7 +99,7 @@ def test_a_batch_of_a_given_shape_is_filled_with_empty_rows(dataset: TextDataset
 
 @pytest.mark.parametrize("dataset", [CLASSES, TOKENS, SEVERAL, A_TOKEN_EACH], ids=["class", "tokens", "value", "both"])
 @pytest.mark.parametrize("place", [0, 1, None])
-def test_an_example_alone_has_the_same_shape_and_nothing_of_the_others(dataset: TextDataset, place: int | None) -> None:
+def test_isolated_example_keeps_its_shape_without_other_records(dataset: TextDataset, place: int | None) -> None:
     rows, taken = 4 * dataset.texts, int(place is not None)
     batch = collate(dataset, [2, 0], pad_id=9, shape=(4, 8))
     prefix = torch.arange(rows * 8 * 2, dtype=torch.float32).reshape(rows, 8, 2) + 1

@@ -47,13 +47,13 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
         (GENERATION | {"partition": BY_LABEL}, "partition.kind = 'dirichlet': needs data.columns.label"),
     ],
 )
-def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_data_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         DataSpec(**GIVEN | wrong)
     assert str(error.value).startswith(message)
 
 
-def test_sizes() -> None:
+def test_declared_sizes_must_match_the_number_of_sites() -> None:
     assert DataSpec(**GIVEN).sizes(3) == (100, 100, 100)
     assert DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).sizes(2) == (5, 6)
     with pytest.raises(ConfigError, match=r"declared_sizes = \[5, 6\]: must be one number, or one for each of 3 sites"):

@@ -39,7 +39,7 @@ def vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[
     return [round(float(one), 5) for one in found * math.sqrt(sum(one.numbers for one in features))]
 
 
-def test_each_value_stands_where_it_was_declared_by_its_declared_scale(tmp_path: Path) -> None:
+def test_feature_values_follow_declared_order_and_scale(tmp_path: Path) -> None:
     values = [value for one in ALL for value in one.values()]
     assert values == [
         "age in 0.0 to 100.0",
@@ -54,12 +54,12 @@ def test_each_value_stands_where_it_was_declared_by_its_declared_scale(tmp_path:
 
 # What is no number, no category and no list: test_malformed_tables.py.
 @pytest.mark.parametrize(("value", "found"), [(0, -1), (100, 1), ("50", 0), (" 1e2 ", 1), (-5, -1), (1e300, 1)])
-def test_a_number_is_cut_at_its_range(tmp_path: Path, value: Any, found: float) -> None:
+def test_numbers_are_clipped_to_their_range(tmp_path: Path, value: Any, found: float) -> None:
     assert vector(tmp_path, {"age": value}, AGE) == [found]
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "NA", "nan", math.nan, "?"])
-def test_what_is_missing_is_a_fault_or_its_own_indicator(tmp_path: Path, value: Any) -> None:
+def test_missing_values_are_faults_or_set_their_indicator(tmp_path: Path, value: Any) -> None:
     assert vector(tmp_path, {"crp": value, "ldh": 1}, LAB) == [0, 1, 1, 0]
     assert vector(tmp_path, {"sex": value}, SEX) == [0, 0, 0, 1]
     with pytest.raises(DataError, match="must have a value, or missing = indicator"):
@@ -67,7 +67,7 @@ def test_what_is_missing_is_a_fault_or_its_own_indicator(tmp_path: Path, value: 
 
 
 @pytest.mark.parametrize(("value", "found"), [("female", [1, 0, 0, 0]), (" male ", [0, 1, 0, 0]), ("x", [0, 0, 1, 0])])
-def test_a_category_is_one_of_those_declared_or_other(tmp_path: Path, value: str, found: list[float]) -> None:
+def test_undeclared_categories_are_encoded_as_other(tmp_path: Path, value: str, found: list[float]) -> None:
     assert vector(tmp_path, {"sex": value}, SEX) == found
     declared = FeatureSpec(columns=("sex",), categories=("1", "?"))
     assert vector(tmp_path, {"sex": "?"}, declared) == [0, 1, 0], "and so no mark of nothing"
@@ -83,7 +83,7 @@ def test_a_category_is_one_of_those_declared_or_other(tmp_path: Path, value: str
         *((kind, value, "2.5") for kind in (".jsonl", ".parquet") for value in (2.5, "2.5")),
     ],
 )
-def test_a_category_is_named_as_json_writes_its_value(tmp_path: Path, kind: str, value: Any, name: str) -> None:
+def test_category_names_follow_the_json_form_of_values(tmp_path: Path, kind: str, value: Any, name: str) -> None:
     file = tmp_path / f"rows{kind}"
     if kind == ".parquet":
         parquet.write_table(pa.table({"grade": [value, value]}), file)
@@ -95,7 +95,7 @@ def test_a_category_is_named_as_json_writes_its_value(tmp_path: Path, kind: str,
         assert found.tolist() == [*(float(name == one) for one in grade.categories), 0.0]
 
 
-def test_no_vector_is_longer_than_one(tmp_path: Path) -> None:
+def test_feature_vectors_have_norm_at_most_one(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     for _ in range(50):
         fields = {f"feature:{name}": one.made_up(draws.integers) for one in ALL for name in one.columns}
@@ -115,14 +115,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "key"), WRONG)
-def test_a_declaration_that_says_nothing_sound_is_refused(changes: dict[str, Any], key: str) -> None:
+def test_invalid_feature_declarations_are_refused(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         FeatureSpec(**{"columns": ("a",), "range": (0.0, 1.0)} | changes)
     assert caught.value.key == key
 
 
 @pytest.mark.parametrize("low", [0.0, 1.0, 1e9, -7e11])
-def test_a_range_that_is_accepted_is_one_in_float32_too(low: float) -> None:
+def test_accepted_ranges_are_exact_enough_in_float32(low: float) -> None:
     high = low + max(1e-5, 2.6e-4 * abs(low))
     feature = FeatureSpec(columns=("a",), range=(low, high))
     middle, half = np.float32((low + high) / 2), np.float32((high - low) / 2)
@@ -131,7 +131,7 @@ def test_a_range_that_is_accepted_is_one_in_float32_too(low: float) -> None:
         assert feature.read(repr(float(value)), at="") == pytest.approx([as_raw], abs=1e-3)
 
 
-def test_a_column_is_declared_once_and_a_vector_is_bounded() -> None:
+def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
     with pytest.raises(ConfigError, match="must be declared once"):
         data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
     for columns in ({"label": "age"}, {"label": "y", "feature:age": "crp"}, {"event": "y", "feature:crp": "y"}):

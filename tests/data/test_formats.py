@@ -62,7 +62,7 @@ def saved(folder: Path, table: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", [*WRITERS, "folder"])
-def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
+def test_all_formats_give_the_same_records(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "folder":
         saved(path, pyarrow.Table.from_pylist(ROWS))
@@ -76,7 +76,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
     assert [{**row, "id": int(row["id"])} for row in everything] == ROWS  # type: ignore[call-overload]
 
 
-def test_a_saved_set_of_hugging_face() -> None:
+def test_hugging_face_data_set_is_read() -> None:
     # Its labels are numbers there, whose names the set has beside them.
     columns = {"text": "text", "label": "label", "messages": "messages"}
     records = list(iter_records(SAVED, columns))
@@ -118,7 +118,7 @@ COLUMNS_WITH_FAULTS = {
 
 @pytest.mark.parametrize("case", COLUMNS_WITH_FAULTS)
 @pytest.mark.parametrize("name", ["a.parquet", "folder"])
-def test_a_row_of_arrow_is_left_out_by_itself(tmp_path: Path, name: str, case: str) -> None:
+def test_invalid_arrow_row_is_skipped_alone(tmp_path: Path, name: str, case: str) -> None:
     role, column, kept = COLUMNS_WITH_FAULTS[case]
     rows = pyarrow.table({role: column})
     if name == "folder":
@@ -131,7 +131,7 @@ def test_a_row_of_arrow_is_left_out_by_itself(tmp_path: Path, name: str, case: s
         list(iter_records(tmp_path / name, {role: role}))
 
 
-def test_neither_text_that_no_run_reads_nor_a_lack_of_fields_hides_a_row(tmp_path: Path) -> None:
+def test_unread_columns_and_empty_rows_do_not_hide_records(tmp_path: Path) -> None:
     pairs = pyarrow.FixedSizeListArray.from_arrays(BAD_TEXTS, 2)
     saved(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "other": pairs, "number": [1, 2]}))
     assert len(list(iter_records(tmp_path / "set", {"text": "text"}))) == 2
@@ -148,7 +148,7 @@ VALUE = st.recursive(
 
 
 @given(st.lists(VALUE, max_size=4), st.sampled_from([None, 0, 2]), st.booleans(), st.integers(1, 7))
-def test_an_array_is_cut_into_its_elements_wherever_a_block_ends(
+def test_json_arrays_are_split_correctly_at_any_block_size(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, whole: bool, piece: int
 ) -> None:
     path = tmp_path_factory.mktemp("array") / "a.json"
@@ -162,7 +162,7 @@ def test_an_array_is_cut_into_its_elements_wherever_a_block_ends(
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "set"])
-def test_without_the_library_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_missing_pyarrow_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "a.parquet").write_bytes(WRITERS["a.parquet"](ROWS))
     saved(tmp_path / "set", pyarrow.Table.from_pylist(ROWS))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -171,7 +171,7 @@ def test_without_the_library_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_a_conversation_is_one_text_in_every_format(tmp_path: Path, name: str) -> None:
+def test_conversation_has_one_text_form_in_every_format(tmp_path: Path, name: str) -> None:
     chats: list[Any] = [json.dumps(TURNS) if name.endswith("sv") else TURNS]
     if name == "a.parquet":  # of which a struct has the fields of both forms, so that each is null under the other's
         turns = [{"from": who, "value": turn["content"]} for who, turn in zip(("human", "gpt"), TURNS, strict=True)]
@@ -182,7 +182,7 @@ def test_a_conversation_is_one_text_in_every_format(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("row", [{}, {"in": None}, {"in": ""}, {"in": " \n"}])
-def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_input_and_system_columns_may_be_absent_or_blank(tmp_path: Path, row: dict[str, Any]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"instruction": "a", "output": "b"} | row))
     columns = {"prompt": "instruction", "completion": "output", "input": "in", "system": "in"}
@@ -197,7 +197,7 @@ def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, 
 
 
 @pytest.mark.parametrize(("text", "rows"), cases_of(__file__, "headers"))
-def test_the_header_line_alone_says_whether_cells_end_in_semicolons(tmp_path: Path, text: str, rows: Any) -> None:
+def test_semicolon_separator_is_detected_from_the_header(tmp_path: Path, text: str, rows: Any) -> None:
     path = tmp_path / "german.csv"
     path.write_bytes(text.encode())
     assert [row for _, row in raw_rows(path)] == rows

@@ -41,14 +41,14 @@ def pixels(image: Image.Image) -> list[Any]:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_formats_that_are_taken(format: str) -> None:
+def test_supported_image_formats_are_decoded(format: str) -> None:
     image = picture()
     found = decode(encoded(image, format))
     assert found.size == image.size
     assert np.abs(np.asarray(found).astype(int) - np.asarray(image)).mean() < (1e-9 if format == "PNG" else 60)
 
 
-def test_an_image_is_turned_as_its_camera_says_and_has_three_colours_of_eight_bits() -> None:
+def test_images_are_rotated_by_exif_and_converted_to_rgb() -> None:
     image, exif = picture(size=(4, 2)), Image.Exif()
     exif[274] = 6  # to be turned by a quarter
     assert pixels(decode(encoded(image, exif=exif))) == pixels(image.rotate(-90, expand=True))
@@ -88,7 +88,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_cannot_be_used_is_one_fault_that_quotes_nothing(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_unusable_image_is_one_fault_without_quotation(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # another library's leave to cut does not count
     content, found = BROKEN[name]
     (tmp_path / "secret.png").write_bytes(content)
@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_one_fault_that_quotes_nothing(name: str, tmp_pat
     assert [one.line for one in usable_records(file, COLUMNS, fault=error_of(decoded))] == [1, 3]
 
 
-def test_what_is_too_large_is_not_read_and_pillow_is_asked_for_by_the_name_of_the_extra(
+def test_oversized_images_are_refused_and_missing_pillow_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.png").write_bytes(WHOLE)
@@ -126,7 +126,7 @@ def test_what_is_too_large_is_not_read_and_pillow_is_asked_for_by_the_name_of_th
         ("data:;base64,@@", "text that is no base64"),
     ],
 )
-def test_a_path_leads_to_a_file_below_the_table_s_folder(path: str, found: str, tmp_path: Path) -> None:
+def test_image_paths_must_stay_below_the_table_folder(path: str, found: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.png").write_bytes(WHOLE)
@@ -143,14 +143,14 @@ def test_a_path_leads_to_a_file_below_the_table_s_folder(path: str, found: str, 
 
 
 @pytest.mark.parametrize(("path", "why"), [("sub\\in.png", "must have / between"), ("sub/IN.PNG", "in case alone")])
-def test_a_path_without_a_file_says_how_it_differs(tmp_path: Path, path: str, why: str) -> None:
+def test_missing_image_path_error_explains_the_difference(tmp_path: Path, path: str, why: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "in.png").write_bytes(WHOLE)
     with pytest.raises(DataError, match=why):
         decoded(Record({"image": path}, file=str(tmp_path / "rows.csv"), line=7))
 
 
-def test_a_folder_of_classes_has_a_record_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_folders_give_one_record_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sick/b.png", "sick/a.PNG", "well/c.png", "well/notes.txt"):
         (tmp_path / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "scans" / name).write_bytes(WHOLE)
@@ -164,7 +164,7 @@ def test_a_folder_of_classes_has_a_record_for_each_image(tmp_path: Path, monkeyp
     assert format_of(tmp_path / "scans") == "brat", "beside a table they are no records of their own"
 
 
-def test_rows_of_parquet_hold_bytes_or_paths(tmp_path: Path) -> None:
+def test_parquet_rows_hold_image_bytes_or_paths(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(encoded(picture(seed=2)))
     given = [
         {"bytes": encoded(picture(seed=1)), "path": "/somewhere/else.png"},  # as Hugging Face datasets writes it
@@ -183,7 +183,7 @@ def test_rows_of_parquet_hold_bytes_or_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_marks_beside_the_pixels_take_no_more_memory_than_their_file(format: str) -> None:
+def test_image_metadata_uses_bounded_memory(format: str) -> None:
     """Four thousand tags that each hold the same 9 kB; Pillow before 13 made a copy for each."""
     count, shared = 4000, 9_000
     begin = 8 + 2 + 12 * count + 4

@@ -49,7 +49,7 @@ def whole(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "all.jsonl", [{"text": text, "kind": "ab"[len(text) % 2]} for text in TEXTS])
 
 
-def test_the_leads_share_is_no_sites_and_a_matter_of_each_record(whole: Path, tmp_path: Path) -> None:
+def test_lead_split_depends_only_on_each_record_and_the_seed(whole: Path, tmp_path: Path) -> None:
     given = spec(whole, validation_fraction=0.1, test_fraction=0.3)
     found = sides(dealt(given))
     validation, test, *sites = found
@@ -68,7 +68,7 @@ def test_the_leads_share_is_no_sites_and_a_matter_of_each_record(whole: Path, tm
     assert sides(dealt(given, seed=2)) != found, "and of the run's seed"
 
 
-def test_users_are_the_leads_whole(tmp_path: Path) -> None:
+def test_users_are_assigned_to_the_lead_as_a_whole(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a", "who": f"u{number % 60}"} for number, text in enumerate(TEXTS)]
     path = write_jsonl(tmp_path / "all.jsonl", rows)
     shares = {"validation_fraction": 0.2, "test_fraction": 0.2, "heldout_fraction": 0.2}
@@ -80,7 +80,7 @@ def test_users_are_the_leads_whole(tmp_path: Path) -> None:
     assert sum(map(len, users)) == len(set().union(*users)) == 60
 
 
-def test_each_site_may_have_a_file_of_its_own_and_an_id_in_two_files_is_two_users(tmp_path: Path) -> None:
+def test_site_files_keep_equal_ids_as_separate_users(tmp_path: Path) -> None:
     names = {"north": "ann bob ann", "south": "bob eve ann"}
     for name, users in names.items():
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": user, "kind": "a", "who": user} for user in users.split()])
@@ -97,7 +97,7 @@ def test_each_site_may_have_a_file_of_its_own_and_an_id_in_two_files_is_two_user
         dealt(given)
 
 
-def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> None:
+def test_unusable_records_stop_loading_or_are_skipped(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a"} for text in TEXTS[:40]]
     path = write_jsonl(tmp_path / "all.jsonl", [*rows, {"text": " ", "kind": "a"}, {"text": "c", "kind": "c"}])
     with pytest.raises(DataError, match=r"all\.jsonl:41, column 'text' = 'blank'"):
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> 
         lead_records(str(path), **given)
 
 
-def test_faults_are_counted_over_the_whole_file_before_any_share_of_it_is_taken(tmp_path: Path) -> None:
+def test_faults_are_counted_over_the_whole_file(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a" if number % 4 else "c"} for number, text in enumerate(TEXTS[:40])]
     path = write_jsonl(tmp_path / "all.jsonl", rows)
     told = r"all\.jsonl:1, label = 'not declared': must be a \(10 rows cannot be used, in lines 1, 5, 9, 13, 17, \."
@@ -127,7 +127,7 @@ def test_faults_are_counted_over_the_whole_file_before_any_share_of_it_is_taken(
         dealt(spec(path, unusable="leave_out"))
 
 
-def test_an_array_that_breaks_off_is_refused_but_at_a_real_site(tmp_path: Path) -> None:
+def test_truncated_json_array_is_refused_except_at_real_sites(tmp_path: Path) -> None:
     path = tmp_path / "all.json"
     path.write_text(json.dumps([{"text": text, "kind": "a"} for text in TEXTS[:5]])[:-4])
     for unusable in ("stop", "leave_out"):
@@ -138,7 +138,7 @@ def test_an_array_that_breaks_off_is_refused_but_at_a_real_site(tmp_path: Path) 
     assert (own.left_out.rows, own.left_out.count, own.left_out.is_much) == (5, 1, True)
 
 
-def test_rows_of_the_lead_are_chosen_by_their_hash() -> None:
+def test_lead_rows_are_selected_by_their_hash() -> None:
     records = [Record({"text": text}) for text in TEXTS]
     some = chosen_rows(records, 30)
     assert some == [record for record in records if record in some], "in their order"

@@ -92,7 +92,7 @@ CASES = [(name, number) for name, cases in FILES.items() for number in range(len
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
-def test_a_malformed_file_is_named_with_place_and_bound(tmp_path: Path, name: str, number: int) -> None:
+def test_malformed_file_is_reported_with_its_place_and_bound(tmp_path: Path, name: str, number: int) -> None:
     content, where, why = FILES[name][number]
     path = tmp_path / name
     path.write_bytes(content)
@@ -105,7 +105,7 @@ def test_a_malformed_file_is_named_with_place_and_bound(tmp_path: Path, name: st
     assert SECRET not in message.removeprefix(str(path)), "no text of a record is quoted"
 
 
-def test_all_faults_are_counted_by_kind(tmp_path: Path) -> None:
+def test_faults_are_counted_by_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     bad = [b'{"question": " ", "intent": "b"}'] * 3 + [b"{"] * 2 + [b'{"question": 3, "intent": "b"}']
     path.write_bytes(b"\n".join([GOOD, *bad, GOOD]))
@@ -142,7 +142,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_what_stands_in_a_files_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_unsuitable_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     make, why = PLACES[case]
     monkeypatch.chdir(tmp_path)  # a socket's name is short
     path = Path("a.jsonl")
@@ -158,7 +158,7 @@ def test_what_stands_in_a_files_place_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("state", ["[", "{}", "../data.arrow", "..", "\ud800", "a selection"])
-def test_a_saved_set_whose_list_of_files_is_damaged_or_a_selection(tmp_path: Path, state: str) -> None:
+def test_damaged_data_set_index_is_refused(tmp_path: Path, state: str) -> None:
     chosen: dict[str, Any] = {"_data_files": [{"filename": "a.arrow" if state == "a selection" else state}]}
     if state == "a selection":
         chosen["_indices_data_files"] = [{"filename": "indices.arrow"}]
@@ -170,7 +170,7 @@ def test_a_saved_set_whose_list_of_files_is_damaged_or_a_selection(tmp_path: Pat
         list(iter_records(tmp_path, COLUMNS))
 
 
-def test_a_saved_set_whose_file_is_cut_off_or_damaged_in_any_byte_of_its_values(tmp_path: Path) -> None:
+def test_truncated_or_corrupted_arrow_file_is_refused(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(SAVED, tmp_path / "set"))
     (arrow,) = copy.glob("*.arrow")
     whole = arrow.read_bytes()

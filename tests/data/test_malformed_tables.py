@@ -87,7 +87,7 @@ SIMULATE, CHECK = ("simulate", "experiment=own_features"), ("data", "check", "ow
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_that_is_wrong_is_named(told: Any, tmp_path: Path, name: str) -> None:
+def test_malformed_table_row_is_named_with_its_place(told: Any, tmp_path: Path, name: str) -> None:
     file, content, place, bound = ROWS[name]
     outcome = told(file, content, *SIMULATE)
     assert outcome.failed().startswith(f"{tmp_path / file}:{place} = ")

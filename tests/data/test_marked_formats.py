@@ -110,7 +110,7 @@ def found_in(record: Record) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_record(tmp_path: Path, name: str) -> None:
+def test_all_annotation_formats_give_the_same_record(tmp_path: Path, name: str) -> None:
     file, text, columns = FORMATS[name]
     (tmp_path / file).write_text(text, encoding="utf-8", newline="")
     (record,) = iter_records(tmp_path / file, columns)
@@ -134,7 +134,7 @@ def brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str
     return folder
 
 
-def test_a_folder_of_brat_is_a_record_for_each_text_and_stays_one_whatever_is_taken_out(tmp_path: Path) -> None:
+def test_brat_folder_gives_one_record_per_text(tmp_path: Path) -> None:
     folder = brat(tmp_path / "notes")
     before = version_of(folder)
     brat(folder, "no\nmark", "", name="b")
@@ -163,7 +163,7 @@ def tokens_in(path: Path, text: str) -> list[tuple[int, Any]]:
     return [(line, dict(row)["tokens"]) for line, row in raw_rows(path) if not isinstance(row, DataError)]
 
 
-def test_sentences_are_parted_by_blank_lines_and_keep_marks_and_spaces_of_other_kinds(tmp_path: Path) -> None:
+def test_conll_sentences_are_separated_only_by_blank_lines(tmp_path: Path) -> None:
     found = tokens_in(tmp_path / "a.conll", "a O\n\n\n b B-x\nc O\n \nd O\n# O\n")
     assert found == [(1, ["a"]), (4, ["b", "c"]), (7, ["d", "#"])], "they begin on their lines"
     sentences = {
@@ -178,7 +178,7 @@ def test_sentences_are_parted_by_blank_lines_and_keep_marks_and_spaces_of_other_
     assert [tokens for _, tokens in found] == [*sentences.values()]
 
 
-def test_what_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> None:
+def test_unreadable_document_is_one_fault_among_valid_ones(tmp_path: Path) -> None:
     whole, long = b"a O\n\n", b"x" * MOST_BYTES + b" O\n"
     (tmp_path / "a.conll").write_bytes(whole + b"secret\n\n" + whole + b"\xff O\n\n" + long + b"b O\n\n" + whole)
     rows = [*raw_rows(tmp_path / "a.conll")]
@@ -196,7 +196,7 @@ def test_what_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> No
 @pytest.mark.parametrize("suffix", ["conll", "pubtator", "brat"])
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=14).map(b"".join))
 @settings(deadline=None, max_examples=150, derandomize=True)
-def test_whatever_a_document_holds_the_ones_beside_it_are_read(suffix: str, junk: bytes) -> None:
+def test_damaged_document_does_not_affect_its_neighbors(suffix: str, junk: bytes) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder)
         if suffix == "brat":
@@ -213,7 +213,7 @@ def test_whatever_a_document_holds_the_ones_beside_it_are_read(suffix: str, junk
     assert found_in(first) == found_in(last) == [*FOUND]
 
 
-def test_a_text_that_nobody_has_annotated_is_no_text_without_entities(tmp_path: Path) -> None:
+def test_unannotated_text_differs_from_text_without_entities(tmp_path: Path) -> None:
     skipped = {"was_cancelled": True, "result": []}
     done = {"was_cancelled": False, "result": RESULT}
     given = ([], [skipped], [skipped, done], [{"result": []}], [done, skipped])
@@ -260,7 +260,7 @@ def refused(path: Path, columns: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_file_that_is_wrong_is_refused_in_one_message(tmp_path: Path, name: str) -> None:
+def test_invalid_annotation_file_gives_one_message(tmp_path: Path, name: str) -> None:
     file, text, columns, bound = WRONG[name]
     (tmp_path / file).write_bytes(text.encode(errors="surrogateescape"))
     message = refused(tmp_path / file, columns)
@@ -268,7 +268,7 @@ def test_a_file_that_is_wrong_is_refused_in_one_message(tmp_path: Path, name: st
     assert not any(word in message for word in ("card", "stray", "B-other"))
 
 
-def test_a_folder_of_brat_that_is_wrong(tmp_path: Path) -> None:
+def test_invalid_brat_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "notes"
     for marked, bound in (
         ("T1\tdrug 0 3;5 7\tmy rd\n", "must be one part of the text"),

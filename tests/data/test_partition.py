@@ -44,7 +44,7 @@ def records(count: int, *, labels: int = 1) -> list[Record]:
 
 @settings(deadline=None, max_examples=40)
 @given(rows=st.lists(RECORD, max_size=8), new=RECORD, place=st.integers(0, 8), spec=st.sampled_from(SPECS))
-def test_adding_one_record_changes_nothing_of_any_other(
+def test_added_record_does_not_move_any_other(
     rows: list[Record], new: Record, place: int, spec: PartitionSpec, encoder_tokenizer: Any
 ) -> None:
     """Site, side and tokens of all records, with and without one more anywhere among them."""
@@ -70,7 +70,7 @@ def test_adding_one_record_changes_nothing_of_any_other(
     assert added == 1
 
 
-def test_golden_values() -> None:
+def test_partition_assignments_match_golden_values() -> None:
     """Where records go is part of what a run can be repeated from: these may not move."""
     record = Record({"text": "where is my card", "label": "arrival"})
     assert unit_hash(record, purpose="site", key=KEY) == 0.25777897070972655
@@ -79,7 +79,7 @@ def test_golden_values() -> None:
     assert [assign_site(r, SPECS[2], num_sites=3, key=KEY) for r in rows] == [0, 0, 1, 0, 0, 1, 0, 0, 1, 2, 0, 0]
 
 
-def test_hash_is_uniform_and_independent_across_purposes() -> None:
+def test_partition_hash_is_uniform_and_independent_across_purposes() -> None:
     rows = records(4000)
     site = np.array([unit_hash(record, purpose="site", key=KEY) for record in rows])
     heldout = np.array([unit_hash(record, purpose="heldout", key=KEY) for record in rows])
@@ -88,7 +88,7 @@ def test_hash_is_uniform_and_independent_across_purposes() -> None:
     assert abs(np.corrcoef(site, heldout)[0, 1]) < 5 / np.sqrt(4000)
 
 
-def test_sizes_follow_the_proportions_also_where_dirichlet_skews_labels() -> None:
+def test_site_sizes_follow_proportions_under_dirichlet_skew() -> None:
     rows = records(6000, labels=60)
     sizes = [len(site) / 6000 for site in partition_records(rows, SPECS[1], num_sites=3, key=KEY)]
     assert sum(sizes) == pytest.approx(1)
@@ -103,13 +103,13 @@ def test_sizes_follow_the_proportions_also_where_dirichlet_skews_labels() -> Non
 
 
 @given(alpha=st.floats(1e-6, 1e6), num_sites=st.integers(1, 40), label=st.text(max_size=3))
-def test_dirichlet_always_gives_a_site(alpha: float, num_sites: int, label: str) -> None:
+def test_dirichlet_partition_always_returns_a_valid_site(alpha: float, num_sites: int, label: str) -> None:
     spec = PartitionSpec(kind="dirichlet", alpha=alpha)
     record = Record({"text": "a", "label": label.encode(errors="replace").decode()})
     assert 0 <= assign_site(record, spec, num_sites=num_sites, key=KEY) < num_sites
 
 
-def test_by_column_and_settings_for_another_number_of_sites() -> None:
+def test_column_partition_must_match_the_number_of_sites() -> None:
     rows = [Record({"text": "a", "site": site}) for site in ("south", "east", "north", "west")]
     sites = partition_records(rows, SPECS[3], num_sites=3, key=KEY)
     assert [[record.fields["site"] for record in site] for site in sites] == [["north"], ["east", "west"], ["south"]]
@@ -123,7 +123,7 @@ def test_by_column_and_settings_for_another_number_of_sites() -> None:
         spec.check_sites(3)
 
 
-def test_fractions() -> None:
+def test_held_out_fraction_is_selected_by_hash() -> None:
     rows = records(2000)
     train, heldout = split_heldout(rows, fraction=0.1, key=KEY)
     assert len(train) + len(heldout) == 2000
@@ -139,7 +139,7 @@ def test_fractions() -> None:
 
 
 @pytest.mark.parametrize(("settings_", "message"), cases_of(__file__, "partitions"))
-def test_wrong_settings(settings_: dict[str, Any], message: str) -> None:
+def test_invalid_partition_settings_are_refused(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         PartitionSpec(**settings_)
     assert str(error.value).startswith(message)

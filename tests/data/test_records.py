@@ -34,13 +34,13 @@ JSONL += b'{"id": [1], "intent": 7, "question": "lost\\nit \\u2028 \xc3\xa9"}'
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL", "a.csv", "a.csv.gz"])
-def test_what_other_programs_write_is_read(tmp_path: Path, name: str) -> None:
+def test_jsonl_and_csv_files_of_other_programs_are_read(tmp_path: Path, name: str) -> None:
     found = fields(write(tmp_path, name, CSV if "csv" in name else JSONL))
     of_csv = [('two\r\nlines, "quoted"', "a", 2), ("plain", "b", 6)]
     assert found == (of_csv if "csv" in name else [("where is my card", "arrival", 1), ("lost\nit \u2028 é", "7", 4)])
 
 
-def test_an_open_quote_takes_along_what_stands_before_the_next_quote(tmp_path: Path) -> None:
+def test_open_quote_swallows_rows_up_to_the_next_quote(tmp_path: Path) -> None:
     # No writer that doubles quotes makes such a row, whatever a record's text.
     rows = [b"a,b", b'"open,b', b"taken,b", b'"with it",b', b"c,d", b'"e",f']
     assert usable(tmp_path, "a.csv", *rows) == [("a", "b"), ("c", "d"), ("e", "f")]
@@ -51,7 +51,7 @@ def test_an_open_quote_takes_along_what_stands_before_the_next_quote(tmp_path: P
         next(stream)
 
 
-def test_resolve_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_file_searches_the_listed_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -64,7 +64,7 @@ def test_resolve_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_file("b.jsonl", [tmp_path / "there"], key="data.test_file")
 
 
-def test_record_key_is_canonical() -> None:
+def test_record_key_is_canonical_json() -> None:
     assert record_key(Record({"text": "é", "label": "a"})) == b'{"label":"a","text":"\\u00e9"}'
     assert record_key(Record({"label": "a", "text": "é"}, file="f", line=3)) == b'{"label":"a","text":"\\u00e9"}'
 
@@ -127,7 +127,7 @@ def usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "number"), NAMED)
 @pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.nightly) for place in (1, 2))])
-def test_a_record_that_cannot_be_used_is_left_out_by_itself(tmp_path: Path, name: str, number: int, place: int) -> None:
+def test_unusable_record_is_skipped_alone(tmp_path: Path, name: str, number: int, place: int) -> None:
     lines = {"a.csv": ROWS, "a.tsv": [row.replace(b",", b"\t") for row in ROWS]}.get(name, LINES)
     expected = usable(tmp_path, name, *lines)
     assert len(expected) == 2
@@ -145,7 +145,7 @@ def test_a_record_that_cannot_be_used_is_left_out_by_itself(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
-def test_a_text_of_many_characters_is_a_record(tmp_path: Path, name: str) -> None:
+def test_very_long_text_is_one_record(tmp_path: Path, name: str) -> None:
     before, text = csv.field_size_limit(131_072), "word " * 300_000
     try:
         lines = {"a.csv": [f'"{text}",b', f"{text},b"], "a.jsonl": [json.dumps({"question": text, "intent": "b"})]}
@@ -163,7 +163,7 @@ ROW = st.tuples(CELL, CELL)
 
 
 @given(st.lists(ROW, max_size=4), ROW, st.integers(0, 4), st.integers(1, 7))
-def test_a_row_that_is_written_as_csv_changes_no_other(
+def test_quoted_csv_row_does_not_affect_other_rows(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], more: tuple[str, str], place: int, piece: int
 ) -> None:
     def read(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -183,7 +183,9 @@ def test_a_row_that_is_written_as_csv_changes_no_other(
 
 
 @given(content=st.text('",\nab', max_size=30), piece=st.integers(1, 7))
-def test_csv_is_cut_as_the_csv_module_does(content: str, piece: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_csv_rows_are_split_like_the_csv_module(
+    content: str, piece: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = write(tmp_path_factory.mktemp("rows"), "a.csv", content.encode())
     try:
         expected = list(csv.reader(content.splitlines(keepends=True), strict=True))
@@ -195,7 +197,7 @@ def test_csv_is_cut_as_the_csv_module_does(content: str, piece: int, tmp_path_fa
     assert [next(csv.reader([text], strict=True)) for text in texts] == expected
 
 
-def test_no_repr_shows_a_record() -> None:
+def test_repr_shows_no_record_contents() -> None:
     """A notebook cell or a log line that ends in a comparison would print every record that was scored."""
     record = Record({"text": "canary of patient 4711", "label": "canary"}, file="a.csv", line=3)
     comparison = SideBySide(

@@ -35,7 +35,7 @@ def records_of_runs(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
 
 @quick
 @given(run=records_of_runs(), data=st.data())
-def test_each_place_comes_back_once_in_a_shape_by_its_own_tokens_alone(run: Any, data: st.DataObject) -> None:
+def test_every_record_is_cut_once_into_a_shape_by_its_length(run: Any, data: st.DataObject) -> None:
     shapes, lengths = run
     ids = tuple(np.ones(length, dtype=np.int32) for length in lengths)
     dataset = TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
@@ -61,7 +61,7 @@ def test_each_place_comes_back_once_in_a_shape_by_its_own_tokens_alone(run: Any,
 
 @quick
 @given(run=shapes_of_runs())
-def test_rows_stay_within_the_budget_where_one_does(run: tuple[Shapes, int]) -> None:
+def test_row_counts_stay_within_the_token_budget(run: tuple[Shapes, int]) -> None:
     shapes, _ = run
     for length in shapes.lengths:
         fewest = 2 if length == shapes.full else 1
@@ -74,7 +74,7 @@ def test_rows_stay_within_the_budget_where_one_does(run: tuple[Shapes, int]) -> 
 
 @quick
 @given(longest=st.integers(1, 3000), extra=st.one_of(st.none(), st.integers(0, 30)))
-def test_lengths_hold_every_record_and_no_more_than_the_model_has(longest: int, extra: int | None) -> None:
+def test_bucket_lengths_cover_every_record_with_little_padding(longest: int, extra: int | None) -> None:
     positions = None if extra is None else longest + extra
     shapes = Shapes.of(max_length=longest, max_tokens=1024, positions=positions)
     assert list(shapes.lengths) == sorted(set(shapes.lengths))
@@ -110,7 +110,7 @@ def test_shapes_follow_from_public_settings() -> None:
 
 @quick
 @given(run=shapes_of_runs(), count=st.integers(1, 200), data=st.data())
-def test_no_other_way_to_cut_is_less_work(run: tuple[Shapes, int], count: int, data: st.DataObject) -> None:
+def test_shape_cutting_minimizes_work(run: tuple[Shapes, int], count: int, data: st.DataObject) -> None:
     shapes, longest = run
     length = length_of(shapes, data.draw(st.integers(1, longest)))
     lengths = np.full(count, 1 if length == shapes.lengths[0] else length - 1)

@@ -40,7 +40,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SLICES)
-def test_every_file_reads(name: str) -> None:
+def test_every_data_slice_can_be_read(name: str) -> None:
     sides = [FOLDER / name / f"{side}.jsonl.gz" for side in ("train", "validation", "test")]
     counts, columns = SLICES[name]
     records = [list(iter_records(path, columns)) for path in sides]
@@ -51,7 +51,7 @@ def test_every_file_reads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SLICES)
-def test_validation_is_what_its_own_hash_says_and_no_user_is_in_two_files(name: str, make_slices: ModuleType) -> None:
+def test_slice_split_follows_its_hash_and_keeps_users_apart(name: str, make_slices: ModuleType) -> None:
     slices = make_slices.SLICES[name]
     train, validation, test = (rows(FOLDER / name / f"{side}.jsonl.gz") for side in ("train", "validation", "test"))
     assert not any(make_slices.is_validation(row, slices) for row in train)
@@ -63,7 +63,7 @@ def test_validation_is_what_its_own_hash_says_and_no_user_is_in_two_files(name: 
         assert not any(make_slices.is_test(row, slices) for row in train)
 
 
-def test_made_twice_the_bytes_are_the_same(tmp_path: Path, make_slices: ModuleType) -> None:
+def test_slices_are_reproducible_byte_for_byte(tmp_path: Path, make_slices: ModuleType) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("train.jsonl.gz", "test.jsonl.gz"):

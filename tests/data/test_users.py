@@ -43,9 +43,7 @@ def fates(rows: list[Record], spec: PartitionSpec) -> dict[str, list[tuple[int, 
 
 @settings(deadline=None, max_examples=60)
 @given(rows=st.lists(RECORD, max_size=12), gone=st.sampled_from(sorted(HOME)), spec=st.sampled_from(SPECS))
-def test_a_user_s_records_share_one_place_and_move_no_others(
-    rows: list[Record], gone: str, spec: PartitionSpec
-) -> None:
+def test_records_of_a_user_stay_together_and_move_no_others(rows: list[Record], gone: str, spec: PartitionSpec) -> None:
     everyone = fates(rows, spec)
     assert all(len(set(places)) == 1 for places in everyone.values())
     assert sum(map(len, everyone.values())) == len(rows)
@@ -53,7 +51,7 @@ def test_a_user_s_records_share_one_place_and_move_no_others(
     assert without == {user: places for user, places in everyone.items() if user != gone}
 
 
-def test_users_go_where_their_own_hash_says_and_come_in_order_of_first_appearance() -> None:
+def test_user_assignment_depends_only_on_the_hashed_id() -> None:
     rows = [Record({"user": user}) for user in ("b", "a", "b", "c", "a", "b")]
     assert [places.tolist() for places in users_of(rows)] == [[0, 2, 5], [1, 4], [3]]
     assert users_of([]) == []
@@ -72,7 +70,7 @@ def test_users_go_where_their_own_hash_says_and_come_in_order_of_first_appearanc
     assert hashes[0] == (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def test_a_user_at_two_sites_is_refused_and_counted() -> None:
+def test_user_at_two_sites_is_refused_and_counted() -> None:
     rows = [Record({"user": who, "site": site}) for who in "xyz" for site in ("north", "south")][:5]
     rows = [replace(row, file="all.jsonl", line=line) for line, row in enumerate(rows)]
     message = r"all\.jsonl:1, site = 'south': must lead to one site for all records of a user, as privacy\.unit is user"
@@ -87,7 +85,7 @@ def test_a_user_at_two_sites_is_refused_and_counted() -> None:
 ROLES = ("prompt", "completion")
 
 
-def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) -> None:
+def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> None:
     # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
     rows = [{"text": f"text {n}", "who": who} for n, who in enumerate(("ann", ["ann", "bob"], "bob", None, "ann"))]
     columns = {"prompt": "text", "completion": "text", "user": "who"}
@@ -100,7 +98,7 @@ def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) 
     assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
 
 
-def test_users_need_a_column() -> None:
+def test_user_level_privacy_requires_a_user_column() -> None:
     without = data_spec(*ROLES)
     with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit"):
         without.check_unit("user")

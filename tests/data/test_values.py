@@ -161,7 +161,7 @@ def read(value: object, role: str) -> Record:
 
 
 @pytest.mark.parametrize("role", READ)
-def test_a_value_in_the_forms_of_others(role: str) -> None:
+def test_values_in_alternative_formats_are_normalized(role: str) -> None:
     for value, text in READ[role]:
         assert read(value, role).fields == {role: text}, f"{value!r:.200}"
         if role != "target":
@@ -169,7 +169,7 @@ def test_a_value_in_the_forms_of_others(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", NOT_READ)
-def test_a_value_that_cannot_be_read_says_why_and_is_not_quoted(role: str) -> None:
+def test_unreadable_value_error_explains_without_quoting(role: str) -> None:
     for value, why in NOT_READ[role]:
         with pytest.raises(DataError) as caught:
             read(value, role)
@@ -179,7 +179,7 @@ def test_a_value_that_cannot_be_read_says_why_and_is_not_quoted(role: str) -> No
         assert SECRET not in message, "it may be a record's"
 
 
-def test_what_somebody_wrote_and_what_is_an_answer() -> None:
+def test_texts_and_answers_are_separated_by_role() -> None:
     assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"))] == [[], []]
     assert [read(3, "target").answer, read("a", "label").answer] == ['{"target": "3.0"}', '{"label": "a"}']
     assert [text for _, text in read(said("here"), "messages").texts()] == ["where?", "here"]
@@ -188,7 +188,7 @@ def test_what_somebody_wrote_and_what_is_an_answer() -> None:
     assert len(turns_like(said("here"))) == 2
 
 
-def test_forms_of_an_id_are_one_user_wherever_users_are_told_apart(tmp_path: Path) -> None:
+def test_unicode_variants_of_an_id_are_one_user(tmp_path: Path) -> None:
     rows = [{"text": "a", "who": "Jose\u0301"}, {"text": "b", "who": "Jos\u00e9"}, {"text": "c", "who": ""}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     records = list(usable_records(path, {"text": "text", "user": "who"}))
@@ -209,7 +209,7 @@ def at(deeper: int, reader: Callable[..., Any], *given: str) -> Any:
         return None
 
 
-def test_labels_and_answers_are_the_same_from_every_depth() -> None:
+def test_nested_answers_are_read_alike_at_any_stack_depth() -> None:
     found = set()
     for depth in range(880, 1050, 3):
         nested = "[" * depth + "]" * depth
@@ -222,7 +222,7 @@ def test_labels_and_answers_are_the_same_from_every_depth() -> None:
     assert found == {None, ONE}
 
 
-def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_that_is_no_turn_list_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "loads", None)
     for text in ("[[],[]]", DEEP, "[1, 2]", "lost"):
         assert said_of(text, "chosen") == text
@@ -230,7 +230,7 @@ def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.Mo
     assert turns_said(' [{"role": "assistant", "content": "lost"}]') is None, "turns that were read are written anew"
 
 
-def test_values_of_a_database(tmp_path: Path) -> None:
+def test_database_types_are_converted(tmp_path: Path) -> None:
     table = {
         "price": pyarrow.array([Decimal("3.70"), Decimal("4.00")]),
         "body": pyarrow.array(["caf\u00e9".encode(), b"\xff"], pyarrow.binary()),
@@ -261,7 +261,9 @@ CLASSES = {"_type": "ClassLabel", "names": ["joy", "anger"]}
         ("label", CLASSES | {"names": ["x"]}, [0, 1], ["x", "1"]),
     ],
 )
-def test_classes_have_their_names(tmp_path: Path, role: str, feature: Any, values: Any, expected: list[str]) -> None:
+def test_class_indices_are_replaced_by_class_names(
+    tmp_path: Path, role: str, feature: Any, values: Any, expected: list[str]
+) -> None:
     """-1 stands for null: nobody said; what a schema notes may be anything."""
     noted = json.dumps({"info": {"features": {"c": feature}}})
     rows = pyarrow.table({"c": values}).replace_schema_metadata({"huggingface": noted})

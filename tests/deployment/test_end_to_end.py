@@ -50,12 +50,12 @@ def finished(banks: Federation) -> Federation:
     return banks
 
 
-def test_three_sites_come_to_the_simulation_s_adapter(finished: Federation, in_one_process: Any) -> None:
+def test_three_sites_reach_the_adapter_of_the_simulation(finished: Federation, in_one_process: Any) -> None:
     # To the last bit: the same sums in the same order.
     check_same_adapter(finished, "one", in_one_process("one", *DEBUG), tolerance=0)
 
 
-def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
+def test_run_goes_only_to_the_named_sites(finished: Federation) -> None:
     left_out = finished.sites["south"]
     assert left_out.answered("update", "one") == 2
     before, said = left_out.verified().events, left_out.up.text
@@ -69,7 +69,7 @@ def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
 
 
 @needs_minilm
-def test_a_real_model_comes_to_the_simulation_s_adapter(finished: Federation, in_one_process: Any) -> None:
+def test_real_model_reaches_the_adapter_of_the_simulation(finished: Federation, in_one_process: Any) -> None:
     finished.finish("three", *BANKS)
     check_books(finished, "three")
     check_same_adapter(finished, "three", in_one_process("three", *BANKS), tolerance=1e-6)
@@ -77,7 +77,7 @@ def test_a_real_model_comes_to_the_simulation_s_adapter(finished: Federation, in
     assert np.isfinite(list(metrics.values())).all()
 
 
-def test_members_reach_the_server_and_nobody_else(own_networks: None, banks: Federation) -> None:
+def test_members_can_reach_only_the_server(own_networks: None, banks: Federation) -> None:
     """The harness's own promise: what the other tests show, they show without any other network."""
     for member in ("north", "server"):
         routes = subprocess.run(
@@ -131,7 +131,9 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_real_sites_learn_it_as_simulated_ones_do(banks: Federation, command: Any, tmp_path: Path, kind: str) -> None:
+def test_real_sites_learn_every_task_like_simulated_ones(
+    banks: Federation, command: Any, tmp_path: Path, kind: str
+) -> None:
     files = {
         name: write(tmp_path / f"{name}.jsonl", made_up(kind, count, tmp_path))
         for name, count in (("in", 120), ("out", 20))

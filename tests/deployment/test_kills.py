@@ -34,7 +34,7 @@ def federation(whole: Federation) -> Iterator[Federation]:
         site.hold(False)
 
 
-def test_a_killed_site_comes_back_and_pays_for_what_it_began(federation: Federation) -> None:
+def test_killed_site_resumes_and_is_charged_for_started_rounds(federation: Federation) -> None:
     site = federation.sites["north"]
     lead = site.held_in("site-killed", *settings("federation.spare_rounds=1"))
     site.up.kill()
@@ -47,7 +47,7 @@ def test_a_killed_site_comes_back_and_pays_for_what_it_began(federation: Federat
     assert reserved == [(1, 1), (1, 2), (2, 1)]
 
 
-def test_a_site_that_was_cut_off_needs_no_restart(own_networks: None, federation: Federation) -> None:
+def test_disconnected_site_resumes_without_a_restart(own_networks: None, federation: Federation) -> None:
     site, cut_s = federation.sites["south"], 22.0  # the server has given it up after twenty
     pid, contacts = site.up.pid, site.up.text.count("no contact")
     lead = site.held_in("cut-off")
@@ -66,7 +66,7 @@ def test_a_site_that_was_cut_off_needs_no_restart(own_networks: None, federation
     check_whole(federation, "cut-off")
 
 
-def test_a_server_is_put_back_from_a_backup_that_was_made_within_a_round(federation: Federation) -> None:
+def test_server_restored_from_a_backup_completes_the_run(federation: Federation) -> None:
     """Its database is put back, and the run ends as if nothing had been."""
     north = federation.sites["north"]
     lead = north.held_in("backed-up", *settings("federation.num_rounds=2"))
@@ -104,7 +104,7 @@ def started(federation: Federation, more: list[str]) -> Process:
     return federation.run("lead-served", LEAD, [*FEDTUNE, *words[:-1], *more])
 
 
-def test_a_killed_lead_goes_on_by_the_same_command_and_ends_once(federation: Federation) -> None:
+def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
     """Its public stage is over by the first kill, and is not trained again."""
     (federation.folder / "kit").symlink_to(federation.lead_kit)
     shutil.copy(REPOSITORY / "conf/experiment/debug.yaml", federation.folder / "served.yaml")
@@ -141,7 +141,7 @@ def test_a_killed_lead_goes_on_by_the_same_command_and_ends_once(federation: Fed
 
 
 @pytest.mark.usefixtures("own_networks")  # on loopback the address would stay where it was
-def test_a_standby_takes_over_within_a_round(make_federation: Callable[..., Federation]) -> None:
+def test_standby_server_takes_over_within_a_round(make_federation: Callable[..., Federation]) -> None:
     """It has a copy of the kit that is older than the last roster, and no database at all."""
     federation = make_federation(names=TWO, network=Namespaces([LEAD, *TWO, STANDBY]))
     gone = federation.join("gone", dealt(TWO)["north"][:20])
@@ -177,7 +177,7 @@ SECURE = (
 )
 
 
-def test_a_secure_round_survives_its_server(make_federation: Callable[..., Federation], in_one_process: Any) -> None:
+def test_secure_round_survives_a_killed_server(make_federation: Callable[..., Federation], in_one_process: Any) -> None:
     """Killed when two sites have uploaded: nobody trains again, and no second sum is asked for.
 
     Three sites know each other's keys and demand that all take part; they come to the simulation's adapter bit for bit.

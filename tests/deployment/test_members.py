@@ -49,7 +49,7 @@ def shown_by_the_server(federation: Federation) -> Certificate:
     return Certificate.of(x509.load_der_x509_certificate(shown))
 
 
-def test_certificates_are_renewed_while_server_site_and_lead_run(members: Federation) -> None:
+def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
     """Nobody starts anything again, and the next round is answered past the old ones' end."""
     north, server = members.sites["north"], members.server
     assert server is not None

@@ -37,7 +37,7 @@ def careful(federation: Federation) -> Iterator[SiteFolder]:
     site.edit(approval="automatic")
 
 
-def test_a_run_waits_for_approval_and_then_goes_on(federation: Federation, careful: SiteFolder) -> None:
+def test_run_waits_for_approval_and_then_continues(federation: Federation, careful: SiteFolder) -> None:
     """What is shown of it: tests/cli/test_site.py."""
     site, loaded = careful, len(careful.up.lines("the base model is loaded"))
     lead = federation.lead("asked", *settings("federation.num_rounds=1", "data.max_length=17"))
@@ -57,7 +57,7 @@ def test_a_run_waits_for_approval_and_then_goes_on(federation: Federation, caref
     assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
 
 
-def test_a_run_that_is_denied_ends(federation: Federation, careful: SiteFolder) -> None:
+def test_run_denied_by_a_site_ends(federation: Federation, careful: SiteFolder) -> None:
     lead = federation.lead("denied", *settings("federation.num_rounds=1", "federation.min_sites=2"))
     wait_for(lambda: careful.answered("awaiting_approval", "denied"), seconds=RUN_S, what="it to wait", needs=lead)
     (waiting,) = (event.run for event in careful.events("denied", "refusal"))
@@ -75,7 +75,7 @@ def test_a_run_that_is_denied_ends(federation: Federation, careful: SiteFolder) 
     assert not [each for each in federation.sites.values() if each.events("denied", "plan")]
 
 
-def test_a_site_ends_one_run_that_it_accepted_and_the_other_site_goes_on(federation: Federation) -> None:
+def test_site_ends_an_accepted_run_and_the_other_continues(federation: Federation) -> None:
     """While its first round trains: that round stays charged, its update does not leave, and no other is charged."""
     site, other = federation.sites["north"], federation.sites["south"]
     lead = site.held_in("ended", *settings("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3"))
@@ -99,7 +99,7 @@ def test_a_site_ends_one_run_that_it_accepted_and_the_other_site_goes_on(federat
     check_books(federation, "ended")
 
 
-def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
+def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     site, run = federation.sites["south"], "stopped"
     folder = federation.run_folder(run)
     lead = site.held_in(run)
@@ -126,7 +126,7 @@ def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
     check_books(federation, run)
 
 
-def test_a_paused_site_takes_part_in_nothing_and_a_run_stopped_for_good_ends_everywhere(federation: Federation) -> None:
+def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Federation) -> None:
     paused, held, run = federation.sites["north"], federation.sites["south"], "given-up"
     folder = federation.run_folder(run)
     held.hold(True)
@@ -154,7 +154,7 @@ def test_a_paused_site_takes_part_in_nothing_and_a_run_stopped_for_good_ends_eve
         assert not history.runs[name].set_aside(history.now())
 
 
-def test_a_site_that_leaves_ends_by_itself(federation: Federation) -> None:
+def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     site = federation.sites["north"]
     site.hold(True)
     few = ("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3")

@@ -56,7 +56,7 @@ def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_s
         assert control(stock.front, timeout_s=10.0).status == "ok"
 
 
-def test_kills_of_flower_s_processes_lose_nothing_and_charge_nothing_twice(
+def test_killed_flower_processes_lose_nothing_and_charge_once(
     stock: StockFederation, in_one_process: Callable[..., Path]
 ) -> None:
     north = stock.sites["north"]
@@ -78,7 +78,7 @@ def test_kills_of_flower_s_processes_lose_nothing_and_charge_nothing_twice(
     check_whole(stock, "two", rounds=2)
 
 
-def test_a_killed_site_is_asked_again_and_charged_for_what_it_began(stock: StockFederation) -> None:
+def test_killed_site_is_asked_again_and_charged_for_started_rounds(stock: StockFederation) -> None:
     north = stock.sites["north"]
     north.hold(True)
     run = stock.submit("three", [*DEBUG, "federation.spare_rounds=1"])  # for what the killed round cost

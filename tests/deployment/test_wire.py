@@ -170,7 +170,7 @@ def names_of(kind: type) -> set[str]:
     return {field.name for field in fields(kind)}
 
 
-def test_a_site_makes_the_known_calls_and_no_other_and_listens_to_nobody(wire: Wire) -> None:
+def test_site_makes_only_known_calls_and_listens_on_no_port(wire: Wire) -> None:
     assert wire.listening == {"server": [wire.federation.network.port], "south": []}
     assert {call.path for call in wire.calls} == set(outbound.CALLS)
     assert {call.method for call in wire.calls} == {"POST"}
@@ -190,7 +190,7 @@ def test_a_site_makes_the_known_calls_and_no_other_and_listens_to_nobody(wire: W
         assert call.request is not None  # it is parsed to the last byte
 
 
-def test_who_waits_says_the_number_of_questions_that_it_heard_of_and_nothing_else(wire: Wire) -> None:
+def test_wait_request_contains_only_the_question_count(wire: Wire) -> None:
     assert wire.waits
     numbers = []
     for call in wire.waits:
@@ -203,7 +203,7 @@ def test_who_waits_says_the_number_of_questions_that_it_heard_of_and_nothing_els
     assert max(numbers) <= len(outbound.messages_of(wire.calls))
 
 
-def test_the_answers_are_fedtune_s_own_types(wire: Wire) -> None:
+def test_site_answers_use_only_fedtune_types(wire: Wire) -> None:
     found = []
     for request, content in outbound.messages_of(wire.calls):
         assert list(request.clientapp_runtime_list) == [0.0]
@@ -259,7 +259,7 @@ def secrets_of(wire: Wire) -> list[str]:
     return [PLANTED, PLANTED.split()[0], EXCEPTION, EXCEPTION[:14], "ValueError", "Traceback", "questions.csv", *own]
 
 
-def test_no_record_path_name_or_exception_leaves(wire: Wire) -> None:
+def test_no_record_path_name_or_exception_leaves_the_site(wire: Wire) -> None:
     everything = [call.path.encode() + json.dumps(call.headers).encode() + call.body for call in wire.calls]
     texts = [text.encode() for text in all_texts(wire)]
     for secret in secrets_of(wire):
@@ -270,7 +270,7 @@ def test_no_record_path_name_or_exception_leaves(wire: Wire) -> None:
     assert any(b"max_local_steps" in each for each in texts)
 
 
-def test_the_true_count_does_not_leave(wire: Wire) -> None:
+def test_true_record_count_does_not_leave_the_site(wire: Wire) -> None:
     assert len((wire.north.folder / "questions.csv").read_bytes().splitlines()) == COUNT + 1
     assert all(number != COUNT for _, number in all_numbers(wire))
     assert {"flwr.proto.Node.node_id", "json", "shape"} < {name for name, _ in all_numbers(wire)}
@@ -309,7 +309,7 @@ def all_texts(wire: Wire) -> Iterator[str]:
         yield from (str(config["json"]) for config in content.config_records.values())
 
 
-def test_no_log_or_file_elsewhere_holds_a_record(wire: Wire) -> None:
+def test_logs_and_files_elsewhere_contain_no_records(wire: Wire) -> None:
     federation = wire.federation
     assert "ValueError" in wire.north.up.text  # what went wrong is there, for the site's own people
     assert "DataError" in wire.north.up.text
@@ -321,7 +321,7 @@ def test_no_log_or_file_elsewhere_holds_a_record(wire: Wire) -> None:
             assert PLANTED.split()[0].encode() not in content, path
 
 
-def test_the_books_of_the_run(wire: Wire) -> None:
+def test_failed_rounds_are_charged_in_the_ledgers(wire: Wire) -> None:
     check_books(wire.federation, RUN)
     result = wire.federation.result(RUN)
     failed = [round["failed_sites"].get("north", "update") for round in result["rounds"]]

@@ -50,7 +50,7 @@ def script(page: str) -> str:
     return "\n".join(parts)
 
 
-def test_the_table_of_steps_counts_each_and_names_every_step_of_the_page() -> None:
+def test_step_table_counts_every_step_of_the_page() -> None:
     text = PAGE.read_text()
     (table,) = re.findall(r"^\| who \| once \|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.MULTILINE)
     counts: dict[str, list[int]] = {}
@@ -89,7 +89,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(folder=folder, printed=shell.text)
 
 
-def test_every_round_has_every_site_at_a_cost_within_each_policy_and_in_each_ledger(followed: Any) -> None:
+def test_every_round_includes_every_site_within_its_budget(followed: Any) -> None:
     result = result_of(followed.folder / "runs" / "first")
     assert [one["round"] for one in result["rounds"]] == [1, 2]
     for one in result["rounds"]:
@@ -107,7 +107,7 @@ def test_every_round_has_every_site_at_a_cost_within_each_policy_and_in_each_led
         assert 0 < charged <= files.policy.budget.max_epsilon
 
 
-def test_what_the_page_shows_was_printed(followed: Any) -> None:
+def test_tutorial_output_matches_the_actual_output(followed: Any) -> None:
     def shape(text: str) -> str:
         """Without what differs from run to run: words with digits in them, and how text was broken into lines.
 
@@ -123,7 +123,7 @@ def test_what_the_page_shows_was_printed(followed: Any) -> None:
             assert shape(line) in printed, line
 
 
-def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(followed: Any) -> None:
+def test_policy_differs_from_the_template_only_in_documented_lines(followed: Any) -> None:
     tables = {"population", "dataset", "budget", "limits", "allow", "releases", "machine", "trust", "asserted"}
 
     def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -177,7 +177,7 @@ def mistake(command: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_on_a_page_can_be_typed(page: Path) -> None:
+def test_every_documented_command_can_be_parsed(page: Path) -> None:
     text = page.read_text()
     for command in typed(text):
         assert not mistake(command), command
@@ -186,7 +186,7 @@ def test_every_command_on_a_page_can_be_typed(page: Path) -> None:
         assert not found or found.startswith("Missing "), f"{command}: {found}"
 
 
-def test_commands_are_found_and_mistakes_in_them_too() -> None:
+def test_command_search_finds_commands_and_detects_mistakes() -> None:
     assert len(list(typed(PAGE.read_text()))) > 25
     assert len(list(named(PAGE.read_text()))) > 5
     for wrong in ("fedtune site begin", "fedtune site doctor --kits x", "fedtune ledger show --json"):

@@ -28,7 +28,7 @@ def refuse(tmp_path: Path) -> Callable[..., str]:
 
 
 @snapshots.mistakes("mistakes-settings")
-def test_a_wrong_setting_is_named(refuse: Callable[..., str], typed: str) -> None:
+def test_invalid_setting_is_named_with_its_key_value_and_bound(refuse: Callable[..., str], typed: str) -> None:
     """With key, value and bound; of each bound that no spec has by itself."""
     snapshots.check_message("mistakes-settings", typed, refuse(*shlex.split(typed)))
 
@@ -44,7 +44,9 @@ GOOD = json.dumps({"text": "where is my card", "label": "card_arrival"})
         ("test_file", '{"text": "a", "label": "parking"}', "data.labels"),
     ],
 )
-def test_a_malformed_line_is_named(refuse: Callable[..., str], tmp_path: Path, key: str, line: str, bound: str) -> None:
+def test_malformed_line_is_named_with_its_file_and_number(
+    refuse: Callable[..., str], tmp_path: Path, key: str, line: str, bound: str
+) -> None:
     file = tmp_path / "records.jsonl"
     file.write_text(f"{GOOD}\n{line}\n")
     message = refuse(f"data.{key}={file}", "data.train_fraction=1.0", "federation.num_sites=1")
@@ -52,7 +54,7 @@ def test_a_malformed_line_is_named(refuse: Callable[..., str], tmp_path: Path, k
     assert bound in message
 
 
-def test_evaluate_names_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+def test_evaluate_names_invalid_files_and_options(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"text": "a", "label": "parking"}\n')
     assert f"{file}:1" in command("evaluate", str(folder), "--data", str(file), "--device", "cpu").failed()

@@ -65,7 +65,7 @@ def allow_rounds(kept: Path, site: str, count: float) -> None:
     write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=cap)), path)
 
 
-def test_the_second_run_gets_what_is_left_and_the_third_is_refused(run: Any, kept: Path, tmp_path: Path) -> None:
+def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept: Path, tmp_path: Path) -> None:
     for site in SITES:
         allow_rounds(kept, site, 1.5 * ROUNDS + 1.0)
     second = run("second", "federation.if_over_budget=fewer_rounds")
@@ -96,7 +96,9 @@ def test_the_second_run_gets_what_is_left_and_the_third_is_refused(run: Any, kep
 
 @pytest.mark.by_day("seed=5", "data.train_file=simulations/data/banking77/test.jsonl.gz")
 @snapshots.mistakes("mistakes-kept-sites")
-def test_a_record_stays_where_a_ledger_knows_it(run: Any, kept: Path, tmp_path: Path, typed: str) -> None:
+def test_changed_partition_is_refused_next_to_existing_ledgers(
+    run: Any, kept: Path, tmp_path: Path, typed: str
+) -> None:
     before = events(kept)
     message = run("second", typed).failed().replace(str(kept), "KEPT")
     snapshots.check_message("mistakes-kept-sites", typed, message)
@@ -104,7 +106,7 @@ def test_a_record_stays_where_a_ledger_knows_it(run: Any, kept: Path, tmp_path: 
     assert not (tmp_path / "runs" / "second").exists()
 
 
-def test_a_policy_that_is_none_stops_before_anything_is_trained(run: Any, kept: Path, tmp_path: Path) -> None:
+def test_invalid_policy_stops_the_run_before_training(run: Any, kept: Path, tmp_path: Path) -> None:
     path = kept / "site-1" / "site.toml"
     path.write_text(path.read_text().replace("max_rounds", "max_round"))
     for wanted in ("fewer_rounds", "more_noise"):

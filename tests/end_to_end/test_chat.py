@@ -62,7 +62,7 @@ TEXT = ("data.columns={text: text}", "evaluation.generate=true")
 
 @pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])
 @pytest.mark.parametrize("layout", [CHAT, TEXT], ids=["chat", "text"])
-def test_a_run_trains_and_scores(tuned: Any, layout: tuple[str, ...], private: bool) -> None:
+def test_chat_and_text_runs_train_and_report_scores(tuned: Any, layout: tuple[str, ...], private: bool) -> None:
     scored = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=4.0", "data.heldout_fraction=0.4")
     result = result_of(tuned(*layout, "evaluation.max_new_tokens=6", *(scored if private else ("privacy=none",))))
     scores, before = result["final"]["metrics"], result["final"]["metrics_before"]
@@ -134,7 +134,7 @@ def private(given: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
+def test_private_preference_run_is_scored_charged_and_reported(private: Path) -> None:
     result = result_of(private)
     assert result["task"] == "preference"
     assert list(result["final"]["metrics"]) == SCORES
@@ -146,7 +146,7 @@ def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
     assert command("report", "verify", str(private / "report.json")).code == 0
 
 
-def test_without_privacy_it_is_learnt(given: Any, tmp_path: Path) -> None:
+def test_preference_run_without_privacy_learns(given: Any, tmp_path: Path) -> None:
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
     beta = ("task_settings.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
     # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
@@ -159,7 +159,7 @@ def test_without_privacy_it_is_learnt(given: Any, tmp_path: Path) -> None:
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"] - 0.1
 
 
-def test_going_on_keeps_the_base_as_reference(given: Any, private: Path, tmp_path: Path) -> None:
+def test_continued_preference_run_keeps_the_base_as_reference(given: Any, private: Path, tmp_path: Path) -> None:
     more = given("text", f"model.adapter={private}", "federation.num_rounds=1")
     before = result_of(simulate(*more, into=tmp_path, name="more"))["final"]["metrics_before"]
     assert before == result_of(private)["final"]["metrics"]
@@ -167,6 +167,6 @@ def test_going_on_keeps_the_base_as_reference(given: Any, private: Path, tmp_pat
 
 
 @snapshots.mistakes("mistakes-preference")
-def test_settings_that_misfit_are_named(given: Any, tmp_path: Path, typed: str) -> None:
+def test_incompatible_preference_settings_are_named(given: Any, tmp_path: Path, typed: str) -> None:
     message = command("simulate", *tiny(*given("text"), typed, into=tmp_path)).failed()
     snapshots.check_message("mistakes-preference", typed, message)

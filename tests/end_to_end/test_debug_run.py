@@ -40,7 +40,7 @@ def result(folder: Path) -> Any:
     return result_of(folder)
 
 
-def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
+def test_run_folder_contains_the_documented_files(folder: Path) -> None:
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     snapshots.check_text("run-folder.txt", "\n".join(found) + "\n")
     for key in folder.rglob("*.pem"):
@@ -57,7 +57,7 @@ def settled(value: Any) -> Any:
     return "number" if isinstance(value, float) or (isinstance(value, int) and value > 999) else value
 
 
-def test_run_json_has_the_keys_that_others_rely_on_and_the_bytes_of_the_adapter(result: Any, folder: Path) -> None:
+def test_run_json_has_its_documented_keys_and_the_adapter_digest(result: Any, folder: Path) -> None:
     snapshots.check_json("run", json.dumps(settled(result)), folder=folder)
     about = json.loads((folder / "adapter" / "fedtune.json").read_text())
     assert result["provenance"]["base_model"]["sha256"] == about["model"]["sha256"]
@@ -70,7 +70,7 @@ def test_run_json_has_the_keys_that_others_rely_on_and_the_bytes_of_the_adapter(
     assert {site["metrics_noise_multiplier"] for site in result["privacy"]["sites"].values()} == {0}
 
 
-def test_epsilon_keeps_below_its_target_and_equals_an_independent_computation(result: Any, folder: Path) -> None:
+def test_epsilon_stays_below_target_and_matches_an_independent_accountant(result: Any, folder: Path) -> None:
     privacy = result["privacy"]
     for name, site in privacy["sites"].items():
         step = PoissonSampledDpEvent(site["sampling_rate"], GaussianDpEvent(site["noise_multiplier"]))
@@ -92,7 +92,7 @@ def test_epsilon_keeps_below_its_target_and_equals_an_independent_computation(re
     assert privacy["epsilon"] == max(site["epsilon"] for site in privacy["sites"].values())
 
 
-def test_evaluate_repeats_the_final_scores_on_the_test_file(folder: Path, result: Any, tmp_path: Path) -> None:
+def test_evaluate_reproduces_the_final_test_scores(folder: Path, result: Any, tmp_path: Path) -> None:
     test_file = tmp_path / "test.jsonl"
     name, columns = "simulations/data/banking77/test.jsonl.gz", {"text": "text", "label": "label"}
     scored = chosen_rows(lead_records(name, columns=columns, key="data.test_file")[0], 40)
@@ -104,7 +104,7 @@ def test_evaluate_repeats_the_final_scores_on_the_test_file(folder: Path, result
     assert scores == pytest.approx(result["final"]["metrics"], abs=1e-4)
 
 
-def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(printed: tuple[Path, str], result: Any) -> None:
+def test_terminal_shows_rounds_epsilon_and_paths_without_warnings(printed: tuple[Path, str], result: Any) -> None:
     folder, out = printed
     for round in (1, 2, 3):
         (line,) = (line for line in out.splitlines() if line.startswith(f"round {round}/3"))
@@ -121,7 +121,7 @@ def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(printed: t
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
 
 
-def test_a_rate_that_is_far_too_high_is_told_with_lower_ones(tmp_path: Path) -> None:
+def test_diverged_run_suggests_lower_learning_rates(tmp_path: Path) -> None:
     chosen = ("training.learning_rate=1e9", "federation.num_rounds=1", "data.test_rows=40")
     outcome = command("simulate", *tiny(*chosen, into=tmp_path))
     assert "Training diverged: do not use this adapter." in outcome.printed

@@ -28,7 +28,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(*settings, into=into)
 
 
-def test_the_adapter_is_the_kept_round_s_and_the_claim_stays_the_planned_epsilon(stopped: Path) -> None:
+def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped: Path) -> None:
     config = saved_config(stopped)
     state = Checkpoints(stopped / "checkpoints", config.digest()).load()
     assert SavedAdapter.to_begin_in(str(stopped)).digest == state.kept.digest() != state.adapter.digest()
@@ -41,7 +41,7 @@ def test_the_adapter_is_the_kept_round_s_and_the_claim_stays_the_planned_epsilon
         assert (site["rounds"], site["epsilon"], site["planned_epsilon"]) == (3, charged, planned)
 
 
-def test_report_and_card_say_what_was_kept_and_both_epsilons(stopped: Path) -> None:
+def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped: Path) -> None:
     report = from_run.build(stopped)
     assert problems(report) == []
     assert report.verdict.reasons == ("charged_less",)
@@ -59,13 +59,13 @@ def test_report_and_card_say_what_was_kept_and_both_epsilons(stopped: Path) -> N
     assert "Kept is what round 1 of 3 gave, by accuracy on the lead's own validation file" in card
 
 
-def test_a_report_that_tells_of_another_choice_is_found_out(stopped: Path) -> None:
+def test_report_claiming_another_kept_round_is_detected(stopped: Path) -> None:
     report = from_run.build(stopped)
     for told in (replace(report.utility.kept, ended_early=False), replace(report.utility.kept, round=2, score=0.999)):
         assert problems(replace(report, utility=replace(report.utility, kept=told))) != []
 
 
-def test_resuming_it_charges_nothing(stopped: Path, tmp_path: Path) -> None:
+def test_resuming_a_stopped_run_charges_nothing(stopped: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
     ledger, before = folder / "sites/site-1/ledger.db", result_of(folder)
     events = len(verify(ledger).events)
@@ -76,7 +76,7 @@ def test_resuming_it_charges_nothing(stopped: Path, tmp_path: Path) -> None:
     assert after["final"]["metrics"] == before["final"]["metrics"]
 
 
-def test_only_records_of_the_leads_own_may_decide(tmp_path: Path) -> None:
+def test_early_stopping_requires_separate_validation_records(tmp_path: Path) -> None:
     share = ("data.validation_file=null", "data.validation_fraction=0.2")
     for settings in (share[:1], share):
         for decides in ("federation.stop_after=2", "federation.keep_round=best"):

@@ -93,13 +93,13 @@ NOISED = (
 
 @pytest.mark.by_day("classification", "regression")
 @pytest.mark.parametrize("task", COLUMNS)
-def test_without_privacy_it_is_learnt(run: Any, task: str) -> None:
+def test_feature_run_without_privacy_learns(run: Any, task: str) -> None:
     final = result_of(run(*PLAIN, task=task))["final"]
     assert final["metrics"][JUDGED[task]] > 0.8
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
-def test_a_private_run_is_planned_scored_charged_and_reported(run: Any, settings: Any) -> None:
+def test_private_feature_run_is_planned_scored_charged_and_reported(run: Any, settings: Any) -> None:
     told = command("plan", *settings(), "--time")
     assert "the head 20 trained parameters" in (words := " ".join(told.printed.split()))
     assert "with every example of this size" in words
@@ -115,9 +115,7 @@ def test_a_private_run_is_planned_scored_charged_and_reported(run: Any, settings
 
 @pytest.mark.by_day("regression")
 @pytest.mark.parametrize("task", COLUMNS)
-def test_a_task_has_its_scores_and_their_detail_in_run_report_and_evaluation(
-    run: Any, tmp_path: Path, task: str
-) -> None:
+def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_path: Path, task: str) -> None:
     folder = run(*NOISED, task=task)
     result, report = result_of(folder), json.loads((folder / "report.json").read_text())
     assert 0 < result["privacy"]["epsilon"] < 8
@@ -140,7 +138,7 @@ def test_a_task_has_its_scores_and_their_detail_in_run_report_and_evaluation(
         assert answers == result["provenance"]["test_rows"] * (len(labels) if task == "multi_label" else 1)
 
 
-def test_it_is_evaluated_compared_and_used(run: Any, tmp_path: Path) -> None:
+def test_feature_run_is_evaluated_compared_and_generates(run: Any, tmp_path: Path) -> None:
     folder, other = run(*PLAIN), run(*PLAIN, "head.hidden=[8]")
     assert result_of(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network learns it, too"
     shapes = {name: one.shape for name, one in load_file(other / "adapter" / "head.safetensors").items()}
@@ -158,14 +156,14 @@ def test_it_is_evaluated_compared_and_used(run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_by_secure_sums(run: Any) -> None:
+def test_feature_run_works_with_secure_aggregation(run: Any) -> None:
     result = result_of(run("federation.aggregation=secure", "federation.num_rounds=3", "training.local_steps=1"))
     assert len(result["rounds"]) == 3
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("unit", ["record", "user"])
-def test_no_unit_moves_a_step_by_more_than_the_clip_norm(settings: Any, tmp_path: Path, unit: str) -> None:
+def test_feature_unit_moves_a_step_by_at_most_the_clip_norm(settings: Any, tmp_path: Path, unit: str) -> None:
     of_users = ("privacy.unit=user", "+data.columns.user=ward") if unit == "user" else ()
     search = ("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", "head.hidden=[8]", *of_users)
     found = json.loads(command("audit", *settings(*search, name=f"searched-{unit}"), "--json").printed)["result"]
@@ -174,7 +172,7 @@ def test_no_unit_moves_a_step_by_more_than_the_clip_norm(settings: Any, tmp_path
 
 
 @snapshots.mistakes("mistakes-features")
-def test_what_is_wrong_is_said_in_one_line(settings: Any, typed: str) -> None:
+def test_invalid_feature_settings_give_one_line(settings: Any, typed: str) -> None:
     given = settings(*shlex.split(typed), name="wrong")
     snapshots.check_message("mistakes-features", typed, command("simulate", *given).failed())
     assert not folder_of(given).exists()
@@ -183,7 +181,9 @@ def test_what_is_wrong_is_said_in_one_line(settings: Any, typed: str) -> None:
 @pytest.mark.parametrize(
     ("task", "hidden", "format"), [("classification", "[8]", "safetensors"), ("regression", "[]", "onnx")]
 )
-def test_an_export_computes_the_same_elsewhere(run: Any, tmp_path: Path, task: str, hidden: str, format: str) -> None:
+def test_exported_feature_model_gives_the_same_predictions(
+    run: Any, tmp_path: Path, task: str, hidden: str, format: str
+) -> None:
     folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)
     assert command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "features.json").is_file()

@@ -53,14 +53,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
 
 @pytest.mark.by_day("classification")
 @pytest.mark.parametrize("task", ANSWERS)
-def test_without_privacy_it_is_learnt(run: Any, task: str) -> None:
+def test_image_run_without_privacy_learns(run: Any, task: str) -> None:
     final = result_of(run(*PLAIN, task=task))["final"]
     assert final["metrics"]["loss"] < 0.8 * final["metrics_before"]["loss"]
     if task == "classification":
         assert final["metrics"]["accuracy"] > 0.8
 
 
-def test_a_private_run_is_scored_charged_and_reported(run: Any) -> None:
+def test_private_image_run_is_scored_charged_and_reported(run: Any) -> None:
     folder = run("federation.num_rounds=1", "training.local_steps=2", "training.learning_rate=0.05")
     assert 0 < result_of(folder)["privacy"]["epsilon"] < 8
     assert command("report", "verify", str(folder / "report.json")).code == 0
@@ -68,14 +68,14 @@ def test_a_private_run_is_scored_charged_and_reported(run: Any) -> None:
 
 
 @snapshots.mistakes("mistakes-images")
-def test_what_is_wrong_is_said_in_one_line(settings: Any, typed: str) -> None:
+def test_invalid_image_settings_give_one_line(settings: Any, typed: str) -> None:
     given = settings(*shlex.split(typed), name="wrong")
     snapshots.check_message("mistakes-images", typed, command("simulate", *given).failed())
     assert not folder_of(given).exists()
 
 
 @pytest.mark.parametrize("format", ["peft", "safetensors"])
-def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, tmp_path: Path, format: str) -> None:
+def test_exported_image_model_works_without_fedtune(run: Any, tmp_path: Path, format: str) -> None:
     folder = run(*PLAIN)
     assert command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "preprocessor_config.json").is_file()
@@ -93,7 +93,7 @@ def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, tmp_path: Pa
     assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLOURS}
 
 
-def test_init_finds_images_in_rows_and_asks_for_a_model(tmp_path: Path) -> None:
+def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path) -> None:
     model = vision_folder(tmp_path / "model")
     rows = {
         "scan": [{"bytes": encoded(picture(seed=n)), "path": None} for n in range(30)],
@@ -111,7 +111,7 @@ def test_init_finds_images_in_rows_and_asks_for_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_no_record_moves_a_step_by_more_than_the_clip_norm(settings: Any) -> None:
+def test_image_record_moves_a_step_by_at_most_the_clip_norm(settings: Any) -> None:
     told = command("audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json")
     found = json.loads(told.printed)["result"]
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)

@@ -29,7 +29,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_after_every_kill_the_ledger_accounts_for_all_that_was_seen(sample: Any) -> None:
+def test_ledger_accounts_for_all_observed_rounds_after_every_kill(sample: Any) -> None:
     assert sample["problems"] == []
     assert sample["kills"] == len(sample["hits"]) == KILLS
     for hit in sample["hits"]:
@@ -37,7 +37,7 @@ def test_after_every_kill_the_ledger_accounts_for_all_that_was_seen(sample: Any)
             assert charged >= hit["begun"][site] >= hit["observed"][site], hit
 
 
-def test_the_kills_are_spread_over_everything_that_is_written_trained_and_sent(sample: Any) -> None:
+def test_kill_points_cover_every_write_training_and_send_phase(sample: Any) -> None:
     named = {phase for phase, counts in sample["phases"].items() if counts.get("named")}
     assert named == {
         *("open", "reserve", "commit", "refusal", "end of run", "anchor", "site files", "journal", "checkpoint"),
@@ -54,7 +54,7 @@ ORDERS = tomllib.loads(Path(__file__).with_name("wrong_orders.toml").read_text()
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_ledger_that_writes_in_a_wrong_order_is_found_out(sample: Any, order: str) -> None:
+def test_wrong_write_order_in_a_ledger_is_detected(sample: Any, order: str) -> None:
     found = [broken["found"] for broken in sample["broken_orders"] if broken["order"] == order]
     assert found
     for sentences in found:
@@ -62,7 +62,7 @@ def test_a_ledger_that_writes_in_a_wrong_order_is_found_out(sample: Any, order: 
             assert any(said in sentence for sentence in sentences)
 
 
-def test_the_committed_study_is_large_enough_and_found_nothing() -> None:
+def test_committed_kill_study_is_large_and_found_no_problems() -> None:
     study = json.loads((REPOSITORY / "simulations" / "kill" / "results.json").read_text())
     assert study["problems"] == []
     assert study["kills"] == len(study["hits"]) >= 200

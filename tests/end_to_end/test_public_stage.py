@@ -63,7 +63,7 @@ def run(public: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     return finished
 
 
-def test_the_stage_is_a_run_of_the_lead_alone_in_which_the_run_begins(run: fedtune.Run, public: Path) -> None:
+def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, public: Path) -> None:
     stage = fedtune.load(run.folder.parent / "run-public")
     assert (stage.privacy.epsilon, [*stage.privacy.sites]) == (None, ["lead"])
     data = stage.config.data
@@ -84,7 +84,7 @@ def test_the_stage_is_a_run_of_the_lead_alone_in_which_the_run_begins(run: fedtu
     assert command("report", "verify", str(run.folder)).code == 0
 
 
-def test_a_finished_stage_is_used_as_it_is(run: fedtune.Run, public: Path, tmp_path: Path) -> None:
+def test_finished_public_stage_is_reused(run: fedtune.Run, public: Path, tmp_path: Path) -> None:
     shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
     words = tiny(f"public.train_file='{public}'", "federation.num_rounds=1", into=tmp_path)
     other = command("simulate", *words).message
@@ -95,7 +95,9 @@ def test_a_finished_stage_is_used_as_it_is(run: fedtune.Run, public: Path, tmp_p
     assert saved_config(tmp_path / "run").model.adapter_sha256 == run.config.model.adapter_sha256
 
 
-def test_a_stage_outlives_its_checkpoints_and_no_other_records(run: fedtune.Run, public: Path, tmp_path: Path) -> None:
+def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
+    run: fedtune.Run, public: Path, tmp_path: Path
+) -> None:
     stage = shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
     shutil.rmtree(stage / "checkpoints")
     written = (stage / "run.json").stat().st_mtime_ns
@@ -111,7 +113,7 @@ def test_a_stage_outlives_its_checkpoints_and_no_other_records(run: fedtune.Run,
         after_public_stage(asked, lambda stage, folder: None)
 
 
-def test_no_other_start_is_called_public(run: fedtune.Run, public: Path) -> None:
+def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, public: Path) -> None:
     assert start_adapter_of(run.config)["public"] is True
     private = replace(run.config, model=replace(run.config.model, adapter=str(run.folder)))
     with pytest.raises(ConfigError, match=r"model.adapter = .*: must be null with public.train_file: it was not"):
@@ -121,7 +123,9 @@ def test_no_other_start_is_called_public(run: fedtune.Run, public: Path) -> None
         start_adapter_of(other)
 
 
-def test_an_interrupted_stage_says_how_to_go_on(public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_public_stage_explains_how_to_resume(
+    public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fail_where(monkeypatch, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
     words = tiny(f"public.train_file={public}", into=tmp_path, name="one")
     (tmp_path / "one").mkdir()
@@ -137,7 +141,7 @@ def test_an_interrupted_stage_says_how_to_go_on(public: Path, tmp_path: Path, mo
 
 
 @snapshots.mistakes("mistakes-public")
-def test_what_is_no_public_stage_is_refused(public: Path, tmp_path: Path, typed: str) -> None:
+def test_invalid_public_stage_settings_are_refused(public: Path, tmp_path: Path, typed: str) -> None:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
     copy = tmp_path / "copy.jsonl"  # not compressed, and in another order
     copy.write_bytes(b"\n".join(reversed(gzip.decompress(sites.read_bytes()).splitlines())))

@@ -28,7 +28,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return {key: [o for o in found if o["privacy"] == key] for key in ("none", "8", "1")}
 
 
-def test_without_privacy_an_update_holds_the_text_of_the_record(outcomes: Any) -> None:
+def test_update_without_privacy_reveals_the_record_text(outcomes: Any) -> None:
     for outcome in outcomes["none"]:
         assert outcome["records"] == 1
         assert outcome["guess"] == outcome["true"]
@@ -39,7 +39,7 @@ def test_without_privacy_an_update_holds_the_text_of_the_record(outcomes: Any) -
 
 
 @pytest.mark.parametrize("epsilon", ["8", "1"])
-def test_with_privacy_the_same_attack_reads_nothing(outcomes: Any, epsilon: str) -> None:
+def test_reconstruction_attack_fails_with_privacy(outcomes: Any, epsilon: str) -> None:
     assert len(outcomes[epsilon]) == 2
     for outcome in outcomes[epsilon]:
         assert outcome["records"] == 0
@@ -49,7 +49,7 @@ def test_with_privacy_the_same_attack_reads_nothing(outcomes: Any, epsilon: str)
         assert outcome["guess"] != outcome["true"]
 
 
-def test_the_same_records_are_attacked_under_every_setting(outcomes: Any) -> None:
+def test_attack_uses_the_same_records_in_every_setting(outcomes: Any) -> None:
     records = {key: [outcome["true"] for outcome in of_key] for key, of_key in outcomes.items()}
     assert records["none"] == records["8"] == records["1"]
     assert [o["noise_multiplier"] for o in outcomes["none"]] == [0, 0]

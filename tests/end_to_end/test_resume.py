@@ -41,7 +41,7 @@ def follower(stop_after: int | None) -> Mock:
     return Mock(round_finished=Mock(side_effect=round_finished))
 
 
-def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path) -> None:
     """With a strategy that has a state; the others: tests/flower/test_averaging.py."""
     adam = ("federation.strategy=fedadam", "federation.server_learning_rate=0.05", "federation.server_momentum=0.9")
     chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *adam)
@@ -66,7 +66,7 @@ def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(tmp_path: Pat
     assert [entry["metrics"] for entry in one["rounds"]] == [entry["metrics"] for entry in other["rounds"]]
 
 
-def test_a_round_broken_off_stays_charged_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_round_stays_charged_and_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That a charge outlives SIGKILL at any moment: test_kill_points.py."""
     folder = tmp_path / "run"
 
@@ -91,7 +91,7 @@ def test_a_round_broken_off_stays_charged_and_is_tried_again(tmp_path: Path, mon
     assert spent == {"site-1": (4, False), "site-2": (6, False)}
 
 
-def test_a_folder_that_moved_keeps_its_budget(folder: Path, tmp_path: Path) -> None:
+def test_moved_run_folder_keeps_its_budget(folder: Path, tmp_path: Path) -> None:
     # Ledgers know a run by the name it began with; a new one would let every site start from zero.
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
     before = [verify(folder / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
@@ -102,7 +102,7 @@ def test_a_folder_that_moved_keeps_its_budget(folder: Path, tmp_path: Path) -> N
     assert result_of(moved)["privacy"]["sites"]["site-1"]["steps"] == 4
 
 
-def test_resuming_a_finished_run_writes_the_same_again(folder: Path) -> None:
+def test_resuming_a_finished_run_rewrites_the_same_results(folder: Path) -> None:
     adapter, result = adapter_of(folder), result_of(folder)
     assert command("simulate", f"resume={folder}").code == 0
     assert adapter_of(folder) == adapter
@@ -110,7 +110,7 @@ def test_resuming_a_finished_run_writes_the_same_again(folder: Path) -> None:
     assert "data_changed" not in result_of(folder)["final"]["findings"]
 
 
-def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path) -> None:
+def test_damaged_checkpoint_ends_the_resumed_run(folder: Path) -> None:
     newest = folder / "checkpoints" / "round-0002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     outcome = command("simulate", f"resume={folder}")
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path) -> None:
     assert "no other is left: start a new run" in command("simulate", f"resume={folder}").message
 
 
-def test_other_records_in_a_resumed_run_are_noticed_and_reported(tmp_path: Path) -> None:
+def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     rows = [f"question {number} of {number % 7},{number % 2}" for number in range(60)]
     train = tmp_path / "train.csv"
     train.write_text("\n".join(["text,label", *rows]) + "\n")
@@ -162,7 +162,9 @@ def here(everyone: Participants) -> Any:
     )
 
 
-def test_one_adapter_with_flower_or_without_and_half_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_updates_halve_traffic_with_and_without_flower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seeded = ("runtime.seeded_noise=true", "privacy.noise_multiplier=4.0")
     whole = simulate(*seeded, "federation.update_dtype=float32", into=tmp_path, name="float32")
     flower = simulate(*seeded, into=tmp_path, name="flower")

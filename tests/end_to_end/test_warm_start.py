@@ -37,7 +37,7 @@ def digest_of(folder: Path) -> str:
     return str(json.loads((folder / "adapter" / "fedtune.json").read_text())["adapter_digest"])
 
 
-def test_it_starts_with_the_scores_that_the_other_ended_with_and_every_paper_says_so(first: Path, second: Any) -> None:
+def test_warm_start_keeps_final_scores_and_states_its_lineage(first: Path, second: Any) -> None:
     begun = result_of(second[0])
     assert begun["final"]["metrics_before"] == result_of(first)["final"]["metrics"]
     assert begun["final"]["metrics"] != begun["final"]["metrics_before"]
@@ -57,7 +57,7 @@ def test_it_starts_with_the_scores_that_the_other_ended_with_and_every_paper_say
     assert json.loads((first / "report.json").read_text())["facts"]["provenance"]["start_adapter"] is None
 
 
-def test_the_ledgers_know_the_digest_and_not_the_place(first: Path, second: Any) -> None:
+def test_ledgers_record_the_start_adapter_digest_without_its_path(first: Path, second: Any) -> None:
     folder, _ = second
     shown = command("ledger", "show", str(folder / "sites" / "site-1" / "ledger.db")).out
     assert f"it begins in the adapter {digest_of(first)[:16]}" in " ".join(shown.split())
@@ -68,7 +68,7 @@ def test_the_ledgers_know_the_digest_and_not_the_place(first: Path, second: Any)
         assert str(first).encode() not in (folder / "sites" / site / "ledger.db").read_bytes()
 
 
-def test_a_run_is_named_after_what_its_adapter_holds_not_where(first: Path, tmp_path: Path) -> None:
+def test_run_id_depends_on_the_start_adapter_contents(first: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(first / "adapter", tmp_path / "elsewhere")
 
     def composed(*chosen: str) -> Any:
@@ -79,7 +79,7 @@ def test_a_run_is_named_after_what_its_adapter_holds_not_where(first: Path, tmp_
     assert here.model.adapter_sha256 == digest_of(first)
 
 
-def test_a_run_that_was_stopped_goes_on_without_the_folder(first: Path, tmp_path: Path) -> None:
+def test_stopped_run_continues_without_the_start_adapter_folder(first: Path, tmp_path: Path) -> None:
     copied, folder = shutil.copytree(first, tmp_path / "start"), tmp_path / "run"
     config = compose_run(tiny(f"model.adapter={copied}", into=tmp_path))
     write_config(config, folder)
@@ -93,14 +93,14 @@ def test_a_run_that_was_stopped_goes_on_without_the_folder(first: Path, tmp_path
 
 
 @snapshots.mistakes("mistakes-start")
-def test_what_does_not_fit_is_refused_first(first: Path, tmp_path: Path, typed: str) -> None:
+def test_incompatible_start_adapter_is_refused_before_training(first: Path, tmp_path: Path, typed: str) -> None:
     words = typed.replace("FIRST", str(first)).split()
     message = command("simulate", *tiny(*words, into=tmp_path / "runs")).failed().replace(str(first), "FIRST")
     snapshots.check_message("mistakes-start", typed, message)
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_adapter_with_canaries_begins_nothing(first: Path, tmp_path: Path) -> None:
+def test_audited_adapter_cannot_start_a_run(first: Path, tmp_path: Path) -> None:
     audited = shutil.copytree(first, tmp_path / "audited")
     (audited / "AUDIT.txt").write_text("canaries\n")
     outcome = command("simulate", *tiny(f"model.adapter={audited}", into=tmp_path / "runs"))

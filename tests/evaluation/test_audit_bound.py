@@ -26,13 +26,15 @@ CHANCE = 1e-4
         (100_000, 1510, 1439, 1e-5, 2.675),  # section 7, which cuts off the next digit
     ],
 )
-def test_the_paper_s_figures(canaries: int, guesses: int, right: int, delta: float, printed: float) -> None:
+def test_lower_bounds_match_the_published_figures(
+    canaries: int, guesses: int, right: int, delta: float, printed: float
+) -> None:
     found = epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
     assert found == pytest.approx(printed, abs=1e-3)
 
 
 @pytest.mark.parametrize(("canaries", "most"), [(1000, 5.78), (5000, 7.28), (15_000, 8.08)])
-def test_what_so_many_canaries_can_show_at_most(canaries: int, most: float) -> None:
+def test_largest_possible_bound_depends_on_the_number_of_canaries(canaries: int, most: float) -> None:
     assert best_possible(canaries, delta=DELTA, confidence=0.95) == pytest.approx(most, abs=5e-3)
     one_wrong = epsilon_lower_bound(canaries, canaries, canaries - 1, delta=DELTA, confidence=0.95)
     assert one_wrong < best_possible(canaries, delta=DELTA, confidence=0.95) - 0.1
@@ -41,7 +43,7 @@ def test_what_so_many_canaries_can_show_at_most(canaries: int, most: float) -> N
 @pytest.mark.parametrize("canaries", [10, 100, 1000])
 @pytest.mark.parametrize("delta", [0.0, 1e-6, 1e-3, 0.1])
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 3.0])
-def test_the_p_value_against_its_definition(canaries: int, delta: float, epsilon: float) -> None:
+def test_p_value_matches_its_definition(canaries: int, delta: float, epsilon: float) -> None:
     for guesses in (1, canaries // 2, canaries):
         for right in {0, 1, guesses // 2, guesses}:
             trials = stats.binom(guesses, 1 / (1 + np.exp(-epsilon)))
@@ -51,7 +53,7 @@ def test_the_p_value_against_its_definition(canaries: int, delta: float, epsilon
             assert p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) == pytest.approx(defined, abs=1e-9)
 
 
-def test_guessing_shows_nothing_and_a_larger_epsilon_explains_more() -> None:
+def test_random_guessing_gives_zero_and_p_value_grows_with_epsilon() -> None:
     assert epsilon_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
     assert epsilon_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
     for right in (60, 80, 100):
@@ -69,7 +71,7 @@ def too_many(trials: int) -> int:
     return int(stats.binom(trials, 0.05).isf(CHANCE))
 
 
-def test_on_randomised_response_a_bound_is_wrong_one_time_in_twenty() -> None:
+def test_bound_on_randomized_response_fails_five_percent_of_the_time() -> None:
     generator, trials, canaries = np.random.default_rng(1), 4000, 200
     right = generator.binomial(canaries, 1 / (1 + np.exp(-1.0)), size=trials)
     wrong = sum(bound(canaries, canaries, int(count), 0.0) > 1.0 for count in right)
@@ -79,7 +81,7 @@ def test_on_randomised_response_a_bound_is_wrong_one_time_in_twenty() -> None:
 
 
 @pytest.mark.parametrize("guesses", [40, 400])
-def test_on_a_gaussian_mechanism_a_bound_keeps_its_confidence(guesses: int) -> None:
+def test_bound_on_a_gaussian_mechanism_keeps_its_confidence(guesses: int) -> None:
     epsilon, trials, canaries = 2.0, 400, 400
     sigma = calibrate_noise(epsilon=epsilon, delta=DELTA, sampling_rate=1.0, steps=1)
     wrong = sum(shown > epsilon for shown in gaussian_bounds(sigma, trials, canaries, guesses))
@@ -98,7 +100,7 @@ def gaussian_bounds(sigma: float, trials: int, canaries: int, guesses: int) -> l
 
 
 @pytest.mark.parametrize(("shift", "golden"), [(1, 1.13346), (2, 2.311945), (4, 4.395568)])
-def test_the_goldens_of_jax_privacy(shift: int, golden: float) -> None:
+def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> None:
     """Its auditor on exact normal scores: "in" above a threshold, the best one on the ROC's hull, by Bonferroni."""
     quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
@@ -117,7 +119,7 @@ def test_the_goldens_of_jax_privacy(shift: int, golden: float) -> None:
 
 
 @pytest.mark.parametrize("sites", [[], ["a"], [None], ["a", None], ["a", "b", "c", None]], ids=str)
-def test_all_bounds_together_are_wrong_no_oftener_than_one_may_be(sites: list[str | None]) -> None:
+def test_simultaneous_bounds_share_the_allowed_error(sites: list[str | None]) -> None:
     errors = audit_bound.allowed_errors(0.95, sites)
     assert len(errors) == len(sites)
     assert sum(errors) == pytest.approx(0.05 if sites else 0.0)

@@ -22,7 +22,7 @@ def figures(values: np.ndarray) -> dict[str, np.ndarray]:
     return {"right": np.asarray(values, dtype=np.float64)}
 
 
-def test_scores_are_those_of_all_records_and_lower_losses_are_better() -> None:
+def test_scores_use_all_records_and_lower_losses_are_better() -> None:
     base, tuned = np.arange(20) < 5, np.arange(20) < 15
     found = compared(figures(base), figures(tuned), scores=mean)["accuracy"]
     assert (found.base.value, found.tuned.value, found.difference.value) == (0.25, 0.75, 0.5)
@@ -35,7 +35,7 @@ def test_scores_are_those_of_all_records_and_lower_losses_are_better() -> None:
     assert compared(low, low, scores=loss)["loss"].verdict == "cannot be told apart"
 
 
-def test_the_same_units_are_drawn_for_both_models() -> None:
+def test_bootstrap_is_paired_across_models() -> None:
     """Paired: what all records have in common does not widen the interval of the difference."""
     common = np.random.default_rng(1).normal(0.0, 10.0, size=100)
     found = compared(figures(common), figures(common + 1.0), scores=mean)["accuracy"]
@@ -52,7 +52,7 @@ def test_the_same_units_are_drawn_for_both_models() -> None:
     assert several.comparison("one", "both", "accuracy", judged="loss").verdict == "worse"
 
 
-def test_a_draw_takes_a_user_with_all_records() -> None:
+def test_bootstrap_resamples_whole_users() -> None:
     """Records of a user that agree are no evidence of their own: by record the interval would be far too narrow."""
     users = [np.arange(first, first + 10) for first in range(0, 200, 10)]
     values = figures(np.repeat(np.random.default_rng(2).normal(size=20), 10))
@@ -74,13 +74,15 @@ def test_a_draw_takes_a_user_with_all_records() -> None:
         ("accuracy", 0.55, 9, "cannot be told apart from"),
     ],
 )
-def test_model_is_judged_against_a_constant_answer(score: str, constant: float, num_units: int, verdict: str) -> None:
+def test_model_is_compared_with_the_best_constant_prediction(
+    score: str, constant: float, num_units: int, verdict: str
+) -> None:
     said = constant_words("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
     told = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
     assert said == f"The run {verdict} the best constant answer, the same to each record: {told}"
 
 
-def test_few_units_prove_nothing_nor_does_a_group_of_few() -> None:
+def test_too_few_units_give_no_verdict() -> None:
     zeros, ones = figures(np.zeros(FEWEST_UNITS)), figures(np.ones(FEWEST_UNITS))
     assert compared(zeros, ones, scores=mean)["accuracy"].verdict == "better"
     fewer = ({"right": one["right"][1:]} for one in (zeros, ones))
@@ -92,7 +94,7 @@ def test_few_units_prove_nothing_nor_does_a_group_of_few() -> None:
     assert found.changes["b"]["x", "y"].verdict == "cannot be told apart", "9 are too few"
 
 
-def test_a_model_that_diverged_is_worse_and_a_draw_that_cannot_be_scored_is_left_out() -> None:
+def test_diverged_model_is_worse_and_unscorable_resamples_are_skipped() -> None:
     fine, diverged, infinite = (figures(np.full(30, value)) for value in (1.0, np.nan, np.inf))
     found = compared(fine, diverged, scores=loss)["loss"]
     assert found.verdict == "worse"
@@ -108,7 +110,7 @@ def test_a_model_that_diverged_is_worse_and_a_draw_that_cannot_be_scored_is_left
     assert compared(rare, rare, scores=sometimes)["accuracy"].base.low == pytest.approx(1 / 12)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_confidence_intervals_have_their_nominal_coverage() -> None:
     """Of two models that are right on 60 % and 70 % of all records, not independently; 95 % within 4 deviations."""
     draws, number, held = np.random.default_rng(5), 400, 0
     for _ in range(number):
@@ -119,7 +121,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / number) < held / number < 0.95 + 4 * math.sqrt(0.95 * 0.05 / number)
 
 
-def test_an_interval_is_moved_back_by_what_draws_lie_off() -> None:
+def test_intervals_are_corrected_for_bootstrap_bias() -> None:
     """Macro-F1 of few records of each class: draws lack some, so that they lie too low, as the sample does."""
     draws, held, plain = np.random.default_rng(4), 0, 0
     for _ in range(200):
@@ -153,7 +155,7 @@ def answers(draws: np.random.Generator, truth: np.ndarray) -> dict[str, np.ndarr
 
 @pytest.mark.by_day("100")
 @pytest.mark.parametrize("number", [20, 100, 400])
-def test_models_that_are_alike_are_seldom_called_different(number: int) -> None:
+def test_equivalent_models_are_rarely_called_different(number: int) -> None:
     """Where a few records stand for 40 classes the bias is larger than the interval: it must not become a verdict."""
     draws, different = np.random.default_rng(6), 0
     for _ in range(100):
@@ -170,7 +172,7 @@ def test_models_that_are_alike_are_seldom_called_different(number: int) -> None:
 MANY = [*["ward a"] * 60, *["ward b"] * 30, *["c"] * 12, *["d"] * 9, *["e"] * 4]
 
 
-def test_small_groups_are_merged_and_the_next_smallest_joins_until_they_are_enough() -> None:
+def test_small_groups_are_merged_up_to_the_minimum_size() -> None:
     found = merged(MANY, smallest=20)
     assert (found.names, found.sizes, found.merged) == (("ward a", "ward b", OTHERS), (60, 30, 25), ("c", "d", "e"))
     assert found.codes.tolist() == [0] * 60 + [1] * 30 + [2] * 25
@@ -190,7 +192,7 @@ def test_small_groups_are_merged_and_the_next_smallest_joins_until_they_are_enou
     assert merged(values, smallest=6, units=units).sizes == (35, 6), "a user with records in both counts in both"
 
 
-def test_scores_gaps_and_changes_are_those_of_the_records_in_the_group() -> None:
+def test_group_scores_and_changes_use_only_their_records() -> None:
     groups = merged([*["a"] * 50, *["b"] * 50], smallest=20)
     base = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(40), np.zeros(10)]}
     tuned = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(50)]}

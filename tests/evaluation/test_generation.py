@@ -37,7 +37,7 @@ def written_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int)
     return token_ids[0, len(prompt) :].tolist()
 
 
-def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, prompts: Prompts) -> None:
+def test_generated_rows_end_at_their_own_end_token(language_model: TaskModel, prompts: Prompts) -> None:
     whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     ends = frozenset({end := whole[0][3], 999})
     written = generation.write_batch(
@@ -50,7 +50,7 @@ def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, prompts
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_drawn_texts_have_draws_of_their_own(
+def test_sampled_texts_use_independent_random_streams(
     language_model: TaskModel, prompts: Prompts, tokenizer: Any, guided: bool
 ) -> None:
     own, against = [prompts[0]] * 12, [prompts[1]] * 12 if guided else []
@@ -75,7 +75,7 @@ def next_logits(model: TaskModel, token_ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("share", [0, 1 / 2])
-def test_full_guidance_takes_what_another_prompt_makes_least_likely(
+def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
     language_model: TaskModel, prompts: Prompts, tokenizer: Any, share: float
 ) -> None:
     """Of the nucleus, the likeliest tokens that have 0.9 together."""
@@ -100,7 +100,7 @@ def test_full_guidance_takes_what_another_prompt_makes_least_likely(
     assert dict(draw(language_model, prompts, against=against, **settings)) == dict(enumerate(expected))
 
 
-def test_guidance_multiplies_chances_by_their_ratio(
+def test_guidance_scales_probabilities_by_their_ratio(
     language_model: TaskModel, prompts: Prompts, tokenizer: Any
 ) -> None:
     prompt, other = prompts[:2]
@@ -122,7 +122,7 @@ def test_guidance_multiplies_chances_by_their_ratio(
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
 @pytest.mark.parametrize("max_tokens", [1, 50, 10_000])
-def test_padding_cache_and_batches_change_no_text(
+def test_padding_cache_and_batching_do_not_change_texts(
     request: pytest.FixtureRequest, prompts: Prompts, tokenizer: Any, max_tokens: int, family: str
 ) -> None:
     model, expected = request.getfixturevalue(family), []
@@ -136,7 +136,7 @@ def test_padding_cache_and_batches_change_no_text(
     assert sum(text.startswith("w") for text in texts) > 10
 
 
-def test_bleu_and_rouge_by_hand_with_unequal_numbers_of_references_and_of_the_corpus() -> None:
+def test_bleu_and_rouge_match_manual_calculations() -> None:
     def scored(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
         return text_scores(text_figures(hypotheses, references))
 
@@ -158,7 +158,7 @@ def test_bleu_and_rouge_by_hand_with_unequal_numbers_of_references_and_of_the_co
     assert scored(some, [list(group) for group in zip(firsts, seconds, strict=True)])["bleu"] == pytest.approx(expected)
 
 
-def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
+def test_repeated_prompt_is_generated_once_with_all_references() -> None:
     asked = [np.array(row, dtype=np.int32) for row in ([5, 6], [5], [5, 6])]
     texts = ["first", "other", "second"]
     prompts, references = by_prompt(asked, texts)
@@ -170,7 +170,7 @@ def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
 
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
-def test_a_text_for_a_person_is_the_greedy_one(family: str, prompts: Prompts, request: Any) -> None:
+def test_displayed_text_is_the_greedy_continuation(family: str, prompts: Prompts, request: Any) -> None:
     model = request.getfixturevalue(family)
     for prompt in prompts:
         expected = written_without_cache(model, prompt, 8)
@@ -181,7 +181,7 @@ def test_a_text_for_a_person_is_the_greedy_one(family: str, prompts: Prompts, re
         assert list(write(model, prompt, end_ids=ends, spec=WritingSpec(max_new_tokens=8))) == expected[:first]
 
 
-def test_a_text_ends_at_the_models_last_position_and_flags_are_the_callers_between_two_tokens(
+def test_generation_ends_at_the_last_position_and_restores_flags(
     language_model: TaskModel, prompts: Prompts, tokenizer: Any
 ) -> None:
     prompt, flags = np.arange(3, 23, dtype=np.int32), [module.training for module in language_model.modules()]
@@ -200,7 +200,7 @@ def test_a_text_ends_at_the_models_last_position_and_flags_are_the_callers_betwe
         next(write(language_model, prompt, end_ids=(), spec=WritingSpec()))
 
 
-def test_drawn_tokens_repeat_with_the_seed_and_follow_the_models_chances(language_model: TaskModel) -> None:
+def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_model: TaskModel) -> None:
     prompt = np.array([5, 6, 7], dtype=np.int32)
     with torch.no_grad():
         logits = language_model.base(input_ids=torch.as_tensor(prompt, dtype=torch.int64)[None]).logits[0, -1].float()
@@ -228,7 +228,7 @@ def test_drawn_tokens_repeat_with_the_seed_and_follow_the_models_chances(languag
 @pytest.mark.parametrize(
     "text", ["plain", "  spaces  around  ", "Grüße, 你好 \N{RAINBOW}!", "a\nb\n\n", "\N{RAINBOW}" * 3, ""]
 )
-def test_parts_of_a_text_are_whole_characters(text: str) -> None:
+def test_streamed_text_parts_are_whole_characters(text: str) -> None:
     tokenizer = tiny_tokenizer("random:llama")  # one token a byte
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     parts = list(as_text([*ids, tokenizer.eos_token_id], tokenizer))
@@ -244,7 +244,7 @@ WRONG = ("max_new_tokens=0", "max_new_tokens=1000001", "temperature=-1.0", "temp
 
 
 @pytest.mark.parametrize("wrong", [*WRONG, "guidance=-1", "guidance=1e10", f"seed={2**63}"])
-def test_a_wrong_way_to_write_is_named_as_its_option(wrong: str) -> None:
+def test_invalid_generation_option_is_named(wrong: str) -> None:
     key, value = wrong.split("=")
     with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):
         WritingSpec(**{key: int(value) if value.isdecimal() else float(value)})

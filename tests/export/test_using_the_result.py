@@ -43,7 +43,7 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 
 
-def test_every_block_loads_what_was_exported(place: Path) -> None:
+def test_documented_code_loads_the_exports(place: Path) -> None:
     local = [block for block in blocks() if "openai" not in block]
     assert len(local) == 4
     code = "import sys; sys.modules['fedtune'] = None\n" + "".join(f"exec({block!r}, {{}})\n" for block in local)
@@ -71,7 +71,7 @@ def served(command: str, *, port: int, cwd: Path) -> Iterator[None]:
             process.terminate()
 
 
-def test_the_server_of_the_page_answers_its_client(place: Path) -> None:
+def test_documented_server_answers_its_client(place: Path) -> None:
     pytest.importorskip("openai", reason="the client openai is not installed")
     (command,) = re.findall(r"^transformers serve .*$", PAGE.read_text(), re.MULTILINE)
     (block,) = [block for block in blocks() if "openai" in block]
@@ -83,7 +83,7 @@ def test_the_server_of_the_page_answers_its_client(place: Path) -> None:
     assert printed.strip("\n"), "the model wrote something"
 
 
-def test_the_page_names_every_file_of_an_adapter_and_no_setting_that_there_is_not(runs: Runs) -> None:
+def test_documentation_names_every_adapter_file_and_valid_settings(runs: Runs) -> None:
     text, known = PAGE.read_text(), (PAGE.parent / "configuration.md").read_text()
     assert {path.name for run in runs.values() for path in (run / "adapter").iterdir()} == set(
         re.findall(r"`([\w.]+\.(?:json|safetensors|md|svg))`", text.split("| --- |")[1].split("\n\n")[0])

@@ -42,7 +42,7 @@ def state(round: int) -> LeadState:
     return LeadState(round=round, adapter=made_adapter(), rounds=results, metrics_before={"loss": 1 / 3}, **about)
 
 
-def test_what_is_saved_is_loaded(checkpoints: Checkpoints) -> None:
+def test_checkpoint_round_trips_through_its_file(checkpoints: Checkpoints) -> None:
     def plain(state: LeadState) -> Any:
         arrays = {name: (value.dtype, value.tobytes()) for name, value in state.strategy.items()}
         others = (state.round, state.receipts, state.unanswered, state.seconds, state.metrics_before)
@@ -55,7 +55,7 @@ def test_what_is_saved_is_loaded(checkpoints: Checkpoints) -> None:
     assert loaded.receipts["a"].is_signed(), "the site gets its receipt back, and checks its own signature"
 
 
-def test_the_newest_is_loaded_and_one_before_it_is_kept(checkpoints: Checkpoints, folder: Path) -> None:
+def test_newest_checkpoint_is_loaded_and_its_predecessor_kept(checkpoints: Checkpoints, folder: Path) -> None:
     # The newest has the largest number, not the last name.
     for round in (9998, 9999, 10_000, 10_001):
         checkpoints.save(replace(state(1), round=round))
@@ -72,7 +72,9 @@ def test_the_newest_is_loaded_and_one_before_it_is_kept(checkpoints: Checkpoints
         ("receipts", {"a": {"charged_rounds": "3"}}),
     ],
 )
-def test_counts_that_are_none_are_damage(checkpoints: Checkpoints, folder: Path, name: str, value: Any) -> None:
+def test_invalid_counts_in_a_checkpoint_are_reported_as_damage(
+    checkpoints: Checkpoints, folder: Path, name: str, value: Any
+) -> None:
     checkpoints.save(state(1))
     (path,) = folder.glob("round-*")
     data = path.read_bytes()
@@ -84,7 +86,7 @@ def test_counts_that_are_none_are_damage(checkpoints: Checkpoints, folder: Path,
         checkpoints.load()
 
 
-def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(checkpoints: Checkpoints) -> None:
+def test_rounds_requested_after_the_checkpoint_count_as_unanswered(checkpoints: Checkpoints) -> None:
     checkpoints.ask(1, ["a", "b"])
     checkpoints.save(state(1))
     for _ in range(2):
@@ -92,7 +94,7 @@ def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(checkpoints: 
     assert checkpoints.load().unanswered == {"a": 2, "b": 3}
 
 
-def test_without_a_checkpoint_or_with_another_configuration_is_refused(checkpoints: Checkpoints, folder: Path) -> None:
+def test_missing_or_mismatched_checkpoint_is_refused(checkpoints: Checkpoints, folder: Path) -> None:
     with pytest.raises(ConfigError, match="must be a run folder with a checkpoint"):
         checkpoints.load()
     checkpoints.save(state(1))
@@ -103,7 +105,7 @@ def test_without_a_checkpoint_or_with_another_configuration_is_refused(checkpoin
 
 
 @pytest.mark.parametrize("left", [0, 4, 200, -1])
-def test_a_damaged_checkpoint_is_no_configuration_mistake(checkpoints: Checkpoints, folder: Path, left: int) -> None:
+def test_truncated_checkpoint_is_reported_as_damaged(checkpoints: Checkpoints, folder: Path, left: int) -> None:
     checkpoints.save(state(1))
     file = folder / "round-0001.safetensors"
     file.write_bytes(file.read_bytes()[:left])
@@ -111,7 +113,7 @@ def test_a_damaged_checkpoint_is_no_configuration_mistake(checkpoints: Checkpoin
         checkpoints.load()
 
 
-def test_a_request_after_a_cut_line_keeps_the_journal_whole(checkpoints: Checkpoints, folder: Path) -> None:
+def test_truncated_journal_line_is_dropped_by_the_next_request(checkpoints: Checkpoints, folder: Path) -> None:
     checkpoints.save(state(1))
     (folder / "asked.jsonl").write_bytes(b'[2, ["a"]]\n[2, ["b')
     assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "what a crash cut short was never sent"
@@ -147,14 +149,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("elsewhere/x", "; there are runs/chats, runs/mails"),
     ],
 )
-def test_runs_that_may_be_meant_are_named(here: Path, name: str, hint: str) -> None:
+def test_similar_run_folders_are_suggested(here: Path, name: str, hint: str) -> None:
     assert run_folders_near(Path(name)) == hint
     with pytest.raises(ConfigError) as caught:
         saved_settings(Path(name))
     assert str(caught.value) == f"run folder = {name!r}: must hold a config.yaml{hint}"
 
 
-def test_of_many_runs_some_are_named_and_of_none_nothing_is(tmp_path: Path) -> None:
+def test_number_of_suggested_run_folders_is_limited(tmp_path: Path) -> None:
     assert run_folders_near(tmp_path / "gone") == ""
     for number in range(12):
         (tmp_path / f"{number:02}").mkdir()

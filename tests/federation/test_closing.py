@@ -28,7 +28,7 @@ STORIES: dict[str, list[tuple[float, int, int, int, bool]]] = {
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_when_a_lead_stops_waiting(story: str) -> None:
+def test_stopping_rule_ends_the_wait_as_specified(story: str) -> None:
     clock, enough = Mock(return_value=100.0), 3 if story == "three are enough" else None
     rule = Closing(FederationSpec(num_sites=4, min_sites=2, grace_s=60.0, enough_sites=enough), clock=clock)
     for number, (seconds, good, at_work, others, over) in enumerate(STORIES[story]):
@@ -36,7 +36,7 @@ def test_when_a_lead_stops_waiting(story: str) -> None:
         assert rule.is_over(good=good, at_work=at_work, others=others) is over, number
 
 
-def test_names_and_who_takes_part() -> None:
+def test_participants_keep_the_order_of_site_names() -> None:
     assert FederationSpec(num_sites=2).names == FederationSpec(num_sites=2).active == ("site-1", "site-2")
     named = FederationSpec(num_sites=3, site_names=("a", "b", "c"), participants=("c", "a"))
     assert named.names == ("a", "b", "c")
@@ -44,13 +44,13 @@ def test_names_and_who_takes_part() -> None:
 
 
 @snapshots.mistakes("mistakes-closing")
-def test_settings_that_do_not_go_together(typed: str) -> None:
+def test_contradictory_federation_settings_are_refused(typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         FederationSpec(**{"num_sites": 2} | json.loads(typed))
     snapshots.check_message("mistakes-closing", typed, str(error.value))
 
 
-def test_a_secure_sum_needs_no_update_dtype() -> None:
+def test_secure_aggregation_works_without_an_update_dtype() -> None:
     for dtype in ("bfloat16", "float32"):
         spec = FederationSpec(num_sites=3, aggregation="secure", update_dtype=dtype)  # type: ignore[arg-type]
         assert spec.together is not None

@@ -20,7 +20,7 @@ def burnt(spec: CostSpec, seconds: float = 1.2) -> Energy | None:
         return meter.stop()
 
 
-def test_energy_and_carbon_are_measured_and_nobody_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_energy_is_measured_without_network_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("codecarbon")
     nobody = Mock(side_effect=OSError("no network"))
     monkeypatch.setattr(socket.socket, "connect", nobody)
@@ -38,7 +38,7 @@ def test_energy_and_carbon_are_measured_and_nobody_is_told(monkeypatch: pytest.M
     assert burnt(CostSpec(), seconds=0.0) is None, "nothing is measured unasked"
 
 
-def test_a_country_that_nobody_knows_is_refused_before_the_run() -> None:
+def test_unknown_country_is_refused_before_the_run() -> None:
     for energy, country in ((True, "Germany"), (False, "DEU")):
         with pytest.raises(ConfigError) as caught:
             CostSpec(energy=energy, country=country)
@@ -49,14 +49,14 @@ def test_a_country_that_nobody_knows_is_refused_before_the_run() -> None:
     CostSpec(energy=True, country="FRA").check_can_measure()
 
 
-def test_cost_changes_no_run_and_goes_to_no_site() -> None:
+def test_cost_settings_change_no_run_id_and_reach_no_site() -> None:
     plain = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4"])
     told = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4", "cost.energy=true"])
     assert told.run_id() == plain.run_id()
     assert for_sites(told).cost == CostSpec()
 
 
-def test_run_and_report_tell_it(tiny: Any, command: Any, result_of: Any, tmp_path: Path) -> None:
+def test_measured_energy_is_in_run_json_and_the_report(tiny: Any, command: Any, result_of: Any, tmp_path: Path) -> None:
     pytest.importorskip("codecarbon")
     words = tiny("cost.energy=true", "cost.country=DEU", "tracking=quiet", into=tmp_path)
     assert command("simulate", *words).code == 0

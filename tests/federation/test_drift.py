@@ -19,7 +19,7 @@ def runs(*means: float, deviation: float = 0.01) -> list[HeldOut]:
     return [HeldOut(run=str(n), date="", mean=mean, deviation=deviation) for n, mean in enumerate(means)]
 
 
-def test_scores_are_added_up_over_sites_and_rounds() -> None:
+def test_held_out_scores_are_pooled_over_sites_and_rounds() -> None:
     rounds = [scored(1, a=(0.5, 1.0), b=(0.9, 1.1)), scored(2, a=(0.7, 0.9)), scored(3)]
     found = held_out_of(rounds, {"a": 100.0, "b": 50.0}, noise=2.0, run="r")
     # 50 + 45 + 70 right of 100 + 55 + 90; three releases, each of both sums with noise of 2 root 2 units.
@@ -30,7 +30,7 @@ def test_scores_are_added_up_over_sites_and_rounds() -> None:
     assert held_out_of([scored(1)], {"a": 100.0}, noise=1.0, run="r") is None
 
 
-def test_the_deviation_is_that_of_made_up_runs() -> None:
+def test_reported_deviation_matches_simulated_runs() -> None:
     draws, means, deviations = np.random.default_rng(5), [], []
     for _ in range(2000):
         right = np.full((4, 1), draws.binomial(100, 0.7)) / 100
@@ -43,7 +43,7 @@ def test_the_deviation_is_that_of_made_up_runs() -> None:
     assert np.std(means) == pytest.approx(np.mean(deviations), rel=0.06)
 
 
-def test_the_newest_two_are_compared_with_all_before() -> None:
+def test_newest_two_runs_are_compared_with_all_earlier_ones() -> None:
     assert fall_of([]) is fall_of(runs(0.8)) is None
     two, five = fall_of(runs(0.8, 0.7)), fall_of(runs(0.8, 0.8, 0.8, 0.8, 0.76))
     assert (two.change, two.found) == (pytest.approx(-0.1), True)
@@ -57,7 +57,7 @@ def test_the_newest_two_are_compared_with_all_before() -> None:
     assert abs(found.change) < 1e-3
 
 
-def test_without_a_fall_one_report_in_twenty_finds_one() -> None:
+def test_drift_test_has_a_false_alarm_rate_of_five_percent() -> None:
     draws = np.random.default_rng(7)
     found = [fall_of(runs(*draws.normal(0.8, 0.01, 6))) for _ in range(4000)]
     assert np.mean([one.found for one in found if one]) == pytest.approx(0.05, abs=0.012)

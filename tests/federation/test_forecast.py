@@ -32,7 +32,7 @@ def foreseen(model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | 
     return forecast(plan or run_plan(), model, **about | more)
 
 
-def test_bytes_are_those_of_all_sites_and_rounds() -> None:
+def test_forecast_traffic_covers_all_sites_and_rounds() -> None:
     model = tiny_model()
     found = foreseen(model)
     assert found.values == sum(array.size for array in Adapter.of(model).tensors.values())
@@ -41,7 +41,7 @@ def test_bytes_are_those_of_all_sites_and_rounds() -> None:
     )
 
 
-def test_memory_of_the_model_is_that_of_its_number_format() -> None:
+def test_forecast_model_memory_follows_the_dtype() -> None:
     formats = ("float32", "bfloat16", "nf4")
     found = {dtype: foreseen(tiny_model("causal_lm", dtype=dtype)).model_bytes for dtype in formats}
     adapter = 4 * sum(one.numel() for one in tiny_model("causal_lm").trainable().values())
@@ -49,7 +49,7 @@ def test_memory_of_the_model_is_that_of_its_number_format() -> None:
     assert adapter < found["nf4"] < found["bfloat16"]
 
 
-def test_times_are_those_of_expected_batches() -> None:
+def test_forecast_times_follow_expected_batch_sizes() -> None:
     found = foreseen(tiny_model())
     assert found.step_seconds["a"] == pytest.approx(2 * found.step_seconds["b"])
     assert found.round_seconds["a"] == pytest.approx(2 * found.step_seconds["a"])
@@ -59,7 +59,7 @@ def test_times_are_those_of_expected_batches() -> None:
     assert foreseen(tiny_model("causal_lm")).step_seconds["b"] > 0
 
 
-def test_users_bring_as_many_records_as_may_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_counts_all_permitted_records_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "seconds_per_example", lambda *_, **__: (0.5, 2.0))
     by_user = replace(run_plan(), unit="user", records_per_user=8)
     once, many = (foreseen(tiny_model(), plan) for plan in (run_plan(), by_user))
@@ -67,7 +67,7 @@ def test_users_bring_as_many_records_as_may_take_part(monkeypatch: pytest.Monkey
     assert many.first_seconds == pytest.approx(8 * once.first_seconds)
 
 
-def test_a_record_costs_what_its_texts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_cost_grows_with_texts_per_record(monkeypatch: pytest.MonkeyPatch) -> None:
     batches, collate = list[Any](), machine.collate
     monkeypatch.setattr(machine, "collate", lambda *of, **how: batches.append(collate(*of, **how)) or batches[-1])
     spec = replace(tiny_model(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
@@ -81,7 +81,7 @@ def test_a_record_costs_what_its_texts_cost(monkeypatch: pytest.MonkeyPatch) -> 
     assert tuple(batches[0].input_ids.shape) == (512 // 24 * 3, 8)
 
 
-def test_frozen_layers_run_once_for_each_record_where_memory_or_a_disk_suffices(tmp_path: Path) -> None:
+def test_forecast_runs_cached_frozen_layers_once_per_record(tmp_path: Path) -> None:
     before = Adapter.of(model := tiny_model(layers=(-1,))).digest()
     kept = foreseen(model)
     assert kept.frozen_states_kept

@@ -46,7 +46,7 @@ def only_refused(site: Any, rule: Reason) -> Iterator[None]:
 
 @pytest.mark.parametrize(("changes", "rule", "asked", "allowed"), _TOO_MUCH, ids=[str(row[0]) for row in _TOO_MUCH])
 @pytest.mark.parametrize("rounds_before", [0, 1], ids=["first request", "later request"])
-def test_asking_for_too_much_is_refused_with_the_rule(
+def test_excessive_requests_are_refused_with_the_broken_rule(
     site: Any, changes: dict[str, Any], rule: Reason, asked: str | None, allowed: str | None, rounds_before: int
 ) -> None:
     for round in range(1, rounds_before + 1):
@@ -69,14 +69,14 @@ def test_asking_for_too_much_is_refused_with_the_rule(
 @pytest.mark.parametrize(
     "about", [{}, {"site": "b"}, {"expires": 1.0}, {"round": 99}, {"adapter_digest": "0" * 64}], ids=str
 )
-def test_a_stranger_learns_nothing_whatever_else_is_wrong(site: Any, about: dict[str, Any]) -> None:
+def test_unknown_lead_learns_only_that_it_is_not_allowed(site: Any, about: dict[str, Any]) -> None:
     with only_refused(site, Reason.LEADS):
         reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
     assert reason(reply) is Reason.LEADS
     assert reply.receipt is None
 
 
-def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(site: Any) -> None:
+def test_unsigned_request_is_refused_without_a_ledger_entry(site: Any) -> None:
     # Anybody can send such a message; nobody may fill the ledger with them.
     site.ledger()
     before, signed = site.events(), site.request().signed(stranger_key)
@@ -99,7 +99,7 @@ _OTHER_TENSORS: dict[str, dict[str, list[Any]]] = {
 
 
 @pytest.mark.parametrize("fault", [*_OTHER_TENSORS, "a tensor less"])
-def test_an_adapter_that_is_not_the_runs_is_refused(site: Any, adapter: Adapter, fault: str) -> None:
+def test_adapter_of_another_shape_or_with_nan_is_refused(site: Any, adapter: Adapter, fault: str) -> None:
     others = {name: np.array(values, np.float32) for name, values in _OTHER_TENSORS.get(fault, {}).items()}
     other = Adapter(dict(adapter.tensors) | others if others else {"head": adapter.tensors["head"]})
     rule = Reason.MAX_ADAPTER_VALUE if fault in ("nan", "infinity") else Reason.ADAPTER_SHAPE
@@ -116,13 +116,13 @@ def test_an_adapter_that_is_not_the_runs_is_refused(site: Any, adapter: Adapter,
     ],
     ids=["for another site", "expired", "of another adapter"],
 )
-def test_what_was_not_meant_for_it_now_is_refused(site: Any, about: dict[str, Any], rule: Reason) -> None:
+def test_misaddressed_expired_or_mismatched_request_is_refused(site: Any, about: dict[str, Any], rule: Reason) -> None:
     with only_refused(site, rule):
         assert reason(site.ask(about=about)) is rule
     assert site.prepared == ([] if rule is not Reason.ADAPTER_DIFFERS else ["r"])
 
 
-def test_a_replay_gets_the_same_bytes_and_later_nothing(site: Any) -> None:
+def test_replayed_request_returns_the_same_bytes_and_later_nothing(site: Any) -> None:
     overheard = site.request().signed(site.lead)
     first = site.send(overheard)
     before = site.events()
@@ -152,7 +152,7 @@ def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_a_ledger_that_lacks_the_leads_last_receipt_trains_nothing(site: Any, left: int) -> None:
+def test_ledger_behind_the_receipt_of_the_lead_does_not_train(site: Any, left: int) -> None:
     backup = site.path.parent / "backup"
     for round in (1, 2):
         if round == left + 1:
@@ -166,7 +166,7 @@ def test_a_ledger_that_lacks_the_leads_last_receipt_trains_nothing(site: Any, le
     assert site.trained == [(1, 1), (2, 1)]
 
 
-def test_a_receipt_that_the_ledger_did_not_give_is_refused(site: Any, tmp_path: Any) -> None:
+def test_receipt_not_issued_by_the_ledger_is_refused(site: Any, tmp_path: Any) -> None:
     """How a receipt may be forged: tests/privacy/test_rollback.py."""
     forged = replace(site.ask().receipt, charged_rounds=0)
     for other in (forged, receipt_of("a")):

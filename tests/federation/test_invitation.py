@@ -18,7 +18,7 @@ from ..privacy.builders import lead_key, stranger_key
 from .conftest import NONCE, reason
 
 
-def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
+def test_willing_site_offers_the_whole_run(site: Any) -> None:
     reply = site.invite()
     plan = site.propose().plan
     whole = {"most_rounds": plan.num_rounds, "least_noise": plan.noise_multiplier}
@@ -43,7 +43,7 @@ def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
     ],
     ids=str,
 )
-def test_what_a_round_would_be_refused_for_is_said_beforehand(
+def test_invitation_is_refused_for_the_same_reasons_as_a_round(
     station: Any, policy: Any, changes: Any, about: Any, rule: Reason
 ) -> None:
     site = station(**policy)
@@ -59,13 +59,13 @@ def test_what_a_round_would_be_refused_for_is_said_beforehand(
     assert reason(site.invite()) is Reason.PAUSED
 
 
-def test_a_stranger_learns_nothing_of_the_ledger(site: Any) -> None:
+def test_unknown_lead_receives_no_receipt(site: Any) -> None:
     for reply in (site.invite(key=stranger_key, lead=stranger_key.public), site.invite(key=stranger_key)):
         assert reason(reply).is_of_a_stranger
         assert reply.receipt is None
 
 
-def test_a_site_without_room_says_how_much_it_has_where_it_is_asked(station: Any) -> None:
+def test_site_without_room_offers_a_smaller_plan_on_request(station: Any) -> None:
     site = station(budget={"max_epsilon": 0.4})
     assert reason(site.invite()) is Reason.MAX_EPSILON
     reply = site.invite(about={"less": True})
@@ -77,7 +77,7 @@ def test_a_site_without_room_says_how_much_it_has_where_it_is_asked(station: Any
     assert site.kinds() == [Kind.REFUSAL, Kind.RELEASE]
 
 
-def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any, monkeypatch: Any) -> None:
+def test_failure_during_preparation_is_a_site_error_without_charge(site: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(MadeSite, "prepare", Mock(side_effect=MemoryError("patient Zoe Quartz")))
     reply = site.invite()
     assert reason(reply) is Reason.SITE_ERROR
@@ -85,7 +85,7 @@ def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any
     assert site.kinds() == []
 
 
-def test_what_is_malformed_or_a_round_request_is_no_invitation_and_the_other_way_round(site: Any) -> None:
+def test_invitations_and_round_requests_are_not_interchangeable(site: Any) -> None:
     asked = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
     assert Invitation.of(asked.signed(lead_key)) == asked
     for change in ({"less": 1}, {"site": "../b"}, {"expires": float("nan")}, {"nonce": "x"}, {"more": 1}):

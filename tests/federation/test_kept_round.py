@@ -35,12 +35,12 @@ def kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept
         ((None, None), "accuracy", 1),
     ],
 )
-def test_the_best_round_is_the_first_of_the_best_scores(scores: Sequence[float | None], name: str, best: int) -> None:
+def test_best_round_is_the_first_with_the_best_score(scores: Sequence[float | None], name: str, best: int) -> None:
     found = kept(*scores, name=name)
     assert (found.round, found.judged_by, found.ended_early) == (best, name, False)
 
 
-def test_without_the_settings_nothing_is_decided() -> None:
+def test_no_checkpoint_is_selected_without_the_settings() -> None:
     assert kept(0.5, 0.25, keep_round="last") is None
     assert kept() is None
     # The last planned round ends nothing early.
@@ -48,7 +48,7 @@ def test_without_the_settings_nothing_is_decided() -> None:
     assert found == Kept(round=1, judged_by="accuracy", score=0.5, ended_early=False)
 
 
-def test_rounds_without_a_better_score_end_the_run() -> None:
+def test_early_stopping_ends_after_rounds_without_improvement() -> None:
     ended = {scores: kept(*scores, stop_after=2) for scores in ((0.5, 0.25), (0.5, 0.25, 0.5), (0.5, 0.25, 0.75))}
     assert [found.ended_early for found in ended.values() if found] == [False, True, False]
     # What ends a run says nothing of which round it keeps.
@@ -56,7 +56,7 @@ def test_rounds_without_a_better_score_end_the_run() -> None:
     assert last == Kept(round=3, judged_by="accuracy", score=0.375, ended_early=True)
 
 
-def test_a_round_without_updates_is_no_trial_that_brought_nothing() -> None:
+def test_rounds_without_updates_do_not_count_toward_early_stopping() -> None:
     """It has the score of the round before it; after a lead's restart there may be several in a row."""
     federation = FederationSpec(num_rounds=9, stop_after=1)
     for lost, over in (((3, 4), False), ((), True), ((4,), True)):
@@ -64,7 +64,7 @@ def test_a_round_without_updates_is_no_trial_that_brought_nothing() -> None:
         assert found.ended_early is over
 
 
-def test_when_a_run_is_over() -> None:
+def test_run_ends_after_its_last_round_or_early_stopping() -> None:
     stopping = FederationSpec(num_rounds=4, stop_after=1)
     scores = (0.5, 0.75, 0.75)
     over = [is_over(rounds(*scores[:count]), stopping, judged_by="accuracy") for count in range(4)]
@@ -73,7 +73,7 @@ def test_when_a_run_is_over() -> None:
     assert [is_over(rounds(*scores[:count]), plain, judged_by="accuracy") for count in (2, 3)] == [False, True]
 
 
-def test_a_used_up_plan_ends_a_run_and_the_missing_round_is_told_in_words() -> None:
+def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> None:
     federation = FederationSpec(num_rounds=3, spare_rounds=1)
     last = round_of(3, sites=(), failed_sites={"a": "plan_exhausted", "b": "no_reply"}, metrics={"accuracy": 0.5})
     assert is_over([*rounds(0.5, 0.5), last], federation, judged_by="accuracy")

@@ -43,7 +43,7 @@ def charged(state: LeadState, site: str = "a") -> tuple[int, bool]:
     return charge.steps, charge.upper_bound
 
 
-def test_a_receipt_says_what_was_charged_and_who_was_never_asked_has_spent_nothing(state: LeadState) -> None:
+def test_site_charge_follows_its_receipt_and_is_zero_if_never_asked(state: LeadState) -> None:
     charge = site_charge(state, "a", run_plan())
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
     state = answered(state.asked(["a"]), answer(receipt_of(charged=2)))
@@ -56,7 +56,7 @@ def test_a_receipt_says_what_was_charged_and_who_was_never_asked_has_spent_nothi
     assert charge.epsilon < charge.epsilon_rdp
 
 
-def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState) -> None:
+def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> None:
     state = answered(state.asked(["a", "b"]), answer(receipt_of(charged=1)))
     state = state.asked(["a", "b"])
     assert charged(state, "a") == charged(state, "b") == (4, True)
@@ -69,21 +69,21 @@ def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"site": "b"}, {"run": "other"}, "unsigned"])
-def test_a_receipt_of_another_site_or_run_or_that_nobody_signed_counts_as_silence(state: LeadState, wrong: Any) -> None:
+def test_receipt_of_another_site_or_run_counts_as_silence(state: LeadState, wrong: Any) -> None:
     unsigned = wrong == "unsigned"
     made = replace(receipt_of(charged=1), charged_rounds=0) if unsigned else receipt_of(**{"charged": 0, **wrong})
     state = answered(state.asked(["a"]), answer(made))
     assert (state.receipts, charged(state)) == ({}, (2, True))
 
 
-def test_a_site_keeps_its_key(state: LeadState) -> None:
+def test_receipt_under_a_changed_site_key_is_ignored(state: LeadState) -> None:
     state = answered(state.asked(["a"]), answer(receipt_of(charged=1)))
     state = answered(state.asked(["a"]), answer(receipt_of(charged=2, key=key_of("b"))))
     assert (state.receipts["a"], charged(state)) == (receipt_of(charged=1), (4, True))
 
 
 @pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
-def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(state: LeadState, came: Any) -> None:
+def test_receipt_counting_fewer_rounds_than_updates_is_rejected(state: LeadState, came: Any) -> None:
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
     old = receipt_of(charged=1)
     state = answered(state.asked(["a"]), {"a": Reply(body=update_of(), receipt=old)})
@@ -96,7 +96,7 @@ def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(st
     assert honest.with_receipt("a", old, **RUN) is None
 
 
-def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadState) -> None:
+def test_receipt_counting_more_rounds_than_the_plan_is_rejected(state: LeadState) -> None:
     # Signed or not: to compose so many events would take hours and all of the memory.
     for charged in (5, 10**18):
         replies = answer(receipt_of(charged=charged))
@@ -104,7 +104,7 @@ def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadS
         assert (after.receipts, after.unanswered) == ({}, {"a": 1})
 
 
-def test_time_left_goes_by_rounds_without_what_is_done_once() -> None:
+def test_remaining_time_is_estimated_from_rounds_without_one_time_work() -> None:
     """The first estimate is within half of the truth, however long the first round and the first scores take."""
 
     def at(done: int, *, first_s: float = 60.0, gap_s: float = 0.0) -> LeadState:
@@ -131,7 +131,7 @@ def book(tmp_path: Path) -> Path:
     return tmp_path / "lead" / "receipts.json"
 
 
-def test_two_runs_at_once_lose_no_receipt_of_each_other(book: Path) -> None:
+def test_concurrent_runs_keep_all_receipts(book: Path) -> None:
     def keep(sites: str) -> None:
         for site in sites:
             keep_receipts(book, {site: receipt_of(site)})
@@ -144,7 +144,7 @@ def test_two_runs_at_once_lose_no_receipt_of_each_other(book: Path) -> None:
     assert set(read_receipts(book)) == set("abcdefghijklmnop")
 
 
-def test_of_each_site_the_newest_is_kept_over_all_runs_with_a_signature_that_holds(book: Path) -> None:
+def test_newest_receipt_per_site_is_kept_over_all_runs(book: Path) -> None:
     keep_receipts(book, {"a": receipt_of("a", charged=2), "b": receipt_of("b")})
     keep_receipts(book, {"a": receipt_of("a", charged=1, run="older")})
     assert read_receipts(book)["a"] == receipt_of("a", charged=2)
@@ -158,7 +158,7 @@ def test_of_each_site_the_newest_is_kept_over_all_runs_with_a_signature_that_hol
     ["", "{", "[]", "3", "null", '"a"', '{"a": 1}', '{"a": {}}', '{"a": {"site": "a"}}', "\udcff", "1" * 5000],
     ids=lambda text: text[:20],
 )
-def test_a_damaged_file_is_said_to_be_one_and_not_written_over(book: Path, text: str) -> None:
+def test_damaged_receipt_file_is_reported_and_not_overwritten(book: Path, text: str) -> None:
     book.parent.mkdir()
     book.write_bytes(text.encode("utf-8", "surrogateescape"))
     before = book.read_bytes()

@@ -28,14 +28,14 @@ golden = partial(
 """The plan whose epsilon is 1.43 for one round and 5.62 for all of them."""
 
 
-def test_the_accountant_that_forgets_shows_one_round_of_many() -> None:
+def test_price_shows_both_one_round_and_all_rounds() -> None:
     price = planner.price(golden(), SIZES, before=0)
     assert price.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
     assert price.epsilon == pytest.approx(5.62, abs=0.005)
     assert price.steps == 2000
 
 
-def test_rounds_rise_to_the_whole_plan_by_every_accountant() -> None:
+def test_round_prices_rise_to_the_whole_plan() -> None:
     price = planner.price(run_plan(), SIZES, before=0)
     whole = run_plan().event(rounds=run_plan().most_rounds)
     assert price.epsilon_filter == pytest.approx(filter.cheapest(whole, delta=run_plan().delta)[0])
@@ -58,14 +58,14 @@ def test_rounds_rise_to_the_whole_plan_by_every_accountant() -> None:
     assert sum(site.weight for site in price.sites.values()) == pytest.approx(1)
 
 
-def test_many_rounds_are_thinned_out_and_keep_their_ends() -> None:
+def test_long_round_tables_are_shortened_but_keep_both_ends() -> None:
     plan = golden(noise_multiplier=4.0, local_steps=1, num_rounds=997, spare_rounds=3)
     shown = [one.round for one in planner.price(plan, SIZES, before=0).rounds]
     assert len(shown) <= 22
     assert (shown[0], shown[-2], shown[-1]) == (1, 997, 1000)
 
 
-def test_without_noise_nothing_is_bounded() -> None:
+def test_noiseless_plan_has_infinite_epsilon() -> None:
     price = planner.price(replace(run_plan(), noise_multiplier=0.0), SIZES, before=0)
     assert price.rounds == ()
     assert price.filter_order is None
@@ -73,7 +73,7 @@ def test_without_noise_nothing_is_bounded() -> None:
     assert price.sites["b"].expected_batch == pytest.approx(112)
 
 
-def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
+def test_what_if_lists_changes_that_stay_within_epsilon() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
     epsilon = planner.target_epsilon(plan)
     changes = {change.what: change for change in planner.what_if(plan, epsilon=epsilon)}
@@ -91,21 +91,21 @@ def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
     assert doubled.noise_needed / 2.0 > 1 > doubled.noise_needed / 4.0, "more noise on the sum, less on the mean"
 
 
-def test_a_rate_ends_at_one() -> None:
+def test_what_if_sampling_rate_is_capped_at_one() -> None:
     plan = golden(noise_multiplier=8.0, sampling_rate=0.8, local_steps=2, num_rounds=2)
     assert {change.plan.sampling_rate for change in planner.what_if(plan, epsilon=2.0)} == {0.8, 1.0}
     full = replace(plan, sampling_rate=1.0)
     assert {change.plan.sampling_rate for change in planner.what_if(full, epsilon=3.0)} == {1.0}
 
 
-def test_a_change_that_no_epsilon_is_computed_for_is_left_out() -> None:
+def test_what_if_omits_changes_with_uncomputable_epsilon() -> None:
     plan = golden(delta=1e-21 * 2 * 4, noise_multiplier=8.0, local_steps=2, num_rounds=2)
     whats = [change.what for change in planner.what_if(plan, epsilon=2.0)]
     assert whats[0] == "3 rounds"
     assert not any(what.startswith("delta") for what in whats)
 
 
-def test_the_signal_is_measured_against_the_noise_in_the_mean_of_all_steps() -> None:
+def test_signal_to_noise_matches_simulated_noise() -> None:
     plan = golden(noise_multiplier=3.0, sampling_rate=0.1, max_grad_norm=0.5, local_steps=5, num_rounds=4)
     sizes, values, draws = {"a": 300, "b": 100}, 400, np.random.default_rng(0)
     moved = np.zeros(values)
@@ -117,7 +117,7 @@ def test_the_signal_is_measured_against_the_noise_in_the_mean_of_all_steps() -> 
     assert ratio == pytest.approx(plan.max_grad_norm / np.linalg.norm(moved), rel=0.15)
 
 
-def test_what_raises_the_signal_and_what_does_not() -> None:
+def test_signal_to_noise_scales_with_rounds_noise_and_parameters() -> None:
     plain = planner.signal_to_noise(golden(), SIZES, values=1000)
     assert planner.signal_to_noise(golden(), SIZES, values=4000) == pytest.approx(plain / 2)
     assert planner.signal_to_noise(golden(num_rounds=80), SIZES, values=1000) == pytest.approx(plain * 2)
@@ -126,7 +126,7 @@ def test_what_raises_the_signal_and_what_does_not() -> None:
     assert planner.signal_to_noise(golden(noise_multiplier=0.0), SIZES, values=1000) == math.inf
 
 
-def test_a_run_of_which_nothing_is_likely_to_be_learnt_is_refused_by_public_numbers() -> None:
+def test_run_with_too_weak_a_signal_is_refused() -> None:
     clear = planner.signal_to_noise(golden(), SIZES, values=1000)
     just_enough = golden(noise_multiplier=clear / planner.LEAST_SIGNAL)
     planner.check_signal(just_enough, SIZES, values=1000)
@@ -152,7 +152,9 @@ def plan() -> Plan:
 @given(
     rate=st.floats(0.01, 1), start=st.floats(0.8, 20), target=st.floats(0.3, 10), scores=st.sampled_from([0.0, 30.0])
 )
-def test_the_least_noise_never_overshoots(plan: Plan, rate: float, start: float, target: float, scores: float) -> None:
+def test_least_noise_meets_the_target_tightly(
+    plan: Plan, rate: float, start: float, target: float, scores: float
+) -> None:
     changes = {"local_steps": 4, "num_rounds": 2, "metrics_noise_multiplier": scores}
     planned = replace(plan, sampling_rate=rate, noise_multiplier=start, **changes)
     noise = planner.least_noise(planned, epsilon=target)
@@ -164,11 +166,11 @@ def test_the_least_noise_never_overshoots(plan: Plan, rate: float, start: float,
         assert epsilon(replace(planned, noise_multiplier=noise * 0.998 - 1e-4)) > target
 
 
-def test_no_noise_suffices_where_scores_alone_pass_the_target(plan: Plan) -> None:
+def test_least_noise_is_none_if_scores_exceed_the_target(plan: Plan) -> None:
     assert planner.least_noise(replace(plan, metrics_noise_multiplier=1.0), epsilon=1.0) is None
 
 
-def test_the_most_rounds_are_within_and_one_more_is_not(plan: Plan) -> None:
+def test_solved_rounds_are_the_most_within_epsilon(plan: Plan) -> None:
     solved = planner.solve_rounds(plan, epsilon=5.0)
     assert epsilon(solved) <= 5.0 < epsilon(replace(solved, num_rounds=solved.num_rounds + 1))
     assert replace(solved, num_rounds=plan.num_rounds) == plan
@@ -180,7 +182,7 @@ def test_the_most_rounds_are_within_and_one_more_is_not(plan: Plan) -> None:
     assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MOST_ROUNDS / 2, "which end somewhere"
 
 
-def test_the_largest_rate_is_within_and_the_next_digit_is_not(plan: Plan) -> None:
+def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
     solved = planner.solve_sampling_rate(plan, epsilon=3.0, least=0.001)
     rate = solved.sampling_rate
     assert rate == float(f"{rate:.4g}"), "four digits"
@@ -205,13 +207,13 @@ def spent(plan: Plan, *runs: int) -> list[float]:
     return [accountant.epsilon_pld([plan.whole] * count, plan.delta) for count in runs]
 
 
-def test_a_window_moves_on_and_keeps_its_length() -> None:
+def test_cohort_window_moves_and_keeps_its_length() -> None:
     assert str(moved(Cohorts(period="year", first="2025", last="2027"))) == "2026..2028"
     assert str(moved(Cohorts(period="month", last="2025-12"), by=2)) == "..2026-02"
     assert str(moved(Cohorts(period="month", first="2026-12", last="9999-12"))) == "2027-01..9999-12"
 
 
-def test_the_oldest_owe_every_run_of_their_window_and_the_newest_one() -> None:
+def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
     plan = made(runs=4)
     rows = calendar_of(plan)
     assert [str(row.cohorts) for row in rows] == ["2025..2027", "2026..2028", "2027..2029", "2028..2030"]
@@ -222,7 +224,7 @@ def test_the_oldest_owe_every_run_of_their_window_and_the_newest_one() -> None:
     assert [(row.number, row.oldest) for row in later] == list(zip((3, 4, 5, 6), spent(plan, 3, 3, 3, 3), strict=True))
 
 
-def test_where_everybody_is_admitted_runs_end_with_the_budget() -> None:
+def test_calendar_without_a_window_ends_at_the_planned_runs() -> None:
     plan = made(runs=4, cohorts=None)
     assert [row.oldest for row in calendar_of(plan)] == spent(plan, 1, 2, 3, 4)
     assert [row.newest for row in calendar_of(plan, before=3)] == spent(plan, 4)
@@ -234,13 +236,13 @@ def test_where_everybody_is_admitted_runs_end_with_the_budget() -> None:
     assert calendar_of(replace(plan, runs=1)) == calendar_of(replace(plan, noise_multiplier=0.0)) == ()
 
 
-def test_it_is_told_what_the_noise_is_for_and_which_window_is_too_long() -> None:
+def test_calendar_explains_planned_runs_and_warns_of_long_windows() -> None:
     assert "people of 3 periods to more runs than privacy.runs = 2" in list(about_calendar(made(runs=2)))[-1]
     assert runs_words(made(runs=3)) == ", so that 3 runs like this one come to epsilon 6.000"
     assert runs_words(made(runs=1)) == runs_words(made(runs=3, noise_multiplier=0.0)) == ""
 
 
-def test_the_target_is_for_all_runs() -> None:
+def test_solved_plans_meet_the_target_over_all_planned_runs() -> None:
     plan = made(runs=3, cohorts=None)
     for solved in (
         planner.solve_rounds(plan, epsilon=8.0),

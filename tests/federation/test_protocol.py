@@ -22,14 +22,14 @@ def request_() -> RoundRequest:
     return round_request(run_proposal(), round=2, receipt=receipt_of(), expires=1e9)
 
 
-def test_what_the_lead_signed_arrives(request_: RoundRequest) -> None:
+def test_signed_round_request_round_trips(request_: RoundRequest) -> None:
     assert RoundRequest.of(request_.signed(lead_key)) == request_
     first = replace(request_, receipt=None)
     assert RoundRequest.of(first.signed(lead_key)) == first
     assert request_.run == "r"
 
 
-def test_every_field_that_is_asked_for_is_in_the_digest(request_: RoundRequest) -> None:
+def test_request_digest_covers_every_requested_field(request_: RoundRequest) -> None:
     proposals = [{"proposal": run_proposal(**one)} for one in ({"run": "s"}, {"max_grad_norm": 2.0})]
     changes = [*proposals, {"round": 3}, {"site": "b"}, {"adapter_digest": "cd" * 32}]
     digests = {replace(request_, **change).digest() for change in changes}
@@ -39,7 +39,7 @@ def test_every_field_that_is_asked_for_is_in_the_digest(request_: RoundRequest) 
     assert again.digest() == request_.digest(), "the lead may ask for the same thing again"
 
 
-def test_a_session_is_named_where_there_are_secure_sums_and_nowhere_else(request_: RoundRequest) -> None:
+def test_session_is_required_exactly_for_secure_aggregation(request_: RoundRequest) -> None:
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(request_.proposal.plan.noise_multiplier)
     plan = replace(request_.proposal.plan, local_steps=1, shared=shared)
     secure = replace(request_, proposal=replace(request_.proposal, plan=plan, num_sites=3), session="ab" * 16)
@@ -77,12 +77,12 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
-def test_anything_else_is_no_request_whoever_signed_it(request_: RoundRequest, fault: str) -> None:
+def test_malformed_request_is_refused_despite_a_valid_signature(request_: RoundRequest, fault: str) -> None:
     with pytest.raises(ConfigError, match=r"must be a lead's round request"):
         RoundRequest.of(resigned(request_, _FAULTS[fault]))
 
 
-def test_a_request_is_the_word_of_the_lead_that_it_names(request_: RoundRequest) -> None:
+def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) -> None:
     signed = request_.signed(lead_key)
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
     for wrong in (
@@ -97,7 +97,7 @@ def test_a_request_is_the_word_of_the_lead_that_it_names(request_: RoundRequest)
         assert reason_of(RoundRequest.of, wrong) is Reason.WRONG_SIGNATURE
 
 
-def test_a_notice_of_the_end_is_the_word_of_its_lead_too() -> None:
+def test_end_of_run_notice_must_be_signed_by_its_lead() -> None:
     notice = EndOfRun(run="r", lead=lead_key.public)
     assert EndOfRun.of(notice.signed(lead_key)) == notice
     signed = notice.signed(lead_key)
@@ -110,7 +110,7 @@ def test_a_notice_of_the_end_is_the_word_of_its_lead_too() -> None:
 
 
 @pytest.mark.parametrize(("spoken", "older"), [(1, "lead"), (WIRE_SCHEMA - 1, "lead"), (WIRE_SCHEMA + 1, "site")])
-def test_another_protocol_is_refused_with_who_must_be_upgraded(request_: RoundRequest, spoken: int, older: str) -> None:
+def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, spoken: int, older: str) -> None:
     asked = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
     other = {"protocol": spoken, "software": "0.3.0+7c1f", "what": "only a later protocol knows"}
     invitation = json.dumps(json.loads(asked.signed(lead_key).text) | other)

@@ -57,7 +57,7 @@ def sort(adapter: Adapter, tmp_path: Path) -> Iterator[Sort]:
         yield make
 
 
-def test_a_fitting_update_is_kept(adapter: Adapter, sort: Sort) -> None:
+def test_matching_update_is_accepted(adapter: Adapter, sort: Sort) -> None:
     sorted_out = sort(update_of(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
     assert sorted_out.failures == {}
     arrived = sorted_out.arrived
@@ -65,7 +65,7 @@ def test_a_fitting_update_is_kept(adapter: Adapter, sort: Sort) -> None:
     np.testing.assert_array_equal(kept.tensors["head"], 2 * adapter.tensors["head"])
 
 
-def test_scores_that_the_plan_releases_are_kept_beside_their_update(sort: Sort) -> None:
+def test_released_scores_are_kept_with_their_update(sort: Sort) -> None:
     assert sort(update_of()).scores == {}
     assert sort(update_of(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
     assert sort(update_of(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
@@ -77,7 +77,7 @@ def test_scores_that_the_plan_releases_are_kept_beside_their_update(sort: Sort) 
     assert sort(update_of(scores=None), noise=3.0).failures == {"a": INVALID_UPDATE}
 
 
-def test_a_refusal_that_nobody_signed_or_of_another_round_is_never_final(sort: Sort) -> None:
+def test_unsigned_or_mismatched_refusal_is_not_final(sort: Sort) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.MAX_EPSILON)
     for reply, shown in (
         (Reply(body=refusal, receipt=None), "max_epsilon"),
@@ -106,7 +106,7 @@ _FAULTS: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
 
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
-def test_an_update_that_does_not_fit_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
+def test_update_with_invalid_tensors_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
     sorted_out = sort(update_of(tensors=_FAULTS[fault](dict(adapter.tensors))))
     # Texts have no canonical bytes, so that nobody can have signed them.
     reason = UNSIGNED_REPLY if fault == "texts" else INVALID_UPDATE
@@ -114,12 +114,12 @@ def test_an_update_that_does_not_fit_is_dropped(adapter: Adapter, sort: Sort, fa
 
 
 @pytest.mark.parametrize("changes", [{"run": "other"}, {"round": 2}, {"site": "b"}])
-def test_an_update_of_another_round_run_or_site_is_dropped(sort: Sort, changes: dict[str, object]) -> None:
+def test_update_of_another_round_run_or_site_is_dropped(sort: Sort, changes: dict[str, object]) -> None:
     assert sort(update_of(**changes)).failures == {"a": UNSIGNED_REPLY}, "nothing shows that this round was charged"
 
 
 @pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
-def test_an_update_without_its_sites_receipt_is_no_reply(sort: Sort, adapter: Adapter, what: str) -> None:
+def test_update_without_a_matching_receipt_is_rejected(sort: Sort, adapter: Adapter, what: str) -> None:
     reply = signed(update_of())
     changed = dict(adapter.tensors) | {"head": np.array([1, 1, 1, 1.25], np.float32)}
     reply = {
@@ -133,7 +133,7 @@ def test_an_update_without_its_sites_receipt_is_no_reply(sort: Sort, adapter: Ad
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": UNSIGNED_REPLY})
 
 
-def test_an_update_beyond_what_the_plan_allows_is_the_sites_failure(adapter: Adapter, sort: Sort) -> None:
+def test_update_exceeding_the_plan_bound_counts_as_a_site_failure(adapter: Adapter, sort: Sort) -> None:
     moved = update_of(tensors={name: value + np.float32(0.5) for name, value in adapter.tensors.items()})
     assert sort(moved, Reach(value=dict.fromkeys(adapter.tensors, 0.5), norm=2.0)).failures == {}
     for value, norm in ((0.49, math.inf), (1.0, 1.5)):
@@ -147,7 +147,7 @@ def moved_by(adapter: Adapter, value: float) -> Difference:
     return Difference({name: np.full(sent.shape, bits, np.uint16) for name, sent in adapter.tensors.items()})
 
 
-def test_a_difference_is_added_to_what_was_sent(adapter: Adapter, sort: Sort) -> None:
+def test_received_difference_is_added_to_the_sent_adapter(adapter: Adapter, sort: Sort) -> None:
     found = sort(update_of(tensors=moved_by(adapter, 0.5)), update_dtype="bfloat16")
     assert found.failures == {}
     kept = found.arrived.adapter(found.arrived.values("a", start=0, count=adapter.num_values))
@@ -156,7 +156,7 @@ def test_a_difference_is_added_to_what_was_sent(adapter: Adapter, sort: Sort) ->
 
 
 @pytest.mark.parametrize("fault", ["nan", "infinite", "reshaped", "renamed", "whole", "unasked", "masked"])
-def test_an_update_in_another_form_than_the_run_s_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
+def test_update_in_another_format_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
     right = moved_by(adapter, 0.5)
     tensors = {
         "nan": moved_by(adapter, math.nan),
@@ -171,7 +171,7 @@ def test_an_update_in_another_form_than_the_run_s_is_dropped(adapter: Adapter, s
     assert (found.sites, found.failures) == ((), {"a": INVALID_UPDATE})
 
 
-def test_what_arrived_is_within_reach_but_for_its_rounding(adapter: Adapter, sort: Sort) -> None:
+def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort) -> None:
     # Honest training moved each value by 0.5 + 2**-9, which is rounded up by the most that it can be.
     trained = {name: value + np.float32(0.5 + 2.0**-9) for name, value in adapter.tensors.items()}
     ends = rounded_difference(trained, adapter.tensors)
@@ -191,14 +191,14 @@ def test_what_arrived_is_within_reach_but_for_its_rounding(adapter: Adapter, sor
 
 
 @pytest.mark.parametrize("reason", list(Reason))
-def test_a_refusal_is_reported_by_its_reason(sort: Sort, reason: Reason) -> None:
+def test_refusal_is_reported_with_its_reason(sort: Sort, reason: Reason) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=reason, asked="9", allowed="at most 3")
     sorted_out = sort(refusal)
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": reason.value})
     assert sorted_out.refusals == {"a": refusal}
 
 
-def test_sites_keep_their_order_and_who_is_left_out_or_was_not_asked_is_not_heard(sort: Sort) -> None:
+def test_replies_keep_site_order_and_ignore_excluded_or_unknown_sites(sort: Sort) -> None:
     def sorted_out(*answering: str, **asked: str) -> tuple[tuple[str, ...], dict[str, str]]:
         found = sort({site: signed(update_of(site=site)) for site in answering}, **asked)
         return found.sites, found.failures
@@ -215,7 +215,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
     return add_difference(sent, rounded_difference({"w": values}, sent))["w"]
 
 
-def test_every_float_is_rounded_as_torch_rounds_it() -> None:
+def test_bfloat16_rounding_matches_torch() -> None:
     bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
     # Beside each of 256 exponents and signs: ends of a binade, ties and their neighbours.
     near = (np.arange(512, dtype=np.uint32)[:, None] << 23) + np.array([0, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7FFFFF])
@@ -226,7 +226,7 @@ def test_every_float_is_rounded_as_torch_rounds_it() -> None:
     assert np.isnan(rounded(np.array([0x7FC00001, 0x7FFFFFFF, 0xFFC00000], np.uint32).view(np.float32))).all()
 
 
-def test_what_arrives_is_the_adapter_that_was_sent_and_a_rounded_move() -> None:
+def test_received_adapter_is_the_sent_one_plus_the_rounded_change() -> None:
     draws = np.random.default_rng(1)
     sent = {name: draws.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 5)), ("b", (4,)))}
     trained = {name: value + np.float32(1e-3) * draws.normal(size=value.shape) for name, value in sent.items()}
@@ -240,7 +240,7 @@ def test_what_arrives_is_the_adapter_that_was_sent_and_a_rounded_move() -> None:
     assert all((still[name] == sent[name]).all() for name in sent), "a tensor that rests stays as it is"
 
 
-def test_an_update_is_kept_value_by_value(tmp_path: Path, adapter: Adapter) -> None:
+def test_stored_updates_are_read_back_in_pieces(tmp_path: Path, adapter: Adapter) -> None:
     with Arrived(tmp_path / "arrived", adapter) as arrived:
         arrived.put("a", adapter.tensors)
         arrived.put("b", {name: value + 1 for name, value in adapter.tensors.items()})
@@ -251,7 +251,7 @@ def test_an_update_is_kept_value_by_value(tmp_path: Path, adapter: Adapter) -> N
         np.testing.assert_array_equal(arrived.values("b", start=0, count=arrived.sent.num_values), whole + 1)
 
 
-def test_the_folder_is_nobody_else_s_and_begins_and_ends_with_the_round(tmp_path: Path, adapter: Adapter) -> None:
+def test_update_folder_is_private_and_removed_after_the_round(tmp_path: Path, adapter: Adapter) -> None:
     folder = tmp_path / "checkpoints" / "arrived"
     Arrived(folder, adapter).__enter__().put("a", adapter.tensors)  # of a lead that was killed
     with contextlib.suppress(KeyError), Arrived(folder, adapter) as arrived:
@@ -262,7 +262,7 @@ def test_the_folder_is_nobody_else_s_and_begins_and_ends_with_the_round(tmp_path
     assert not folder.exists()
 
 
-def test_a_full_disk_ends_the_round_with_its_folder_and_what_it_needs(tmp_path: Path, adapter: Adapter) -> None:
+def test_full_disk_error_names_the_folder_and_required_bytes(tmp_path: Path, adapter: Adapter) -> None:
     with Arrived(tmp_path / "arrived", adapter) as arrived:
         (tmp_path / "arrived" / "a").symlink_to("/dev/full")
         with pytest.raises(

@@ -168,7 +168,7 @@ class Charges(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("histories", [3, pytest.param(40, marks=pytest.mark.nightly)])
-def test_nothing_leaves_that_was_not_charged(histories: int, tmp_path: Path) -> None:
+def test_random_secure_histories_release_only_charged_updates(histories: int, tmp_path: Path) -> None:
     def made() -> Federation:
         folder = tmp_path / secrets.token_hex(8)
         folder.mkdir()

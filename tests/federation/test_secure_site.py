@@ -174,7 +174,7 @@ def federation(tmp_path: Path) -> Federation:
     return federation_in(tmp_path)
 
 
-def test_a_lead_whom_nobody_approved_takes_over_no_run(federation: Federation) -> None:
+def test_unapproved_lead_cannot_take_over_a_run(federation: Federation) -> None:
     """A run's name holds its settings and not its lead, so that another allowed lead can ask for the same one."""
     for site in federation.sites.values():
         site.policy = replace(site.policy, approval="manual")
@@ -189,7 +189,7 @@ def test_a_lead_whom_nobody_approved_takes_over_no_run(federation: Federation) -
     np.testing.assert_array_equal(federation.read(federation.summation(session, 2)), 3 * VECTOR)
 
 
-def test_a_session_that_does_not_begin_leaves_the_one_before(federation: Federation) -> None:
+def test_incomplete_new_session_keeps_the_previous_one(federation: Federation) -> None:
     session, name, announced = federation.begun()
     new = secrets.token_hex(16)
     own = {site: federation.told(site, ANNOUNCE, name=new) for site in ("north", "south")}  # and east is away
@@ -199,7 +199,7 @@ def test_a_session_that_does_not_begin_leaves_the_one_before(federation: Federat
     assert federation.told("north", JOIN, *announced, name=name) == session.digest.encode()
 
 
-def test_sites_go_back_to_a_session_that_others_did_not_leave(federation: Federation) -> None:
+def test_sites_can_return_to_an_earlier_session(federation: Federation) -> None:
     session, name, announced = federation.begun()
     later, later_name, _ = federation.begun()
     assert later.digest != session.digest
@@ -212,7 +212,7 @@ def test_sites_go_back_to_a_session_that_others_did_not_leave(federation: Federa
     assert federation.refused("north", JOIN, *announced, name=later_name) == DIFFERS
 
 
-def test_a_round_of_another_session_is_charged_to_nobody(federation: Federation) -> None:
+def test_round_in_another_session_is_not_charged(federation: Federation) -> None:
     _, earlier, _ = federation.begun()
     session, name, _ = federation.begun()
     # A party is its lead's alone, also while the ledger knows of no run.
@@ -226,7 +226,7 @@ def test_a_round_of_another_session_is_charged_to_nobody(federation: Federation)
     np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
 
 
-def test_one_round_is_not_asked_for_in_two_sessions(federation: Federation) -> None:
+def test_round_cannot_be_requested_in_two_sessions(federation: Federation) -> None:
     """What a site stored of it is in the first one, and its retry in another would be another question."""
     federation.begun()
     federation.upload("north")
@@ -235,7 +235,7 @@ def test_one_round_is_not_asked_for_in_two_sessions(federation: Federation) -> N
     assert (federation.charged("north"), federation.sites["north"].trained) == (1, [(1, 1)])
 
 
-def test_a_release_whose_survivors_were_asked_for_is_charged_to_nobody(federation: Federation) -> None:
+def test_upload_after_its_confirmation_request_is_not_charged(federation: Federation) -> None:
     session, _, _ = federation.begun()
     early = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES)).to_bytes()
     federation.told("north", CONFIRM, early)
@@ -244,7 +244,7 @@ def test_a_release_whose_survivors_were_asked_for_is_charged_to_nobody(federatio
     assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
 
 
-def test_what_was_stored_is_given_again_after_a_restart_and_nothing_new_is_charged(federation: Federation) -> None:
+def test_stored_upload_is_resent_after_a_restart_without_a_charge(federation: Federation) -> None:
     session, _, _ = federation.begun()
     first = masked(federation.upload("north"))
     federation.sites["north"].parties = Parties()
@@ -256,7 +256,7 @@ def test_what_was_stored_is_given_again_after_a_restart_and_nothing_new_is_charg
         made.add_upload(site, masked(federation.upload(site)))
 
 
-def test_what_was_changed_on_the_way_is_not_answered(federation: Federation) -> None:
+def test_tampered_request_is_not_answered(federation: Federation) -> None:
     """Of sealed shares that somebody changed a site would give none, and that would be held against it."""
     session, name, announced = federation.begun()
     made = federation.summation(session)
@@ -291,7 +291,7 @@ CHANGES: dict[str, Callable[[SecureSite], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_what_a_person_forbids_meanwhile_ends_a_site_s_part(federation: Federation, change: Any) -> None:
+def test_policy_change_ends_the_participation_of_a_site(federation: Federation, change: Any) -> None:
     session, _, _ = federation.begun()
     made = federation.confirmed(federation.summation(session))
     change(federation.sites["north"])
@@ -301,7 +301,7 @@ def test_what_a_person_forbids_meanwhile_ends_a_site_s_part(federation: Federati
     assert federation.charged("north") == 1
 
 
-def test_who_would_refuse_the_round_joins_no_session(federation: Federation) -> None:
+def test_site_that_would_refuse_the_round_joins_no_session(federation: Federation) -> None:
     """Else the others would pay for a round that it takes no part in."""
     session, name, announced = federation.begun()
     plan = federation.asked().plan
@@ -312,7 +312,7 @@ def test_who_would_refuse_the_round_joins_no_session(federation: Federation) -> 
     assert federation.refused("south", JOIN, *announced, name=name)[0] is Reason.PAUSED
 
 
-def test_settings_are_needed_for_the_first_step_of_a_session_alone(federation: Federation, monkeypatch: Any) -> None:
+def test_settings_are_needed_only_for_the_first_step_of_a_session(federation: Federation, monkeypatch: Any) -> None:
     """A lead sends them with that: whoever has lost its part says so, and is asked to announce again."""
     session, name, announced = federation.begun()
     made = federation.summation(session)
@@ -329,7 +329,7 @@ def test_settings_are_needed_for_the_first_step_of_a_session_alone(federation: F
     assert name == federation.name
 
 
-def test_a_promise_is_written_once_however_often_it_is_asked_for(federation: Federation) -> None:
+def test_repeated_confirmation_is_stored_once(federation: Federation) -> None:
     session, _, _ = federation.begun()
     made = federation.summation(session)
     for _ in range(20):
@@ -350,7 +350,7 @@ def noted(site: SecureSite) -> list[tuple[str, int, bool]]:
     return [(one["session"], one["release"], one["confirmed"]) for one in promises]
 
 
-def test_of_each_session_the_newest_promise_is_kept(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_confirmation_per_session_is_stored(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(at_site, "_MOST_NOTED", 2)
     digests = []
     for start in (1, 2, 3):
@@ -362,7 +362,7 @@ def test_of_each_session_the_newest_promise_is_kept(federation: Federation, monk
 
 
 @pytest.mark.parametrize("cut_at", [0, 1, 2, None], ids=["unwritten", "not in place", "in place", "answered"])
-def test_a_crash_leaves_the_promise_before_or_the_new_one_and_no_answer_without_it(
+def test_crash_while_storing_a_confirmation_leaves_the_old_or_new_one(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, cut_at: int | None
 ) -> None:
     """Before each step that makes the new one durable: its bytes, its name, the folder's."""

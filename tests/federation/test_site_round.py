@@ -26,7 +26,7 @@ from ..privacy.builders import lead_key, reason_of, stranger_key
 from .conftest import reason
 
 
-def test_the_charge_is_on_disk_before_training_and_the_reply_before_it_leaves(site: Any, adapter: Adapter) -> None:
+def test_charge_is_stored_before_training_and_reply_before_sending(site: Any, adapter: Adapter) -> None:
     reply = site.ask()
     assert isinstance(reply.body, Update)
     assert (reply.body.site, reply.body.run, reply.body.round) == ("a", "r", 1)
@@ -41,7 +41,7 @@ def test_the_charge_is_on_disk_before_training_and_the_reply_before_it_leaves(si
     assert receipt.site_key == site.key.public
 
 
-def test_an_interrupted_round_is_tried_again_at_a_new_charge(site: Any) -> None:
+def test_interrupted_round_is_retried_with_a_new_charge(site: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         site.ask(train=Mock(side_effect=KeyboardInterrupt))
     reply = site.ask()
@@ -50,7 +50,7 @@ def test_an_interrupted_round_is_tried_again_at_a_new_charge(site: Any) -> None:
     assert reply.receipt.charged_rounds == 2
 
 
-def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_exception_text_does_not_leave_the_site(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, "fedtune"):
         reply = site.ask(train=Mock(side_effect=RuntimeError("canary-17 in row 3")))
     assert reason(reply) is Reason.SITE_ERROR
@@ -60,7 +60,7 @@ def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture
     assert reply.receipt.charged_rounds == 1, "what failed had begun, and was charged"
 
 
-def test_what_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
+def test_unstored_update_is_not_sent_but_stays_charged(
     site: Any, adapter: Adapter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.05)
@@ -101,7 +101,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(("training_s", "reply_s"), [(0.0, 0.0), (0.1, 60.0), (59.9, 60.0), (60.5, 120.0), (600, 600)])
 @pytest.mark.parametrize("error", [None, RuntimeError(), Refused(Reason.PLAN_EXHAUSTED)], ids=repr)
-def test_an_answer_leaves_at_a_whole_multiple(
+def test_reply_time_is_rounded_up_to_the_interval(
     station: Any, clock: Any, adapter: Adapter, error: Exception | None, training_s: float, reply_s: float
 ) -> None:
     def train(*args: object) -> Trained:
@@ -118,7 +118,7 @@ def test_an_answer_leaves_at_a_whole_multiple(
         assert isinstance(reply.body, Update)
 
 
-def test_strangers_are_not_kept_waiting(station: Any, clock: Any) -> None:
+def test_unknown_leads_are_answered_without_delay(station: Any, clock: Any) -> None:
     # Nothing that they are told depends on a record, and each would hold a worker.
     site = station(releases={"reply_after_s": 60.0})
     assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
@@ -126,7 +126,7 @@ def test_strangers_are_not_kept_waiting(station: Any, clock: Any) -> None:
     assert clock.sleeps == []
 
 
-def test_a_reply_is_never_due_before_it_is_there(clock: Any) -> None:
+def test_scheduled_reply_time_is_never_in_the_past(clock: Any) -> None:
     # Dividing by 0.1 and multiplying again may round to a little less than what has passed.
     for number in range(1, 2000):
         clock.now = 0.0
@@ -143,7 +143,7 @@ def ends(site: Any) -> list[dict[str, Any]]:
     return [dict(event.detail) for event in site.events() if event.detail.get("what") == "run_ended"]
 
 
-def test_the_final_adapter_is_kept_and_its_digest_is_in_the_ledger(site: Any, final: Adapter) -> None:
+def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter) -> None:
     site.ask()
     receipt = site.end(adapter=final, digest=final.digest())
     assert site.kept == [("r", final.digest())]
@@ -154,13 +154,13 @@ def test_the_final_adapter_is_kept_and_its_digest_is_in_the_ledger(site: Any, fi
     assert receipt.sequence == len(site.events()), "it covers the note of the end"
 
 
-def test_receipts_say_of_which_plan_and_whether_the_run_is_over(site: Any) -> None:
+def test_receipts_state_their_plan_and_whether_the_run_ended(site: Any) -> None:
     plan = site.propose().plan.digest()
     said = [(one.ended, one.plan, one.simulated, one.seeded_noise) for one in (site.ask().receipt, site.end())]
     assert said == [(False, plan, False, False), (True, plan, False, False)]
 
 
-def test_a_run_that_was_refused_cannot_begin_once_its_lead_ended_it(station: Any) -> None:
+def test_refused_run_cannot_start_after_its_lead_ended_it(station: Any) -> None:
     site = station(approval="manual")
     assert site.end() is None, "it was never asked"
     assert reason(site.ask()) is Reason.AWAITING_APPROVAL
@@ -174,7 +174,7 @@ def test_a_run_that_was_refused_cannot_begin_once_its_lead_ended_it(station: Any
     assert len(ends(site)) == 1
 
 
-def test_a_lead_ends_no_run_of_another_lead_under_its_name(station: Any) -> None:
+def test_lead_cannot_end_an_equally_named_run_of_another_lead(station: Any) -> None:
     site = station(allow={"leads": (stranger_key.public, lead_key.public)})
     assert reason(site.ask(key=stranger_key, lead=stranger_key.public, rank=64)) is Reason.MAX_RANK
     assert site.end() is None, "its own lead was never here"
@@ -187,7 +187,7 @@ def test_a_lead_ends_no_run_of_another_lead_under_its_name(station: Any) -> None
 
 
 @pytest.mark.parametrize("declines", [True, False], ids=["declined", "none came"])
-def test_without_an_adapter_the_end_is_noted_all_the_same(station: Any, final: Adapter, declines: bool) -> None:
+def test_end_of_run_is_recorded_without_an_adapter(station: Any, final: Adapter, declines: bool) -> None:
     site = station(final_adapter="decline") if declines else station()
     site.ask()
     digest = final.digest() if declines else ""
@@ -196,7 +196,7 @@ def test_without_an_adapter_the_end_is_noted_all_the_same(station: Any, final: A
     assert site.kept == []
 
 
-def test_another_adapter_than_was_signed_for_is_neither_kept_nor_noted(site: Any, final: Adapter) -> None:
+def test_final_adapter_with_another_digest_is_refused(site: Any, final: Adapter) -> None:
     site.ask()
     before = site.events()
     for digest in (site.template.digest(), "", "00" * 32):
@@ -206,7 +206,7 @@ def test_another_adapter_than_was_signed_for_is_neither_kept_nor_noted(site: Any
     assert site.ledger().history.runs["r"].expires is not None
 
 
-def test_a_second_notice_changes_nothing_and_exchanges_no_adapter(site: Any, final: Adapter) -> None:
+def test_second_end_notice_changes_nothing(site: Any, final: Adapter) -> None:
     # The lead may not have heard the first answer.  Of another adapter the ledger would not know.
     site.ask()
     first = site.end(adapter=final, digest=final.digest())
@@ -218,7 +218,7 @@ def test_a_second_notice_changes_nothing_and_exchanges_no_adapter(site: Any, fin
     assert set(site.kept) == {("r", final.digest())}
 
 
-def test_another_lead_ends_nothing_and_gives_no_adapter(station: Any, final: Adapter) -> None:
+def test_unauthorized_lead_cannot_end_a_run_or_deliver_an_adapter(station: Any, final: Adapter) -> None:
     site = station(allow={"leads": (lead_key.public, stranger_key.public)})
     site.ask()
     without = replace(site.policy, allow=replace(site.policy.allow, leads=(stranger_key.public,)))
@@ -230,7 +230,7 @@ def test_another_lead_ends_nothing_and_gives_no_adapter(station: Any, final: Ada
     assert site.kept == ends(site) == []
 
 
-def test_an_adapter_that_cannot_be_stored_is_asked_for_again(site: Any, final: Adapter) -> None:
+def test_adapter_storage_failure_allows_a_retry(site: Any, final: Adapter) -> None:
     full = Mock(side_effect=OSError("no space left on device"))
     site.ask()
     notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).signed(site.lead)

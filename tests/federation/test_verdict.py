@@ -40,7 +40,7 @@ def ledger_of(tmp_path: Path) -> Callable[[Policy], Ledger]:
     return lambda policy: Ledger(tmp_path / policy.ledger, policy, SigningKey.load_or_make(tmp_path / policy.site_key))
 
 
-def test_a_run_within_the_policy_is_accepted(ask: Ask, tmp_path: Path) -> None:
+def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> None:
     said = ask(site_policy())
     assert said.allowed
     assert (said.site, said.ledger, said.taken, said.note) == ("a", "new", 0.0, "")
@@ -54,7 +54,7 @@ def test_a_run_within_the_policy_is_accepted(ask: Ask, tmp_path: Path) -> None:
     assert (wrong.allowed, wrong.most_rounds, wrong.least_noise, wrong.most_epsilon) == (False, 0, None, None)
 
 
-def test_every_broken_rule_is_named(ask: Ask) -> None:
+def test_every_broken_rule_is_reported(ask: Ask) -> None:
     said = ask(site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
     assert [(one.reason, one.asked, one.allowed) for one in said.broken[1:]] == [
         ("max_rank", "9", "at most 4"),
@@ -72,7 +72,7 @@ def whole_epsilon(proposal: Proposal) -> float:
     return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
 
 
-def test_a_run_that_costs_too_much_is_told_what_would_fit(ask: Ask) -> None:
+def test_dry_run_suggests_fewer_rounds_or_more_noise(ask: Ask) -> None:
     cap = 0.9 * whole_epsilon(run_proposal())
     said = ask(site_policy(budget={"max_epsilon_per_run": cap}))
     assert [one.reason for one in said.broken] == ["max_epsilon_per_run"]
@@ -96,7 +96,7 @@ NO_CAP = {"max_epsilon": float("inf")}
     ids=["a run's cap", "the lifetime cap", "the least noise"],
 )
 @pytest.mark.parametrize("planned", [4.0, 0.6], ids=["accepted as planned", "refused as planned"])
-def test_the_largest_epsilon_is_accepted_and_a_larger_one_is_not(
+def test_reported_largest_epsilon_is_the_limit_of_acceptance(
     policy: dict[str, Any], limit: tuple[str, str], planned: float, ask: Ask
 ) -> None:
     site = site_policy(**policy)
@@ -111,7 +111,7 @@ def test_the_largest_epsilon_is_accepted_and_a_larger_one_is_not(
         assert (again.allowed, [one.reason for one in again.broken]) == (accepted, [] if accepted else [limit[0]])
 
 
-def test_the_largest_epsilon_is_unlimited_without_a_limit_and_missing_where_no_noise_helps(ask: Ask) -> None:
+def test_largest_epsilon_is_unlimited_without_a_cap(ask: Ask) -> None:
     said = ask(site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
     assert (said.most_epsilon, said.limit) == (100.0, None)
     others = ask(site_policy(), rank=9, most=True)
@@ -120,7 +120,7 @@ def test_the_largest_epsilon_is_unlimited_without_a_limit_and_missing_where_no_n
     assert ask(site_policy()).most_epsilon is None, "nobody asked for it"
 
 
-def test_the_verdict_is_what_the_ledger_then_does(ask: Ask, ledger_of: Any) -> None:
+def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, ledger_of: Any) -> None:
     whole = ask(site_policy())
     tight = site_policy(budget={"max_epsilon": 1.3 * whole.would_be})
     ledger = ledger_of(tight)
@@ -141,7 +141,7 @@ def test_the_verdict_is_what_the_ledger_then_does(ask: Ask, ledger_of: Any) -> N
     ]
 
 
-def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, ledger_of: Any) -> None:
+def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, ledger_of: Any) -> None:
     plan = run_proposal().plan
     once = filter.cheapest(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
     tight = site_policy(budget={"max_epsilon": 1.001 * once})
@@ -158,7 +158,7 @@ def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, ledger_of: Any) -> No
     ("changes", "why"),
     [({"site": "b"}, "made for site = a"), ({"budget": {"delta": 1e-6}}, "made for budget.delta = 1e-05")],
 )
-def test_a_ledger_of_another_policy_is_in_doubt(
+def test_ledger_with_a_mismatched_policy_is_in_doubt(
     changes: dict[str, Any], why: str, ask: Ask, ledger_of: Any, tmp_path: Path
 ) -> None:
     ledger = ledger_of(site_policy())
@@ -176,7 +176,7 @@ def test_a_ledger_of_another_policy_is_in_doubt(
     assert said.most_rounds == 0
 
 
-def test_without_a_cap_any_number_of_runs_fits_and_without_noise_none(ask: Ask) -> None:
+def test_any_number_of_runs_fits_without_a_cap(ask: Ask) -> None:
     said = ask(site_policy(budget={"max_epsilon": float("inf")}))
     assert (said.allowed, said.runs_left) == (True, None)
     said = ask(site_policy(), noise_multiplier=0.0)
@@ -185,6 +185,6 @@ def test_without_a_cap_any_number_of_runs_fits_and_without_noise_none(ask: Ask) 
     assert said.least_noise == pytest.approx(4.0, rel=1e-3)
 
 
-def test_a_file_that_is_no_policy_is_a_mistake(tmp_path: Path) -> None:
+def test_missing_policy_file_raises_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be a readable file"):
         verdict.ask(tmp_path / "missing.toml", run_proposal(), declared_sizes=SIZES)

@@ -21,7 +21,7 @@ def manual(station: Any) -> Any:
     return station(approval="manual")
 
 
-def test_a_paused_site_does_nothing_and_charges_nothing(station: Any) -> None:
+def test_paused_site_refuses_without_charge(station: Any) -> None:
     site = station(approval="manual", budget={"max_epsilon": 0.4})
     site.paused = True
     reply = site.ask(rank=64)
@@ -33,7 +33,7 @@ def test_a_paused_site_does_nothing_and_charges_nothing(station: Any) -> None:
     assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS, "nor told of"
 
 
-def test_a_run_goes_on_after_a_pause_as_if_there_had_been_none(site: Any) -> None:
+def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
     assert isinstance(site.ask(1).body, Update)
     site.paused = True
     signed = site.request(2).signed(site.lead)
@@ -51,7 +51,7 @@ def test_a_run_goes_on_after_a_pause_as_if_there_had_been_none(site: Any) -> Non
     assert site.ledger().history.runs["r"].expires is None
 
 
-def test_the_same_request_is_answered_once_a_person_has_approved(manual: Any) -> None:
+def test_repeated_request_is_answered_after_approval(manual: Any) -> None:
     signed = manual.request().signed(manual.lead)
     waiting = [manual.send(signed) for _ in range(3)]
     assert [reason(reply) for reply in waiting] == [Reason.AWAITING_APPROVAL] * 3
@@ -67,7 +67,7 @@ def test_the_same_request_is_answered_once_a_person_has_approved(manual: Any) ->
     assert isinstance(manual.ask(2).body, Update), "further rounds ask nobody"
 
 
-def test_who_is_to_approve_is_told_what(manual: Any) -> None:
+def test_only_acceptable_proposals_are_submitted_for_approval(manual: Any) -> None:
     assert reason(manual.ask()) is Reason.AWAITING_APPROVAL
     assert manual.awaited == [manual.request().proposal]
     assert reason(manual.ask(rank=64)) is Reason.MAX_RANK
@@ -80,7 +80,7 @@ def test_who_is_to_approve_is_told_what(manual: Any) -> None:
     assert len(manual.awaited) == 1
 
 
-def test_a_denied_run_is_refused_at_once_and_its_reason_stays_here(manual: Any) -> None:
+def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual: Any) -> None:
     manual.ask()
     asked = manual.request().proposal
     manual.ledger().deny(asked, "the ethics board said no")
@@ -106,7 +106,7 @@ def understanding(monkeypatch: pytest.MonkeyPatch) -> Mock:
     return made
 
 
-def test_settings_that_do_not_fit_are_refused_before_a_person_is_asked(manual: Any, understanding: Mock) -> None:
+def test_invalid_settings_are_refused_before_approval(manual: Any, understanding: Mock) -> None:
     understanding.side_effect = Refused(Reason.SETTINGS)
     assert reason(manual.ask()) is Reason.SETTINGS
     assert [one.args[0].run for one in understanding.call_args_list] == ["r"]
@@ -115,7 +115,7 @@ def test_settings_that_do_not_fit_are_refused_before_a_person_is_asked(manual: A
     assert reason(manual.ask()) is Reason.SETTINGS
 
 
-def test_settings_are_not_read_for_what_is_refused_anyway(site: Any, understanding: Mock) -> None:
+def test_settings_are_not_read_for_refused_requests(site: Any, understanding: Mock) -> None:
     site.ask(rank=64)
     site.ask(key=stranger_key, lead=stranger_key.public)
     site.ask(about={"expires": 1.0})
@@ -127,7 +127,7 @@ def test_settings_are_not_read_for_what_is_refused_anyway(site: Any, understandi
     understanding.assert_called_once()
 
 
-def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(site: Any, monkeypatch: Any) -> None:
+def test_preparation_refusals_are_reported_and_errors_hidden(site: Any, monkeypatch: Any) -> None:
     for error, rule in (
         (Refused(Reason.WRONG_RUN, asked="r", allowed="s"), Reason.WRONG_RUN),
         (OSError("canary: /data/patients.csv"), Reason.SITE_ERROR),
@@ -139,12 +139,12 @@ def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(site: Any
         assert reply.receipt.charged_rounds == 0
 
 
-def test_a_denial_is_of_one_plan_alone(manual: Any) -> None:
+def test_denial_applies_to_one_plan_only(manual: Any) -> None:
     manual.ledger().deny(manual.request().proposal, "too many rounds")
     assert reason(manual.ask(num_rounds=2)) is Reason.AWAITING_APPROVAL
 
 
-def test_a_denied_run_that_has_begun_is_charged_no_further_round_and_no_reply_leaves(site: Any) -> None:
+def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
     asked, other = site.request().proposal, replace(site.request().proposal, run="other")
     first = site.request(1).signed(site.lead)
     assert isinstance(site.send(first).body, Update)
@@ -166,7 +166,7 @@ def test_a_denied_run_that_has_begun_is_charged_no_further_round_and_no_reply_le
     assert site.ledger().history.runs["other"].is_open(history.clock)
 
 
-def test_a_run_that_is_denied_while_its_round_trains_sends_nothing(site: Any) -> None:
+def test_run_denied_during_training_sends_nothing(site: Any) -> None:
     def train(*asked: Any) -> Trained:
         site.ledger().deny(site.request().proposal, "stop")
         return Trained(adapter=site.template)

@@ -99,7 +99,7 @@ def received(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[int, 
     return {one.metadata.src_node_id: word_of(one) for one in grid.receive(questions(*numbers), timeout=timeout)}
 
 
-def test_sites_are_numbered_by_the_roster_whatever_the_server_calls_them() -> None:
+def test_sites_are_numbered_by_the_roster() -> None:
     fake = FakeGrid(lambda message, _: says(message, str(message.metadata.dst_node_id)))
     grid = grid_of(fake)
     assert (list(grid.get_node_ids()), grid.online()) == ([1, 2], [1, 2])
@@ -107,7 +107,7 @@ def test_sites_are_numbered_by_the_roster_whatever_the_server_calls_them() -> No
     assert sorted(fake.asked) == [(700, "train"), (701, "train")], "a stranger's node is asked nothing"
 
 
-def test_a_site_that_comes_back_is_asked_again_and_answers_once() -> None:
+def test_reconnected_site_is_asked_again_and_answers_once() -> None:
     fake = FakeGrid(lambda message, number: says(message, "again") if number > 1 else None, north="1")
 
     def activate() -> list[Any]:
@@ -119,7 +119,7 @@ def test_a_site_that_comes_back_is_asked_again_and_answers_once() -> None:
     assert len(fake.asked) == 2
 
 
-def test_a_site_whose_app_failed_is_asked_again_a_little_later(caplog: pytest.LogCaptureFixture) -> None:
+def test_site_is_asked_again_after_its_app_failed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     fake = FakeGrid(
         lambda message, number: (
@@ -134,7 +134,7 @@ def test_a_site_whose_app_failed_is_asked_again_a_little_later(caplog: pytest.Lo
     assert "canary-31" not in caplog.text
 
 
-def test_what_a_site_said_before_its_app_failed_is_no_answer() -> None:
+def test_provisional_answer_before_an_app_failure_is_discarded() -> None:
     def answer(message: Message, number: int) -> Message:
         return says(message, "paused") if number == 1 else Message(Error(0, "x"), reply_to=message)
 
@@ -142,7 +142,7 @@ def test_what_a_site_said_before_its_app_failed_is_no_answer() -> None:
     assert received(waits, 1, timeout=0.5) == {}
 
 
-def test_a_site_that_comes_late_is_asked_when_it_is_there_and_nobody_else_again() -> None:
+def test_late_site_is_asked_on_arrival_without_asking_others_again() -> None:
     fake = FakeGrid(lambda message, _: says(message, "yes"), north="1")
 
     def hear(*_: Any) -> Heard:
@@ -154,7 +154,7 @@ def test_a_site_that_comes_late_is_asked_when_it_is_there_and_nobody_else_again(
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_a_provisional_answer_is_better_than_none_and_enough_in_a_pause(*, paused: bool) -> None:
+def test_provisional_answer_counts_at_the_timeout_or_during_a_pause(*, paused: bool) -> None:
     heard = {1: Heard(good=False, again_s=60.0, idle=paused), 2: Heard(good=True)}
     waiting = grid_of(
         FakeGrid(lambda message, number: says(message, f"{number}")), hear=lambda site, *_: heard[site], grace_s=0.05
@@ -165,7 +165,7 @@ def test_a_provisional_answer_is_better_than_none_and_enough_in_a_pause(*, pause
     assert waited_s < 5 if paused else waited_s >= 0.5
 
 
-def test_what_a_site_said_before_it_began_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paused_answer_before_an_unanswered_retry_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
     monkeypatch.setattr(asking_grid, "_SAYS_SO_AGAIN_S", 0.1)
     fake = FakeGrid(lambda message, number: says(message, "paused") if number == 1 else None, north="1")
@@ -174,7 +174,7 @@ def test_what_a_site_said_before_it_began_is_no_answer(monkeypatch: pytest.Monke
     assert len(fake.asked) == 2
 
 
-def test_a_provisional_answer_is_asked_for_again_until_it_is_final() -> None:
+def test_provisional_answer_is_requested_again_until_final() -> None:
     def hear(number: int, question: Message, answer: Message) -> Heard:
         assert (number, question.metadata.dst_node_id) == (1, 1)
         return Heard(good=True, again_s=None if word_of(answer) == "3" else 0.01)
@@ -184,7 +184,7 @@ def test_a_provisional_answer_is_asked_for_again_until_it_is_final() -> None:
 
 
 @pytest.mark.parametrize("lost", [OSError("x"), ValueError("no protobuf"), KeyError("x")])
-def test_a_server_that_is_away_loses_no_question_and_no_answer(lost: Exception, caplog: Any) -> None:
+def test_lost_question_and_lost_answer_are_sent_again(lost: Exception, caplog: Any) -> None:
     fake = FakeGrid(lambda message, number: lost if number == 1 else says(message, "yes"), north="1")
     fake.fails = [RuntimeError("away"), RuntimeError("away")]
     assert received(grid_of(fake), 1) == {1: "yes"}
@@ -193,7 +193,7 @@ def test_a_server_that_is_away_loses_no_question_and_no_answer(lost: Exception, 
     assert f"({type(lost).__name__})" in caplog.text
 
 
-def test_a_message_that_the_server_does_not_take_ends_the_run() -> None:
+def test_oversized_message_ends_the_run() -> None:
     fake = FakeGrid(lambda *_: None, north="1")
     fake.takes = False
     with pytest.raises(RunError, match="takes no message of this size"):

@@ -58,7 +58,7 @@ def test_updates_are_weighted_by_declared_sizes(federation: Any, strategy: str, 
 
 @pytest.mark.by_day("fedavg", "fedmedian")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_replies_in_any_order_give_the_same_bytes(federation: Any, tamper: Any, strategy: str) -> None:
+def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, strategy: str) -> None:
     digests = set()
     for order in range(4):
 
@@ -73,7 +73,7 @@ def test_replies_in_any_order_give_the_same_bytes(federation: Any, tamper: Any, 
 
 @pytest.mark.by_day("fedadam")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_restored_strategy_goes_on_as_before(federation: Any, strategy: str) -> None:
+def test_restored_strategy_continues_with_the_same_result(federation: Any, strategy: str) -> None:
     settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
     whole = federation(num_rounds=3, folder="whole", **settings)
     expected = whole.run()
@@ -84,7 +84,7 @@ def test_a_restored_strategy_goes_on_as_before(federation: Any, strategy: str) -
     assert second.run(state).adapter.digest() == expected.adapter.digest()
 
 
-def test_momentum_keeps_its_order_beyond_ten_tensors() -> None:
+def test_momentum_keeps_tensor_order_beyond_ten_tensors() -> None:
     average = Average(FederationSpec(strategy="fedavgm", server_momentum=0.5), {})
     state = {f"momentum/{number:05d}": np.full(1, number, np.float32) for number in range(12)}
     average.restore(state)
@@ -94,7 +94,7 @@ def test_momentum_keeps_its_order_beyond_ten_tensors() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("piece_bytes", [1, 40, 1 << 27])
-def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
+def test_piecewise_average_matches_flower_bit_for_bit(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, piece_bytes: int
 ) -> None:
     monkeypatch.setattr("fedtune.flower.averaging._PIECE_BYTES", piece_bytes)
@@ -120,7 +120,7 @@ def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
             assert value.tobytes() == sent.tensors[name].tobytes(), name
 
 
-def test_an_update_is_on_disk_before_the_next_site_trains(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_is_stored_on_disk_before_the_next_site_trains(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = federation(sizes=(3, 5, 7))
     there: list[list[str]] = []
     train = made._train

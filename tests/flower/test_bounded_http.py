@@ -93,7 +93,7 @@ def within_64_mib() -> Iterator[None]:
 
 
 @both
-def test_a_compressed_answer_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
+def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
     # 256 KB that stand for 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
     server = serve(lambda to, path: to.sendall(whole(bomb, headers="content-encoding: gzip\r\n")))
@@ -103,7 +103,7 @@ def test_a_compressed_answer_is_not_read(serve: Any, tls: Tls, call: Called) -> 
 
 @both
 @pytest.mark.parametrize("length_said", [True, False], ids=["announced", "without a length"])
-def test_an_answer_is_read_up_to_a_bound(serve: Any, tls: Tls, call: Called, *, length_said: bool) -> None:
+def test_response_is_read_up_to_a_size_limit(serve: Any, tls: Tls, call: Called, *, length_said: bool) -> None:
     def flood(to: ssl.SSLSocket, path: str) -> None:
         head = f"content-length: {1 << 30}" if length_said else "transfer-encoding: chunked"
         to.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
@@ -126,7 +126,7 @@ def test_an_answer_is_read_up_to_a_bound(serve: Any, tls: Tls, call: Called, *, 
     ids=["before the head", "in the head", "in the body"],
 )
 @pytest.mark.usefixtures("impatient")
-def test_a_dribbled_answer_ends(serve: Any, tls: Tls, call: Called, begins: bytes, part: bytes) -> None:
+def test_slowly_dribbled_response_times_out(serve: Any, tls: Tls, call: Called, begins: bytes, part: bytes) -> None:
     def dribble(to: ssl.SSLSocket, path: str) -> None:
         to.sendall(begins)
         while True:
@@ -140,20 +140,20 @@ def test_a_dribbled_answer_ends(serve: Any, tls: Tls, call: Called, begins: byte
 
 @both
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_does_not_shake_hands_is_left(tls: Tls, call: Called) -> None:
+def test_server_without_a_tls_handshake_times_out(tls: Tls, call: Called) -> None:
     with socket.create_server((LOOPBACK, 0)) as listening, pytest.raises((Unreachable, httpx.TimeoutException)):
         call(f"{LOOPBACK}:{listening.getsockname()[1]}", tls)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_reads_slowly_is_left(serve: Any, client: httpx.Client) -> None:
+def test_server_that_reads_slowly_times_out(serve: Any, client: httpx.Client) -> None:
     server = serve(lambda to, path: None)
     with pytest.raises(httpx.TimeoutException):
         client.post(f"https://{server.address}/push-object", content=bytes(64 * MIB))
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(serve: Any, tls: Tls, status: int) -> None:
+def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
     """The federation's own server, whose administrator has put in a redirect to a machine in somebody's network."""
     with socket.create_server((LOOPBACK, 0)) as elsewhere:
         elsewhere.setblocking(False)
@@ -173,7 +173,7 @@ def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(serve: Any, tls:
             elsewhere.accept()
 
 
-def test_no_answer_may_be_compressed(serve: Any, client: httpx.Client) -> None:
+def test_client_requests_uncompressed_responses(serve: Any, client: httpx.Client) -> None:
     server = serve(lambda to, path: to.sendall(whole(b"{}")))
     assert client.get(f"https://{server.address}/").request.headers["accept-encoding"] == "identity"
 
@@ -184,14 +184,14 @@ def test_no_answer_may_be_compressed(serve: Any, client: httpx.Client) -> None:
     [b"[" * 100_000, b'{"reason": "\xff"}', b"7" * 5000, b"[]", b"{}", b""],
     ids=["nesting", "no text", "a long number", "a list", "no field", "nothing"],
 )
-def test_no_greeting_ends_a_site(serve: Any, tls: Tls, status: str, body: bytes) -> None:
+def test_malformed_greeting_raises_only_the_wrong_server_error(serve: Any, tls: Tls, status: str, body: bytes) -> None:
     """Who runs the server could otherwise end every site's process at once."""
     server = serve(lambda to, path: to.sendall(whole(body, status=status)))
     with pytest.raises(Foreign):
         hello(server.address, tls)
 
 
-def test_a_connection_is_made_anew_now_and_then(serve: Any, tls: Tls, ours: Authority, monkeypatch: Any) -> None:
+def test_connection_is_renewed_after_its_maximum_age(serve: Any, tls: Tls, ours: Authority, monkeypatch: Any) -> None:
     """Or a server whose certificate has ended, or was replaced, would be polled for ever."""
     server = serve(lambda to, path: to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString())))
     fleet = Fleet(server.address, tls)
@@ -208,7 +208,7 @@ def test_a_connection_is_made_anew_now_and_then(serve: Any, tls: Tls, ours: Auth
     fleet._client.close()
 
 
-def test_calls_through_a_proxy_are_bounded_too(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(lambda to, path: to.sendall(whole(b"{}", headers="content-encoding: gzip\r\n")))
     with answering(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, asked):
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
@@ -226,7 +226,7 @@ def others(tmp_path: Path) -> Authority:
 
 
 @pytest.mark.parametrize("who", ["of ours", "of others", "elsewhere", "a site", "ended", "with old TLS"])
-def test_only_a_federation_s_own_server_is_spoken_to(ours: Authority, others: Authority, who: str) -> None:
+def test_client_accepts_only_the_server_of_its_federation(ours: Authority, others: Authority, who: str) -> None:
     """Who may speak to a real server: test_fleet.py."""
     tls = {
         "of others": lambda: others.issue("server", address=LOOPBACK),
@@ -261,14 +261,16 @@ def cut_within(to: ssl.SSLSocket, path: str) -> None:
 
 
 @pytest.mark.parametrize("answer", [cut, cut_within])
-def test_a_cut_is_not_taken_for_a_refusal(serve: Any, tls: Tls, answer: Answer) -> None:
+def test_cut_connection_is_not_reported_as_a_refusal(serve: Any, tls: Tls, answer: Answer) -> None:
     assert said_of(serve(answer).address, tls) == "no connection to the server (the connection was cut)"
 
 
 @pytest.mark.parametrize(
     ("who", "says"), [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")]
 )
-def test_a_refusal_is_named(serve: Any, ours: Authority, others: Authority, who: str, says: str) -> None:
+def test_certificate_refusal_is_named_in_the_error(
+    serve: Any, ours: Authority, others: Authority, who: str, says: str
+) -> None:
     """Under TLS 1.3 it comes after the handshake."""
     site = ours.issue("a", days=-1 if who == "ended" else 5)
     if who == "stranger":
@@ -286,7 +288,7 @@ def test_a_refusal_is_named(serve: Any, ours: Authority, others: Authority, who:
         assert refusal(caught.value) == f"it does not accept this site's certificate: {says}"
 
 
-def test_a_server_that_hangs_up_after_the_handshake_may_refuse(ours: Authority) -> None:
+def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(ours: Authority) -> None:
     """As fedtune's own does, whose library sends no alert."""
     context = server_context(ours.issue("server", address=LOOPBACK))
     context.num_tickets = 0

@@ -25,7 +25,7 @@ def built(app: Path, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=app.parent, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_flower_builds_the_bundle_which_holds_no_code(tmp_path: Path) -> None:
+def test_flower_builds_the_bundle_without_any_code(tmp_path: Path) -> None:
     file = write_bundle(tmp_path / "app")
     done = built(file.parent, tmp_path / "home")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +38,7 @@ def test_flower_builds_the_bundle_which_holds_no_code(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.fab")) == []
 
 
-def test_a_bundle_is_written_into_an_empty_folder_alone(tmp_path: Path) -> None:
+def test_bundle_is_written_only_into_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "app").mkdir()
     write_bundle(tmp_path / "app")
     for place in (tmp_path / "app", tmp_path / "app" / "pyproject.toml"):
@@ -61,7 +61,7 @@ def asked(file: str, grid: Any) -> list[Any]:
     return got
 
 
-def test_the_server_app_gives_the_lead_its_kit_its_settings_and_its_grid(tmp_path: Path) -> None:
+def test_server_app_passes_kit_settings_and_grid_to_the_lead(tmp_path: Path) -> None:
     (tmp_path / "spring.toml").write_text(GOOD)
     ((online, kit, settings),) = asked(str(tmp_path / "spring.toml"), FakeGrid(lambda *_: None))
     assert online == [1, 2]
@@ -81,7 +81,7 @@ def test_the_server_app_gives_the_lead_its_kit_its_settings_and_its_grid(tmp_pat
         ("kit = ", "must be TOML"),
     ],
 )
-def test_a_wrong_file_of_a_run_is_named_with_its_key(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_run_file_is_reported_with_its_key(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "spring.toml").write_text(text)
     with pytest.raises(ConfigError) as raised:
         read_run_file(tmp_path / "spring.toml")
@@ -117,17 +117,17 @@ SITE = "import fedtune.cli.site, fedtune.ops.services.site_service, fedtune.site
 
 
 @pytest.mark.parametrize("code", ["import fedtune.flower.site_app", LEAD, SITE], ids=["app", "lead", "site"])
-def test_nothing_private_of_flower_is_imported(code: str) -> None:
+def test_only_public_flower_names_are_imported(code: str) -> None:
     found = imported(code)
     assert {name for _, _, name, _ in found} >= {"RecordDict"}, "the recorder records"
     assert [one for one in found if not one[3]] == []
 
 
-def test_the_recorder_finds_private_names() -> None:
+def test_import_recorder_detects_private_names() -> None:
     assert not all(public for *_, public in imported("import fedtune.ops.wire.fleet"))
 
 
-def test_the_app_of_a_site_loads_neither_torch_nor_records() -> None:
+def test_site_app_imports_neither_torch_nor_site_code() -> None:
     large = ("torch", "transformers", "dp_accounting", "fedtune.sites", "fedtune.privacy", "fedtune.flower.internals")
     code = f"import sys, fedtune.flower.site_app; print([name for name in {large} if name in sys.modules])"
     words = [sys.executable, "-c", code]

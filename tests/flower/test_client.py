@@ -87,7 +87,7 @@ def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exc
     return Exchange(message, reply, SiteApp.answer_in(reply.content))
 
 
-def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
+def test_round_reply_contains_the_bytes_stored_in_the_ledger(
     app: SiteApp, request_: RecordDict, adapter: Adapter, tmp_path: Path
 ) -> None:
     exchange = asked(app, request_)
@@ -105,13 +105,13 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
     assert asked(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
 
 
-def test_the_ledger_hears_when_the_server_asked(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
+def test_ledger_receives_the_server_time_of_the_request(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
     """What opens a period of the site's budget; a ledger that hears nothing opens none."""
     monkeypatch.setattr(Ledger, "asked_at", told := Mock())
     told.assert_called_once_with(asked(app, request_).message.metadata.created_at)
 
 
-def test_the_end_of_a_run_is_noted_and_told_its_lead_alone(app: SiteApp, site: Any, request_: RecordDict) -> None:
+def test_end_of_run_is_recorded_and_answered_only_for_its_lead(app: SiteApp, site: Any, request_: RecordDict) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
     before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)
     assert before.answered is None
@@ -144,7 +144,7 @@ KINDS = ["train", "evaluate", "query", END, "train.canary", "query.canary", "sys
 
 
 @pytest.mark.parametrize("odd", ODD_CONTENTS)
-def test_whatever_comes_is_answered_and_nothing_of_it_comes_back(odd: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_content_is_answered_without_echoing_it(odd: str, caplog: pytest.LogCaptureFixture) -> None:
     app = SiteApp(Mock(side_effect=AssertionError("not even opened")), name="a")
     for kind in KINDS:
         exchange = asked(app, ODD_CONTENTS[odd], kind)
@@ -161,7 +161,7 @@ def test_whatever_comes_is_answered_and_nothing_of_it_comes_back(odd: str, caplo
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "train.canary", "system", "reconnect"])
-def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
+def test_unknown_message_type_is_refused_even_with_a_valid_request(
     app: SiteApp, request_: RecordDict, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert asked(app, request_, kind).answered.reason is Reason.MALFORMED_REQUEST
@@ -178,7 +178,7 @@ class Panic(BaseException):
     ids=lambda failure: type(failure).__name__,
 )
 @pytest.mark.parametrize("where", ["opening the site", "training", "ending"])
-def test_a_failure_is_a_reason_without_text(
+def test_failure_is_reported_as_a_reason_without_text(
     site: Any, request_: RecordDict, failure: BaseException, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     fails = Mock(side_effect=failure)
@@ -193,12 +193,12 @@ def test_a_failure_is_a_reason_without_text(
     assert "canary-31" in caplog.text
 
 
-def test_ctrl_c_is_not_swallowed(site: Any, request_: RecordDict) -> None:
+def test_keyboard_interrupt_is_not_swallowed(site: Any, request_: RecordDict) -> None:
     with pytest.raises(KeyboardInterrupt):
         asked(SiteApp(lambda settings: site(Mock(side_effect=KeyboardInterrupt)), name="a"), request_)
 
 
-def test_an_introduction_is_no_answer_to_a_round_and_void_when_its_time_is_up(app: SiteApp) -> None:
+def test_introduction_answers_no_round_and_expires(app: SiteApp) -> None:
     exchange = asked(app, RecordDict(), "query")
     assert exchange.answered is None
     assert exchange.reply.content.config_records[flower_records.SITE]["name"] == "a"
@@ -223,7 +223,7 @@ def require_silence(sent: list[bytes], words: tuple[str, ...] = _WORDS) -> None:
         assert spelled not in everything
 
 
-def test_the_names_of_a_sites_files_stay(federation: Any, everything_sent: list[bytes], caplog: Any) -> None:
+def test_file_names_of_a_site_never_leave_it(federation: Any, everything_sent: list[bytes], caplog: Any) -> None:
     caplog.set_level(logging.INFO, "fedtune")
     names = {
         "ledger": f"{CANARY}/{CANARY}.db",
@@ -244,7 +244,7 @@ def test_the_names_of_a_sites_files_stay(federation: Any, everything_sent: list[
     assert f"{CANARY}.db cannot be read or written" in caplog.text
 
 
-def test_the_search_listens_to_everything_and_finds_what_it_looks_for(federation: Any, everything_sent: Any) -> None:
+def test_leak_search_covers_every_message_and_detects_a_canary(federation: Any, everything_sent: Any) -> None:
     # Else all of the above would pass over nothing.
     federation(num_rounds=2, asks={"run": CANARY}).run()
     introductions, offers, replies, ends = 3, 3, 2 * 3, 3

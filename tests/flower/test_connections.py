@@ -72,7 +72,7 @@ def reasons(network: Loopback) -> set[str]:
     return {str(line.get("reason")) for line in network.audit()}
 
 
-def test_idle_sockets_keep_nobody_else_out(network: Loopback) -> None:
+def test_idle_sockets_do_not_block_other_clients(network: Loopback) -> None:
     with contextlib.ExitStack() as stack:
         for number in range(300):  # from five addresses, each up to its bound
             plain = stack.enter_context(socket.socket())
@@ -86,7 +86,7 @@ def test_idle_sockets_keep_nobody_else_out(network: Loopback) -> None:
     assert "Too many open files" not in network.output
 
 
-def test_one_address_gets_its_share_and_who_shows_a_certificate_comes_first(network: Loopback) -> None:
+def test_connections_per_address_are_limited_and_certificates_have_priority(network: Loopback) -> None:
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(socket.create_connection((LOOPBACK, network.port))) for _ in range(70)]
         assert status_of(network) == status_of(network, ELSEWHERE) == 200
@@ -94,7 +94,7 @@ def test_one_address_gets_its_share_and_who_shows_a_certificate_comes_first(netw
     assert "too many from this address" in reasons(network)
 
 
-def test_bursts_leave_no_trace(network: Loopback) -> None:
+def test_connection_bursts_are_fully_uncounted(network: Loopback) -> None:
     for _ in range(3):
         with contextlib.ExitStack() as stack:
             for _ in range(150):
@@ -106,20 +106,20 @@ def test_bursts_leave_no_trace(network: Loopback) -> None:
         assert not select.select(lines, [], [], 0.4)[0]
 
 
-def test_a_machine_with_many_addresses_counts_as_one() -> None:
+def test_addresses_of_one_ipv6_prefix_count_as_one_origin() -> None:
     addresses = ("192.0.2.7", "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::1", "fe80::1%eth0", "::1")
     origins = ["192.0.2.7", "2001:db8:1:2::/64", "2001:db8:1:2::/64", "fe80::/64", "::/64"]
     assert list(map(connections._origin, addresses)) == origins
 
 
-def test_one_certificate_gets_its_share(network: Loopback) -> None:
+def test_connections_per_certificate_are_limited(network: Loopback) -> None:
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(secure(network, network.tls["a"])) for _ in range(8)]
         assert sum(ends_within(line, 0.2) for line in lines) >= 2
     assert "too many with this certificate" in reasons(network)
 
 
-def test_headers_that_dribble_end_the_connection(network: Loopback) -> None:
+def test_slow_or_oversized_headers_end_the_connection(network: Loopback) -> None:
     with secure(network, network.tls["a"]) as line:
         assert ends_within(line, 4, send=greeting(network.tls["a"]))
     with secure(network, network.tls["a"]) as line:
@@ -131,14 +131,14 @@ def test_headers_that_dribble_end_the_connection(network: Loopback) -> None:
         assert b" 400 " in line.recv(1 << 16), "they have a size, too"
 
 
-def test_a_connection_that_says_nothing_is_closed(network: Loopback) -> None:
+def test_silent_connection_is_closed(network: Loopback) -> None:
     with secure(network, network.tls["a"]) as line:
         assert ends_within(line, 3)
     with socket.create_connection((LOOPBACK, network.port)) as plain:
         assert ends_within(plain, 4, send=b"\x16")
 
 
-def test_a_connection_has_a_life_that_its_session_does_not_outlive(network: Loopback) -> None:
+def test_connection_has_a_maximum_lifetime_and_no_tls_session_ticket(network: Loopback) -> None:
     with secure(network, network.tls["a"]) as line:
         began = time.monotonic()
         with contextlib.suppress(OSError):
@@ -152,7 +152,7 @@ def test_a_connection_has_a_life_that_its_session_does_not_outlive(network: Loop
         assert 2 < time.monotonic() - began < 7
 
 
-def test_a_connection_ends_with_its_certificate(network: Loopback) -> None:
+def test_connection_ends_when_its_certificate_expires(network: Loopback) -> None:
     tls = network.enlist("short", days=6 / 86400)  # valid for six seconds; starting with ten days ago
     wait_for(lambda: "short is registered" in network.output, seconds=10)
     assert hello(network.address, tls) == "short"
@@ -169,7 +169,7 @@ def test_a_connection_ends_with_its_certificate(network: Loopback) -> None:
     wait_for(over, seconds=20, what="the end of the certificate")
 
 
-def test_older_tls_and_foreign_certificates_are_refused_and_noted(network: Loopback, tmp_path: Any) -> None:
+def test_old_tls_versions_and_foreign_certificates_are_refused_and_logged(network: Loopback, tmp_path: Any) -> None:
     old = network.tls["a"].client_context()
     old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError):

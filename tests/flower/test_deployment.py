@@ -91,7 +91,7 @@ def line(folder: Path, ledger: Ledger, adapter: Adapter) -> Line:
     return Line(ledger, SigningKey.load_or_make(folder / "key.pem").public, adapter)
 
 
-def test_an_update_is_final_and_reported_with_its_bytes_and_charge(line: Line) -> None:
+def test_update_is_final_and_reported_with_size_and_charge(line: Line) -> None:
     assert line.hears(2, line.signed(line.update("south"))) == Answered(good=True)
     ((site, what, about),) = line.heard
     assert (site, what, about["charged_rounds"]) == ("south", "update", 2)
@@ -99,7 +99,7 @@ def test_an_update_is_final_and_reported_with_its_bytes_and_charge(line: Line) -
 
 
 @pytest.mark.parametrize("what", ["no receipt", "another answer's", "another key's", "another round", "another site's"])
-def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(line: Line, what: str) -> None:
+def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: str) -> None:
     body = line.update()
     if what == "no receipt":
         reply = Reply(body=body, receipt=None)
@@ -115,14 +115,14 @@ def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(
     assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "no charge is told that the site did not sign"
 
 
-def test_a_charge_that_no_ledger_grants_is_not_told(line: Line) -> None:
+def test_implausible_charge_is_not_reported(line: Line) -> None:
     # To compose so many rounds would take all of the lead's memory.
     ears = _Ears(line.sites, line.listener, most_rounds=1)
     ears(1, line.question("north"), Message(flower_records.from_reply(line.signed(line.update())), 1, "train"))
     assert line.heard[0][2]["charged_rounds"] is None
 
 
-def test_a_refusal_is_final_whatever_its_reason(line: Line) -> None:
+def test_final_refusal_is_reported_for_every_reason(line: Line) -> None:
     final = [reason for reason in Reason if not reason.is_waiting]
     for reason in final:
         assert line.hears(1, line.signed(refusal(reason))) == Answered(good=False)
@@ -130,7 +130,7 @@ def test_a_refusal_is_final_whatever_its_reason(line: Line) -> None:
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason.is_waiting])
-def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(line: Line, reason: Reason) -> None:
+def test_waiting_site_is_asked_again_and_reported_once(line: Line, reason: Reason) -> None:
     for _ in range(3):
         reply = line.signed(refusal(reason))
         assert line.hears(1, reply) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=True)
@@ -153,26 +153,26 @@ def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(line: L
     ],
     ids=["empty", "nested", "a piece", "arrays", "the end of a run"],
 )
-def test_what_is_no_answer_to_a_round_is_final_and_no_news(line: Line, content: RecordDict) -> None:
+def test_malformed_reply_is_final_and_not_reported(line: Line, content: RecordDict) -> None:
     assert line.ears(1, line.question("north"), Message(content, 1, "train")) == Answered(good=False)
     assert line.heard == []
 
 
-def test_an_answer_to_the_end_of_a_run_is_all_that_was_hoped_for(line: Line) -> None:
+def test_end_of_run_reply_is_accepted(line: Line) -> None:
     kind = f"query.{flower_records.END}"
     question = Message(RecordDict(), 1, kind)
     assert line.ears(1, question, Message(flower_records.from_receipt(None), 1, kind)) == Answered(good=True)
     assert line.heard == []
 
 
-def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(line: Line) -> None:
+def test_invitation_waits_for_approval_but_not_during_a_pause(line: Line) -> None:
     for reason, idle in ((Reason.AWAITING_APPROVAL, False), (Reason.PAUSED, True)):
         reply = line.signed(refusal(reason, round=0))
         expected = Answered(good=False, again_s=_ASK_AGAIN_S, idle=idle)
         assert line.hears(1, reply, f"query.{flower_records.INVITE}") == expected
 
 
-def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
+def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
     offer = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE, software="0.2.1+7c1f")
     kind = f"query.{flower_records.INVITE}"
     assert line.hears(1, line.signed(offer), kind) == Answered(good=True)
@@ -184,7 +184,7 @@ def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
     assert line.hears(1, line.signed(line.update()), kind) == Answered(good=False), "and an invitation for an offer"
 
 
-def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     weak = ("privacy.noise_multiplier=400", "training.go_on_without_signal=false", "runtime=deployment")
     config = compose_run(tiny(*weak, into=tmp_path))
     sites = [SimpleNamespace(site=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]

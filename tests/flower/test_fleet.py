@@ -57,7 +57,7 @@ def works(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Except
     return True
 
 
-def test_a_certificate_of_the_federation_is_not_enough(network: Loopback, joined: Any) -> None:
+def test_unregistered_member_with_a_valid_certificate_is_refused(network: Loopback, joined: Any) -> None:
     # The lead's, for example, or that of a site whose kit was made and not yet copied to the server.
     for name in ("lead", "newcomer"):
         tls = network.authority.issue(name)
@@ -69,14 +69,16 @@ def test_a_certificate_of_the_federation_is_not_enough(network: Loopback, joined
 
 
 @pytest.mark.parametrize(("seconds", "says"), [(-600, "60[0-9] s behind"), (60, "(60|5[0-9]) s ahead")])
-def test_a_wrong_clock_is_named(network: Loopback, monkeypatch: pytest.MonkeyPatch, seconds: int, says: str) -> None:
+def test_wrong_site_clock_is_named_in_the_error(
+    network: Loopback, monkeypatch: pytest.MonkeyPatch, seconds: int, says: str
+) -> None:
     monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=seconds))
     with pytest.raises(Unauthorised, match=f"its clock is {says}"):
         hello(network.address, network.tls["a"])
 
 
 @pytest.mark.parametrize(("kept", "whose"), [(True, "so the server's is wrong"), (False, "one of them is wrong")])
-def test_a_server_s_wrong_clock_is_named_as_the_server_s(
+def test_wrong_server_clock_is_named_in_the_error(
     network: Loopback, kept: bool, whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everything here is ten minutes ahead of the server, which a server that is behind looks like."""
@@ -87,7 +89,7 @@ def test_a_server_s_wrong_clock_is_named_as_the_server_s(
         hello(network.address, network.tls["a"])
 
 
-def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, joined: Any) -> None:
+def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, joined: Any) -> None:
     bystander = joined(network.tls["a"])
     bystander.activate()
     tls = network.enlist("guest")
@@ -116,7 +118,7 @@ def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, jo
     assert status_of(network, "guest") == ["unregistered"]
 
 
-def test_a_second_process_is_told_to_wait_for_the_first(network: Loopback, joined: Any) -> None:
+def test_second_process_of_a_site_waits_for_the_first(network: Loopback, joined: Any) -> None:
     first, second = joined(network.tls["a"]), joined(network.tls["a"])
     first.activate()
     with pytest.raises(Unreachable, match="an earlier connection of this site is not over yet"):
@@ -129,7 +131,7 @@ def test_a_second_process_is_told_to_wait_for_the_first(network: Loopback, joine
     assert status_of(network, "a") == ["online"]
 
 
-def test_a_proxy_that_answers_in_the_servers_place_is_an_error_and_no_crash(network: Loopback, joined: Any) -> None:
+def test_garbled_proxy_response_raises_unreachable(network: Loopback, joined: Any) -> None:
     fleet = joined(network.tls["a"])
     faulty = Faulty(fleet._client)
     faulty.break_at("activate-node", "garbled")
@@ -142,7 +144,7 @@ def test_a_proxy_that_answers_in_the_servers_place_is_an_error_and_no_crash(netw
     assert fleet.receive() is None, "and it goes on"
 
 
-def test_without_a_server_a_site_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority, address = Authority(tmp_path / "ca"), f"{LOOPBACK}:{free_port()}"
     tls = authority.issue("a")
     fleet = Fleet(address, tls)
@@ -163,7 +165,7 @@ def within_5_s(call: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(run())
 
 
-def test_what_was_not_heard_yet_is_told_at_once() -> None:
+def test_unheard_questions_are_reported_immediately() -> None:
     async def run() -> list[int]:
         questions = Questions()
         first = await questions.count(1, heard=-1)
@@ -173,7 +175,7 @@ def test_what_was_not_heard_yet_is_told_at_once() -> None:
     assert within_5_s(run()) == [0, 2, 2], "also where the server started again meanwhile"
 
 
-def test_a_call_is_held_until_this_node_is_asked() -> None:
+def test_call_is_held_until_its_node_is_asked() -> None:
     async def run() -> list[str]:
         questions, order = Questions(), []
 
@@ -192,7 +194,7 @@ def test_a_call_is_held_until_this_node_is_asked() -> None:
     assert within_5_s(run()) == ["2 heard 1", "only then", "1 heard 1", "1 heard 1"]
 
 
-def test_nobody_is_held_for_ever_or_by_a_server_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_call_ends_by_timeout_or_server_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     async def ends() -> int:
         questions = Questions()
         call = asyncio.create_task(questions.count(1, heard=0))
@@ -211,7 +213,7 @@ def ring(network: Loopback) -> Iterator[Callable[[Tls], Bell]]:
         yield lambda tls: stack.enter_context(contextlib.closing(Bell(network.address, tls, threading.Event())))
 
 
-def test_a_site_hears_of_its_own_questions_alone(network: Loopback, ring: Any) -> None:
+def test_site_is_notified_only_of_its_own_questions(network: Loopback, ring: Any) -> None:
     network.site("a")
     network.site("b")
     a, b = (ring(network.tls[name]) for name in "ab")
@@ -228,7 +230,7 @@ def test_a_site_hears_of_its_own_questions_alone(network: Loopback, ring: Any) -
     assert not a.rung.is_set()
 
 
-def test_only_members_may_wait_and_only_for_a_number(network: Loopback) -> None:
+def test_waiting_requires_membership_and_a_valid_counter(network: Loopback) -> None:
     def status(name: str, query: str, tls: Tls | None = None) -> int:
         tls = tls or network.tls[name]
         with httpx.Client(verify=tls.client_context()) as client:
@@ -244,7 +246,7 @@ def test_only_members_may_wait_and_only_for_a_number(network: Loopback) -> None:
     wait_for(lambda: status("b", "?heard=-1") == 403)
 
 
-def test_a_server_that_ends_holds_nobody(network: Loopback, ring: Any) -> None:
+def test_server_shutdown_releases_held_calls(network: Loopback, ring: Any) -> None:
     bell = ring(network.tls["a"])
     wait_for(lambda: bell.works and bell.rung.is_set(), what="the first answer")
     time.sleep(0.5)  # so that the next call is held

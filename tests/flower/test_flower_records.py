@@ -26,7 +26,7 @@ RECEIPT = Receipt(site="a", run="r", head="ab" * 32, site_key="cd" * 32, signatu
 
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
 @pytest.mark.parametrize("receipt", [RECEIPT, None])
-def test_an_update_arrives_as_it_was_sent(adapter: Adapter, receipt: Receipt | None, scores: Any) -> None:
+def test_update_round_trips_through_flower_records(adapter: Adapter, receipt: Receipt | None, scores: Any) -> None:
     sent = Update(site="a", run="r", round=1, tensors=dict(reversed(adapter.tensors.items())), scores=scores)
     reply = flower_records.to_reply(flower_records.from_reply(Reply(body=sent, receipt=receipt)))
     assert reply.receipt == receipt
@@ -35,14 +35,14 @@ def test_an_update_arrives_as_it_was_sent(adapter: Adapter, receipt: Receipt | N
     assert list(reply.body.tensors) == list(sent.tensors), "the order is part of what is checked"
 
 
-def test_a_refusal_arrives_as_it_was_sent() -> None:
+def test_refusal_round_trips_through_flower_records() -> None:
     for reason in Reason:
         body = Refusal(site="a", run="r", round=1, reason=reason, asked="2", allowed=None)
         sent = Reply(body=body, receipt=RECEIPT)
         assert flower_records.to_reply(flower_records.from_reply(sent)) == sent
 
 
-def test_a_reply_holds_the_release_in_one_form_alone(adapter: Adapter) -> None:
+def test_reply_accepts_only_its_canonical_record_form(adapter: Adapter) -> None:
     """What Flower says beside the bytes is part of no signature: it says the same each time, or it is no answer."""
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
     content = flower_records.from_reply(Reply(body=update, receipt=RECEIPT))
@@ -65,7 +65,7 @@ def test_a_reply_holds_the_release_in_one_form_alone(adapter: Adapter) -> None:
             flower_records.to_reply(content)
 
 
-def test_bytes_are_counted_with_names_and_texts(adapter: Adapter) -> None:
+def test_message_size_counts_tensors_and_text(adapter: Adapter) -> None:
     request_ = round_request(run_proposal(), adapter_digest=adapter.digest()).signed(lead_key)
     content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
@@ -74,7 +74,7 @@ def test_bytes_are_counted_with_names_and_texts(adapter: Adapter) -> None:
 
 
 @pytest.mark.parametrize("receipt", [RECEIPT, None])
-def test_the_answer_to_the_end_arrives_as_it_was_sent(receipt: Receipt | None) -> None:
+def test_receipt_round_trips_through_flower_records(receipt: Receipt | None) -> None:
     content = flower_records.from_receipt(receipt)
     assert set(content) == {flower_records.RECEIPT}
     assert flower_records.to_receipt(content) == receipt
@@ -96,7 +96,7 @@ NO_ANSWER, NO_RECEIPT = "must be a site's answer", "must be a site's receipt"
     ],
     ids=["reply", "receipt"],
 )
-def test_whatever_is_none_is_one_kind_of_error(read: Any, record: str, texts: tuple[str, ...], message: str) -> None:
+def test_malformed_records_raise_a_config_error(read: Any, record: str, texts: tuple[str, ...], message: str) -> None:
     contents = [RecordDict({record: ConfigRecord({"json": text})}) for text in texts]
     for content in (RecordDict(), *contents):
         with pytest.raises(ConfigError, match=message):

@@ -56,7 +56,7 @@ def by_lead(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
     return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
 
 
-def test_everything_else_that_flower_has_is_closed(network: Loopback, flowers_routes: Any, caller: Any) -> None:
+def test_all_other_flower_routes_are_closed(network: Loopback, flowers_routes: Any, caller: Any) -> None:
     closed = {(m, path) for m, path in flowers_routes if path not in gate._SITE_CALLS | gate._LEAD_CALLS}
     for path in (
         *("/docs", "/openapi.json", "/health", "/v1/fleet/register-node", "/v1/fleet/unregister-node"),
@@ -80,13 +80,13 @@ def test_everything_else_that_flower_has_is_closed(network: Loopback, flowers_ro
         *("/V1/fleet/pull-messages", "/v1/control/start-run;x", "/v1/fedtune/hello/", "/v1/fedtune", "/favicon.ico"),
     ],
 )
-def test_nearly_a_call_is_none(network: Loopback, caller: Any, path: str) -> None:
+def test_paths_similar_to_allowed_calls_are_closed(network: Loopback, caller: Any, path: str) -> None:
     headers = by_lead(network.lead_key, path, b"")
     raw = httpx.URL(f"https://{network.address}").copy_with(raw_path=path.encode())
     assert caller(network.lead_tls).post(raw, headers=headers).json() == CLOSED
 
 
-def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any) -> None:
+def test_lead_calls_require_the_signature_of_the_lead(network: Loopback, caller: Any) -> None:
     """What else is wrong with one: below."""
     runs = network.rows("SELECT count(*) FROM run")
     for who in (network.lead_tls, network.tls["a"]):
@@ -105,7 +105,7 @@ def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any
     assert network.rows("SELECT count(*) FROM run") == runs
 
 
-def test_a_call_of_the_lead_s_passes_once_and_over_no_site_s_connection(network: Loopback, caller: Any) -> None:
+def test_lead_call_is_accepted_once_and_not_over_a_site_connection(network: Loopback, caller: Any) -> None:
     # Who has seen one, such as a proxy that opens TLS, could make it again for two minutes.
     lead, site = caller(network.lead_tls), caller(network.tls["a"])
     runs = network.rows("SELECT count(*) FROM run")[0][0]
@@ -122,7 +122,7 @@ def test_a_call_of_the_lead_s_passes_once_and_over_no_site_s_connection(network:
     assert ("lead's call refused", f"{gate._UNSIGNED}; and this is a site's connection", "a") in noted
 
 
-def test_a_site_s_signature_is_good_over_its_own_connection_alone(network: Loopback, caller: Any) -> None:
+def test_site_signature_is_valid_only_on_its_own_connection(network: Loopback, caller: Any) -> None:
     # It is over the time alone: seen once, it would do for any call within a minute.
     stolen = by_site(network.tls["a"])
     answer = caller(network.tls["b"]).get(HELLO, headers=stolen)
@@ -130,7 +130,7 @@ def test_a_site_s_signature_is_good_over_its_own_connection_alone(network: Loopb
     assert caller(network.tls["a"]).get(HELLO, headers=stolen).status_code == 200
 
 
-def test_a_body_is_read_within_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_body_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_BODY_S", 0.1)
 
     async def dribble() -> dict[str, Any]:
@@ -146,7 +146,7 @@ def test_a_body_is_read_within_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch
         assert refused.value.status == status
 
 
-def test_a_site_s_call_needs_its_own_signature(network: Loopback, caller: Any) -> None:
+def test_site_calls_require_the_signature_of_the_site(network: Loopback, caller: Any) -> None:
     client = caller(network.tls["a"])
     for path in sorted(gate._SITE_CALLS):
         for why, headers in (
@@ -166,7 +166,7 @@ def test_a_site_s_call_needs_its_own_signature(network: Loopback, caller: Any) -
 
 
 @pytest.mark.parametrize("host", ["x/v1/runtime/pull-object?", "x/v1/runtime/pull-object#", "x/nowhere?", "a@b:1"])
-def test_a_forged_host_does_not_get_around_the_signature(network: Loopback, caller: Any, host: str) -> None:
+def test_forged_host_header_does_not_bypass_the_signature(network: Loopback, caller: Any, host: str) -> None:
     # Flower decides by the request's URL, which contains what the caller says that the host's name is.
     headers = {"content-type": PROTOBUF_MEDIA_TYPE, "host": host}
     answer = caller(network.tls["b"]).post("/v1/fleet/pull-object", content=PULL, headers=headers)
@@ -174,7 +174,7 @@ def test_a_forged_host_does_not_get_around_the_signature(network: Loopback, call
 
 
 @pytest.mark.parametrize("host", ["x/v1/runtime/push-messages?", "x/v1/runtime/get-nodes#", "x/nowhere?"])
-def test_a_forged_host_does_not_make_flower_read_another_call(network: Loopback, host: str) -> None:
+def test_forged_host_header_does_not_change_the_route(network: Loopback, host: str) -> None:
     # Under a member's own signature an older Starlette would take the bytes for a message of another kind, unchecked.
     member = Member(network, "a")
     member.activate()
@@ -186,7 +186,7 @@ def test_a_forged_host_does_not_make_flower_read_another_call(network: Loopback,
 
 
 @pytest.mark.parametrize("path", ["/docs", "/v1/fleet/pull-messages", "/v1/control/start-run"])
-def test_there_is_no_web_socket(network: Loopback, path: str) -> None:
+def test_websocket_upgrade_is_refused(network: Loopback, path: str) -> None:
     context = network.tls["a"].client_context()
     asked = (
         f"GET {path} HTTP/1.1\r\nHost: {network.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -204,7 +204,7 @@ def test_there_is_no_web_socket(network: Loopback, path: str) -> None:
     assert b" 101 " not in answer
 
 
-def test_a_greeting_that_is_malformed_is_refused(network: Loopback, caller: Any) -> None:
+def test_malformed_greeting_is_refused(network: Loopback, caller: Any) -> None:
     client, right = caller(network.tls["a"]), by_site(network.tls["a"])
     assert client.get(HELLO, headers=right).json()["site"] == "a"
     other = by_site(network.tls["b"])
@@ -222,7 +222,7 @@ def test_a_greeting_that_is_malformed_is_refused(network: Loopback, caller: Any)
         assert (answer.status_code, answer.json()) == (401, {"reason": reason})
 
 
-def test_the_server_does_not_say_what_it_runs_on(network: Loopback, caller: Any) -> None:
+def test_server_does_not_reveal_its_software(network: Loopback, caller: Any) -> None:
     for path in ("/", HELLO, "/v1/control/start-run"):
         answer = caller(network.tls["a"]).post(path)
         assert "server" not in answer.headers
@@ -245,7 +245,7 @@ def accepted(headers: Any, *, path: str = "/p", body: bytes = b"b", lead: str = 
     return body_of_lead(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
 
 
-def test_a_client_s_call_carries_its_signature() -> None:
+def test_lead_client_signs_its_calls() -> None:
     transport = Mock(return_value=httpx.Response(200))
     request = httpx.Request("POST", "https://server:1/v1/control/start-run?x=1", content=b"body")
     context: Any = ProtobufRequestContext(rpc_method="", message=None, request=request)  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def test_a_client_s_call_carries_its_signature() -> None:
 
 
 @given(path=st.text(max_size=20), body=st.binary(max_size=50), other=st.binary(max_size=50))
-def test_any_other_body_path_time_or_key_is_refused(path: str, body: bytes, other: bytes) -> None:
+def test_changed_body_path_time_or_key_invalidates_the_signature(path: str, body: bytes, other: bytes) -> None:
     right = headers_of(path, body)
     assert accepted(right, path=path, body=body)
     assert accepted(right, path=path, body=other) is (other == body)
@@ -271,13 +271,13 @@ def test_any_other_body_path_time_or_key_is_refused(path: str, body: bytes, othe
 
 
 @pytest.mark.parametrize("age", [0.0, TOLERANCE_S, 1.5, TOLERANCE_S + 1, 86400.0, 1e300])
-def test_clocks_may_differ_a_little_and_a_call_played_again_later_is_refused(age: float) -> None:
+def test_small_clock_differences_are_tolerated_and_replays_refused(age: float) -> None:
     for moment in (NOW + age, NOW - age):
         assert accepted(headers_of("/p", b"b"), now=moment) is (age <= TOLERANCE_S)
 
 
 @pytest.mark.parametrize("moment", ["nan", "inf", "-inf", "", "now", "0x7", "1e999", "1,8", "\u0661" * 10])
-def test_a_time_that_is_none_is_refused_though_it_was_signed(moment: str) -> None:
+def test_signed_invalid_time_is_refused(moment: str) -> None:
     assert not accepted(headers_of("/p", b"b", moment=moment))
     assert not accepted(headers_of("/p", b"b", moment=moment), now=math.inf)
 
@@ -292,7 +292,7 @@ def test_missing_headers_are_refused() -> None:
     assert body_of_lead(spelt, path="/p", lead=KEY.public, now=NOW) is None, "and so has a digest"
 
 
-def test_a_signature_for_another_purpose_is_refused() -> None:
+def test_signature_for_another_purpose_is_refused() -> None:
     # What a lead signed for a site must not start a run at the server.
     assert accepted(headers_of("/p", b"b", purpose="call"))
     for purpose in ("round request", "end of run", ""):
@@ -301,7 +301,7 @@ def test_a_signature_for_another_purpose_is_refused() -> None:
     assert not accepted(moved, path="/p"), "lines cannot be moved between path and time"
 
 
-def test_a_signature_passes_once_while_it_is_good_and_few_are_remembered() -> None:
+def test_signature_is_accepted_once_and_the_replay_cache_is_bounded() -> None:
     seen = identity.SeenCalls(most=3)
     calls = [headers_of("/p", b"b", moment=repr(NOW + number)) for number in range(4)]
     for call in calls[:3]:
@@ -316,11 +316,11 @@ def test_a_signature_passes_once_while_it_is_good_and_few_are_remembered() -> No
     seen.take(calls[3], now=NOW + TOLERANCE_S + 1)
 
 
-def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
+def test_server_still_serves_after_all_refused_calls(network: Loopback) -> None:
     network.site("a").wait_for("activated")
 
 
-def test_the_body_of_a_call_that_is_refused_is_not_read(network: Loopback, caller: Any) -> None:
+def test_body_of_a_refused_call_is_not_read(network: Loopback, caller: Any) -> None:
     """Whoever holds a certificate of the federation could have the server take in a gigabyte, call after call."""
     sent = 0
 

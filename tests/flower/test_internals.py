@@ -44,12 +44,12 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
             yield from ((alias.name, "") for alias in node.names if alias.name.startswith("flwr"))
 
 
-def test_only_one_file_looks_inside() -> None:
+def test_only_one_module_imports_flower_internals() -> None:
     for path in set(ROOM.parent.rglob("*.py")) - {ROOM / "internals.py"}:
         assert {module for module, _ in imports(path)} <= PUBLIC, path
 
 
-def test_every_name_is_there() -> None:
+def test_every_imported_flower_internal_exists() -> None:
     found = list(imports(ROOM / "internals.py"))
     assert len(found) > 20
     for module, name in found:
@@ -95,7 +95,7 @@ CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
 """How many arguments each is given by position, and which by name."""
 
 
-def test_every_call_is_still_made_so() -> None:
+def test_flower_internals_accept_the_expected_calls() -> None:
     for called, positional, named in CALLS:
         inspect.signature(called).bind(*[None] * positional, **dict.fromkeys(named))
     for client, calls in (
@@ -106,7 +106,7 @@ def test_every_call_is_still_made_so() -> None:
             assert callable(getattr(client, call)), call
 
 
-def test_the_questions_to_its_tables_can_be_asked() -> None:
+def test_sql_queries_match_the_flower_schema() -> None:
     queries = [query.text for query in vars(site_calls).values() if isinstance(query, TextClause)]
     assert len(queries) == 5
     names = ("id", "object", "node", "run", "session", "time", "now")
@@ -117,7 +117,7 @@ def test_the_questions_to_its_tables_can_be_asked() -> None:
     database.close()
 
 
-def test_every_call_that_is_let_through_is_there(flowers_routes: set[tuple[str, str]]) -> None:
+def test_every_permitted_call_is_a_flower_route(flowers_routes: set[tuple[str, str]]) -> None:
     for path in gate._SITE_CALLS | gate._LEAD_CALLS:
         assert ("POST", path) in flowers_routes, f"Flower's protocol changed: {path}"
         assert ("POST", path) in PROTOBUF_REQUEST_TYPES
@@ -126,12 +126,12 @@ def test_every_call_that_is_let_through_is_there(flowers_routes: set[tuple[str, 
     assert not any(path.startswith("/v1/fleet/") for path in gate._LEAD_CALLS)
 
 
-def test_messages_are_made_of_the_same_kinds() -> None:
+def test_message_parts_match_the_flower_inflatable_classes() -> None:
     assert set(message_objects._PARTS) == set(inflatable_class_registry)
     assert all(issubclass(kind, InflatableObject) for kind in inflatable_class_registry.values())
 
 
-def test_what_a_message_says_of_itself_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_metadata_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 7, raising=False)
     about = Message(RecordDict(), 5, "train").metadata

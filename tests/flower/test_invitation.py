@@ -28,7 +28,7 @@ def charged(made: Any) -> list[str]:
     return [site for site, found in kinds.items() if found & {Kind.PLAN, Kind.RESERVE, Kind.COMMIT}]
 
 
-def test_one_sites_refusal_costs_the_others_nothing(federation: Any) -> None:
+def test_too_few_willing_sites_prevent_any_charge(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     for _ in range(2):  # before, each try cost the others a round
         with pytest.raises(
@@ -39,7 +39,7 @@ def test_one_sites_refusal_costs_the_others_nothing(federation: Any) -> None:
     assert made.trained == []
 
 
-def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_same(federation: Any) -> None:
+def test_run_starts_with_enough_sites_and_still_asks_refusing_ones(federation: Any) -> None:
     made = federation(min_sites=2, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     state = made.run()
     assert state.rounds[0].sites == ("site-1", "site-3")
@@ -49,7 +49,9 @@ def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_sa
 
 
 @pytest.mark.parametrize(("ahead", "older"), [(0, ""), (-1, "lead"), (1, "site")])
-def test_only_another_protocol_ends_a_run(federation: Any, monkeypatch: Any, ahead: int, older: str) -> None:
+def test_only_a_different_protocol_version_ends_a_run(
+    federation: Any, monkeypatch: Any, ahead: int, older: str
+) -> None:
     made, to_json = federation(num_rounds=2), _Question._to_json
     state, other = made.run_until(1), {"protocol": WIRE_SCHEMA + ahead, "software": "0.2.1+7c1f09a4e2b5"}
     before = [made.events(site) for site in SITES]
@@ -63,7 +65,7 @@ def test_only_another_protocol_ends_a_run(federation: Any, monkeypatch: Any, ahe
         assert sorted(made.trained) == sorted([*SITES, *SITES]), "round 1 was answered from the ledgers"
 
 
-def test_a_site_that_waits_for_a_person_may_still_come(federation: Any) -> None:
+def test_run_with_too_few_approvals_fails_without_a_final_refusal(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"approval": "manual"}})
     with pytest.raises(RunError, match=r"2 of 3 sites.*site-2: awaiting_approval") as raised:
         made.run()
@@ -72,7 +74,7 @@ def test_a_site_that_waits_for_a_person_may_still_come(federation: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["nothing", "more rounds than were signed", "to another question"])
-def test_an_offer_that_its_site_did_not_sign_is_none(federation: Any, tamper: Any, what: str) -> None:
+def test_unsigned_offer_does_not_count(federation: Any, tamper: Any, what: str) -> None:
     old: dict[str, ConfigRecord] = {}
 
     def change(messages: list[Message]) -> list[Message]:
@@ -102,7 +104,7 @@ def test_an_offer_that_its_site_did_not_sign_is_none(federation: Any, tamper: An
     assert charged(made) == []
 
 
-def test_a_resumed_run_is_not_asked_about_again(federation: Any) -> None:
+def test_resumed_run_sends_no_second_invitation(federation: Any) -> None:
     made = federation(num_rounds=2)
     state = made.run_until(1)
     made.grid.deliver = deliver = Mock(side_effect=made.grid.deliver)
@@ -111,7 +113,7 @@ def test_a_resumed_run_is_not_asked_about_again(federation: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
-def test_a_round_that_diverged_goes_back_and_the_run_goes_on(federation: Any, caplog: Any, strategy: str) -> None:
+def test_diverged_round_is_rolled_back_and_the_run_continues(federation: Any, caplog: Any, strategy: str) -> None:
     made = federation(num_rounds=3, strategy=strategy, server_momentum=0.5)
     plain = federation(num_rounds=3, strategy=strategy, server_momentum=0.5, folder="b")
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.5}])
@@ -126,7 +128,7 @@ def test_a_round_that_diverged_goes_back_and_the_run_goes_on(federation: Any, ca
     assert len([event for event in made.events("site-1") if event.kind is Kind.COMMIT]) == 3, "all three are charged"
 
 
-def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(federation: Any) -> None:
+def test_two_consecutive_diverged_rounds_end_the_run(federation: Any) -> None:
     made = federation(num_rounds=3)
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": float("inf")}])
     message = (
@@ -148,7 +150,7 @@ def with_scores(made: Any, *scores: float) -> Any:
     return made
 
 
-def test_the_best_round_is_kept_and_sites_learn_the_end_and_save_the_rest(federation: Any) -> None:
+def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation: Any) -> None:
     """A run of four planned rounds that its scores end after the third."""
     asks = {"num_rounds": 4, "spare_rounds": 0}
     made = with_scores(federation(num_rounds=4, stop_after=1, keep_round="best", asks=asks), 0.25, 0.75, 0.75)
@@ -171,7 +173,7 @@ def test_the_best_round_is_kept_and_sites_learn_the_end_and_save_the_rest(federa
         assert 0 < charge.epsilon < charge.planned_epsilon == charge.claim
 
 
-def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Any) -> None:
+def test_resumed_run_keeps_the_best_of_all_rounds(federation: Any) -> None:
     made = with_scores(federation(num_rounds=2, keep_round="best"), 0.75, 0.5)
     after_one = made.run_until(1)
     state = made.run(after_one)

@@ -89,7 +89,7 @@ def round_(network: Loopback, member: Member) -> Iterator[Round]:
     made.honest.leave()
 
 
-def test_nothing_but_an_answer_to_its_own_question_is_taken(network: Loopback, member: Member, round_: Round) -> None:
+def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback, member: Member, round_: Round) -> None:
     question, sent = round_.question, set()
     # Flower hands the lead whatever says that it is from the lead and to the lead: the lead's run once died of that.
     to_lead = {"src_node_id": SUPERLINK_NODE_ID, "dst_node_id": SUPERLINK_NODE_ID}
@@ -120,7 +120,7 @@ def test_nothing_but_an_answer_to_its_own_question_is_taken(network: Loopback, m
     assert ("run started", None, None) in noted
 
 
-def test_a_site_says_nothing_of_what_the_lead_s_objects_are_made_of(member: Member, round_: Round) -> None:
+def test_objects_of_the_lead_cannot_be_redefined(member: Member, round_: Round) -> None:
     # Flower believes who names an object first: the lead's settings are one in every round, and with other parts
     # announced for it the lead could ask nobody any more.
     for id in round_.question.object_ids:
@@ -131,7 +131,7 @@ def test_a_site_says_nothing_of_what_the_lead_s_objects_are_made_of(member: Memb
     assert round_.ends() == {1: "a"}
 
 
-def test_an_answer_has_one_message_one_tree_and_no_content_beside_it(member: Member, question: Question) -> None:
+def test_answer_must_have_one_message_and_one_tree_without_content(member: Member, question: Question) -> None:
     right = member.answer_to(question)
     (message,), (tree,) = right.messages_list, right.message_object_trees
     parts = {"node": member.node, "messages_list": [message], "message_object_trees": [tree]}
@@ -152,7 +152,9 @@ def test_an_answer_has_one_message_one_tree_and_no_content_beside_it(member: Mem
         assert member.push(fleet_pb2.PushMessagesRequest(**{**parts, **changed})).status_code == 403, changed
 
 
-def test_objects_of_announced_answers_are_taken_in_their_size(network: Loopback, member: Member, round_: Round) -> None:
+def test_only_announced_objects_within_the_size_limit_are_accepted(
+    network: Loopback, member: Member, round_: Round
+) -> None:
     question, stored = round_.question, "SELECT coalesce(sum(length(content)), 0) FROM objects"
     before = network.rows(stored)[0][0]
     junk, large = an_object(1 << 16), an_object(1 << 21)
@@ -171,9 +173,7 @@ def test_objects_of_announced_answers_are_taken_in_their_size(network: Loopback,
 
 
 @pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # of Flower's own migrations
-def test_an_answer_announced_while_the_lead_asks_is_not_fetched(
-    network: Loopback, member: Member, round_: Round
-) -> None:
+def test_partially_uploaded_answer_is_not_passed_to_the_lead(network: Loopback, member: Member, round_: Round) -> None:
     # Flower would give it out in parts, and the question would be closed: only what is whole may be asked for.
     state = SqlLinkState(str(network.folder / "state.db"), NoOpFederationManager(), InMemoryObjectStore())
     state.initialize()
@@ -186,7 +186,7 @@ def test_an_answer_announced_while_the_lead_asks_is_not_fetched(
 
 
 @pytest.mark.parametrize("kind", ["no message", "nonsense", "an error", "more than any", "in order"])
-def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, kind: str, monkeypatch: Any) -> None:
+def test_unreadable_answer_is_discarded(member: Member, round_: Round, kind: str, monkeypatch: Any) -> None:
     content = RecordDict({"about": ConfigRecord({"site": "b"})})
     if kind == "an error":
         question = Message(RecordDict(), 5, "train")
@@ -209,7 +209,7 @@ def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, ki
     assert round_.ends() == ({1: "a", 2: "b"} if kind == "in order" else {1: "a"})
 
 
-def test_it_fetches_and_confirms_its_own_questions_alone(member: Member, round_: Round) -> None:
+def test_site_fetches_and_confirms_only_its_own_questions(member: Member, round_: Round) -> None:
     theirs = round_.honest.asked(round_.run_id)
     run, id = theirs.metadata.run_id, theirs.metadata.message_id
     pull = message_pb2.PullObjectRequest(node=member.node, run_id=run, object_id=id)
@@ -221,14 +221,14 @@ def test_it_fetches_and_confirms_its_own_questions_alone(member: Member, round_:
         assert round_.honest.post("pull-object", pull).status_code == 200, "theirs is untouched"
 
 
-def test_a_body_that_inflates_is_not_read(member: Member) -> None:
+def test_compressed_body_is_not_read(member: Member) -> None:
     body = gzip.compress(fleet_pb2.PullMessagesRequest(node=member.node).SerializeToString() + b"\0" * (1 << 24))
     answer = member.post("pull-messages", body, **{"content-encoding": "gzip"})
     assert (answer.status_code, answer.json()["reason"]) == (415, "a compressed body")
 
 
 @pytest.mark.parametrize("path", sorted(gate._SITE_CALLS))
-def test_bytes_that_are_no_message_are_refused_in_our_own_words(member: Member, path: str) -> None:
+def test_random_bytes_are_refused_with_a_reason(member: Member, path: str) -> None:
     dice = random.Random(path)
     for size in (1, 3, 17, 200, 3000):
         answer = member.post(path.removeprefix("/v1/fleet/"), dice.randbytes(size))
@@ -236,7 +236,9 @@ def test_bytes_that_are_no_message_are_refused_in_our_own_words(member: Member, 
         assert "reason" in answer.json()
 
 
-def test_an_answer_begun_before_a_restart_is_finished(network: Loopback, member: Member, question: Question) -> None:
+def test_upload_started_before_a_server_restart_can_finish(
+    network: Loopback, member: Member, question: Question
+) -> None:
     part, other = an_object(100), an_object(101)
     session = member.session_of(member.push(member.answer_to(question, part, other)))
     assert member.push_object(question, session, part).status_code == 200
@@ -280,7 +282,7 @@ def rewrite(objects: Objects, kind: str, change: Callable[[dict[str, object]], N
     objects[id] = head.rpartition(b" ")[0] + f" {len(text)}".encode() + b"\x00" + text
 
 
-def test_an_honest_message_arrives() -> None:
+def test_honest_message_is_reassembled() -> None:
     # Zeros are sent as one chunk that is named several times.
     values = np.zeros(6_000_000, np.float32)
     tree, objects = honest(values)
@@ -290,7 +292,7 @@ def test_an_honest_message_arrives() -> None:
     assert arrived.config_records["request"]["json"] == "{}"
 
 
-def test_objects_that_share_their_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read again for each that names them, these 302 objects would take hours."""
 
     def put(kind: str, number: int, children: list[str], body: object) -> str:
@@ -338,7 +340,7 @@ CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
 
 
 @pytest.mark.parametrize("says", CHANGES)
-def test_objects_that_are_no_message_or_few_bytes_that_stand_for_many(says: str) -> None:
+def test_malformed_and_expanding_objects_are_refused(says: str) -> None:
     tree, objects = honest(np.arange(100_000, dtype=np.float32))
     CHANGES[says](tree, objects)
     with pytest.raises(OutOfBounds, match=says):
@@ -346,7 +348,7 @@ def test_objects_that_are_no_message_or_few_bytes_that_stand_for_many(says: str)
 
 
 @pytest.mark.parametrize(("bound", "value"), [("MOST_BYTES", 1000), ("MOST_S", -1.0)])
-def test_more_bytes_or_time_than_any_message_has(monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
+def test_oversized_or_slow_message_is_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
     monkeypatch.setattr(message_objects, bound, value)
     tree, objects = honest(np.arange(1000, dtype=np.float32))
     with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MOST_BYTES" else "takes more than"):

@@ -63,7 +63,7 @@ def meanwhile() -> Iterator[Any]:
         yield ask
 
 
-def test_arrays_travel_both_ways_and_nodes_are_numbered_in_the_order_of_the_roster(network: Loopback) -> None:
+def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopback) -> None:
     network.site("a")
     network.site("b", works_s=0.5)
     with network.grid(["b", "a"]) as grid:
@@ -82,7 +82,7 @@ def test_arrays_travel_both_ways_and_nodes_are_numbered_in_the_order_of_the_rost
     assert network.rows("SELECT DISTINCT clientapp_runtime FROM run") == [(0.0,)]
 
 
-def test_a_run_goes_on_with_a_certificate_that_is_new(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_http, "MOST_AGE_S", 0.0)  # each call makes a connection
     network.site("a")
     own, renewed = network.lead_tls, network.authority.issue("lead renewed")
@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_a_certificate_that_is_new(network: Loopback, monkeyp
     wait_for(shown, what="the new certificate")
 
 
-def test_an_answer_is_fetched_when_the_one_before_was_taken(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_fetched_one_at_a_time(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
     whole = LeadSession._whole
 
@@ -127,7 +127,7 @@ def test_an_answer_is_fetched_when_the_one_before_was_taken(network: Loopback, m
     assert taken == 2
 
 
-def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lead_and_sites_connect_only_to_the_server(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     called: set[Any] = set()
     connect, look_up = socket.socket.connect, socket.getaddrinfo
     monkeypatch.setattr(socket.socket, "connect", lambda self, to: (called.add(to), connect(self, to))[1])
@@ -145,7 +145,7 @@ def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pyt
     assert not (network.folder / "outbound.log").exists(), "the server calls nobody at all"
 
 
-def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
+def test_duplicate_answer_is_harmless(network: Loopback) -> None:
     site = network.site("a", replies=2)
     with network.grid(["a"]) as grid:
         answers = [list(grid.receive(questions(1), timeout=30)) for _ in range(3)]
@@ -159,7 +159,7 @@ _LEADS_CALLS = ("get-nodes", "push-messages", "push-object", "pull-messages", "p
 
 
 @pytest.mark.nightly
-def test_whichever_call_of_the_lead_is_cut_off_every_question_is_answered(network: Loopback) -> None:
+def test_interrupted_lead_calls_lose_no_answers(network: Loopback) -> None:
     # "after": the server has done it, and its answer does not arrive.  It gives each message and each reply once.
     sites = [network.site("a"), network.site("b", works_s=0.3)]
     with network.grid(["a", "b"]) as grid:
@@ -178,7 +178,7 @@ _SITES_CALLS = ("pull-messages", "pull-object", "confirm-message-received", "pus
 
 
 @pytest.mark.nightly
-def test_whichever_call_of_a_site_is_cut_off_the_question_is_answered(network: Loopback) -> None:
+def test_interrupted_site_calls_lose_no_answers(network: Loopback) -> None:
     faults = list(itertools.product(_SITES_CALLS, ("before", "after")))
     site = network.site("a", faults=faults)
     with network.grid(["a"]) as grid:
@@ -189,7 +189,7 @@ def test_whichever_call_of_a_site_is_cut_off_the_question_is_answered(network: L
     assert site.code is None
 
 
-def test_a_server_that_lost_its_database_is_asked_anew(network: Loopback, meanwhile: Any) -> None:
+def test_questions_are_resent_after_the_server_lost_its_database(network: Loopback, meanwhile: Any) -> None:
     site = network.site("a", works_s=1.0)
     online_until = "SELECT online_until FROM node WHERE name = 'a'"
     with network.grid(["a"]) as grid:
@@ -205,13 +205,13 @@ def test_a_server_that_lost_its_database_is_asked_anew(network: Loopback, meanwh
         wait_for(lambda: network.rows(online_until)[0][0] > first, seconds=20, what="a heartbeat")
 
 
-def test_without_a_server_there_is_no_run(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_a_server_raises_a_run_error(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "port", free_port())
     with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), network.grid(["a"]):
         pass
 
 
-def test_a_lead_that_starts_while_the_server_is_away_waits(network: Loopback, caplog: Any) -> None:
+def test_lead_started_before_the_server_waits(network: Loopback, caplog: Any) -> None:
     network.stop_sites()
     network.stop()
     with ThreadPoolExecutor(1) as pool:
@@ -228,7 +228,7 @@ def _ask_once(network: Loopback) -> dict[int, str]:
         return sites_of(list(grid.receive(questions(1), timeout=60)))
 
 
-def test_a_wrong_clock_ends_no_run_and_is_named(
+def test_wrong_clock_is_named_and_does_not_end_a_run(
     network: Loopback, meanwhile: Any, monkeypatch: Any, caplog: Any
 ) -> None:
     """The lead is an hour ahead of the server for a while, in the middle of an exchange and at its beginning."""
@@ -246,7 +246,7 @@ def test_a_wrong_clock_ends_no_run_and_is_named(
         pass
 
 
-def test_somebody_elses_signature_starts_no_run(network: Loopback) -> None:
+def test_foreign_lead_signature_starts_no_run(network: Loopback) -> None:
     before = network.rows("SELECT count(*) FROM run")
     network.lead_key, ours = stranger_key, network.lead_key
     try:

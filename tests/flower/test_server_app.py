@@ -33,7 +33,7 @@ def reply_of(messages: list[Message], node: int) -> Message:
     return message
 
 
-def test_a_round_is_recorded(federation: Any) -> None:
+def test_completed_rounds_are_recorded(federation: Any) -> None:
     made = federation(num_rounds=2)
     state = made.run()
     assert [result.round for result in state.rounds] == [1, 2]
@@ -47,7 +47,7 @@ def test_a_round_is_recorded(federation: Any) -> None:
     assert site_charge(state, "site-2", made.plan).steps == 4
 
 
-def test_a_site_that_sends_errors_counts_as_charged_and_the_others_go_on(federation: Any, tamper: Any) -> None:
+def test_site_with_error_replies_counts_as_charged(federation: Any, tamper: Any) -> None:
     """A silent one: below."""
 
     def silence(messages: list[Message]) -> list[Message]:
@@ -66,7 +66,7 @@ def test_a_site_that_sends_errors_counts_as_charged_and_the_others_go_on(federat
     assert charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
 
 
-def test_too_few_sites_end_the_run_and_the_checkpoint_stays(federation: Any, tamper: Any) -> None:
+def test_too_few_sites_end_the_run_and_keep_the_checkpoint(federation: Any, tamper: Any) -> None:
     made = federation(num_rounds=2, min_sites=3)
     after_one = made.run_until(1)
     tamper(lambda messages: messages[1:])
@@ -82,7 +82,9 @@ def test_too_few_sites_end_the_run_and_the_checkpoint_stays(federation: Any, tam
     ("fault", "reason"),
     [("a value changed", "unsigned_reply"), ("nothing", "no_reply"), ("a reason of its own", "no_reply")],
 )
-def test_a_bad_reply_is_dropped_and_the_round_goes_on(federation: Any, tamper: Any, fault: str, reason: str) -> None:
+def test_invalid_reply_is_dropped_and_the_round_continues(
+    federation: Any, tamper: Any, fault: str, reason: str
+) -> None:
     """What a site itself may sign: tests/federation/test_replies.py."""
 
     def spoil(messages: list[Message]) -> list[Message]:
@@ -109,14 +111,14 @@ def test_a_bad_reply_is_dropped_and_the_round_goes_on(federation: Any, tamper: A
     assert [charges(made, one)["site-2"] for one in (made.finished[-1], state)] == [(1, True), (1, False)]
 
 
-def test_a_missing_node_is_waited_for_until_the_timeout(federation: Any) -> None:
+def test_missing_node_is_awaited_until_the_timeout(federation: Any) -> None:
     made = federation(round_timeout_s=0.1)
     sizes = made.sizes | {"site-4": 5}
     with pytest.raises(RunError, match="did not introduce themselves: site-4"):
         made.run(declared_sizes=sizes)
 
 
-def test_a_spent_plan_ends_a_run_with_the_rounds_that_it_has(federation: Any) -> None:
+def test_exhausted_plan_ends_the_run_with_its_completed_rounds(federation: Any) -> None:
     many = federation(num_rounds=run_plan().most_rounds + 1, min_sites=3)
     state = many.run()
     *rounds, last = state.rounds
@@ -126,7 +128,7 @@ def test_a_spent_plan_ends_a_run_with_the_rounds_that_it_has(federation: Any) ->
     assert state.adapter.digest() == many.finished[-2].adapter.digest(), "the rounds that it has are the run"
 
 
-def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Any) -> None:
+def test_site_changing_frozen_tensors_is_excluded_from_the_average(federation: Any) -> None:
     zeros = np.zeros((2, 3), np.float32)
     made = federation(num_rounds=2, adapter=Adapter({"b.lora_A.weight": zeros, "b.lora_B.weight": zeros}))
     lora = LoraSpec(alternate=True)
@@ -163,7 +165,7 @@ def charges(made: Any, state: Any) -> dict[str, tuple[int, bool]]:
 
 
 @pytest.mark.parametrize("named", [SITES, SITES[:1]], ids=["all", "one"])
-def test_receipts_count_under_the_keys_of_the_roster_and_of_sites_that_it_does_not_name(
+def test_receipts_are_accepted_under_roster_keys_and_for_unlisted_sites(
     federation: Any, named: tuple[str, ...]
 ) -> None:
     made = federation(num_rounds=2)
@@ -172,7 +174,7 @@ def test_receipts_count_under_the_keys_of_the_roster_and_of_sites_that_it_does_n
     assert charges(made, state) == dict.fromkeys(SITES, (2, False))
 
 
-def test_a_receipt_under_another_key_is_nobody_s_word(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_receipt_under_another_key_is_rejected(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = federation(num_rounds=2)
     keys = known_keys(made) | {"site-2": stranger_key.public}
     state = made.run(asked=replace(made.lead.asked, site_keys=keys))
@@ -184,7 +186,7 @@ def test_a_receipt_under_another_key_is_nobody_s_word(federation: Any, caplog: p
     assert "site-2: its receipt is signed with a key that the roster does not know" in caplog.text
 
 
-def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(federation: Any, tamper: Any) -> None:
+def test_final_receipt_of_a_silent_site_corrects_its_charge(federation: Any, tamper: Any) -> None:
     # Its answers were lost on the way, and the last question was not.
     made = federation(num_rounds=2)
     tamper(without(2))
@@ -205,7 +207,7 @@ _LAST_WORDS: dict[str, Any] = {  # a text, or changes of the receipt
 
 
 @pytest.mark.parametrize("what", list(_LAST_WORDS))
-def test_a_last_word_that_is_none_changes_nothing(federation: Any, tamper: Any, what: str) -> None:
+def test_invalid_final_receipt_changes_nothing(federation: Any, tamper: Any, what: str) -> None:
     def spoil(messages: list[Message]) -> list[Message]:
         record, said = messages[1].content.config_records[flower_records.RECEIPT], _LAST_WORDS[what]
         record["json"] = json.dumps(json.loads(str(record["json"])) | said) if isinstance(said, dict) else said
@@ -219,7 +221,7 @@ def test_a_last_word_that_is_none_changes_nothing(federation: Any, tamper: Any, 
     assert state.round == 1, "the run is over all the same"
 
 
-def test_settings_travel_to_each_site_in_each_round(federation: Any) -> None:
+def test_settings_are_sent_to_each_site_in_each_round(federation: Any) -> None:
     made = federation(num_rounds=2)
     settings = json.dumps({"task": "classification", "name": "Größe"})
     made.run(asked=replace(made.lead.asked, settings=settings))
@@ -229,7 +231,7 @@ def test_settings_travel_to_each_site_in_each_round(federation: Any) -> None:
 
 
 @pytest.mark.parametrize("gives", [True, False], ids=["real sites", "a simulation"])
-def test_the_sites_receive_the_final_adapter(federation: Any, gives: bool) -> None:
+def test_sites_receive_the_final_adapter_only_when_deployed(federation: Any, gives: bool) -> None:
     made = federation(num_rounds=2)
     state = made.run(gives_adapter=gives)
     assert made.kept == (dict.fromkeys(SITES, ("r", state.adapter.digest())) if gives else {})
@@ -239,7 +241,7 @@ def test_the_sites_receive_the_final_adapter(federation: Any, gives: bool) -> No
         assert ended.detail["adapter_sha256"] == (state.adapter.digest() if gives else "")
 
 
-def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budget_back(federation: Any) -> None:
+def test_refused_run_leaves_no_adapter_and_releases_reserves(federation: Any) -> None:
     made = federation(num_rounds=2, min_sites=3)
     freeze = lambda state: made.ledger("site-2").freeze("consent withdrawn")  # noqa: E731
     with pytest.raises(RefusedError, match=r"round 2: .*site-2: frozen"):
@@ -255,7 +257,9 @@ def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budg
 # it may be broken: tests/privacy/test_ledger_file.py, test_verify.py and test_rollback.py.
 
 
-def test_a_ledger_that_can_only_be_read(federation: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_ledger_stops_training_but_still_gives_receipts(
+    federation: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As on a disk that was mounted read-only.  File modes would not stop a test that root runs.
     made = federation(num_rounds=2)
     state = made.run_until(1)
@@ -276,7 +280,7 @@ def test_a_ledger_that_can_only_be_read(federation: Any, caplog: Any, monkeypatc
     assert [event.kind for event in made.events("site-2")][2:] == ["plan", "reserve", "commit"]
 
 
-def test_a_ledger_that_was_put_back_is_found_out_by_the_leads_receipt(federation: Any) -> None:
+def test_restored_ledger_is_detected_by_the_receipt_of_the_lead(federation: Any) -> None:
     made = federation(num_rounds=3)
     path = made.ledger_path("site-2")
     state = made.run_until(1)

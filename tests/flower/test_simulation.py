@@ -36,7 +36,7 @@ from ..cli import snapshots
 from .test_asking_grid import FakeGrid
 
 
-def test_each_message_reaches_its_node_and_has_one_reply() -> None:
+def test_every_message_reaches_its_node_and_is_answered() -> None:
     app = ClientApp()
     asked: list[int] = []
     replied: list[int] = []
@@ -149,7 +149,7 @@ def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
 
 
 @pytest.mark.parametrize("error", [RunError("too few"), ConfigError("a", 1, "b"), KeyboardInterrupt(), OSError("full")])
-def test_an_error_of_the_run_keeps_its_type(composed: Any, engine: Engine, error: Any, tmp_path: Path) -> None:
+def test_run_error_keeps_its_type(composed: Any, engine: Engine, error: Any, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as raised:
         local_engine.on_flower(Mock(side_effect=error), composed(), tmp_path, tmp_path / "sites")
     assert raised.value is error
@@ -233,7 +233,7 @@ def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
 
 
 @snapshots.mistakes("mistakes-cluster")
-def test_settings_of_a_cluster_that_contradict_each_other_are_refused(composed: Any, typed: str) -> None:
+def test_contradictory_cluster_settings_are_refused(composed: Any, typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         composed(*typed.split())
     snapshots.check_message("mistakes-cluster", typed, str(error.value))

@@ -39,7 +39,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_contents_cross_unchanged(name: str, adapter: Adapter) -> None:
+def test_contents_round_trip_through_the_socket_format(name: str, adapter: Adapter) -> None:
     content, lengths = CONTENTS[name](adapter), site_socket._LENGTHS
     data = pack("query.sum", 12.5, content)
     head, body = lengths.unpack_from(data)
@@ -58,12 +58,12 @@ def test_contents_cross_unchanged(name: str, adapter: Adapter) -> None:
     ],
     ids=["metrics", "an array of numbers", "a number", "a list"],
 )
-def test_contents_of_other_forms_do_not_cross(content: RecordDict) -> None:
+def test_unsupported_record_contents_are_refused(content: RecordDict) -> None:
     with pytest.raises(ValueError, match=r"^(metrics|not bytes|neither text nor bytes)$"):
         pack("train", 0.0, content)
 
 
-def test_messages_above_the_bounds_do_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site_socket, "MOST_BODY_BYTES", 10)
     pack("train", 0.0, RecordDict({"a": record_of(bytes(10))}))
     with pytest.raises(ValueError, match="too large"):
@@ -108,7 +108,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield made
 
 
-def test_a_message_is_answered_and_the_socket_is_for_user_and_group(site: Site) -> None:
+def test_message_is_answered_over_a_socket_open_to_user_and_group(site: Site) -> None:
     assert site.says_hello()
     assert stat.S_IMODE(site.path.stat().st_mode) == 0o660
     large = RecordDict({"a": record_of(os.urandom(5 << 20))})
@@ -150,7 +150,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_bytes_end_in_one_closed_connection_and_one_line(
+def test_malformed_bytes_close_one_connection_with_one_log_line(
     site: Site, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.socket(socket.AF_UNIX) as line:
@@ -167,7 +167,7 @@ def test_hostile_bytes_end_in_one_closed_connection_and_one_line(
     assert record.exc_info is None
 
 
-def test_a_peer_that_sends_nothing_does_not_hold_the_socket(
+def test_silent_peer_does_not_block_the_socket(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(site_socket, "_TRANSFER_S", 0.2)
@@ -178,7 +178,7 @@ def test_a_peer_that_sends_nothing_does_not_hold_the_socket(
     assert "closed (TimeoutError)" in caplog.text
 
 
-def test_an_app_that_goes_away_loses_its_answer_alone(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_disconnected_client_loses_only_its_own_answer(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     message = pack("train", 1.0, RecordDict({"a": record_of(bytes(4 << 20))}))
     with socket.socket(socket.AF_UNIX) as line:
@@ -189,7 +189,7 @@ def test_an_app_that_goes_away_loses_its_answer_alone(site: Site, caplog: pytest
     assert site.asked == ["train", "train"]
 
 
-def test_another_user_is_heard_as_a_member_of_the_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_users_are_accepted_only_as_group_members(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the user and the groups of the peer as Linux tells them."""
     line, peer = socket.socketpair(socket.AF_UNIX)
     with line, peer:
@@ -217,7 +217,7 @@ with socket.socket(socket.AF_UNIX) as line:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_nobody_is_heard_only_as_a_member_of_the_group(caplog: pytest.LogCaptureFixture) -> None:
+def test_unprivileged_user_is_accepted_only_with_the_group(caplog: pytest.LogCaptureFixture) -> None:
     def heard(site: Site, *groups: int) -> str:
         words = [sys.executable, "-c", _AS_NOBODY, str(site.path), *map(str, groups)]
         sent = pack("train", 1.0, RecordDict()).hex()
@@ -235,7 +235,7 @@ def test_nobody_is_heard_only_as_a_member_of_the_group(caplog: pytest.LogCapture
     assert "closed (PermissionError)" in caplog.text
 
 
-def test_a_place_that_cannot_be_a_socket_is_refused(tmp_path: Path, site: Site) -> None:
+def test_invalid_socket_path_is_refused(tmp_path: Path, site: Site) -> None:
     (tmp_path / "notes").write_text("x")
     for place, bound in (
         (tmp_path / "notes", "must be the place of a socket"),
@@ -249,7 +249,7 @@ def test_a_place_that_cannot_be_a_socket_is_refused(tmp_path: Path, site: Site) 
     assert site.says_hello()
 
 
-def test_a_socket_that_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+def test_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "site.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -269,13 +269,13 @@ def app_asked(path: Path, content: RecordDict, kind: str = "train") -> Message:
 
 
 @pytest.mark.parametrize("kind", ["train", "query", "query.invite", "query.sum", "query.end"])
-def test_the_app_hands_every_kind_of_message_over(site: Site, kind: str) -> None:
+def test_app_forwards_every_kind_of_message(site: Site, kind: str) -> None:
     content = RecordDict({"a": record_of(b"hello")})
     reply = app_asked(site.path, content, kind)
     assert (reply.content, site.asked) == (content, [kind])
 
 
-def test_an_app_whose_site_does_not_answer_says_the_name_of_a_class_alone(tmp_path: Path, site: Site) -> None:
+def test_app_error_contains_only_the_exception_class(tmp_path: Path, site: Site) -> None:
     foreign = RecordDict({"canary-31": MetricRecord({"canary-31": 1.0})})
     for path, name in ((tmp_path / "canary-31.sock", "FileNotFoundError"), (site.path, "ValueError")):
         with pytest.raises(site_app.SiteAway) as raised:
@@ -284,7 +284,7 @@ def test_an_app_whose_site_does_not_answer_says_the_name_of_a_class_alone(tmp_pa
         assert raised.value.__cause__ is None
 
 
-def test_the_app_takes_the_socket_of_the_site_s_operator_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:
+def test_app_uses_only_the_socket_configured_by_the_operator(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(site_app, "ask", lambda path, *asked: RecordDict({"at": ConfigRecord({"path": path})}))
     context = context_of(7, 5, {})
     context.run_config = {"fedtune-socket": "/run/docker.sock"}

@@ -46,7 +46,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
         yield network
 
 
-def test_ctrl_c_ends_it_within_seconds_with_exit_code_0(own: Loopback) -> None:
+def test_keyboard_interrupt_ends_the_server_with_exit_code_0(own: Loopback) -> None:
     # SIGTERM is tried below.
     own.start()
     site = own.site("a")
@@ -58,12 +58,12 @@ def test_ctrl_c_ends_it_within_seconds_with_exit_code_0(own: Loopback) -> None:
     assert "Traceback" not in own.output
 
 
-def test_a_port_that_is_taken_is_an_error(running: Loopback) -> None:
+def test_occupied_port_is_an_error(running: Loopback) -> None:
     assert Program("server_process.py", running.folder).end(seconds=60) == 1
     assert "Address already in use" in running.output
 
 
-def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(running: Loopback) -> None:
+def test_unreadable_roster_leaves_registered_sites_unchanged(running: Loopback) -> None:
     roster, whole = running.folder / "roster.json", (running.folder / "roster.json").read_bytes()
     roster.write_bytes(whole[:-5])
     wait_for(lambda: "the roster could not be read; the sites stay as they are" in running.output)
@@ -75,7 +75,7 @@ def test_a_roster_that_cannot_be_read_leaves_everybody_where_he_is(running: Loop
     running.stop_sites()
 
 
-def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(running: Loopback) -> None:
+def test_full_disk_is_reported_and_greetings_still_work(running: Loopback) -> None:
     said, (soft, hard) = running.folder / "works", resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
 
     def says(text: str) -> None:
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_is_noticed_and_stops_no_greeting(running: Loopback)
     says("True")
 
 
-def test_it_makes_its_database_and_notes_who_came_and_when_it_ran(own: Loopback) -> None:
+def test_server_creates_its_database_and_logs_connections(own: Loopback) -> None:
     own.migrates = True
     own.start()
     assert hello(own.address, own.tls["a"]) == "a"
@@ -112,7 +112,7 @@ def test_it_makes_its_database_and_notes_who_came_and_when_it_ran(own: Loopback)
     assert noted[-1] == {"event": "server stopped"}
 
 
-def test_it_does_not_report_to_flowers_makers() -> None:
+def test_flower_telemetry_is_disabled() -> None:
     # Flower reads the variable when it is imported, and would call home at every start.
     code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
     asked = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
@@ -145,9 +145,7 @@ def registered(state: LinkState) -> dict[str, int]:
     return {node.name: node.node_id for node in state.get_node_info() if node.status != "unregistered"}
 
 
-def test_who_is_revoked_is_put_out_and_nobody_else(
-    state: LinkState, roster: list[Any], tmp_path: Path, caplog: Any
-) -> None:
+def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], tmp_path: Path, caplog: Any) -> None:
     a, b = roster
     keep_roster(state, [a, b], AUDIT)
     first = registered(state)
@@ -164,7 +162,7 @@ def test_who_is_revoked_is_put_out_and_nobody_else(
     assert registered(state) == {"b": first["b"]}
 
 
-def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, roster: list[Any]) -> None:
+def test_renewed_key_is_registered_next_to_the_old_one(state: LinkState, roster: list[Any]) -> None:
     found = []
     for one in roster:
         keep_roster(state, [changed(one, site="a")], AUDIT)
@@ -172,7 +170,7 @@ def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, roster
     assert found[1] not in (None, found[0])
 
 
-def test_a_revoked_site_is_out_although_the_database_takes_no_writes(
+def test_revocation_takes_effect_without_database_writes(
     state: LinkState, roster: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rosters = [roster, [changed(one, revoked=True) for one in roster]]
@@ -204,7 +202,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_an_event_is_a_line_for_its_owner_alone(path: Path, audit: AuditLog) -> None:
+def test_audit_event_is_one_line_readable_only_by_its_owner(path: Path, audit: AuditLog) -> None:
     audit.note("call refused", address="10.0.0.7", member="north", reason="revoked", path="")
     (line,) = lines(path)
     assert line.pop("time").endswith("+00:00")
@@ -214,7 +212,7 @@ def test_an_event_is_a_line_for_its_owner_alone(path: Path, audit: AuditLog) -> 
     assert path.stat().st_size < 1000, "a long name is cut"
 
 
-def test_what_repeats_is_counted_and_the_count_is_written(path: Path, audit: AuditLog, clock: Mock) -> None:
+def test_repeated_audit_events_are_counted(path: Path, audit: AuditLog, clock: Mock) -> None:
     for _ in range(5000):
         audit.note("call refused", address="10.0.0.7", reason="revoked")
     audit.note("call refused", address="10.0.0.8", reason="revoked")
@@ -227,7 +225,7 @@ def test_what_repeats_is_counted_and_the_count_is_written(path: Path, audit: Aud
     assert len(lines(path)) == 4, "it is news again"
 
 
-def test_many_addresses_do_not_fill_the_disk(path: Path, audit: AuditLog, clock: Mock) -> None:
+def test_audit_log_is_limited_for_many_addresses(path: Path, audit: AuditLog, clock: Mock) -> None:
     for number in range(5000):
         audit.note("handshake refused", address=str(number))
     assert len(lines(path)) == 1000
@@ -237,7 +235,7 @@ def test_many_addresses_do_not_fill_the_disk(path: Path, audit: AuditLog, clock:
     assert lines(path)[-1]["again"] == 4000
 
 
-def test_files_are_bounded_and_the_oldest_goes(tmp_path: Path, path: Path, clock: Mock) -> None:
+def test_audit_files_are_rotated_and_the_oldest_is_deleted(tmp_path: Path, path: Path, clock: Mock) -> None:
     audit = AuditLog(path, clock=clock, most_bytes=1000)
     for number in range(200):
         audit.note("connected", member=str(number))
@@ -248,7 +246,7 @@ def test_files_are_bounded_and_the_oldest_goes(tmp_path: Path, path: Path, clock
     assert lines(path)[-1]["member"] == "last"
 
 
-def test_a_disk_that_is_full_stops_no_call(tmp_path: Path, clock: Mock, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_does_not_block_audited_calls(tmp_path: Path, clock: Mock, caplog: pytest.LogCaptureFixture) -> None:
     audit = AuditLog(tmp_path / "nowhere" / "audit.jsonl", clock=clock)
     with caplog.at_level(logging.ERROR):
         for number in range(5):
@@ -256,7 +254,7 @@ def test_a_disk_that_is_full_stops_no_call(tmp_path: Path, clock: Mock, caplog: 
     assert len(caplog.records) == 1
 
 
-def test_whoever_makes_many_lines_hides_nobody_else_s(path: Path, audit: AuditLog) -> None:
+def test_noisy_member_does_not_hide_events_of_others(path: Path, audit: AuditLog) -> None:
     for number in range(2000):
         audit.note("call refused", member="south", path=f"/{number}", reason="no such call")
         audit.note("handshake refused", address=f"127.0.{number // 250}.{number % 250}", reason="hung up")

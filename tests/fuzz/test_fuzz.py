@@ -41,7 +41,7 @@ def fuzz(target: Target, *, examples: int, always_the_same: bool) -> int:
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("examples", [EXAMPLES, pytest.param(EXAMPLES_AT_NIGHT, marks=pytest.mark.nightly)])
-def test_broken_input_is_refused_in_our_own_words(name: str, examples: int) -> None:
+def test_fuzzed_input_is_refused_with_declared_errors(name: str, examples: int) -> None:
     assert fuzz(TARGETS[name], examples=examples, always_the_same=examples == EXAMPLES) >= 10
 
 
@@ -60,7 +60,7 @@ FOUND = (
 
 
 @pytest.mark.parametrize(("name", "data"), FOUND, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_was_found_once_stays_mended(name: str, data: bytes) -> None:
+def test_earlier_fuzzing_findings_stay_fixed(name: str, data: bytes) -> None:
     target = TARGETS[name]
     target.check(data)
     with pytest.raises(target.errors):
@@ -72,7 +72,7 @@ def test_what_was_found_once_stays_mended(name: str, data: bytes) -> None:
     [(("head", "train"), [0]), (("lora", "rank"), 1 << 30), (("lora", "train_a"), "x"), (("seed",), 10**400)],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
 )
-def test_settings_of_a_saved_adapter_are_of_the_right_types(key: tuple[str, ...], value: object) -> None:
+def test_saved_adapter_settings_must_have_the_right_types(key: tuple[str, ...], value: object) -> None:
     saved = json.loads((seeds.run_folder() / "adapter/fedtune.json").read_text())
     place = saved
     for name in key[:-1]:
@@ -81,14 +81,14 @@ def test_settings_of_a_saved_adapter_are_of_the_right_types(key: tuple[str, ...]
     TARGETS["saved adapter's settings"].check(json.dumps(saved).encode())
 
 
-def test_the_property_can_fail() -> None:
+def test_fuzzing_detects_an_undeclared_error() -> None:
     strict = Target("x", TARGETS["update"].broken, lambda data: data.decode(), (KeyError,))
     with pytest.raises(UnicodeDecodeError):
         fuzz(strict, examples=200, always_the_same=True)
 
 
 @pytest.mark.nightly
-def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
+def test_expanding_inputs_use_bounded_memory() -> None:
     """Inputs of a few kilobytes that stand for gigabytes take no more memory than they are worth."""
     done = run_forked(
         [sys.executable, "-m", "tests.fuzz.bombs"],
@@ -102,7 +102,7 @@ def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
     assert {name: mib for name, mib in grown.items() if mib > MOST_MIB} == {}
 
 
-def test_a_ledger_is_damaged_where_its_schema_is_no_text() -> None:
+def test_ledger_with_a_non_text_schema_is_damaged() -> None:
     data = seeds.ledger().replace(b"CREATE TABLE", b"CREATE \xa0ABLE")
     TARGETS["ledger"].check(data)
     with pytest.raises(RunError, match="cannot be read"):

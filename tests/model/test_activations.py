@@ -39,20 +39,20 @@ def moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_row_has_the_bits_that_it_has_by_itself(name: str, threads: None) -> None:
+def test_row_by_row_activation_is_bitwise_batch_invariant(name: str, threads: None) -> None:
     assert not any(moved(RowByRow(ACT2FN[name]), shape) for shape in WIDTHS)
     transposed = torch.randn(5, 64, 64, generator=torch.Generator().manual_seed(4)).transpose(1, 2)
     activation = RowByRow(ACT2FN[name])
     assert torch.equal(activation(transposed), torch.cat([activation(row[None].clone()) for row in transposed]))
 
 
-def test_without_it_some_do_not() -> None:
+def test_some_plain_activations_depend_on_the_batch() -> None:
     # Where no CPU of this kind shows the fault any more, nothing is lost, and this may go.
     found = [name for name in NAMES if any(moved(ACT2FN[name], shape) for shape in WIDTHS)]
     assert found, "torch rounds all elements of a tensor alike"
 
 
-def test_every_activation_of_a_loaded_model_is_one() -> None:
+def test_every_activation_of_a_loaded_model_is_row_by_row() -> None:
     base = load_base(ModelSpec(path="random:bert"))
     kinds = [type(module).__module__ for module in base.modules()]
     wrapped = [module for module in base.modules() if isinstance(module, RowByRow)]
@@ -60,7 +60,7 @@ def test_every_activation_of_a_loaded_model_is_one() -> None:
     assert sum(kind in ("torch.nn.modules.activation", "transformers.activations") for kind in kinds) == len(wrapped)
 
 
-def test_a_narrow_model_of_sigmoids_computes_a_row_by_itself() -> None:
+def test_narrow_sigmoid_model_computes_rows_independently() -> None:
     """The shape of the model by which a review moved a sum by 74 clip norms."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 2}
     torch.manual_seed(5)

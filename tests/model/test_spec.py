@@ -11,20 +11,20 @@ from fedtune.spec import ConfigError
 
 
 @pytest.mark.parametrize("other", [{"train_a": False}, {"kind": "dora"}], ids=str)
-def test_a_and_b_take_turns_in_lora_that_trains_both_alone(other: Any) -> None:
+def test_alternating_rounds_require_lora_with_trained_a(other: Any) -> None:
     with pytest.raises(ConfigError, match=r"^alternate = "):
         LoraSpec(alternate=True, **other)
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("prompt", "take places"), ("prefix", "cache"), ("adalora", "no noise")])
-def test_a_kind_of_adapter_that_is_not_proven_is_refused_with_the_reason(kind: str, reason: str) -> None:
+def test_unsupported_adapter_kinds_are_refused_with_a_reason(kind: str, reason: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"^kind = '{kind}': is refused: .*{reason}.*; it must be one of lora, dora, ia3"
     ):
         LoraSpec(kind=kind)
 
 
-def test_ia3_has_neither_matrices_nor_their_scale() -> None:
+def test_ia3_has_no_rank_matrices_or_scale() -> None:
     ia3 = LoraSpec(kind="ia3", rank=64, alpha=1e6)
     assert (ia3.scale, ia3.matrices) == (1.0, 1)
     assert (LoraSpec(kind="dora", rank=64, alpha=32.0).scale, LoraSpec(kind="dora", rank=64).matrices) == (0.5, 64)
@@ -43,7 +43,7 @@ def test_ia3_has_neither_matrices_nor_their_scale() -> None:
         (None, "cpu", False, "float32"),
     ],
 )
-def test_the_fastest_number_format_is_told_by_what_the_cpu_has(
+def test_fastest_dtype_follows_the_cpu_features(
     flags: str | None, device: str, has_gpu: bool, fastest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = tmp_path / "cpuinfo"

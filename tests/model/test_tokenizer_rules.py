@@ -89,7 +89,7 @@ def test_published_tokenizers_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_tokenizer_that_a_text_can_break_is_refused(name: str) -> None:
+def test_tokenizers_that_text_can_break_are_refused(name: str) -> None:
     tokenizer, reason = REFUSED[name]
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(tokenizer_refusal(tokenizer))
@@ -107,7 +107,7 @@ HARD = {
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_published_patterns_are_quick_on_hard_texts(text: str) -> None:
+def test_published_patterns_are_fast_on_adversarial_text(text: str) -> None:
     """A pattern that starts anew at each character takes a second and more: " +▁" on the spaces does."""
     for pattern in PUBLISHED:
         start = time.process_time()
@@ -115,7 +115,7 @@ def test_published_patterns_are_quick_on_hard_texts(text: str) -> None:
         assert time.process_time() - start < 1.0, pattern
 
 
-def test_padding_and_truncation_of_the_file_do_not_count(folder: Path) -> None:
+def test_padding_and_truncation_in_tokenizer_files_are_ignored(folder: Path) -> None:
     file, spec = folder / "tokenizer.json", ModelSpec(path=str(folder))
     plain = load_tokenizer(spec)("a text")["input_ids"]
     padding = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
@@ -125,7 +125,7 @@ def test_padding_and_truncation_of_the_file_do_not_count(folder: Path) -> None:
     assert load_tokenizer(spec)("a text")["input_ids"] == plain
 
 
-def test_the_rules_of_an_older_file_are_looked_at_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_of_older_tokenizer_files_are_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no tokenizer.json, the library makes the rules: nobody else has read them."""
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")))
@@ -141,7 +141,7 @@ def test_the_rules_of_an_older_file_are_looked_at_too(folder: Path, monkeypatch:
         load_tokenizer(ModelSpec(path=str(folder)))
 
 
-def test_a_panic_over_a_public_text_is_a_refusal() -> None:
+def test_tokenizer_panic_on_public_text_is_a_refusal() -> None:
     class Broken(PreTrainedTokenizerFast):
         def __call__(self, *args: Any, **options: Any) -> Any:
             # The library's own panic, as one of its steps with a length of zero has it.

@@ -48,7 +48,7 @@ def change(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_the_base_makes_of_an_image_is_what_transformers_makes_of_it(kind: str, tmp_path: Path) -> None:
+def test_image_embeddings_match_transformers(kind: str, tmp_path: Path) -> None:
     folder = vision_folder(tmp_path / "model", kind)
     spec = ModelSpec(path=str(folder))
     model = build_task_model(task_model(spec))
@@ -63,7 +63,7 @@ def test_what_the_base_makes_of_an_image_is_what_transformers_makes_of_it(kind: 
     torch.testing.assert_close(found, torch.nn.functional.normalize(patches, dim=-1), rtol=1e-4, atol=1e-5)
 
 
-def test_the_processor_is_part_of_what_is_pinned_and_its_kind_is_said(folder: Path) -> None:
+def test_model_digest_covers_the_image_processor(folder: Path) -> None:
     lines = [
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
         for name in ("config.json", "model.safetensors", "preprocessor_config.json")
@@ -78,7 +78,7 @@ def test_the_processor_is_part_of_what_is_pinned_and_its_kind_is_said(folder: Pa
             load()
 
 
-def test_old_names_of_a_processor_are_known(folder: Path) -> None:
+def test_older_image_processor_names_are_recognized(folder: Path) -> None:
     def pixels() -> Any:
         return ImageReader(*load_processor(ModelSpec(path=str(folder)))).pixels(picture())
 
@@ -90,12 +90,12 @@ def test_old_names_of_a_processor_are_known(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", PROCESSORS, ids=lambda changes: changes["refused"])
-def test_a_processor_that_is_not_plain_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+def test_image_processors_with_unsupported_steps_are_refused(folder: Path, changes: dict[str, Any]) -> None:
     change(folder, **{name: value for name, value in changes.items() if name != "refused"})
     assert changes["refused"] in refused(folder)
 
 
-def test_a_model_needs_its_processor_and_mixes_no_images(folder: Path, tmp_path: Path) -> None:
+def test_vision_model_must_match_its_processor_and_mix_no_images(folder: Path, tmp_path: Path) -> None:
     change(folder, size={"height": 12, "width": 12})
     with pytest.raises(ConfigError, match="cannot read images of 12 x 12 pixels, which its processor makes"):
         build_task_model(task_model(ModelSpec(path=str(folder))))

@@ -13,12 +13,12 @@ from .harness import MUTANTS, QUICK, ROOT, Mutant, NoResult, Rotten, Seen, hunt,
 
 @pytest.mark.by_day(*QUICK)
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_killed(name: str) -> None:
+def test_every_mutant_is_killed_by_its_tests(name: str) -> None:
     test, _ = hunt(MUTANTS[name])
     assert test is not None, f"{name} survived {', '.join(MUTANTS[name].tests)}: {MUTANTS[name].fault}"
 
 
-def test_each_mutant_applies_and_is_python_and_there_are_no_more_than_can_be_kept() -> None:
+def test_mutants_apply_cleanly_and_are_unique() -> None:
     texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in {one.file for one in MUTANTS.values()}}
     before = {file: ast.dump(ast.parse(text)) for file, text in texts.items()}
     for name, mutant in MUTANTS.items():
@@ -52,14 +52,14 @@ def test_table_has_one_row_for_each_mutant_and_escapes_bars() -> None:
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
-def test_a_change_that_breaks_nothing_survives_and_one_that_breaks_the_import_is_not_killed() -> None:
+def test_harmless_change_survives_and_broken_import_is_no_kill() -> None:
     assert hunt(HARMLESS)[0] is None
     with pytest.raises(NoResult, match=r"^harmless: "):
         hunt(replace(HARMLESS, new="from __future__ import annotations\n\nimport no_such_module\n"))
 
 
 @pytest.mark.parametrize("old", ["no such text", "import "])
-def test_a_mutant_whose_text_is_gone_or_ambiguous_is_rotten(old: str) -> None:
+def test_mutant_with_missing_or_ambiguous_text_is_rejected(old: str) -> None:
     with pytest.raises(Rotten, match="must occur once"):
         replace(HARMLESS, old=old).mutated()
 
@@ -67,7 +67,7 @@ def test_a_mutant_whose_text_is_gone_or_ambiguous_is_rotten(old: str) -> None:
 SEEN = Seen(code=1, file="/tree/fedtune/spec.py", passed=3, test="t.py::t", when="call", exception="AssertionError")
 
 
-def test_a_failed_expectation_is_a_kill_and_a_pass_is_none() -> None:
+def test_only_a_failed_assertion_counts_as_a_kill() -> None:
     for change, test in (({}, "t.py::t"), ({"exception": "Refused"}, "t.py::t"), ({"code": 0, "test": ""}, None)):
         assert killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree")) == test  # type: ignore[arg-type]
 
@@ -85,12 +85,12 @@ def test_a_failed_expectation_is_a_kill_and_a_pass_is_none() -> None:
         {"file": ""},  # the plugin did not get to the end
     ],
 )
-def test_anything_else_is_no_result(change: dict[str, object]) -> None:
+def test_inconclusive_test_run_gives_no_result(change: dict[str, object]) -> None:
     with pytest.raises(NoResult):
         killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree"))  # type: ignore[arg-type]
 
 
-def test_tests_that_fail_without_a_fault_kill_nothing(tmp_path: Path) -> None:
+def test_tests_failing_without_a_fault_kill_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "test_red.py"
     broken.write_text("def test_red() -> None:\n    assert False\n")
     with pytest.raises(NoResult, match="must pass without a fault"):

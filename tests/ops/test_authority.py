@@ -69,7 +69,7 @@ def shake(world: World, *, server: Tls | None = None, client: Tls | None = None,
     return serving.getpeercert()
 
 
-def test_server_and_site_trust_each_other_under_their_names_alone(ours: World) -> None:
+def test_server_and_site_accept_each_other_only_under_their_names(ours: World) -> None:
     north = {"organizationName": "cardiology", "organizationalUnitName": "site", "commonName": "north"}
     for host in ("localhost", "127.0.0.1", "fl.example.org"):
         assert dict(part[0] for part in shake(ours, host=host)["subject"]) == north
@@ -79,12 +79,12 @@ def test_server_and_site_trust_each_other_under_their_names_alone(ours: World) -
 
 
 @pytest.mark.parametrize(("side", "kind", "name"), [("server", "site", "localhost"), ("client", "server", "other")])
-def test_neither_a_site_nor_the_server_can_pose_as_the_other(ours: World, side: str, kind: str, name: str) -> None:
+def test_site_and_server_certificates_are_not_interchangeable(ours: World, side: str, kind: str, name: str) -> None:
     with pytest.raises(ssl.SSLError, match="unsuitable certificate purpose"):
         shake(ours, **{side: ours.holder(kind, name=name)})
 
 
-def test_a_site_cannot_issue_certificates(ours: World) -> None:
+def test_site_cannot_issue_certificates(ours: World) -> None:
     site = ours.holder("site", name="north")
     key = make_key()
     own = x509.load_pem_x509_certificate(site.certificate.read_bytes())
@@ -97,7 +97,7 @@ def test_a_site_cannot_issue_certificates(ours: World) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")
-def test_openssl_finds_nothing_to_object_to_and_the_same_fingerprint(ours: World) -> None:
+def test_openssl_accepts_certificates_and_agrees_on_their_fingerprints(ours: World) -> None:
     for holder, purpose in (
         (ours.holder("server", hosts=("fl.example.org", "10.0.0.3", "2001:db8::1")), "sslserver"),
         (ours.holder("lead", name="lead"), "sslclient"),
@@ -110,7 +110,7 @@ def test_openssl_finds_nothing_to_object_to_and_the_same_fingerprint(ours: World
     assert Certificate.of(x509.load_pem_x509_certificate(pem.encode())).fingerprint == digest
 
 
-def test_a_certificate_begins_earlier_for_slow_clocks_and_never_outlives_its_authority() -> None:
+def test_certificate_validity_tolerates_slow_clocks_and_ends_with_the_authority() -> None:
     start = datetime(2026, 1, 1, tzinfo=UTC)
     authority = Authority.make("cardiology", days=10, now=start)
     key = make_key().public_key()
@@ -127,7 +127,7 @@ def test_a_certificate_begins_earlier_for_slow_clocks_and_never_outlives_its_aut
         issued(start + timedelta(days=11), 1)
 
 
-def test_a_loaded_authority_is_the_one_that_was_made(ours: World) -> None:
+def test_authority_is_loaded_only_with_its_own_private_key(ours: World) -> None:
     path = ours.folder / "ca_key.pem"
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
         Authority.load(ours.folder)

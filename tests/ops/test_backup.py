@@ -56,7 +56,7 @@ def file(here: Here) -> Path:
     return here.backed_up()
 
 
-def test_backups_beside_a_working_site_are_whole(here: Here) -> None:
+def test_backups_of_a_running_site_are_consistent(here: Here) -> None:
     here.train(1)
     ended = threading.Event()
 
@@ -81,7 +81,7 @@ def test_backups_beside_a_working_site_are_whole(here: Here) -> None:
     assert (here.folder / "backup-0.zip").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(here: Here) -> None:
+def test_restore_charges_rounds_trained_after_the_backup(here: Here) -> None:
     state, kept = SiteState.of(here.folder / "kit"), here.folder / "kit/adapters/r/adapter.bin"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"kept")
@@ -107,7 +107,7 @@ def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(here: He
     assert here.ledger.read_bytes() == before
 
 
-def test_beside_a_process_and_without_an_anchor_nothing_is_put_back(here: Here, file: Path, site_policy: Any) -> None:
+def test_restore_is_refused_for_a_running_site_or_without_an_anchor(here: Here, file: Path, site_policy: Any) -> None:
     here.ledger.unlink()
     with serving(here.ledger):
         assert "is being served" in here.does("restore", file).failed()
@@ -130,7 +130,7 @@ def doubted(here: Here, *rounds: int) -> tuple[bytes, bytes]:
     return older, newest
 
 
-def test_a_backup_that_a_receipt_puts_in_doubt_is_not_put_back(here: Here) -> None:
+def test_backup_with_a_ledger_in_doubt_is_not_restored(here: Here) -> None:
     here.train(1)
     doubted(here, 2)
     file = here.backed_up()
@@ -140,7 +140,7 @@ def test_a_backup_that_a_receipt_puts_in_doubt_is_not_put_back(here: Here) -> No
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-def test_a_doubt_outlasts_the_ledger_that_noted_it(here: Here, file: Path, by_hand: bool) -> None:
+def test_doubt_survives_restoring_an_older_ledger(here: Here, file: Path, by_hand: bool) -> None:
     """A machine's snapshot puts ledger and anchor back, a lead's receipt shows it, and then the backup is put back."""
     older, newest = doubted(here, 2, 3, 4)
     here.ledger.write_bytes(older if by_hand else b"damaged" * 1000)
@@ -155,7 +155,7 @@ def test_a_doubt_outlasts_the_ledger_that_noted_it(here: Here, file: Path, by_ha
     assert here.train(1, run="another").history.charged_rounds("r") == 4
 
 
-def test_a_policy_from_a_backup_brings_no_denied_run_and_no_older_cap_back_unsaid(here: Here) -> None:
+def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(here: Here) -> None:
     here.train(1)
     file, site_toml, first = here.backed_up(), here.site_toml, here.site_toml.read_bytes()
     here.edit(budget={"max_epsilon": 2.5})
@@ -179,7 +179,7 @@ def test_a_policy_from_a_backup_brings_no_denied_run_and_no_older_cap_back_unsai
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_a_damaged_ledger_makes_room_and_so_does_a_journal(here: Here, file: Path, lost: bool) -> None:
+def test_restore_moves_a_damaged_ledger_and_its_journal_aside(here: Here, file: Path, lost: bool) -> None:
     if lost:  # SQLite would apply the journal to whatever ledger takes the place
         here.ledger.unlink()
         (here.folder / "ledger.db-journal").write_bytes(b"of the lost one")
@@ -194,7 +194,7 @@ def test_a_damaged_ledger_makes_room_and_so_does_a_journal(here: Here, file: Pat
 
 
 @pytest.mark.parametrize("what", ["older", "of another version"])
-def test_another_ledger_is_not_replaced_or_taken_for_a_damaged_one(here: Here, what: str) -> None:
+def test_restore_does_not_replace_a_ledger_that_is_intact(here: Here, what: str) -> None:
     """Else a backup would take its place, and what it has charged since would be forgotten."""
     here.train(1)
     older = here.ledger.read_bytes()
@@ -210,7 +210,7 @@ def test_another_ledger_is_not_replaced_or_taken_for_a_damaged_one(here: Here, w
     assert here.ledger.read_bytes() == there
 
 
-def test_on_an_empty_machine_the_key_comes_first(here: Here, file: Path, tmp_path: Path) -> None:
+def test_restore_on_a_new_machine_requires_the_site_key(here: Here, file: Path, tmp_path: Path) -> None:
     new = replace(here, folder=tmp_path / "new machine")
     here.ledger.unlink()
     new.folder.mkdir()
@@ -222,7 +222,7 @@ def test_on_an_empty_machine_the_key_comes_first(here: Here, file: Path, tmp_pat
     assert command("site", "init", "--site", str(new.folder / "site.toml")).code == 0
 
 
-def test_a_backup_replaces_no_file_and_a_changed_one_is_refused(here: Here, file: Path) -> None:
+def test_existing_backup_is_not_overwritten_and_a_changed_one_is_refused(here: Here, file: Path) -> None:
     assert "exists already" in here.does("backup", file).failed()
     here.ledger.unlink()
     with zipfile.ZipFile(file) as archive:
@@ -243,7 +243,7 @@ def test_a_backup_replaces_no_file_and_a_changed_one_is_refused(here: Here, file
     assert here.does("restore", here.site_toml).code == 2
 
 
-def test_a_server_s_database_is_copied_while_it_is_written(federation: Path, tmp_path: Path) -> None:
+def test_server_database_is_backed_up_during_writes(federation: Path, tmp_path: Path) -> None:
     kit, data, new = federation / "server", tmp_path / "data", tmp_path / "new"
     for folder in (data, new):
         folder.mkdir()
@@ -264,7 +264,7 @@ def modes_in(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in found}
 
 
-def test_a_federation_s_folder_is_backed_up_whole(federation: Path, north: Path, tmp_path: Path) -> None:
+def test_federation_folder_round_trips_through_a_backup(federation: Path, north: Path, tmp_path: Path) -> None:
     file, new = tmp_path / "lead.zip", tmp_path / "new"
     assert command("provision", "backup", str(file), "--federation", str(federation)).code == 0
     assert file.stat().st_mode & 0o777 == 0o600, "it holds the authority's key"

@@ -53,7 +53,7 @@ def verify(text: str, file: Path) -> str:
 
 
 @pytest.mark.parametrize("path", [*UNITS, SUPERNODE], ids=name_of)
-def test_systemd_takes_the_unit_and_finds_it_hardened(path: Path, tmp_path: Path) -> None:
+def test_systemd_units_are_valid_and_hardened(path: Path, tmp_path: Path) -> None:
     text = path.read_text()
     assert verify(text, tmp_path / path.name) == ""
     assert "RestartSecs" in verify(text.replace("RestartSec=", "RestartSecs="), tmp_path / path.name)
@@ -67,7 +67,7 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(path: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("path", UNITS, ids=name_of)
-def test_a_unit_starts_again_but_not_after_a_wrong_setting(path: Path) -> None:
+def test_unit_restarts_on_failure_but_not_after_invalid_settings(path: Path) -> None:
     service = unit(path)
     ends = {"Restart": "on-failure", "RestartPreventExitStatus": "2 3", "KillSignal": "SIGTERM"}
     assert ends.items() <= service.items()
@@ -77,7 +77,7 @@ def test_a_unit_starts_again_but_not_after_a_wrong_setting(path: Path) -> None:
     assert service["MemoryMax"]
 
 
-def test_a_site_s_records_lie_in_neither_swap_nor_a_core_file_and_it_cannot_write_its_policy() -> None:
+def test_site_unit_prevents_swap_core_dumps_and_policy_changes() -> None:
     path = DEPLOYMENT / "systemd/fedtune-site.service"
     service, site = unit(path), yaml.safe_load(COMPOSE_YAML.read_text())["services"]["site"]
     assert (service["MemorySwapMax"], service["LimitCORE"]) == ("0", "0")
@@ -92,7 +92,7 @@ def test_a_site_s_records_lie_in_neither_swap_nor_a_core_file_and_it_cannot_writ
     assert not {"DevicePolicy", "MemoryDenyWriteExecute", "ProcSubset"} & service.keys()
 
 
-def test_a_supernode_starts_again_whatever_happened() -> None:
+def test_supernode_unit_always_restarts() -> None:
     service, text = unit(SUPERNODE), SUPERNODE.read_text()
     # Exit code 1: still online (2004); 0: its key was unregistered.
     assert (service["Restart"], service["RestartSec"]) == ("always", "5s")
@@ -102,7 +102,7 @@ def test_a_supernode_starts_again_whatever_happened() -> None:
     assert service["ReadOnlyPaths"] == home
 
 
-def test_a_site_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
+def test_site_unit_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
     drop_in, whole = FLOWER / "site-without-network.conf", DEPLOYMENT / "systemd/fedtune-site.service"
     service, node = unit(drop_in), unit(SUPERNODE)
     assert (service["PrivateNetwork"], service["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
@@ -111,7 +111,7 @@ def test_a_site_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
     assert verify(text, tmp_path / whole.name) == ""
 
 
-def test_nginx_passes_the_calls_of_a_registered_supernode_and_no_others() -> None:
+def test_nginx_passes_only_calls_of_a_registered_supernode() -> None:
     client = (Path(flwr.__file__).parent / "supernode/fleet_http_client.py").read_text()
     own = set(re.findall(r'path="/v1/fleet/([\w-]+)"', client)) - {"register-node", "unregister-node"}
     passed_on, refused = re.findall(r"^    location (.*?) \{", (FLOWER / "nginx.conf").read_text(), re.MULTILINE)
@@ -126,7 +126,7 @@ def test_nginx_passes_the_calls_of_a_registered_supernode_and_no_others() -> Non
 # Docker
 
 
-def test_hadolint_takes_the_dockerfile(tmp_path: Path) -> None:
+def test_dockerfile_passes_hadolint_linting(tmp_path: Path) -> None:
     hadolint, dockerfile = tool("hadolint"), DEPLOYMENT / "docker/Dockerfile"
     passed(hadolint, dockerfile)
     broken = tmp_path / "Dockerfile"
@@ -134,7 +134,7 @@ def test_hadolint_takes_the_dockerfile(tmp_path: Path) -> None:
     assert run(hadolint, broken).returncode != 0
 
 
-def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
+def test_image_runs_unprivileged_and_has_a_health_check() -> None:
     text = (DEPLOYMENT / "docker/Dockerfile").read_text()
     final = text[text.rindex("\nFROM ") :]
     assert re.findall(r"^USER (.+)$", final, re.M) == ["${FEDTUNE_UID}:${FEDTUNE_UID}"]
@@ -168,7 +168,7 @@ def pins(text: str) -> dict[str, str]:
     return {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w.-]+)==([^\s\\]+)", text, re.M)}
 
 
-def test_every_constraint_has_its_files_hashes() -> None:
+def test_constraints_file_pins_hashes_for_every_package() -> None:
     plain, hashed = ((ROOT / f"constraints{kind}.txt").read_text() for kind in ("", ".hashed"))
     assert pins(hashed) == pins(plain), "run `make constraints`"
     header, *entries = re.split(r"^(?=[^\s#])", hashed, flags=re.M)
@@ -179,7 +179,7 @@ def test_every_constraint_has_its_files_hashes() -> None:
 
 
 @pytest.mark.nightly
-def test_the_sbom_names_every_runtime_dependency(tmp_path: Path) -> None:
+def test_sbom_lists_every_runtime_dependency(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/cyclonedx-py").symlink_to(tool("cyclonedx-py"))
     for made in (".build", ".made"):
@@ -192,7 +192,7 @@ def test_the_sbom_names_every_runtime_dependency(tmp_path: Path) -> None:
         assert versions[canonicalize_name(name)] == version(name)
 
 
-def test_the_compose_files_fit_the_specification(tmp_path: Path) -> None:
+def test_compose_files_match_the_compose_specification(tmp_path: Path) -> None:
     command = (tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec")
     passed(*command, *COMPOSE)
     broken = [tmp_path / path.name for path in COMPOSE]
@@ -203,7 +203,7 @@ def test_the_compose_files_fit_the_specification(tmp_path: Path) -> None:
     assert all(copy.name in found.stdout for copy in broken)
 
 
-def test_the_services_of_compose_are_closed() -> None:
+def test_compose_services_are_read_only_and_unprivileged() -> None:
     services = yaml.safe_load(COMPOSE_YAML.read_text())["services"]
     assert set(services) == {"server", "site"}
     for name, service in services.items():
@@ -226,7 +226,7 @@ def test_the_services_of_compose_are_closed() -> None:
 # SLURM
 
 
-def test_sbatch_takes_every_option_of_the_batch_script(tmp_path: Path) -> None:
+def test_sbatch_accepts_the_options_of_the_batch_script(tmp_path: Path) -> None:
     """As far as sbatch goes without a controller: it reads the options, then finds nobody at port 1."""
     settings = ("ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "AuthType=auth/none", "GresTypes=gpu")
     (tmp_path / "slurm.conf").write_text("\n".join((*settings, "MessageTimeout=2\n")))
@@ -243,7 +243,7 @@ def test_sbatch_takes_every_option_of_the_batch_script(tmp_path: Path) -> None:
     assert "Invalid --time" in said(text.replace("--time=24:00:00", "--time=a day"))
 
 
-def test_bash_and_shellcheck_take_the_batch_script() -> None:
+def test_batch_script_passes_bash_and_shellcheck() -> None:
     passed("bash", "-n", SBATCH)
     passed(tool("shellcheck"), SBATCH)
 
@@ -285,7 +285,9 @@ def batch(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(("left_s", "again"), [(110, True), (7200, False)])
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_job_near_its_limit_queues_again(left_s: int, again: bool, signals: int, batch: Any, tmp_path: Path) -> None:
+def test_batch_job_near_its_time_limit_is_requeued(
+    left_s: int, again: bool, signals: int, batch: Any, tmp_path: Path
+) -> None:
     job = batch(left_s=left_s)
     wait_for((tmp_path / "runs").exists, seconds=20)
     for _ in range(signals):
@@ -300,7 +302,7 @@ def test_a_job_near_its_limit_queues_again(left_s: int, again: bool, signals: in
 
 
 @pytest.mark.parametrize("code", ["3", "0"])
-def test_a_job_that_ends_by_itself_is_not_queued_again(code: str, batch: Any, tmp_path: Path) -> None:
+def test_batch_job_that_ends_early_is_not_requeued(code: str, batch: Any, tmp_path: Path) -> None:
     assert batch(left_s=60, code=code).wait(timeout=30) == int(code)
     assert not (tmp_path / "requeued").exists()
 
@@ -308,7 +310,7 @@ def test_a_job_that_ends_by_itself_is_not_queued_again(code: str, batch: Any, tm
 # All of them
 
 
-def test_every_file_starts_a_server_or_a_site_with_options_that_there_are() -> None:
+def test_deployment_files_use_only_existing_command_line_options() -> None:
     texts = "\n".join(path.read_text() for path in (*UNITS, SBATCH))
     started = re.findall(r'(?:fedtune|"\$fedtune") ((?:site|server) start .*?)(?: &)?$', texts, re.M)
     found = [words.split() for words in started]
@@ -321,7 +323,7 @@ def test_every_file_starts_a_server_or_a_site_with_options_that_there_are() -> N
     assert all(parsed(*words)["kit"] for words in found)
 
 
-def test_the_page_on_operations_shows_what_processes_say() -> None:
+def test_operations_page_matches_actual_logs_and_health_output() -> None:
     text = (ROOT / "docs/operations.md").read_text()
     shown = [json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.S) for line in block.splitlines()]
     lines, healths = [one for one in shown if "logger" in one], [one for one in shown if "logger" not in one]

@@ -216,7 +216,7 @@ def code(checks: dict[str, Check]) -> int:
     return exit_code_of(checks.values())
 
 
-def test_a_site_that_lacks_nothing(home: Home) -> None:
+def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     home.write_records(count=113)
     checks = home.examined(run=True)
     assert list(checks) == [*itertools.chain(*TOLD["lines"])]
@@ -237,7 +237,7 @@ def test_a_site_that_lacks_nothing(home: Home) -> None:
     assert "once a person here approves it" in home.examined(run=True)["run"].found
 
 
-def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Path) -> None:
+def test_doctor_skips_dependent_checks_without_kit_and_policy(tmp_path: Path) -> None:
     visit = Examination(kit_folder=tmp_path / "kit", site_toml=tmp_path / "site.toml")
     checks = {check.name: check for check in visit.checks()}
     assert failures(checks).keys() == {"policy", "kit"}
@@ -317,7 +317,7 @@ RUNS: dict[str, list[str]] = TOLD["runs"]
 
 
 @pytest.mark.parametrize("fault", FAULTS | RUNS)
-def test_what_is_wrong_has_its_line(home: Home, fault: str) -> None:
+def test_doctor_reports_each_fault_without_showing_records(home: Home, fault: str) -> None:
     """The exit code and the lines that are not well; of all lines, none holds anything of the records."""
     model = home.policy.allow.base_models[0]
     FAULTS.get(fault, lambda home: None)(home)
@@ -342,7 +342,7 @@ def test_what_is_wrong_has_its_line(home: Home, fault: str) -> None:
     check_snapshot(fault, text)
 
 
-def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Home) -> None:
+def test_doctor_quotes_records_only_in_its_private_log(home: Home) -> None:
     # Its first record stands where the error names the columns that there are.
     home.records.write_text(home.records.read_text().partition("\n")[2])
     home.examined()
@@ -351,7 +351,7 @@ def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Hom
     assert CANARY in log.read_text(), "whoever may read the records can see what is wrong"
 
 
-def test_files_that_need_a_missing_package_are_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GGUF model and a Parquet file, each in its own line with the command to install what reads it."""
     place = model_place(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
     place.mkdir(parents=True)
@@ -371,7 +371,7 @@ def test_files_that_need_a_missing_package_are_named(home: Home, monkeypatch: py
     assert code(checks) == 2
 
 
-def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
+def test_user_level_declared_size_counts_users(home: Home) -> None:
     for change in (lambda: home.have_users(9), lambda: home.have_arrivals(50)):
         change()
         found = home.examined()["data patients"]
@@ -384,7 +384,7 @@ def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
     assert "far fewer users than the declared size" in found.found
 
 
-def test_the_true_count_is_said_in_words_alone(home: Home) -> None:
+def test_doctor_compares_record_counts_in_words_only(home: Home) -> None:
     for count, words in ((40, "far fewer"), (60, "enough records"), (150, "enough records"), (230, "far more")):
         home.write_records(count)
         check = home.examined()["data patients"]
@@ -393,7 +393,7 @@ def test_the_true_count_is_said_in_words_alone(home: Home) -> None:
         assert str(count) not in check.found + check.fix
 
 
-def test_a_certificate_that_soon_expires(home: Home, tmp_path: Path, now: datetime) -> None:
+def test_doctor_warns_of_a_certificate_expiring_within_30_days(home: Home, tmp_path: Path, now: datetime) -> None:
     for days, status in ((20, Status.WARNING), (40, Status.OK)):
         admitted = provisioning.renew_site(tmp_path / "federation", "north", days=days, now=now)
         unpack(admitted.archive, home.kit)
@@ -405,7 +405,7 @@ def test_a_certificate_that_soon_expires(home: Home, tmp_path: Path, now: dateti
 # The ledger and its budget, base models, and the process that serves.
 
 
-def test_a_ledger_that_has_lived_and_one_that_is_used_up(home: Home) -> None:
+def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     home.change(anchor="anchor.json")
     home.spend(rounds=2)
     checks = home.examined(run=True)
@@ -423,7 +423,7 @@ def test_a_ledger_that_has_lived_and_one_that_is_used_up(home: Home) -> None:
     assert code(checks) == 3
 
 
-def test_a_run_costs_those_whom_it_admits(home: Home) -> None:
+def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> None:
     home.have_arrivals(50)
     asked = home.asked(lead=home.lead, base_model=home.policy.allow.base_models[0])
     plan = dataclasses.replace(asked.plan, unit="user", cohorts=Cohorts(period="year", first=None, last="2025"))
@@ -439,7 +439,7 @@ def test_a_run_costs_those_whom_it_admits(home: Home) -> None:
     assert f"lifetime budget {taken} % taken before, {taken} % after" not in all_of_them["run"].found
 
 
-def test_a_model_is_imported_once_and_one_that_is_refused_stops_no_other_check(home: Home) -> None:
+def test_doctor_imports_a_model_once_and_refuses_pickles(home: Home) -> None:
     shutil.rmtree(home.kit / "models")
     checks = home.examined(model=home.model)
     assert checks["import"].found.startswith("tiny is installed now")
@@ -452,7 +452,7 @@ def test_a_model_is_imported_once_and_one_that_is_refused_stops_no_other_check(h
     assert checks["budget"].status is Status.OK
 
 
-def test_a_made_up_model_needs_no_files(home: Home) -> None:
+def test_random_model_needs_no_installed_files(home: Home) -> None:
     digest = model_sha256(ModelSpec(path="random:bert"))
     changed_in(home.kit / "kit.toml", home.policy.allow.base_models[0], digest)
     home.change(allow={"base_models": (digest,)})
@@ -463,7 +463,9 @@ def test_a_made_up_model_needs_no_files(home: Home) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError(f"cannot handle {CANARY}"), DataError("records.csv:3", CANARY, "x")])
-def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_unexpected_error_text_appears_only_in_the_private_log(
+    home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     monkeypatch.setattr("fedtune.ops.doctor.site_checks._sized", Mock(side_effect=error))
     checks = home.examined()
     assert failures(checks).keys() == {"data"}
@@ -473,7 +475,7 @@ def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.M
     assert code(checks) == 1
 
 
-def test_a_log_begins_anew_and_is_private(tmp_path: Path) -> None:
+def test_doctor_log_is_truncated_and_private(tmp_path: Path) -> None:
     path = tmp_path / "state" / "doctor.log"
     for text in ("first", "second"):
         log = PrivateLog(path)
@@ -485,7 +487,7 @@ def test_a_log_begins_anew_and_is_private(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_site_at_a_socket_is_not_asked_for_a_connection(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "control", lambda server, timeout_s: ok("Flower's control", server))
     place = home.site_toml.parent / "s" / "site.sock"
     write_policy(dataclasses.replace(home.policy, socket="s/site.sock"), home.site_toml)

@@ -125,7 +125,7 @@ SITUATIONS: dict[str, Callable[[World], dict[str, Check]]] = {
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_what_keeps_a_site_from_its_server_has_its_line(world: World, situation: str) -> None:
+def test_doctor_explains_each_connection_problem(world: World, situation: str) -> None:
     lines = [line for check in SITUATIONS[situation](world).values() for line in lines_of(check)]
     text = re.sub(r"(localhost|127\.0\.0\.1):\d{2,}", r"\1:PORT", "\n".join(lines))
     text = re.sub(r"(does not resolve|TLS as expected) \(.+?\)", r"\1 (WHY)", text)  # in the system's words
@@ -133,7 +133,7 @@ def test_what_keeps_a_site_from_its_server_has_its_line(world: World, situation:
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 90.0])
-def test_a_server_that_is_well_and_its_clock(world: World, ahead_s: float) -> None:
+def test_doctor_measures_the_clock_of_a_healthy_server(world: World, ahead_s: float) -> None:
     mailbox, address = world.served()
     mailbox.clock_ahead_s = ahead_s
     connection = Connection(world.kit(address))
@@ -145,7 +145,7 @@ def test_a_server_that_is_well_and_its_clock(world: World, ahead_s: float) -> No
     assert abs(ahead + ahead_s) <= unsure < 2
 
 
-def test_a_server_that_refuses_our_certificate(world: World) -> None:
+def test_doctor_names_a_rejected_site_certificate(world: World) -> None:
     # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
     server, address = world.served(clients=world.theirs)
     checks = world.tried(address)
@@ -155,7 +155,7 @@ def test_a_server_that_refuses_our_certificate(world: World) -> None:
     assert server.asked == []
 
 
-def test_a_server_that_dribbles_is_left(world: World) -> None:
+def test_slowly_dribbling_server_times_out(world: World) -> None:
     world.patch.setattr(bounded_http, "_OTHER", (1000, 0.5))
 
     def dribble(to: ssl.SSLSocket, path: str) -> None:
@@ -170,7 +170,7 @@ def test_a_server_that_dribbles_is_left(world: World) -> None:
     dribbling.close()
 
 
-def test_a_proxy_that_connects_and_a_host_that_it_exempts(world: World) -> None:
+def test_doctor_uses_the_proxy_and_respects_its_exemptions(world: World) -> None:
     proxy, asked = world.stack.enter_context(answering(b"HTTP/1.1 200 Connection established\r\n\r\n", tunnel=True))
     _, address = world.served()
     checks = world.by_proxy(f"{PROXY}{proxy}", address)
@@ -185,7 +185,7 @@ def test_a_proxy_that_connects_and_a_host_that_it_exempts(world: World) -> None:
 
 
 @pytest.mark.parametrize(("answered", "status"), [(404, "ok"), (401, "ok"), (200, "failed"), (400, "failed")])
-def test_a_superlink_that_takes_control_calls_from_outside_fails_loudly(
+def test_doctor_fails_if_control_calls_are_reachable_from_outside(
     answered: int, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -202,7 +202,7 @@ def test_a_superlink_that_takes_control_calls_from_outside_fails_loudly(
     assert check.exit_code == 2
 
 
-def test_a_superlink_that_is_away_is_said_to_be() -> None:
+def test_doctor_reports_an_unreachable_superlink() -> None:
     check = control(f"{LOOPBACK}:{free_port()}", timeout_s=1.0)
     assert (check.status, check.exit_code) == ("failed", 1)
     assert "cannot be reached (ConnectError)" in check.found

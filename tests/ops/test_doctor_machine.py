@@ -28,7 +28,7 @@ def check_lines(name: str, found: dict[object, Check]) -> None:
     check_snapshot(name, "\n".join(lines))
 
 
-def test_how_far_off_a_clock_may_be() -> None:
+def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
     """A slow answer does not count against the clock: how far off the figure may be is told with it."""
     cases = [(0.0, 0.5), (5.4, 0.5), (-6.0, 0.5), (6.0, 0.5), (60.4, 0.5), (-61.0, 0.5), (9.0, 8.0)]
     check_lines(
@@ -40,7 +40,7 @@ def test_how_far_off_a_clock_may_be() -> None:
     assert (theirs.found, theirs.exit_code) == ("the server's is 61 s ahead, and this machine's is kept", SERVER)
 
 
-def test_how_much_disk_is_enough(tmp_path: Path) -> None:
+def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:
     asked: list[Path] = []
 
     def disk(mib: int) -> Check:
@@ -52,7 +52,7 @@ def test_how_much_disk_is_enough(tmp_path: Path) -> None:
     assert set(asked) == {tmp_path}, "the disk of a folder that is yet to be made is its parent's"
 
 
-def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path) -> None:
+def test_ledger_and_anchor_checks_detect_network_and_shared_disks(tmp_path: Path) -> None:
     share, mounts = tmp_path / "a share", tmp_path / "proc/self/mounts"
     mounts.parent.mkdir(parents=True)
     (share / "north").mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path) -> None:
     assert machine.anchor_place(ledger, Path("/proc/anchor.json")).status is Status.OK
 
 
-def test_how_much_memory_a_model_needs(tmp_path: Path) -> None:
+def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) -> None:
     (figures := tmp_path / "proc/meminfo").parent.mkdir()
     (cgroup := tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     figures.write_text("MemTotal:        8388608 kB\nMemFree:          102400 kB\nMemAvailable:    4194304 kB\n")
@@ -98,7 +98,7 @@ def test_how_much_memory_a_model_needs(tmp_path: Path) -> None:
     assert machine.memory(GIB, system=tmp_path / "none").status is Status.SKIPPED
 
 
-def test_whether_the_gpu_can_be_used(tmp_path: Path) -> None:
+def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) -> None:
     def gpu(device: str, name: str, driver: str) -> Check:
         asked: list[str] = []
         check = machine.gpu(device, ask=lambda: asked.append(name) or name, driver=tmp_path / driver)
@@ -111,7 +111,7 @@ def test_whether_the_gpu_can_be_used(tmp_path: Path) -> None:
     check_lines("the device that a policy wants", {", ".join(filter(None, one)): gpu(*one) for one in cases})
 
 
-def test_this_machine_answers(tmp_path: Path) -> None:
+def test_machine_checks_work_on_the_current_machine(tmp_path: Path) -> None:
     assert bool(machine.this_gpu()) is torch.accelerator.is_available()
     assert " GiB available" in machine.memory(1).found
     assert machine.ledger_place(tmp_path / "ledger.db").found.endswith(", on this machine")
@@ -148,7 +148,7 @@ def looked_at(site: Path) -> list[Check]:
 
 
 @pytest.mark.parametrize(("what", "name"), {**PLACES, "connection key": "kit/connection_key.pem"}.items())
-def test_what_every_account_may_change(site: Path, what: str, name: str) -> None:
+def test_world_writable_files_are_reported_with_a_working_fix(site: Path, what: str, name: str) -> None:
     path = site / name
     path.chmod(path.stat().st_mode | 0o022)
     (check,) = looked_at(site)
@@ -164,7 +164,7 @@ def test_what_every_account_may_change(site: Path, what: str, name: str) -> None
 
 @AS_ROOT
 @pytest.mark.parametrize(("what", "name"), PLACES.items())
-def test_what_belongs_to_another_account_or_a_foreign_group(site: Path, what: str, name: str) -> None:
+def test_files_of_another_account_or_group_are_reported(site: Path, what: str, name: str) -> None:
     path = site / name
     os.chown(path, STRANGER, STRANGER)
     (check,) = looked_at(site)
@@ -179,7 +179,7 @@ def test_what_belongs_to_another_account_or_a_foreign_group(site: Path, what: st
 
 
 @AS_ROOT
-def test_what_root_made_is_named_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_created_by_root_are_reported_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As root's commands once left a site: its process could not open its own ledger, and the doctor said: restore."""
     for path in (site, *site.rglob("*")):
         os.chown(path, STRANGER, STRANGER)

@@ -36,7 +36,7 @@ def ledger_of(folder: Path, *rounds: int, **asked: Any) -> Ledger:
     return opened
 
 
-def test_rotating_a_connection_key_and_losing_it_with_the_kit(desk: Desk, north: Path) -> None:
+def test_connection_key_can_be_rotated_and_replaced_after_loss(desk: Desk, north: Path) -> None:
     kit = north / "kit"
     key = (kit / "connection_key.pem").read_bytes()
     desk.revoke("north")
@@ -60,7 +60,7 @@ def test_rotating_a_connection_key_and_losing_it_with_the_kit(desk: Desk, north:
     assert ledger_of(north).history.opened.ledger == before
 
 
-def test_moving_a_site_to_another_machine(north: Path, tmp_path: Path) -> None:
+def test_site_can_be_moved_to_another_machine(north: Path, tmp_path: Path) -> None:
     ledger_of(north, 1)
     moved = tmp_path / "another machine"
     with serving(north / "ledger.db"):
@@ -75,7 +75,7 @@ def test_moving_a_site_to_another_machine(north: Path, tmp_path: Path) -> None:
         ledger_of(north).require_contains(there.receipt("r"))
 
 
-def test_the_doctor_changes_nothing_beside_a_running_site(north: Path) -> None:
+def test_doctor_changes_nothing_on_a_running_site(north: Path) -> None:
     ledger_of(north, 1)
     with serving(north / "ledger.db"):
         before = files_in(north)
@@ -87,7 +87,7 @@ def test_the_doctor_changes_nothing_beside_a_running_site(north: Path) -> None:
     assert before.items() <= after.items()
 
 
-def test_a_site_that_left_comes_back(north: Path) -> None:
+def test_site_can_return_after_leaving(north: Path) -> None:
     ledger_of(north, 1)
     words = ("--kit", str(north / "kit"), "--site", str(north / "site.toml"))
     assert command("site", "leave", *words).code == 0

@@ -40,7 +40,7 @@ def connected(address: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=10)
 
 
-def test_health_has_fixed_keys(address: str, health: Health) -> None:
+def test_health_report_has_fixed_keys(address: str, health: Health) -> None:
     status, body = ask(address)
     assert status == 200
     told = json.loads(body)
@@ -53,7 +53,7 @@ def test_health_has_fixed_keys(address: str, health: Health) -> None:
         health.update(state="CANARY")  # type: ignore[arg-type]
 
 
-def test_ready_says_whether_a_round_would_be_answered(address: str, health: Health) -> None:
+def test_readiness_tells_whether_a_round_would_be_answered(address: str, health: Health) -> None:
     for state in get_args(State):
         health.update(state=state)
         status, body = ask(address, "/ready")
@@ -61,7 +61,7 @@ def test_ready_says_whether_a_round_would_be_answered(address: str, health: Heal
         assert ask(address, "/health")[0] == 200
 
 
-def test_since_is_when_the_state_changed_last(health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_since_is_the_time_of_the_last_state_change(health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
     now = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
     monkeypatch.setattr(module, "datetime", SimpleNamespace(now=lambda zone: now))
     health.update(state="connected", last_contact=datetime(2026, 11, 20, 13, 0, tzinfo=timezone(timedelta(hours=1))))
@@ -73,7 +73,7 @@ def test_since_is_when_the_state_changed_last(health: Health, monkeypatch: pytes
     assert told["rounds_answered"] == 2
 
 
-def test_only_two_addresses_can_be_read(address: str) -> None:
+def test_only_health_and_ready_paths_are_served(address: str) -> None:
     for sent, status in (
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
         (b"GET /health/../etc HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
@@ -91,7 +91,7 @@ def test_only_two_addresses_can_be_read(address: str) -> None:
         assert set(json.loads(answer.partition(b"\r\n\r\n")[2])) == (KEYS if status == b"200" else set())
 
 
-def test_a_request_without_end_is_cut_off(address: str) -> None:
+def test_endless_request_is_cut_off(address: str) -> None:
     began = time.monotonic()
     with connected(address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n")
@@ -106,7 +106,7 @@ def test_a_request_without_end_is_cut_off(address: str) -> None:
     assert ask(address)[0] == 200
 
 
-def test_who_holds_a_place_keeps_no_probe_out(address: str) -> None:
+def test_slow_clients_do_not_block_health_probes(address: str) -> None:
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(connected(address)) for _ in range(40)]
         for connection in slow:
@@ -120,7 +120,7 @@ def test_who_holds_a_place_keeps_no_probe_out(address: str) -> None:
         assert time.monotonic() - began < 8, "and each is cut off after two seconds"
 
 
-def test_it_ends_with_its_block(health: Health) -> None:
+def test_health_server_stops_with_its_context(health: Health) -> None:
     with serve_health("127.0.0.1:0", health) as bound:
         assert ask(bound)[0] == 200
     with pytest.raises(ConnectionRefusedError):
@@ -129,7 +129,7 @@ def test_it_ends_with_its_block(health: Health) -> None:
         assert again == bound
 
 
-def test_an_address_that_is_not_taken_by_itself(address: str, health: Health) -> None:
+def test_non_loopback_address_requires_an_explicit_option(address: str, health: Health) -> None:
     for message, given in {
         "--health-anywhere": ("0.0.0.0:0", "[::]:0", "10.1.2.3:8089"),
         "cannot be listened on": (address,),
@@ -142,7 +142,7 @@ def test_an_address_that_is_not_taken_by_itself(address: str, health: Health) ->
                 pass
 
 
-def test_an_address_that_others_reach_may_be_asked_for_and_ipv6_where_there_is_any(health: Health) -> None:
+def test_non_loopback_and_ipv6_addresses_can_be_served(health: Health) -> None:
     with serve_health("0.0.0.0:0", health, anywhere=True) as bound:
         assert ask(bound.replace("0.0.0.0", "127.0.0.1"))[0] == 200
     try:
@@ -154,7 +154,7 @@ def test_an_address_that_others_reach_may_be_asked_for_and_ipv6_where_there_is_a
         assert ask(bound)[0] == 200
 
 
-def test_the_probe_of_containers(address: str, health: Health) -> None:
+def test_container_probe_reflects_health_and_readiness(address: str, health: Health) -> None:
     proxies = {"HTTP_PROXY": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"}
     probe = partial(run, sys.executable, "-m", "fedtune.ops.health", env=proxies)
     assert probe(address).returncode == 0
@@ -166,7 +166,7 @@ def test_the_probe_of_containers(address: str, health: Health) -> None:
     assert probe().returncode == 2
 
 
-def test_a_process_without_a_network_answers_at_a_unix_socket(tmp_path: Path, health: Health) -> None:
+def test_health_is_served_on_a_unix_socket(tmp_path: Path, health: Health) -> None:
     address = f"unix:{tmp_path / 'health.sock'}"
     for _ in range(2):  # a killed process leaves its socket
         with serve_health(address, health) as told:

@@ -24,7 +24,7 @@ from fedtune.spec import ConfigError
 from .conftest import Desk
 
 
-def test_a_request_says_what_the_policy_says(request_of: Any) -> None:
+def test_join_request_matches_the_policy(request_of: Any) -> None:
     path = request_of("north", declared_size=8000)
     request, folder = JoinRequest.read(path), path.parent
     assert (request.site, request.datasets) == ("north", {"patients": 8000})
@@ -32,7 +32,7 @@ def test_a_request_says_what_the_policy_says(request_of: Any) -> None:
     assert request.node_key == public_pem(read_connection_key(folder / "connection_key.pem"))
 
 
-def test_keys_are_their_owner_s_alone(tmp_path: Path, now: datetime) -> None:
+def test_private_keys_are_readable_only_by_their_owner(tmp_path: Path, now: datetime) -> None:
     # Without a federation, which would refuse to read its own keys before.
     folder = Desk(tmp_path / "federation", now).request("north").parent
     for key in (folder / "connection_key.pem", folder.parent / "site_key.pem"):
@@ -52,14 +52,14 @@ def test_keys_are_their_owner_s_alone(tmp_path: Path, now: datetime) -> None:
 
 
 @pytest.mark.parametrize("name", ["n" * 65, "Server"])
-def test_a_name_that_no_site_can_have_makes_nothing(name: str, tmp_path: Path, site_policy: Any) -> None:
+def test_invalid_site_name_creates_no_files(name: str, tmp_path: Path, site_policy: Any) -> None:
     write_policy(site_policy(name), tmp_path / "site.toml")
     with pytest.raises(ConfigError, match=rf"site\.toml: site = '{name}': must"):
         site_init(tmp_path / "site.toml", out=None)
     assert [path.name for path in tmp_path.iterdir()] == ["site.toml"]
 
 
-def test_a_site_key_that_others_can_read_or_that_was_lost_is_refused(tmp_path: Path, site_policy: Any) -> None:
+def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any) -> None:
     site_toml, file = tmp_path / "site.toml", tmp_path / "site_key.pem"
     write_policy(site_policy("north"), site_toml)
     key = SigningKey.load_or_make(file)
@@ -74,7 +74,7 @@ def test_a_site_key_that_others_can_read_or_that_was_lost_is_refused(tmp_path: P
     assert not file.exists()
 
 
-def test_a_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: Any) -> None:
+def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: Any) -> None:
     site_toml, kept = tmp_path / "site.toml", tmp_path / "kept.pem"
     public = SigningKey.load_or_make(kept).public
     write_policy(site_policy("north", key_command=("/bin/cat", str(kept))), site_toml)
@@ -98,7 +98,7 @@ def resigned(path: Path, **changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("key", "value"), [("site", "south"), ("datasets", {"patients": 101}), ("signature", "00" * 64)]
 )
-def test_a_request_that_was_changed_is_refused(request_of: Any, key: str, value: object) -> None:
+def test_changed_join_request_is_refused(request_of: Any, key: str, value: object) -> None:
     path = request_of("north")
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ConfigError, match=r"join_request\.json: signature = .*was changed after it was made"):
@@ -114,7 +114,7 @@ def csr_of(key: Any, *names: str) -> str:
     return made.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def test_a_csr_proves_that_its_maker_holds_the_key(request_of: Any) -> None:
+def test_csr_proves_possession_of_the_private_key(request_of: Any) -> None:
     path = request_of("north")
     csr = x509.load_pem_x509_csr(json.loads(path.read_text())["csr"].encode())
     another_s = public_pem(ec.generate_private_key(ec.SECP384R1()))
@@ -130,7 +130,7 @@ def _point(public: bytes) -> bytes:
     return key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
 
 
-def test_what_a_site_may_not_say_though_it_signed_it(request_of: Any) -> None:
+def test_invalid_fields_of_a_signed_request_are_refused(request_of: Any) -> None:
     path = request_of("north")
     for change, message in (
         ({"site": "../north"}, "site = '../north': must be made of"),
@@ -149,7 +149,7 @@ def test_what_a_site_may_not_say_though_it_signed_it(request_of: Any) -> None:
             JoinRequest.of(resigned(path, **change))
 
 
-def test_what_is_no_request_or_has_more_than_64_kib_is_refused(tmp_path: Path, request_of: Any) -> None:
+def test_malformed_or_oversized_request_is_refused(tmp_path: Path, request_of: Any) -> None:
     for text in (b"[]", b"\xff\xfe", b'{"version": 1'):
         (tmp_path / "request").write_bytes(text)
         with pytest.raises(ConfigError, match=f"{tmp_path}/request: request = .*must be"):

@@ -36,7 +36,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_a_missing_file_and_a_key_that_others_can_read_are_named(kits: dict[str, Path], kind: str, name: str) -> None:
+def test_missing_kit_file_or_exposed_key_is_named(kits: dict[str, Path], kind: str, name: str) -> None:
     if "key" in name:
         (kits[kind] / name).chmod(0o604)
         with pytest.raises(ConfigError, match=rf"{name}.*mode 604.*chmod 600"):
@@ -47,7 +47,7 @@ def test_a_missing_file_and_a_key_that_others_can_read_are_named(kits: dict[str,
     assert str(kits[kind]) in str(caught.value)
 
 
-def test_a_wrong_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
+def test_invalid_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
     path = kits["site"] / "kit.toml"
     right = path.read_text().splitlines()
     for key, value, message in (
@@ -62,7 +62,7 @@ def test_a_wrong_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
         assert str(path) in str(caught.value)
 
 
-def test_a_lead_s_key_and_a_server_s_certificate_are_those_that_the_kit_names(kits: Any, now: datetime) -> None:
+def test_lead_key_and_server_certificate_must_match_the_kit(kits: Any, now: datetime) -> None:
     (kits["lead"] / "lead_key.pem").unlink()
     SigningKey.load_or_make(kits["lead"] / "lead_key.pem")
     with pytest.raises(ConfigError, match=r"kit\.toml: lead = .*must be the public key of"):
@@ -73,7 +73,7 @@ def test_a_lead_s_key_and_a_server_s_certificate_are_those_that_the_kit_names(ki
         Kit.read(kits["server"], kind="server").check_certificate(now)
 
 
-def test_a_certificate_of_another_is_refused(kits: Any, request_of: Any, federation_toml: Path, now: Any) -> None:
+def test_certificate_of_another_site_is_refused(kits: Any, request_of: Any, federation_toml: Path, now: Any) -> None:
     kit, other = kits["site"], provisioning.init(federation_toml, out=federation_toml.parent / "other", now=now).folder
     south = (kit / "kit.toml").read_bytes().replace(b'"north"', b'"south"')
     for name, data, message in (
@@ -89,7 +89,7 @@ def test_a_certificate_of_another_is_refused(kits: Any, request_of: Any, federat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_expired_certificate_says_the_way_out(kits: dict[str, Path], kind: str, now: datetime) -> None:
+def test_expired_certificate_error_suggests_renewal(kits: dict[str, Path], kind: str, now: datetime) -> None:
     kit = Kit.read(kits[kind], kind=kind)
     kit.check_certificate(now + timedelta(days=364))
     with pytest.raises(ConfigError, match=f"is when the certificate expired: .*renew-{kind}"):
@@ -104,7 +104,7 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
     return lambda fields: fields["sites"][0].update({key: value})
 
 
-def test_a_wrong_roster_is_refused(federation: Path, joined: Any) -> None:
+def test_invalid_roster_is_refused(federation: Path, joined: Any) -> None:
     joined("north")
     path = federation / "server" / "roster.json"
     right = path.read_text()
@@ -125,7 +125,7 @@ def test_a_wrong_roster_is_refused(federation: Path, joined: Any) -> None:
         assert str(path) in str(caught.value)
 
 
-def test_a_certificate_of_an_unreadable_key(federation: Path, joined: Any) -> None:
+def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, joined: Any) -> None:
     der = read_certificate(joined("north") / "site.pem").public_bytes(serialization.Encoding.DER)
     path = federation / "server" / "roster.json"
     fields = json.loads(path.read_text())
@@ -141,7 +141,7 @@ def test_a_certificate_of_an_unreadable_key(federation: Path, joined: Any) -> No
             Roster.read(path)
 
 
-def test_an_address_is_host_and_port() -> None:
+def test_server_address_must_be_host_and_port() -> None:
     for text, host, port in (
         ("fl.example.org:9092", "fl.example.org", 9092),
         ("FL.Example.org:1", "fl.example.org", 1),
@@ -168,7 +168,7 @@ def test_an_address_is_host_and_port() -> None:
         lambda text: text.isprintable() and bool(text.strip())
     )
 )
-def test_any_licence_comes_back_from_kit_toml(tmp_path_factory: pytest.TempPathFactory, licence: str) -> None:
+def test_any_license_text_round_trips_through_kit_toml(tmp_path_factory: pytest.TempPathFactory, licence: str) -> None:
     about = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "[::1]:1", "site": "a"}
     kit = KitFile(**about, lead="ab" * 32, model=(KitModel(name="m", sha256="00" * 32, licence=licence),))
     path = tmp_path_factory.mktemp("kit") / "kit.toml"

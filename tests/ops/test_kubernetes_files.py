@@ -48,7 +48,7 @@ def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def test_the_manifests_fit_kubernetes_own_schema(put_together: dict[str, Path], tmp_path: Path) -> None:
+def test_manifests_match_the_kubernetes_schema(put_together: dict[str, Path], tmp_path: Path) -> None:
     command = (tool("kubernetes-validate"), *VALIDATE)
     plain = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
     passed(*command, *plain, *put_together.values())
@@ -59,7 +59,7 @@ def test_the_manifests_fit_kubernetes_own_schema(put_together: dict[str, Path], 
 
 
 @pytest.mark.parametrize("folder", [folder.name for folder in OVERLAYS])
-def test_kubectl_puts_the_manifests_together(folder: str, put_together: dict[str, Path]) -> None:
+def test_kubectl_builds_every_overlay(folder: str, put_together: dict[str, Path]) -> None:
     (made,) = (one for one in documents(put_together[folder]) if one["kind"] in PROCESSES.values())
     pod = template_of(made)["spec"]
     containers = [*pod.get("initContainers", ()), *pod["containers"]]
@@ -71,7 +71,7 @@ def test_kubectl_puts_the_manifests_together(folder: str, put_together: dict[str
 
 
 @pytest.mark.parametrize("path", PROCESSES, ids=name_of)
-def test_pods_keep_to_the_restricted_standard_and_only_the_server_s_is_reached(path: Path) -> None:
+def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path: Path) -> None:
     pod = pod_of(path)
     assert pod["automountServiceAccountToken"] is False
     own = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
@@ -106,7 +106,7 @@ def test_pods_keep_to_the_restricted_standard_and_only_the_server_s_is_reached(p
     assert called == ({53, 5353, 9092} if role in ("site", "lead") else set())
 
 
-def test_nothing_reaches_a_site_s_pod_and_its_process_cannot_write_policy_or_records() -> None:
+def test_site_pod_is_unreachable_and_cannot_write_policy_or_records() -> None:
     service = only(SITE, "Service")["spec"]
     assert service["clusterIP"] == "None"
     assert "ports" not in service
@@ -144,7 +144,7 @@ def fill(folder: Path, *names: str) -> None:
         (folder / name).chmod(0o440)
 
 
-def test_the_site_s_first_container_makes_keys_private_and_keeps_the_ledger_s(tmp_path: Path) -> None:
+def test_site_init_container_copies_keys_privately_and_keeps_the_ledger_key(tmp_path: Path) -> None:
     secret, site = tmp_path / "secret", tmp_path / "pvc"
     own, of_kit = ("site.toml", "site_key.pem"), ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")
     fill(secret / "site", *own)
@@ -169,7 +169,7 @@ def test_the_site_s_first_container_makes_keys_private_and_keeps_the_ledger_s(tm
     assert (site / "site_key.pem").read_text() == "site site_key.pem"
 
 
-def test_the_server_s_first_container_leaves_roster_and_certificate_links(desk: Desk, tmp_path: Path) -> None:
+def test_server_init_container_links_roster_and_certificate(desk: Desk, tmp_path: Path) -> None:
     secret, folder = desk.folder / "server", tmp_path / "kit"
     folder.mkdir()
     script = start_script("server/server.yaml", secret=secret, kit=folder)
@@ -190,7 +190,7 @@ def test_the_server_s_first_container_leaves_roster_and_certificate_links(desk: 
 
 
 @pytest.mark.parametrize("has_receipts", [True, False])
-def test_the_lead_s_first_container_keeps_the_receipts_that_have_come_since(has_receipts: bool, tmp_path: Path) -> None:
+def test_lead_init_container_keeps_newer_receipts(has_receipts: bool, tmp_path: Path) -> None:
     secret, lead = tmp_path / "secret", tmp_path / "pvc"
     receipts = ("receipts.json",) if has_receipts else ()
     fill(secret, "kit.toml", "ca.pem", "lead.pem", "connection_key.pem", "lead_key.pem", "roster.json", *receipts)
@@ -208,7 +208,7 @@ def test_the_lead_s_first_container_keeps_the_receipts_that_have_come_since(has_
     assert (kit / "roster.json").read_text() == "a new site"
 
 
-def test_the_lead_s_job_begins_a_run_or_goes_on_and_ends_where_trying_again_is_no_use() -> None:
+def test_lead_job_resumes_runs_and_does_not_retry_permanent_failures() -> None:
     job = only(KUBERNETES / "lead/lead.yaml", "Job")
     pod = pod_of(KUBERNETES / "lead/lead.yaml")
     (container,) = pod["containers"]
@@ -229,7 +229,7 @@ BACKUPS = {"site": ("--kit=/site/kit", "--site=/site/site.toml"), "server": ("--
 
 
 @pytest.mark.parametrize("role", BACKUPS)
-def test_a_backup_runs_beside_its_process_on_volumes_that_exist_and_keeps_new_files(role: str, tmp_path: Path) -> None:
+def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, tmp_path: Path) -> None:
     path, process = KUBERNETES / f"{role}-backup/backup.yaml", KUBERNETES / role / f"{role}.yaml"
     pod, made = pod_of(path), only(process, "StatefulSet")
     labels = template_of(only(path, "CronJob"))["metadata"]["labels"]
@@ -298,7 +298,7 @@ def rendered(folder: Path, role: str, values: dict[str, Any]) -> Path:
     return made
 
 
-def test_the_charts_values_fit_its_schema_mistakes_do_not_and_manifests_are_those_of_kubectl(tmp_path: Path) -> None:
+def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -> None:
     checker, schema = tool("check-jsonschema"), CHART / "values.schema.json"
     passed(checker, "--check-metaschema", schema)
     plain, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
@@ -341,7 +341,7 @@ def test_the_charts_values_fit_its_schema_mistakes_do_not_and_manifests_are_thos
 
 
 @pytest.mark.parametrize("role", OF_ROLE)
-def test_the_chart_by_itself_changes_no_manifest(role: str, put_together: dict[str, Path], tmp_path: Path) -> None:
+def test_default_chart_renders_the_plain_manifests(role: str, put_together: dict[str, Path], tmp_path: Path) -> None:
     def by_name(*paths: Path) -> dict[tuple[str, str], Any]:
         return {(one["kind"], one["metadata"]["name"]): one for path in paths for one in documents(path)}
 
@@ -355,7 +355,7 @@ def leaves(values: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("role", OF_ROLE)
-def test_every_value_of_the_chart_has_an_effect_that_kubernetes_takes(role: str, tmp_path: Path) -> None:
+def test_every_chart_value_changes_valid_manifests(role: str, tmp_path: Path) -> None:
     plain = set(rendered(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
     made = rendered(tmp_path, role, VALUES["changed"] | OF_ROLE[role])
     passed(tool("kubernetes-validate"), *VALIDATE, made)

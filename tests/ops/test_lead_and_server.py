@@ -28,7 +28,7 @@ from .conftest import Desk
 # Which sites; those that a lead names: tests/cli/test_run.py.
 
 
-def test_without_any_site_there_is_nothing_to_run(joined: Any, federation: Path, now: datetime) -> None:
+def test_lead_without_active_sites_cannot_start_a_run(joined: Any, federation: Path, now: datetime) -> None:
     for revoked in (False, True):
         if revoked:
             joined("north")
@@ -50,7 +50,7 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
-def test_a_lead_knows_its_sites_keys_by_the_roster(joined: Any, config: RunConfig, federation: Path) -> None:
+def test_lead_service_takes_site_keys_from_the_roster(joined: Any, config: RunConfig, federation: Path) -> None:
     for site in ("north", "south", "west"):
         joined(site)
     kit = Kit.read(federation / "lead", kind="lead")
@@ -64,7 +64,9 @@ def test_a_lead_knows_its_sites_keys_by_the_roster(joined: Any, config: RunConfi
     assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", kit.key)
 
 
-def test_an_expired_certificate_stops_a_run(federation_toml: Path, config: Any, now: datetime, tmp_path: Path) -> None:
+def test_expired_lead_certificate_prevents_a_run(
+    federation_toml: Path, config: Any, now: datetime, tmp_path: Path
+) -> None:
     provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
     kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
     folder = tmp_path / "one"
@@ -78,7 +80,7 @@ def test_an_expired_certificate_stops_a_run(federation_toml: Path, config: Any, 
 # Who runs a folder.
 
 
-def test_a_folder_is_run_by_the_process_that_says_so_while_it_lives(tmp_path: Path) -> None:
+def test_run_folder_names_its_process_only_while_it_lives(tmp_path: Path) -> None:
     assert running_process(tmp_path) is None
     with lead_and_server.running(tmp_path):
         assert running_process(tmp_path) == os.getpid()
@@ -106,7 +108,7 @@ def test_a_folder_is_run_by_the_process_that_says_so_while_it_lives(tmp_path: Pa
 # What its sites said.
 
 
-def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_path: Path, now: datetime) -> None:
+def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datetime) -> None:
     shown, state, update = Mock(), Mock(), Mock()
     noted = _Noted(Followed(shown, update), tmp_path, Mock())
     assert latest_answers(tmp_path) == {}
@@ -141,7 +143,7 @@ def service(federation: Path) -> ServerService:
     return ServerService(kit=kit, host="127.0.0.1", port=None, data=None, health=Health())
 
 
-def test_the_roster_is_read_anew_each_time(service: ServerService, monkeypatch: Any, desk: Desk) -> None:
+def test_server_rereads_the_roster_each_time(service: ServerService, monkeypatch: Any, desk: Desk) -> None:
     monkeypatch.setattr("fedtune.ops.wire.superlink.serve", serve := Mock())
     service.run()
     ((settings,), options) = serve.call_args
@@ -156,7 +158,7 @@ def test_the_roster_is_read_anew_each_time(service: ServerService, monkeypatch: 
     assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
 
 
-def test_a_server_whose_database_takes_nothing_is_not_ready(service: ServerService) -> None:
+def test_server_with_a_failing_database_is_not_ready(service: ServerService) -> None:
     states = []
     service._works(True)
     states.append(service.health.snapshot()["state"])

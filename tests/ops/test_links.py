@@ -57,7 +57,9 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("contents", CONTENTS.values(), ids=CONTENTS)
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_an_error_quotes_nothing(tmp_path: Path, read: Callable[[Path], object], contents: bytes) -> None:
+def test_error_about_a_linked_file_quotes_no_contents(
+    tmp_path: Path, read: Callable[[Path], object], contents: bytes
+) -> None:
     elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
     elsewhere.write_bytes(contents)
     link.symlink_to(elsewhere)
@@ -69,7 +71,7 @@ def test_an_error_quotes_nothing(tmp_path: Path, read: Callable[[Path], object],
     assert elsewhere.read_bytes() == contents
 
 
-def test_a_log_is_not_written_through_a_link_and_a_lock_that_holds_something_else_not_quoted(tmp_path: Path) -> None:
+def test_log_does_not_follow_links_and_lock_contents_are_not_quoted(tmp_path: Path) -> None:
     elsewhere, link = tmp_path / "elsewhere", tmp_path / "doctor.log"
     elsewhere.write_text(CANARY)
     link.symlink_to(elsewhere)

@@ -109,7 +109,7 @@ FAILURES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("name", ["fedtune.tests", "flwr", "torch.nn", "asyncio", "root"])
 @pytest.mark.parametrize("fails", FAILURES.values(), ids=FAILURES)
-def test_an_exception_s_text_is_not_written_and_its_frames_are(fails: Callable[[], None], name: str) -> None:
+def test_log_contains_exception_frames_but_no_exception_text(fails: Callable[[], None], name: str) -> None:
     with logged() as lines:
         failed(fails, logging.getLogger(name))
     (line,) = lines
@@ -118,7 +118,7 @@ def test_an_exception_s_text_is_not_written_and_its_frames_are(fails: Callable[[
     assert all("/" not in frame for frame in line["error"]["frames"] if "test_logs.py" in frame)
 
 
-def test_causes_follow_with_their_own_frames_and_a_deep_recursion_and_a_ring_stay_short() -> None:
+def test_log_includes_causes_and_shortens_recursion_and_cycles() -> None:
     def deeper() -> None:
         deeper()
 
@@ -140,7 +140,7 @@ def test_causes_follow_with_their_own_frames_and_a_deep_recursion_and_a_ring_sta
 @pytest.mark.parametrize(
     "rows", [f"letter,{CANARY}\n", f"letter,a,{CANARY}\n", f'letter,"{CANARY}\n'], ids=["label", "cells", "quote"]
 )
-def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_path: Path) -> None:
+def test_unreadable_data_leaves_no_cell_contents_in_the_log(rows: str, tmp_path: Path) -> None:
     file = tmp_path / "letters.csv"
     file.write_text("text,label\nfine,a\n" + rows)
     columns = {"text": "text", "label": "label"}
@@ -156,7 +156,7 @@ def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_
     assert any(frame.startswith(("fedtune/data/", "fedtune/tasks/")) for frame in lines[0]["error"]["frames"])
 
 
-def test_errors_made_of_settings_keep_their_text() -> None:
+def test_configuration_errors_keep_their_text_in_the_log() -> None:
     wrong, ledger = ConfigError("server", "fl.example.org", "must be host:port"), RunError("/srv/ledger.db is damaged")
     for error in (wrong, ledger, Refused(Reason.LEADS, asked="ab" * 32)):
         with logged() as lines:
@@ -166,7 +166,7 @@ def test_errors_made_of_settings_keep_their_text() -> None:
         assert str(error) in lines[1]["event"]
 
 
-def test_of_libraries_that_see_records_only_the_place_is_written() -> None:
+def test_library_messages_about_records_are_withheld() -> None:
     with logged("debug") as lines:
         for library in (
             libraries := ("torch", "transformers.tokenization", "tokenizers", "peft", "opacus", "numpy", "x")
@@ -180,11 +180,11 @@ def test_of_libraries_that_see_records_only_the_place_is_written() -> None:
     for line in lines:
         assert line["event"] == logs.WITHHELD
         assert line["where"].startswith("test_logs.py:")
-        assert line["where"].endswith("test_of_libraries_that_see_records_only_the_place_is_written")
+        assert line["where"].endswith("test_library_messages_about_records_are_withheld")
 
 
 @pytest.mark.parametrize("library", sorted(logs.CARRIERS))
-def test_of_carriers_messages_are_kept_without_texts_of_exceptions(library: str) -> None:
+def test_transport_library_messages_are_logged_without_exception_texts(library: str) -> None:
     logger = logging.getLogger(library)
     with own_logging():
         logger.setLevel(logging.DEBUG)
@@ -201,14 +201,14 @@ def test_of_carriers_messages_are_kept_without_texts_of_exceptions(library: str)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_level_is_that_of_own_messages(level: Level) -> None:
+def test_log_level_applies_to_own_messages(level: Level) -> None:
     with logged(level) as lines:
         for name in LEVELS:
             getattr(own, name)(name)
     assert [line["event"] for line in lines] == list(LEVELS[LEVELS.index(level) :])
 
 
-def test_a_line_has_time_level_logger_event_and_extra_fields_and_is_one() -> None:
+def test_log_line_is_one_json_object_with_standard_and_extra_fields() -> None:
     with logged() as lines:
         own.info("answered round %d", 3, extra={"run": "r1", "seconds": 1.5, "rate": float("nan"), "of": object()})
         own.warning("site %s", 'a\n{"level": "info"}\u2028\u0085b')
@@ -220,7 +220,7 @@ def test_a_line_has_time_level_logger_event_and_extra_fields_and_is_one() -> Non
     assert (line["run"], line["seconds"], line["rate"], line["of"]) == ("r1", 1.5, "nan", "<object>")
 
 
-def test_a_call_with_wrong_arguments_shows_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mismatched_log_arguments_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with logged() as lines:
         own.warning("%d of %d", CANARY)
         logging.getLogger("torch").warning("%d", CANARY)
@@ -229,7 +229,7 @@ def test_a_call_with_wrong_arguments_shows_none_of_them(capsys: pytest.CaptureFi
     assert [line["event"] for line in lines][::2] == ["%d of %d (with arguments that do not fit)", "after it"]
 
 
-def test_a_full_disk_shows_nothing_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_prints_no_log_text_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     full = Mock(write=Mock(side_effect=OSError(28, "No space left on device")))
     with own_logging(), redirect_stderr(full):
         configure_logs("info")
@@ -237,7 +237,7 @@ def test_a_full_disk_shows_nothing_elsewhere(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_library_s_own_handler_is_passed_by_even_one_made_later(capsys: pytest.CaptureFixture[str]) -> None:
+def test_handlers_added_by_libraries_are_bypassed(capsys: pytest.CaptureFixture[str]) -> None:
     logger, elsewhere = logging.getLogger("transformers.test_logs"), io.StringIO()
     with logged() as lines:
         # As transformers and flwr do when they are imported.
@@ -251,7 +251,7 @@ def test_a_library_s_own_handler_is_passed_by_even_one_made_later(capsys: pytest
     assert CANARY not in "".join(capsys.readouterr())
 
 
-def test_a_warning_a_thread_s_end_and_an_error_in_a_clean_up_are_one_line_each() -> None:
+def test_warnings_thread_failures_and_cleanup_errors_are_logged() -> None:
     with logged() as lines, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn(f"cell {CANARY}", RuntimeWarning, stacklevel=1)
@@ -269,7 +269,7 @@ def test_a_warning_a_thread_s_end_and_an_error_in_a_clean_up_are_one_line_each()
     assert cleaned["error"]["type"] == "ValueError"
 
 
-def test_names_of_errors_from_system_and_tls_are_kept() -> None:
+def test_system_and_tls_error_names_are_logged() -> None:
     refused = ConnectionRefusedError(111, f"refused {CANARY}")
     with logged() as lines:
         own.warning("no server", exc_info=refused)
@@ -300,7 +300,7 @@ last()
 """
 
 
-def test_a_whole_process_writes_nothing_but_json() -> None:
+def test_whole_process_logs_only_json() -> None:
     done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert CANARY not in done.stdout + done.stderr
@@ -310,14 +310,14 @@ def test_a_whole_process_writes_nothing_but_json() -> None:
     assert lines[-1]["error"]["frames"][-1].endswith(" last")
 
 
-def test_a_wrong_level_is_said_and_nothing_is_taken_over() -> None:
+def test_invalid_log_level_is_refused_without_side_effects() -> None:
     hook = sys.excepthook
     with pytest.raises(ConfigError, match=r"must be"):
         configure_logs("loud")  # type: ignore[arg-type]
     assert sys.excepthook is hook
 
 
-def test_own_messages_are_fixed_texts_with_arguments() -> None:
+def test_own_log_messages_are_constant_texts_with_arguments() -> None:
     """A message that was put together beforehand could hold an exception's text, which arguments cannot."""
     calls = 0
     for path in PACKAGE.rglob("*.py"):

@@ -30,7 +30,7 @@ from .conftest import Desk, Killed, killed_at, unchanged, unpack
 KIT = ["README.md", "ca.pem", "kit.toml", "site.pem"]
 
 
-def test_a_site_gets_a_kit_that_fits_its_key_and_holds_no_secret(desk: Desk) -> None:
+def test_added_site_receives_a_matching_kit_without_secrets(desk: Desk) -> None:
     request = desk.request("north")
     done = desk.add(request)
     assert done.archive == desk.folder / "sites" / "north-kit.zip"
@@ -49,7 +49,7 @@ def test_a_site_gets_a_kit_that_fits_its_key_and_holds_no_secret(desk: Desk) -> 
     assert files_in(desk.folder / "sites").keys() == {"north-kit.zip", *(f"north/{name}" for name in KIT)}
 
 
-def test_renewing_with_the_same_key_and_revoking_change_nothing_at_the_others(desk: Desk) -> None:
+def test_renewal_and_revocation_do_not_affect_other_sites(desk: Desk) -> None:
     desk.join("north")
     south = desk.join("south")
     before, at_south, node_key = files_in(desk.folder), files_in(south), desk.member("north").node_key
@@ -71,7 +71,7 @@ def test_renewing_with_the_same_key_and_revoking_change_nothing_at_the_others(de
         desk.revoke("north")
 
 
-def test_a_new_request_changes_connection_key_and_declared_sizes(desk: Desk) -> None:
+def test_new_request_updates_connection_key_and_declared_sizes(desk: Desk) -> None:
     desk.join("north")
     old = desk.member("north")
     request = desk.request("north", kit="new", declared_size=250)
@@ -85,7 +85,7 @@ def test_a_new_request_changes_connection_key_and_declared_sizes(desk: Desk) -> 
     )
 
 
-def test_a_revoked_connection_key_can_never_be_used_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revoked_connection_key_can_never_be_reused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     first = desk.join("north") / "join_request.json"
     key = read_connection_key(first.with_name("connection_key.pem"))
     desk.revoke("north")
@@ -105,7 +105,7 @@ def test_a_revoked_connection_key_can_never_be_used_again(desk: Desk, monkeypatc
         desk.renew("north", first)
 
 
-def test_another_site_s_name_or_key_is_refused(desk: Desk, tmp_path: Path) -> None:
+def test_name_or_key_of_another_site_is_refused(desk: Desk, tmp_path: Path) -> None:
     desk.join("north")
     (tmp_path / "west").mkdir()
     shutil.copy(tmp_path / "north" / "site_key.pem", tmp_path / "west")
@@ -119,7 +119,7 @@ def test_another_site_s_name_or_key_is_refused(desk: Desk, tmp_path: Path) -> No
             desk.add(desk.request("west"))
 
 
-def test_another_site_key_means_a_new_ledger_and_has_to_be_agreed(desk: Desk, tmp_path: Path) -> None:
+def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) -> None:
     desk.join("north")
     (tmp_path / "north" / "site_key.pem").unlink()
     request = desk.request("north", kit="new")
@@ -147,7 +147,7 @@ def whole(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def test_a_change_that_is_killed_anywhere_is_whole_or_not_there(desk: Desk, tmp_path: Path) -> None:
+def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_path: Path) -> None:
     desk.join("north")
     kept, ends = tmp_path / "kept", set()
     shutil.copytree(desk.folder, kept)
@@ -188,7 +188,7 @@ def test_a_change_that_is_killed_anywhere_is_whole_or_not_there(desk: Desk, tmp_
     assert all({(name, False), (name, True)} <= ends for name in changes)
 
 
-def test_a_change_without_room_is_not_made_or_completed_before_the_next(desk: Desk, monkeypatch: Any) -> None:
+def test_change_on_a_full_disk_is_undone_or_completed_later(desk: Desk, monkeypatch: Any) -> None:
     request, kit = desk.request("north"), desk.folder / "sites/north-kit.zip"
     before, full = whole(desk.folder), OSError(28, "No space left on device", str(kit))
     with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ def test_a_change_without_room_is_not_made_or_completed_before_the_next(desk: De
     assert sorted(path.name for path in (desk.folder / "sites").iterdir()) == ["north", "north-kit.zip"]
 
 
-def test_sites_added_at_once_are_all_in(desk: Desk) -> None:
+def test_concurrently_added_sites_are_all_registered(desk: Desk) -> None:
     requests = [desk.request(f"site-{number}") for number in range(6)]
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(desk.add, requests))
@@ -215,7 +215,7 @@ def test_sites_added_at_once_are_all_in(desk: Desk) -> None:
     assert found == {f"site-{number}" for number in range(6)}
 
 
-def test_a_change_or_retired_keys_that_cannot_be_read_stop_admission(desk: Desk) -> None:
+def test_unreadable_pending_change_or_retired_keys_stop_admission(desk: Desk) -> None:
     request, before = desk.request("north"), whole(desk.folder)
     for name, text in (
         (CHANGE, json.dumps({"version": KIT_SCHEMA, "files": {"lead/roster.json": "x"}})),
@@ -236,7 +236,9 @@ def test_a_change_or_retired_keys_that_cannot_be_read_stop_admission(desk: Desk)
     desk.add(request)
 
 
-def test_a_site_sees_who_is_there_and_no_more(desk: Desk, command: Any, site_policy: Any, tmp_path: Path) -> None:
+def test_site_lists_only_the_current_members_of_its_roster(
+    desk: Desk, command: Any, site_policy: Any, tmp_path: Path
+) -> None:
     kit, file = desk.join("north"), desk.folder / "server/roster.json"
     for name in ("south", "west", "abroad"):
         desk.join(name)
@@ -276,7 +278,7 @@ def kit(desk: Desk) -> Kit:
     return Kit.read(desk.folder / "server", kind="server")
 
 
-def test_every_change_makes_a_newer_roster_that_the_lead_signed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_membership_change_gives_a_newer_signed_roster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     before, kept = roster(desk).number, (desk.folder / "server/roster.json").read_bytes()
     roster(desk).check_signed(lead_key(desk).public)
     for change in (desk.join, desk.revoke):
@@ -292,7 +294,7 @@ def test_every_change_makes_a_newer_roster_that_the_lead_signed(desk: Desk, monk
     assert roster(desk).number > before
 
 
-def test_a_server_takes_the_lead_s_newer_roster_alone(desk: Desk, kit: Kit, tmp_path: Path) -> None:
+def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: Kit, tmp_path: Path) -> None:
     served = KitRoster(kit)
     first = served.look()
     desk.join("north")
@@ -320,7 +322,7 @@ def test_a_server_takes_the_lead_s_newer_roster_alone(desk: Desk, kit: Kit, tmp_
     assert served.look() == newer
 
 
-def test_a_key_that_was_revoked_is_not_back_while_the_server_runs(desk: Desk, kit: Kit) -> None:
+def test_revoked_key_stays_revoked_while_the_server_runs(desk: Desk, kit: Kit) -> None:
     served = KitRoster(kit)
     desk.join("north")
     joined = served.look()
@@ -341,7 +343,7 @@ def test_a_key_that_was_revoked_is_not_back_while_the_server_runs(desk: Desk, ki
     assert served.look().sites[0].revoked is None
 
 
-def test_a_lead_asks_nobody_by_a_roster_that_somebody_changed(desk: Desk) -> None:
+def test_lead_refuses_a_tampered_roster(desk: Desk) -> None:
     desk.join("north")
     desk.revoke("north")
     kit = Kit.read(desk.folder / "lead", kind="lead")
@@ -351,7 +353,7 @@ def test_a_lead_asks_nobody_by_a_roster_that_somebody_changed(desk: Desk) -> Non
         members_of(kit, ("north",))
 
 
-def test_a_certificate_put_into_a_kit_is_used_once_it_is_whole(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+def test_replaced_kit_certificate_is_used_once_complete(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     kit = Kit.read(desk.join("north"), kind="site")
     certificate = KitCertificate(kit)
     before = certificate.certificate

@@ -51,7 +51,7 @@ def values(samples: list[Sample], name: str) -> dict[str, float]:
     return found
 
 
-def test_it_answers_one_path_and_get_alone() -> None:
+def test_metrics_server_answers_only_get_on_one_path() -> None:
     answers = [("fedtune_lead_answers", {"x": 2, 'y"\n': 3})]
     assert values(scraped(lambda: answers), "fedtune_lead_answers_total") == {"x": 2.0, 'y"\n': 3.0}
     with serve_metrics("127.0.0.1:0", lambda: answers) as address:
@@ -61,7 +61,7 @@ def test_it_answers_one_path_and_get_alone() -> None:
             urllib.request.urlopen(posted, timeout=30)
 
 
-def test_no_address_that_other_machines_reach_and_nothing_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_require_a_loopback_address_and_prometheus_client(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ("0.0.0.0:0", "192.0.2.1:9464"):
         with pytest.raises(ConfigError, match=r"^--metrics = .*give a loopback address"), serve_metrics(given, list):
             pass
@@ -75,7 +75,7 @@ def of_site(folder: Path, health: Health | None = None) -> SiteMetrics:
     return SiteMetrics(kit=kit, site_toml=folder / "site.toml", health=health or Health())
 
 
-def test_figures_are_written_into_a_file_whole_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_file_is_replaced_atomically_and_repeatedly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_FILE_S", 0.02)
     file, rounds = tmp_path / "fedtune.prom", iter(range(10_000))
     figures: Callable[[], Values] = lambda: [("fedtune_lead_round_seconds", float(next(rounds)))]  # noqa: E731
@@ -88,7 +88,7 @@ def test_figures_are_written_into_a_file_whole_and_again(tmp_path: Path, monkeyp
         pass
 
 
-def test_a_site_s_budget_is_that_of_its_ledger(north: Path, run_proposal: Any, command: Any) -> None:
+def test_site_budget_metrics_match_the_ledger(north: Path, run_proposal: Any, command: Any) -> None:
     metrics = of_site(north)
     assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}, "there is none yet"
     ledger, asked = SiteFiles.of(north / "site.toml").open(), run_proposal()
@@ -105,7 +105,7 @@ def test_a_site_s_budget_is_that_of_its_ledger(north: Path, run_proposal: Any, c
     assert values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
 
-def test_a_ledger_without_room_has_no_runs_left_and_one_without_trust_no_budget(north: Path, run_proposal: Any) -> None:
+def test_exhausted_ledger_reports_no_runs_left_and_damaged_one_no_budget(north: Path, run_proposal: Any) -> None:
     metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
     with pytest.raises(Refused) as refused:
         _ = [ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1") for number in range(100)]
@@ -124,7 +124,7 @@ def test_a_ledger_without_room_has_no_runs_left_and_one_without_trust_no_budget(
     assert not [sample for sample in samples if "epsilon" in sample.name or "runs" in sample.name]
 
 
-def test_a_site_s_contact_answers_and_certificate(north: Path) -> None:
+def test_site_metrics_cover_contact_answers_and_certificate(north: Path) -> None:
     health = Health()
     metrics = of_site(north, health)
     # From 0 on, since what first appears at 1 has not increased.
@@ -156,7 +156,7 @@ def of_server(federation: Path) -> ServerMetrics:
     return metrics
 
 
-def test_a_server_s_figures(federation: Path) -> None:
+def test_server_metrics_cover_sites_traffic_and_waiting_calls(federation: Path) -> None:
     samples = scraped(of_server(federation).figures)
     assert values(samples, "fedtune_server_sites") == {"known": 2.0, "connected": 1.0}
     silent = values(samples, "fedtune_server_site_silent_seconds")
@@ -173,7 +173,7 @@ def metrics_in(expression: str) -> set[str]:
     return set(re.findall(r"\bfedtune_\w+", expression))
 
 
-def test_alert_rules_and_dashboard_name_metrics_that_exist(north: Path, federation: Path) -> None:
+def test_alert_rules_and_dashboard_use_existing_metrics(north: Path, federation: Path) -> None:
     SiteFiles.of(north / "site.toml").open()
     lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
     figures = (of_site(north).figures, of_server(federation).figures, lead.figures)
@@ -194,7 +194,7 @@ def test_alert_rules_and_dashboard_name_metrics_that_exist(north: Path, federati
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
-def test_each_alert_fires_when_it_should_and_not_before_and_promtool_takes_all_files(tmp_path: Path) -> None:
+def test_alerts_fire_only_when_expected_and_pass_promtool(tmp_path: Path) -> None:
     file = Path(__file__).with_name("alerts_test.yaml")
     told = [one for case in yaml.safe_load(file.read_text())["tests"] for one in case["alert_rule_test"]]
     both = sorted((rule["alert"], fires) for rule in GROUP["rules"] for fires in (False, True))
@@ -208,7 +208,7 @@ def test_each_alert_fires_when_it_should_and_not_before_and_promtool_takes_all_f
     assert run(promtool, "check", "rules", broken).returncode != 0
 
 
-def test_the_page_says_what_to_do_about_each_alert() -> None:
+def test_operations_page_explains_every_alert() -> None:
     page = (MONITORING.parents[1] / "docs/operations.md").read_text()
     (table,) = re.findall(r"^\| alert \| what to do \|\n\|.*\n((?:\|.*\n)+)", page, re.MULTILINE)
     rows = [re.fullmatch(r"\| (.*?) \| (.+) \|", line) for line in table.splitlines()]

@@ -88,7 +88,7 @@ def placed(path: Path, kit: Kit) -> Path:
     return model_place(kit.folder, install_model(path, kit)[0].sha256)
 
 
-def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any) -> None:
+def test_model_folder_is_installed_under_its_digest(folder: Path, kit: Any) -> None:
     digest = pin(folder)
     site = kit("0" * 64, digest)
     left = site.folder / "models" / f".{digest}.partial"  # by a crash, and cleared away
@@ -105,7 +105,7 @@ def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any
     assert names(site.folder / "models") == {digest}
 
 
-def test_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
+def test_weight_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
     (folder / "model.safetensors").unlink()
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for number, name in enumerate(shards):
@@ -120,7 +120,7 @@ def test_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
         verify_model(kit(digest).folder, digest)
 
 
-def test_a_gguf_file_is_copied_under_its_name_with_its_papers_and_a_folder_has_one(tmp_path: Path, kit: Any) -> None:
+def test_gguf_file_is_installed_with_its_license(tmp_path: Path, kit: Any) -> None:
     downloads = tmp_path / "Downloads"
     downloads.mkdir()
     file = downloads / "Small-Q4_1.gguf"
@@ -140,7 +140,9 @@ def test_a_gguf_file_is_copied_under_its_name_with_its_papers_and_a_folder_has_o
         install_model(folder, kit("0" * 64))
 
 
-def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_in_a_python_package_is_installed_without_importing_it(
+    tmp_path: Path, folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "packages" / "some_weights"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('looked up, and not imported')")
@@ -162,7 +164,7 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
         assert caught.value.key == "--import-model"
 
 
-def test_unnamed_models_pickles_and_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:
+def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:
     error = refused(folder, kit("0" * 64), because="has SHA-256")
     assert pin(folder) in str(error)
     assert f"{'0' * 64} (m1)" in error.bound
@@ -177,25 +179,25 @@ def test_unnamed_models_pickles_and_links_out_of_the_folder_are_refused(tmp_path
     refused(folder, site, because="must not hold extra.json, a link out of it")
 
 
-def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
+def test_special_files_in_a_model_folder_are_ignored(folder: Path, kit: Any) -> None:
     os.mkfifo(folder / "pipe.json")  # reading it would wait for ever
     assert names(placed(folder, kit(pin(folder)))) == WANTED
 
 
-def test_what_is_no_model(tmp_path: Path, kit: Any) -> None:
+def test_folder_without_a_complete_model_is_refused(tmp_path: Path, kit: Any) -> None:
     (tmp_path / "empty").mkdir()
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")  # without its folder there is no tokenizer
     for made in ("nothing", "empty", "model.safetensors"):
         refused(tmp_path / made, kit("0" * 64), because="safetensors")
 
 
-def test_a_model_that_is_not_installed_is_missed_with_what_to_do(kit: Any) -> None:
+def test_missing_model_error_suggests_the_import_command(kit: Any) -> None:
     with pytest.raises(ConfigError, match="fedtune site doctor --import-model PATH") as caught:
         installed_model(kit().folder, "ab" * 32)
     assert caught.value.value == "ab" * 32
 
 
-def test_a_changed_byte_is_found_and_a_new_import_mends_it(folder: Path, kit: Any) -> None:
+def test_changed_model_is_detected_and_repaired_by_a_new_import(folder: Path, kit: Any) -> None:
     digest = pin(folder)
     site = kit(digest)
     weights = placed(folder, site) / "model.safetensors"
@@ -209,7 +211,7 @@ def test_a_changed_byte_is_found_and_a_new_import_mends_it(folder: Path, kit: An
     assert names(site.folder / "models") == {digest}
 
 
-def test_weights_that_change_while_they_are_copied(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_changed_during_the_copy_are_refused(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site = kit(pin(folder))
     copy = models._copy_durably
 
@@ -222,7 +224,7 @@ def test_weights_that_change_while_they_are_copied(folder: Path, kit: Any, monke
     refused(folder, site, because="changed while it was copied")
 
 
-def test_a_disk_without_room_leaves_nothing(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_partial_model(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage, site = namedtuple("usage", "total used free"), kit(pin(folder))
 
     def full(read: Any, written: Any, length: int) -> None:
@@ -241,7 +243,7 @@ def test_a_disk_without_room_leaves_nothing(folder: Path, kit: Any, monkeypatch:
     assert install_model(folder, site)[1]
 
 
-def test_two_imports_at_once_install_one_model(folder: Path, kit: Any) -> None:
+def test_concurrent_imports_install_one_model(folder: Path, kit: Any) -> None:
     site = kit(pin(folder))
     with ThreadPoolExecutor(6) as pool:
         assert sorted(pool.map(lambda _: install_model(folder, site)[1], range(6))) == [False] * 5 + [True]

@@ -23,7 +23,7 @@ ANOTHER = f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicence = "MIT"\
 SECRETS = {"authority/ca_key.pem", "server/server_key.pem", "lead/connection_key.pem", "lead/lead_key.pem"}
 
 
-def test_init_makes_all_folders_with_secrets_for_their_owner_alone(federation: Path, federation_toml: Path) -> None:
+def test_init_creates_all_folders_with_private_secrets(federation: Path, federation_toml: Path) -> None:
     assert files_in(federation).keys() == SECRETS | {
         *("federation.toml", "authority/ca.pem"),
         *(f"server/{name}" for name in ("kit.toml", "ca.pem", "server.pem", "roster.json", "README.md")),
@@ -38,7 +38,7 @@ def test_init_makes_all_folders_with_secrets_for_their_owner_alone(federation: P
     assert stat.S_IMODE(federation.stat().st_mode) == 0o700
 
 
-def test_a_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: datetime) -> None:
+def test_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: datetime) -> None:
     public = SigningKey.load_or_make(kept := federation_toml.with_name("kept.pem")).public
     federation_toml.write_text(f'key_command = ["/bin/cat", "{kept}"]\n{federation_toml.read_text()}')
     made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
@@ -50,7 +50,7 @@ def test_a_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: d
         Kit.read(file.parent, kind="server")
 
 
-def test_certificates_have_the_days_and_names_that_the_file_says(federation_toml: Path, now: datetime) -> None:
+def test_certificates_have_the_configured_validity_and_names(federation_toml: Path, now: datetime) -> None:
     text = federation_toml.read_text().replace("127.0.0.1:9092", "[2001:db8::1]:443")
     text = text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"')
     days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
@@ -62,7 +62,7 @@ def test_certificates_have_the_days_and_names_that_the_file_says(federation_toml
     assert sorted(names) == ["10.0.0.3", "2001:db8::1", "fl.example.org", "localhost"]
 
 
-def test_a_wrong_file_makes_nothing(federation_toml: Path, now: datetime) -> None:
+def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: datetime) -> None:
     text = federation_toml.read_text()
     for old, new, message in (
         ("name", "nmae", "nmae: is not a key"),
@@ -85,7 +85,7 @@ def test_a_wrong_file_makes_nothing(federation_toml: Path, now: datetime) -> Non
         assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
-def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: Path, now: datetime) -> None:
+def test_existing_output_folder_is_not_changed(federation: Path, federation_toml: Path, now: datetime) -> None:
     with unchanged(federation), pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
         provisioning.init(federation_toml, out=federation, now=now)
     dangling = federation_toml.parent / "dangling"
@@ -97,7 +97,7 @@ def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: P
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_is_left_of_what_was_not_made(federation_toml: Path, now: Any, monkeypatch: Any, error: Any) -> None:
+def test_failed_init_leaves_no_files(federation_toml: Path, now: Any, monkeypatch: Any, error: Any) -> None:
     monkeypatch.setattr(provisioning.FederationFolder, "change", Mock(side_effect=error))
     with pytest.raises((ConfigError, KeyboardInterrupt), match=r"cannot be written: No space left on device|^$"):
         provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
@@ -105,7 +105,7 @@ def test_nothing_is_left_of_what_was_not_made(federation_toml: Path, now: Any, m
 
 
 @pytest.mark.parametrize("kind", ["server", "lead"])
-def test_renewing_keeps_keys_and_all_else(federation: Path, kind: Literal["server", "lead"], now: datetime) -> None:
+def test_renewal_keeps_keys_and_other_files(federation: Path, kind: Literal["server", "lead"], now: datetime) -> None:
     before = files_in(federation)
     key = read_certificate(federation / kind / f"{kind}.pem").public_key()
     later = now + timedelta(days=300)
@@ -119,7 +119,7 @@ def test_renewing_keeps_keys_and_all_else(federation: Path, kind: Literal["serve
     assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
 
 
-def test_the_server_takes_new_names_and_the_federation_keeps_its_own(federation: Path, desk: Desk, now: Any) -> None:
+def test_renewed_server_takes_new_names_but_federation_name_is_fixed(federation: Path, desk: Desk, now: Any) -> None:
     settings, site = federation / "federation.toml", desk.request("north")
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     unknown = pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first")
@@ -134,7 +134,9 @@ def test_the_server_takes_new_names_and_the_federation_keeps_its_own(federation:
         provisioning.renew(federation, "lead", days=None, now=now)
 
 
-def test_the_authority_may_be_elsewhere_and_is_no_other(desk: Desk, federation: Path, federation_toml: Any) -> None:
+def test_offline_authority_is_required_and_must_match_the_federation(
+    desk: Desk, federation: Path, federation_toml: Any
+) -> None:
     desk.join("north")
     (federation / "authority").rename(federation.parent / "offline")
     assert len(FederationFolder.open(federation).roster.sites) == 1
@@ -150,7 +152,7 @@ def test_the_authority_may_be_elsewhere_and_is_no_other(desk: Desk, federation: 
         provisioning.renew(federation, "lead", days=None, now=desk.now)
 
 
-def test_days_have_bounds(federation: Path, now: datetime) -> None:
+def test_certificate_days_must_be_within_bounds(federation: Path, now: datetime) -> None:
     for days in (0, -1, 10**9):
         bounds = pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days from 1 to 36500")
         with unchanged(federation), bounds:
@@ -158,7 +160,7 @@ def test_days_have_bounds(federation: Path, now: datetime) -> None:
 
 
 @pytest.mark.parametrize("kind", ["server", "lead", "site"])
-def test_a_readme_says_what_is_secret_and_until_when(federation: Path, joined: Any, kind: str, now: datetime) -> None:
+def test_kit_readme_lists_secrets_and_expiry_dates(federation: Path, joined: Any, kind: str, now: datetime) -> None:
     folder = joined("north") if kind == "site" else federation / kind
     text = (folder / "README.md").read_text()
     for path in folder.iterdir():

@@ -61,14 +61,14 @@ def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None
     return health
 
 
-def test_a_server_that_cannot_be_reached_makes_a_site_disconnected(tmp_path: Path, caplog: Any) -> None:
+def test_unreachable_server_makes_the_site_disconnected(tmp_path: Path, caplog: Any) -> None:
     """In which ways: tests/flower/test_bounded_http.py."""
     fleet = SimpleNamespace(activate=lambda: None, receive=Mock(side_effect=Unreachable("no connection to the server")))
     assert looped(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
     assert "no contact: no connection to the server" in caplog.text
 
 
-def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=1)
     assert looped(None, tmp_path, until="expired", ends=ended).states == ["expired"]
     assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
@@ -83,14 +83,16 @@ def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caplog: Any,
     assert "this site's own certificate ended at" in caplog.text
 
 
-def test_the_first_signal_asks_and_the_second_ends() -> None:
+def test_first_signal_requests_a_stop_and_restores_default_handlers() -> None:
     with _until_stopped() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(5)
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
-def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_started_round_is_finished_and_sent_after_a_stop_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The signal comes while the site trains."""
     done, stop = list[str](), threading.Event()
 
@@ -108,7 +110,7 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["x", "", "a.b.c", "train.\n"])
-def test_a_message_of_no_kind_ends_no_site(tmp_path: Path, kind: str, caplog: Any, monkeypatch: Any) -> None:
+def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str, caplog: Any, monkeypatch: Any) -> None:
     """Flower can address no answer to it; who runs the server, or a lead, could otherwise end every site's process."""
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 0)
@@ -128,7 +130,7 @@ def test_a_message_of_no_kind_ends_no_site(tmp_path: Path, kind: str, caplog: An
     assert "a message was dropped" in caplog.text
 
 
-def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
+def test_site_sleeps_until_the_bell_rings(tmp_path: Path) -> None:
     stop, bell, asked = threading.Event(), SimpleNamespace(rung=threading.Event(), works=True), []
 
     def receive() -> None:
@@ -159,7 +161,7 @@ def state(tmp_path: Path) -> SiteState:
     return SiteState.of(tmp_path / "kit")
 
 
-def test_a_waiting_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch: Any) -> None:
+def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch: Any) -> None:
     for day, run, is_new in ((2, "second", True), (1, "first", True), (3, "second", False)):
         now = datetime(2030, 1, day, tzinfo=UTC)
         monkeypatch.setattr(site_state, "datetime", SimpleNamespace(now=lambda zone, now=now: now))
@@ -169,9 +171,7 @@ def test_a_waiting_run_keeps_the_time_of_its_first_request(state: Any, monkeypat
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 267, "con: *?"])
-def test_a_run_by_any_name_stays_inside_to_the_letter_until_it_is_forgotten(
-    tmp_path: Path, state: SiteState, name: str
-) -> None:
+def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, state: SiteState, name: str) -> None:
     before, asked = files_in(tmp_path), proposed(name, target_modules=("query",), spare_rounds=0)
     state.wait_for_approval(asked, SETTINGS)
     (made,) = files_in(tmp_path).keys() - before.keys()
@@ -192,7 +192,7 @@ def test_a_run_by_any_name_stays_inside_to_the_letter_until_it_is_forgotten(
         {"settings": '{"seed": 4}'},  # readable, and not what the run was named after
     ],
 )
-def test_a_damaged_file_hides_no_other_run_and_is_mended(state: SiteState, damage: Any, caplog: Any) -> None:
+def test_damaged_pending_file_hides_no_other_run_and_is_rewritten(state: SiteState, damage: Any, caplog: Any) -> None:
     state.wait_for_approval(proposed(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()
     path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
@@ -203,13 +203,13 @@ def test_a_damaged_file_hides_no_other_run_and_is_mended(state: SiteState, damag
     assert {pending.proposal for pending in state.waiting()} == {proposed(), proposed("other")}
 
 
-def test_no_run_is_put_up_with_settings_that_it_was_not_named_after(state: SiteState) -> None:
+def test_pending_run_requires_settings_matching_its_name(state: SiteState) -> None:
     with pytest.raises(ConfigError, match="must be those whose digest is in the run's name"):
         state.wait_for_approval(proposed(), '{"seed": 4}')
     assert state.waiting() == []
 
 
-def test_so_many_runs_wait_and_no_more(state: SiteState) -> None:
+def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
     for number in range(MOST_WAITING):
         state.wait_for_approval(proposed(f"run-{number}"), SETTINGS)
     with pytest.raises(RunError, match="100 runs wait for approval already"):
@@ -231,7 +231,7 @@ with serving(Path(sys.argv[1])):
 """
 
 
-def test_a_ledger_has_one_server_until_that_dies(tmp_path: Path) -> None:
+def test_ledger_is_served_by_one_process_at_a_time(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     words = [sys.executable, "-c", _HOLD, str(ledger)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
@@ -247,7 +247,7 @@ def test_a_ledger_has_one_server_until_that_dies(tmp_path: Path) -> None:
         assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
 
 
-def test_the_lock_is_given_back_and_its_file_stays(tmp_path: Path) -> None:
+def test_serving_lock_is_released_but_its_file_remains(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     (tmp_path / "ledger.db.serving").write_text("123456789012345\n")  # a longer number is overwritten whole
     with pytest.raises(RuntimeError, match="failed"), serving(ledger):
@@ -277,7 +277,7 @@ print(trouble_of(ledger))
 """
 
 
-def test_a_ledger_on_a_full_or_read_only_disk_is_named_with_the_disk(tmp_path: Path) -> None:
+def test_full_or_read_only_disk_is_named_in_the_error(tmp_path: Path) -> None:
     """On a real file system of two megabytes, which is filled, then made read-only."""
     words = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", _FULL, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -290,7 +290,7 @@ def test_a_ledger_on_a_full_or_read_only_disk_is_named_with_the_disk(tmp_path: P
     assert closed.endswith(about)
 
 
-def test_a_site_whose_ledger_cannot_be_written_is_not_ready_until_it_can(
+def test_site_with_an_unwritable_ledger_is_not_ready(
     tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site_service, "_LEDGER_S", 0.0)

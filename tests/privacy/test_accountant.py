@@ -28,7 +28,7 @@ GOLDEN_PLD = [
 
 
 @pytest.mark.parametrize(("rate", "sigma", "steps", "delta", "golden"), GOLDEN_PLD)
-def test_pld_gives_the_golden_epsilon(rate: float, sigma: float, steps: int, delta: float, golden: float) -> None:
+def test_pld_epsilon_matches_golden_values(rate: float, sigma: float, steps: int, delta: float, golden: float) -> None:
     event = events.dp_sgd(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
     fine, coarse = epsilon_pld([event], delta), epsilon_pld([event], delta, interval=1e-3)
     half_a_digit = 0.51 * 10.0 ** -len(str(golden).partition(".")[2])
@@ -41,7 +41,7 @@ def test_pld_gives_the_golden_epsilon(rate: float, sigma: float, steps: int, del
 @pytest.mark.parametrize(
     ("rate", "sigma", "count"), [(0.3, 1.5, 50), (0.01, 0.6, 3000), (0.999, 0.7, 3), (1e-4, 20.0, 7), (1.0, 2.0, 4)]
 )
-def test_where_deltas_are_usual_the_figures_are_those_of_dp_accounting(rate: float, sigma: float, count: int) -> None:
+def test_epsilons_match_dp_accounting_at_usual_deltas(rate: float, sigma: float, count: int) -> None:
     """Also together with a mechanism that is not sampled."""
     step, score = PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), GaussianDpEvent(9.0)
     pld, rdp = PLDAccountant(accountant.NEIGHBOURING_RELATION, value_discretization_interval=COARSE), RdpAccountant()
@@ -62,7 +62,7 @@ _NOISES = (0.1, 0.5, 1.0, 4.0, 30.0, 1e3, 1e4)
 
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-5, 0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999, 1.0])
-def test_a_divergence_is_never_below_the_exact_one_and_little_above(rate: float) -> None:
+def test_renyi_divergence_is_a_tight_upper_bound(rate: float) -> None:
     """Also where dp-accounting's own is mostly rounding; measured, a quarter of what is added for it is enough."""
     with mpmath.workdps(60):
         for noise in _NOISES:
@@ -76,9 +76,7 @@ def test_a_divergence_is_never_below_the_exact_one_and_little_above(rate: float)
 
 @pytest.mark.parametrize(("rate", "noise"), [(1e-9, 1e4), (1e-5, 0.1), (0.01, 30.0), (0.3, 0.5), (0.9, 1e3)])
 @pytest.mark.parametrize("order", [1.1, 1.5, 2.5, 5.95])
-def test_a_divergence_of_a_fractional_order_is_never_below_the_exact_one(
-    rate: float, noise: float, order: float
-) -> None:
+def test_fractional_order_divergence_is_an_upper_bound(rate: float, noise: float, order: float) -> None:
     event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
     with mpmath.workdps(40):
         exact = exact_delta.log_moment(rate, noise, order)
@@ -89,7 +87,7 @@ def test_a_divergence_of_a_fractional_order_is_never_below_the_exact_one(
     ("rate", "noise", "order"),
     [(0.1, 0.5, 1.6), (0.3, 1.5, 1.1), (0.5, 1.0, 1.8), (0.5, 4.0, 1.9), (0.5, 10.0, 2.2), (0.5, 100.0, 2.6)],
 )
-def test_where_the_series_does_not_converge_the_divergence_is_bounded(rate: float, noise: float, order: float) -> None:
+def test_divergence_is_bounded_when_the_series_does_not_converge(rate: float, noise: float, order: float) -> None:
     event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
     rdp = RdpAccountant(orders=[order])
     rdp.compose(event)
@@ -102,12 +100,12 @@ def test_where_the_series_does_not_converge_the_divergence_is_bounded(rate: floa
     assert accountant.renyi_divergence(NonPrivateDpEvent(), order) == math.inf
 
 
-def test_neighbours_differ_by_one_record_more() -> None:
+def test_adjacency_is_add_or_remove_one_record() -> None:
     # For one Gaussian other relations may give the same numbers, but they promise something else.
     assert accountant.NEIGHBOURING_RELATION is NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
-def test_without_noise_there_is_no_guarantee_and_nothing_spent_is_zero() -> None:
+def test_epsilon_is_infinite_without_noise_and_zero_without_steps() -> None:
     event = events.dp_sgd(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
     private = events.dp_sgd(sampling_rate=0.1, noise_multiplier=5.0, steps=1)
     assert epsilon_pld([event], 1e-5) == epsilon_rdp([event], 1e-5) == epsilon_pld([private, event], 1e-5) == math.inf
@@ -116,7 +114,7 @@ def test_without_noise_there_is_no_guarantee_and_nothing_spent_is_zero() -> None
     assert epsilon_pld([], 1e-5) == epsilon_pld([nothing], 1e-5) == 0
 
 
-def test_epsilon_above_a_limit_is_told_and_within_it_is_not() -> None:
+def test_epsilon_above_returns_none_within_the_limit() -> None:
     event = events.dp_sgd(sampling_rate=0.1, noise_multiplier=2.0, steps=20)
     fine, coarse = epsilon_pld([event], 1e-5), epsilon_pld([event], 1e-5, interval=1e-3)
     assert fine < coarse
@@ -130,7 +128,7 @@ def test_epsilon_above_a_limit_is_told_and_within_it_is_not() -> None:
 @pytest.mark.parametrize(
     ("epsilon", "delta", "rate", "steps"), [(8.0, 1e-5, 0.3, 50), (1.0, 1e-5, 0.3, 50), (3.0, 1e-6, 0.01, 100)]
 )
-def test_calibrated_noise_keeps_within_the_target_and_wastes_little(
+def test_calibrated_noise_meets_the_target_epsilon_tightly(
     epsilon: float, delta: float, rate: float, steps: int
 ) -> None:
     sigma = calibrate_noise(epsilon=epsilon, delta=delta, sampling_rate=rate, steps=steps)
@@ -142,7 +140,7 @@ def test_calibrated_noise_keeps_within_the_target_and_wastes_little(
     assert spent(0.99 * sigma) > epsilon
 
 
-def test_where_delta_covers_the_loss_or_any_noise_would_do_the_search_ends() -> None:
+def test_noise_calibration_terminates_at_extreme_targets() -> None:
     for epsilon in (1e-8, 1e-9, 1e-10):
         found = calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5)
         assert found == pytest.approx(188.72, rel=1e-4)
@@ -153,14 +151,14 @@ def test_where_delta_covers_the_loss_or_any_noise_would_do_the_search_ends() -> 
     assert found == pytest.approx(0.99 * accountant.MOST_NOISE, rel=1e-4)
 
 
-def test_more_steps_than_memory_is_there_for_and_a_target_that_no_noise_reaches_are_refused() -> None:
+def test_too_many_steps_and_unreachable_epsilons_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"steps = 5000000000: must be at most 100,000,000 in all rounds together"):
         accountant.check_delta("privacy.delta", 1e-5, steps=5 * 10**9)
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = 1e-07: cannot be reached"):
         calibrate_noise(epsilon=1e-7, delta=1e-12, sampling_rate=1.0, steps=10)
 
 
-def test_only_the_note_on_skipped_orders_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_skipped_orders_warning_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("absl")
     filters = list(logger.filters)
     epsilon_rdp([events.dp_sgd(sampling_rate=0.001, noise_multiplier=0.6, steps=1)], 1e-5)

@@ -167,7 +167,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
 @pytest.mark.parametrize("monthly", [False, True])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_no_chosen_sequence_of_requests_passes_a_cap(tmp_path_factory: Any, monthly: bool, data: Any) -> None:
+def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bool, data: Any) -> None:
     budget = {"max_epsilon_per_period": 8.5, "period": "month"} if monthly else {}
     site = policy(budget=budget, releases={"metrics": "noised"})
     game = Game(tmp_path_factory.mktemp("game") / "ledger.db", site)
@@ -182,7 +182,7 @@ def test_no_chosen_sequence_of_requests_passes_a_cap(tmp_path_factory: Any, mont
     assert verify(game.path).history.charged() == events.grouped(shuffled)
 
 
-def test_an_adversary_who_takes_all_that_is_left_gets_close_to_the_cap_and_never_past_it(path: Path) -> None:
+def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) -> None:
     """The game above is not won by refusing everything: whoever asks for exactly what fits gets nearly all there is."""
     game = Game(path, policy(releases={"metrics": "noised"}))
     for number, plan in enumerate(SETTINGS * 3):

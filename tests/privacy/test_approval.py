@@ -24,7 +24,7 @@ def manual(opened: Any) -> Any:
     return lambda **changes: opened(policy=policy(approval="manual", trust=Trust(secure=True), **changes))
 
 
-def test_a_run_that_nobody_approved_is_charged_nothing_and_once_approved_it_begins(manual: Any, path: Path) -> None:
+def test_unapproved_run_is_not_charged_and_starts_once_approved(manual: Any, path: Path) -> None:
     ledger = manual()
     assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
     assert kinds_of(path) == OPENED, "not even its plan is noted: nothing is set aside for it"
@@ -50,7 +50,7 @@ _REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "de
 """Fields of which this policy allows one value alone; of the last two there is one wherever the unit is a record."""
 
 
-def test_an_approval_is_for_one_proposal_to_the_letter(manual: Any) -> None:
+def test_changing_any_field_of_a_proposal_invalidates_its_approval(manual: Any) -> None:
     fields = {field.name for type_ in (Proposal, Plan) for field in dataclasses.fields(type_)} - {"plan"}
     assert fields == _CHANGES.keys() | _REFUSED_ANYWAY
     ledger = manual(allow={"seeded_noise": True}, releases={"metrics": "noised"})
@@ -73,14 +73,16 @@ def test_an_approval_is_for_one_proposal_to_the_letter(manual: Any) -> None:
         ({"lead": make_key(9).public}, Reason.LEADS),
     ],
 )
-def test_nobody_approves_what_policy_or_budget_refuse(manual: Any, path: Path, changes: Any, reason: Reason) -> None:
+def test_proposals_refused_by_policy_or_budget_cannot_be_approved(
+    manual: Any, path: Path, changes: Any, reason: Reason
+) -> None:
     ledger = manual()
     assert reason_of(ledger.approve, proposal(**changes)) is reason
     assert kinds_of(path) == OPENED, "a note would say that it was approved"
     assert reason_of(reserve, ledger, proposal(**changes)) is reason, "the lead is told the rule, not to wait"
 
 
-def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manual: Any) -> None:
+def test_approved_run_is_refused_once_the_budget_is_spent(manual: Any) -> None:
     ledger, (one, two, late) = manual(), (proposal(run=run) for run in ("one", "two", "late"))
     for each in (one, two, late):
         ledger.approve(each)
@@ -89,7 +91,7 @@ def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manua
     assert reason_of(reserve, ledger, late) is Reason.MAX_EPSILON
 
 
-def test_the_approval_of_another_process_counts(manual: Any, path: Path) -> None:
+def test_approval_from_another_process_takes_effect(manual: Any, path: Path) -> None:
     serving = manual()
     assert reason_of(reserve, serving, proposal()) is Reason.AWAITING_APPROVAL
     manual().approve(proposal())
@@ -99,7 +101,7 @@ def test_the_approval_of_another_process_counts(manual: Any, path: Path) -> None
     reserve(manual(), proposal(), 2)
 
 
-def test_approving_twice_is_approving_once(manual: Any) -> None:
+def test_approving_a_proposal_twice_has_no_further_effect(manual: Any) -> None:
     ledger = manual()
     ledger.approve(proposal())
     ledger.approve(proposal())
@@ -109,7 +111,7 @@ def test_approving_twice_is_approving_once(manual: Any) -> None:
     reserve(ledger, proposal(), 2)
 
 
-def test_an_approval_that_nobody_uses_ends(manual: Any, clock: Any) -> None:
+def test_unused_approval_expires_after_thirty_days(manual: Any, clock: Any) -> None:
     ledger = manual()
     ledger.approve(proposal())
     clock.forward(days=30)
@@ -122,21 +124,21 @@ def test_an_approval_that_nobody_uses_ends(manual: Any, clock: Any) -> None:
     reserve(ledger, proposal(), 2)  # who has begun needs no other
 
 
-def test_policy_and_budget_can_be_asked_before_a_person_is(manual: Any) -> None:
+def test_policy_and_budget_can_be_checked_before_approval(manual: Any) -> None:
     ledger = manual()
     ledger.require_startable(proposal(), approved=False)
     assert reason_of(ledger.require_startable, proposal()) is Reason.AWAITING_APPROVAL
     assert reason_of(ledger.require_startable, proposal(rank=9), approved=False) is Reason.MAX_RANK
 
 
-def test_an_approval_lasts_though_the_policy_changes(manual: Any) -> None:
+def test_approval_survives_a_policy_change(manual: Any) -> None:
     manual().approve(proposal())
     reserve(manual(limits={"max_rounds": 19}), proposal())
     refusing = manual(allow={"max_rank": 1})
     assert reason_of(reserve, refusing, proposal(), 2) is Reason.MAX_RANK, "no longer than the rule that allowed it"
 
 
-def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Any, manual: Any) -> None:
+def test_switching_to_manual_approval_does_not_stop_an_accepted_run(opened: Any, manual: Any) -> None:
     reserve(opened(), proposal())
     ledger = manual()
     ledger.require_startable(proposal())
@@ -145,14 +147,14 @@ def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Any,
     reserve(opened(), proposal(run="s"))  # and back again
 
 
-def test_approving_needs_the_newest_policy(opened: Any, manual: Any) -> None:
+def test_approving_under_an_outdated_policy_raises_an_error(opened: Any, manual: Any) -> None:
     ledger = manual()
     opened()
     with pytest.raises(RunError, match=r"policy of ledger .* was changed while it was open"):
         ledger.approve(proposal())
 
 
-def test_that_a_run_waits_is_recorded_once_a_day_however_often_it_asks(manual: Any, path: Path) -> None:
+def test_waiting_runs_are_recorded_once_a_day_per_reason(manual: Any, path: Path) -> None:
     def refuse(reason: Reason, *runs: str) -> None:
         for run in runs:
             manual().refuse(Refused(reason), run=run, round=1, request=f"digest {run} 1")
@@ -165,12 +167,12 @@ def test_that_a_run_waits_is_recorded_once_a_day_however_often_it_asks(manual: A
     assert told == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "once a day for each run and reason"
 
 
-def test_only_a_person_s_decision_is_waited_for() -> None:
+def test_only_pending_approval_and_pause_count_as_waiting() -> None:
     assert {reason for reason in Reason if reason.is_waiting} == {Reason.AWAITING_APPROVAL, Reason.PAUSED}
     assert not any(reason.is_final for reason in Reason if reason.is_waiting), "asking again can help"
 
 
-def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Any, path: Path) -> None:
+def test_end_of_a_run_records_the_digest_of_the_first_adapter(opened: Any, path: Path) -> None:
     reserve(opened(), proposal())
     opened().end("r", adapter_sha256="ab" * 32)
     opened().end("r", adapter_sha256="cd" * 32)

@@ -50,12 +50,12 @@ def event(**changes: Any) -> Event:
     return Event(**{name: value for name, (value, _) in EVENT.items()} | changes)
 
 
-def test_the_hash_of_an_event_is_golden() -> None:
+def test_event_hash_matches_the_golden_value() -> None:
     # It lies in ledgers: a change of it is a change of format.
     assert event().hash_after(chain.START) == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"
 
 
-def test_every_value_is_in_the_hash_but_the_hash_and_its_signature() -> None:
+def test_event_hash_covers_every_field_except_hash_and_signature() -> None:
     assert set(EVENT) == {field.name for field in fields(Event)} - {"hash", "signature"}
     hashes = {event(**{name: other}).hash_after(chain.START) for name, (_, other) in EVENT.items()}
     own = event().hash_after(chain.START)
@@ -65,7 +65,7 @@ def test_every_value_is_in_the_hash_but_the_hash_and_its_signature() -> None:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(run=st.text(max_size=4), request=st.text(max_size=4), dataset=st.text(max_size=4))
-def test_values_cannot_move_from_one_field_to_the_next(run: str, request: str, dataset: str) -> None:
+def test_event_hash_separates_adjacent_fields(run: str, request: str, dataset: str) -> None:
     one = event(run=run, request=request, dataset=dataset)
     for other in (
         event(run=run + request, request="", dataset=dataset),
@@ -75,13 +75,13 @@ def test_values_cannot_move_from_one_field_to_the_next(run: str, request: str, d
         assert (one.hash_after(chain.START) == other.hash_after(chain.START)) == (one == other)
 
 
-def test_json_has_one_spelling() -> None:
+def test_canonical_json_is_unique_and_rejects_infinity() -> None:
     assert chain.canonical({"b": [1, 2.5, None, "ü"], "a": True}) == b'{"a":true,"b":[1,2.5,null,"\\u00fc"]}'
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         chain.canonical({"epsilon": float("inf")})
 
 
-def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path) -> None:
+def test_head_round_trips_through_its_file_and_signs_every_field(tmp_path: Path) -> None:
     head = Head.signed(site_key, **{name: value for name, (value, _) in HEAD.items()})
     path = tmp_path / "anchor.json"
     path.write_bytes(head.to_bytes())

@@ -59,7 +59,7 @@ def charge(ledger: Ledger, proposal: Any) -> Reason | None:
         (datetime(2999, 1, 1, tzinfo=UTC), datetime(2999, 1, 1, tzinfo=UTC), False),
     ],
 )
-def test_a_period_begins_by_both_clocks_and_no_further_than_the_next(
+def test_new_period_starts_only_when_both_clocks_have_reached_it(
     full: Any, clock: Clock, here: datetime, server: datetime | None, opens: bool
 ) -> None:
     clock.time, refused = here, None if opens else Reason.MAX_EPSILON_PER_PERIOD
@@ -67,7 +67,7 @@ def test_a_period_begins_by_both_clocks_and_no_further_than_the_next(
     assert period_of(full(server=server).history.last_time, "month") - period_of(JANUARY, "month") == int(opens)
 
 
-def test_a_server_that_tells_one_past_month_after_the_other_opens_none_of_them(full: Any, clock: Clock) -> None:
+def test_server_clock_cannot_open_past_periods_one_by_one(full: Any, clock: Clock) -> None:
     """Under a right clock in June, each month's budget since January would have been spent on one day."""
     clock.time = JANUARY + timedelta(days=150)
     for month in range(1, 6):
@@ -75,7 +75,7 @@ def test_a_server_that_tells_one_past_month_after_the_other_opens_none_of_them(f
         assert charge(full(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_a_held_period_keeps_no_approval_and_no_run_alive(opened: Any, clock: Clock) -> None:
+def test_approvals_and_runs_expire_while_a_period_is_held_back(opened: Any, clock: Clock) -> None:
     budget = {"max_epsilon_per_period": 100.0, "period": "month"}
     manual, begun = policy(budget=budget, approval="manual"), proposal(run="begun")
     ledger = opened(policy=manual, server=clock.time)
@@ -89,13 +89,13 @@ def test_a_held_period_keeps_no_approval_and_no_run_alive(opened: Any, clock: Cl
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])
-def test_a_server_s_time_that_is_none_opens_nothing(full: Any, clock: Clock, nonsense: float) -> None:
+def test_invalid_server_time_opens_no_new_period(full: Any, clock: Clock, nonsense: float) -> None:
     clock.time, ledger = FEBRUARY, full(server=None)
     ledger.asked_at(nonsense)
     assert charge(ledger, proposal(run="next", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_a_person_confirms_the_date(full: Any, clock: Clock, path: Path) -> None:
+def test_confirming_the_date_opens_the_current_period(full: Any, clock: Clock, path: Path) -> None:
     clock.time, ledger = MARCH, full(server=JANUARY)
     asked = proposal(run="next", plan=ONE_ROUND)
     assert charge(ledger, asked) is Reason.MAX_EPSILON_PER_PERIOD
@@ -110,7 +110,7 @@ def test_a_person_confirms_the_date(full: Any, clock: Clock, path: Path) -> None
     assert charge(full(server=MARCH), proposal(run="more", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_without_a_cap_for_a_period_nothing_is_held_back(opened: Any, clock: Clock) -> None:
+def test_clocks_may_disagree_without_a_cap_per_period(opened: Any, clock: Clock) -> None:
     opened()
     clock.time = datetime(2099, 1, 1, tzinfo=UTC)
     ledger = opened(server=JANUARY)
@@ -118,7 +118,7 @@ def test_without_a_cap_for_a_period_nothing_is_held_back(opened: Any, clock: Clo
     assert (ledger.history.last_time, ledger.held_back) == (clock.time, "")
 
 
-def test_what_a_lost_ledger_was_charged_counts_in_its_anchor_s_period(full: Any, clock: Clock, path: Path) -> None:
+def test_restored_charges_count_in_the_period_of_the_anchor(full: Any, clock: Clock, path: Path) -> None:
     backup = path.read_bytes()
     clock.time = FEBRUARY
     assert charge(full(server=FEBRUARY), proposal(run="february", plan=ONE_ROUND)) is None
@@ -137,7 +137,9 @@ MOMENTS = st.integers(-100, 1500).map(lambda days: JANUARY + timedelta(days=days
     period=st.sampled_from(["month", "quarter", "year"]),
     moves=st.lists(st.tuples(MOMENTS, st.none() | MOMENTS, st.sampled_from(["ask", "ask", "confirm", "end"]))),
 )
-def test_no_history_of_clocks_opens_a_period_by_one_alone(tmp_path_factory: Any, period: Any, moves: Any) -> None:
+def test_no_sequence_of_clock_readings_opens_a_period_by_one_clock(
+    tmp_path_factory: Any, period: Any, moves: Any
+) -> None:
     site: Policy = policy(budget={"max_epsilon_per_period": 5.0, "period": period})
     clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
     with pytest.MonkeyPatch.context() as patched:

@@ -62,7 +62,7 @@ def admitted(ledger: Ledger, asked: Proposal, own: Mapping[str, int], *, round: 
 
 
 @pytest.mark.parametrize("period", ["month", "quarter", "year"])
-def test_a_cohort_is_a_period_and_has_one_spelling(period: Any) -> None:
+def test_cohort_names_match_the_period_and_have_one_spelling(period: Any) -> None:
     names = {"2026-03": ("2026-03", "2026-Q1", "2026"), "2026-04": ("2026-04", "2026-Q2", "2026")}
     for month, each in (names | {"0001-12": ("0001-12", "0001-Q4", "0001")}).items():
         name, number = each[("month", "quarter", "year").index(period)], cohort_of(month, period)
@@ -74,7 +74,7 @@ def test_a_cohort_is_a_period_and_has_one_spelling(period: Any) -> None:
             Cohorts(period=period, last=said)
 
 
-def test_cohorts_are_in_order_and_written_one_way() -> None:
+def test_cohort_ranges_are_ordered_and_round_trip_as_text() -> None:
     with pytest.raises(ConfigError, match="must not be before first = 2026"):
         years("2026", "2025")
     for each in (years(None, "2026"), years("2025", "2026"), years("2026", "2026")):
@@ -85,7 +85,7 @@ def test_cohorts_are_in_order_and_written_one_way() -> None:
         Cohorts.of("2026", "year")
 
 
-def test_groups_are_named_for_readers() -> None:
+def test_arrival_groups_have_readable_names() -> None:
     spans = [(0, None), (0, 1), (0, 2025), (1, None), (1, 2025), (2025, 2026), (2026, 2028), (2028, None)]
     groups = [Arrivals.of(*span, "year") for span in spans]
     assert [catalogue("en").arrivals([one]) for one in groups] == [
@@ -98,7 +98,7 @@ def test_groups_are_named_for_readers() -> None:
     assert joined == [Arrivals(first=None, last="2025"), groups[7]]
 
 
-def test_a_plan_says_its_cohorts_and_others_keep_their_digests() -> None:
+def test_cohorts_enter_the_plan_digest_only_if_set() -> None:
     limited = plan(unit="user", cohorts=years(None, "2026"))
     assert Plan.from_json(limited.to_json()) == limited
     assert limited.digest() != plan(unit="user").digest() != plan(unit="user", cohorts=years("2026", "2026")).digest()
@@ -109,7 +109,7 @@ def test_a_plan_says_its_cohorts_and_others_keep_their_digests() -> None:
         plan(cohorts=years(None, "2026"))
 
 
-def test_only_people_arrive_and_each_data_set_has_their_dates(arriving: Policy) -> None:
+def test_arrivals_require_user_level_privacy_and_an_arrival_column(arriving: Policy) -> None:
     with pytest.raises(ConfigError, match="only a person has an id"):
         Population(name="patients", arrivals="year")
     dataset = Dataset(id="notes", declared_size=9, columns={"user": "who"})
@@ -117,7 +117,7 @@ def test_only_people_arrive_and_each_data_set_has_their_dates(arriving: Policy) 
         dataclasses.replace(arriving, dataset=(dataset,))
 
 
-def test_plan_and_policy_have_the_same_calendar(arriving: Policy) -> None:
+def test_plan_must_use_the_arrival_calendar_of_the_policy(arriving: Policy) -> None:
     asked = ask("r", None, "2026")
     arriving.check(asked)
     for other in (Cohorts(period="month", last="2026-01"), None):
@@ -128,7 +128,7 @@ def test_plan_and_policy_have_the_same_calendar(arriving: Policy) -> None:
     assert (refused.reason, refused.asked, refused.allowed) == (Reason.COHORTS, "year", "none")
 
 
-def test_the_calendar_is_fixed_when_the_ledger_is_made(ledger: Any, arriving: Policy) -> None:
+def test_arrival_calendar_of_a_ledger_cannot_be_changed(ledger: Any, arriving: Policy) -> None:
     ledger()
     for arrivals in ("month", ""):
         with pytest.raises(RunError, match=rf"population\.arrivals = year, the policy says {arrivals or 'none'}"):
@@ -138,7 +138,7 @@ def test_the_calendar_is_fixed_when_the_ledger_is_made(ledger: Any, arriving: Po
 # Charges.
 
 
-def test_each_cohort_has_the_whole_budget_and_spent_is_the_largest(ledger: Any) -> None:
+def test_every_cohort_has_the_full_budget_and_spending_is_their_maximum(ledger: Any) -> None:
     made = ledger()
     train(made, ask("first", None, "2024"), 1, 2, 3, 4, 5)
     train(made, ask("second", "2024", "2025"), 1, 2, 3, 4, 5)
@@ -156,7 +156,7 @@ def test_each_cohort_has_the_whole_budget_and_spent_is_the_largest(ledger: Any) 
     assert reason_of(train, made, ask("newest", "2026", "2026"), 1) is Reason.MAX_EPSILON
 
 
-def test_what_open_runs_set_aside_counts_for_their_cohorts(ledger: Any) -> None:
+def test_reserved_rounds_of_open_runs_count_for_their_cohorts(ledger: Any) -> None:
     made = ledger()
     train(made, ask("open", "2024", "2025", num_rounds=10), 1)
     assert reason_of(made.require_acceptable, ask("r", "2025", "2026", num_rounds=1)) is Reason.MAX_EPSILON
@@ -166,14 +166,14 @@ def test_what_open_runs_set_aside_counts_for_their_cohorts(ledger: Any) -> None:
     assert made.offer(ask("r", "2026", "2027")).most_rounds == 5
 
 
-def test_the_cap_of_a_period_is_for_each_cohort(ledger: Any, arriving: Policy) -> None:
+def test_period_cap_applies_to_each_cohort_separately(ledger: Any, arriving: Policy) -> None:
     made = ledger(policy=changed(arriving, budget={"max_epsilon_per_period": 7.0}))
     train(made, ask("first", None, "2024", num_rounds=2), 1, 2)
     assert reason_of(train, made, ask("again", "2024", "2025"), 1) is Reason.MAX_EPSILON_PER_PERIOD
     train(made, ask("new", "2025", "2025", num_rounds=2), 1, 2)
 
 
-def test_a_ledger_without_arrivals_has_the_bytes_that_it_had(path: Path, opened: Any) -> None:
+def test_ledger_without_arrivals_keeps_its_file_format(path: Path, opened: Any) -> None:
     made = opened()
     train(made, proposal(), 1, 2)
     with sqlite3.connect(path) as file:
@@ -193,7 +193,7 @@ def test_a_ledger_without_arrivals_has_the_bytes_that_it_had(path: Path, opened:
 # The register.
 
 
-def test_the_first_admission_counts_for_ever(ledger: Any) -> None:
+def test_first_admission_of_a_person_fixes_the_cohort(ledger: Any) -> None:
     made = ledger()
     own = {"ann": 2024, "ben": 2025, "cy": 0}
     assert admitted(made, ask("one", "2024", "2024"), own) == {"ann"}
@@ -206,7 +206,7 @@ def test_the_first_admission_counts_for_ever(ledger: Any) -> None:
     assert admitted(made, ask("five", "2026", "2026"), {"dora": 2026}, round=2) == {"dora"}
 
 
-def test_a_retry_and_a_later_round_read_the_register_anew(ledger: Any) -> None:
+def test_retries_and_later_rounds_reread_the_arrival_register(ledger: Any) -> None:
     made, asked = ledger(), ask("one", "2024", "2024")
     assert admitted(made, asked, {"ann": 2024}) == {"ann"}
     assert admitted(made, asked, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
@@ -214,7 +214,7 @@ def test_a_retry_and_a_later_round_read_the_register_anew(ledger: Any) -> None:
     assert admitted(made, asked, {"ann": 2026}, round=3) == {"ann"}
 
 
-def test_the_number_of_events_and_their_form_depend_on_no_record(ledger: Any, path: Path) -> None:
+def test_number_and_format_of_events_do_not_depend_on_records(ledger: Any, path: Path) -> None:
     made, asked = ledger(), ask("one", "2024", "2024")
     for round, own in ((1, {}), (2, {"ann": 2024}), (3, {"ann": 2024}), (4, {"ben": 2020})):
         before = made.history.length
@@ -228,14 +228,14 @@ def test_the_number_of_events_and_their_form_depend_on_no_record(ledger: Any, pa
     assert said[1] == said[2] == said[3]
 
 
-def test_nothing_in_the_file_names_a_person(ledger: Any, path: Path) -> None:
+def test_ledger_file_contains_no_names_or_plain_name_hashes(ledger: Any, path: Path) -> None:
     admitted(ledger(), ask("one", "2024", "2024"), {"Ann Example": 2024})
     data = path.read_bytes()
     for guess in (b"Ann Example", hashlib.sha256(b"Ann Example").digest()[:8]):
         assert guess not in data
 
 
-def test_what_is_refused_or_undone_registers_nobody(ledger: Any, path: Path) -> None:
+def test_refused_and_rolled_back_rounds_register_nobody(ledger: Any, path: Path) -> None:
     made = ledger()
     train(made, ask("first", "2024", "2024", num_rounds=10), *range(1, 11))
     again, date = ask("again", "2024", "2024"), Mock(side_effect=ZeroDivisionError)
@@ -261,7 +261,7 @@ OTHER_UNIT = "x'000102030405060708090a0b0c0d0e0f'"
         f"UPDATE arrivals SET unit = {OTHER_UNIT}",
     ],
 )
-def test_a_register_is_not_changed_by_mistake_and_else_it_is_damage(ledger: Any, path: Path, change: str) -> None:
+def test_arrival_register_is_append_only_and_tampering_is_detected(ledger: Any, path: Path, change: str) -> None:
     admitted(ledger(), ask("one", "2024", "2024"), {"ann": 2024})
     verify(path)
     triggers = [statement for statement in register.SCHEMA if "TRIGGER" in statement]
@@ -290,7 +290,7 @@ def backups(ledger: Any, path: Path) -> Backups:
     return backups
 
 
-def test_without_a_lost_charge_everybody_keeps_their_cohort(backups: Backups) -> None:
+def test_cohorts_survive_a_restore_without_lost_charges(backups: Backups) -> None:
     made = backups.open()
     admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
@@ -301,7 +301,7 @@ def test_without_a_lost_charge_everybody_keeps_their_cohort(backups: Backups) ->
 
 
 @pytest.mark.parametrize("lost", [("2024", "2024"), ("2026", "2026")])
-def test_what_a_restore_comes_to_depends_on_no_record(backups: Backups, lost: tuple[str, str]) -> None:
+def test_charges_after_a_restore_do_not_depend_on_records(backups: Backups, lost: tuple[str, str]) -> None:
     """Whether anybody was new in the lost rounds is told by no figure, and decides about nobody else."""
     made = backups.open()
     admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
@@ -319,7 +319,7 @@ def test_what_a_restore_comes_to_depends_on_no_record(backups: Backups, lost: tu
     assert seen[0][1] == {"ann"}
 
 
-def test_who_was_trained_on_where_no_anchor_was_kept_is_no_newcomer(backups: Backups) -> None:
+def test_people_trained_on_an_unanchored_branch_are_not_new_arrivals(backups: Backups) -> None:
     """A branch whose rounds another branch's anchor stands for wrote rows that this anchor's branch never had."""
     made = backups.open()
     admitted(made, ask("run", "2024", "2024"), {})
@@ -329,7 +329,7 @@ def test_who_was_trained_on_where_no_anchor_was_kept_is_no_newcomer(backups: Bac
     assert admitted(back, ask("later", "2026", "2026"), {"ann": 2026}) == set()
 
 
-def test_after_lost_rows_the_unknown_are_of_the_oldest_cohort_which_owes_all(backups: Backups) -> None:
+def test_unknown_people_join_the_oldest_cohort_after_lost_rows(backups: Backups) -> None:
     made = backups.open()
     admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
@@ -345,7 +345,7 @@ def test_after_lost_rows_the_unknown_are_of_the_oldest_cohort_which_owes_all(bac
     assert verify(backups.path).history.cohorts() == [0, 1, 2024, 2025, 2026, 2027]
 
 
-def test_whoever_was_registered_on_both_branches_is_of_the_oldest_cohort(backups: Backups) -> None:
+def test_people_registered_on_both_branches_join_the_oldest_cohort(backups: Backups) -> None:
     made = backups.open()
     admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
     anchor = made.head()
@@ -357,7 +357,7 @@ def test_whoever_was_registered_on_both_branches_is_of_the_oldest_cohort(backups
     assert back.history.charged(0) == events.grouped([ONCE] * 3)
 
 
-def test_a_second_restore_still_knows_that_rows_were_lost(backups: Backups) -> None:
+def test_second_restore_remembers_that_rows_were_lost(backups: Backups) -> None:
     made = backups.open()
     admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
     back = backups.put_back(anchor=made.head())
@@ -377,7 +377,7 @@ def beside_a_lost_ledger(backups: Backups, *, there: str, here: str) -> tuple[Le
     return back, lost
 
 
-def test_what_a_lost_ledger_doubted_is_doubted_after_it(backups: Backups) -> None:
+def test_doubts_of_a_lost_ledger_survive_a_second_restore(backups: Backups) -> None:
     """Its rows were of no worth behind an event that the newer backup has, too."""
     back, lost = beside_a_lost_ledger(backups, there="ben", here="ben")
     back.charge_gap(lost)
@@ -385,7 +385,7 @@ def test_what_a_lost_ledger_doubted_is_doubted_after_it(backups: Backups) -> Non
     assert admitted(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
 
 
-def test_doubts_of_this_ledger_cover_what_another_branch_charged(backups: Backups) -> None:
+def test_local_doubts_cover_charges_of_another_branch(backups: Backups) -> None:
     """A row that is doubted here counts as the oldest cohort, though another branch never doubted it."""
     back, lost = beside_a_lost_ledger(backups, there="ann", here="ben")
     doubting = backups.path.with_name("doubting.db")

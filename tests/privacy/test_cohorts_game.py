@@ -151,7 +151,7 @@ class Site:
 
 
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(1000, 11_000), marks=pytest.mark.nightly)])
-def test_nobody_loses_more_than_the_figure_of_their_cohort(tmp_path: Path, seeds: range) -> None:
+def test_random_histories_never_exceed_the_charge_of_any_cohort(tmp_path: Path, seeds: range) -> None:
     people = {"unit": "user", "arrivals": "year"}
     site = policy(population=people, dataset=(Dataset(id="notes", declared_size=2000),), budget={"max_epsilon": 30.0})
     done = Counter[str]()

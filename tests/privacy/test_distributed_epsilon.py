@@ -52,7 +52,7 @@ def one_value(contribution: float, others: list[float]) -> exact_sums.Values:
 
 @pytest.mark.parametrize("rate", [1.0, 0.3, 0.05])
 @pytest.mark.parametrize(("honest", "clip_norm"), [(1, 8.0), (2, 16.0), (4, 16.0), (5, 11.0)])
-def test_the_charge_of_one_release_is_just_above_its_exact_delta(rate: float, honest: int, clip_norm: float) -> None:
+def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, honest: int, clip_norm: float) -> None:
     event = release(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     others = [0.0, 3.0, -7.0, 2.0][: honest - 1]
     # Rounding happens after the noise, so no sum need be a whole number.
@@ -68,7 +68,7 @@ def test_the_charge_of_one_release_is_just_above_its_exact_delta(rate: float, ho
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("direction", [(1.0, 0.0), (0.6, 0.8), (-math.sqrt(0.5), math.sqrt(0.5))])
-def test_two_values_of_one_unit_cost_what_their_joint_norm_does(rate: float, direction: tuple[float, float]) -> None:
+def test_two_values_of_one_unit_cost_their_joint_norm(rate: float, direction: tuple[float, float]) -> None:
     honest, clip_norm = 2, 16.0
     event = release(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     without = exact_sums.together(*(one_value(0.0, [4.0]) for _ in direction))
@@ -81,7 +81,7 @@ def test_two_values_of_one_unit_cost_what_their_joint_norm_does(rate: float, dir
     assert exact_sums.delta(1.0, exact_sums.sampled(too_long, without, rate), without) > claimed_delta(event, 1.0)
 
 
-def test_two_releases_cost_what_both_together_tell() -> None:
+def test_two_releases_cost_their_composition() -> None:
     rate, honest, clip_norm = 0.3, 3, 16.0
     event = release(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     without, with_unit = one_value(0.0, [1.0, 2.0]), one_value(clip_norm, [1.0, 2.0])
@@ -92,7 +92,7 @@ def test_two_releases_cost_what_both_together_tell() -> None:
         assert 0.96 * claimed - 1e-9 <= exact <= claimed + 1e-12
 
 
-def test_shares_that_are_finer_than_a_cell_hide_nothing_together() -> None:
+def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
     """Continuous noise that each site rounds: a share of a fifth of a cell is lost, however many sites add theirs."""
     for sites, deviation in ((25, 0.2), (100, 0.1)):
         assert deviation * math.sqrt(sites) == pytest.approx(1.0)
@@ -119,7 +119,7 @@ def test_shares_that_are_finer_than_a_cell_hide_nothing_together() -> None:
         (1 / math.sqrt(5), {1: 19.2, 2: 6.30, 3: 3.44, 4: 2.35, 5: 1.83}),  # five sites, of which some dropped
     ],
 )
-def test_the_noise_of_honest_sites_costs_what_is_known(share: float, by_honest: dict[int, float]) -> None:
+def test_epsilon_for_honest_sites_matches_reference_values(share: float, by_honest: dict[int, float]) -> None:
     """Rate 0.01, 1000 releases, delta 1e-5."""
     for honest, epsilon in by_honest.items():
         event = release(sampling_rate=0.01, noise_multiplier=share, honest=honest)
@@ -129,7 +129,9 @@ def test_the_noise_of_honest_sites_costs_what_is_known(share: float, by_honest: 
 @pytest.mark.parametrize(
     ("target", "local_noise_costs", "all_others"), [(8.0, 3.17, 24.7), (3.0, 1.32, 7.5), (1.0, 0.46, 2.2)]
 )
-def test_figures_of_four_banks(target: float, local_noise_costs: float, all_others: float) -> None:
+def test_epsilons_for_four_sites_match_reference_values(
+    target: float, local_noise_costs: float, all_others: float
+) -> None:
     """Rate 0.3, 50 releases, nobody drops: the server alone, and all others against one."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=0.3, steps=50)
     share = Together(num_sites=4, threshold=4, colluders=0).share_of(total)
@@ -156,14 +158,14 @@ def epsilon_of(*honest: int) -> float:
     return epsilon_pld(each, DELTA, interval=accountant.COARSE)
 
 
-def test_each_figure_counts_the_noise_of_those_who_are_honest_in_it() -> None:
+def test_each_epsilon_counts_only_the_noise_of_honest_sites() -> None:
     found = figures({6: 2, 5: 1, 4: 3})
     expected = epsilon_of(6, 6, 5, 4, 4, 4), epsilon_of(5, 5, 4, 3, 3, 3), epsilon_of(1, 1, 1, 1, 1, 1)
     assert (found.server_alone, found.with_colluders, found.with_all_others) == pytest.approx(expected, rel=1e-6)
     assert found.server_alone < found.with_colluders < found.with_all_others
 
 
-def test_a_release_with_fewer_survivors_is_charged_for_what_it_was() -> None:
+def test_releases_with_fewer_survivors_are_charged_more() -> None:
     spent = [figures({number: 6}).with_colluders for number in (6, 5, 4, 3, 2, 1)]
     assert spent[:5] == sorted(set(spent[:5]))
     assert spent[4] == spent[5], "below two, a site's own share is left"
@@ -171,7 +173,7 @@ def test_a_release_with_fewer_survivors_is_charged_for_what_it_was() -> None:
     assert figures({6: 1, 5: 3, 4: 2}).with_colluders < figures({4: 6}).with_colluders
 
 
-def test_what_a_site_releases_by_itself_counts_against_all() -> None:
+def test_local_score_releases_raise_every_epsilon() -> None:
     scores = GaussianDpEvent(3.0)
     with_scores, without = figures({5: 4}, also=[scores, scores]), figures({5: 4})
     for field in dataclasses.fields(without):
@@ -202,7 +204,7 @@ def attack_of_two_steps(sites: int, trials: int, *, unit: bool, threshold: float
 
 
 @pytest.mark.parametrize(("sites", "hit", "most"), [(10, 0.943, 0.434), (5, 0.868, 0.617)])
-def test_several_local_steps_get_no_credit_for_others_noise(sites: int, hit: float, most: float) -> None:
+def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(sites: int, hit: float, most: float) -> None:
     trials = 20_000
     found, false_alarm = (attack_of_two_steps(sites, trials, unit=unit, threshold=0.0) for unit in (True, False))
     assert found == pytest.approx(hit, abs=0.01)
@@ -225,7 +227,7 @@ def test_several_local_steps_get_no_credit_for_others_noise(sites: int, hit: flo
     assert not refuted(own_shares), "so a plan of secure sums has one step a round"
 
 
-def test_a_site_that_clips_its_whole_sum_has_half_the_noise_for_one_record() -> None:
+def test_clipping_a_whole_site_sum_halves_the_noise_per_record() -> None:
     """Silo-level clipping to R: one record turns a site's sum from one end to the other, which are 2 R apart."""
     records = np.full((9, 2), [0.02, 0.0])
     joining = np.array([[-1.0, 0.0]])

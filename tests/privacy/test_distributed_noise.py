@@ -41,7 +41,7 @@ def share(shared: SharedNoise = FOUR, *purpose: str | int, sums: Whole | None = 
 
 @pytest.mark.parametrize("deviation", [0.45, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.3, -1.7), (0.1, 0.25, 7.5), (0.5, 0.5, 0.0, 0.9, -3.1)])
-def test_a_sum_of_rounded_shares_is_the_rounded_sum_but_for_the_stated_gap(values: Any, deviation: float) -> None:
+def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: Any, deviation: float) -> None:
     """At deviations so small that there is a gap, and for sums that are no whole numbers."""
     most = 30
     for shift in (HALF_UP, 0.5 + 1 / 16):
@@ -52,7 +52,7 @@ def test_a_sum_of_rounded_shares_is_the_rounded_sum_but_for_the_stated_gap(value
         assert gap <= (len(values) - 1) * math.exp(-((math.pi * deviation) ** 2)) + 1e-12
 
 
-def test_at_the_widest_cells_there_is_no_gap_to_see() -> None:
+def test_gap_is_negligible_at_the_widest_cells() -> None:
     for values in ((0.0, 0.0), (0.3, 0.45, -8.2, 5.5)):
         exact = of_a_sum(values, LEAST_CELLS, most=100)
         rounded = of_rounded_total(sum(values), LEAST_CELLS, len(values), most=100)
@@ -61,7 +61,7 @@ def test_at_the_widest_cells_there_is_no_gap_to_see() -> None:
 
 
 @pytest.mark.parametrize("sites", [2, 4, 20])
-def test_the_sum_of_all_shares_is_what_is_accounted(sites: int) -> None:
+def test_total_noise_matches_the_accounted_distribution(sites: int) -> None:
     """Against the Gaussian mechanism's own distribution, rounding included."""
     total = sum((share(FOUR, "site", site) for site in range(sites)), start=np.zeros(COUNT, dtype=np.int64))
     deviation = 8 * math.sqrt(sites)
@@ -77,7 +77,7 @@ def test_the_sum_of_all_shares_is_what_is_accounted(sites: int) -> None:
     st.sampled_from([0.5, 0.75635, 4.05]),
     st.lists(st.integers(-(2**31), 2**31), min_size=1, max_size=40),
 )
-def test_what_is_sent_is_sum_and_noise_to_the_nearest_cell(bits: int, noise: float, sums: list[int]) -> None:
+def test_noised_sum_is_rounded_once_to_the_nearest_cell(bits: int, noise: float, sums: list[int]) -> None:
     """A sum is cut off at the bound before its noise, and never rounded before it.
 
     Rounded first, sums one clip norm apart could become 256 clip norms apart: of a million values each moves by a cell.
@@ -93,7 +93,7 @@ def test_what_is_sent_is_sum_and_noise_to_the_nearest_cell(bits: int, noise: flo
         assert (2 * np.abs(value * width - exact[name]) <= width).all()
 
 
-def test_no_value_passes_the_largest_one() -> None:
+def test_shared_values_never_exceed_the_largest_value() -> None:
     shared = dataclasses.replace(FOUR, bound=3)
     values = share(shared, "largest", sums=np.full(COUNT, 9 * CLIP_NORM, dtype=np.int64))
     assert np.abs(values).max() <= shared.largest_value == 3 * 16 + 16 * 8 + 1
@@ -105,7 +105,7 @@ def test_no_value_passes_the_largest_one() -> None:
     ("num_sites", "threshold", "colluders", "least"),
     [(4, 2, 0, 3), (5, 3, 1, 4), (20, 10, 0, 11), (20, 13, 6, 14), (3, 2, 1, 3), (4, 5, 0, 3)],
 )
-def test_sites_of_which_a_server_could_read_two_sums_make_no_noise_together(
+def test_thresholds_that_let_a_server_read_two_sums_are_refused(
     num_sites: int, threshold: int, colluders: int, least: int
 ) -> None:
     sites = {"num_sites": num_sites, "threshold": threshold, "colluders": colluders}
@@ -119,7 +119,7 @@ def test_sites_of_which_a_server_could_read_two_sums_make_no_noise_together(
 
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4))
-def test_the_fewest_bits_are_accepted_and_fewer_are_not(noise: float) -> None:
+def test_least_cell_bits_are_accepted_and_one_fewer_is_refused(noise: float) -> None:
     bits = distributed_noise.least_cell_bits(noise)
     assert dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits).cell_bits == bits
     if bits:
@@ -129,7 +129,7 @@ def test_the_fewest_bits_are_accepted_and_fewer_are_not(noise: float) -> None:
 
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4), st.integers(1, 1024))
-def test_shares_together_are_never_said_to_be_more_than_their_variances(noise: float, shares: int) -> None:
+def test_combined_noise_never_exceeds_the_sum_of_variances(noise: float, shares: int) -> None:
     total, exact = Fraction(distributed_noise.noise_of_shares(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
     assert exact * (1 - Fraction(1, 2**50)) <= total <= exact
     assert distributed_noise.noise_of_shares(noise, 1) == noise
@@ -137,7 +137,7 @@ def test_shares_together_are_never_said_to_be_more_than_their_variances(noise: f
 
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.02, 1e3), st.integers(2, 1024), st.data())
-def test_a_share_is_enough_for_the_honest_sites_of_the_smallest_sum(total: float, threshold: int, data: Any) -> None:
+def test_noise_share_suffices_for_the_honest_sites_of_the_smallest_sum(total: float, threshold: int, data: Any) -> None:
     colluders = data.draw(st.integers(0, threshold - 1))
     one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_of(total)
     honest = threshold - colluders
@@ -148,7 +148,7 @@ def test_a_share_is_enough_for_the_honest_sites_of_the_smallest_sum(total: float
     )
 
 
-def test_honest_sites_of_a_sum() -> None:
+def test_honest_site_count_subtracts_colluders_from_survivors() -> None:
     shared = dataclasses.replace(FOUR, num_sites=5, colluders=1)
     assert [shared.honest(survivors=number, colluders=1) for number in (5, 4, 2, 1)] == [4, 3, 1, 1]
     assert shared.honest(survivors=5, colluders=4) == 1

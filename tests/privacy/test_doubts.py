@@ -28,7 +28,7 @@ def require_in_doubt(ledger: Ledger, asked: Any) -> None:
     assert reason_of(ledger.reserve, asked, round=1, request="q") is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(backups: Backups) -> None:
+def test_restored_ledger_inherits_the_doubts_of_the_replaced_ledger(backups: Backups) -> None:
     lost, receipt = backups.branch(proposal(), 2, 3, 4)
     doubting = backups.put_back()
     require_shown(doubting, receipt)
@@ -40,7 +40,7 @@ def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(b
     train(again, proposal(run="new"), 1)
 
 
-def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(backups: Backups) -> None:
+def test_doubt_about_an_event_in_the_backup_is_not_inherited(backups: Backups) -> None:
     _, receipt = backups.branch(proposal(), 2, 3, 4)
     newer, doubting = backups.path.read_bytes(), backups.put_back()
     require_shown(doubting, receipt)
@@ -51,7 +51,7 @@ def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(backups: Backups
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_of_several_doubts_an_anchor_clears_those_that_it_knows(backups: Backups, order: tuple[int, int]) -> None:
+def test_anchor_clears_only_the_doubts_about_events_it_knows(backups: Backups, order: tuple[int, int]) -> None:
     ledger = backups.put_back()
     train(ledger, proposal(), 2)
     train(ledger, proposal(run="other"), 1)
@@ -69,7 +69,7 @@ def test_of_several_doubts_an_anchor_clears_those_that_it_knows(backups: Backups
     train(behind, proposal(run="new", plan={"num_rounds": 4}), 1)
 
 
-def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(backups: Backups, monkeypatch: Any) -> None:
+def test_no_doubt_is_cleared_after_the_list_of_doubts_overflowed(backups: Backups, monkeypatch: Any) -> None:
     monkeypatch.setattr(site_ledger, "_MOST_DOUBTS", 2)
     ledger, receipts = backups.put_back(), []
     for round in (2, 3, 4):
@@ -84,9 +84,7 @@ def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(backups: Ba
 
 @pytest.mark.parametrize("doubted", [True, False], ids=["shown before", "shown afterwards"])
 @pytest.mark.parametrize("rounds", [2, 3])
-def test_rounds_of_a_branch_without_an_anchor_do_not_pass_for_those_of_another(
-    backups: Backups, rounds: int, doubted: bool
-) -> None:
+def test_rounds_of_an_unanchored_branch_do_not_count_for_another(backups: Backups, rounds: int, doubted: bool) -> None:
     """Two copies of a backup are charged as many rounds of a run; one of them goes on for long, the other is lost."""
     unseen, receipt = backups.branch(proposal(), *range(2, rounds + 1))
     train(backups.put_back(), proposal(), *range(2, rounds + 1))
@@ -104,7 +102,7 @@ def test_rounds_of_a_branch_without_an_anchor_do_not_pass_for_those_of_another(
     train(restored, proposal(run="new"), 1)
 
 
-def test_a_receipt_shows_the_newest_event_that_an_anchor_knows_for_ever(backups: Backups) -> None:
+def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backups) -> None:
     ledger = backups.put_back()
     receipts = [ledger.receipt("r")]
     train(ledger, proposal(), 2)
@@ -126,7 +124,7 @@ def test_a_receipt_shows_the_newest_event_that_an_anchor_knows_for_ever(backups:
 
 
 @pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
-def test_a_doubt_that_an_anchor_says_stays(backups: Backups, order: tuple[int, ...]) -> None:
+def test_doubt_recorded_in_an_anchor_persists(backups: Backups, order: tuple[int, ...]) -> None:
     """It has all of its events, and so knows that it lacks this one."""
     lost, receipt = backups.branch(proposal(), 2)
     doubting = backups.put_back()
@@ -147,7 +145,7 @@ def test_a_doubt_that_an_anchor_says_stays(backups: Backups, order: tuple[int, .
         require_in_doubt(backups.open(), proposal(run="new"))
 
 
-def test_a_restore_forgets_neither_a_denial_nor_a_cap(backups: Backups) -> None:
+def test_restore_keeps_denials_and_caps(backups: Backups) -> None:
     denied = proposal(run="denied")
     low, high = policy(budget={"max_epsilon": 9.0}), policy(budget={"max_epsilon": 12.0})
     backups.open(policy=high)
@@ -161,7 +159,7 @@ def test_a_restore_forgets_neither_a_denial_nor_a_cap(backups: Backups) -> None:
     assert backups.open().history.cap == 11.0
 
 
-def test_a_restore_does_not_forget_who_a_user_is(opened: Any, path: Path) -> None:
+def test_restore_keeps_the_user_columns(opened: Any, path: Path) -> None:
     first, notes = ("old", "old.csv", "who"), ("notes", "notes.csv", "patient")
     visits = (("notes", "notes.csv", "visit"), ("again", "./notes.csv", "visit"), ("notes", "again.csv", "visit"))
     opened(policy=of_users(first))
@@ -188,7 +186,7 @@ def test_a_restore_does_not_forget_who_a_user_is(opened: Any, path: Path) -> Non
     opened(policy=of_users(first, notes))
 
 
-def test_where_records_are_the_unit_an_anchor_says_nothing_of_users(opened: Any, path: Path) -> None:
+def test_record_level_anchor_has_no_user_columns(opened: Any, path: Path) -> None:
     named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
     assert opened(policy=policy(dataset=(named,))).head().users == ()
 
@@ -213,7 +211,7 @@ def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tu
         assert not ledger.charge_gap(head), "nothing is charged twice"
 
 
-def test_the_same_backup_put_back_again_is_charged_for_everything_and_goes_on(backups: Backups) -> None:
+def test_restoring_the_same_backup_twice_charges_all_lost_rounds(backups: Backups) -> None:
     first, receipt_a = backups.branch(proposal(run="a"), 1, 2)
     ledger = backups.put_back(anchor=first)
     train(ledger, proposal(run="c"), 1)
@@ -225,7 +223,7 @@ def test_the_same_backup_put_back_again_is_charged_for_everything_and_goes_on(ba
     train(again, proposal(run="d"), 1)
 
 
-def test_two_copies_that_charge_one_request_at_one_time_are_two(clock: Clock, backups: Backups) -> None:
+def test_same_request_charged_on_two_branches_counts_twice(clock: Clock, backups: Backups) -> None:
     """A clock that is behind the newest event, as where a machine was put back with its ledger, gives both one time."""
     clock.time -= timedelta(days=1)
     lost, receipt = backups.branch(proposal(), 2)
@@ -240,7 +238,7 @@ WRONG = [*(("gap", count) for count in (-1, 0, True, 1.0)), *(("shared", count) 
 
 
 @pytest.mark.parametrize(("key", "value"), [*WRONG, ("end", 1.5), ("runs", -1)])
-def test_no_entry_of_the_sites_own_lowers_what_was_charged(backups: Backups, key: str, value: Any) -> None:
+def test_forged_restore_entries_cannot_lower_the_charges(backups: Backups, key: str, value: Any) -> None:
     """Whoever has the site's key may write an entry that breaks no hash and no earlier receipt."""
     ledger = backups.open()
     ((one, _),) = ledger.history.charged().items()
@@ -254,14 +252,14 @@ def test_no_entry_of_the_sites_own_lowers_what_was_charged(backups: Backups, key
         ledger._store.note("restored", **detail | {key: forged})
 
 
-def test_another_process_that_is_ahead_puts_nothing_in_doubt(backups: Backups) -> None:
+def test_receipts_from_a_process_ahead_raise_no_doubt(backups: Backups) -> None:
     idle, busy = backups.open(), backups.open()
     train(busy, proposal(), 2)
     idle.require_contains(busy.receipt("r"))
     assert backups.open().history.in_doubt is None
 
 
-def test_every_distance_of_a_receipt_from_the_end_of_a_lost_branch_is_made_up_for(backups: Backups) -> None:
+def test_every_receipt_of_a_long_lost_branch_is_accepted_after_restoring(backups: Backups) -> None:
     ledger, receipts = backups.put_back(), []
     for _ in range(140):
         far_on(ledger, 1)

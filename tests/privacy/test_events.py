@@ -30,11 +30,11 @@ every_kind: st.SearchStrategy[DpEvent] = st.recursive(
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(every_kind)
-def test_events_survive_json(event: DpEvent) -> None:
+def test_events_round_trip_through_json(event: DpEvent) -> None:
     assert events.from_json(json.loads(json.dumps(events.to_json(event)))) == event
 
 
-def test_dp_sgd_is_sampled_gaussians() -> None:
+def test_dp_sgd_composes_poisson_sampled_gaussian_steps() -> None:
     event = events.dp_sgd(sampling_rate=0.1, noise_multiplier=1.5, steps=7)
     assert event == SelfComposed(PoissonSampledDpEvent(0.1, Gaussian(1.5)), 7)
     assert events.dp_sgd(sampling_rate=0.1, noise_multiplier=0, steps=1) == NonPrivateDpEvent()
@@ -63,7 +63,7 @@ compositions: st.SearchStrategy[DpEvent] = st.recursive(
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(compositions, max_size=4))
-def test_grouping_counts_every_mechanism_as_often_as_it_ran(history: list[DpEvent]) -> None:
+def test_grouping_counts_every_occurrence_of_a_mechanism(history: list[DpEvent]) -> None:
     grouped = events.grouped(history)
     assert grouped == sum(map(plainly_grouped, history), Counter())
     assert all(count > 0 for count in grouped.values())
@@ -72,7 +72,7 @@ def test_grouping_counts_every_mechanism_as_often_as_it_ran(history: list[DpEven
     assert events.grouped(history * 3) == events.grouped(tripled) == tripled
 
 
-def test_a_composition_counts_its_parts_and_what_is_sampled_stays_in_one_piece() -> None:
+def test_grouping_flattens_compositions_but_not_sampled_events() -> None:
     one = Gaussian(1.0)
     assert events.grouped({SelfComposed(one, 4): 3, ComposedDpEvent((one, one)): 5, one: 1}) == {one: 23}
     # Sampling does not commute with composing: two mechanisms on one sample are not two samples.
@@ -80,7 +80,7 @@ def test_a_composition_counts_its_parts_and_what_is_sampled_stays_in_one_piece()
     assert events.grouped([event, event]) == {event: 2}
 
 
-def test_an_unsupported_event_cannot_be_written() -> None:
+def test_unsupported_events_cannot_be_serialized() -> None:
     laplace = LaplaceDpEvent(1.0)
     parts = (SelfComposed(laplace, 2), ComposedDpEvent([Gaussian(1.0), laplace]))
     for event in (laplace, SampledWithoutReplacement(100, 10, Gaussian(1.0)), *parts):
@@ -92,6 +92,6 @@ GAUSSIAN = {"kind": "gaussian", "noise_multiplier": 1.0}
 
 
 @pytest.mark.parametrize("data", yaml.safe_load(Path(__file__).with_name("no_events.yaml").read_text()))
-def test_what_is_no_event_cannot_be_read(data: object) -> None:
+def test_invalid_events_cannot_be_deserialized(data: object) -> None:
     with pytest.raises(ConfigError, match="event = "):
         events.from_json(data)

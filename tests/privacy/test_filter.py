@@ -23,17 +23,17 @@ GOLDEN = events.dp_sgd(sampling_rate=0.2, noise_multiplier=0.949, steps=25)
 
 
 @pytest.mark.parametrize(("order", "golden", "off"), [(3.0, 9.10, 0.01), (4.0, 12.9, 0.05), (8.0, 66.0, 0.5)])
-def test_the_cost_at_an_order_is_golden(order: float, golden: float, off: float) -> None:
+def test_filter_epsilon_at_fixed_orders_matches_golden_values(order: float, golden: float, off: float) -> None:
     assert filter.epsilon_filter([GOLDEN], order=order, delta=DELTA) == pytest.approx(golden, abs=off)
 
 
-def test_the_cost_at_the_best_order_is_golden() -> None:
+def test_filter_epsilon_at_the_best_order_matches_the_golden_value() -> None:
     assert round(filter.cheapest(GOLDEN, delta=DELTA)[0], 2) == 9.06
     assert accountant.epsilon_pld([GOLDEN], DELTA) == pytest.approx(8.0, abs=0.005)
 
 
 @pytest.mark.parametrize("order", [1.1, 1.5, 2.0, 3.0, 17.0, 64.0])
-def test_divergence_and_surcharge_agree_with_their_formulas(order: float) -> None:
+def test_divergence_and_conversion_term_match_their_formulas(order: float) -> None:
     # Mironov 2017, corollary 3: a Gaussian of noise multiplier s has divergence a / (2 s^2) at order a.
     assert filter.divergence(GaussianDpEvent(2.0), order) == pytest.approx(order / 8, rel=1e-12)
     # Canonne, Kamath and Steinke 2020, proposition 12, term by term as there.
@@ -41,7 +41,7 @@ def test_divergence_and_surcharge_agree_with_their_formulas(order: float) -> Non
     assert filter.surcharge(order, DELTA) == pytest.approx(written, rel=1e-12)
 
 
-def test_room_is_what_a_cap_leaves_after_the_surcharge_and_without_any_it_is_refused() -> None:
+def test_most_divergence_is_the_cap_minus_the_conversion_term() -> None:
     room = filter.most_divergence(9.1, order=3.0, delta=DELTA)
     assert room + filter.surcharge(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
     assert filter.most_divergence(1.0, order=1.5, delta=DELTA) < 0
@@ -49,7 +49,7 @@ def test_room_is_what_a_cap_leaves_after_the_surcharge_and_without_any_it_is_ref
         filter.best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
 
 
-def test_nothing_spent_is_zero_and_no_guarantee_is_infinite() -> None:
+def test_filter_epsilon_is_zero_without_events_and_infinite_without_noise() -> None:
     assert filter.epsilon_filter([], order=3.0, delta=DELTA) == 0
     assert filter.epsilon_filter([NonPrivateDpEvent()], order=3.0, delta=DELTA) == math.inf
 
@@ -63,14 +63,14 @@ REFERENCES = [
 ]
 
 
-def test_no_order_that_is_passed_over_would_cost_less() -> None:
+def test_cheapest_finds_the_minimum_over_all_orders() -> None:
     for plan in (GOLDEN, events.dp_sgd(sampling_rate=0.01, noise_multiplier=0.6, steps=3000), GaussianDpEvent(30.0)):
         costs = ((filter.total_divergence([plan], a) + filter.surcharge(a, DELTA), a) for a in filter.ORDERS)
         assert filter.cheapest(plan, delta=DELTA) == min(costs)
 
 
 @pytest.mark.parametrize(("reference", "cap"), REFERENCES)
-def test_the_best_order_is_the_one_that_lets_the_reference_repeat_most_often(reference: DpEvent, cap: float) -> None:
+def test_best_order_maximizes_repeats_of_the_reference_run(reference: DpEvent, cap: float) -> None:
     def repeats(order: float) -> float:
         room = filter.most_divergence(cap, order=order, delta=DELTA)
         return room / filter.total_divergence([reference], order) if room > 0 else 0.0
@@ -96,9 +96,7 @@ _PLANS = [
 
 @pytest.mark.parametrize("cap", _CAPS)
 @pytest.mark.parametrize("reference", _REFERENCES, ids=str)
-def test_a_ledger_counts_every_plan_and_allows_the_runs_that_its_policy_promises(
-    reference: tuple[float, float, int], cap: float
-) -> None:
+def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[float, float, int], cap: float) -> None:
     """Before: at caps of 50 and more the order could be one at which a plan of epsilon 2 asked for infinity."""
     rate, noise, steps = reference
     typical = Reference(sampling_rate=rate, noise_multiplier=noise, steps=steps)
@@ -126,7 +124,7 @@ orders = st.sampled_from([1.1, 2.85, 6.0, 64.0])
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(history=histories, order=orders, shuffle=st.randoms(use_true_random=False))
-def test_the_figure_depends_neither_on_order_nor_on_grouping(history: Any, order: float, shuffle: Any) -> None:
+def test_filter_epsilon_is_independent_of_order_and_grouping(history: Any, order: float, shuffle: Any) -> None:
     listed = [event for event, count in history for _ in range(count % 20 + 1)]
     shuffled = shuffle.sample(listed, len(listed))
     figure = filter.epsilon_filter(listed, order=order, delta=DELTA)
@@ -136,7 +134,7 @@ def test_the_figure_depends_neither_on_order_nor_on_grouping(history: Any, order
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(history=histories, order=orders)
-def test_every_event_raises_the_figure_or_leaves_it(history: list[tuple[DpEvent, int]], order: float) -> None:
+def test_filter_epsilon_never_decreases_with_further_events(history: list[tuple[DpEvent, int]], order: float) -> None:
     spent, figures = Counter[DpEvent](), list[float]()
     for event, count in history:
         spent[event] += count
@@ -145,7 +143,7 @@ def test_every_event_raises_the_figure_or_leaves_it(history: list[tuple[DpEvent,
 
 
 @pytest.mark.parametrize("order", [1.1, 2.85, 64.0])
-def test_rounding_makes_no_event_a_refund(order: float) -> None:
+def test_event_divergence_stays_positive_despite_rounding(order: float) -> None:
     # dp-accounting's own sums come out a little below 0 for events of next to no cost.
     for rate in (1e-300, 1e-9, 0.1, 0.9):
         for noise in (1e3, 1e10, 1e150):
@@ -160,7 +158,7 @@ counts = st.fixed_dictionaries({**dict.fromkeys(steps, st.integers(0, 40)), Gaus
 
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(spent=counts, more=counts)
-def test_pld_and_rdp_are_monotone_and_depend_on_neither_order_nor_grouping(spent: Any, more: Any) -> None:
+def test_pld_and_rdp_epsilons_are_monotone_and_order_independent(spent: Any, more: Any) -> None:
     longer = {event: spent[event] + more[event] for event in spent}
     for epsilon in (
         lambda history: accountant.epsilon_pld(history, DELTA, interval=accountant.COARSE),
@@ -174,7 +172,7 @@ def test_pld_and_rdp_are_monotone_and_depend_on_neither_order_nor_grouping(spent
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(spent=counts)
-def test_the_filter_never_reports_less_than_pld(spent: dict[DpEvent, int]) -> None:
+def test_filter_epsilon_is_never_below_pld_epsilon(spent: dict[DpEvent, int]) -> None:
     # A coarser grid moves a PLD figure by about 1e-3.
     pld = accountant.epsilon_pld(spent, DELTA, interval=accountant.COARSE)
     for order in (2.0, 2.85, 8.0):

@@ -74,13 +74,13 @@ NOTHING = events.to_json(events.dp_sgd(sampling_rate=0.25, noise_multiplier=1.0,
         (lambda t: [t[0], changed(t[1], policy=t[1].detail["policy"] | {"budget": {}})], "is required"),
     ],
 )
-def test_events_that_do_not_follow_are_a_run_error(told: list[Event], retell: Any, message: str) -> None:
+def test_inconsistent_events_raise_a_run_error(told: list[Event], retell: Any, message: str) -> None:
     followed(told)
     with pytest.raises(RunError, match=message):
         followed(retell(told))
 
 
-def test_what_a_history_adds_up_to(told: list[Event]) -> None:
+def test_history_adds_up_charges_replies_and_attempts(told: list[Event]) -> None:
     history = followed(told)
     assert (history.length, history.last_time) == (6, NOW + timedelta(days=1))
     run = history.runs["r"]

@@ -16,7 +16,7 @@ from fedtune.spec import ConfigError
 from .builders import make_key
 
 
-def test_a_key_is_made_once_and_then_loaded(tmp_path: Path) -> None:
+def test_signing_key_is_created_once_and_then_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new" / "key.pem"
     first = SigningKey.load_or_make(path)
     assert SigningKey.load_or_make(path).public == SigningKey.load(path).public == first.public
@@ -25,7 +25,7 @@ def test_a_key_is_made_once_and_then_loaded(tmp_path: Path) -> None:
     assert SigningKey.load_or_make(tmp_path / "other.pem").public != first.public
 
 
-def test_the_key_of_a_process_that_was_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_created_first_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "key.pem"
     first = SigningKey.load_or_make(path)
     seen = iter([False])  # the other process made it just after this one looked
@@ -34,7 +34,7 @@ def test_the_key_of_a_process_that_was_first_is_kept(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\n", b"\xff\xfe", "rsa", None])
-def test_what_is_no_ed25519_key_is_a_config_error(tmp_path: Path, content: object) -> None:
+def test_invalid_key_files_raise_a_config_error(tmp_path: Path, content: object) -> None:
     path = tmp_path / "key.pem"
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     if content == "rsa":
@@ -56,7 +56,7 @@ def encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "key.pem"
 
 
-def test_a_new_key_is_encrypted_with_the_passphrase_in_the_file(encrypted: Path, monkeypatch: Any) -> None:
+def test_new_key_is_encrypted_with_the_passphrase_from_the_file(encrypted: Path, monkeypatch: Any) -> None:
     private: Any = serialization.load_pem_private_key(encrypted.read_bytes(), password=b"correct horse battery")
     assert SigningKey.load(encrypted).public == private.public_key().public_bytes_raw().hex()
     monkeypatch.delenv(keys.PASSPHRASE_FILE)
@@ -75,7 +75,7 @@ def test_a_new_key_is_encrypted_with_the_passphrase_in_the_file(encrypted: Path,
         ("correct horse battery", "its owner alone may read"),
     ],
 )
-def test_a_wrong_passphrase_is_refused_and_shown_nowhere(encrypted: Path, passphrase: Any, bound: str) -> None:
+def test_wrong_passphrase_is_refused_and_never_shown(encrypted: Path, passphrase: Any, bound: str) -> None:
     encrypted.with_name("passphrase").unlink()
     if passphrase:
         encrypted.with_name("passphrase").write_text(passphrase)
@@ -92,7 +92,7 @@ def named_in(tmp_path: Path) -> Path:
     return tmp_path / "site.toml"
 
 
-def test_a_command_gives_the_key_which_is_written_nowhere(tmp_path: Path, named_in: Path) -> None:
+def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, named_in: Path) -> None:
     kept = tmp_path / "vault" / "key.pem"
     public, command = SigningKey.load_or_make(kept).public, ("/bin/cat", str(kept))
     assert SigningKey.load_or_make(tmp_path / "key.pem", command=command, named_in=named_in).public == public
@@ -111,7 +111,7 @@ def test_a_command_gives_the_key_which_is_written_nowhere(tmp_path: Path, named_
         ("echo rubbish", "must give an Ed25519 private key in PEM form$"),
     ],
 )
-def test_a_command_that_gives_no_key_is_refused(
+def test_key_command_without_a_valid_key_is_refused(
     script: str, bound: str, named_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "_COMMAND_S", 0.5)
@@ -119,7 +119,7 @@ def test_a_command_that_gives_no_key_is_refused(
         SigningKey.load(Path("key.pem"), command=("/bin/sh", "-c", script), named_in=named_in)
 
 
-def test_a_command_runs_for_the_owner_of_the_file_that_names_it_alone(named_in: Path, monkeypatch: Any) -> None:
+def test_key_command_requires_an_absolute_path_and_sole_file_ownership(named_in: Path, monkeypatch: Any) -> None:
     for command in (("sh",), ("./sh",), ("/bin/sh", "a\0b")):
         with pytest.raises(ConfigError, match="must begin with the absolute path of a program, and hold no NUL"):
             SigningKey.load(Path("key.pem"), command=command, named_in=named_in)
@@ -132,7 +132,7 @@ def test_a_command_runs_for_the_owner_of_the_file_that_names_it_alone(named_in: 
         SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
 
 
-def test_a_signature_is_good_for_its_key_purpose_and_message_alone() -> None:
+def test_signature_is_valid_only_for_its_key_purpose_and_message() -> None:
     key, other = make_key(1), make_key(2)
     signature = key.sign("receipt", b"message")
     assert is_signed(key.public, "receipt", b"message", signature)
@@ -143,7 +143,7 @@ def test_a_signature_is_good_for_its_key_purpose_and_message_alone() -> None:
     assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent")), "it is not cut elsewhere"
 
 
-def test_signature_and_key_have_one_spelling() -> None:
+def test_signatures_and_public_keys_have_one_spelling() -> None:
     # Or a stored signature could be changed without being found.
     def others(text: str) -> tuple[str, ...]:
         return text.upper(), " " + text, text[:2] + " " + text[2:], text[:-2], text + "00", "", "x" * len(text)
@@ -157,7 +157,7 @@ def test_signature_and_key_have_one_spelling() -> None:
         assert not is_signed(other, "receipt", b"message", signature)
 
 
-def test_secrets_differ_by_purpose_and_key_stay_the_same_and_do_not_show() -> None:
+def test_derived_secrets_differ_by_purpose_and_key_and_stay_hidden() -> None:
     purposes = ("receipt head", "data fingerprint")
     secrets = {make_key(number).secret(purpose) for number in (1, 2) for purpose in purposes}
     assert len(secrets) == 4

@@ -33,7 +33,7 @@ def refusal_of(ledger: Ledger, proposal: Proposal, round: int = 1, request: str 
     return caught.value
 
 
-def test_a_round_is_charged_on_disk_before_reserve_returns_and_committed_once_trained(path: Path, opened: Any) -> None:
+def test_round_is_charged_before_training_and_committed_afterwards(path: Path, opened: Any) -> None:
     ledger = opened()
     granted = reserve(ledger, proposal(), 1, "digest 1")
     assert granted == Reservation(run="r", round=1, request="digest 1", attempt=1)
@@ -47,7 +47,7 @@ def test_a_round_is_charged_on_disk_before_reserve_returns_and_committed_once_tr
     assert all(event.dataset == "notes" for event in verify(path).events[2:])
 
 
-def test_another_request_for_a_round_is_refused(opened: Any) -> None:
+def test_different_request_for_the_same_round_is_refused(opened: Any) -> None:
     train(opened(), proposal(), 1)
     refused = refusal_of(opened(), proposal(), 1, "another digest")
     assert refused.reason is Reason.ROUND_REQUESTED_DIFFERENTLY
@@ -64,14 +64,14 @@ def test_another_request_for_a_round_is_refused(opened: Any) -> None:
         *({"plan": {"spare_rounds": 1}}, {"rank": 3}, {"dataset": "letters"}, {"num_sites": 4}),
     ],
 )
-def test_a_changed_proposal_is_refused(opened: Any, change: dict[str, Any]) -> None:
+def test_changed_proposal_is_refused(opened: Any, change: dict[str, Any]) -> None:
     train(opened(), proposal(), 1)
     refused = refusal_of(opened(), proposal(**change), 2)
     assert refused.reason is Reason.PLAN_CHANGED
     assert (refused.asked, refused.allowed) == (proposal(**change).digest(), proposal().digest())
 
 
-def test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one(opened: Any) -> None:
+def test_interrupted_round_is_charged_and_its_retry_uses_a_spare_round(opened: Any) -> None:
     once_more = proposal(plan={"num_rounds": 2, "spare_rounds": 1})
     assert [reserve(opened(), once_more, 1).attempt for _ in range(3)] == [1, 2, 3]
     assert opened().receipt("r").charged_rounds == 3
@@ -80,7 +80,7 @@ def test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one(opene
         assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "4", "3")
 
 
-def test_only_the_newest_attempt_is_committed(opened: Any, path: Path) -> None:
+def test_only_the_newest_attempt_can_be_committed(opened: Any, path: Path) -> None:
     with pytest.raises((AssertionError, KeyError)):
         opened().commit(Reservation(run="r", round=1, request="q", attempt=1), b"of a round that nobody reserved")
     assert kinds_of(path) == OPENED
@@ -95,7 +95,7 @@ def test_only_the_newest_attempt_is_committed(opened: Any, path: Path) -> None:
     assert [kind for kind, _ in kinds_of(path)].count(Kind.COMMIT) == 1
 
 
-def test_the_newest_reply_of_a_run_is_kept_and_given_again_for_nothing(opened: Any, path: Path) -> None:
+def test_newest_reply_is_stored_and_resent_without_charge(opened: Any, path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1, reply=b"reply 1")
     train(ledger, proposal(run="other"), 1, reply=b"reply of the other")
@@ -110,7 +110,7 @@ def test_the_newest_reply_of_a_run_is_kept_and_given_again_for_nothing(opened: A
 
 
 @pytest.mark.parametrize("kept_back", [1, 2], ids=["interrupted", "never asked"])
-def test_a_question_that_was_kept_back_is_not_charged_after_a_later_round(opened: Any, kept_back: int) -> None:
+def test_delayed_request_for_an_earlier_round_is_not_charged(opened: Any, kept_back: int) -> None:
     reserve(opened(), proposal(), 1)
     train(
         opened(), proposal(), 1 if kept_back == 2 else 2
@@ -123,7 +123,7 @@ def test_a_question_that_was_kept_back_is_not_charged_after_a_later_round(opened
 
 
 @pytest.mark.parametrize("sql", ["UPDATE replies SET reply = x'00'", "DELETE FROM replies"])
-def test_a_reply_that_was_changed_is_not_sent(opened: Any, path: Path, sql: str) -> None:
+def test_tampered_reply_is_not_sent(opened: Any, path: Path, sql: str) -> None:
     train(opened(), proposal(), 1)
     tamper(path, sql)
     assert reason_of(opened().reserve, proposal(), round=1, request="digest r 1") is Reason.REPLY_NO_LONGER_STORED
@@ -133,7 +133,7 @@ def test_a_reply_that_was_changed_is_not_sent(opened: Any, path: Path, sql: str)
 # Receipts and records.
 
 
-def test_a_receipt_counts_rounds_without_a_reply(opened: Any) -> None:
+def test_receipt_counts_rounds_without_a_reply(opened: Any) -> None:
     ledger = opened()
     nothing = ledger.receipt("r")
     assert (nothing.charged_rounds, nothing.sequence) == (0, 2)
@@ -145,7 +145,7 @@ def test_a_receipt_counts_rounds_without_a_reply(opened: Any) -> None:
     assert receipt.is_signed()
 
 
-def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Any, path: Path) -> None:
+def test_receipt_hides_the_chain_head(opened: Any, path: Path) -> None:
     # Whoever knows the hash could test a guess of what the ledger holds.
     reserve(opened(), proposal(), 1)
     receipt = opened().receipt("r")
@@ -153,7 +153,7 @@ def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Any, path: Path
     assert opened().receipt("r") == receipt, "the same state has the same receipt"
 
 
-def test_a_refusal_is_recorded_and_costs_nothing(opened: Any, path: Path) -> None:
+def test_refusal_is_recorded_and_costs_nothing(opened: Any, path: Path) -> None:
     opened().refuse(refusal_of(opened(), proposal(rank=9)), run="r", round=1, request="digest r 1", lead="ab")
     last = verify(path).events[-1]
     assert (last.kind, last.run, last.round, last.request) == (Kind.REFUSAL, "r", 1, "digest r 1")
@@ -162,7 +162,9 @@ def test_a_refusal_is_recorded_and_costs_nothing(opened: Any, path: Path) -> Non
 
 
 @pytest.mark.parametrize("limit", ["MOST_ANSWERS_A_DAY", "MOST_STRANGERS_A_DAY"])
-def test_refusals_cannot_fill_a_disk(opened: Any, path: Path, clock: Any, monkeypatch: Any, limit: str) -> None:
+def test_recorded_refusals_are_limited_per_day_and_in_length(
+    opened: Any, path: Path, clock: Any, monkeypatch: Any, limit: str
+) -> None:
     monkeypatch.setattr(ledger_module, limit, 3)
     refused = Refused(Reason.LEADS if "STRANGERS" in limit else Reason.TASKS, asked="x" * 100_000)
     for _ in range(3):
@@ -177,7 +179,7 @@ def test_refusals_cannot_fill_a_disk(opened: Any, path: Path, clock: Any, monkey
 # Who is asked for: one budget for one population.
 
 
-def test_nothing_but_the_population_has_a_budget(opened: Any) -> None:
+def test_all_data_sets_share_the_budget_of_the_population(opened: Any) -> None:
     # Ten rounds fit: another run, data set, path of the data or declared size starts no new ones.
     train(opened(), proposal(plan={"num_rounds": 4}), 1)
     moved = (Dataset(id="notes", declared_size=9000, path="moved.csv"), Dataset(id="new", declared_size=10))
@@ -192,7 +194,7 @@ def test_nothing_but_the_population_has_a_budget(opened: Any) -> None:
 FIRST = ("notes", "notes.csv", "who")
 
 
-def test_a_ledger_is_of_one_population_unit_site_and_delta(opened: Any, path: Path) -> None:
+def test_population_unit_site_and_delta_of_a_ledger_are_fixed(opened: Any, path: Path) -> None:
     opened()
     for key, other in (
         ("population.name", policy(population={"name": "staff"})),
@@ -205,7 +207,7 @@ def test_a_ledger_is_of_one_population_unit_site_and_delta(opened: Any, path: Pa
     assert kinds_of(path) == OPENED
 
 
-def test_a_column_says_who_a_user_is_for_ever(opened: Any, path: Path) -> None:
+def test_user_column_of_a_data_set_cannot_change(opened: Any, path: Path) -> None:
     opened(policy=of_users(FIRST))
     opened(policy=of_users(("other", "other.csv", "who")))  # a detour
     for refused, by in (
@@ -227,7 +229,7 @@ def test_a_column_says_who_a_user_is_for_ever(opened: Any, path: Path) -> None:
 # Caps.
 
 
-def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Any) -> None:
+def test_whole_plan_is_reserved_when_its_first_round_is_accepted(opened: Any) -> None:
     train(opened(), proposal(plan={"num_rounds": 6}), 1)
     refused = refusal_of(opened(), proposal(run="2"))
     assert (refused.reason, refused.asked) == (Reason.MAX_EPSILON, "11.4859")
@@ -236,7 +238,7 @@ def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Any)
     assert refusal_of(opened(), proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
 
 
-def test_spare_rounds_are_set_aside_with_the_others(opened: Any) -> None:
+def test_spare_rounds_are_reserved_with_the_planned_rounds(opened: Any) -> None:
     # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
     with_spare = proposal(plan={"num_rounds": 3, "spare_rounds": 3})
     train(opened(), with_spare, 1)
@@ -248,14 +250,14 @@ def test_spare_rounds_are_set_aside_with_the_others(opened: Any) -> None:
     assert opened().history.charged() == events.grouped([with_spare.plan.event()] * 7), "one of them of the other run"
 
 
-def test_a_run_is_let_in_only_with_room_for_its_spare_rounds(opened: Any) -> None:
+def test_run_is_accepted_only_if_its_spare_rounds_fit_the_budget(opened: Any) -> None:
     assert refusal_of(opened(), proposal(plan={"num_rounds": 10, "spare_rounds": 1})).reason is Reason.MAX_EPSILON
     assert not opened().history.runs
     train(opened(), proposal(plan={"num_rounds": 9, "spare_rounds": 1}), 1)
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["ended", "expired"])
-def test_a_run_that_is_over_frees_what_it_did_not_spend(opened: Any, clock: Any, ends: bool) -> None:
+def test_finished_runs_release_their_unspent_reserve(opened: Any, clock: Any, ends: bool) -> None:
     ledger, ten = opened(), proposal(plan={"num_rounds": 10})
     train(ledger, ten, 1)
     clock.forward(days=29, hours=23)
@@ -270,7 +272,7 @@ def test_a_run_that_is_over_frees_what_it_did_not_spend(opened: Any, clock: Any,
     assert ledger.reserve(ten, round=1, request="digest r 1") == b"reply"
 
 
-def test_a_run_ends_once_and_an_unknown_one_never_and_a_round_in_flight_is_committed(opened: Any, path: Path) -> None:
+def test_run_ends_once_and_its_round_in_flight_is_committed(opened: Any, path: Path) -> None:
     granted = reserve(opened(), proposal(), 1)
     for run in ("r", "r", "unknown"):
         opened().end(run)
@@ -279,7 +281,7 @@ def test_a_run_ends_once_and_an_unknown_one_never_and_a_round_in_flight_is_commi
     assert opened().reserve(proposal(), round=1, request="digest r 1") == b"reply"
 
 
-def test_no_receipt_says_that_a_run_has_ended_by_the_clock_alone(opened: Any, clock: Any) -> None:
+def test_receipt_does_not_report_expiry_as_the_end_of_a_run(opened: Any, clock: Any) -> None:
     train(opened(), proposal(), 1)
     clock.forward(days=31)
     assert refusal_of(opened(), proposal(), 2).reason is Reason.RUN_ENDED
@@ -290,7 +292,7 @@ def test_no_receipt_says_that_a_run_has_ended_by_the_clock_alone(opened: Any, cl
     assert opened().receipt("r").ended
 
 
-def test_a_clock_set_back_reopens_no_expired_run(opened: Any, clock: Any) -> None:
+def test_setting_the_clock_back_does_not_reopen_an_expired_run(opened: Any, clock: Any) -> None:
     train(opened(), proposal(), 1)
     clock.forward(days=31)
     train(opened(), proposal(run="2"), 1)
@@ -298,7 +300,7 @@ def test_a_clock_set_back_reopens_no_expired_run(opened: Any, clock: Any) -> Non
     assert refusal_of(opened(), proposal(), 2).reason is Reason.RUN_ENDED
 
 
-def test_a_period_holds_what_open_runs_may_still_spend_in_it(opened: Any, clock: Any) -> None:
+def test_period_cap_reserves_what_open_runs_may_still_spend(opened: Any, clock: Any) -> None:
     four = filter.epsilon_filter([proposal().plan.event()] * 4, order=opened().history.order, delta=1e-5)
     monthly = policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
     train(opened(policy=monthly, server=clock.time), proposal(plan={"num_rounds": 3}), 1)
@@ -308,7 +310,7 @@ def test_a_period_holds_what_open_runs_may_still_spend_in_it(opened: Any, clock:
     train(opened(policy=monthly, server=clock.time), asked, 1)
 
 
-def test_a_lower_cap_stops_a_run_although_its_rounds_were_set_aside(opened: Any, path: Path) -> None:
+def test_lowering_the_cap_stops_a_run_with_reserved_rounds(opened: Any, path: Path) -> None:
     train(opened(), asked := proposal(plan={"num_rounds": 10}), 1)
     three = filter.epsilon_filter([asked.plan.event()] * 3, order=opened().history.order, delta=1e-5)
     lower = policy(budget={"max_epsilon": three + 1e-9})
@@ -327,12 +329,12 @@ def test_a_lower_cap_stops_a_run_although_its_rounds_were_set_aside(opened: Any,
         ({"budget": {"max_epsilon_per_run": 1.0}}, Reason.MAX_EPSILON_PER_RUN),
     ],
 )
-def test_a_stricter_policy_stops_a_running_run(opened: Any, change: dict[str, Any], reason: Reason) -> None:
+def test_stricter_policy_stops_a_running_run(opened: Any, change: dict[str, Any], reason: Reason) -> None:
     train(opened(), proposal(), 1)
     assert refusal_of(opened(policy=policy(**change)), proposal(), 2).reason is reason
 
 
-def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Any, path: Path) -> None:
+def test_policy_changes_are_recorded_with_their_digests(opened: Any, path: Path) -> None:
     other, told = policy(limits={"max_rounds": 4}), policy(about=AboutSpec(curator="a hospital"))
     for each in (policy(), policy(), told, other, other, policy()):  # words for a register are no other policy
         opened(policy=each)
@@ -341,7 +343,7 @@ def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Any, path: P
     assert [cap for _, cap, _ in opened().history.policies] == [11.0] * 3
 
 
-def test_another_reference_does_not_move_the_filters_order(opened: Any) -> None:
+def test_changing_the_reference_keeps_the_order_of_the_filter(opened: Any) -> None:
     order = opened().history.order
     reference = dataclasses.replace(policy().budget.reference, noise_multiplier=30.0)
     assert opened(policy=policy(budget={"reference": reference})).history.order == order
@@ -349,7 +351,7 @@ def test_another_reference_does_not_move_the_filters_order(opened: Any) -> None:
     assert filter.best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
 
 
-def test_without_a_cap_alone_a_run_without_privacy_is_accepted(opened: Any, path: Path) -> None:
+def test_run_without_privacy_is_accepted_only_without_a_cap(opened: Any, path: Path) -> None:
     unlimited = policy(budget={"max_epsilon": math.inf}, limits={"min_noise_multiplier": 0.0})
     train(opened(policy=unlimited), proposal(plan={"noise_multiplier": 0.0}), 1)
     assert opened(policy=unlimited).history.epsilon() == math.inf
@@ -358,7 +360,7 @@ def test_without_a_cap_alone_a_run_without_privacy_is_accepted(opened: Any, path
     assert (refused.reason, refused.asked) == (Reason.MAX_EPSILON, "inf")
 
 
-def test_a_seeded_run_marks_the_ledger_for_ever(opened: Any) -> None:
+def test_seeded_run_marks_the_ledger_permanently(opened: Any) -> None:
     study = policy(allow={"seeded_noise": True})
     assert not opened(policy=study).history.seeded
     train(opened(policy=study), proposal(seeded_noise=True), 1)
@@ -367,7 +369,7 @@ def test_a_seeded_run_marks_the_ledger_for_ever(opened: Any) -> None:
     assert opened().history.seeded
 
 
-def test_a_frozen_population_takes_part_in_nothing(opened: Any, path: Path) -> None:
+def test_frozen_population_refuses_every_request(opened: Any, path: Path) -> None:
     train(opened(), proposal(), 1)
     in_flight = reserve(opened(), proposal(), 2)
     opened().freeze("two people asked to be left out")
@@ -382,7 +384,7 @@ def test_a_frozen_population_takes_part_in_nothing(opened: Any, path: Path) -> N
     assert opened(policy=policy(budget={"max_epsilon": 100.0})).history.frozen
 
 
-def test_an_offer_is_the_most_that_would_be_accepted(opened: Any, path: Path) -> None:
+def test_offer_is_the_largest_acceptable_plan(opened: Any, path: Path) -> None:
     train(opened(), proposal(plan={"num_rounds": 6}), 1)
     asked = proposal(run="2", plan={"num_rounds": 8})
     offer = opened().offer(asked)
@@ -395,7 +397,7 @@ def test_an_offer_is_the_most_that_would_be_accepted(opened: Any, path: Path) ->
     assert refusal_of(opened(), too_little).reason is Reason.MAX_EPSILON
 
 
-def test_an_offer_is_recorded_and_charges_and_holds_nothing(opened: Any, path: Path) -> None:
+def test_offer_is_recorded_without_charging_or_reserving_budget(opened: Any, path: Path) -> None:
     assert reason_of(opened().offer, proposal(rank=9)) is Reason.MAX_RANK, "no rounds and no noise would mend that"
     opened().offer(proposal(plan={"num_rounds": 20}))
     last = verify(path).events[-1]
@@ -405,7 +407,7 @@ def test_an_offer_is_recorded_and_charges_and_holds_nothing(opened: Any, path: P
     reserve(opened(), proposal(plan={"num_rounds": 10}), 1)
 
 
-def test_a_ledger_opened_under_an_older_policy_stops(opened: Any) -> None:
+def test_ledger_opened_under_an_older_policy_raises_a_run_error(opened: Any) -> None:
     ledger = opened()
     opened(policy=policy(limits={"max_rounds": 3}))
     for ask in (lambda: ledger.reserve(proposal(), round=1, request="q"), lambda: ledger.offer(proposal())):

@@ -34,7 +34,7 @@ class PowerCut(Exception):
     """What a test raises where a crash would strike."""
 
 
-def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -> None:
+def test_rollback_journal_and_full_synchronization_are_enabled(path: Path) -> None:
     path.parent.mkdir()
     with store.writing(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
@@ -44,7 +44,7 @@ def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -
         assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
 
 
-def test_nothing_is_left_beside_the_ledger_and_only_its_owner_can_read_it(opened: Any, path: Path) -> None:
+def test_ledger_leaves_no_extra_files_and_is_readable_only_by_owner(opened: Any, path: Path) -> None:
     anchor = path.parent / "anchor.json"
     train(opened(anchor=anchor), proposal(), 1)
     verify(path)
@@ -57,7 +57,7 @@ def test_nothing_is_left_beside_the_ledger_and_only_its_owner_can_read_it(opened
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
+def test_events_table_rejects_updates_deletes_and_wrong_types(opened: Any, path: Path) -> None:
     opened()
     with contextlib.closing(sqlite3.connect(path)) as file:
         for statement in ("UPDATE events SET run = 'x'", "DELETE FROM events WHERE sequence = 1"):
@@ -71,7 +71,7 @@ def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize("struck", ["insert", "writing"])
-def test_a_crash_within_a_transaction_undoes_it(opened: Any, path: Path, monkeypatch: Any, struck: str) -> None:
+def test_crash_within_a_transaction_rolls_it_back(opened: Any, path: Path, monkeypatch: Any, struck: str) -> None:
     ledger = opened()
     train(ledger, proposal(), 1, reply=b"reply 1")
     granted = reserve(ledger, proposal(), 2)
@@ -121,7 +121,7 @@ with store.writing(Path(sys.argv[1])) as file:
 
 
 @pytest.mark.parametrize("first", ["verify", "ledger"])
-def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(opened: Any, path: Path, first: str) -> None:
+def test_ledger_is_unchanged_after_its_writer_is_killed(opened: Any, path: Path, first: str) -> None:
     reserve(ledger := opened(), proposal(), 1)
     before = path.read_bytes()
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, timeout=60, check=False)
@@ -139,7 +139,7 @@ def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(opened: An
 # What cannot be written, or is no ledger.
 
 
-def test_on_a_full_disk_nothing_is_charged_in_memory_alone(opened: Any, path: Path, monkeypatch: Any) -> None:
+def test_full_disk_leaves_no_charge_in_memory(opened: Any, path: Path, monkeypatch: Any) -> None:
     ledger, whole = opened(), store.writing
     granted = reserve(ledger, proposal(), 1)
 
@@ -167,7 +167,7 @@ def test_on_a_full_disk_nothing_is_charged_in_memory_alone(opened: Any, path: Pa
 
 
 @pytest.mark.parametrize("blocked", ["folder is a file", "file is a folder", "folder cannot be made"])
-def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, blocked: str) -> None:
+def test_ledger_that_cannot_be_created_raises_a_run_error(opened: Any, path: Path, blocked: str) -> None:
     if blocked == "folder is a file":
         path.parent.write_bytes(b"")
     elif blocked == "file is a folder":
@@ -180,7 +180,7 @@ def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, bl
         opened(path=path)
 
 
-def test_a_transaction_shuts_others_out_before_it_reads(opened: Any, path: Path) -> None:
+def test_transaction_locks_the_ledger_before_reading(opened: Any, path: Path) -> None:
     # Or two could both see room, and one of them would fail when it writes.
     opened()
     with store.writing(path), contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
@@ -191,7 +191,7 @@ def test_a_transaction_shuts_others_out_before_it_reads(opened: Any, path: Path)
         pass
 
 
-def test_a_ledger_that_another_holds_for_too_long_is_a_run_error(opened: Any, path: Path, monkeypatch: Any) -> None:
+def test_ledger_locked_for_too_long_raises_a_run_error(opened: Any, path: Path, monkeypatch: Any) -> None:
     ledger = opened()
     monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -205,7 +205,7 @@ def test_a_ledger_that_another_holds_for_too_long_is_a_run_error(opened: Any, pa
     "content",
     [b"no database at all, but longer than the hundred bytes of a header. " * 4, b"SQLite format 3\0" + bytes(84)],
 )
-def test_another_file_is_a_run_error_and_stays_as_it_is(opened: Any, path: Path, content: bytes) -> None:
+def test_non_ledger_file_raises_a_run_error_and_stays_unchanged(opened: Any, path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(RunError, match=r"nothing is trained without it|does not have a ledger's tables"):
@@ -215,7 +215,7 @@ def test_another_file_is_a_run_error_and_stays_as_it_is(opened: Any, path: Path,
         verify(path)
 
 
-def test_a_truncated_file_is_a_run_error(opened: Any, path: Path) -> None:
+def test_truncated_ledger_file_raises_a_run_error(opened: Any, path: Path) -> None:
     train(ledger := opened(), proposal(), 1, reply=bytes(50_000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=2, request="q")):
@@ -232,7 +232,7 @@ def test_a_truncated_file_is_a_run_error(opened: Any, path: Path) -> None:
         *("CREATE TRIGGER more AFTER INSERT ON events BEGIN DELETE FROM replies; END", "PRAGMA application_id = 5"),
     ],
 )
-def test_other_tables_than_a_ledgers_are_a_run_error(opened: Any, path: Path, statement: str) -> None:
+def test_unexpected_database_schema_raises_a_run_error(opened: Any, path: Path, statement: str) -> None:
     ledger = opened()
     with contextlib.closing(sqlite3.connect(path)) as file:
         file.execute(statement)
@@ -242,7 +242,7 @@ def test_other_tables_than_a_ledgers_are_a_run_error(opened: Any, path: Path, st
             check()
 
 
-def test_a_ledger_found_damaged_is_not_left_locked(opened: Any, path: Path) -> None:
+def test_damaged_ledger_is_not_left_locked(opened: Any, path: Path) -> None:
     opened()
     tamper(path, "UPDATE events SET detail = ''")
     with pytest.raises(RunError) as of_opening:
@@ -254,7 +254,7 @@ def test_a_ledger_found_damaged_is_not_left_locked(opened: Any, path: Path) -> N
     del of_opening, of_verifying  # until here they held their frames, and all that these hold
 
 
-def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(opened: Any, path: Path) -> None:
+def test_one_of_eight_racing_processes_gets_the_last_round(opened: Any, path: Path) -> None:
     """Twice: for the last room under the cap, each with a run of its own; then for the last round of one run."""
     processes, anchor = multiprocessing.get_context("fork"), path.with_name("anchor.json")
     gate, told = processes.Barrier(8), processes.SimpleQueue()
@@ -285,7 +285,7 @@ def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(opened: Any,
     assert verified.history.charged() == events.grouped([shared.plan.event()] * 3)
 
 
-def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(opened: Any, monkeypatch: Any) -> None:
+def test_concurrent_charge_between_transactions_cannot_exceed_the_plan(opened: Any, monkeypatch: Any) -> None:
     one, other, two_rounds = opened(), opened(), proposal(plan={"num_rounds": 2})
     refusals, original = list[Reason](), EventStore.transaction
 
@@ -306,7 +306,7 @@ def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(opened: 
 # Writing a file whole.
 
 
-def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkeypatch: Any) -> None:
+def test_full_disk_error_names_the_file_and_leaves_no_partial_write(tmp_path: Path, monkeypatch: Any) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(durable.os, "fsync", Mock(side_effect=full))
     with pytest.raises(OSError, match="No space") as caught:
@@ -321,7 +321,7 @@ def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkey
     assert what_is_full(OSError(errno.EACCES, os.strerror(errno.EACCES), "file")) is None
 
 
-def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(tmp_path: Path, monkeypatch: Any) -> None:
+def test_durable_write_syncs_the_file_before_renaming_and_the_folder_after(tmp_path: Path, monkeypatch: Any) -> None:
     order: list[str] = []
     replace = os.replace
 
@@ -338,7 +338,7 @@ def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(tm
     assert order == ["bytes", "name", "folder"]
 
 
-def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_writers_of_one_file_do_not_mix_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
     def other_first(source: Path, target: Path) -> None:
@@ -353,7 +353,7 @@ def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path, monkeypatc
     assert (tmp_path / "file").read_bytes() == b"of this one"
 
 
-def test_a_refusal_leaves_file_and_anchor_as_they_are(opened: Any, path: Path) -> None:
+def test_refused_request_leaves_ledger_and_anchor_unchanged(opened: Any, path: Path) -> None:
     anchor = path.with_name("anchor.json")
     ledger = opened(anchor=anchor)
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)]

@@ -24,14 +24,14 @@ EXACT = json.loads(exact_delta.FILE.read_text(encoding="utf-8"))
 @pytest.mark.parametrize(
     ("width", "row"), [*((COARSE, row) for row in EXACT), *((FINE, row) for row in EXACT[::4])], ids=str
 )
-def test_epsilon_is_never_below_the_exact_one_and_little_above(width: float, row: dict[str, float]) -> None:
+def test_epsilon_is_a_tight_upper_bound_on_the_exact_value(width: float, row: dict[str, float]) -> None:
     event = events.dp_sgd(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))
     found = epsilon_pld([event], row["delta"], interval=width)
     assert row["epsilon"] <= found <= row["epsilon"] + row["steps"] * width**2 + width
 
 
 @pytest.mark.parametrize("row", EXACT[::5], ids=lambda row: f"{row['rate']}-{row['delta']}")
-def test_the_reference_has_eight_digits(row: dict[str, float]) -> None:
+def test_reference_deltas_are_accurate_to_eight_digits(row: dict[str, float]) -> None:
     assert exact_delta.delta(row["rate"], row["noise"], int(row["steps"]), row["epsilon"]) == pytest.approx(
         row["delta"], rel=1e-8
     )
@@ -50,7 +50,7 @@ def no_plan_s_epsilon_is_below_the_exact_one(rate: float, noise: float, steps: i
 
 
 @pytest.mark.parametrize(("plans", "most"), [(4, 1e4), pytest.param(40, 1e6, marks=pytest.mark.nightly)])
-def test_no_plan_s_epsilon_is_below_the_exact_one(plans: int, most: float) -> None:
+def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, most: float) -> None:
     drawn = given(
         rate=st.floats(math.log(1e-4), 0).map(math.exp),
         noise=st.floats(math.log(0.5), math.log(30)).map(math.exp),
@@ -61,7 +61,7 @@ def test_no_plan_s_epsilon_is_below_the_exact_one(plans: int, most: float) -> No
     few(drawn(no_plan_s_epsilon_is_below_the_exact_one))()
 
 
-def test_what_a_run_at_a_tiny_delta_spends_is_not_hidden_by_rounding() -> None:
+def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
     """Before: 9.32 of 10.83 on one grid, and a cap of 10.75 let it in."""
     event = [events.dp_sgd(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
     assert epsilon_above(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
@@ -70,7 +70,7 @@ def test_what_a_run_at_a_tiny_delta_spends_is_not_hidden_by_rounding() -> None:
 
 @pytest.mark.parametrize("adding", [False, True])
 @pytest.mark.parametrize(("rate", "noise"), [(0.01, 1.0), (0.3, 0.5), (1.0, 4.0), (1e-5, 30.0), (0.999, 0.2)])
-def test_a_step_s_own_delta_errs_by_less_than_is_counted(rate: float, noise: float, adding: bool) -> None:
+def test_rounding_error_of_one_step_stays_within_its_bound(rate: float, noise: float, adding: bool) -> None:
     """Measured: the proof takes it that scipy's tails and numpy's exponents keep to a few units in the last place."""
     width = 1e-3
     step = sampled_gaussian(rate, noise, width, adding=adding)
@@ -92,7 +92,7 @@ def test_a_step_s_own_delta_errs_by_less_than_is_counted(rate: float, noise: flo
 
 
 @pytest.mark.parametrize("tilt", [0.0, 2.0, 16.0])
-def test_composing_errs_by_less_than_is_counted(tilt: float) -> None:
+def test_rounding_error_of_composition_stays_within_its_bound(tilt: float) -> None:
     """Against direct sums, whose terms are all positive, so that each digit is right but for the last few."""
     width, count = 0.05, 128
     for order in Composition([(0.2, 1.0, count)], width)._orders:
@@ -108,7 +108,7 @@ def test_composing_errs_by_less_than_is_counted(tilt: float) -> None:
             assert abs(claimed - true) <= tail.rounding[place] + 1e-11 * true
 
 
-def test_a_delta_that_the_arithmetic_does_not_carry_is_refused() -> None:
+def test_deltas_below_numerical_precision_are_refused() -> None:
     settings = {"unit": "record", "sampling_rate": 0.1, "noise_multiplier": 1.0, "max_grad_norm": 1.0}
     Plan(**settings, delta=2e-18, local_steps=10, num_rounds=100)
     with pytest.raises(ConfigError, match=r"^delta = 1e-19: must be at least 1e-18: .* for 1000 steps"):
@@ -126,7 +126,7 @@ def test_a_delta_that_the_arithmetic_does_not_carry_is_refused() -> None:
         (0.0001, 1.0, 1_000_000, 1e-5, False),
     ],
 )
-def test_epsilon_is_the_smaller_one_of_both_grids(
+def test_epsilon_is_the_smaller_value_of_both_grids(
     rate: float, noise: float, steps: int, delta: float, coarse_is_less: bool
 ) -> None:
     """Rounding can outweigh the finer grid; before, the larger figure was shown, and a cap between both refused."""

@@ -17,7 +17,7 @@ def stream(*purpose: str | int) -> RandomStream:
     return SeededRandomness(99).stream(*purpose)
 
 
-def test_indices_are_ascending_once_each_and_another_record_changes_no_other_s() -> None:
+def test_poisson_sample_is_sorted_and_stable_when_a_record_is_added() -> None:
     fewer, more = (poisson_sample(count, 0.4, stream("prefix")) for count in (500, 501))
     assert (np.diff(fewer) > 0).all()
     assert 0 <= fewer.min() <= fewer.max() < 500
@@ -37,7 +37,9 @@ def nothing(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("sensitivity", [None, 8.0, 0.25])
-def test_noise_has_exactly_the_stated_deviation(monkeypatch: pytest.MonkeyPatch, sensitivity: float | None) -> None:
+def test_noise_has_exactly_the_configured_standard_deviation(
+    monkeypatch: pytest.MonkeyPatch, sensitivity: float | None
+) -> None:
     given = {} if sensitivity is None else {"sensitivity": sensitivity}  # a clip norm unless it is told otherwise
     zeros, asked = {name: nothing(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
 
@@ -54,13 +56,13 @@ def test_noise_has_exactly_the_stated_deviation(monkeypatch: pytest.MonkeyPatch,
     assert len(asked) == 3 * 4
 
 
-def test_the_grid_has_so_many_cells_in_a_clip_norm() -> None:
+def test_grid_has_two_to_the_24_cells_per_clip_norm() -> None:
     assert GRID_BITS == 24
     for clip in (1.0, 0.1, 3e-5, 1e4):
         assert Fraction(cell(clip)) * C_IN_CELLS == Fraction(clip), "exact: a power of two"
 
 
-def test_noise_is_added_to_the_sum_and_leaves_it_alone() -> None:
+def test_noise_is_added_without_modifying_the_input_sum() -> None:
     # Beyond what float64 tells apart: the sum is never made a float.
     sums = {"a": 2**55 + 1 - np.arange(6).reshape(2, 3) * 2**54}
     kept = sums["a"].copy()
@@ -89,7 +91,7 @@ def cells_of(scores: list[float]) -> tuple[int, int]:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(others=st.lists(unit_scores, max_size=8), one=unit_scores)
-def test_one_unit_moves_the_scores_by_at_most_root_two_exactly(others: list[float], one: float) -> None:
+def test_one_unit_changes_score_and_count_by_at_most_root_two(others: list[float], one: float) -> None:
     fewer, more = cells_of(others), cells_of([*others, one])
     moved = more[0] - fewer[0], more[1] - fewer[1]
     assert moved[1] == C_IN_CELLS
@@ -97,14 +99,14 @@ def test_one_unit_moves_the_scores_by_at_most_root_two_exactly(others: list[floa
     assert moved[0] ** 2 + moved[1] ** 2 <= 2 * C_IN_CELLS**2, "in whole numbers"
 
 
-def test_a_score_is_rounded_down_to_the_grid() -> None:
+def test_scores_are_rounded_down_to_the_grid() -> None:
     for score in (0.3, 1 - 2**-25, 2**-24, 2**-25, np.nextafter(1.0, 0.0)):
         assert cells_of([score])[0] == int(Fraction(score) * C_IN_CELLS)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(noise_multiplier=st.floats(1e-6, 1e9))
-def test_scores_and_count_have_each_noise_of_their_own_not_smaller_than_stated(noise_multiplier: float) -> None:
+def test_score_and_count_receive_independent_noise_of_the_stated_size(noise_multiplier: float) -> None:
     asked, noise = list[float](), np.array([5, 7]) * C_IN_CELLS
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RandomStream, "rounded_normal", lambda _, count, deviation: asked.append(deviation) or noise)
@@ -115,14 +117,14 @@ def test_scores_and_count_have_each_noise_of_their_own_not_smaller_than_stated(n
     assert stated <= Fraction(deviation) ** 2 <= stated * (1 + Fraction(1, 2**50))
 
 
-def test_scores_are_clamped_and_what_is_no_number_counts_as_zero() -> None:
+def test_scores_are_clamped_and_non_finite_values_count_as_zero() -> None:
     scores = np.array([0.25, 3.0, -2.0, np.nan, np.inf, -np.inf])
     np.testing.assert_allclose(before_noise(scores), [1.25, 6.0])
     np.testing.assert_allclose(before_noise(scores, declared_size=8.0), [1.25 / 8, 6.0 / 8])
     assert np.isnan(scores[3]), "the caller's array is left alone"
 
 
-def test_scores_are_released_only_where_they_are_asked_for_and_noised() -> None:
+def test_scores_are_released_only_with_noise_and_on_request() -> None:
     assert PrivacySpec(sampling_rate=1.0).private
     assert not PrivacySpec(mechanism="none").private
     assert PrivacySpec().metrics_noise == 0

@@ -54,7 +54,7 @@ def error_of(path: Path, *edits: tuple[str, str]) -> str:
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-def test_a_policy_survives_its_file(tmp_path: Path) -> None:
+def test_policy_round_trips_through_its_file(tmp_path: Path) -> None:
     for each in (
         policy(),
         policy(budget={"max_epsilon": math.inf, "max_epsilon_per_run": 3, "max_epsilon_per_period": 9.5}),
@@ -65,7 +65,7 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
         assert policy_of(json.loads(json.dumps(each.to_json()))) == each
 
 
-def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, filled_in: Path) -> None:
+def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_in: Path) -> None:
     left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False, "reply_after_s": 600.0}
     lines = site_toml.read_text().splitlines(keepends=True)
     site_toml.write_text("".join(line for line in lines if line.partition(" = ")[0] not in left_out))
@@ -78,7 +78,9 @@ def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, fille
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.text(max_size=12), role=st.text(min_size=1, max_size=5), number=st.floats(1e-300, 1e300))
-def test_any_text_and_number_survives_the_file(tmp_path_factory: Any, text: str, role: str, number: float) -> None:
+def test_arbitrary_text_and_numbers_round_trip_through_the_policy_file(
+    tmp_path_factory: Any, text: str, role: str, number: float
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.toml"
     data = (Dataset(id="d", declared_size=9, path=text, columns={role: text}),)
     limits = {"min_grad_norm": number, "max_grad_norm": number}
@@ -88,11 +90,11 @@ def test_any_text_and_number_survives_the_file(tmp_path_factory: Any, text: str,
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: str(mistake["new"] or mistake["old"]))
-def test_a_mistake_names_file_key_value_and_what_would_be_right(site_toml: Path, mistake: dict[str, str]) -> None:
+def test_policy_error_names_the_file_key_value_and_remedy(site_toml: Path, mistake: dict[str, str]) -> None:
     assert error_of(site_toml, (mistake["old"], mistake["new"])).startswith(mistake["told"])
 
 
-def test_a_value_or_a_table_in_the_wrong_place_is_named(site_toml: Path, tmp_path: Path) -> None:
+def test_misplaced_values_and_tables_are_named_in_the_error(site_toml: Path, tmp_path: Path) -> None:
     text = site_toml.read_text()
     site_toml.write_text("asserted = true\n" + text.replace("[asserted]\nno_person_at_another_site = true\n", ""))
     assert error_of(site_toml) == "asserted = true: must be a table, as in [asserted]"
@@ -102,7 +104,7 @@ def test_a_value_or_a_table_in_the_wrong_place_is_named(site_toml: Path, tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"site = ", b"[budget\n", b'site = "a"\nsite = "b"', b"\xff\xfe"])
-def test_what_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes) -> None:
+def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "site.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"policy = '.*site\.toml': must be TOML"):
@@ -115,7 +117,7 @@ def test_what_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes) -> No
             policy_of(fields)
 
 
-def test_no_key_is_read_twice_or_forgotten(site_toml: Path) -> None:
+def test_policy_file_keys_match_the_policy_fields(site_toml: Path) -> None:
     # Each table of the file has exactly the fields of its class.
     table = tomllib.loads(site_toml.read_text())
     assert set(table) == {field.name for field in dataclasses.fields(Policy)}
@@ -124,7 +126,7 @@ def test_no_key_is_read_twice_or_forgotten(site_toml: Path) -> None:
 @pytest.mark.parametrize(
     "left_out", ["no_person_at_another_site = true\n", "[asserted]\nno_person_at_another_site = true\n"]
 )
-def test_a_real_sites_person_says_whether_anybody_is_at_two_sites(site_toml: Path, left_out: str) -> None:
+def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path, left_out: str) -> None:
     true = "true (nobody of this population is among another site's records)"
     said = f"asserted.no_person_at_another_site: must be {true} or false (or not known)"
     site_toml.write_text(site_toml.read_text().replace(left_out, ""))
@@ -139,7 +141,7 @@ def test_a_real_sites_person_says_whether_anybody_is_at_two_sites(site_toml: Pat
     assert read_policy(site_toml) == made_up == policy_of(made_up.to_json())
 
 
-def test_the_template_names_every_key_and_explains_it(filled_in: Path) -> None:
+def test_template_lists_and_explains_every_key(filled_in: Path) -> None:
     table = tomllib.loads(filled_in.read_text())
     read = read_policy(filled_in)
     for name, spec in [("", read), *((field.name, getattr(read, field.name)) for field in dataclasses.fields(read))]:
@@ -154,7 +156,7 @@ def test_the_template_names_every_key_and_explains_it(filled_in: Path) -> None:
         before = line
 
 
-def test_the_template_lets_a_usual_run_through(tmp_path: Path, filled_in: Path) -> None:
+def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_in: Path) -> None:
     template = read_policy(filled_in)
     waits = changed(template, allow={"leads": (lead_key.public,)})
     usual, allow = template.budget.reference, template.allow

@@ -14,7 +14,7 @@ from fedtune.spec import ConfigError
 from .builders import OTHER, any_json, make_key, proposal
 
 
-def test_a_proposal_survives_json() -> None:
+def test_proposal_round_trips_through_json() -> None:
     scored = {"plan": {"metrics_noise_multiplier": 20.0}}
     for changes in ({}, {"start_adapter": "d" * 64}, {"target_modules": ()}, scored):
         each = proposal(**changes)
@@ -23,7 +23,7 @@ def test_a_proposal_survives_json() -> None:
         assert again.digest() == each.digest()
 
 
-def test_every_field_is_in_its_json_and_its_digest() -> None:
+def test_every_proposal_field_is_in_its_json_and_digest() -> None:
     changes = {**OTHER, "lead": make_key(3).public, "task": "generation", "base_model": "c" * 64, "dtype": "bfloat16"}
     changes |= {"plan": {"spare_rounds": 1}, "adapter": "dora"}
     fields = {field.name for field in dataclasses.fields(Proposal)}
@@ -35,7 +35,7 @@ def test_every_field_is_in_its_json_and_its_digest() -> None:
 
 @pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model", "dtype"])
 @pytest.mark.parametrize("value", ["", "x" * 301, "\ud800", "a\nb", "a\0b"])
-def test_what_is_no_text_is_refused(name: str, value: object) -> None:
+def test_unprintable_or_overlong_text_is_refused(name: str, value: object) -> None:
     # A lone surrogate cannot be written to a ledger; a line break would forge a line of a log.
     with pytest.raises(ConfigError, match=rf"^{name} = .*must be a printable text of 1 to 300 characters"):
         proposal(**{name: value})
@@ -43,7 +43,7 @@ def test_what_is_no_text_is_refused(name: str, value: object) -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data(), value=any_json())
-def test_any_other_value_is_a_config_error_or_another_proposal(data: st.DataObject, value: object) -> None:
+def test_changed_json_is_refused_or_read_as_another_proposal(data: st.DataObject, value: object) -> None:
     whole = proposal().to_json()
     plan_field = data.draw(st.sampled_from([None, *whole["plan"]]))
     if plan_field is None:

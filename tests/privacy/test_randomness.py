@@ -28,7 +28,7 @@ def stream(*purpose: str | int) -> RandomStream:
     return SeededRandomness(2024).stream(*purpose)
 
 
-def test_the_stream_is_the_aes_256_ctr_keystream_of_its_key() -> None:
+def test_random_stream_is_the_aes_256_ctr_keystream() -> None:
     key = bytes(range(32))
     reference = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(80))
     one = RandomStream(key)
@@ -37,14 +37,14 @@ def test_the_stream_is_the_aes_256_ctr_keystream_of_its_key() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.2, 0.5, 0.999])
-def test_bernoulli_has_its_rate_and_not_another(rate: float) -> None:
+def test_bernoulli_draws_have_the_requested_rate(rate: float) -> None:
     successes = int(stream("bernoulli", str(rate)).bernoulli(COUNT, rate).sum())
     assert stats.binomtest(successes, COUNT, rate).pvalue > ONCE_IN_A_MILLION
     if rate >= 0.2:
         assert stats.binomtest(successes, COUNT, 0.9 * rate).pvalue < ONCE_IN_A_MILLION
 
 
-def test_bernoulli_ends() -> None:
+def test_bernoulli_handles_extreme_rates_and_zero_draws() -> None:
     assert stream("ends").bernoulli(1000, 1.0).all()
     assert not stream("ends").bernoulli(1000, 0.0).any()
     assert stream("ends").bernoulli(0, 0.5).shape == (0,)
@@ -52,7 +52,7 @@ def test_bernoulli_ends() -> None:
 
 
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 3.0])
-def test_small_normal_values_have_the_exact_probability_of_every_cell(deviation: float) -> None:
+def test_rounded_normal_has_exact_cell_probabilities_at_small_deviations(deviation: float) -> None:
     values = stream("cells", str(deviation)).rounded_normal(COUNT, deviation)
     assert values.dtype == np.int64
     assert fits(values, deviation)
@@ -60,7 +60,7 @@ def test_small_normal_values_have_the_exact_probability_of_every_cell(deviation:
     assert not fits(values, 1.1 * deviation)
 
 
-def test_noise_of_no_deviation_is_nothing() -> None:
+def test_rounded_normal_is_zero_without_deviation() -> None:
     assert not stream("nothing").rounded_normal(1001, 0.0).any()
     ends = fed(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
     assert not ends.rounded_normal(6, 0.0).any()
@@ -118,7 +118,7 @@ def whole_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 37.5, 2.0**24, 1.3e9, 1e12])
-def test_values_are_those_of_the_same_bits_in_exact_arithmetic(deviation: float) -> None:
+def test_rounded_normal_matches_exact_arithmetic_on_the_same_bits(deviation: float) -> None:
     one = fed()
     found = one.rounded_normal(400, deviation).reshape(2, 200)
     for place, pair in enumerate(zip(one.drawn[:200], one.drawn[200:400], strict=True)):
@@ -126,7 +126,7 @@ def test_values_are_those_of_the_same_bits_in_exact_arithmetic(deviation: float)
     assert len(one.further) < 2 or deviation > 1e9, "more bits are asked for hardly ever"
 
 
-def test_a_value_next_to_the_middle_between_two_integers_is_decided_by_more_bits() -> None:
+def test_near_ties_in_rounding_are_resolved_by_further_bits() -> None:
     words = stream("ties").uniform64(2 * 600).tolist()
     rounded_in_float = 0
     for number, (radius, angle) in enumerate(zip(words[::2], words[1::2], strict=True)):
@@ -148,7 +148,7 @@ EXTREME = [*_LOW, *_HIGH]
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 1.7 * 2.0**24, 1e12])
-def test_floats_are_as_near_as_their_stated_error(deviation: float) -> None:
+def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None:
     """The bound by which a value counts as decided, at 500 random and 529 extreme pairs of words each."""
     draws = stream("error", str(deviation)).uniform64(1000).tolist()
     pairs = [*zip(draws[::2], draws[1::2], strict=True), *itertools.product(EXTREME, EXTREME)]
@@ -170,7 +170,7 @@ def test_floats_are_as_near_as_their_stated_error(deviation: float) -> None:
 
 
 @pytest.mark.parametrize("radius", [0, 2**64 - 1])
-def test_the_ends_of_the_uniforms_are_decided_by_more_bits(radius: int) -> None:
+def test_extreme_uniform_words_are_resolved_by_further_bits(radius: int) -> None:
     for angle in EXTREME:
         one = fed(radius, angle)
         found = tuple(one.rounded_normal(2, 2.0**24).tolist())
@@ -178,7 +178,7 @@ def test_the_ends_of_the_uniforms_are_decided_by_more_bits(radius: int) -> None:
         assert found == whole_pair(one.drawn, 2.0**24)
 
 
-def test_a_radius_next_to_zero_is_not_taken_for_zero() -> None:
+def test_radius_near_zero_is_not_rounded_to_zero() -> None:
     """Bits that become 1.0 in float64, whose logarithm is zero: their radius is up to 1e-8 for all that."""
     for radius in (2**64 - 1024, 2**64 - 512, 2**64 - 2):
         one = fed(radius, 0)
@@ -187,7 +187,7 @@ def test_a_radius_next_to_zero_is_not_taken_for_zero() -> None:
         assert found[0] > 100
 
 
-def test_zeros_ask_for_ever_more_bits_and_then_stop() -> None:
+def test_all_zero_words_request_a_bounded_number_of_further_bits() -> None:
     one = fed(0, 0, 0, 0, 0, 0, 9)
     assert one.rounded_normal(1, 1.0)[0] > 16
     assert len(one.drawn) == 2 + 2 * 4
@@ -195,7 +195,7 @@ def test_zeros_ask_for_ever_more_bits_and_then_stop() -> None:
         fed(*[0] * 200).rounded_normal(1, 1.0)
 
 
-def test_a_value_has_a_word_of_its_own_and_a_pair_in_doubt_four_more() -> None:
+def test_rounded_normal_uses_one_word_per_value_and_more_for_ties() -> None:
     for count in (1, 2, 9, 1000):
         one = fed()
         one.rounded_normal(count, 2.0**24)
@@ -205,14 +205,14 @@ def test_a_value_has_a_word_of_its_own_and_a_pair_in_doubt_four_more() -> None:
     assert len(in_doubt.drawn) in (8, 12)
 
 
-def test_system_streams_differ_whatever_their_purpose() -> None:
+def test_system_streams_differ_even_for_the_same_purpose() -> None:
     source = SystemRandomness()
     assert not source.seeded
     draws = {tuple(source.stream("site", 1, 1, "noise").uniform64(4).tolist()) for _ in range(50)}
     assert len(draws) == 50
 
 
-def test_system_keys_come_from_the_operating_system() -> None:
+def test_system_stream_keys_come_from_the_operating_system() -> None:
     with patch("fedtune.privacy.randomness.os.urandom", side_effect=lambda size: bytes(range(size))) as urandom:
         drawn = SystemRandomness().stream("noise").uniform64(4)
     urandom.assert_called_once_with(32)  # 256 bits for each stream
@@ -262,13 +262,13 @@ SOURCES = [path for package in PACKAGES for path in sorted(package.rglob("*.py")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[f"{path.parent.name}/{path.name}" for path in SOURCES])
-def test_no_generator_of_torch_or_numpy_is_near_privacy(path: Path) -> None:
+def test_privacy_code_uses_no_torch_or_numpy_generators(path: Path) -> None:
     # One draws the examples that a model is tried with, before any record is read, and the adapter and the weights that
     # it is tried at: none is secret, and nothing of it is released.
     assert bool(generators_in(path.read_text())) is (path.name == "preflight.py")
 
 
-def test_what_draws_made_up_examples_is_handed_to_no_private_step() -> None:
+def test_dummy_example_generators_are_unused_in_private_steps() -> None:
     """`training.preflight` is imported by what readies a model and by nothing that trains.
 
     And by the audit of sums over made-up records, of which no site knows; and by the devices of a site, which are tried
@@ -289,7 +289,7 @@ def test_what_draws_made_up_examples_is_handed_to_no_private_step() -> None:
     }
 
 
-def test_that_search_finds_generators() -> None:
+def test_generator_search_detects_common_random_calls() -> None:
     reached = ("np.random.normal(0, 1, 3)", "torch.randn(3)", "torch.Generator()", "torch.empty(3).normal_()")
     for source in ("import random", "from numpy.random import default_rng", *reached):
         assert generators_in(source), source

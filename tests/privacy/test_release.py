@@ -47,7 +47,7 @@ def encoded(header: object, body: bytes = b"") -> bytes:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(updates)
-def test_an_update_survives_its_bytes(update: Update) -> None:
+def test_update_round_trips_through_its_bytes(update: Update) -> None:
     data = update.to_bytes()
     again = Update.from_bytes(data)
     assert (again.site, again.run, again.round) == (update.site, update.run, update.round)
@@ -60,7 +60,7 @@ def test_an_update_survives_its_bytes(update: Update) -> None:
     assert again.to_bytes() == data
 
 
-def test_the_encoding_is_golden() -> None:
+def test_update_encoding_matches_golden_bytes() -> None:
     update = Update(site="a", run="r", round=2, tensors={"w": np.array([[1.0, -2.0]], dtype=np.float32)})
     header = b'{"site": "a", "run": "r", "round": 2, "tensors": [["w", [1, 2]]], "scores": null}'
     body = b"\0\0\x80\x3f\0\0\x00\xc0"
@@ -75,14 +75,14 @@ def test_the_encoding_is_golden() -> None:
     assert scored == MAGIC + b"\x58\0\0\0\0\0\0\0" + header.replace(b"null", b"[0.5, -2.0]") + body
 
 
-def test_every_truncation_is_a_config_error() -> None:
+def test_truncated_update_raises_a_config_error() -> None:
     data = small().to_bytes()
     for length in range(len(data)):
         with pytest.raises(ConfigError, match="must be an encoded update"):
             Update.from_bytes(data[:length])
 
 
-def test_every_flipped_bit_is_a_config_error_or_another_whole_update() -> None:
+def test_flipped_bits_raise_a_config_error_or_give_another_valid_update() -> None:
     data = small().to_bytes()
     header_end = data.index(b"}") + 1
     refused = 0
@@ -137,12 +137,12 @@ FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": [], "scores": None}
         encoded(FIELDS | {"tensors": {"bfloat16": "masked"}}, bytes(2)),
     ],
 )
-def test_anything_else_is_a_config_error(data: bytes) -> None:
+def test_malformed_update_bytes_raise_a_config_error(data: bytes) -> None:
     with pytest.raises(ConfigError, match="must be an encoded update"):
         Update.from_bytes(data)
 
 
-def test_what_may_leave_is_a_closed_list() -> None:
+def test_released_types_and_refusal_reasons_match_a_fixed_list() -> None:
     # Whoever adds a field has shown that it is noised, or comes from request, plan and ledger alone; a new reason tells
     # the server something about a site.  What is masked or rounded leaves in an update.
     listed = json.loads(Path(__file__).with_name("released.json").read_text())
@@ -157,7 +157,7 @@ def test_what_may_leave_is_a_closed_list() -> None:
         Reason("23 records were skipped")
 
 
-def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
+def test_refusal_carries_reason_and_requested_and_allowed_values() -> None:
     refused = Refused(Reason.PLAN_EXHAUSTED, asked=6, allowed=5)
     assert isinstance(refused, RefusedError)
     assert refused.exit_code == 3
@@ -179,7 +179,7 @@ def signed(key: SigningKey, **changes: object) -> Receipt:
     return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").message()))
 
 
-def test_a_receipt_is_signed_on_every_field() -> None:
+def test_receipt_signature_covers_every_field() -> None:
     receipt = signed(site_key)
     assert receipt.is_signed()
     changes: dict[str, object] = {"site": "b", "run": "s", "charged_rounds": 1, "sequence": 8}
@@ -194,7 +194,7 @@ def test_a_receipt_is_signed_on_every_field() -> None:
     assert not dataclasses.replace(receipt, signature="").is_signed()
 
 
-def test_a_receipt_survives_json_and_nothing_else_is_one() -> None:
+def test_receipt_round_trips_through_json_and_rejects_other_values() -> None:
     receipt = signed(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
     assert Receipt.from_json(whole) == receipt

@@ -37,7 +37,7 @@ def anchored(opened: Any, anchor: Path) -> Any:
 # Anchors.
 
 
-def test_the_anchor_is_the_newest_head_after_every_transaction(anchored: Any, anchor: Path, path: Path) -> None:
+def test_anchor_holds_the_newest_head_after_every_transaction(anchored: Any, anchor: Path, path: Path) -> None:
     ledger = anchored()
     steps: list[Callable[[], object]] = [
         lambda: None,
@@ -57,14 +57,16 @@ def test_the_anchor_is_the_newest_head_after_every_transaction(anchored: Any, an
     assert {events.from_json(mechanism): count} == events.grouped([proposal().plan.event()])
 
 
-def test_a_file_that_has_no_room_is_not_blamed_on_the_anchor(anchored: Any) -> None:
+def test_disk_full_error_elsewhere_is_not_blamed_on_the_anchor(anchored: Any) -> None:
     ledger, full = anchored(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
     with pytest.raises(OSError, match=r"runs/a\.json"):
         ledger.reserve(proposal(), round=1, request="a", before_charge=Mock(side_effect=full))
     assert ledger.history.charged_rounds("r") == 0
 
 
-def test_another_branch_than_the_anchors_stops(anchored: Any, anchor: Path, opened: Any, path: Path) -> None:
+def test_branch_other_than_the_anchored_one_raises_a_run_error(
+    anchored: Any, anchor: Path, opened: Any, path: Path
+) -> None:
     train(anchored(), proposal(), 1)
     backup = path.read_bytes()
     train(anchored(), proposal(), 2)
@@ -78,7 +80,7 @@ def test_another_branch_than_the_anchors_stops(anchored: Any, anchor: Path, open
         verify(path, anchor=Head.read(anchor))
 
 
-def test_a_lost_ledger_with_an_anchor_stops_and_so_does_a_lost_anchor(anchored: Any, path: Path, anchor: Path) -> None:
+def test_missing_ledger_or_missing_anchor_raises_a_run_error(anchored: Any, path: Path, anchor: Path) -> None:
     train(anchored(), proposal(), 1)
     ledger = path.read_bytes()
     for lose in (path.unlink, lambda: path.write_bytes(b"")):
@@ -102,7 +104,7 @@ def test_a_lost_ledger_with_an_anchor_stops_and_so_does_a_lost_anchor(anchored: 
         lambda data: json.dumps(json.loads(data) | {"site_key": "0" * 64}).encode(),
     ],
 )
-def test_a_damaged_anchor_stops(anchored: Any, anchor: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_anchor_raises_a_run_error(anchored: Any, anchor: Path, damage: Callable[[bytes], bytes]) -> None:
     anchored()
     before = anchor.read_bytes()
     anchor.write_bytes(damage(before))
@@ -111,7 +113,9 @@ def test_a_damaged_anchor_stops(anchored: Any, anchor: Path, damage: Callable[[b
         anchored()
 
 
-def test_an_anchor_of_another_ledger_or_key_stops(anchored: Any, anchor: Path, opened: Any, tmp_path: Path) -> None:
+def test_anchor_of_another_ledger_or_key_raises_a_run_error(
+    anchored: Any, anchor: Path, opened: Any, tmp_path: Path
+) -> None:
     head = anchored().head()
     fields = {name: getattr(head, name) for name in head.__slots__ if name not in ("site_key", "signature")}
     for other in (opened(path=tmp_path / "other.db").head(), Head.signed(make_key(9), **(fields | {"sequence": 1}))):
@@ -120,7 +124,7 @@ def test_an_anchor_of_another_ledger_or_key_stops(anchored: Any, anchor: Path, o
             anchored()
 
 
-def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_good(anchored: Any, anchor: Path) -> None:
+def test_ledger_recovers_after_a_crash_before_the_anchor_is_written(anchored: Any, anchor: Path) -> None:
     ledger = anchored()
     behind = anchor.read_bytes()
     with patch.object(store, "write_durably", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
@@ -133,7 +137,7 @@ def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_go
     assert ledger.receipt("r").charged_rounds == 2
 
 
-def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path) -> None:
+def test_unwritable_anchor_raises_a_run_error(anchored: Any, anchor: Path) -> None:
     ledger = anchored()
     behind = anchor.read_bytes()
     anchor.unlink()
@@ -149,7 +153,7 @@ def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path) -> 
     assert ledger.receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
 
 
-def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, monkeypatch: Any) -> None:
+def test_anchor_keeps_the_newer_head_of_two_writers(anchored: Any, anchor: Path, monkeypatch: Any) -> None:
     """A second process writes its event and its anchor after the first one's event, before its anchor."""
     first, second = anchored(), anchored()
     write = store.EventStore._write_anchor
@@ -165,7 +169,7 @@ def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, monkeypat
     assert Head.read(anchor) == anchored().head()
 
 
-def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path) -> None:
+def test_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1)
     receipt, other = ledger.receipt("r"), opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r")
@@ -175,7 +179,7 @@ def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Pa
         assert reason_of(ledger.require_contains, forged) is Reason.WRONG_SIGNATURE
 
 
-def test_a_receipt_of_another_population_under_the_same_key_puts_nothing_in_doubt(opened: Any, tmp_path: Path) -> None:
+def test_receipt_of_another_population_raises_no_doubt(opened: Any, tmp_path: Path) -> None:
     ledger, other = opened(), opened(path=tmp_path / "staff.db", policy=policy(site="north-staff"))
     for one in (ledger, other):
         train(one, proposal(), 1)
@@ -183,7 +187,7 @@ def test_a_receipt_of_another_population_under_the_same_key_puts_nothing_in_doub
     train(ledger, proposal(), 2)
 
 
-def test_a_ledger_swapped_while_it_is_open_stops(backups: Backups) -> None:
+def test_ledger_swapped_while_open_raises_a_run_error(backups: Backups) -> None:
     ledger = backups.open()
     train(ledger, proposal(), 2)
     backups.put_back()
@@ -222,7 +226,7 @@ def lost(backups: Backups) -> Lost:
     return Lost(backups)
 
 
-def test_the_gap_is_what_the_backup_lacks_and_nothing_else(lost: Lost, opened: Any, path: Path) -> None:
+def test_restore_charges_exactly_the_events_missing_from_the_backup(lost: Lost, opened: Any, path: Path) -> None:
     ledger = opened()
     gap = ledger.charge_gap(lost.newest)
     two, one = proposal().plan.event(), proposal(plan={"noise_multiplier": 2.0}).plan.event()
@@ -234,7 +238,7 @@ def test_the_gap_is_what_the_backup_lacks_and_nothing_else(lost: Lost, opened: A
     assert note.detail["path"][-1] == list(lost.newest.path[-1])
 
 
-def test_after_the_gap_is_charged_old_anchors_and_receipts_pass(lost: Lost, anchor: Path, anchored: Any) -> None:
+def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(lost: Lost, anchor: Path, anchored: Any) -> None:
     anchor.parent.mkdir(parents=True)
     anchor.write_bytes(lost.newest.to_bytes())
     with pytest.raises(RunError, match="is older than its anchor"):
@@ -248,7 +252,7 @@ def test_after_the_gap_is_charged_old_anchors_and_receipts_pass(lost: Lost, anch
         assert verify(lost.path, anchor=head).anchor_sequence is not None
 
 
-def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(lost: Lost, opened: Any) -> None:
+def test_run_partly_lost_in_a_restore_cannot_continue(lost: Lost, opened: Any) -> None:
     ledger = opened()
     ledger.charge_gap(lost.newest)
     assert (ledger.receipt("r").charged_rounds, ledger.receipt("2").charged_rounds) == (2, 1)
@@ -257,7 +261,7 @@ def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(lost: Lost, o
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 150)])
-def test_a_long_lost_branch_is_made_up_for_in_full(backups: Backups, before: int, after: int) -> None:
+def test_long_lost_branch_is_charged_in_full(backups: Backups, before: int, after: int) -> None:
     ledger = backups.open()
     far_on(ledger, before)
     train(ledger, proposal(), 2)
@@ -273,7 +277,7 @@ def test_a_long_lost_branch_is_made_up_for_in_full(backups: Backups, before: int
     assert verify(backups.path, anchor=newest).anchor_sequence is not None
 
 
-def test_after_a_restore_nobody_holds_what_the_backup_had_set_aside(backups: Backups) -> None:
+def test_restore_releases_the_reserves_of_ended_runs(backups: Backups) -> None:
     ledger = backups.open()
     train(ledger, proposal(), 2)
     ledger.end("r")
@@ -284,7 +288,7 @@ def test_after_a_restore_nobody_holds_what_the_backup_had_set_aside(backups: Bac
 
 
 @pytest.mark.parametrize("newer", [True, False])
-def test_a_backup_put_back_after_a_restore_is_found(
+def test_backup_restored_after_a_restore_is_detected(
     lost: Lost, backups: Backups, anchored: Any, anchor: Path, newer: bool
 ) -> None:
     # The new branch has not yet reached the number of events that the lost one had.
@@ -305,7 +309,7 @@ def test_a_backup_put_back_after_a_restore_is_found(
     assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def test_a_restore_forgets_nothing_that_marks_a_ledger_for_good(opened: Any, path: Path) -> None:
+def test_restore_keeps_all_permanent_marks(opened: Any, path: Path) -> None:
     backups = Backups(partial(opened, policy=policy(budget={"max_epsilon_per_run": 8.0})), path)
     train(backups.open(), proposal(), 1)
     backups.back_up()
@@ -323,7 +327,7 @@ def test_a_restore_forgets_nothing_that_marks_a_ledger_for_good(opened: Any, pat
     assert verify(path).history.marks == marks
 
 
-def test_an_anchor_of_another_ledger_charges_nothing(backups: Backups, opened: Any, tmp_path: Path) -> None:
+def test_anchor_of_another_ledger_charges_nothing(backups: Backups, opened: Any, tmp_path: Path) -> None:
     before = backups.path.read_bytes()
     for other in (opened(path=tmp_path / "a.db"), opened(path=tmp_path / "b.db", key=make_key(9))):
         with pytest.raises(RunError, match="the anchor is of another ledger"):

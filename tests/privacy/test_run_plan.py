@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 from .builders import plan, proposal
 
 
-def test_the_digests_are_golden() -> None:
+def test_plan_and_proposal_digests_match_golden_values() -> None:
     # They travel in requests and lie in ledgers and refusals: a change of one is a change of format.
     assert plan().digest() == "a261a1fd7452c273457760a02c814571cada399f305eb9012b3eefeebabebd26"
     assert proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
@@ -29,13 +29,13 @@ def test_the_digests_are_golden() -> None:
     ("name", "written"),
     [("max_grad_norm", 1), ("noise_multiplier", 2), ("sampling_rate", 1), ("metrics_noise_multiplier", -0.0)],
 )
-def test_a_number_has_one_digest_however_it_is_written(name: str, written: float) -> None:
+def test_equal_numbers_have_one_digest_regardless_of_notation(name: str, written: float) -> None:
     """What was denied as 1.0 is denied as 1, too."""
     asked = plan(**{name: abs(float(written))})
     assert Plan.from_json(asked.to_json() | {name: written}).digest() == asked.digest()
 
 
-def test_every_field_is_in_its_json() -> None:
+def test_every_plan_field_is_in_its_json() -> None:
     by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0)
     assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared", "cohorts", "runs"}
     shared = SharedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
@@ -59,7 +59,7 @@ def test_every_field_is_in_its_json() -> None:
 
 
 @pytest.mark.parametrize("metrics", ["none", "noised"])
-def test_runs_by_the_rule_come_to_epsilon_together(metrics: Any) -> None:
+def test_planned_runs_compose_to_the_target_epsilon(metrics: Any) -> None:
     privacy = PrivacySpec(epsilon=4.0, runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0)
     made = Plan.of(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
     assert 3.98 < epsilon_pld([made.whole] * 5, made.delta) <= 4.0 < epsilon_pld([made.whole] * 6, made.delta)
@@ -68,20 +68,20 @@ def test_runs_by_the_rule_come_to_epsilon_together(metrics: Any) -> None:
         PrivacySpec(runs=121)
 
 
-def test_a_user_costs_what_a_record_would() -> None:
+def test_user_level_event_equals_the_record_level_event() -> None:
     # The unit says who is protected.  Both are sampled by Poisson and clipped once, so the mechanism is the same.
     for most in (1, 8):
         assert plan(unit="user", records_per_user=most).event(rounds=2) == plan().event(rounds=2)
 
 
-def test_other_json_is_a_config_error() -> None:
+def test_invalid_plan_json_raises_a_config_error() -> None:
     wrong = [{"epsilon": 1.0}, {"noise_multiplier": True}, *({"local_steps": n} for n in (True, 0, 10**308))]
     for change in (*wrong, *({"runs": n} for n in (1, 0, 2.0, True, None, 121))):
         with pytest.raises(ConfigError):
             Plan.from_json(plan().to_json() | change)
 
 
-def test_of_takes_every_setting_over() -> None:
+def test_plan_takes_over_every_privacy_setting() -> None:
     changes = {"delta": 1e-6, "noise_multiplier": 2.5, "max_grad_norm": 0.3, "sampling_rate": 0.15}
     rounds = {"local_steps": 4, "num_rounds": 6, "spare_rounds": 1}
     privacy = PrivacySpec(**changes, records_per_user=5)
@@ -93,7 +93,7 @@ def test_of_takes_every_setting_over() -> None:
     assert epsilon_pld([silent.event()], 1e-5) == math.inf
 
 
-def test_released_scores_are_events_of_their_own() -> None:
+def test_released_scores_are_accounted_as_separate_events() -> None:
     with_scores = plan(metrics_noise_multiplier=20.0)
     assert (plan().releases_metrics, with_scores.releases_metrics) == (False, True)
     for rounds in (1, 4):
@@ -103,7 +103,7 @@ def test_released_scores_are_events_of_their_own() -> None:
     assert events.from_json(events.to_json(with_scores.event(rounds=4))) == with_scores.event(rounds=4)
 
 
-def test_scores_that_spend_the_whole_epsilon_alone_are_refused() -> None:
+def test_scores_that_spend_the_whole_epsilon_are_refused() -> None:
     privacy = PrivacySpec(epsilon=0.5, metrics="noised", metrics_noise_multiplier=1.0)
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = 0\.5: is spent by the released metrics alone"):
         Plan.of(privacy, local_steps=1, num_rounds=5)

@@ -29,7 +29,7 @@ def of_plan(plan: Plan) -> dict[int, float]:
     return {a: steps * rdp_of_step(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
 
 
-def test_trials_cost_what_all_their_steps_cost_together() -> None:
+def test_search_trials_cost_the_composition_of_all_steps() -> None:
     other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
     price = price_of([run_plan(), other, run_plan()])
     both = {a: 2 * one + of_plan(other)[a] for a, one in of_plan(run_plan()).items()}

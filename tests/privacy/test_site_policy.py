@@ -31,7 +31,7 @@ def broken(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str 
     return [(refused.reason, refused.asked, refused.allowed) for refused in policy.broken_rules(proposal)]
 
 
-def test_what_keeps_to_every_rule_passes() -> None:
+def test_proposal_within_all_rules_passes() -> None:
     for each in (
         proposal(),
         proposal(dataset="letters", target_modules=("v_proj", "q_proj"), rank=8, train_head=False),
@@ -44,7 +44,7 @@ def test_what_keeps_to_every_rule_passes() -> None:
 
 
 @pytest.mark.parametrize(("rule", "one"), [(rule, one) for rule, each in RULES.items() for one in each])
-def test_a_broken_rule_is_named_alone(rule: str, one: Any) -> None:
+def test_broken_rule_is_the_only_one_reported(rule: str, one: Any) -> None:
     assert broken(policy(), proposal(**one["by"])) == [(Reason(rule), one["asked"], one["allowed"])]
     assert reason_of(policy().check, proposal(**one["by"])) is Reason(rule)
 
@@ -59,11 +59,11 @@ def test_a_broken_rule_is_named_alone(rule: str, one: Any) -> None:
         ({"releases": {"metrics": "noised"}}, {}),
     ],
 )
-def test_a_switch_lets_its_own_rule_through(site: Any, change: Any) -> None:
+def test_policy_switch_permits_its_own_rule(site: Any, change: Any) -> None:
     assert broken(policy(**site), proposal(**change)) == []
 
 
-def test_released_scores_need_the_least_noise_too() -> None:
+def test_released_scores_also_require_the_minimum_noise() -> None:
     asked = proposal(plan={"metrics_noise_multiplier": 0.5})
     noised = policy(releases={"metrics": "noised"})
     assert broken(noised, asked) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
@@ -72,7 +72,7 @@ def test_released_scores_need_the_least_noise_too() -> None:
 BY_USER = ("notes", "notes.csv", "patient")
 
 
-def test_the_unit_is_the_populations() -> None:
+def test_proposal_unit_must_match_the_population() -> None:
     # Neither is turned into the other: of a record's promise no factor makes a person's, and the reverse was not asked.
     users = proposal(plan={"unit": "user", "records_per_user": 8})
     assert broken(of_users(BY_USER), users) == []
@@ -80,21 +80,21 @@ def test_the_unit_is_the_populations() -> None:
     assert broken(policy(), users) == [(Reason.UNIT, "user", "record")]
 
 
-def test_a_site_bounds_what_one_person_contributes() -> None:
+def test_site_limits_the_records_per_user() -> None:
     strict = of_users(BY_USER, limits={"max_records_per_user": 8})
     for most, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
         assert broken(strict, proposal(plan={"unit": "user", "records_per_user": most})) == expected
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])
-def test_the_largest_product_of_two_matrices_does_not_follow_the_scale(scale: float) -> None:
+def test_adapter_bound_keeps_the_scaled_product_independent_of_scale(scale: float) -> None:
     bound = policy(limits={"max_adapter_value": 50.0}).adapter_bound(scale)
     assert bound <= 50.0, "never above what the site says"
     # What the model sees is scale * B A: the same at most for every scale, and not needlessly less.
     assert scale * bound**2 == pytest.approx(min(1.0, scale) * 50.0**2)
 
 
-def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
+def test_every_proposal_rule_has_a_test_case() -> None:
     shown = set(map(Reason, RULES))
     shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER, Reason.COHORTS}
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
@@ -104,7 +104,7 @@ def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
     assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums
 
 
-def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included() -> None:
+def test_cap_per_run_includes_spare_rounds() -> None:
     whole = {"num_rounds": 3, "spare_rounds": 2}
     epsilon = epsilon_pld([proposal(plan=whole).plan.event(rounds=5)], 1e-5)
     policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(proposal(plan=whole))
@@ -115,7 +115,7 @@ def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included() -> None:
     tight.check(proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
 
 
-def test_a_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
     # Its epsilon could take minutes; whoever asks must not have a site compute it.
     monkeypatch.setattr("fedtune.privacy.accountant.epsilon_pld", Mock(side_effect=ZeroDivisionError))
     asked = proposal(plan={"noise_multiplier": 0.01})
@@ -125,14 +125,14 @@ def test_a_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyP
         capped.check(proposal())
 
 
-def test_periods_are_those_of_the_calendar() -> None:
+def test_periods_follow_the_calendar() -> None:
     for month, quarter in ((1, 0), (3, 0), (4, 1), (9, 2), (12, 3)):
         moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
         found = [period_of(moment, period) for period in ("month", "quarter", "year")]
         assert found == [2030 * 12 + month - 1, 2030 * 4 + quarter, 2030]
 
 
-def test_a_policy_needs_distinct_data_sets_and_may_allow_one_clip_norm_alone() -> None:
+def test_policy_needs_distinct_data_sets_and_may_fix_one_clip_norm() -> None:
     twice = (Dataset(id="d", declared_size=1), Dataset(id="d", declared_size=2))
     with pytest.raises(ConfigError, match=r"^dataset = .*must not repeat an id"):
         policy(dataset=twice)
@@ -140,7 +140,7 @@ def test_a_policy_needs_distinct_data_sets_and_may_allow_one_clip_norm_alone() -
     assert broken(exactly, proposal(plan={"max_grad_norm": 0.2})) == []
 
 
-def test_delta_must_be_below_one_over_the_whole_population() -> None:
+def test_delta_must_be_below_one_over_the_population_size() -> None:
     two = (Dataset(id="d", declared_size=60_000), Dataset(id="e", declared_size=40_000))
     message = r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, with the declared sizes of all data sets"
     with pytest.raises(ConfigError, match=message):
@@ -149,14 +149,14 @@ def test_delta_must_be_below_one_over_the_whole_population() -> None:
     policy(dataset=two, budget={"max_epsilon": math.inf})  # promises nothing
 
 
-def test_an_infinite_cap_promises_nothing_and_is_null_in_json() -> None:
+def test_infinite_cap_is_null_in_json() -> None:
     unlimited = policy(budget={"max_epsilon": math.inf})
     assert unlimited.to_json()["budget"]["max_epsilon"] is None
     assert policy().to_json()["budget"]["max_epsilon"] == 11.0
     json.dumps(unlimited.to_json(), allow_nan=False)
 
 
-def test_every_key_is_in_the_digest() -> None:
+def test_policy_digest_covers_every_key() -> None:
     changes: dict[str, Any] = {"site": "b", "simulated": True, "approval": "manual", "final_adapter": "decline"}
     changes |= {"ledger": "other.db", "site_key": "other.pem", "anchor": "anchor.json"}
     changes |= {"population": {"name": "staff"}, "budget": {"max_epsilon": 9.0}, "limits": {"max_rounds": 19}}
@@ -187,13 +187,13 @@ def of_sums(**changes: Any) -> Proposal:
 
 
 @pytest.mark.parametrize(("trust", "shared", "reason"), SUMS)
-def test_secure_sums_are_bounded_by_what_a_site_trusts(trust: Any, shared: Any, reason: Reason) -> None:
+def test_secure_aggregation_must_meet_the_trust_limits_of_the_site(trust: Any, shared: Any, reason: Reason) -> None:
     allowed = {"secure": True, "least_sites": 4, "least_threshold": 3, "colluders": 1}
     policy(trust=Trust(**allowed)).check(of_sums(**shared))
     assert [found for found, _, _ in broken(policy(trust=Trust(**allowed | trust)), of_sums())] == [reason]
 
 
-def test_what_a_run_costs_if_all_others_collude_has_a_cap_of_its_own() -> None:
+def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
     asked = of_sums()
     alone = epsilon_pld([asked.plan.by_own_noise_alone.whole], asked.plan.delta)
     assert alone > epsilon_pld([asked.plan.whole], asked.plan.delta)
@@ -204,7 +204,7 @@ def test_what_a_run_costs_if_all_others_collude_has_a_cap_of_its_own() -> None:
     assert reason is Reason.MAX_EPSILON_IF_ALL_COLLUDE
 
 
-def test_the_noise_of_a_secure_sum_counts_as_that_of_its_fewest_honest_sites() -> None:
+def test_counted_noise_is_that_of_the_fewest_honest_sites() -> None:
     plan = of_sums().plan
     assert plan.counted_noise == pytest.approx(4.0 * math.sqrt(3 - 1))
     assert plan.with_noise(1.0).counted_noise == pytest.approx(math.sqrt(3 - 1))

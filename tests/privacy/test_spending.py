@@ -18,7 +18,7 @@ from .builders import policy, proposal, reason_of, train
 DELTA = 1e-5
 
 
-def test_the_figures_are_those_of_the_charged_events(opened: Any) -> None:
+def test_spent_epsilon_matches_the_charged_events(opened: Any) -> None:
     ledger = opened()
     assert ledger.history.epsilon() == 0
     train(ledger, proposal(), 1, 2)
@@ -31,7 +31,7 @@ def test_the_figures_are_those_of_the_charged_events(opened: Any) -> None:
     assert history.epsilon(history.charged() + history.set_aside(history.now())) == pytest.approx(whole)
 
 
-def test_a_share_is_of_the_caps_divergence(opened: Any) -> None:
+def test_share_of_cap_is_a_fraction_of_the_divergence(opened: Any) -> None:
     ledger = opened()
     train(ledger, proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
@@ -44,13 +44,13 @@ def test_a_share_is_of_the_caps_divergence(opened: Any) -> None:
     assert spending.share_of_cap(history, history.charged(), cap=3.0) == 1
 
 
-def test_what_is_no_number_does_not_fit(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_divergence_does_not_fit_the_budget(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = opened()
     monkeypatch.setattr(filter, "divergence", lambda event, order: math.nan)
     assert reason_of(ledger.require_acceptable, proposal()) is Reason.MAX_EPSILON
 
 
-def test_what_is_left_is_what_would_be_accepted(opened: Any) -> None:
+def test_remaining_budget_matches_what_would_be_accepted(opened: Any) -> None:
     ledger = opened()
     five = proposal().plan.event(rounds=5)
     now = datetime.now(UTC)
@@ -69,7 +69,7 @@ def test_what_is_left_is_what_would_be_accepted(opened: Any) -> None:
 
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
-def test_most_rounds_is_the_largest_number_that_is_accepted(fits: int) -> None:
+def test_most_rounds_is_the_largest_accepted_number(fits: int) -> None:
     tried, asked = list[int](), proposal(plan={"num_rounds": 20, "spare_rounds": 2})
 
     def accepts(each: Proposal) -> bool:
@@ -83,14 +83,14 @@ def test_most_rounds_is_the_largest_number_that_is_accepted(fits: int) -> None:
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
-def test_least_noise_is_accepted_and_hardly_more_than_needed(bound: float) -> None:
+def test_least_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
     found = spending.least_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
     assert found >= max(bound, 1.0), "never less than was asked for"
     assert found <= max(bound, 1.0) * 1.0002 + 1e-4
     assert found == round(found, 4)
 
 
-def test_a_plan_without_noise_is_given_some_and_where_none_is_enough_there_is_none() -> None:
+def test_least_noise_is_none_if_no_noise_is_accepted() -> None:
     assert spending.least_noise(proposal(), lambda each: False) is None
     silent = proposal(plan={"noise_multiplier": 0.0})
     found = spending.least_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)

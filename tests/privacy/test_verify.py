@@ -94,7 +94,7 @@ def replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         file.commit()
 
 
-def test_an_untouched_ledger_verifies(whole: Path, newest: Head) -> None:
+def test_untouched_ledger_passes_verification(whole: Path, newest: Head) -> None:
     verified = verify(whole)
     assert {event.kind for event in verified.events} == set(Kind)
     assert {event.detail["what"] for event in verified.events if event.kind is Kind.NOTE} == {
@@ -111,7 +111,7 @@ def test_an_untouched_ledger_verifies(whole: Path, newest: Head) -> None:
     assert older.anchor_sequence == len(older.events) - 5
 
 
-def test_verifying_changes_nothing_and_tampering_without_a_change_is_none(victim: Path) -> None:
+def test_verification_changes_nothing_and_accepts_rewritten_rows(victim: Path) -> None:
     # The triggers that the tests below drop and make again are not what is found.
     replace_rows(victim, stored(victim))
     before = victim.read_bytes()
@@ -136,7 +136,7 @@ def other_values(column: str, value: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_a_changed_value_is_found_in_every_column_of_every_kind_of_event(whole: Any, victim: Path, column: str) -> None:
+def test_tampered_value_is_detected_in_every_column_and_event_kind(whole: Any, victim: Path, column: str) -> None:
     pristine = whole.read_bytes()
     tried = 0
     for row in stored(whole):
@@ -152,12 +152,12 @@ def test_a_changed_value_is_found_in_every_column_of_every_kind_of_event(whole: 
 
 
 @pytest.mark.parametrize("sql", cases_of(__file__, "replies"))
-def test_a_changed_reply_is_found(victim: Path, sql: str) -> None:
+def test_tampered_reply_is_detected(victim: Path, sql: str) -> None:
     tamper(victim, sql)
     assert found(victim) == "the stored replies are not the newest ones that were committed"
 
 
-def test_a_deleted_event_is_found(whole: Path, victim: Path) -> None:
+def test_deleted_event_is_detected(whole: Path, victim: Path) -> None:
     pristine = whole.read_bytes()
     for row in stored(whole)[:-1]:
         victim.write_bytes(pristine)
@@ -165,7 +165,7 @@ def test_a_deleted_event_is_found(whole: Path, victim: Path) -> None:
         assert found(victim).startswith(f"event {row['sequence']} is missing")
 
 
-def test_an_event_outside_the_numbers_or_that_is_not_text_is_found(whole: Path, victim: Path) -> None:
+def test_invalid_sequence_numbers_and_non_text_events_are_detected(whole: Path, victim: Path) -> None:
     for sequence in (0, -1, 10**6):
         replace_rows(victim, [*stored(whole), stored(whole)[-1] | {"sequence": sequence}])
         found(victim)
@@ -176,7 +176,7 @@ def test_an_event_outside_the_numbers_or_that_is_not_text_is_found(whole: Path, 
 # A forger who recomputes every hash, but has no key.
 
 
-def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: Path) -> None:
+def test_forged_deletion_reordering_or_insertion_is_detected(whole: Path, victim: Path) -> None:
     rows = stored(whole)
     for forged in (
         [row for row in rows if row["kind"] != "refusal"],  # what looks bad
@@ -190,7 +190,7 @@ def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: 
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 600 + "1" + "}" * 600, '{"what":1e999}', '{"what":NaN}', "{"])
-def test_what_is_no_json_is_a_run_error(victim: Path, text: str) -> None:
+def test_invalid_json_in_an_event_raises_a_run_error(victim: Path, text: str) -> None:
     tamper(victim, "UPDATE events SET detail = ? WHERE sequence = 2", values=(text,))
     assert found(victim) == "event 2 was changed: it is not written as fedtune writes events"
 
@@ -198,9 +198,7 @@ def test_what_is_no_json_is_a_run_error(victim: Path, text: str) -> None:
 # A forger with a key of their own.
 
 
-def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_sites(
-    whole: Path, victim: Path, newest: Head
-) -> None:
+def test_ledger_resigned_by_another_key_is_detected(whole: Path, victim: Path, newest: Head) -> None:
     forger, (first, *rows, _) = make_key(9), stored(whole)
     opening = chain.canonical(json.loads(first["detail"]) | {"site_key": forger.public}).decode()
     fitting = rehashed([first | {"detail": opening}, *rows])
@@ -213,7 +211,7 @@ def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_si
         Ledger(victim, policy(**LATER), site_key)
 
 
-def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path) -> None:
+def test_event_signed_by_another_key_is_detected(whole: Path, victim: Path) -> None:
     rows = stored(whole)
     for number in range(len(rows)):
         changed = [dict(row) for row in rows]
@@ -223,7 +221,7 @@ def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path) -> 
         assert found(victim) == f"event {number + 1} is not signed by the site's key {key}"
 
 
-def test_a_truncated_ledger_passes_without_an_anchor_alone(whole: Path, victim: Path, newest: Head) -> None:
+def test_truncated_ledger_is_detected_only_with_an_anchor(whole: Path, victim: Path, newest: Head) -> None:
     replace_rows(victim, stored(whole)[:-3])
     assert verify(victim).anchor_sequence is None
     length = len(stored(whole))
@@ -231,7 +229,7 @@ def test_a_truncated_ledger_passes_without_an_anchor_alone(whole: Path, victim: 
     assert found(victim, anchor=newest) == expected
 
 
-def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(newest: Head, tmp_path: Path) -> None:
+def test_anchor_without_the_signature_of_its_site_key_is_refused(newest: Head, tmp_path: Path) -> None:
     path = tmp_path / "anchor.json"
     forged = dataclasses.replace(newest, sequence=1, signature=make_key(9).sign(chain.HEAD, newest.message()))
     path.write_bytes(forged.to_bytes())
@@ -239,7 +237,7 @@ def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(n
         Head.read(path)
 
 
-def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Path) -> None:
+def test_opening_a_ledger_for_training_detects_tampering(whole: Path, victim: Path) -> None:
     rows = stored(whole)
     Ledger(victim, policy(**LATER), site_key)
     for forged in (
@@ -252,7 +250,7 @@ def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Pat
             Ledger(victim, policy(**LATER), site_key)
 
 
-def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(opened: Any, path: Path) -> None:
+def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> None:
     """An event of the right key that makes no sense, as a faulty version might write; then the file is put right."""
     ledger = opened()
     ledger.reserve(proposal(), round=1, request="q")
@@ -272,7 +270,7 @@ def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(opened: A
     assert ledger.receipt("r").charged_rounds == 1
 
 
-def test_an_empty_ledger_and_a_missing_one_are_run_errors(tmp_path: Path) -> None:
+def test_empty_or_missing_ledger_raises_a_run_error(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     assert found(path) == f"ledger {path} does not exist"
     with store.writing(path):

@@ -32,7 +32,7 @@ def assumed(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tup
     return rules.assumptions(from_run.facts_of(folder, record, own={}), sites)
 
 
-def test_codes_stand_once_worst_first_and_a_test_named_as_evidence_exists(of_run: Report, of_ledger: Report) -> None:
+def test_assumption_codes_are_unique_and_sorted_and_cite_existing_tests(of_run: Report, of_ledger: Report) -> None:
     for report in (of_run, of_ledger):
         codes = [one.code for one in report.assumptions]
         assert len(set(codes)) == len(codes)
@@ -44,7 +44,7 @@ def test_codes_stand_once_worst_first_and_a_test_named_as_evidence_exists(of_run
                     assert (REPOSITORY / word).exists(), word
 
 
-def test_each_word_for_what_was_confirmed_has_one_meaning(run_folder: Path) -> None:
+def test_assumption_statuses_have_one_meaning_in_both_reports(run_folder: Path) -> None:
     """The same in the lead's report and in the site's own, about the same training."""
     of_lead, own = from_run.build(run_folder), from_ledger.build(run_folder / "sites/site-1/site.toml")
     by_program = {"clipping_exact", "noise_in_every_step", "poisson_sampling", "unpredictable_randomness"}
@@ -65,7 +65,7 @@ def clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
     return one.code, one.status
 
 
-def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(folder: Path) -> None:
+def test_clipping_is_assumed_when_all_sites_accept_inexact_gradients(folder: Path) -> None:
     policies = sorted(folder.glob("sites/*/site.toml"))
     for count, path in enumerate(policies, start=1):
         path.write_text(path.read_text().replace("inexact_gradients = false", "inexact_gradients = true"))
@@ -76,7 +76,7 @@ def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(folder: Pa
     assert clipping(from_run.build(folder).assumptions) == ("clipping_exact", "assumed")
 
 
-def test_inexact_gradients_of_a_ledger_have_a_measured_bound(books: Any) -> None:
+def test_clipping_is_assumed_for_a_ledger_with_inexact_gradients(books: Any) -> None:
     made = books(allow={"inexact_gradients": True})
     made.charge(run_proposal(), 1)
     assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
@@ -91,7 +91,7 @@ def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
 
 
 @pytest.mark.parametrize("model_known", [True, False])
-def test_receipts_of_a_run_with_a_longer_name_are_not_this_runs(run_folder: Path, model_known: bool) -> None:
+def test_receipts_of_a_run_with_a_longer_name_are_ignored(run_folder: Path, model_known: bool) -> None:
     record = read_run(run_folder)
     config = replace(record.config, runtime=replace(record.config.runtime, kind="deployment"))
     if not model_known:
@@ -107,7 +107,7 @@ def test_receipts_of_a_run_with_a_longer_name_are_not_this_runs(run_folder: Path
     assert set(same_form.receipts) == (set() if model_known else {"site-1", "site-2"})
 
 
-def test_of_real_sites_the_lead_knows_what_it_holds(run_folder: Path) -> None:
+def test_lead_report_of_real_sites_only_assumes_site_behavior(run_folder: Path) -> None:
     record = read_run(run_folder)
     deployed = replace(
         record,
@@ -122,7 +122,7 @@ def test_of_real_sites_the_lead_knows_what_it_holds(run_folder: Path) -> None:
     assert found["receipts_signed"] == "verified"
 
 
-def test_unsigned_receipts_large_deltas_and_contradicting_accountants_are_named(run_folder: Path) -> None:
+def test_unsigned_receipts_large_deltas_and_accountant_mismatches_are_reported(run_folder: Path) -> None:
     record, sites = read_run(run_folder), from_run.build(run_folder).sites
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
@@ -136,7 +136,7 @@ def test_unsigned_receipts_large_deltas_and_contradicting_accountants_are_named(
     assert statuses(assumed(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
 
 
-def test_of_a_simulation_nobody_states_anything(folder: Path) -> None:
+def test_simulation_ignores_assertions_about_people_at_other_sites(folder: Path) -> None:
     policy = folder / "sites/site-1/site.toml"
     assert "no_person_at_another_site" not in policy.read_text()
     for more in ("", "\n[asserted]\nno_person_at_another_site = true\n"):  # as earlier versions wrote it
@@ -146,13 +146,13 @@ def test_of_a_simulation_nobody_states_anything(folder: Path) -> None:
         assert report.facts.asserted == {}, "of the ledger"
 
 
-def test_a_site_that_denies_is_heard(books: Any) -> None:
+def test_site_denying_the_single_site_assumption_violates_it(books: Any) -> None:
     report = from_ledger.build(books(asserted={"no_person_at_another_site": False}).ledger)
     assert status(report, "units_at_one_site_only") == "violated"
     assert report.assumptions[0].code == "units_at_one_site_only"
 
 
-def test_a_seeded_or_unprotected_run_is_named(books: Any) -> None:
+def test_seeded_and_noiseless_runs_violate_their_assumptions(books: Any) -> None:
     made = books(
         allow={"seeded_noise": True}, limits={"min_noise_multiplier": 0.0}, budget={"max_epsilon": float("inf")}
     )
@@ -164,7 +164,7 @@ def test_a_seeded_or_unprotected_run_is_named(books: Any) -> None:
     assert assumption(report, "noise_in_every_step").evidence == "open"
 
 
-def test_a_ledger_in_doubt_misses_events(books: Any) -> None:
+def test_ledger_in_doubt_violates_the_completeness_assumption(books: Any) -> None:
     made = books()
     made.charge(run_proposal(), 1)
     backup = made.copied("backup.db")

@@ -71,7 +71,7 @@ SIZES = """
 
 
 @pytest.mark.parametrize("name", shown.NAMES)
-def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Any) -> None:
+def test_page_renders_completely_without_requests_or_console_messages(name: str, language: str, opened: Any) -> None:
     """On the screen at each width, and then on paper; loading a page takes longer than looking at it."""
     page = opened(name, language)
     words, report = catalogue(language), shown.reports()[name]
@@ -127,7 +127,7 @@ FONT_SIZE = "one => parseFloat(getComputedStyle(one).fontSize)"
 
 
 @pytest.mark.parametrize("media", ["screen", "print"])
-def test_the_attackers_figure_is_the_largest_on_page_one(media: str, opened: Any) -> None:
+def test_attack_success_is_the_largest_figure_on_page_one(media: str, opened: Any) -> None:
     tab = opened("within", "en").tab
     tab.emulate_media(media=media)
     figure = tab.locator("#strong .focal").evaluate(FONT_SIZE)
@@ -136,7 +136,7 @@ def test_the_attackers_figure_is_the_largest_on_page_one(media: str, opened: Any
     assert sizes.count(figure) == 2, "the line, and the figure in it"
 
 
-def test_on_a_phone_what_follows_page_one_is_folded(opened: Any) -> None:
+def test_details_are_collapsed_on_phones_and_expanded_in_print(opened: Any) -> None:
     """On a wide screen, and on paper, all of it is there without opening anything."""
     page = opened("within", "en")
     tables = page.tab.locator("#engineer table").first
@@ -150,7 +150,7 @@ def test_on_a_phone_what_follows_page_one_is_folded(opened: Any) -> None:
     assert tables.is_visible()
 
 
-def test_a_page_needs_no_script_and_would_run_none(opened: Any) -> None:
+def test_page_works_without_scripts_and_blocks_injected_ones(opened: Any) -> None:
     page = opened("ledger", "en", java_script_enabled=False)
     assert page.tab.locator("#verdict").inner_text().startswith("Was the budget kept?")
     assert page.tab.locator("figure svg").count() == 2
@@ -167,7 +167,7 @@ REACHED = """
 """
 
 
-def test_everything_is_reached_and_opened_by_the_keyboard(opened: Any) -> None:
+def test_keyboard_reaches_and_opens_every_control(opened: Any) -> None:
     tab = opened("within", "en").tab
     tags = tab.evaluate(REACHED)
     assert tags[0] == "A"
@@ -214,7 +214,9 @@ FAINT = """
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("name", "language"), [("exceeded", "de"), ("used_up", "en"), ("wide_run", "en")])
-def test_drawings_can_be_read_on_light_and_dark_screens(name: str, language: str, scheme: str, opened: Any) -> None:
+def test_charts_have_sufficient_contrast_in_light_and_dark_mode(
+    name: str, language: str, scheme: str, opened: Any
+) -> None:
     tab = opened(name, language, color_scheme=scheme).tab
     tab.evaluate(OPEN_ALL)
     ground = "getComputedStyle(document.body).backgroundColor"
@@ -231,7 +233,7 @@ def test_drawings_can_be_read_on_light_and_dark_screens(name: str, language: str
 @pytest.mark.parametrize(
     ("name", "language"), [("within", "en"), ("no_guarantee", "de"), ("ledger", "de"), ("wide_run", "en")]
 )
-def test_axe_finds_nothing(name: str, language: str, scheme: str, opened: Any) -> None:
+def test_axe_reports_no_accessibility_violations(name: str, language: str, scheme: str, opened: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
     page = opened(name, language, bypass_csp=True, color_scheme=scheme)
     page.tab.evaluate(OPEN_ALL)
@@ -240,7 +242,7 @@ def test_axe_finds_nothing(name: str, language: str, scheme: str, opened: Any) -
         assert found.violations_count == 0, found.generate_report()
 
 
-def test_answers_of_page_one_are_as_wide_as_a_phone(browser: Any, language: str) -> None:
+def test_page_one_answers_span_the_full_width_on_phones(browser: Any, language: str) -> None:
     tab = browser.new_page(viewport={"width": 390, "height": 844})
     tab.set_content(shown.page("within", language))
     widths = tab.evaluate("[...document.querySelectorAll('.answer > :last-child')].map(e => e.clientWidth)")

@@ -88,7 +88,7 @@ def found_in(parts: dict[str, Any], place: str) -> Iterator[str]:
             yield from value if isinstance(value, list) else [value]
 
 
-def test_every_code_of_reports_on_file_has_words(language: str) -> None:
+def test_every_code_in_stored_reports_has_a_translation(language: str) -> None:
     for name, parts in ON_FILE.items():
         for section, place in WRITTEN.items():
             assert set(found_in(parts, place)) <= TEXTS[language][section].keys(), name
@@ -99,7 +99,7 @@ def test_every_code_of_reports_on_file_has_words(language: str) -> None:
     )
 
 
-def test_languages_have_the_same_keys_and_placeholders(language: str) -> None:
+def test_translations_have_the_same_keys_and_placeholders(language: str) -> None:
     assert {(section, key) for section, texts in TEXTS[language].items() for key in texts} == KEYS
     for section, key in KEYS:
         found = [sorted(re.findall(r"\{\w*\}", TEXTS[one][section][key])) for one in ("en", language)]
@@ -123,7 +123,7 @@ def items(text: str) -> int:
     return len(re.split(r", | and | und ", listed)) if colon else 0
 
 
-def test_no_language_judges_or_leaves_out_what_the_other_does_not() -> None:
+def test_translations_agree_in_hedges_and_completeness() -> None:
     differ = []
     for section, key in sorted(KEYS - {(name, key) for name, key in KEYS if name in ("language", "field", "word")}):
         english, german = (re.sub(r"\{\w+\}", "{}", TEXTS[language][section][key]) for language in ("en", "de"))
@@ -144,11 +144,11 @@ def test_no_language_judges_or_leaves_out_what_the_other_does_not() -> None:
 
 
 @pytest.mark.parametrize("section", CODES)
-def test_every_code_of_a_report_has_words(language: str, section: str) -> None:
+def test_every_report_code_has_a_translation(language: str, section: str) -> None:
     assert set(TEXTS[language][section]) >= CODES[section]
 
 
-def test_no_text_is_left_over() -> None:
+def test_every_translation_key_is_used() -> None:
     written = "\n".join(sources())
     whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
     # Keys that are put together: "chart." ~ code, and the like.
@@ -188,7 +188,7 @@ def test_no_text_is_left_over() -> None:
     assert KEYS - whole == set()
 
 
-def test_every_key_that_is_used_is_there() -> None:
+def test_every_translation_key_in_use_exists() -> None:
     for text in sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
@@ -199,7 +199,7 @@ def test_every_key_that_is_used_is_there() -> None:
             assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
 
 
-def test_what_nobody_may_have_stated_can_be_asked(language: str) -> None:
+def test_every_assertable_assumption_has_a_question(language: str) -> None:
     """But for what the annex's figures alone rest on."""
     sound = [parts for parts in ON_FILE.values() if "ledger_not_verified" not in parts["/verdict/reasons"]]
     stated = [part for parts in sound for at, part in parts.items() if at.startswith("/assumptions/")]
@@ -213,7 +213,7 @@ def test_what_nobody_may_have_stated_can_be_asked(language: str) -> None:
 CLAIMS = "anonym|complian|konform|impossible|unmöglich|✓|✔|guaranteed safe|vertretbar"
 
 
-def test_nothing_claims_or_judges_what_only_people_can(language: str) -> None:
+def test_texts_make_no_legal_claims_or_judgments(language: str) -> None:
     for section, texts in TEXTS[language].items():
         for key, text in texts.items():
             assert not re.search(CLAIMS, text, re.I), (section, key)
@@ -223,14 +223,14 @@ def test_nothing_claims_or_judges_what_only_people_can(language: str) -> None:
     assert spent not in text
 
 
-def test_figures_in_both_languages() -> None:
+def test_numbers_are_formatted_for_both_languages() -> None:
     kinds = json.loads(Path(__file__).with_name("figures.json").read_text())
     for kind, value, english, german in ((kind, *row) for kind, rows in kinds.items() for row in rows):
         assert (catalogue("en").figure(value, kind), catalogue("de").figure(value, kind)) == (english, german)
 
 
 @given(st.floats(min_value=0, max_value=1e12))
-def test_a_loss_is_never_rounded_down_nor_what_is_left_up(value: float) -> None:
+def test_losses_are_rounded_up_and_remaining_budgets_down(value: float) -> None:
     def read(text: str) -> float:
         return float(text.replace(".", "").replace(",", "."))
 
@@ -246,11 +246,11 @@ def test_a_loss_is_never_rounded_down_nor_what_is_left_up(value: float) -> None:
     st.sampled_from(["exact", "number", "failures", "score", "of_100_fine", "percent", "seconds", "bytes", "left"]),
     st.floats(allow_nan=False),
 )
-def test_any_float_can_be_shown(kind: str, value: float) -> None:
+def test_any_float_can_be_formatted(kind: str, value: float) -> None:
     assert catalogue("en").figure(value if kind != "bytes" else abs(value), kind)
 
 
-def test_values_and_codes_of_a_later_version_are_escaped_and_lists_read_as_a_sentence() -> None:
+def test_unknown_values_are_escaped_and_lists_are_joined_as_sentences() -> None:
     words = catalogue("en")
     title = words.text("page.title", name="<b>{digest}</b>")
     assert title == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;", "and not formatted again"

@@ -24,7 +24,7 @@ def facts(report: Report, state: str) -> dict[str, dict[str, str]]:
     return {code: dict(states[state]) for code, states in report.cells.items() if state in states}
 
 
-def test_every_row_is_there_and_names_what_the_site_supplies(report: Report) -> None:
+def test_report_contains_every_dpia_field_and_names_site_inputs(report: Report) -> None:
     assert report.cells.keys() == cells.FIELDS.keys()
     for code, field in cells.FIELDS.items():
         states = report.cells[code]
@@ -37,7 +37,7 @@ def test_every_row_is_there_and_names_what_the_site_supplies(report: Report) -> 
             assert all((value is not None) == known for value in shown.values()), (code, state)
 
 
-def test_nothing_legal_is_filled_by_fedtune() -> None:
+def test_legal_fields_are_never_filled_by_fedtune() -> None:
     by_fedtune = {name for field in cells.FIELDS.values() for name in field["facts"]}
     by_the_site = {name for field in cells.FIELDS.values() for name in field["of_the_site"]}
     assert by_the_site >= LEGAL
@@ -49,7 +49,7 @@ def test_nothing_legal_is_filled_by_fedtune() -> None:
     assert cells.rows({"unit": "record"})["dpia_description"]["auto"] == {"unit": "record"}
 
 
-def test_no_value_is_prose_or_a_verdict_of_law_and_what_no_record_shows_is_by_design(report: Report) -> None:
+def test_dpia_values_contain_no_prose_or_legal_claims(report: Report) -> None:
     for values in facts(report, "auto").values():
         for name, value in ((name, str(value)) for name, value in values.items()):
             assert not re.search("anonym|complian|lawful|gdpr|hipaa|impossible", value, re.IGNORECASE), name
@@ -60,7 +60,7 @@ def test_no_value_is_prose_or_a_verdict_of_law_and_what_no_record_shows_is_by_de
     assert not {name for found in facts(report, "auto").values() for name in found} & by_design.keys()
 
 
-def test_a_run_without_noise_has_nothing_that_bounds_it(tmp_path: Path) -> None:
+def test_run_without_noise_has_unbounded_dpia_values(tmp_path: Path) -> None:
     auto = facts(from_run.build(simulate("privacy=none", into=tmp_path)), "auto")
     assert (auto["dpia_risks"]["epsilon"], auto["dpia_risks"]["right_of_100_ceiling"]) == ("unbounded", 100.0)
     assert auto["wp216_tests"]["singling_out_bound"] == 100.0

@@ -40,7 +40,7 @@ def ledger(a_ledger_report: Make) -> Report:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_each_chart_is_named_for_who_cannot_see_it(code: str, language: str, run: Report) -> None:
+def test_charts_have_accessible_titles_and_descriptions(code: str, language: str, run: Report) -> None:
     svg = drawn(run, code, language)
     words = catalogue(language)
     assert svg.attrib["role"] == "img"
@@ -50,7 +50,7 @@ def test_each_chart_is_named_for_who_cannot_see_it(code: str, language: str, run
     assert named[description] == words.text(f"chart.{code}_desc").unescape()
 
 
-def test_a_round_that_a_site_has_no_step_of_is_no_row(run: Report) -> None:
+def test_rounds_missing_at_a_site_are_omitted_from_the_chart(run: Report) -> None:
     assert "limit" in texts(drawn(run, "epsilon_spent"))
     assert "limit" not in texts(drawn(with_facts(run, target_epsilon=None), "epsilon_spent"))
     north, south = run.sites
@@ -59,7 +59,7 @@ def test_a_round_that_a_site_has_no_step_of_is_no_row(run: Report) -> None:
     assert [row[0] for row in rows if row[1] == "4"] == ["north-hospital"]
 
 
-def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
+def test_epsilon_chart_shows_the_limit_in_force_at_each_run(ledger: Report) -> None:
     both = (("2026-01-01T08:00:00+00:00", 6.0), ("2026-02-01T07:00:00+00:00", 9.0))
     caps = tuple(Cap(time=time, max_epsilon=cap, charges_before=0) for time, cap in both)
     raised = with_facts(ledger, caps=caps)
@@ -67,7 +67,7 @@ def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
     assert "limit" in texts(drawn(raised, "epsilon_spent"))
 
 
-def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Report) -> None:
+def test_epsilon_chart_labels_rounds_and_whole_runs_differently(language: str, ledger: Report) -> None:
     (site,) = ledger.sites
     last, said = site.steps[-1], catalogue(language).texts["chart"]
     for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_charged")):
@@ -82,7 +82,7 @@ def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Re
         assert [row[:2] for row in rows] == [["r", str(one)] if one else ["q", "all"] for one in rounds]
 
 
-def test_people_who_arrive_have_a_line_each_over_the_calendar(a_ledger_report: Make) -> None:
+def test_arrival_cohorts_have_separate_lines_over_the_calendar(a_ledger_report: Make) -> None:
     report = arrivals(a_ledger_report())
     shown = texts(drawn(report, "epsilon_spent"))
     years = [str(year) for year in range(2022, 2027)]
@@ -96,7 +96,7 @@ def test_people_who_arrive_have_a_line_each_over_the_calendar(a_ledger_report: M
     assert site.steps[-1].cohorts == tuple(one.epsilon for one in site.lifetime.cohorts)
 
 
-def test_a_calendar_has_few_round_days() -> None:
+def test_calendar_axis_has_few_round_dates() -> None:
     for first, last, ticks in (
         ("2026-01-05", "2026-01-20", ["2026-01-12"]),
         ("2026-01-05", "2026-04-20", ["2026-02", "2026-03", "2026-04"]),
@@ -107,7 +107,7 @@ def test_a_calendar_has_few_round_days() -> None:
         assert [name for _, name in found] == ticks
 
 
-def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
+def test_axis_numbers_follow_the_report_language(run: Report) -> None:
     for language, mark in (("en", "."), ("de", ",")):
         ticks = [text for text in texts(drawn(run, "utility", language)) if re.fullmatch(r"\d+[.,]\d+", text)]
         assert ticks
@@ -116,7 +116,7 @@ def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
     assert "accuracy" in texts(drawn(run, "utility"))
 
 
-def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Report, language: str) -> None:
+def test_reliability_chart_shows_a_perfectly_calibrated_reference(run: Report, language: str) -> None:
     report = with_facts(run, detail=detail_of("a", "b"))
     svg = drawn(report, "reliability", language)
     markers = [one for one in svg.iter(f"{SVG}path") if "translate" in one.attrib.get("transform", "")]
@@ -129,7 +129,7 @@ def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Repor
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_without_figures_or_bounds_there_is_no_chart(code: str, run: Report, a_report_without_privacy: Make) -> None:
+def test_charts_without_data_or_bounds_are_omitted(code: str, run: Report, a_report_without_privacy: Make) -> None:
     of_nothing = replace(run.sites[0], steps=(), curve=())
     nothing = with_facts(run, rounds=()) if code == "utility" else replace(run, sites=(of_nothing,))
     for report in (nothing, a_report_without_privacy()):
@@ -141,7 +141,7 @@ def test_without_figures_or_bounds_there_is_no_chart(code: str, run: Report, a_r
     assert chart(once, "utility").seen == catalogue("en").text("chart.same")
 
 
-def test_equal_lines_are_drawn_once(run: Report, language: str) -> None:
+def test_identical_lines_are_drawn_once(run: Report, language: str) -> None:
     said = {"en": "all 3 sites alike", "de": "alle 3 Standorte gleich"}[language]
     three = [f"clinic-{n}" for n in range(3)]
     alone = drawn(of_sites(run, [0] * 3, three), "epsilon_spent", language)
@@ -155,7 +155,7 @@ def test_equal_lines_are_drawn_once(run: Report, language: str) -> None:
     assert (lines(alone), lines(both)) == (1, 2)
 
 
-def test_strange_names_stay_text_and_only_as_many_sites_as_can_be_told_apart_are_drawn() -> None:
+def test_hostile_site_names_are_escaped_and_drawn_lines_are_limited() -> None:
     for report in (reports()["wide_run"], wide_ledger(runs=60)):
         codes = CODES if report.utility else CODES[:2]
         for svg in filter(None, (chart(report, code).svg for code in codes)):

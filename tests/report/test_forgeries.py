@@ -132,7 +132,7 @@ def run(made: Deployed, tmp_path: Path) -> Deployed:
     return replace(made, folder=tmp_path / "runs" / made.folder.name)
 
 
-def test_an_honest_report_holds_in_both_programs(run: Deployed) -> None:
+def test_honest_report_passes_both_verifiers(run: Deployed) -> None:
     assert [facts.receipt.charged_rounds for facts in run.facts.sites] == [ROUNDS] * 3
     assert {check.name: check.state for check in run.checks()} == {
         **dict.fromkeys(("schema", "figures", "verdict", "configuration", "files"), "right"),
@@ -289,13 +289,13 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_no_forgery_by_a_lead_who_signs_passes(run: Deployed, lie: str) -> None:
+def test_forgeries_signed_by_the_lead_are_rejected(run: Deployed, lie: str) -> None:
     run.write(signing.signed(derive(LIES[lie](run.facts)), run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
 
-def test_no_reason_that_a_lead_gives_for_an_early_end_lowers_an_epsilon(run: Deployed) -> None:
+def test_reasons_for_an_early_end_never_lower_the_epsilon(run: Deployed) -> None:
     facts = receipts(shorter(run.facts, 1, final={}, detail=None), charged_rounds=1)
     used_up = replace(facts.rounds[0], round=2, sites=(), failed_sites=dict.fromkeys(SITES, "plan_exhausted"))
     report = derive(replace(facts, rounds=(*facts.rounds, used_up)))
@@ -309,14 +309,14 @@ def test_no_reason_that_a_lead_gives_for_an_early_end_lowers_an_epsilon(run: Dep
 
 
 @pytest.mark.parametrize("key", [None, STRANGER])
-def test_a_report_that_the_lead_did_not_sign_does_not_pass(run: Deployed, key: SigningKey | None) -> None:
+def test_report_without_the_signature_of_the_lead_is_rejected(run: Deployed, key: SigningKey | None) -> None:
     run.write(replace(run.report, signature=None) if key is None else signing.signed(run.report, key))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
 
 @pytest.mark.parametrize("figures", [{"epsilon": 0.01}, {"verdict": {"state": "exceeded", "reasons": []}}])
-def test_figures_that_nothing_gives_do_not_pass(run: Deployed, figures: dict[str, Any]) -> None:
+def test_underivable_figures_are_rejected(run: Deployed, figures: dict[str, Any]) -> None:
     text = json.loads(signing.to_text(run.report)) | figures
     report = signing.from_json(json.dumps(text))
     run.write(signing.signed(report, run.lead))
@@ -334,21 +334,21 @@ def test_figures_that_nothing_gives_do_not_pass(run: Deployed, figures: dict[str
         lambda folder: (folder / "model.safetensors").symlink_to("adapter_model.safetensors"),
     ],
 )
-def test_a_report_beside_another_model_does_not_pass(run: Deployed, change: Callable[[Path], None]) -> None:
+def test_report_for_a_different_model_is_rejected(run: Deployed, change: Callable[[Path], None]) -> None:
     change(run.folder / "adapter")
     (files,) = [check for check in run.checks() if check.name == "files"]
     assert files.state == "wrong"
     assert not run.holds_by_the_other_program()
 
 
-def test_an_empty_folder_is_not_the_model(run: Deployed) -> None:
+def test_empty_model_folder_is_rejected(run: Deployed) -> None:
     empty = run.folder.parent / "empty"
     empty.mkdir()
     assert [check.state for check in run.checks(model=empty) if check.name == "files"] == ["wrong"]
     assert not run.holds_by_the_other_program("--key", LEAD.public, "--roster", str(run.roster), "--model", str(empty))
 
 
-def test_a_page_that_only_another_version_could_draw_is_not_shown_to_hold(run: Deployed) -> None:
+def test_page_drawn_by_another_version_is_not_accepted(run: Deployed) -> None:
     provenance = replace(run.facts.provenance, fedtune_version="0.0.1")
     run.write(signing.signed(derive(replace(run.facts, provenance=provenance)), LEAD))
     assert run.holds()
@@ -368,7 +368,7 @@ HONEST: dict[str, tuple[str, Callable[[Report], Report]]] = {
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_the_other_program_says_the_same_of_honest_reports(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_independent_verifier_accepts_honest_reports(name: str, tmp_path: Path, capsys: Any) -> None:
     base, change = HONEST[name]
     facts = change(on_file(base)()).facts
     report = derive(replace(facts, simulated=True) if base == "ledger" else replace(facts, files={}))
@@ -378,7 +378,7 @@ def test_the_other_program_says_the_same_of_honest_reports(name: str, tmp_path: 
     assert hold(check_report(tmp_path / "report.json", report, Known()))
 
 
-def test_the_other_program_checks_a_simulation_and_a_sites_own_report(folder: Path) -> None:
+def test_independent_verifier_checks_simulations_and_site_reports(folder: Path) -> None:
     assert verify_report.main([str(folder)]) == 0
     site = folder / "sites" / "site-1"
     report = signing.signed(from_ledger.build(site / "site.toml"), SigningKey.load(site / "site_key.pem"))
@@ -395,7 +395,7 @@ def test_the_other_program_checks_a_simulation_and_a_sites_own_report(folder: Pa
     ("rate", "noise", "steps", "delta"),
     [(0.05, 1.5, 40, 1e-5), (0.01, 1.0, 1000, 1e-6), (0.2, 4.0, 4, 1e-5), (1.0, 5.0, 10, 1e-5), (0.02, 0.7, 300, 1e-6)],
 )
-def test_the_other_program_s_epsilon_is_an_upper_bound_and_near(
+def test_independent_verifier_epsilon_is_a_tight_upper_bound(
     rate: float, noise: float, steps: int, delta: float
 ) -> None:
     found = verify_report.epsilon_of({(rate, noise): steps}, delta)

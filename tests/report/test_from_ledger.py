@@ -34,7 +34,7 @@ def charged(books: Any) -> Books:
     return made
 
 
-def test_an_empty_ledger_has_spent_nothing_and_what_is_declared_names_the_site(books: Any) -> None:
+def test_empty_ledger_reports_no_spending_and_its_declared_sizes(books: Any) -> None:
     both = tuple(Dataset(id=name, declared_size=size) for name, size in (("patients", 100), ("archive", 50)))
     made = books(dataset=both)
     report = sound(from_ledger.build(made.ledger))
@@ -47,7 +47,7 @@ def test_an_empty_ledger_has_spent_nothing_and_what_is_declared_names_the_site(b
     assert (facts["declared_total"], facts["dataset"]) == (150, "patients, archive")
 
 
-def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
+def test_report_figures_match_the_ledger(charged: Books) -> None:
     report = sound(from_ledger.build(charged.ledger))
     history = verify(charged.ledger).history
     (site,) = report.sites
@@ -63,7 +63,7 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
     assert report.verdict.state == "within"
 
 
-def test_approvals_name_person_ticket_and_reason_and_a_denials_reason_stays(books: Any) -> None:
+def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) -> None:
     made = books()
     made.open().approve(run_proposal(), by="Anna Weber", ticket="DPO-7", why="agreed")
     made.open().approve(run_proposal(noise_multiplier=5.0), by="somebody else")
@@ -76,7 +76,7 @@ def test_approvals_name_person_ticket_and_reason_and_a_denials_reason_stays(book
     assert "not told" not in json.dumps(to_json(report)), "a denial's reason stays in the ledger"
 
 
-def test_figures_by_now_know_what_expired_and_which_period_it_is(charged: Books) -> None:
+def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charged: Books) -> None:
     verified = verify(charged.ledger)
     life = from_ledger.lifetime_of(verified)
     assert ([run.state for run in life.runs], life.with_set_aside > life.epsilon) == (["open", "open"], True)
@@ -88,7 +88,9 @@ def test_figures_by_now_know_what_expired_and_which_period_it_is(charged: Books)
     assert (after.with_set_aside, after.epsilon, after.period_epsilon) == (life.epsilon, life.epsilon, 0.0)
 
 
-def test_steps_name_each_round_and_of_many_each_run(charged: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_list_rounds_and_switch_to_runs_for_long_histories(
+    charged: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (site,) = from_ledger.build(charged.ledger).sites
     every = site.steps
     assert [(step.run, step.round) for step in every] == [("r", 1), ("r", 2), ("s", 1)]
@@ -121,7 +123,7 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> 
     assert all(one.first in days and one.last in days and one.first <= one.last for one in report.facts.releases)
 
 
-def test_nothing_of_the_records_no_path_and_no_time_of_day_is_in_it(charged: Books) -> None:
+def test_report_contains_no_record_data_paths_or_times_of_day(charged: Books) -> None:
     report = from_ledger.build(charged.site_toml)
     text = signing.to_text(report)
     assert text == signing.to_text(from_ledger.build(charged.site_toml)), "equal ledgers give equal bytes"
@@ -138,7 +140,7 @@ def test_nothing_of_the_records_no_path_and_no_time_of_day_is_in_it(charged: Boo
             assert event.time not in text
 
 
-def test_a_site_toml_brings_key_and_anchor(books: Any) -> None:
+def test_site_policy_supplies_the_expected_key_and_anchor(books: Any) -> None:
     made = books(anchor="elsewhere/anchor.json")
     made.charge(run_proposal(), 1)
     alone = from_ledger.build(made.ledger).facts
@@ -156,7 +158,7 @@ def test_a_site_toml_brings_key_and_anchor(books: Any) -> None:
     assert from_ledger.build(made.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
-def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> None:
+def test_unrecorded_policy_change_is_reported_as_violated(charged: Books) -> None:
     charged.edit(budget={"max_epsilon": 4.0})
     report = sound(from_ledger.build(charged.site_toml))
     assert status(report, "policy_noted") == "violated"
@@ -166,7 +168,7 @@ def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> No
 
 
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
-def test_a_policy_in_force_below_what_is_spent_is_exceeded(charged: Books, key: str) -> None:
+def test_spending_above_the_current_policy_is_reported_as_exceeded(charged: Books, key: str) -> None:
     spent = from_ledger.build(charged.site_toml).epsilon
     charged.edit(budget={key: round(spent * 0.8, 3)})  # nobody opened the ledger since
     report = sound(from_ledger.build(charged.site_toml))
@@ -178,7 +180,7 @@ def test_a_policy_in_force_below_what_is_spent_is_exceeded(charged: Books, key: 
     assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
 
 
-def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Books) -> None:
+def test_policy_with_another_period_is_judged_by_its_own_period(charged: Books) -> None:
     assert read_policy(charged.site_toml).budget.period == "year"
     charged.edit(budget={"period": "month", "max_epsilon_per_period": 0.1})
     report = from_ledger.build(charged.site_toml)
@@ -216,7 +218,9 @@ LOOSENED = ("within", ("limits_loosened",))
         pytest.param({"max_epsilon": ANY}, {"max_epsilon": 5.0}, {}, WITHIN, id="came before"),
     ],
 )
-def test_caps_before_and_after_what_was_spent(opened: Any, before: Any, after: Any, verdict: Any, books: Any) -> None:
+def test_verdict_follows_the_caps_before_and_after_spending(
+    opened: Any, before: Any, after: Any, verdict: Any, books: Any
+) -> None:
     made = books(budget=opened)
     made.edit(noted=True, budget=before)
     made.charge(run_proposal(), 1, 2)
@@ -235,7 +239,7 @@ def test_caps_before_and_after_what_was_spent(opened: Any, before: Any, after: A
     assert site.lifetime.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
 
 
-def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(books: Any, tmp_path: Path) -> None:
+def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path: Path) -> None:
     made = books(anchor="anchor.json")
     made.charge(run_proposal(), 1)
     old = shutil.copy(made.folder / "anchor.json", tmp_path / "old.json")
@@ -256,7 +260,9 @@ def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(books: Any
     [((1, 2), [], True), ((1,), [], False), ((1, 2), ["s"], False)],
     ids=["a whole plan", "a part of one", "two runs"],
 )
-def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(rounds: Any, more: Any, known: bool, books: Any) -> None:
+def test_mechanism_curve_is_used_only_for_fully_planned_spending(
+    rounds: Any, more: Any, known: bool, books: Any
+) -> None:
     made = books()
     for run in ["r", *more]:
         made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *rounds)
@@ -278,7 +284,7 @@ def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(rounds: Any, more: An
         ("UPDATE events SET detail = '{}' WHERE sequence = 6", "event 6"),
     ],
 )
-def test_the_report_of_a_changed_ledger_promises_nothing(charged: Books, statement: str, says: str) -> None:
+def test_report_of_a_tampered_ledger_gives_no_guarantee(charged: Books, statement: str, says: str) -> None:
     charged.tamper(statement)
     for path in (charged.ledger, charged.site_toml):
         report = from_ledger.build(path)
@@ -293,7 +299,7 @@ def test_the_report_of_a_changed_ledger_promises_nothing(charged: Books, stateme
         assert {one.status for one in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
 
 
-def test_what_is_missing_cannot_be_read_or_is_of_another_site_is_said(charged: Books, tmp_path: Path) -> None:
+def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged: Books, tmp_path: Path) -> None:
     for content in (b"", b"no database" * 200, b"SQLite format 3\0" + bytes(100)):
         (tmp_path / "ledger.db").write_bytes(content)
         with pytest.raises(RunError, match=r"ledger\.db"):

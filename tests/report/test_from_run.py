@@ -34,7 +34,7 @@ def result_of(folder: Path) -> Any:
     return json.loads((folder / "run.json").read_text())
 
 
-def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
+def test_report_figures_match_run_json(run_folder: Path) -> None:
     report, result = from_run.build(run_folder), result_of(run_folder)
     facts = report.facts
     assert (facts.kind, facts.name, facts.provenance.config_sha256) == ("run", "run", result["config_sha256"])
@@ -63,7 +63,7 @@ def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
     assert report.facts.date == times[-1]
 
 
-def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_compositions_is_bounded_for_many_rounds(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = from_run.facts_of(run_folder, from_run.read_run(run_folder), own={})
     facts = replace(facts, rounds=tuple(replace(facts.rounds[0], round=number) for number in range(1, 5001)))
     composed = Mock(side_effect=itertools.count(0.1, 0.1))
@@ -75,7 +75,7 @@ def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, mon
     assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
 
 
-def test_the_environment_is_the_runs_own_and_not_the_readers_and_two_are_named(folder: Path) -> None:
+def test_report_shows_the_recorded_environments_of_the_run(folder: Path) -> None:
     noted = json.loads((folder / "environment.json").read_text())
     (own,) = noted["environments"]
     other = {"python": "3.0.0", "machine": "abacus", "device": "beads", "system": "Stone"}
@@ -93,7 +93,7 @@ def test_the_environment_is_the_runs_own_and_not_the_readers_and_two_are_named(f
     assert provenance.machine.count("/") == 0
 
 
-def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
+def test_run_without_a_recorded_environment_is_reported_as_such(folder: Path) -> None:
     (folder / "environment.json").unlink()
     report = sound(from_run.build(folder))
     provenance = report.facts.provenance
@@ -104,7 +104,7 @@ def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
         assert status(report, code) == "assumed"
 
 
-def test_without_checkpoints_the_whole_plan_counts_and_without_run_json_nothing_is_known(folder: Path) -> None:
+def test_whole_plan_is_counted_without_checkpoints(folder: Path) -> None:
     whole = from_run.build(folder)
     shutil.rmtree(folder / "checkpoints")
     report = sound(from_run.build(folder))
@@ -144,14 +144,14 @@ def doubted(folder: Path) -> Report:
         (resigned, {"run": "run-" + "0" * 32, "charged_rounds": 9}),
     ],
 )
-def test_a_receipt_that_is_not_the_sites_word_counts_as_none(folder: Path, changed: Any, changes: Any) -> None:
+def test_receipts_not_matching_the_site_or_run_are_ignored(folder: Path, changed: Any, changes: Any) -> None:
     change_receipts(folder, lambda receipt: changed(receipt, **changes))
     report = doubted(folder)
     assert [site.receipt for site in report.facts.sites] == [None, None]
     assert {one.run for site in report.sites for one in site.mechanisms} == {saved_config(folder).run_id()}
 
 
-def test_a_genuine_receipt_that_is_older_than_the_updates_counts_as_none(folder: Path) -> None:
+def test_receipts_older_than_the_updates_are_ignored(folder: Path) -> None:
     record = from_run.read_run(folder)
     (newest,) = folder.glob("checkpoints/round-0002*")
     newest.rename(folder / "kept")
@@ -163,7 +163,7 @@ def test_a_genuine_receipt_that_is_older_than_the_updates_counts_as_none(folder:
 
 
 @pytest.mark.parametrize("journal", [True, False])
-def test_a_checkpoint_from_before_the_end_counts_the_whole_plan(folder: Path, journal: bool) -> None:
+def test_checkpoint_before_the_last_round_counts_the_whole_plan(folder: Path, journal: bool) -> None:
     whole = from_run.build(folder)
     (newest,) = folder.glob("checkpoints/round-0002*")
     newest.unlink()
@@ -185,7 +185,7 @@ AUDIT = {
 }
 
 
-def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Path) -> None:
+def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Path) -> None:
     assert "attack_on_real_records" not in from_run.build(folder).unprotected_figures
     shown = audit_bound.best_possible(9, delta=1e-5, confidence=0.95)
     bound = {"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown}
@@ -210,7 +210,7 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
     assert [site.verdict.state for site in from_run.build(folder).sites] == ["no_guarantee"] * 2
 
 
-def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing(folder: Path) -> None:
+def test_run_with_canaries_gives_no_guarantee_without_audit_results(folder: Path) -> None:
     before = from_run.build(folder)
     RunFolder(folder).audit_mark.write_text("an audit")
     report = sound(from_run.build(folder))
@@ -225,7 +225,7 @@ def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing
         from_run.build(folder)
 
 
-def test_damaged_files_are_named(folder: Path) -> None:
+def test_damaged_run_files_are_named_in_the_error(folder: Path) -> None:
     for name, damage, error, match in (
         ("config.yaml", lambda data: b"[1", ConfigError, "must hold a configuration"),
         ("config.yaml", lambda data: b"- 1", ConfigError, "must hold a configuration"),
@@ -244,7 +244,7 @@ def test_damaged_files_are_named(folder: Path) -> None:
         path.write_bytes(right)
 
 
-def test_a_configuration_of_another_cost_is_refused(folder: Path) -> None:
+def test_configuration_with_a_different_privacy_cost_is_refused(folder: Path) -> None:
     path = folder / "config.yaml"
     right = OmegaConf.load(path)
     for changes, key in (
@@ -258,7 +258,7 @@ def test_a_configuration_of_another_cost_is_refused(folder: Path) -> None:
             from_run.build(folder)
 
 
-def test_a_configuration_that_was_changed_after_the_run_is_marked(folder: Path) -> None:
+def test_configuration_changed_after_the_run_voids_the_guarantee(folder: Path) -> None:
     text = (folder / "config.yaml").read_text()
     for old, new in (("epsilon: 8.0", "epsilon: 80.0"), ("max_grad_norm: 1.0", "max_grad_norm: 2.0")):
         assert old in text
@@ -269,7 +269,7 @@ def test_a_configuration_that_was_changed_after_the_run_is_marked(folder: Path) 
         assert report.facts.provenance.config_sha256 == result_of(folder)["config_sha256"]
 
 
-def test_a_score_that_is_no_number_is_null(folder: Path) -> None:
+def test_nan_scores_are_null_in_the_report(folder: Path) -> None:
     result = result_of(folder)
     result["final"]["metrics"]["loss"] = None
     (folder / "run.json").write_text(json.dumps(result))

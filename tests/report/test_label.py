@@ -36,7 +36,7 @@ def lines(svg: str) -> list[str]:
     return [one.text or "" for one in Xml.fromstring(svg).iter(f"{SPACE}text")]
 
 
-def test_every_figure_is_one_of_the_report_and_what_is_not_covered_is_named(report: Report, language: str) -> None:
+def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Report, language: str) -> None:
     words = Words(report, catalogue(language))
     known = [report.facts.name, report.known.get("dataset", "")]
     known += [text for section in words.catalogue.texts.values() for text in section.values()]
@@ -61,7 +61,7 @@ def test_every_figure_is_one_of_the_report_and_what_is_not_covered_is_named(repo
     assert ("…" in said) == (len(report.facts.name) > 32), "nothing but a long name is cut"
 
 
-def test_who_relies_on_other_sites_is_told_so(language: str) -> None:
+def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
     """In the label and in a registry's entry: where sites make their noise together."""
     found = reports()["within"]
     together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
@@ -74,7 +74,7 @@ def test_who_relies_on_other_sites_is_told_so(language: str) -> None:
     assert model.startswith("The sites make the noise together")
 
 
-def test_where_nothing_is_promised_it_shows_no_figure(language: str) -> None:
+def test_label_without_a_guarantee_shows_no_figures(language: str) -> None:
     words = catalogue(language)
     for name in ("no_guarantee", "unbounded"):
         found = reports()[name]
@@ -86,7 +86,7 @@ def test_where_nothing_is_promised_it_shows_no_figure(language: str) -> None:
         assert "100" not in numbers(said)
 
 
-def test_it_loads_nothing_a_name_stays_text_and_every_line_fits(report: Report, language: str) -> None:
+def test_label_loads_nothing_escapes_names_and_fits_every_line(report: Report, language: str) -> None:
     key = "name" if report.facts.kind == "run" else "site"
     hostile = with_facts(report, **{key: HOSTILE[:20] + "\x00"})
     svg = as_svg(hostile, language=language)
@@ -99,7 +99,7 @@ def test_it_loads_nothing_a_name_stays_text_and_every_line_fits(report: Report, 
 
 
 @pytest.mark.parametrize("name", ["bank-a", "W" * 64, HOSTILE])
-def test_a_site_s_own_adapter_has_a_label_that_promises_nothing(name: str) -> None:
+def test_label_of_a_personalized_adapter_promises_nothing(name: str) -> None:
     svg = as_svg_of_own(name, name)
     said, short = " ".join(lines(svg)), shortened(name, 32)
     assert f"Private to {short}: no guarantee" in said
@@ -129,7 +129,7 @@ def fit(svg: str) -> None:
             assert right <= other_left or other_right <= left or bottom <= other_top or other_bottom <= top
 
 
-def test_where_people_arrive_it_says_whose_the_figure_is() -> None:
+def test_label_names_the_cohorts_covered_by_its_epsilon() -> None:
     used, others = "2022–2024; others used less", "2025–2026; others not used"  # noqa: RUF001
     for name, whose in (("arrivals", used), ("admitting", others)):
         said = lines(as_svg(reports()[name], language="en"))

@@ -39,7 +39,7 @@ def front_of(card: str) -> Any:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_a_run_s_card_is_read_by_the_hub_s_tools_and_says_what_the_report_says(run_folder: Any, of_run: Any) -> None:
+def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, of_run: Any) -> None:
     card = ModelCard.load(run_folder / "adapter" / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.datasets == ["banking77"]
@@ -63,14 +63,14 @@ def test_a_run_s_card_is_read_by_the_hub_s_tools_and_says_what_the_report_says(r
 
 
 @pytest.mark.parametrize(("kind", "words"), [("lora", "A LoRA"), ("dora", "A DoRA"), ("ia3", "An IA3")])
-def test_it_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: str, words: str) -> None:
+def test_model_card_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: str, words: str) -> None:
     of_kind = replace(record, config=replace(record.config, lora=replace(record.config.lora, kind=kind)))
     text = card_text(of_kind, of_run, Form.adapter(of_kind.config, folder="adapter"))
     assert kind in front_of(text)["tags"]
     assert f"{words} adapter" in text
 
 
-def test_where_nothing_is_promised_the_card_promises_nothing(tmp_path: Path) -> None:
+def test_model_card_without_a_guarantee_promises_nothing(tmp_path: Path) -> None:
     for override, reason in (
         ("privacy=none", "No noise was added, so nothing hides a single record."),
         ("runtime.seeded_noise=true", "The noise came from a seed."),
@@ -83,7 +83,7 @@ def test_where_nothing_is_promised_the_card_promises_nothing(tmp_path: Path) -> 
         assert "differential-privacy" not in front_of(text)["tags"]
 
 
-def test_the_base_is_named_as_others_know_it(record: RunRecord, of_run: Report) -> None:
+def test_model_card_names_the_base_by_its_public_id(record: RunRecord, of_run: Report) -> None:
     changed = with_model(record, path="/home/ada/models/small", public_id="owner/small", licence="Apache-2.0")
     card = card_text(changed, of_run, FORM)
     front = front_of(card)
@@ -97,7 +97,7 @@ def test_the_base_is_named_as_others_know_it(record: RunRecord, of_run: Report) 
     assert "`fedtune export --merge` writes it out" in made_up
 
 
-def test_a_base_from_gguf_or_in_a_coarser_format_is_not_the_one_that_others_load(record: Any, of_run: Report) -> None:
+def test_model_card_warns_that_quantized_bases_differ_from_the_original(record: Any, of_run: Report) -> None:
     changed = with_model(record, public_id="owner/small", gguf_file="small.Q4_1.gguf")
     text = " ".join(card_text(changed, of_run, FORM).split())
     assert "expanded from small.Q4\\_1.gguf" in text
@@ -107,7 +107,7 @@ def test_a_base_from_gguf_or_in_a_coarser_format_is_not_the_one_that_others_load
         assert ("tuned, and scored below, beside the base's layers in the number" in text) == (dtype != "float32")
 
 
-def test_what_people_wrote_is_text_and_no_more(record: RunRecord, of_run: Report) -> None:
+def test_user_text_is_escaped_in_the_model_card(record: RunRecord, of_run: Report) -> None:
     hostile = 'none |\n\n# <b>Safe</b> `x` [click](http://x) "\n---\nlicense: mit'
     provenance = replace(of_run.facts.provenance, model_licence=hostile)
     card = card_text(with_model(record, licence=hostile), with_facts(of_run, provenance=provenance), FORM)
@@ -119,7 +119,7 @@ def test_what_people_wrote_is_text_and_no_more(record: RunRecord, of_run: Report
     assert ModelCard(card).data.license_name == front["license_name"]
 
 
-def test_a_start_adapter_is_named(record: RunRecord, of_run: Report) -> None:
+def test_model_card_names_the_start_adapter_and_its_spending(record: RunRecord, of_run: Report) -> None:
     for spent, said in (
         ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.500 at delta "),
         ({"delta": 1e-5, "epsilon": None}, ", of run intents on public; its training bounds nothing |"),
@@ -135,14 +135,14 @@ def test_a_start_adapter_is_named(record: RunRecord, of_run: Report) -> None:
         assert (status(report, code), problems(report)) == ("assumed", [])
 
 
-def test_what_a_start_began_in_adds_up() -> None:
+def test_prior_spending_of_a_start_adapter_adds_up() -> None:
     for before, spent in STARTS["of one start: what it began in, and epsilon and delta of both"]:
         assert spent_on_start({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == tuple(
             spent
         )
 
 
-def test_what_runs_of_synthetic_records_began_in_adds_up_with_them() -> None:
+def test_prior_spending_of_synthetic_data_runs_adds_up() -> None:
     for start, epsilon in STARTS["of two runs: the start of the first, and epsilon of all"]:
         runs = [{"epsilon": 0.1, "delta": 1e-5, "unit": "record", "start": start}]
         runs.append({"epsilon": 0.2, "delta": 2e-5, "unit": "record", "start": None})

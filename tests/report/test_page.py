@@ -44,7 +44,7 @@ def words_of(element: Element) -> str:
     return " ".join(element.said.split())
 
 
-def test_every_figure_name_and_code_is_in_the_json(shown: tuple[Report, str], language: str) -> None:
+def test_figures_names_and_codes_on_the_page_are_in_the_json(shown: tuple[Report, str], language: str) -> None:
     report, html = shown
     data, figures = json.loads(json.dumps(to_json(report))), main(html).all("data")
     assert len(figures) > 40
@@ -64,7 +64,7 @@ def test_every_figure_name_and_code_is_in_the_json(shown: tuple[Report, str], la
             assert text == found or text in spoken or re.fullmatch(short, found, re.DOTALL), (found, text)
 
 
-def test_no_other_number_is_shown(shown: tuple[Report, str], language: str) -> None:
+def test_page_shows_no_numbers_outside_figures_and_fixed_texts(shown: tuple[Report, str], language: str) -> None:
     """Outside of figures there are numbers only in fixed texts, names, and how many rows are left out."""
     report, html = shown
 
@@ -79,7 +79,7 @@ def test_no_other_number_is_shown(shown: tuple[Report, str], language: str) -> N
     assert set(numbers(left)) <= set(numbers(f"{fixed} {named} {source}"))
 
 
-def test_tables_hold_the_rows_of_the_json_each_of_one_thing(shown: tuple[Report, str]) -> None:
+def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
     report, html = shown
     data = json.loads(json.dumps(to_json(report)))
     words = Words(report, catalogue("en"))
@@ -108,7 +108,7 @@ def test_tables_hold_the_rows_of_the_json_each_of_one_thing(shown: tuple[Report,
         assert len(longest) <= 1 or any("/steps/" in place for place in found)
 
 
-def test_each_site_is_listed_worst_first(language: str) -> None:
+def test_sites_are_listed_worst_first(language: str) -> None:
     html = main(page("wide_run", language))
     budget = next(one for one in html.iter() if one.attrib.get("id") == "budget")
     assert [len(table.all("tr")) for table in budget.all("table")] == [5, 5], "eight sites in two halves"
@@ -118,7 +118,7 @@ def test_each_site_is_listed_worst_first(language: str) -> None:
         assert html.all(data_at=f"/sites/{place}/spent/epsilon_pld")
 
 
-def test_nothing_is_left_open(shown: tuple[Report, str]) -> None:
+def test_page_has_no_unfilled_placeholders_or_missing_values(shown: tuple[Report, str]) -> None:
     text = " ".join(main(shown[1]).texts(without=lambda one: one.tag in ("code", "svg")))  # events are JSON
     for name in (shown[0].facts.name, HOSTILE):
         for said in (name, *(shortened(name, most) for most in range(10, 70))):
@@ -128,7 +128,7 @@ def test_nothing_is_left_open(shown: tuple[Report, str]) -> None:
     assert not re.search(r"\d (of|von) 100\b", words_of(first)), "no figure of guesses reads as one of people"
 
 
-def test_the_page_needs_nothing_else_and_its_hash_is_that_of_the_file(shown: tuple[Report, str]) -> None:
+def test_page_is_self_contained_and_shows_the_report_digest(shown: tuple[Report, str]) -> None:
     report, html = shown
     digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
     # On page 1, for technical documentation, how to check, and at the foot of each page.
@@ -149,7 +149,7 @@ def test_the_page_needs_nothing_else_and_its_hash_is_that_of_the_file(shown: tup
     assert {one.attrib["href"][1:] for one in tree.all("a")} <= set(ids)
 
 
-def test_hostile_names_stay_text(language: str) -> None:
+def test_hostile_names_are_escaped_on_the_page(language: str) -> None:
     for name in ("wide_run", "wide_ledger"):
         html = page(name, language)
         assert "<script" not in html
@@ -159,14 +159,14 @@ def test_hostile_names_stay_text(language: str) -> None:
 
 
 @pytest.mark.parametrize("text", [HOSTILE, 'a\\b\n"; } body { display: none', "</style><script>", "ü病"])
-def test_a_style_sheets_string_cannot_be_left(text: str) -> None:
+def test_css_strings_cannot_be_escaped_from(text: str) -> None:
     made = render.css_string(text)
     assert re.fullmatch(r'"(?:[A-Za-z0-9]|\\[0-9a-f]+ )*"', made)
     assert re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1]) == text
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
-def test_page_one_reads_as_it_was_read(name: str, language: str) -> None:
+def test_page_one_matches_its_golden_text(name: str, language: str) -> None:
     check_text(f"{name}-{language}", main(page(name, language)).all("section", id="page-1"))
 
 
@@ -185,7 +185,7 @@ ANNEXES = {
 
 
 @pytest.mark.parametrize(("name", "language", "parts"), [(*key, parts) for key, parts in ANNEXES.items()])
-def test_the_annex_reads_as_it_was_read(name: str, language: str, parts: Sequence[str]) -> None:
+def test_annex_matches_its_golden_text(name: str, language: str, parts: Sequence[str]) -> None:
     html = main(page(name, language))
     check_text(f"{name}-{language}-annex", [by_id(html, part) for part in parts])
 
@@ -221,7 +221,7 @@ def by_id(html: Element, name: str) -> Element:
     return found
 
 
-def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Make) -> None:
+def test_exceeded_budget_takes_precedence_over_a_used_up_one(a_ledger_report: Make) -> None:
     full = made.without_room(a_ledger_report(), left=0.0)
     assert room_of(full) == "used_up"
     assert room_of(replace(full, verdict=Verdict(state="exceeded", reasons=("above_lifetime_cap",)))) is None
@@ -229,7 +229,7 @@ def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Mak
     assert room_of(with_site(full, lifetime=replace(site.lifetime, frozen=True))) == "closed"
 
 
-def test_a_limit_that_says_nothing_is_no_figure(language: str) -> None:
+def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
     """Neither on page 1 nor on the label: one sentence says where it stands, and why no more is proved."""
     words, report = catalogue(language), reports()["ledger"]
     (site,) = report.sites
@@ -254,7 +254,7 @@ def test_a_limit_that_says_nothing_is_no_figure(language: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])
-def test_a_word_for_the_strength_says_by_what_bounds_it_goes(code: str, a_report: Make, language: str) -> None:
+def test_strength_rating_shows_its_epsilon_thresholds(code: str, a_report: Make, language: str) -> None:
     least, most = profile.BANDS[code]
     assert profile.strength_band(math.nextafter(least, math.inf)) == code
     assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))
@@ -265,7 +265,7 @@ def test_a_word_for_the_strength_says_by_what_bounds_it_goes(code: str, a_report
     assert numbers(said)[-2:][-len(edges) :] == edges
 
 
-def test_what_it_is_for_is_said_in_the_words_of_a_person(a_report: Make, language: str) -> None:
+def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) -> None:
     words = catalogue(language).texts["page"]
     for purpose, shown in (
         (None, words["no_purpose"]),
@@ -279,7 +279,7 @@ def test_what_it_is_for_is_said_in_the_words_of_a_person(a_report: Make, languag
         assert bool(said.all("span", **{"class": "absent"})) == (purpose is None)
 
 
-def test_a_decision_says_first_what_it_cannot_do(a_ledger_report: Make, language: str) -> None:
+def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, language: str) -> None:
     words = catalogue(language).texts["sign_off"]
 
     def said(html: str) -> tuple[bool, ...]:
@@ -293,7 +293,7 @@ def test_a_decision_says_first_what_it_cannot_do(a_ledger_report: Make, language
     assert said(render.render(a_ledger_report(verdict=above), language=language)) == (False, True)
 
 
-def test_page_one_says_with_what_and_with_whose_key_to_check(a_report: Make, language: str, tmp_path: Path) -> None:
+def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, language: str, tmp_path: Path) -> None:
     texts, key = catalogue(language).texts["check"], SigningKey.load_or_make(tmp_path / "key.pem")
     for report in (a_report(), signing.signed(a_report(), key)):
         html = by_id(main(render.render(report, language=language)), "check-one")
@@ -306,7 +306,7 @@ def test_page_one_says_with_what_and_with_whose_key_to_check(a_report: Make, lan
             assert of_key == [spoken(key.public[:16])], "as kits and `report verify` write it"
 
 
-def test_equal_sites_are_one_line_in_the_annex(language: str) -> None:
+def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:
     engineer = by_id(main(page("alike", language)), "engineer")
     for at in ("spent/epsilon_pld", "verdict/state", "mechanisms/0/noise_multiplier", "meaning/hit_rates/0/ceiling"):
         shown = [place for place in range(33) if engineer.all(data_at=f"/sites/{place}/{at}")]
@@ -322,7 +322,7 @@ def test_equal_sites_are_one_line_in_the_annex(language: str) -> None:
     assert len(reports()["secure"].sites) == 5
 
 
-def test_what_is_not_known_is_grey_in_the_annex_too(a_report: Make, language: str) -> None:
+def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: str) -> None:
     texts = catalogue(language).texts
     known = a_report().facts.provenance
     unknown = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
@@ -335,7 +335,7 @@ def test_what_is_not_known_is_grey_in_the_annex_too(a_report: Make, language: st
         assert [words_of(grey) for grey in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
 
 
-def test_every_page_of_a_study_says_so_first(of_run: Report, of_ledger: Report, language: str) -> None:
+def test_every_page_of_a_study_shows_its_banner_first(of_run: Report, of_ledger: Report, language: str) -> None:
     said = catalogue(language).texts["banner"]
     for report, banners in (
         (of_run, ["simulation"]),
@@ -350,7 +350,7 @@ def test_every_page_of_a_study_says_so_first(of_run: Report, of_ledger: Report, 
         assert re.findall(r"@top-center \{ content: (\".*?\");", html) == on_paper
 
 
-def test_a_silent_sites_figures_are_upper_bounds(language: str) -> None:
+def test_figures_of_a_silent_site_are_marked_as_upper_bounds(language: str) -> None:
     at_most, cells = {"en": "at most", "de": "höchstens"}[language], main(page("upper_bound", language)).all("td")
     told = [(one.attrib.get("data-at", ""), words_of(cell)) for cell in cells for one in cell.iter()]
     for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "rounds", "steps"):
@@ -359,7 +359,7 @@ def test_a_silent_sites_figures_are_upper_bounds(language: str) -> None:
             assert set(bounds) == {site == 0}
 
 
-def test_cells_of_each_state_are_told_apart(language: str) -> None:
+def test_dpia_fields_in_each_state_look_different(language: str) -> None:
     html, borders = page("within", language), set()
     (section,) = main(html).all("section", id="cells")
     words, css = catalogue(language), "".join(one.said for one in parsed(html).all("style"))
@@ -374,7 +374,7 @@ def test_cells_of_each_state_are_told_apart(language: str) -> None:
         assert all(words.text(key) in blank.said for key in ("cells.who", "sign_off.date"))
 
 
-def test_violated_assumptions_come_first_and_all_of_them(language: str) -> None:
+def test_all_violated_assumptions_are_listed_first(language: str) -> None:
     report = reports()["within"]
     turned = tuple(replace(one, status="violated") for one in report.assumptions[:8])
     html = main(render.render(replace(report, assumptions=(*turned, *report.assumptions[8:])), language=language))
@@ -382,7 +382,7 @@ def test_violated_assumptions_come_first_and_all_of_them(language: str) -> None:
     assert [one.attrib["class"] for one in listed if "class" in one.attrib] == ["violated"] * 8
 
 
-def test_of_ten_sites_one_sees_another_s_result_only_if_most_were_missing() -> None:
+def test_site_results_can_be_subtracted_only_with_few_participants() -> None:
     def row(report: Report) -> list[str]:
         html = main(render.render(report, language="en"))
         return [words_of(cell) for cell in html.all(id="access")[0].all("tr")[2].all("td")]
@@ -394,7 +394,7 @@ def test_of_ten_sites_one_sees_another_s_result_only_if_most_were_missing() -> N
     assert row(few)[2] == "by subtraction"
 
 
-def test_a_ledgers_history_shows_its_end_and_the_page_of_many_runs_stays_short() -> None:
+def test_long_ledger_history_is_truncated_to_its_last_rows() -> None:
     few, many = (render.render(made.wide_ledger(runs=runs), language="en") for runs in (100, 2500))
     assert "/sites/0/lifetime/runs/99/" in few
     assert "/sites/0/lifetime/runs/0/" not in few
@@ -402,5 +402,5 @@ def test_a_ledgers_history_shows_its_end_and_the_page_of_many_runs_stays_short()
     assert len(many) < 2 * len(few)  # 25 times as many runs
 
 
-def test_a_pointer_finds_names_with_any_letter() -> None:
+def test_json_pointer_escapes_special_characters() -> None:
     assert lookup({"a/b~c": [{"": 1}]}, pointer("a/b~c", 0, "")) == 1

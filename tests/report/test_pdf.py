@@ -42,7 +42,7 @@ def beginning(html: str) -> str:
 
 @needs_weasyprint
 @pytest.mark.parametrize("name", NAMES)
-def test_page_one_is_one_side_with_5_mm_to_spare(name: str, language: str) -> None:
+def test_page_one_fits_on_one_sheet_with_spare_margin(name: str, language: str) -> None:
     less = "@media print { @page { margin-bottom: 19mm } }</style>"
     for fillable in (False, True):
         html = beginning(render.render(reports()[name], language=language, fillable=fillable))
@@ -62,7 +62,7 @@ sys.stdout.buffer.write(as_pdf(sys.stdin.read()))
 
 
 @needs_weasyprint
-def test_a_pdf_is_whole_and_the_same_where_no_font_is_installed(a_report: Make, tmp_path: Path) -> None:
+def test_pdf_is_complete_and_identical_without_system_fonts(a_report: Make, tmp_path: Path) -> None:
     html = render.render(a_report(), language="de", fillable=True)
     none = tmp_path / "fonts.conf"
     none.write_text(f"<fontconfig><cachedir>{tmp_path}</cachedir></fontconfig>")
@@ -87,7 +87,7 @@ def test_a_pdf_is_whole_and_the_same_where_no_font_is_installed(a_report: Make, 
 
 @needs_weasyprint
 @pytest.mark.parametrize("before", [None, "1700000000"])
-def test_a_pdf_is_the_same_each_time_without_harfbuzz(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pdf_is_reproducible_without_harfbuzz(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """fontTools makes them then, and writes the time into them."""
     monkeypatch.setattr("weasyprint.pdf.fonts.harfbuzz_subset", None)
     clock = iter(range(1_700_000_000, 1_800_000_000, 1000))
@@ -100,7 +100,7 @@ def test_a_pdf_is_the_same_each_time_without_harfbuzz(before: str | None, monkey
 
 
 @needs_weasyprint
-def test_what_a_person_fills_in_are_fields_of_the_pdf(language: str) -> None:
+def test_form_inputs_become_fillable_pdf_fields(language: str) -> None:
     """On page 1; the page for screens and browsers has none."""
     for name in ("by_user", "wide_run"):
         whole = render.render(reports()[name], language=language, fillable=True)
@@ -129,7 +129,7 @@ def printed(page: Any, *, below: float = 0, above: float = math.inf) -> str:
 
 
 @needs_weasyprint
-def test_each_page_names_the_report_and_its_hash(a_report: Make) -> None:
+def test_every_pdf_page_shows_report_name_and_digest(a_report: Make) -> None:
     html = render.render(with_facts(a_report(), name=LONG), language="en")
     digest = re.findall(r"\b[0-9a-f]{64}\b", html)[-1]
     for one in pages(html):
@@ -140,7 +140,7 @@ def test_each_page_names_the_report_and_its_hash(a_report: Make) -> None:
 
 @needs_weasyprint
 @pytest.mark.parametrize("name", ["within", "no_guarantee"])
-def test_each_page_of_a_study_says_so(name: str) -> None:
+def test_every_pdf_page_of_a_study_shows_its_banner(name: str) -> None:
     report = reports()[name]
     assert report.banners
     for one in pages(page(name, "de")):
@@ -149,7 +149,7 @@ def test_each_page_of_a_study_says_so(name: str) -> None:
 
 
 @needs_weasyprint
-def test_where_margins_hold_no_text_page_one_says_so_itself() -> None:
+def test_page_one_shows_the_banner_when_margins_cannot() -> None:
     """As in a browser that knows none of what `@supports` asks for, which WeasyPrint leaves out."""
     report = reports()["no_guarantee"]
     for fillable in (False, True):
@@ -160,7 +160,7 @@ def test_where_margins_hold_no_text_page_one_says_so_itself() -> None:
 
 
 @needs_weasyprint
-def test_nothing_is_fetched() -> None:
+def test_pdf_rendering_fetches_nothing() -> None:
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -177,7 +177,7 @@ def test_nothing_is_fetched() -> None:
     assert asked == []
 
 
-def test_without_weasyprint_or_pango_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weasyprint_or_pango_error_suggests_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.extras.is_installed", lambda module: False)
     with pytest.raises(ConfigError, match="--pdf: needs weasyprint: pip install "):
         render.as_pdf("<p>")

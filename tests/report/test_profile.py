@@ -73,7 +73,7 @@ def gaussian_right_of_100(mu: float) -> float:
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 40.0])
-def test_a_gaussian_s_curve_is_known_exactly(sigma: float) -> None:
+def test_gaussian_privacy_curve_matches_the_exact_solution(sigma: float) -> None:
     spent, mu = [GaussianDpEvent(sigma)], 1 / sigma
     for point in profile.curve(spent, 1e-5):
         # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
@@ -100,7 +100,7 @@ def best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float
 
 @pytest.mark.parametrize(("rate", "sigma"), [(0.01, 0.8), (0.1, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("alarms", _SHARES)
-def test_one_sampled_step_s_best_attacks_are_known_exactly(rate: float, sigma: float, alarms: float) -> None:
+def test_sampled_step_bounds_the_best_exact_attack(rate: float, sigma: float, alarms: float) -> None:
     bound = profile.hit_rate(sampled(rate, sigma), false_alarms=alarms)
     best = max(best_attacks(rate, sigma, alarms))
     assert best * (1 - 1e-9) <= bound
@@ -108,7 +108,7 @@ def test_one_sampled_step_s_best_attacks_are_known_exactly(rate: float, sigma: f
     assert bound <= best * 1.05
 
 
-def test_no_simulated_attack_does_better() -> None:
+def test_simulated_attack_does_not_exceed_the_bound() -> None:
     rate, sigma, steps, draws = 0.2, 1.0, 10, 200_000
     spent, random = sampled(rate, sigma, steps), np.random.default_rng(7)
 
@@ -130,7 +130,7 @@ def test_no_simulated_attack_does_better() -> None:
     assert found - 0.5 <= right <= found + 0.5
 
 
-def test_the_curve_lies_below_each_of_its_points_and_epsilon_falls_with_delta(spent: dict[DpEvent, int]) -> None:
+def test_privacy_curve_is_monotone_and_below_each_ceiling(spent: dict[DpEvent, int]) -> None:
     points = profile.curve(spent, 2e-5)
     assert [point.delta for point in points] == sorted({*profile.DELTAS, 2e-5}, reverse=True)
     for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
@@ -144,7 +144,7 @@ def test_the_curve_lies_below_each_of_its_points_and_epsilon_falls_with_delta(sp
         assert 50 <= right <= profile.right_of_100_ceiling(point.epsilon_pld, point.delta) + 1e-6
 
 
-def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, int]) -> None:
+def test_hit_rate_grows_with_false_alarms_and_steps(spent: dict[DpEvent, int]) -> None:
     rates = [profile.hit_rate(spent, false_alarms=alarms) for alarms in _SHARES]
     assert rates == sorted(rate for rate in rates if rate is not None)
     twice = {event: 2 * count for event, count in spent.items()}
@@ -154,14 +154,14 @@ def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, i
 
 
 @pytest.mark.by_day("one sampled step", "a run with scores")
-def test_figures_are_the_accountants_own(spent: dict[DpEvent, int]) -> None:
+def test_profile_epsilons_match_the_accountant(spent: dict[DpEvent, int]) -> None:
     for interval in (accountant.FINE, accountant.COARSE):
         found = profile.epsilon_pld(spent, 1e-5, interval=interval)
         assert found == pytest.approx(accountant.epsilon_pld(spent, 1e-5, interval=interval), rel=1e-9)
     assert profile.epsilon_rdp(spent, 1e-5) == pytest.approx(accountant.epsilon_rdp(spent, 1e-5), rel=1e-12)
 
 
-def test_equal_histories_give_equal_digits() -> None:
+def test_equal_histories_give_identical_figures() -> None:
     one = {**sampled(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **sampled(0.1, 2.0, 7)}
     other = [event for event, count in reversed(one.items()) for _ in range(count)]
     forget()
@@ -170,7 +170,7 @@ def test_equal_histories_give_equal_digits() -> None:
     assert first == (profile.meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(other, 1e-5))
 
 
-def test_the_mechanism_never_looks_worse_than_its_ceiling() -> None:
+def test_mechanism_bound_never_exceeds_the_ceiling() -> None:
     # An epsilon by the fine grid may be a little below what the coarse one, of the curve, says.
     meant = profile.meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)
     assert meant.right_of_100_mechanism == meant.right_of_100_ceiling
@@ -178,7 +178,7 @@ def test_the_mechanism_never_looks_worse_than_its_ceiling() -> None:
 
 
 @pytest.mark.parametrize("spent", [[NonPrivateDpEvent()], {**sampled(0.1, 1.0), NonPrivateDpEvent(): 2}])
-def test_without_noise_nothing_is_bounded(spent: events.Spent) -> None:
+def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
     meant = profile.meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
     assert (meant.right_of_100_ceiling, meant.right_of_100_mechanism) == (100, None)
     assert [one.ceiling for one in meant.posterior] == [1, 1, 1, 1]
@@ -187,7 +187,7 @@ def test_without_noise_nothing_is_bounded(spent: events.Spent) -> None:
     assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.curve(spent, 1e-5)} == {(None, None)}
 
 
-def test_hardly_any_noise_is_bounded_all_the_same_and_nothing_spent_helps_no_attacker() -> None:
+def test_near_zero_noise_is_bounded_and_no_spending_helps_no_attacker() -> None:
     assert profile.hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
     assert profile.right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
     assert (profile.hit_rate([], false_alarms=0.01), profile.right_of_100([])) == (0.01, 50)
@@ -210,7 +210,7 @@ def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], n
 @pytest.mark.by_day("0.05-0.9-2", "0.3-2.0-5", "1.0-3.0-2", "1.0-1.0-5")
 @pytest.mark.parametrize("members", [2, 5])
 @pytest.mark.parametrize(("rate", "sigma"), [(0.05, 0.9), (0.3, 2.0), (1.0, 3.0), (1.0, 1.0)])
-def test_of_several_records_no_attacker_guesses_better(rate: float, sigma: float, members: int) -> None:
+def test_group_attack_bound_covers_the_best_attack_on_several_records(rate: float, sigma: float, members: int) -> None:
     """The best one's share is (1 + total variation) / 2: here summed over the outcomes of two steps, without losses."""
     points, width = np.linspace(-12 * sigma, members + 12 * sigma, 4001, retstep=True)
     without, having = (mixture(rate, sigma, of)(points) * width for of in (0, members))
@@ -219,7 +219,7 @@ def test_of_several_records_no_attacker_guesses_better(rate: float, sigma: float
     assert best - 1e-6 <= of_several(sampled(rate, sigma, 2), members) <= best + 0.2
 
 
-def test_two_records_at_epsilon_8_are_no_certain_hit() -> None:
+def test_two_records_at_epsilon_8_match_the_simulated_attack() -> None:
     """By dividing likelihoods of drawn outcomes: 91.6 of 100 for two records and 99.93 for five, at 76 for one."""
     rate, sigma, steps = 0.1, 1.1297368779778485, 200
     assert 7.99 < profile.epsilon_pld(sampled(rate, sigma, steps), 1e-5, interval=accountant.FINE) <= 8
@@ -234,7 +234,7 @@ def test_two_records_at_epsilon_8_are_no_certain_hit() -> None:
         assert found == pytest.approx(about, abs=0.1)
 
 
-def test_of_several_records_without_a_plan_epsilon_and_the_triangle_bound() -> None:
+def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
     """(1.6, 1e-5) for one record is (3.2, 6e-5) for two: 96 of 100, where the triangle inequality allows 100."""
     for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
         right = profile.right_of_100_ceiling(epsilon, 1e-5)
@@ -247,7 +247,7 @@ def test_of_several_records_without_a_plan_epsilon_and_the_triangle_bound() -> N
     assert profile._right_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
 
 
-def test_twenty_settings_are_composed_once_for_each_purpose() -> None:
+def test_twenty_mechanisms_are_composed_once_per_purpose() -> None:
     spent = {PoissonSampledDpEvent(0.01 + number / 500, GaussianDpEvent(1 + number / 10)): 250 for number in range(20)}
     forget()
     profile.meaning(spent, epsilon=5.0, delta=1e-5, declared_size=1000)
@@ -274,7 +274,7 @@ _DELTA = 1e-6
 
 
 @pytest.mark.parametrize("line", _TABLE.splitlines()[1:], ids=lambda line: line.split(" ")[0])
-def test_every_cell_of_the_table(line: str) -> None:
+def test_documented_table_cells_match_computed_values(line: str) -> None:
     printed = line.split(" | ")
     epsilon = float(printed[0])
     mu = gaussian_mu(epsilon, _DELTA)
@@ -288,7 +288,7 @@ def test_every_cell_of_the_table(line: str) -> None:
         assert round(value, len(cell.partition(".")[2])) == float(cell), (cell, value)
 
 
-def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
+def test_posterior_failure_probability_can_exceed_delta_many_times() -> None:
     # Of a Gaussian with just this pair, the chance that the loss of an outcome is above epsilon: Phi(mu/2 - eps/mu).
     epsilon = 0.5
     mu = gaussian_mu(epsilon, _DELTA)
@@ -300,7 +300,7 @@ def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
             assert not re.search("about delta|etwa delta", text, re.IGNORECASE)
 
 
-def test_many_records_of_one_person_end_in_no_promise() -> None:
+def test_group_privacy_degrades_with_the_number_of_records() -> None:
     for one, digits, of_five in ((1, 6, 8.6e-5), (3, 2, 0.17)):
         epsilon, delta = profile.group(one, _DELTA, members=5)
         assert (epsilon, round(delta, digits)) == (5 * one, of_five)
@@ -311,7 +311,7 @@ def test_many_records_of_one_person_end_in_no_promise() -> None:
     assert profile.group(5, 0.01, members=4) == (20, 1.0)
 
 
-def test_nothing_bounds_an_epsilon_that_is_next_to_unbounded_and_nothing_spent_is_coin_tossing() -> None:
+def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:
     assert profile.posterior(1e5, prior=0.001) == 1
     assert profile.hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
     assert profile.right_of_100_ceiling(1e5, 1e-5) == 100
@@ -321,7 +321,7 @@ def test_nothing_bounds_an_epsilon_that_is_next_to_unbounded_and_nothing_spent_i
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))
-def test_ceilings_only_grow(epsilon: float, delta: float, alarms: float, more: float) -> None:
+def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alarms: float, more: float) -> None:
     rate = profile.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
     assert alarms <= rate <= 1
     assert rate <= profile.hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
@@ -333,13 +333,13 @@ def test_ceilings_only_grow(epsilon: float, delta: float, alarms: float, more: f
 
 
 @given(epsilon=st.floats(0.01, 20), delta=st.floats(1e-9, 1e-3), alarms=st.floats(1e-4, 0.5))
-def test_a_gaussian_never_passes_the_ceiling_of_its_pair(epsilon: float, delta: float, alarms: float) -> None:
+def test_gaussian_attack_never_exceeds_the_ceiling(epsilon: float, delta: float, alarms: float) -> None:
     mu = gaussian_mu(epsilon, delta)
     ceiling = profile.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
     assert gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
     assert gaussian_right_of_100(mu) <= profile.right_of_100_ceiling(epsilon, delta) + 1e-9
 
 
-def test_an_epsilon_has_a_word_for_its_strength() -> None:
+def test_strength_band_names_epsilon_ranges() -> None:
     codes = [profile.strength_band(epsilon) for epsilon in (0.0, 1.0, 1.0001, 10.0, 10.0001, math.inf, None)]
     assert codes == ["strong", "strong", "reasonable", "reasonable", "weak", "none", "none"]

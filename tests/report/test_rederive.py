@@ -106,12 +106,12 @@ def report(request: pytest.FixtureRequest) -> Report:
     return change(made() if name in ON_FILE else made)
 
 
-def test_a_report_as_it_is_made_has_no_problem(report: Report) -> None:
+def test_untouched_report_has_no_problems(report: Report) -> None:
     assert problems(report) == []
 
 
 @pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "of_ledger", *CHANGED], indirect=True)
-def test_nothing_that_is_derived_can_be_changed(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_derived_values_are_detected(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     again = rederive.figures_of(report.facts)
     monkeypatch.setattr(rederive, "figures_of", lambda _: again)  # the facts stay
     monkeypatch.setattr(rederive, "_too_much_work", lambda _: ())
@@ -119,13 +119,13 @@ def test_nothing_that_is_derived_can_be_changed(report: Report, monkeypatch: pyt
 
 
 @MADE
-def test_a_fact_that_is_changed_alone_is_found(report: Report) -> None:
+def test_single_changed_facts_are_detected(report: Report) -> None:
     found = [name for name, other in changed(report, "facts") if not problems(other)]
     assert [name for name in found if not listed(name, UNCHECKED["of_no_effect"])] == []
 
 
 @MADE
-def test_a_forger_who_derives_all_again_changes_only_what_a_signature_shows(report: Report) -> None:
+def test_consistent_forgeries_change_only_facts_covered_by_signatures(report: Report) -> None:
     passed = []
     for name, other in changed(report, "facts"):
         try:
@@ -144,20 +144,20 @@ def with_facts(report: Report, **changes: Any) -> Report:
 @pytest.mark.parametrize(
     ("factor", "fine"), [(1 + 9e-7, True), (1 + 2e-6, False), (1 - 1e-8, False), (1 - 1e-12, True)]
 )
-def test_an_epsilon_may_be_a_little_larger_and_never_smaller(a_report: Make, factor: float, fine: bool) -> None:
+def test_rederived_epsilon_may_be_slightly_larger_but_never_smaller(a_report: Make, factor: float, fine: bool) -> None:
     report = a_report()
     spent = report.sites[0].spent
     larger = with_site(report, spent=replace(spent, epsilon_rdp=spent.epsilon_rdp * factor))
     assert (problems(larger) == []) == fine
 
 
-def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
+def test_changed_epsilon_problem_shows_both_values(a_report: Make) -> None:
     right = a_report().sites[0].spent
     (problem,) = problems(with_site(a_report(), spent=replace(right, epsilon_pld=1.0)))
     assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(right.epsilon_pld))
 
 
-def test_no_tolerance_lets_through_less(a_report: Make, a_ledger_report: Make) -> None:
+def test_tolerances_never_accept_understated_figures(a_report: Make, a_ledger_report: Make) -> None:
     tiny = of_plan(a_report(), delta=1e-13)
     site = tiny.sites[0]
     *others, last = site.curve
@@ -191,9 +191,7 @@ def of_many_plans(report: Report, count: int) -> LedgerFacts:
     )
 
 
-def test_the_work_that_a_small_report_asks_for_is_bounded(
-    a_ledger_report: Any, a_report: Any, monkeypatch: Any
-) -> None:
+def test_work_requested_by_a_small_report_is_bounded(a_ledger_report: Any, a_report: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(rederive.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
     many = of_many_plans(a_ledger_report(), 1000)
     (problem,) = rederive._too_much_work(many)
@@ -206,7 +204,7 @@ def test_the_work_that_a_small_report_asks_for_is_bounded(
     assert problem.said == "501000 rows of a round at a site"
 
 
-def test_a_charge_that_cannot_be_computed_is_a_problem_and_no_crash(a_ledger_report: Make) -> None:
+def test_uncomputable_charge_is_reported_without_a_crash(a_ledger_report: Make) -> None:
     facts, gaussian = a_ledger_report().facts, {"kind": "gaussian", "noise_multiplier": 1}
     of_lost = {"run": "", "rounds": 0, "round": None, "day": "2026-02-02", "entry": 9}
     for event in (
@@ -222,7 +220,7 @@ def test_a_charge_that_cannot_be_computed_is_a_problem_and_no_crash(a_ledger_rep
         assert where(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost)))) == {"facts"}, event
 
 
-def test_facts_out_of_range_are_no_report(a_report: Make) -> None:
+def test_out_of_range_facts_are_refused(a_report: Make) -> None:
     wrong = {"delta": (0.0, 1.0), "sampling_rate": (-0.1,), "noise_multiplier": (-1.5,)}
     of_plan = [(("plan", key), value) for key, values in wrong.items() for value in values]
     for path, value in (*of_plan, (("sites", 0, "receipt", "sequence"), "x")):
@@ -248,7 +246,7 @@ def in_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
     return {"rounds": (*facts.rounds[:3], last), "final": {}, "files": {}}
 
 
-def test_facts_of_a_run_that_deny_each_other(a_report: Make) -> None:
+def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
     facts = a_report().facts
     north, south = facts.sites
     real, seeded = (
@@ -292,7 +290,7 @@ def test_facts_of_a_run_that_deny_each_other(a_report: Make) -> None:
         assert place in where(a_report(facts=replace(facts, **changes))), changes
 
 
-def test_secure_sums_have_the_sites_that_took_part(a_secure_report: Make) -> None:
+def test_secure_aggregation_plan_must_match_the_participating_sites(a_secure_report: Make) -> None:
     facts = a_secure_report().facts
     (*sites, last), lost = facts.rounds[0].sites, "not_summed"
     rounds = (replace(facts.rounds[0], sites=tuple(sites), failed_sites={last: lost}), *facts.rounds[1:])
@@ -306,7 +304,7 @@ def approved(facts: LedgerFacts, **changes: Any) -> dict[str, Any]:
     return {"approved": replace(facts.approved, **changes)}
 
 
-def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make) -> None:
+def test_contradictory_ledger_facts_are_detected(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
     first, second = facts.charges
     rolled = replace(facts.verification, anchor_sequence=41)
@@ -330,7 +328,7 @@ def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make) -> None:
         assert place in where(a_ledger_report(facts=replace(facts, **changes))), changes
 
 
-def test_a_ledgers_verdict_follows_from_its_facts(a_ledger_report: Make) -> None:
+def test_ledger_verdict_follows_from_its_facts(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
     for changes, state in (
         ({}, "within"),
@@ -349,7 +347,7 @@ def test_a_ledgers_verdict_follows_from_its_facts(a_ledger_report: Make) -> None
     assert with_facts(a_ledger_report(), caps=(first, then)).verdict.state == "within"
 
 
-def test_a_period_holds_what_its_days_spent(a_ledger_report: Make) -> None:
+def test_period_epsilon_counts_only_charges_within_the_period(a_ledger_report: Make) -> None:
     charges = a_ledger_report().facts.charges
     for day, period, least in (("2026-02-28", "month", 0.1), ("2026-01-01", "month", 0.0), ("2026-01-01", "year", 1.6)):
         last = replace(charges[1], day=day)
@@ -360,12 +358,12 @@ def test_a_period_holds_what_its_days_spent(a_ledger_report: Make) -> None:
         assert (found > 0) == (least > 0)
 
 
-def test_a_seed_is_predictable(of_run: Report) -> None:
+def test_seeded_run_gives_no_guarantee(of_run: Report) -> None:
     report = with_facts(of_run, seeded_noise=True, randomness="seeded")
     assert (status(report, "unpredictable_randomness"), report.verdict.state) == ("violated", "no_guarantee")
 
 
-def test_a_plan_above_the_target_is_exceeded_although_less_was_charged(a_report: Make) -> None:
+def test_plan_above_the_target_is_exceeded_despite_lower_charges(a_report: Make) -> None:
     facts = a_report().facts
     planned = replace(facts.plan, num_rounds=12)
     report = derive(signed_by_sites(replace(facts, plan=planned, target_epsilon=1.2)))
@@ -374,7 +372,7 @@ def test_a_plan_above_the_target_is_exceeded_although_less_was_charged(a_report:
     assert report.verdict.state == "exceeded"
 
 
-def test_a_simulation_is_no_run_of_real_sites(of_run: Report) -> None:
+def test_simulation_cannot_pose_as_a_run_of_real_sites(of_run: Report) -> None:
     posing = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"})
     assert posing.banners == of_run.banners == ("simulation",), "its sites signed that they are simulated"
     without = tuple(replace(site, receipt=None) for site in of_run.facts.sites)
@@ -384,7 +382,7 @@ def test_a_simulation_is_no_run_of_real_sites(of_run: Report) -> None:
         assert ("simulation" in report.banners) == simulated
 
 
-def test_accountants_may_differ_by_the_width_of_their_buckets(a_report: Make) -> None:
+def test_accountants_may_differ_by_the_discretization_width(a_report: Make) -> None:
     spent = a_report().sites[0].spent
     for pld, rdp, steps, agree in (
         *((1.0, 1.5, 100, True), (1.0, 0.98, 100, False)),

@@ -28,7 +28,7 @@ def values(part: Any) -> list[Any]:
     return [value for _, value in leaves(part)]
 
 
-def test_what_a_person_said_stands_in_it_and_what_nobody_said_is_empty_and_named(report: Report) -> None:
+def test_unanswered_registry_fields_are_empty_and_listed_as_missing(report: Report) -> None:
     told, entry = registry.entry(report, TOLD), registry.entry(report, AboutSpec())
     assert told["missing"] == []
     assert set(dataclasses.asdict(TOLD).values()) <= set(values(told))
@@ -37,7 +37,7 @@ def test_what_a_person_said_stands_in_it_and_what_nobody_said_is_empty_and_named
     assert registry.entry(report, AboutSpec(sector=" "))["missing"] == entry["missing"], "a blank says nothing"
 
 
-def test_the_figures_are_those_of_the_report(report: Report) -> None:
+def test_registry_entry_figures_match_the_report(report: Report) -> None:
     entry = registry.entry(report, AboutSpec())
     promised = report.verdict.state != "no_guarantee" and report.epsilon is not None
     assert entry["privacy"]["epsilon"] == (report.epsilon if promised else None)
@@ -55,7 +55,7 @@ def test_the_figures_are_those_of_the_report(report: Report) -> None:
     assert json.loads(text) == registry.entry(report, TOLD)
 
 
-def test_a_run_without_noise_names_no_mechanism() -> None:
+def test_registry_entry_of_a_noiseless_run_names_no_mechanism() -> None:
     entry = registry.entry(reports()["unbounded"], TOLD)
     assert {one["name"] for one in entry["privacy"]["mechanisms"]} == {"none"}
     assert "adds no noise" in entry["privacy"]["model"]

@@ -31,14 +31,14 @@ def places(report: Report, config: RunConfig) -> set[str]:
     return {problem.where.rpartition(".")[2] for problem in settings_problems(report.facts, config)}
 
 
-def test_a_true_report_fits_its_settings_and_others_are_named_by_their_digest(of_run: Report, config: Any) -> None:
+def test_report_matches_its_settings_and_detects_others_by_digest(of_run: Report, config: Any) -> None:
     assert places(of_run, config) == set()
     other = replace(config, training=replace(config.training, learning_rate=0.123))
     (problem,) = settings_problems(of_run.facts, other)
     assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())
 
 
-def test_a_plan_of_other_settings_is_found(run_folder: Path, config: RunConfig) -> None:
+def test_plan_from_different_settings_is_detected(run_folder: Path, config: RunConfig) -> None:
     others = {"noise_multiplier": 20.0, "sampling_rate": 0.01, "max_grad_norm": 0.5, "delta": 1e-4}
     for key, value in (others | {"local_steps": 1, "num_rounds": 1}).items():
         report = forged(run_folder, **{key: value})
@@ -47,7 +47,7 @@ def test_a_plan_of_other_settings_is_found(run_folder: Path, config: RunConfig) 
         assert key in places(report, config)
 
 
-def test_what_a_report_says_of_settings_is_compared(of_run: Report, config: RunConfig) -> None:
+def test_reported_settings_are_compared_with_the_configuration(of_run: Report, config: RunConfig) -> None:
     changes = {"target_epsilon": 80.0, "name": "another", "stop_after": 1, "keep_round": "best"}
     for key, value in (changes | {"settings": {"runtime": "deployment"}}).items():
         assert places(replace(of_run, facts=replace(of_run.facts, **{key: value})), config) - {"run"} == {key}
@@ -55,7 +55,7 @@ def test_what_a_report_says_of_settings_is_compared(of_run: Report, config: RunC
     assert derive(shorter).verdict.reasons == ("not_finished",), "a shorter run is one that is not finished"
 
 
-def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_run: Report, config: RunConfig) -> None:
+def test_start_adapter_is_public_only_with_a_public_stage_in_settings(of_run: Report, config: RunConfig) -> None:
     config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32))
     start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=1e-5, epsilon=None, public=True)
     made = replace(of_run.facts.provenance, start_adapter=start, config_sha256=config.digest())
@@ -64,7 +64,7 @@ def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_r
     assert places(replace(of_run, facts=replace(of_run.facts, provenance=other)), config) == {"start_adapter"}
 
 
-def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, config: RunConfig) -> None:
+def test_calibrated_noise_is_recalibrated_for_verification(run_folder: Path, config: RunConfig) -> None:
     searched = replace(config, privacy=replace(config.privacy, noise_multiplier=None))
     noise = searched.plan().noise_multiplier
 

@@ -24,7 +24,7 @@ def text(a_report: Make) -> str:
     return signing.to_text(signing.signed(a_report(), key))
 
 
-def test_what_is_written_is_read_back_and_canonical(a_report: Make, a_ledger_report: Make) -> None:
+def test_report_round_trips_in_its_canonical_form(a_report: Make, a_ledger_report: Make) -> None:
     for report in (a_report(), a_ledger_report(), signing.signed(a_report(), key)):
         assert signing.read(signing.to_text(report).encode()) == report
     # The canonical form is sorted, dense and without the signature.
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back_and_canonical(a_report: Make, a_ledger_rep
     assert signing.canonical(signing.signed(report, key)) == text.encode()
 
 
-def test_a_signature_names_its_key(a_report: Make) -> None:
+def test_signature_names_its_key(a_report: Make) -> None:
     report = signing.signed(a_report(), key)
     assert signing.check(report) == key.public
     assert signing.check(report, expected_key=key.public) == key.public
@@ -48,7 +48,7 @@ def test_a_signature_names_its_key(a_report: Make) -> None:
         signing.check(a_report(), expected_key=key.public)
 
 
-def test_somebody_else_s_signature_and_one_for_another_purpose_are_found(a_report: Make) -> None:
+def test_foreign_or_misused_signature_is_detected(a_report: Make) -> None:
     report = signing.signed(a_report(), key)
     with pytest.raises(RunError, match=f"not by {other.public}"):
         signing.check(report, expected_key=other.public)
@@ -63,7 +63,7 @@ def test_somebody_else_s_signature_and_one_for_another_purpose_are_found(a_repor
             signing.check(replace(report, signature=signature))
 
 
-def test_a_ledger_s_report_is_signed_by_its_site(a_ledger_report: Make) -> None:
+def test_ledger_report_must_be_signed_by_its_site(a_ledger_report: Make) -> None:
     report = a_ledger_report()
     with pytest.raises(RunError, match="ef" * 32):
         signing.check(signing.signed(report, key))
@@ -71,7 +71,7 @@ def test_a_ledger_s_report_is_signed_by_its_site(a_ledger_report: Make) -> None:
     assert signing.check(signing.signed(own, key)) == key.public
 
 
-def test_each_value_is_covered(a_ledger_report: Make, a_report: Make) -> None:
+def test_signature_covers_every_value(a_ledger_report: Make, a_report: Make) -> None:
     report = signing.signed(a_report(sites=(*a_report().sites, *a_ledger_report().sites)), key)
     changed = 0
     for path, value in leaves(to_json(report)):
@@ -89,7 +89,7 @@ def test_each_value_is_covered(a_ledger_report: Make, a_report: Make) -> None:
 
 @given(data=st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_edit_passes_for_another_report(text: str, data: st.DataObject) -> None:
+def test_edited_report_is_rejected_or_equal(text: str, data: st.DataObject) -> None:
     begin = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(begin, min(len(text), begin + 8)))
     edited = text[:begin] + data.draw(st.text(max_size=3)) + text[end:]
@@ -101,7 +101,7 @@ def test_no_edit_passes_for_another_report(text: str, data: st.DataObject) -> No
     assert replace(read, signature=None) == replace(signing.read(text.encode()), signature=None)
 
 
-def test_a_report_has_one_form(a_report: Make) -> None:
+def test_report_accepts_only_its_canonical_spelling(a_report: Make) -> None:
     text = signing.to_text(a_report())
     assert signing.read(text.replace("\n", "\r\n").encode()) == a_report()  # as a checkout on Windows has it
     whole = json.loads(text)
@@ -112,7 +112,7 @@ def test_a_report_has_one_form(a_report: Make) -> None:
         signing.read(text.replace('"delta": 1e-05', '"delta": 1.0e-05', 1).encode())
 
 
-def test_what_is_no_report_is_refused(a_report: Make) -> None:
+def test_invalid_reports_are_refused(a_report: Make) -> None:
     text = signing.to_text(a_report())
     refused = tomllib.loads(Path(__file__).with_name("no_reports.toml").read_text())
     for before, after in (

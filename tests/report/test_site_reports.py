@@ -66,7 +66,7 @@ def derived(folder: Path, **changes: Any) -> Report:
     return signing.signed(derive(replace(report_of(folder).facts, **changes)), key_of(folder, "site-1"))
 
 
-def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) -> None:
+def test_released_site_figures_are_merged_into_the_run_report(folder: Path) -> None:
     alone = from_run.build(folder / "second")
     own = signed_report(folder)
     report = sound(joined_by(folder, own))
@@ -91,7 +91,7 @@ def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) 
     assert status(both, "site_reports_agree") == "verified"
 
 
-def test_reports_in_the_run_folder_are_taken_and_one_that_is_none_is_named(folder: Path) -> None:
+def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
     own = signed_report(folder, "site-2")
     (folder / "second" / "site_reports").mkdir()
     (folder / "second" / "site_reports" / "site-2.json").write_text(signing.to_text(own))
@@ -105,14 +105,14 @@ def test_reports_in_the_run_folder_are_taken_and_one_that_is_none_is_named(folde
         from_run.build(folder / "second")
 
 
-def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) -> None:
+def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None:
     Books(folder / "sites" / "site-1").edit(noted=True, budget={"max_epsilon": 0.36})
     report = sound(joined_by(folder, signed_report(folder)))
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
 
 
-def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path) -> None:
+def test_site_report_below_its_receipts_gives_no_guarantee(folder: Path) -> None:
     *earlier, newest = report_of(folder).facts.runs
     less = derived(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
     report = sound(joined_by(folder, less))
@@ -122,7 +122,7 @@ def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path
     assert status(report, "site_reports_agree") == "violated"
 
 
-def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
+def test_self_contradicting_site_report_is_refused(folder: Path) -> None:
     (site,) = report_of(folder).sites
     (*earlier, newest) = site.mechanisms
     figures = ("epsilon", "with_set_aside", "epsilon_pld", "epsilon_rdp")
@@ -137,7 +137,7 @@ def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
     assert "must agree with itself" in refused(folder, signed(folder, verification=None))
 
 
-def test_a_report_that_is_older_than_the_runs_receipts_or_beside_none_is_refused(folder: Path) -> None:
+def test_site_report_older_than_its_receipts_is_refused(folder: Path) -> None:
     found = report_of(folder).facts.verification
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
     assert found.num_events >= receipt.sequence
@@ -147,7 +147,7 @@ def test_a_report_that_is_older_than_the_runs_receipts_or_beside_none_is_refused
     assert "gave this run no receipt" in refused(folder, signed_report(folder))
 
 
-def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> None:
+def test_date_of_a_site_report_is_shown_with_its_figures(folder: Path) -> None:
     own = signed_report(folder)
     report = joined_by(folder, own)
     first, second = (site.statement for site in report.facts.sites)
@@ -164,7 +164,7 @@ def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> No
 SPENT = ("epsilon", "with_set_aside", "period_epsilon")
 
 
-def test_a_statement_that_no_site_can_have_made_is_found(folder: Path) -> None:
+def test_impossible_site_statement_is_detected(folder: Path) -> None:
     facts = joined_by(folder, *(signed_report(folder, site) for site in ("site-1", "site-2"))).facts
     site, other = facts.sites
     said = site.statement
@@ -207,7 +207,7 @@ def of_its_runs(said: Any, **changes: Any) -> dict[str, Any]:
     return of_all_runs(said, runs=(*earlier, replace(newest, **changes)))
 
 
-def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
+def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> None:
     joined = joined_by(folder, signed_report(folder))
     path = folder / "second" / "report.json"
 
@@ -232,7 +232,7 @@ def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
     assert taken(joined).state == "wrong"
 
 
-def test_a_report_that_says_more_is_believed(folder: Path) -> None:
+def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
     # As if the site had been asked, and its answer had been lost on the way.
     record, key = from_run.read_run(folder / "second"), key_of(folder, "site-1")
     less = replace(record.receipts["site-1"], charged_rounds=0)
@@ -247,7 +247,7 @@ def test_a_report_that_says_more_is_believed(folder: Path) -> None:
     assert report.sites[0].spent.epsilon == report.sites[1].spent.epsilon
 
 
-def test_a_ledger_that_does_not_verify_promises_nothing_here_either(folder: Path) -> None:
+def test_damaged_site_ledger_gives_no_guarantee_for_the_run(folder: Path) -> None:
     Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
     own = signed_report(folder)
     assert own.facts.verification is None
@@ -266,7 +266,7 @@ def posing(folder: Path, of: str, **changes: Any) -> Report:
     return signing.signed(with_facts(report_of(folder, of), **changes), key_of(folder, "site-2"))
 
 
-def test_what_is_not_a_sites_own_word_is_refused(folder: Path) -> None:
+def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
     own = signed_report(folder)
     for released, says in (
         (from_run.build(folder / "first"), "must be a site's report of its own ledger"),
@@ -281,7 +281,7 @@ def test_what_is_not_a_sites_own_word_is_refused(folder: Path) -> None:
         assert says in refused(folder, released)
 
 
-def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
+def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     facts = report_of(folder).facts
     first, lists = facts.runs[0].run, ("runs", "charges", "releases")
     report = derived(folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists})
@@ -289,7 +289,7 @@ def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
     assert from_run.build(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 
-def test_a_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> None:
+def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> None:
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
         Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
@@ -301,7 +301,7 @@ def test_a_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> N
     assert report.facts.sites[0].statement.lifetime.epsilon > site.spent.epsilon == 0
 
 
-def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:
+def test_conflicting_reports_of_one_site_are_refused(folder: Path) -> None:
     one = signed_report(folder)
     other = derived(folder, provenance=replace(one.facts.provenance, task="regression"))
     with pytest.raises(ConfigError, match="must be the only report of site-1"):

@@ -69,7 +69,7 @@ def books(books: Any) -> Books:
 # Runs.
 
 
-def test_a_simulation_says_so_in_every_report(command: Any, tmp_path: Path) -> None:
+def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> None:
     folder, banner = simulate(into=tmp_path), catalogue("en").texts["banner"]["simulation"]
     report = check("within", from_run.build(folder))
     assert verdict(report) == ("within", ())
@@ -104,7 +104,7 @@ def test_a_simulation_says_so_in_every_report(command: Any, tmp_path: Path) -> N
     assert status(own, "policy_noted") == "verified"
 
 
-def test_a_run_without_privacy(tmp_path: Path) -> None:
+def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
     report = check("without_privacy", from_run.build(simulate("privacy=none", into=tmp_path)))
     assert verdict(report) == ("no_guarantee", ("no_noise",))
     assert (report.epsilon, report.facts.target_epsilon, report.randomness) == (None, None, "none")
@@ -125,7 +125,7 @@ def test_a_run_without_privacy(tmp_path: Path) -> None:
     assert not any("unpredictable_randomness" in place for place in where(replace(report, sites=sites)))
 
 
-def test_a_study_with_noise_from_a_seed(tmp_path: Path) -> None:
+def test_seeded_study_gives_no_guarantee(tmp_path: Path) -> None:
     folder = simulate("runtime.seeded_noise=true", into=tmp_path)
     assert result_of(folder)["privacy"]["seeded_noise"] is True
     report = check("seeded", from_run.build(folder))
@@ -147,7 +147,7 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_run_that_one_site_refused(kept: Path) -> None:
+def test_run_refused_by_one_site_charges_only_the_other(kept: Path) -> None:
     report = check("refused_site", from_run.build(kept / "second"))
     refusing, training = report.sites
     assert (refusing.verdict.reasons, refusing.spent.epsilon, refusing.spent.rounds) == (("nothing_spent",), 0.0, 0)
@@ -156,7 +156,7 @@ def test_a_run_that_one_site_refused(kept: Path) -> None:
     assert verdict(report) == ("within", ())
 
 
-def test_two_runs_on_one_data_set(kept: Path) -> None:
+def test_two_runs_on_one_data_set_add_up(kept: Path) -> None:
     report = check("two_runs", from_ledger.build(kept / "sites/site-2/site.toml"))
     (site,) = report.sites
     assert [(run.rounds, run.state) for run in site.lifetime.runs] == [(2, "ended")] * 2
@@ -166,7 +166,9 @@ def test_two_runs_on_one_data_set(kept: Path) -> None:
     check("two_runs_refusing_site", from_ledger.build(kept / "sites/site-1/site.toml"))
 
 
-def test_a_run_that_crashed(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashed_run_reports_an_upper_bound(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(display.Display, "round_finished", Mock(side_effect=KeyboardInterrupt))
     assert command("simulate", *tiny(into=tmp_path)).code == 1
     folder = tmp_path / "run"
@@ -183,14 +185,14 @@ def test_a_run_that_crashed(command: Any, tiny: Any, tmp_path: Path, monkeypatch
     assert all(map(report.facts.is_upper_bound, report.facts.sites))
 
 
-def test_a_site_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_site_is_reported_with_an_upper_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Participants, "site", lambda self, index: index == 1)
     report = check("silent_site", from_run.build(simulate(into=tmp_path)))
     assert verdict(report) == ("within", ("site_silent",))
     assert [report.facts.is_upper_bound(site) for site in report.facts.sites] == [False, True]
 
 
-def test_a_run_with_noised_metrics(tmp_path: Path) -> None:
+def test_run_with_noised_metrics_reports_the_released_scores(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=5", "data.heldout_fraction=0.4")
     folder = simulate(*noised, into=tmp_path)
     report = check("noised_metrics", from_run.build(folder))
@@ -201,7 +203,7 @@ def test_a_run_with_noised_metrics(tmp_path: Path) -> None:
     assert "noised_scores" in of_site.released
 
 
-def test_runs_that_begin_in_each_other_have_a_line_of_scores(tmp_path: Path) -> None:
+def test_chained_runs_report_a_line_of_held_out_scores(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=2", "data.heldout_fraction=0.4")
     folders = [simulate(*noised, into=tmp_path, name="first")]
     for name in ("second", "third"):
@@ -229,7 +231,7 @@ def test_runs_that_begin_in_each_other_have_a_line_of_scores(tmp_path: Path) -> 
 # Ledgers.
 
 
-def test_a_frozen_ledger(books: Books) -> None:
+def test_frozen_ledger_reports_no_remaining_budget(books: Books) -> None:
     books.charge(run_proposal(), 1)
     books.open().freeze("the study is over")
     books.refuse(Reason.FROZEN, run="r")
@@ -240,7 +242,7 @@ def test_a_frozen_ledger(books: Books) -> None:
     assert verdict(report) == ("within", ())
 
 
-def test_a_restored_ledger(books: Books) -> None:
+def test_restored_ledger_reports_lost_charges(books: Books) -> None:
     books.charge(run_proposal(), 1)
     backup = books.copied("backup.db")
     books.charge(run_proposal(), 2)

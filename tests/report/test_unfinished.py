@@ -42,7 +42,7 @@ def at_once(folder: Path) -> UnfinishedReport:
     return page
 
 
-def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path, state: LeadState) -> None:
+def test_unfinished_page_shows_a_banner_and_reloads(folder: Path, state: LeadState) -> None:
     before = (folder / "report.json").read_bytes()
     at_once(folder).update(state)
     html = shown(folder)
@@ -62,7 +62,7 @@ def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path,
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
 
 
-def test_a_page_of_others_stays_and_one_without_a_place_ends_nothing(folder: Path, state: Any, caplog: Any) -> None:
+def test_existing_page_is_kept_and_write_errors_are_only_logged(folder: Path, state: Any, caplog: Any) -> None:
     (folder / "report.html").write_text("the one before")
     UnfinishedReport(folder, saved_config(folder)).stop()
     assert shown(folder) == "the one before"
@@ -74,7 +74,9 @@ def test_a_page_of_others_stays_and_one_without_a_place_ends_nothing(folder: Pat
     assert "settings" not in caplog.text
 
 
-def test_pages_take_little_of_the_time(folder: Path, state: LeadState, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_writing_takes_a_small_share_of_the_time(
+    folder: Path, state: LeadState, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, at = 0.0, []
 
     def write(self: UnfinishedReport, state: LeadState, *, goes_on: bool) -> None:
@@ -110,14 +112,14 @@ def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0
 
 
 @pytest.mark.parametrize(("language", "said"), [("en", "of 3 rounds are done"), ("de", "von 3 Runden sind fertig")])
-def test_a_run_has_a_page_after_each_round(tmp_path: Path, monkeypatch: Any, language: str, said: str) -> None:
+def test_page_is_written_after_every_round(tmp_path: Path, monkeypatch: Any, language: str, said: str) -> None:
     words = tiny("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
     folder, seen = simulate_and_see(words, monkeypatch)
     assert [f"{number} {said}" in page for number, page in enumerate(seen, 1)] == [True, True, True]
     assert 'id="unfinished"' not in shown(folder)
 
 
-def test_a_run_that_was_interrupted_leaves_a_page_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_leaves_a_page_with_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, seen = simulate_and_see(tiny("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1)
     assert "refresh" in seen[0]
     assert "Unfinished and unsigned: this run stopped after 1 of 3 rounds." in shown(folder)

@@ -23,7 +23,7 @@ from ..conftest import run_proposal, site_policy
 from .shown import NAMES, reports
 
 
-def test_a_run_ends_with_its_report(run_folder: Path) -> None:
+def test_run_ends_with_a_report_page_and_model_card(run_folder: Path) -> None:
     data = (run_folder / "report.json").read_bytes()
     report = signing.read(data)
     assert report == from_run.build(run_folder), "later, the same run_folder gives the same report"
@@ -48,7 +48,7 @@ print(*sorted(hashlib.sha256(text.encode()).hexdigest() for text in reports))
 
 
 @pytest.mark.nightly
-def test_threads_and_the_order_of_two_reports_change_no_byte(tmp_path: Path) -> None:
+def test_threads_and_order_do_not_change_report_bytes(tmp_path: Path) -> None:
     # At this plan a share of found records differs in its last digit between one thread and two.
     plan = {"sampling_rate": 0.2, "noise_multiplier": 0.8988, "local_steps": 2, "num_rounds": 10, "spare_rounds": 0}
     limits = {"min_noise_multiplier": 0.5, "max_rounds": 50, "max_sampling_rate": 0.5}
@@ -67,7 +67,7 @@ def test_threads_and_the_order_of_two_reports_change_no_byte(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("last", [-3, -1, 0, 1, 3])
-def test_a_reports_meaning_does_not_depend_on_last_digits(last: int) -> None:
+def test_rounding_hides_last_digit_differences_in_the_report(last: int) -> None:
     share = 0.04296797538628186
     rate = Ceiling(given=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
     posterior = Ceiling(given=0.5, ceiling=0.5)
@@ -81,7 +81,7 @@ def test_a_reports_meaning_does_not_depend_on_last_digits(last: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reports_fit_the_published_schema(name: str) -> None:
+def test_reports_match_the_published_json_schema(name: str) -> None:
     schema = json.loads(model.schema_text())
     assert schema["$defs"]["Release"]["properties"]["reason"]["description"] == "of a refusal"
     validator = jsonschema.Draft202012Validator(schema)

@@ -28,7 +28,7 @@ def note(folder: Path, *overrides: str) -> tuple[Environment, ...]:
     return read_environments(folder)
 
 
-def test_what_is_noted_is_this_process(tmp_path: Path) -> None:
+def test_recorded_environment_describes_the_current_process(tmp_path: Path) -> None:
     assert read_environments(tmp_path) == ()
     (noted,) = note(tmp_path)
     assert (noted.python, noted.fedtune_version) == (platform.python_version(), fedtune.__version__)
@@ -41,7 +41,7 @@ def test_what_is_noted_is_this_process(tmp_path: Path) -> None:
     assert json.loads(text)["schema_version"] == RUN_SCHEMA
 
 
-def test_where_randomness_comes_from_and_only_what_is_new_is_noted(tmp_path: Path, monkeypatch: Any) -> None:
+def test_only_new_environments_are_recorded_with_their_randomness(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("fedtune.model.base_model.model_sha256", None)  # a pinned model is not hashed again
     pinned = f"model.sha256={MODEL}"
     (noted,) = note(tmp_path, pinned)
@@ -55,7 +55,7 @@ def test_where_randomness_comes_from_and_only_what_is_new_is_noted(tmp_path: Pat
     assert [one.python for one in note(tmp_path, pinned)] == [noted.python] * 3 + ["4.0.0"]
 
 
-def test_a_damaged_note_is_an_error(tmp_path: Path) -> None:
+def test_damaged_environment_file_raises_a_run_error(tmp_path: Path) -> None:
     no_list, older = {"schema_version": RUN_SCHEMA}, {"schema_version": RUN_SCHEMA - 1, "environments": []}
     nothing: dict[str, Any] = {"environments": [{}]}
     for content in ("", *map(json.dumps, ([], {}, no_list, older, no_list | nothing))):

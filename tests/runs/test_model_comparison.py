@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return found
 
 
-def test_runs_of_one_base_share_it_whatever_their_adapters_are(runs: Runs) -> None:
+def test_runs_on_one_base_share_its_scores(runs: Runs) -> None:
     found = side_by_side({name: runs[name] for name in ("four", "two")})
     assert list(found.measured) == ["base", "four", "two"]
     assert (found.num_units, found.unit, found.scores[0]) == (20, "record", "accuracy")
@@ -44,14 +44,14 @@ def test_runs_of_one_base_share_it_whatever_their_adapters_are(runs: Runs) -> No
         assert found.estimate("base", "loss").value == pytest.approx(final["metrics_before"]["loss"])
 
 
-def test_another_reading_of_the_records_has_a_base_of_its_own(runs: Runs) -> None:
+def test_different_tokenization_gets_a_separate_base(runs: Runs) -> None:
     found = side_by_side({name: runs[name] for name in ("four", "short")})
     assert list(found.measured) == ["base", "base of short", "four", "short"]
     before = result_of(runs["short"][1].parent)["final"]["metrics_before"]["loss"]
     assert found.estimate("base of short", "loss").value == pytest.approx(before)
 
 
-def test_scores_that_say_nothing_about_each_other_are_refused(runs: Runs) -> None:
+def test_incomparable_scores_are_refused(runs: Runs) -> None:
     one, adapter = runs["four"]
     turned = replace(one, data=replace(one.data, labels=tuple(reversed(one.data.labels))))
     with pytest.raises(ConfigError, match=r"must have the first run's data\.labels"):
@@ -66,7 +66,7 @@ def test_scores_that_say_nothing_about_each_other_are_refused(runs: Runs) -> Non
         side_by_side({"four": (config, adapter), "other": (wider, adapter)})
 
 
-def test_records_are_at_the_sites_that_would_have_them(runs: Runs, tmp_path: Path) -> None:
+def test_records_are_assigned_to_the_sites_of_the_partition(runs: Runs, tmp_path: Path) -> None:
     rows = [{"text": f"a {number}", "label": "x", "ward": ("n", "s", "?")[number % 3]} for number in range(9)]
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -78,7 +78,7 @@ def test_records_are_at_the_sites_that_would_have_them(runs: Runs, tmp_path: Pat
     assert sites_of(replace(config, data=data), records) == ["site-1", "site-2", NO_VALUE] * 3
 
 
-def test_a_column_is_read_for_records_that_were_read_before(tmp_path: Path) -> None:
+def test_group_column_is_read_for_existing_records(tmp_path: Path) -> None:
     rows = [{"a": "x", "age": 31}, {"a": "y", "age": 4.0}, {"a": "z"}, {"a": "w", "age": [1]}, {"a": "v", "age": " "}]
     path = tmp_path / "file.jsonl"
     path.write_text("\n".join([*map(json.dumps, rows), "no JSON"]) + "\n")
@@ -88,14 +88,14 @@ def test_a_column_is_read_for_records_that_were_read_before(tmp_path: Path) -> N
         column_values(records, "ward", key="--by")
 
 
-def test_more_groups_than_anybody_reads_are_refused(runs: Runs) -> None:
+def test_too_many_groups_are_refused(runs: Runs) -> None:
     found = replace(side_by_side({"four": runs["four"]}), records=[Record({})] * 2000)
     many = [str(number // 10) for number in range(2000)]
     with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; must leave at most 100"):
         found.by(many, smallest=10, pairs=[])
 
 
-def test_runs_that_were_tested_on_other_records_are_not_put_beside_each_other(tmp_path: Path) -> None:
+def test_runs_tested_on_different_records_are_not_compared(tmp_path: Path) -> None:
     """Their settings deal out other test records, some of which the other run may have trained on."""
     of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
     one = finished_run(simulate(*of_file, into=tmp_path, name="one"))

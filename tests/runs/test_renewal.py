@@ -37,7 +37,7 @@ def by_cohort(first: str | None, last: str = "2024") -> dict[str, Any]:
     return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
 
 
-def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Any) -> None:
+def test_renewed_run_keeps_settings_and_starts_from_the_last_adapter(last: Any) -> None:
     groups = {"privacy": {"runs": 3}, "federation": {"stop_after": 2}, "data": {"validation_file": "v.csv"}, "seed": 7}
     folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"}, public={"train_file": "p.csv"})
     before = letters(**groups)
@@ -49,7 +49,7 @@ def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Any) -> None:
     assert renewed(last(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
 
 
-def test_what_is_not_said_of_an_inner_group_stays(last: Any) -> None:
+def test_unchanged_keys_of_nested_groups_are_kept(last: Any) -> None:
     partition = PartitionSpec(kind="dirichlet", proportions=(3, 1))
     folder = last(data={"partition": partition}, federation={"num_sites": 2, "site_names": ("a", "b")})
     data = renewed(folder, {"data.partition": {"alpha": 0.5}, "data.columns.user": "person"}).data
@@ -57,14 +57,14 @@ def test_what_is_not_said_of_an_inner_group_stays(last: Any) -> None:
     assert data.columns["user"] == "person"
 
 
-def test_the_window_moves_on_unless_it_is_given(last: Any) -> None:
+def test_cohort_window_advances_unless_specified(last: Any) -> None:
     assert str(renewed(last(**by_cohort(None)), {}).privacy.cohorts) == "..2025"
     assert str(renewed(last(**by_cohort("2023")), {}).privacy.cohorts) == "2024..2025"
     assert str(renewed(last(**by_cohort("2023")), {"privacy.cohorts.last": "2025"}).privacy.cohorts) == "2023..2025"
 
 
 @pytest.mark.parametrize(("first", "named"), [(None, ""), ("2025", "privacy.cohorts.first=2026 ")])
-def test_a_period_of_real_people_that_has_not_begun_is_charged_only_where_it_is_named(
+def test_future_cohort_of_real_people_must_be_named_explicitly(
     last: Any, first: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedtune.privacy.cohorts.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC)))
@@ -83,7 +83,7 @@ def test_a_period_of_real_people_that_has_not_begun_is_charged_only_where_it_is_
 
 
 @pytest.mark.parametrize("groups", [{}, by_cohort(None)], ids=["everybody", "no beginning"])
-def test_where_everybody_is_admitted_runs_end(last: Any, groups: dict[str, Any]) -> None:
+def test_renewal_without_a_window_ends_at_the_planned_runs(last: Any, groups: dict[str, Any]) -> None:
     assert renewed(last(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
     with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
         renewed(last(**groups, federation={"renewal": 2}), {})
@@ -95,7 +95,7 @@ def test_where_everybody_is_admitted_runs_end(last: Any, groups: dict[str, Any])
     assert renewed(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
 
 
-def test_ledgers_count_the_runs_whichever_renewed_which(last: Any) -> None:
+def test_ledgers_count_runs_across_parallel_renewals(last: Any) -> None:
     """Before, the chain of renewals counted: two runs that renewed the same one were one run."""
     folder = last(runtime={"kind": "simulation"})
     config = saved_config(folder)
@@ -112,7 +112,7 @@ def test_ledgers_count_the_runs_whichever_renewed_which(last: Any) -> None:
         renewed(folder, {})
 
 
-def test_other_words_and_folders_of_no_finished_run_are_refused(last: Any, tmp_path: Path) -> None:
+def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(last: Any, tmp_path: Path) -> None:
     for nothing in (tmp_path, "x" * 5000):
         with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
             renewed(nothing, {})

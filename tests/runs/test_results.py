@@ -27,7 +27,7 @@ def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = Non
     return asdict(RunResult.of(config, plan or run_plan(), state, final=final, provenance=made))
 
 
-def test_the_runs_epsilon_is_its_largest_sites() -> None:
+def test_epsilon_of_a_run_is_its_largest_site_epsilon() -> None:
     privacy = build(charged={"a": 1, "b": 3, "c": 0})["privacy"]
     a, b = (privacy["sites"][name] for name in ("a", "b"))
     # Three of four planned rounds: what is claimed is the whole plan, as guarantee.md proves it.
@@ -39,7 +39,7 @@ def test_the_runs_epsilon_is_its_largest_sites() -> None:
     assert (without["epsilon"], without["sites"]["a"]["epsilon"]) == (None, None)
 
 
-def test_site_scores_are_shown_and_paid_for() -> None:
+def test_released_site_scores_are_shown_and_charged() -> None:
     plain, plan = build(charged={"a": 1}), replace(run_plan(), metrics_noise_multiplier=3.0)
     measured = build(charged={"a": 1}, plan=plan, scores={"a": (0.5, 1.25)})
     assert plain["rounds"][0]["site_scores"] == {}
@@ -50,7 +50,7 @@ def test_site_scores_are_shown_and_paid_for() -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_diverged_loss_is_null_in_strict_json(loss: float) -> None:
+def test_diverged_loss_is_null_in_strict_json(loss: float) -> None:
     result = json.loads(json.dumps(build(charged={"a": 1}, loss=loss), allow_nan=False))
     assert result["rounds"][0]["metrics"] == {"loss": None, "accuracy": 0.5}
     assert result["final"]["metrics"] == {"loss": None}
@@ -76,11 +76,11 @@ START = {"accuracy": 0.3, "loss": 1.0}
         ({}, GOOD, ()),
     ],
 )
-def test_what_the_scores_say_against_the_training(before: Any, after: Any, found: tuple[str, ...]) -> None:
+def test_findings_follow_from_scores_before_and_after_training(before: Any, after: Any, found: tuple[str, ...]) -> None:
     assert findings_of((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
 
 
-def test_a_larger_loss_is_worse_a_correlation_has_no_standard_error_of_a_share_and_a_setback_is_told() -> None:
+def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:
     for score, before, after, found in (
         *(("loss", 2.0, 2.1, (WORSE,)), ("loss", 2.0, 1.9, ())),
         *(("spearman", 0.1, -0.2, (WORSE,)), ("spearman", -0.3, -0.2, ())),

@@ -18,7 +18,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.nightly
-def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
+def test_chart_bytes_do_not_depend_on_the_hash_seed() -> None:
     program = (
         "from fedtune.show.drawing import Panel, Series, chart\n"
         "one = Series(points=[(1, 3), (2, 4)], number=0, label='a')\n"
@@ -29,7 +29,7 @@ def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     assert made[0] == made[1]
 
 
-def test_ticks_are_round_numbers() -> None:
+def test_axis_ticks_are_round_numbers() -> None:
     for low, high, ticks in (
         (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         (0.0, 8.3, [0.0, 2.0, 4.0, 6.0, 8.0]),
@@ -48,7 +48,7 @@ def test_ticks_are_round_numbers() -> None:
     st.booleans(),
 )
 @example([(1.0, 5e-324)], "number", "line", True)
-def test_whatever_is_drawn_stays_on_its_axes(points: Any, scale: Any, kind: Any, from_zero: bool) -> None:
+def test_chart_elements_stay_within_the_axes(points: Any, scale: Any, kind: Any, from_zero: bool) -> None:
     panel = Panel(series=[Series(points=points, number=1, label="<b>", kind=kind)], scale=scale, from_zero=from_zero)
     root = ElementTree.fromstring(str(drawing.chart("x", panel, named=("t", "d"), number=str)))
     width, height = (float(side) for side in root.attrib["viewBox"].split()[2:])
@@ -58,7 +58,7 @@ def test_whatever_is_drawn_stays_on_its_axes(points: Any, scale: Any, kind: Any,
             assert 0 <= float(y) <= height
 
 
-def test_lines_differ_in_more_than_colour_and_colours_are_told_apart_in_grey() -> None:
+def test_chart_lines_are_distinguishable_without_color() -> None:
     for aspect in (drawing.COLOURS, drawing.DASHES, drawing.MARKERS):
         assert len(set(aspect)) == drawing.MOST_LINES
     # Okabe and Ito's, of which yellow and sky blue are too light for a line on white, and orange is darkened.
@@ -67,7 +67,7 @@ def test_lines_differ_in_more_than_colour_and_colours_are_told_apart_in_grey() -
         assert 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.5
 
 
-def test_lines_are_named_beside_their_ends_and_names_do_not_touch() -> None:
+def test_line_labels_are_placed_next_to_their_ends_without_overlap() -> None:
     series = [Series(points=[(1, 0), (2, 5 + n / 100)], number=n, label=f"site-{n}") for n in range(drawing.MOST_LINES)]
     panel = Panel(series=series, levels=[(5.0, "limit", "1 2")])
     root = ElementTree.fromstring(str(drawing.chart("x", panel, named=("t", "d"), number=str)))

@@ -11,7 +11,7 @@ from fedtune.show.lines import fold, printable
 from fedtune.show.terminal_tables import Section, _table, show
 
 
-def test_what_is_copied_is_never_cut() -> None:
+def test_paths_and_keys_are_never_broken_across_lines() -> None:
     path, key = "/srv/" + "a-long-folder/" * 9, "ab" * 32
     assert fold(f"- The report is in {path} now.", width=40) == ["- The report is in", f"  {path}", "  now."]
     assert fold(f" 1. Key {key}: compare it", width=40) == [" 1. Key", f"    {key}:", "    compare it"]
@@ -26,7 +26,7 @@ def test_what_is_copied_is_never_cut() -> None:
 
 
 @pytest.mark.parametrize("front", ["", "Continue with: "])
-def test_a_command_is_the_same_when_it_is_copied(front: str) -> None:
+def test_wrapped_command_is_unchanged_when_copied(front: str) -> None:
     command = "fedtune search experiment=banks training.learning_rate='log(0.001, 0.1)' --trials 8 --method tpe"
     lines = fold(front + command, width=50)
     assert all(len(line) <= 50 for line in lines)
@@ -38,12 +38,12 @@ def test_a_command_is_the_same_when_it_is_copied(front: str) -> None:
     assert "\\" not in "".join(fold(prose, width=50)), "a sentence goes on after it"
 
 
-def test_text_from_outside_is_made_harmless_and_short() -> None:
+def test_external_text_is_stripped_of_control_characters_and_shortened() -> None:
     assert printable("a\x1b[2Jb\u202e") == "a?[2Jb?"
     assert printable("x" * 500) == "x" * 197 + "..."
 
 
-def test_a_figure_behind_a_long_name_is_never_broken_by_the_terminal() -> None:
+def test_long_name_does_not_break_table_values() -> None:
     """A run's name is copied, so never broken: figures stand on the line below it, within the terminal's width."""
     name = f"a-long-name-of-a-run-{'0123456789abcdef' * 2}"
     row = (name, "ended", "20/20", "1.23457", "0.0123457", "8.000", "8.000")

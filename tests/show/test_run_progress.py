@@ -133,7 +133,7 @@ def beside(usual: str, text: str) -> str:
     return "".join([*(f"- {line}\n" for line in lacking), *(f"+ {line}\n" for line in more)])
 
 
-def test_what_a_person_sees(config: RunConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, end = shown(config), table(config, result())
     without_privacy = compose_run(tiny("federation.num_rounds=10", "privacy=none", into=tmp_path))
     of_runs = runs(config, without_privacy, monkeypatch)
@@ -142,13 +142,13 @@ def test_what_a_person_sees(config: RunConfig, tmp_path: Any, monkeypatch: pytes
     snapshots.check_output("run-progress", "".join([*told, f"# Its end\n{end}", *of_results]))
 
 
-def test_a_signal_is_told_by_what_studies_of_the_task_kept() -> None:
+def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
     assert "a study at 17 kept three quarters of what" in signal_words(22.0, "classification")
     assert "a study at 5 kept three eighths of what" in signal_words(5.2, "token_classification")
     assert "no study says how much of task survival is learnt" in signal_words(5.2, "survival")
 
 
-def test_one_of_several_runs_shows_its_newest_line(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(config: RunConfig, folder: Path, console: Console, *, session: Session) -> RunResult:
         for line in ("round 1/2 | validation: loss 4.3", "round 2/2 | about 3 s left"):
             console.print(line)
@@ -162,12 +162,12 @@ def test_one_of_several_runs_shows_its_newest_line(config: RunConfig, monkeypatc
         assert f"2 of 3: {line}" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_verbose_explains_epsilon_by_rdp(config: RunConfig) -> None:
+def test_verbose_output_explains_rdp_epsilon(config: RunConfig) -> None:
     verbose = replace(config, tracking=replace(config.tracking, log_level="debug"))
     assert [ABOUT_RDP.format(counts="epsilon") in table(one, result()) for one in (config, verbose)] == [False, True]
 
 
-def test_a_shown_epsilon_is_its_own_and_never_below_the_true_one(config: RunConfig) -> None:
+def test_displayed_epsilon_is_rounded_up_from_the_planned_one(config: RunConfig) -> None:
     plan = config.plan()
     epsilon = epsilon_text(epsilon_pld([plan.whole], plan.delta))
     assert float(epsilon) < 4, "and not the target's 8"
@@ -175,7 +175,7 @@ def test_a_shown_epsilon_is_its_own_and_never_below_the_true_one(config: RunConf
     assert "epsilon 1.001 at delta 1e-05 for each record" in table(config, result())
 
 
-def test_on_a_narrow_terminal_a_round_is_two_lines(config: RunConfig) -> None:
+def test_narrow_terminal_shows_a_round_on_two_lines(config: RunConfig) -> None:
     failing = state(1, failed_sites={"site-2": "plan_exhausted"})
     text = shown(config, state(3), failing, width=snapshots.COLUMNS)
     assert snapshots.too_wide(text + table(config, result(), width=snapshots.COLUMNS)) == []
@@ -183,7 +183,7 @@ def test_on_a_narrow_terminal_a_round_is_two_lines(config: RunConfig) -> None:
     assert "site-2: plan_exhausted\n" in text
 
 
-def test_a_terminal_has_a_bar_and_quiet_nothing(config: RunConfig) -> None:
+def test_terminal_shows_a_progress_bar_unless_quiet(config: RunConfig) -> None:
     assert "trying the model: 2 of 3" in shown(config, force_terminal=True, every_s=1e9)
     out = shown(config, state(1), force_terminal=True)
     assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out

@@ -96,7 +96,7 @@ def device_of(folder: Path) -> str:
 
 @pytest.mark.by_day("classification", "causal_lm")
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task(require_same_bits: Any, task: str) -> None:
+def test_every_task_gives_cpu_bits_on_the_device(require_same_bits: Any, task: str) -> None:
     require_same_bits(task)
 
 
@@ -114,19 +114,21 @@ WAYS = [*((one,) for one in ALONE), KEPT, BY_USER, (*KEPT, *BY_USER), SUMS, SCOR
 @pytest.mark.nightly
 @pytest.mark.parametrize("overrides", WAYS, ids=str)
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_every_number_format_and_way_to_train(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
+def test_every_dtype_and_training_mode_gives_cpu_bits(
+    require_same_bits: Any, task: str, overrides: tuple[str, ...]
+) -> None:
     require_same_bits(task, *overrides)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("overrides", [(), KEPT, BY_USER], ids=str)
 @pytest.mark.parametrize("task", ["classification", "causal_lm", "preference"])
-def test_two_devices(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
+def test_two_devices_give_the_bits_of_one(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
     require_same_bits(task, *overrides, devices=2)
 
 
 @pytest.mark.nightly
-def test_what_a_finished_run_is_used_for(given: Any, tmp_path: Path) -> None:
+def test_evaluate_and_generate_give_the_same_output(given: Any, tmp_path: Path) -> None:
     on_it(["simulate", *given("causal_lm", "runtime.device=auto", name="run")])
     data = ["--data", str(tmp_path / "records.jsonl")]
     for name, *words in (["evaluate", *data], ["generate", "--prompt", "my card", "--max-new-tokens", "9"]):
@@ -136,13 +138,13 @@ def test_what_a_finished_run_is_used_for(given: Any, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["gradient", "records", "sensitivity"])
-def test_audits(given: Any, kind: str) -> None:
+def test_audits_run_on_the_device(given: Any, kind: str) -> None:
     words = [word for word in given("classification", "runtime.device=auto", name="audited") if "seeded" not in word]
     on_it(["audit", *words, f"audit.kind={kind}", "audit.canaries=20", "audit.tries=3"])
 
 
 @pytest.mark.nightly
-def test_the_script_for_a_gpu(tmp_path: Path) -> None:
+def test_gpu_script_runs_on_the_simulated_device(tmp_path: Path) -> None:
     into = tmp_path / "results.json"
     words = ["run.py", "--tiny", "--into", str(into)]
     code = f"sys.path.insert(0, 'simulations/gpu'); sys.argv = {words!r}; import run; run.main()"
@@ -156,13 +158,13 @@ def test_the_script_for_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.by_day("1")
 @pytest.mark.parametrize("devices", [1, 2])
-def test_attention_that_goes_by_its_company_gives_way_to_products(given: Any, tmp_path: Path, devices: int) -> None:
+def test_batch_dependent_attention_falls_back_to_products(given: Any, tmp_path: Path, devices: int) -> None:
     overrides = ("federation.num_rounds=1", "runtime.device=auto", f"runtime.num_devices={devices}")
     on_it(["simulate", *given("causal_lm", *overrides, name="run")], SIM_SDPA="by_rows", SIM_DEVICES=devices)
     assert device_of(tmp_path / "run").endswith("no TF32, attention by products")
 
 
-def test_a_device_without_float64_leaves_the_run_to_the_cpu(given: Any, tmp_path: Path) -> None:
+def test_device_without_float64_falls_back_to_the_cpu(given: Any, tmp_path: Path) -> None:
     run = ["simulate", *given("classification", "federation.num_rounds=1", "runtime.device=auto", name="run")]
     on_it(run, SIM_NO_FLOAT64=1)
     assert device_of(tmp_path / "run") == "cpu"
@@ -170,7 +172,7 @@ def test_a_device_without_float64_leaves_the_run_to_the_cpu(given: Any, tmp_path
 
 
 @pytest.mark.nightly
-def test_the_script_for_a_gpu_has_tests_run_on_the_device() -> None:
+def test_gpu_script_runs_selected_tests_on_the_device() -> None:
     code = (
         "sys.path.insert(0, 'simulations/gpu'); import run; run.TESTED = ['four_bit', 'adapter_kinds']\n"
         "print(run.tests(run.Machine(device=run.device_for('auto'), tiny=True))['last_line'])"

@@ -7,38 +7,38 @@ def said(function: str, **settings: object) -> list[str]:
     return run_on_it(f"from tests.simulated_accelerator import tried; tried.{function}()", **settings).splitlines()
 
 
-def test_the_trial_clips_on_the_device_as_a_step_does() -> None:
+def test_trial_clips_on_the_device_like_a_step() -> None:
     as_it_is, by_company = map(float, said("clipping_by_company", SIM_SDPA="fused"))
     assert as_it_is == 0.0
     assert by_company > 1e-4
 
 
-def test_a_norm_does_not_depend_on_its_company_where_cuda_s_own_does() -> None:
+def test_norms_are_batch_invariant_unlike_the_native_reduction() -> None:
     found = [list(map(int, line.split())) for line in said("norms_as_cuda_has_them")]
     assert sum(by_cuda for _, by_cuda, _ in found) > 4, "the reduction that stands for CUDA's goes by the rows"
     assert [ours for _, _, ours in found] == [0] * 4
 
 
-def test_a_micro_batch_without_a_usable_unit_adds_nothing() -> None:
+def test_micro_batch_without_usable_units_adds_nothing() -> None:
     assert said("no_usable_unit") == ["0"] * 6
 
 
-def test_users_wait_for_the_device_as_often_as_their_records_alone() -> None:
+def test_users_synchronize_as_rarely_as_records() -> None:
     ((of_users, of_records),) = (map(int, line.split()) for line in said("waits_for_the_device"))
     assert of_users == of_records
 
 
-def test_the_trial_puts_a_model_s_weights_aside_on_the_device_where_there_is_room() -> None:
+def test_trial_stores_weights_on_the_device_if_memory_allows() -> None:
     with_room, without = map(int, said("weights_put_aside"))
     assert with_room == 0 < without
 
 
-def test_scoring_without_room_names_the_setting() -> None:
+def test_scoring_without_memory_names_the_setting() -> None:
     (line,) = said("scoring_without_room", SIM_MEMORY_MIB=64)
     assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device has no room")
 
 
-def test_an_accelerator_is_set_to_compute_alike_each_time_before_it_is_used() -> None:
+def test_accelerator_is_configured_for_deterministic_computation() -> None:
     code = (
         "import os; from fedtune.training.machine import device_for; device_for('auto')\n"
         "products = torch.backends.cuda.matmul\n"
@@ -49,7 +49,7 @@ def test_an_accelerator_is_set_to_compute_alike_each_time_before_it_is_used() ->
     assert run_on_it(code).split() == ["True", ":4096:8", *["False"] * 5]
 
 
-def test_a_device_repeats_itself_as_it_is_set_and_the_script_for_a_gpu_sees_one_that_does_not() -> None:
+def test_repeatability_check_detects_a_nondeterministic_device() -> None:
     code = (
         "sys.path.insert(0, 'simulations/gpu'); import run\n"
         "machine = run.Machine(device=run.device_for('auto'), tiny=True)\n"

@@ -15,7 +15,7 @@ needs_minilm = pytest.mark.skipif(
 )
 
 
-def test_a_row_s_long_product_hangs_on_the_number_of_rows() -> None:
+def test_amx_product_of_a_row_depends_on_the_number_of_rows() -> None:
     """The reason for what follows; should it pass one day, the tests of every number of rows are for AMX, too."""
     weight, values = torch.randn(384, 1536).bfloat16(), torch.randn(512, 1536)
     whole = rounded_product(values, weight, None)
@@ -26,7 +26,7 @@ def test_a_row_s_long_product_hangs_on_the_number_of_rows() -> None:
 
 @needs_minilm
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
-def test_each_length_has_one_number_of_rows_and_is_tried_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_length_has_a_fixed_row_count_and_is_tried_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tries, moved = [], LoadedModel._moved
     monkeypatch.setattr(
         LoadedModel, "_moved", lambda self, shapes, *told: (tries.append(shapes), moved(self, shapes, *told))[1]

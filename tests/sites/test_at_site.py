@@ -48,7 +48,7 @@ def here(sent: RunConfig, policy: Policy, **about: Any) -> RunConfig:
     return at_site(sent, policy, folder=FOLDER, **{"installed": nothing, **about})
 
 
-def test_files_columns_and_machine_are_the_sites_own(policy: Policy) -> None:
+def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -> None:
     # Such settings come from no fedtune: a lead that writes its own may say anything.
     hostile = letters(
         data={"train_file": "/etc/passwd", "columns": {"text": "password", "label": "name"}},
@@ -72,7 +72,7 @@ def test_files_columns_and_machine_are_the_sites_own(policy: Policy) -> None:
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 
 
-def test_of_the_site_s_columns_the_run_s_layout_is_read(policy: Policy) -> None:
+def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
     columns = {"text": "body", "label": "kind", "messages": "chat", "prompt": "question", "completion": "answer"}
     several = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
 
@@ -87,7 +87,7 @@ def test_of_the_site_s_columns_the_run_s_layout_is_read(policy: Policy) -> None:
     assert reason_of(here, for_sites(prompted), policy) is Reason.SETTINGS, "a role that the site's data has not got"
 
 
-def test_a_site_without_the_second_of_two_texts_is_no_site_of_the_run(policy: Policy) -> None:
+def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     columns = {"text": "t", "text_pair": "other", "label": "l"}
     sent = for_sites(letters(data={"columns": columns}))
     assert reason_of(here, sent, policy) is Reason.SETTINGS, "its single texts would be learnt in silence"
@@ -95,14 +95,14 @@ def test_a_site_without_the_second_of_two_texts_is_no_site_of_the_run(policy: Po
     assert dict(here(sent, both).data.columns) == columns
 
 
-def test_the_data_set_is_the_one_that_the_run_names(policy: Policy) -> None:
+def test_data_set_named_by_the_run_is_used(policy: Policy) -> None:
     columns = {"columns": {"text": "t", "label": "l"}}
     notes = replace(policy, dataset=(replace(policy.dataset[0], **columns), policy.dataset[1]))
     assert here(letters(data={"dataset": "notes"}), notes).data.train_file == "/elsewhere/notes.jsonl"
     assert reason_of(here, letters(data={"dataset": "unheard-of"}), policy) is Reason.DATASET
 
 
-def test_what_is_trained_stays_as_it_was_sent(policy: Policy) -> None:
+def test_training_settings_are_unchanged_at_the_site(policy: Policy) -> None:
     sent = for_sites(letters(lora={"rank": 3}, training={"local_steps": 1}))
     config = here(sent, policy)
     same = ("name", "task", "lora", "head", "privacy", "training", "federation", "seed")
@@ -113,24 +113,24 @@ PLACES = ["/", "/etc", "./models/x", "models/x", "../x", "~/x", "org/name", "min
 
 
 @pytest.mark.parametrize("path", PLACES)
-def test_a_lead_names_no_place_of_this_machine_and_no_download(policy: Policy, path: str) -> None:
+def test_local_paths_and_downloads_from_a_lead_are_refused(policy: Policy, path: str) -> None:
     with pytest.raises(Refused) as refused:
         here(letters(model={"path": path, "sha256": HASH}), policy)
     assert (refused.value.reason, refused.value.asked) == (Reason.BASE_MODEL_MISSING, HASH)
 
 
-def test_the_folder_of_a_start_adapter_is_not_opened_whatever_a_lead_sends(policy: Policy) -> None:
+def test_start_adapter_folder_from_a_lead_is_never_opened(policy: Policy) -> None:
     model = here(letters(model={"adapter": "/etc", "adapter_sha256": HASH}), policy).model
     assert (model.adapter, model.adapter_sha256) == (None, HASH)
 
 
 @pytest.mark.parametrize("path", ["random:bert", "package:some_weights/model", "/etc", "org/name"])
-def test_a_model_without_a_hash_is_refused(policy: Policy, path: str) -> None:
+def test_model_without_a_digest_is_refused(policy: Policy, path: str) -> None:
     assert reason_of(here, letters(model={"path": path, "sha256": None}), policy) is Reason.BASE_MODELS
 
 
 @pytest.mark.parametrize("path", [*PLACES, "package:some_weights/model"])
-def test_an_installed_model_is_taken_whatever_the_lead_says(policy: Policy, path: str) -> None:
+def test_installed_model_replaces_the_path_of_the_lead(policy: Policy, path: str) -> None:
     model: dict[str, Any] = {"path": path, "sha256": HASH, "gguf_file": "a.gguf", "revision": "x", "cache_dir": "/etc"}
     model["adapter"] = "/etc"
     taken = here(letters(model=model), policy, installed=lambda sha256: STORE / sha256).model
@@ -138,7 +138,7 @@ def test_an_installed_model_is_taken_whatever_the_lead_says(policy: Policy, path
     assert (taken.revision, taken.cache_dir, taken.adapter) == (None, None, None)
 
 
-def test_packages_and_made_up_models_need_no_store(policy: Policy) -> None:
+def test_package_and_random_models_need_no_installation(policy: Policy) -> None:
     packaged: dict[str, Any] = {"path": "package:some_weights/model", "sha256": HASH, "cache_dir": "/etc"}
     taken = here(letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
     assert (taken.path, taken.cache_dir, taken.gguf_file) == ("package:some_weights/model", None, "a.gguf")
@@ -164,7 +164,7 @@ def write(site: Any, rows: list[tuple[str, ...]]) -> None:
     site.restart()
 
 
-def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
+def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
     write(site, GOOD)
     update = site.update()
     shapes = {name: one.shape for name, one in update.tensors.items()}
@@ -177,7 +177,7 @@ def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
     assert asked.train_head
 
 
-def test_the_check_reads_the_file_as_training_does(site: Any) -> None:
+def test_data_check_reads_the_file_as_training_does(site: Any) -> None:
     write(site, [*GOOD, ("old", "a", LABELS[0])])
     config = at_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
     (file,) = check(config, NoTokenizer(), within=1).files
@@ -187,7 +187,7 @@ def test_the_check_reads_the_file_as_training_does(site: Any) -> None:
     assert replace(config.data, declared_sizes=trained.data.declared_sizes) == trained.data
 
 
-def test_rows_that_cannot_be_used_add_nothing(site: Any) -> None:
+def test_unusable_rows_do_not_change_the_update(site: Any) -> None:
     write(site, GOOD)
     without = site.update().tensors
     bad = [("old", "a"), ("1e999", "a"), ("", "b"), ("nan", "a"), ("[1]", "b")]

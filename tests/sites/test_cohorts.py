@@ -78,7 +78,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         *(("2026", "2030", {"eve"}), ("2030", "2030", set())),
     ],
 )
-def test_a_round_samples_whom_the_run_admits(station: Any, sampled: Any, first: Any, last: str, whom: set[str]) -> None:
+def test_round_samples_only_admitted_cohorts(station: Any, sampled: Any, first: Any, last: str, whom: set[str]) -> None:
     site = station(**by_cohorts(first, last))
     write(site, PEOPLE)
     site.update()
@@ -87,7 +87,7 @@ def test_a_round_samples_whom_the_run_admits(station: Any, sampled: Any, first: 
         assert len(register.read_rows(file)) == len(whom)
 
 
-def test_a_corrected_date_is_no_new_budget(site: Any, sampled: list[set[str]]) -> None:
+def test_corrected_arrival_date_gives_no_new_budget(site: Any, sampled: list[set[str]]) -> None:
     site.update()
     write(site, PEOPLE | {"ann": ["2026-01-01"], "ben": [""], "gus": ["2026-07-01"]})
     site.restart()
@@ -99,7 +99,7 @@ def test_a_corrected_date_is_no_new_budget(site: Any, sampled: list[set[str]]) -
     verify(site.folder / "ledger.db")
 
 
-def test_held_out_people_are_admitted_and_registered_likewise(station: Any, sampled: Any, scored: list[Any]) -> None:
+def test_held_out_people_are_admitted_and_registered_too(station: Any, sampled: Any, scored: list[Any]) -> None:
     site = station(**by_cohorts("2024", "2024", metrics="noised"))
     write(site, {f"person {n}": [("2024-05-01", "2026-01-01")[n % 2]] for n in range(60)})
     site.update()
@@ -110,7 +110,7 @@ def test_held_out_people_are_admitted_and_registered_likewise(station: Any, samp
         assert len(register.read_rows(file)) == 30
 
 
-def test_whom_a_run_does_not_admit_is_left_out_in_silence(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_excluded_people_are_skipped_without_a_trace(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     one = site.ask()
     write(site, {"eve": ["2026-01"]})
@@ -121,7 +121,7 @@ def test_whom_a_run_does_not_admit_is_left_out_in_silence(site: Any, caplog: pyt
     assert not any(word in caplog.text for word in ("eve", "2026", "admitted", "cohort"))
 
 
-def test_dates_are_read_within_the_schedule_and_after_the_decision(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrival_dates_are_read_on_schedule_after_acceptance(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     held, work = site_round._held_to_a_schedule, SiteProcess.work
     monkeypatch.setattr(site_round, "_held_to_a_schedule", lambda every_s: order.append("schedule") or held(every_s))
@@ -135,14 +135,14 @@ def test_dates_are_read_within_the_schedule_and_after_the_decision(site: Any, mo
     assert len(order) == 3
 
 
-def test_a_file_that_cannot_be_read_charges_nothing(site: Any) -> None:
+def test_unreadable_file_causes_no_charge(site: Any) -> None:
     site.data.write_bytes(b"\xff\xfe not a table")
     site.real.work = None  # whatever a reader raises
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
 
 
-def test_settings_and_policy_go_together(site: Any) -> None:
+def test_cohort_settings_must_match_the_policy(site: Any) -> None:
     sent = for_sites(site.config)
     assert sent.data.columns == {role: role for role in COLUMNS}, "that there is one travels, and not its name"
     assert "cohorts" not in letters().decisive()["privacy"], "a run of everybody has the name that it had"
@@ -168,7 +168,7 @@ def test_settings_and_policy_go_together(site: Any) -> None:
         *[("9" * 100_000, ""), ("0000-01-01", ""), ("٢٠٢٦-٠٣", ""), (" ", ""), ("nan", "")],
     ],
 )
-def test_no_date_is_a_fault(value: object, month: str) -> None:
+def test_arrival_dates_are_parsed_to_months(value: object, month: str) -> None:
     assert read_value(value, "arrival", at="") == month
 
 
@@ -180,7 +180,9 @@ BY_USER: dict[str, Any] = {
 }
 
 
-def test_it_trains_on_its_users(station: Any, first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_level_site_trains_on_its_users(
+    station: Any, first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Whose column "kind" also says whose a record is: three users with 13 records or more.
     seen, site = list[Any](), station(**BY_USER)
     train = site_work.train_round
@@ -192,7 +194,7 @@ def test_it_trains_on_its_users(station: Any, first_adapter: Adapter, monkeypatc
     assert site.ledger().history.opened.unit == "user"
 
 
-def test_it_refuses_runs_of_records_and_more_than_it_lets_a_user_contribute(station: Any) -> None:
+def test_user_level_site_refuses_record_level_runs_and_excess_records(station: Any) -> None:
     assert station("south").refusal(letters(**BY_USER)) is Reason.UNIT, "as a site of records does runs by user"
     site = station(**BY_USER)
     assert site.refusal(letters()) is Reason.UNIT
@@ -201,7 +203,7 @@ def test_it_refuses_runs_of_records_and_more_than_it_lets_a_user_contribute(stat
     assert site.ledger().history.runs == {}
 
 
-def test_a_record_of_several_users_costs_nobody_an_answer(station: Any) -> None:
+def test_record_with_several_users_is_skipped(station: Any) -> None:
     site = station(**BY_USER)
     # Left out by itself: what a lead asks for must not make the answer depend on whether some record fits it.
     write_records(site.data, [("letter", LABELS[0]), ("ours", f"{LABELS[0]},{LABELS[1]}")])
@@ -217,7 +219,7 @@ def records(users: dict[str, int]) -> list[Record]:
     return [Record({"text": f"letter {n} of {user}", "label": LABELS[n % 2 * 2], "user": user}) for n, user in each]
 
 
-def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: SigningKey, scored: Any) -> None:
+def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, scored: Any) -> None:
     data = {"heldout_fraction": 0.5, "columns": {"text": "text", "label": "label", "user": "who"}}
     config = letters(data=data, privacy={"metrics": "noised", "unit": "user"})
     shared = RunModel(LoadedModel(config), config)

@@ -46,7 +46,7 @@ def simulated(tmp_path: Path) -> RunConfig:
     return letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40, **files})
 
 
-def test_nothing_is_said_of_what_is_as_it_should_be(simulated: RunConfig) -> None:
+def test_sound_data_gives_no_warnings(simulated: RunConfig) -> None:
     assert list(lead_notes(simulated, validation=None, test=lead("a", "b"))) == []
     assert list(lead_notes(simulated, validation=lead("a"), test=lead("a", "b"))) == []
     assert list(site_notes(simulated, dealt(27, 59))) == []
@@ -54,7 +54,7 @@ def test_nothing_is_said_of_what_is_as_it_should_be(simulated: RunConfig) -> Non
     assert list(lead_notes(gone, validation=None, test=lead("a", "b"))) == []
 
 
-def test_what_the_lead_should_know(simulated: RunConfig, tmp_path: Path) -> None:
+def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated: RunConfig, tmp_path: Path) -> None:
     (note,) = lead_notes(simulated, validation=lead("a"), test=None)
     assert note.startswith("there are no test records, so the run ends without a score: give data.test_file or")
     (note,) = lead_notes(simulated, validation=None, test=lead("a", "a"))
@@ -69,7 +69,7 @@ def test_what_the_lead_should_know(simulated: RunConfig, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("how", ["the same path", "a link", "the same content", "packed", "a part", "a site's own"])
-def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: Path, how: str) -> None:
+def test_file_containing_training_data_is_refused(simulated: RunConfig, tmp_path: Path, how: str) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     test.unlink()
     rows = [f"{word},{LABELS[0]}\n" for word in ("one", "two", "three")]
@@ -95,7 +95,7 @@ def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: P
         check_decides(changed(config, data={"validation_file": str(file)}))
 
 
-def test_a_file_that_is_written_anew_is_read_anew_and_texts_may_be_alike_by_chance(simulated: RunConfig) -> None:
+def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated: RunConfig) -> None:
     config = changed(simulated, data={"validation_file": simulated.data.test_file})
 
     def decides(trained_on: list[str], validated_on: list[str]) -> bool:
@@ -109,7 +109,7 @@ def test_a_file_that_is_written_anew_is_read_anew_and_texts_may_be_alike_by_chan
     assert decides(["yes", "no"] * 20, ["yes", "no"] * 2)
 
 
-def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:
+def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated: RunConfig) -> None:
     (note,) = site_notes(simulated, dealt(26, 60))
     assert "north declares 40 and has 26, south declares 40 and has 60." in note
     (note,) = site_notes(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
@@ -118,7 +118,7 @@ def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:
     assert note.startswith("3 ids of users are in the files of several sites")
 
 
-def test_real_sites_have_no_file_of_which_the_lead_could_have_a_share() -> None:
+def test_fractions_must_be_zero_with_real_sites() -> None:
     for side in ("validation", "test"):
         share = {f"{side}_fraction": 0.1, f"{side}_file": None}
         with pytest.raises(ConfigError, match=rf"data\.{side}_fraction = 0\.1: must be 0 with real sites.*{side}_file"):

@@ -25,7 +25,7 @@ LABELS = [{"labels": ("invoice", "complaint")}, {"labels": ("never", "declared")
 
 @pytest.mark.by_day("{'labels': ('never', 'declared')}", "{'max_length': 3}")
 @pytest.mark.parametrize("asked", [*LABELS, {"heldout_fraction": 0.999999}, {"max_length": 3}], ids=str)
-def test_no_setting_makes_a_record_fail(asked: dict[str, Any], station: Any) -> None:
+def test_no_run_setting_makes_a_record_fail(asked: dict[str, Any], station: Any) -> None:
     site = station(data=asked)
     first = LoadedModel(for_sites(site.config)).initial_adapter
     write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
@@ -45,7 +45,7 @@ WELL_FORMED = {
 
 @pytest.mark.parametrize("text", WELL_FORMED.values(), ids=list(WELL_FORMED))
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_no_text_of_a_record_ends_an_answer(text: str, suffix: str, station: Any) -> None:
+def test_record_text_cannot_end_a_round(text: str, suffix: str, station: Any) -> None:
     site = station()
     path = site.data.with_suffix(suffix)
     site.edit(dataset={"path": path.name})
@@ -60,7 +60,7 @@ def test_no_text_of_a_record_ends_an_answer(text: str, suffix: str, station: Any
 
 
 @pytest.mark.parametrize("unread", ["9" * 5000, "[" * 100_000 + "]" * 100_000], ids=["a number", "a depth"])
-def test_nothing_in_a_column_that_no_run_reads_ends_an_answer(unread: str, station: Any) -> None:
+def test_unread_column_contents_cannot_end_a_round(unread: str, station: Any) -> None:
     site = station()
     path = site.data.with_suffix(".jsonl")
     site.edit(dataset={"path": path.name})
@@ -68,14 +68,14 @@ def test_nothing_in_a_column_that_no_run_reads_ends_an_answer(unread: str, stati
     site.update()
 
 
-def test_no_setting_makes_a_held_out_record_fail(station: Any) -> None:
+def test_no_run_setting_makes_a_held_out_record_fail(station: Any) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
     write_records(site.data, [(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
     assert site.update(adapter=LoadedModel(for_sites(site.config)).initial_adapter).scores is not None
 
 
-def test_a_record_is_opened_only_for_a_round_that_is_charged(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site, charged_then, read = station(), [], real_site.own_records
 
     def reading(*args: Any, **rest: Any) -> Any:
@@ -92,7 +92,7 @@ def test_a_record_is_opened_only_for_a_round_that_is_charged(station: Any, monke
     assert charged_then[0] > 0
 
 
-def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station: Any) -> None:
+def test_removed_record_is_not_used_in_the_next_round(station: Any) -> None:
     site = station()
     site.update()
     write_records(site.data, [("the only one that stayed", "praise")])
@@ -100,7 +100,7 @@ def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station
     assert len(site.real._warm[1].records.training) == 1
 
 
-def test_a_record_without_a_token_stops_no_round(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_without_tokens_does_not_end_a_round(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = inputs.encode
 
     def encode(texts: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
@@ -126,7 +126,7 @@ MARKED: dict[str, tuple[dict[str, str], dict[str, str | None]]] = {
 
 
 @pytest.mark.parametrize("case", MARKED)
-def test_no_marked_text_ends_an_answer(case: str, station: Any, tmp_path: Path) -> None:
+def test_marked_text_cannot_end_a_round(case: str, station: Any, tmp_path: Path) -> None:
     columns, files = MARKED[case]
     run: dict[str, Any] = {
         "task": "token_classification",
@@ -172,7 +172,7 @@ def changed_json(file: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_another_file_in_the_store_is_refused_before_the_charge(at_site: Any, folder: Path, name: str) -> None:
+def test_changed_model_file_is_refused_before_the_charge(at_site: Any, folder: Path, name: str) -> None:
     site = at_site()
     site.update()
     site.edit(ledger="another.db")
@@ -183,7 +183,7 @@ def test_another_file_in_the_store_is_refused_before_the_charge(at_site: Any, fo
 
 
 @pytest.mark.parametrize("text", ["nothing of it", "a metastasis"])
-def test_a_token_beyond_the_embedding_is_no_oracle(at_site: Any, folder: Path, text: str) -> None:
+def test_token_beyond_the_embedding_reveals_nothing(at_site: Any, folder: Path, text: str) -> None:
     """Before, the site failed where a record held the token, and answered where none did."""
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
@@ -204,7 +204,7 @@ GROWS = {"type": "Replace", "pattern": {"String": "JANE ROE"}, "content": "X" * 
     [{"normalizer": GIVES_UP}, {"normalizer": GROWS}, {"pre_tokenizer": {"type": "FixedLength", "length": 0}}],
     ids=["gives up", "grows", "panics always"],
 )
-def test_a_tokenizer_that_breaks_over_a_word_is_no_oracle(
+def test_crashing_tokenizer_reveals_nothing(
     at_site: Any, folder: Path, part: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, the site's process ended where a record held the word, and answered where none did."""
@@ -218,7 +218,7 @@ def test_a_tokenizer_that_breaks_over_a_word_is_no_oracle(
     assert site.ledger().history.runs == {}
 
 
-def test_a_tokenizer_that_ends_no_text_is_refused_where_the_model_is_loaded(tmp_path: Path) -> None:
+def test_tokenizer_without_an_end_token_is_refused_at_loading(tmp_path: Path) -> None:
     """Before, each round was charged before its records could not be tokenised."""
     llama = ModelSpec(path="random:llama")
     load_base(llama, predicts_tokens=True).save_pretrained(tmp_path)

@@ -30,7 +30,7 @@ def parted(parts: Parts, field: str = "text") -> list[set[str]]:
     return found
 
 
-def test_what_was_held_out_chooses_and_is_scored() -> None:
+def test_held_out_records_select_and_score_the_personalized_adapter() -> None:
     everything = records_of(200)
     parts = Parts.of(SiteRecords(everything[:120], everything[120:]), key=b"key", unit="record")
     assert (parts.training, parts.seen) == (everything[:120], False)
@@ -38,7 +38,7 @@ def test_what_was_held_out_chooses_and_is_scored() -> None:
     assert choosing | scored == {record.fields["text"] for record in everything[120:]}
 
 
-def test_a_site_that_held_nothing_out_parts_its_records_but_no_user_and_says_so() -> None:
+def test_site_without_held_out_records_splits_by_user() -> None:
     parts = Parts.of(SiteRecords(records_of(300), []), key=b"key", unit="record")
     assert parts.seen
     assert sum(map(len, parted(parts))) == 300
@@ -62,7 +62,7 @@ def best(fit: _Fit) -> tuple[int, str]:
     return passes, Adapter.of(fit._shared.model).digest()
 
 
-def test_training_stops_where_the_records_that_choose_say() -> None:
+def test_personalization_stops_early_on_validation_records() -> None:
     fit = fit_of(letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
     learnt = best(fit)
     assert best(fit) == learnt, "nothing is drawn anew"
@@ -72,7 +72,7 @@ def test_training_stops_where_the_records_that_choose_say() -> None:
     assert best(contrary) == (0, start), "what is learnt does not hold elsewhere"
 
 
-def test_the_note_beside_the_ledger_holds_run_and_day_alone(tmp_path: Path) -> None:
+def test_personalization_note_holds_only_run_and_day(tmp_path: Path) -> None:
     for run in ("first", "second"):
         note_made(tmp_path, run=run, day="2026-11-26")
     made = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]

@@ -54,13 +54,13 @@ def charged(reply: Reply) -> int:
     return reply.receipt.charged_rounds
 
 
-def test_a_real_site_is_no_simulated_one(site: Any) -> None:
+def test_simulated_policy_is_refused_at_a_real_site(site: Any) -> None:
     site.edit(simulated=True)
     with pytest.raises(ConfigError, match="simulated = true: must be false: this is a real site"):
         site.ask()
 
 
-def test_a_round_is_answered_with_a_trained_adapter_and_a_receipt(site: Any, first_adapter: Adapter) -> None:
+def test_round_is_answered_with_an_update_and_a_receipt(site: Any, first_adapter: Adapter) -> None:
     reply = site.ask()
     assert isinstance(reply.body, Update)
     assert (reply.body.site, reply.body.round) == ("north", 1)
@@ -69,7 +69,7 @@ def test_a_round_is_answered_with_a_trained_adapter_and_a_receipt(site: Any, fir
     assert charged(reply) == 1
 
 
-def test_in_bfloat16_the_same_training_leaves_as_a_rounded_difference(site: Any, first_adapter: Adapter) -> None:
+def test_bfloat16_update_is_the_rounded_difference(site: Any, first_adapter: Adapter) -> None:
     whole = site.update().tensors
     reply = site.ask(letters(federation={"update_dtype": "bfloat16"}))
     expected = rounded_difference(whole, first_adapter.tensors)
@@ -80,7 +80,7 @@ def test_in_bfloat16_the_same_training_leaves_as_a_rounded_difference(site: Any,
 
 
 @pytest.mark.parametrize("length", [1, 160, 200, 201, 266])
-def test_a_long_name_costs_no_round_without_an_update(station: Any, length: int) -> None:
+def test_overlong_run_name_is_refused_without_a_charge(station: Any, length: int) -> None:
     site, plain, named = station(), letters(), "n" * length
     if length <= 200:
         reply = site.ask(letters(name=named))
@@ -97,7 +97,7 @@ def test_a_long_name_costs_no_round_without_an_update(station: Any, length: int)
     assert site.ledger().history.runs == {}
 
 
-def test_a_site_that_cannot_keep_settings_or_reply_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_site_without_disk_space_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with patch.object(real_site, "write_durably", side_effect=OSError(28, "No space left on device")):
         assert site.refusal() is Reason.SITE_ERROR
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
@@ -119,7 +119,7 @@ def summing(station: Any, tmp_path: Path) -> Any:
     return site
 
 
-def test_a_request_that_is_refused_leaves_nothing_on_the_disk(summing: Any) -> None:
+def test_refused_request_leaves_no_files(summing: Any) -> None:
     """An allowed lead asked for rounds of sums in sessions that never began, each of a run of its own."""
     site = summing
     for number in range(3):
@@ -129,7 +129,7 @@ def test_a_request_that_is_refused_leaves_nothing_on_the_disk(summing: Any) -> N
     assert site.ledger().history.runs == {}
 
 
-def test_settings_are_kept_at_the_length_of_what_they_say(site: Any) -> None:
+def test_stored_settings_omit_padding(site: Any) -> None:
     text = sent_text(site.config)
     site.update(settings=text + " " * (MOST_CHARACTERS - len(text)))
     (kept,) = (site.folder / "runs").glob("*.json")
@@ -139,7 +139,7 @@ def test_settings_are_kept_at_the_length_of_what_they_say(site: Any) -> None:
     assert len(list((site.folder / "adapters").iterdir())) == 1, "they are read again at the end"
 
 
-def test_settings_of_runs_that_were_never_charged_go_with_the_next_run(site: Any) -> None:
+def test_settings_of_uncharged_runs_are_removed(site: Any) -> None:
     site.update()
     (charged_run,) = (site.folder / "runs").glob("*.json")
     (site.folder / "runs" / "never-charged.json").write_text("{}")
@@ -149,14 +149,14 @@ def test_settings_of_runs_that_were_never_charged_go_with_the_next_run(site: Any
     assert charged_run.stem in kept
 
 
-def test_settings_that_the_lead_did_not_sign_for_are_another_run_or_plan(site: Any) -> None:
+def test_unsigned_settings_are_refused_as_another_run_or_plan(site: Any) -> None:
     for changes in ({"training": {"learning_rate": 1.0}}, {"data": {"max_length": 13}}, {"model": {"licence": "MIT"}}):
         assert site.refusal(settings=sent_text(site.config, **changes)) is Reason.WRONG_RUN, changes
     assert site.refusal(settings=sent_text(site.config, privacy={"max_grad_norm": 2.0})) is Reason.PLAN_CHANGED
     assert site.ledger().history.runs == {}
 
 
-def test_settings_of_runs_without_this_site_or_of_another_size_are_refused(site: Any) -> None:
+def test_settings_without_this_site_or_with_another_size_are_refused(site: Any) -> None:
     for sites in ({"site_names": ("west", "south")}, {"participants": ("south",)}):
         assert site.refusal(letters(federation=sites)) is Reason.WRONG_SITE
     site.edit(dataset={"declared_size": 41})
@@ -190,7 +190,7 @@ def untouchable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({}, {"start_adapter": "cd" * 32}, Reason.PLAN_CHANGED),
     ],
 )
-def test_for_a_refused_request_no_model_is_loaded_and_no_record_opened(
+def test_refused_request_loads_no_model_or_records(
     site: Any, untouchable: list[str], edit: Any, about: Any, reason: Reason
 ) -> None:
     site.edit(**edit)
@@ -202,9 +202,7 @@ def test_for_a_refused_request_no_model_is_loaded_and_no_record_opened(
     assert site.ledger().history.runs == {}
 
 
-def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_named_after(
-    site: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pending_run_is_stored_with_its_settings(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     state = SiteState.of(site.folder)
     site.waits = state.wait_for_approval
     site.edit(approval="manual")
@@ -223,7 +221,7 @@ def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_na
     assert "no space left" in caplog.text
 
 
-def test_a_step_of_a_sum_puts_up_no_other_settings(summing: Any) -> None:
+def test_secure_aggregation_step_cannot_replace_pending_settings(summing: Any) -> None:
     site, state = summing, SiteState.of(summing.folder)
     site.waits = state.wait_for_approval
     site.edit(approval="manual")
@@ -238,13 +236,13 @@ def test_a_step_of_a_sum_puts_up_no_other_settings(summing: Any) -> None:
         assert state.waiting() == shown
 
 
-def test_an_allowed_request_does_reach_for_the_model(site: Any, untouchable: list[str]) -> None:
+def test_allowed_request_loads_the_model(site: Any, untouchable: list[str]) -> None:
     assert site.refusal() is Reason.SITE_ERROR
     assert untouchable == ["LoadedModel"]
 
 
 @pytest.mark.parametrize("fault", [None, b"a,b\nsecret-17,2\n", b"body,kind,\xff\nsecret-17,praise,\n"])
-def test_a_data_file_that_cannot_be_read_is_an_error_without_words(site: Any, fault: bytes | None, caplog: Any) -> None:
+def test_unreadable_data_file_gives_an_error_without_details(site: Any, fault: bytes | None, caplog: Any) -> None:
     if fault is None:
         site.data.unlink()
     else:
@@ -273,7 +271,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_model_and_records_stay_for_a_run_and_the_model_for_others_of_it(site: Any, loaded: list[str]) -> None:
+def test_model_and_records_are_cached_between_rounds(site: Any, loaded: list[str]) -> None:
     for round in (1, 2, 2):
         site.update(round=round)
     assert loaded == ["model", "records"]
@@ -285,7 +283,7 @@ def test_model_and_records_stay_for_a_run_and_the_model_for_others_of_it(site: A
     assert loaded[4:] == ["model", "records"]
 
 
-def test_no_record_is_freed_for_a_question_that_is_charged_nothing(site: Any) -> None:
+def test_uncharged_request_frees_no_cached_records(site: Any) -> None:
     """How long that takes tells how many there are, and no schedule holds such an answer back."""
     site.update()
     work = site.real._warm[1]
@@ -304,14 +302,14 @@ def test_no_record_is_freed_for_a_question_that_is_charged_nothing(site: Any) ->
 
 @pytest.mark.by_day("machine0")
 @pytest.mark.parametrize("machine", [{"micro_batch_tokens": 64}, {"kept_states_mib": 0}])
-def test_another_machine_in_the_policy_loads_the_model_anew(site: Any, loaded: list[str], machine: Any) -> None:
+def test_changed_machine_settings_reload_the_model(site: Any, loaded: list[str], machine: Any) -> None:
     site.update()
     site.edit(machine=machine)
     site.update(round=2)
     assert loaded == ["model", "records"] * 2
 
 
-def test_a_policy_takes_effect_with_the_next_request(site: Any) -> None:
+def test_policy_change_applies_to_the_next_request(site: Any) -> None:
     site.update()
     site.edit(limits={"max_rounds": 1})
     assert site.refusal(round=2) is Reason.MAX_ROUNDS
@@ -326,7 +324,7 @@ def largest(update: Update) -> float:
     return max(float(np.abs(value).max()) for value in update.tensors.values())
 
 
-def test_a_tighter_bound_on_the_adapter_holds_with_the_next_request(station: Any) -> None:
+def test_tighter_adapter_bound_applies_to_the_next_request(station: Any) -> None:
     site = station(training={"learning_rate": 5.0})
     assert largest(site.update()) > 0.25
     site.edit(limits={"max_adapter_value": 0.25})
@@ -334,7 +332,7 @@ def test_a_tighter_bound_on_the_adapter_holds_with_the_next_request(station: Any
 
 
 @pytest.mark.parametrize("kind", ["dora", "ia3"])
-def test_a_kind_of_adapter_is_for_the_policy_and_its_values_stay_within_the_bound(station: Any, kind: str) -> None:
+def test_adapter_kind_follows_the_policy_and_its_value_bound(station: Any, kind: str) -> None:
     site = station(lora={"kind": kind}, training={"learning_rate": 5.0})
     start = Adapter.of(build_task_model(site.config.task_model()))
     site.edit(allow={"adapters": ("lora",)}, limits={"max_adapter_value": 0.25})
@@ -348,7 +346,7 @@ def test_a_kind_of_adapter_is_for_the_policy_and_its_values_stay_within_the_boun
     assert run.proposal.adapter == kind
 
 
-def test_an_adapter_that_a_run_begins_in_is_brought_into_the_bound_of_the_site(station: Any) -> None:
+def test_start_adapter_is_projected_into_the_value_bound(station: Any) -> None:
     site = station(model={"adapter_sha256": "cd" * 32}, training={"learning_rate": 1e-6})
     tuned = Adapter({name: np.full_like(value, 7.0) for name, value in site.first.tensors.items()})
     site.edit(limits={"max_adapter_value": 0.25})
@@ -373,7 +371,7 @@ def held_out(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
     return texts
 
 
-def test_each_site_holds_out_records_by_a_key_of_its_own(station: Any) -> None:
+def test_held_out_split_uses_a_secret_key_per_site(station: Any) -> None:
     north, south = station("north", **HELD_OUT), station("south", **HELD_OUT)
     assert north.data.read_bytes() == south.data.read_bytes()
     by_north, by_south = held_out(north, north.config), held_out(south, south.config)
@@ -390,7 +388,7 @@ def test_each_site_holds_out_records_by_a_key_of_its_own(station: Any) -> None:
 
 @pytest.mark.by_day("after a restart")
 @pytest.mark.parametrize("restarted", [False, True], ids=["same process", "after a restart"])
-def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, restarted: bool) -> None:
+def test_final_adapter_is_stored_and_can_be_scored(site: Any, restarted: bool) -> None:
     final = Adapter(site.update().tensors)
     if restarted:
         site.restart()
@@ -405,7 +403,7 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     assert {name: found.estimate("base", name).value for name in found.scores} == before
 
 
-def test_an_adapter_that_is_declined_or_of_a_run_that_nobody_began_is_not_written(site: Any) -> None:
+def test_declined_or_unknown_final_adapter_is_not_stored(site: Any) -> None:
     assert site.end(site.first) is None
     site.edit(final_adapter="decline")
     final = Adapter(site.update().tensors)
@@ -413,7 +411,7 @@ def test_an_adapter_that_is_declined_or_of_a_run_that_nobody_began_is_not_writte
     assert not site.adapters.exists()
 
 
-def test_how_much_cannot_be_used_stays_in_the_sites_own_log(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_row_counts_stay_in_the_site_log(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     with site.data.open("a", encoding="utf-8") as stream:
         stream.write(" ,invoice\n" * 10)
     site.update()

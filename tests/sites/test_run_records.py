@@ -52,7 +52,7 @@ def check(public: Sequence[str], own: Own, *, role: str = "text", may_owe: bool 
 
 @pytest.mark.parametrize("role", ["text", "prompt"])
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_all_private_texts_but_one_beside_a_foreign_one_are_refused(copied: Any, role: str, tmp_path: Path) -> None:
+def test_public_file_copied_from_private_texts_is_refused(copied: Any, role: str, tmp_path: Path) -> None:
     """Before, a file that was neither a part of the run's nor the whole of it passed for public."""
     own = Own(tmp_path, sites=PRIVATE)
     with pytest.raises(ConfigError, match=r"must hold records of its own: it shares 9\d+ texts with sites"):
@@ -61,9 +61,7 @@ def test_all_private_texts_but_one_beside_a_foreign_one_are_refused(copied: Any,
 
 
 @pytest.mark.parametrize("codes", [4, 200])
-def test_private_completions_under_other_prompts_are_refused_and_shared_codes_are_not(
-    codes: int, tmp_path: Path
-) -> None:
+def test_public_file_with_private_completions_is_refused(codes: int, tmp_path: Path) -> None:
     """Before, one role of the run's records was compared: of two that differ everywhere, the first."""
     prompts = [f"Code {n % codes}" for n in range(200)]
     pairs = zip(prompts, PRIVATE, strict=True)
@@ -86,7 +84,9 @@ def test_private_completions_under_other_prompts_are_refused_and_shared_codes_ar
         (slice(0, 1), 0, True),
     ],
 )
-def test_a_twentieth_of_either_may_be_shared(private: slice, foreign: int, refused: bool, tmp_path: Path) -> None:
+def test_public_file_may_share_one_twentieth_of_its_texts(
+    private: slice, foreign: int, refused: bool, tmp_path: Path
+) -> None:
     public, own = [*PRIVATE[private], *FOREIGN[:foreign]], Own(tmp_path, sites=PRIVATE)
     if refused:
         with pytest.raises(ConfigError, match="must hold records of its own"):
@@ -95,7 +95,7 @@ def test_a_twentieth_of_either_may_be_shared(private: slice, foreign: int, refus
         check(public, own)
 
 
-def test_a_few_texts_of_each_of_many_sites_add_up(tmp_path: Path) -> None:
+def test_shared_texts_add_up_over_many_sites(tmp_path: Path) -> None:
     sites = {f"site{n}": [f"Site {n}, text {m}" for m in range(100)] for n in range(30)}
     few = [texts[-1] for texts in sites.values()]
     with pytest.raises(ConfigError, match="it shares 1 text with site0"):
@@ -103,7 +103,7 @@ def test_a_few_texts_of_each_of_many_sites_add_up(tmp_path: Path) -> None:
     check([*few[:2], *FOREIGN[:70]], Own(tmp_path, **sites))
 
 
-def test_a_copy_of_synthetic_texts_without_its_card_is_known_by_its_run(tmp_path: Path) -> None:
+def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Path) -> None:
     written, own = [f"A model wrote {n}" for n in range(40)], Own(tmp_path, sites=PRIVATE)
     (tmp_path / "writer").mkdir()
     note_written(tmp_path / "writer", written[:20])
@@ -118,13 +118,13 @@ def test_a_copy_of_synthetic_texts_without_its_card_is_known_by_its_run(tmp_path
         check(written, own)
 
 
-def test_what_a_run_wrote_is_noted_or_not_given(tmp_path: Path) -> None:
+def test_note_of_written_texts_requires_a_writable_folder(tmp_path: Path) -> None:
     (tmp_path / "writer").touch()  # no folder
     with pytest.raises(ConfigError, match="must be a folder that can be written to"):
         note_written(tmp_path / "writer", ["a text"])
 
 
-def test_test_records_of_sites_with_files_of_their_own_are_of_the_site_that_holds_the_file(tmp_path: Path) -> None:
+def test_records_belong_to_the_site_holding_their_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         rows = (json.dumps({"text": f"{name} {n}", "label": "xy"[n % 2]}) for n in range(40))
         (tmp_path / f"of-{name}.jsonl").write_text("\n".join(rows))

@@ -53,7 +53,7 @@ def runs(into: Path, *variants: tuple[str, ...], session: Session | None = None)
     return [simulate(*more, into=into, name=f"run-{n}", session=session) for n, more in enumerate(variants)]
 
 
-def test_runs_that_hand_on_come_to_what_each_comes_to_alone(tmp_path: Path, worked: dict[str, int]) -> None:
+def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, worked: dict[str, int]) -> None:
     variants = (
         *((), ("training.learning_rate=0.5",), ("federation.participants=[site-2]",)),
         ("privacy.noise_multiplier=6.0", "federation.num_rounds=1"),
@@ -90,7 +90,7 @@ def test_runs_that_hand_on_come_to_what_each_comes_to_alone(tmp_path: Path, work
         ),
     ],
 )
-def test_what_is_another_is_made_anew(tmp_path: Path, worked: Any, other: str, built: int, anew: Any) -> None:
+def test_session_rebuilds_only_changed_parts(tmp_path: Path, worked: Any, other: str, built: int, anew: Any) -> None:
     (alone,) = runs(tmp_path / "alone", (other,))
     with Session() as session:
         runs(tmp_path / "together", (), session=session)
@@ -106,7 +106,7 @@ def examples_in(session: Session) -> list[Any]:
     return [kept for about, kept in session._states.items() if about.startswith("examples")]
 
 
-def test_no_more_is_handed_on_than_fits(tmp_path: Path, worked: dict[str, int]) -> None:
+def test_session_cache_is_limited_by_memory(tmp_path: Path, worked: dict[str, int]) -> None:
     """Sites declare 90 records of 16 tokens and 32 numbers: 0.35 MiB for both.  Twice as many do not fit 0.4."""
     room = "runtime.kept_states_mib=1"
     with Session() as session:
@@ -118,7 +118,7 @@ def test_no_more_is_handed_on_than_fits(tmp_path: Path, worked: dict[str, int]) 
     assert worked["states"] == 4
 
 
-def test_states_on_disk_come_to_the_same_run(tmp_path: Path, worked: dict[str, int]) -> None:
+def test_states_cached_on_disk_give_the_same_run(tmp_path: Path, worked: dict[str, int]) -> None:
     (tmp_path / "fast").mkdir()
     folder = f"runtime.kept_states_folder='{tmp_path / 'fast'}'"
     in_memory, on_disk = runs(tmp_path, (), ("runtime.kept_states_mib=0", folder))
@@ -127,7 +127,7 @@ def test_states_on_disk_come_to_the_same_run(tmp_path: Path, worked: dict[str, i
     assert list((tmp_path / "fast").iterdir()) == []
 
 
-def test_nothing_is_left_when_the_runs_are_over(tmp_path: Path) -> None:
+def test_session_releases_everything_at_its_end(tmp_path: Path) -> None:
     with Session() as session:
         runs(tmp_path, (), session=session)
         assert session.model is not None

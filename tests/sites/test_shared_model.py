@@ -43,7 +43,7 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
     return tries
 
 
-def test_a_model_is_tried_once_for_private_runs_of_one_clip_norm(tries: Tries) -> None:
+def test_model_is_tried_once_per_clip_norm_for_private_runs(tries: Tries) -> None:
     assert LoadedModel(letters(privacy={"mechanism": "none", "noise_multiplier": None})).moved == 0
     assert tries == []
     for _ in range(2):
@@ -54,7 +54,7 @@ def test_a_model_is_tried_once_for_private_runs_of_one_clip_norm(tries: Tries) -
     assert len(tries) == 2
 
 
-def test_a_simulation_with_too_weak_a_signal_is_refused_before_the_model_is_tried(tries: Tries) -> None:
+def test_weak_signal_is_refused_before_the_model_trial(tries: Tries) -> None:
     noise = {"noise_multiplier": 400.0}
     weak, allowed = (letters(privacy=noise, training={"go_on_without_signal": on}) for on in (False, True))
     with pytest.raises(ConfigError, match=r"training\.go_on_without_signal"):
@@ -65,7 +65,7 @@ def test_a_simulation_with_too_weak_a_signal_is_refused_before_the_model_is_trie
 
 
 @pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
-def test_another_setting_of_a_tried_model_is_tried_by_the_guard_itself(other: Any, monkeypatch: Any) -> None:
+def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monkeypatch: Any) -> None:
     """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
     assert shared_model.moved_by_others is preflight.moved_by_others
     assert shared_model.within_memory is preflight.within_memory
@@ -83,7 +83,7 @@ def test_another_setting_of_a_tried_model_is_tried_by_the_guard_itself(other: An
         LoadedModel(letters(**other))
 
 
-def test_a_model_that_cannot_be_tried_is_tried_and_refused_each_time(tries: Tries) -> None:
+def test_failed_trial_is_repeated_and_refused_each_time(tries: Tries) -> None:
     tries.moved = ConfigError("model.path", "tiny", "cannot be trained on examples of 24 tokens here")
     for number in (1, 2, 3):
         with pytest.raises(ConfigError, match="cannot be trained"):
@@ -94,7 +94,7 @@ def test_a_model_that_cannot_be_tried_is_tried_and_refused_each_time(tries: Trie
 
 
 @pytest.mark.parametrize(("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "another gradient")])
-def test_who_asks_again_gets_no_other_draw_of_the_try(tries: Tries, moved: float, message: str) -> None:
+def test_repeated_requests_do_not_repeat_the_trial(tries: Tries, moved: float, message: str) -> None:
     tries.moved = moved
     for _ in range(3):
         with pytest.raises(ConfigError, match=message):
@@ -103,7 +103,7 @@ def test_who_asks_again_gets_no_other_draw_of_the_try(tries: Tries, moved: float
         tries.moved = 0.0
 
 
-def test_a_machine_that_is_not_exact_is_taken_where_that_was_allowed_alone(tries: Tries) -> None:
+def test_inexact_gradients_are_accepted_only_with_permission(tries: Tries) -> None:
     tries.moved = 1e-7
     for _ in range(2):
         with pytest.raises(ConfigError, match="another gradient"):
@@ -114,7 +114,7 @@ def test_a_machine_that_is_not_exact_is_taken_where_that_was_allowed_alone(tries
     assert {shapes.row_shares for shapes in tries} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
 
 
-def test_another_chat_template_wants_a_model_that_was_checked_for_it() -> None:
+def test_changed_chat_template_requires_a_checked_model() -> None:
     plain, chats = (
         letters(task="causal_lm", model=LLAMA, data={**PROMPTED, "chat_template": kind}) for kind in ("none", "model")
     )
@@ -126,7 +126,7 @@ def test_another_chat_template_wants_a_model_that_was_checked_for_it() -> None:
         LoadedModel(chats)
 
 
-def test_a_run_begins_in_the_adapter_that_it_was_proposed_with_and_no_other(tries: Tries, tmp_path: Path) -> None:
+def test_run_starts_only_from_the_adapter_of_its_proposal(tries: Tries, tmp_path: Path) -> None:
     shared = LoadedModel(letters())
     save_task_model(shared.model, tmp_path)
     digest = shared.initial_adapter.digest()
@@ -145,7 +145,7 @@ def test_runs_of_one_loaded_model_share_neither_settings_nor_records(tries: Trie
     assert (one.config.seed, other.config.seed, one.records is other.records) == (1, 2, False)
 
 
-def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(station: Any, tries: Tries) -> None:
+def test_site_refuses_requests_without_charge_if_the_trial_fails(station: Any, tries: Tries) -> None:
     site = station()  # made with a model that passes
     tries.moved = ConfigError("model.path", "tiny", "mixes the examples of a batch")
     shared_model._measured.clear()
@@ -159,7 +159,7 @@ def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(stat
     assert site.ledger().history.runs == {}
 
 
-def test_a_model_that_served_a_run_without_privacy_is_tried_before_a_private_one(station: Any, tries: Tries) -> None:
+def test_model_is_tried_when_a_private_run_follows_a_plain_one(station: Any, tries: Tries) -> None:
     site = station(privacy={"mechanism": "none", "noise_multiplier": None})
     shared_model._measured.clear()
     before = len(tries)
@@ -169,7 +169,7 @@ def test_a_model_that_served_a_run_without_privacy_is_tried_before_a_private_one
     assert len(tries) == before + 1
 
 
-def test_devices_that_nobody_asked_for_need_not_be_of_use(monkeypatch: Any, caplog: Any) -> None:
+def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, caplog: Any) -> None:
     others = Mock()  # the processes of other devices, which turn out to be of no use
     others.ready.side_effect = ConfigError("runtime.num_devices", 2, "needs devices that compute the same gradients")
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
@@ -186,7 +186,7 @@ def test_devices_that_nobody_asked_for_need_not_be_of_use(monkeypatch: Any, capl
     ("main", "counts"),
     [("/venv/bin/fedtune", True), ("/x/fedtune/__main__.py", True), ("/home/me/study.py", False), (None, False)],
 )
-def test_only_the_command_itself_begins_processes_that_nobody_asked_for(
+def test_only_the_command_line_starts_extra_processes(
     monkeypatch: pytest.MonkeyPatch, main: str | None, counts: bool
 ) -> None:
     # Each runs the main program's file again, and a script would begin its runs once more.
@@ -201,7 +201,7 @@ def test_only_the_command_itself_begins_processes_that_nobody_asked_for(
     assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]
 
 
-def test_a_run_that_leaves_records_out_learns_nothing_from_those_that_cannot_be_encoded() -> None:
+def test_skipping_runs_ignore_unencodable_records() -> None:
     def within(*, leave_out: bool, lenient: bool = False) -> int | None:
         task = SimpleNamespace(tokenise=lambda records, tokenizer, *, data, lenient_within: lenient_within)
         model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_unusable=leave_out)

@@ -55,25 +55,25 @@ def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def test_every_setting_is_in_one_of_the_tables() -> None:
+def test_every_setting_is_classified_as_decisive_or_neutral() -> None:
     listed = [*DECISIVE, *NEUTRAL, "federation.num_sites", "name"]  # which is part of the identifier itself
     assert sorted(listed) == sorted(leaves(letters().to_json()))
 
 
 @pytest.mark.parametrize("key", DECISIVE)
-def test_whatever_decides_a_result_makes_another_run(key: str) -> None:
+def test_decisive_setting_changes_the_run_id(key: str) -> None:
     without = letters() if key in ("task", "data.input") else changed(WITH.get(key, {}))
     assert for_sites(with_change(key, DECISIVE[key])).run_id() != for_sites(without).run_id()
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
-def test_places_and_speeds_of_the_lead_make_no_difference_and_do_not_travel(key: str) -> None:
+def test_neutral_settings_keep_the_run_id_and_are_not_sent(key: str) -> None:
     sent = for_sites(with_change(key, NEUTRAL[key]))
     assert sent.run_id() == for_sites(changed(WITH.get(key, {}))).run_id()
     assert "canary" not in json.dumps(sent.to_json())
 
 
-def test_a_run_is_known_by_name_and_settings() -> None:
+def test_run_id_combines_name_and_settings() -> None:
     one, other = for_sites(letters()), for_sites(letters(name="second"))
     assert one.run_id().startswith("trial-")
     assert one.run_id().removeprefix("trial") == other.run_id().removeprefix("second")
@@ -81,7 +81,7 @@ def test_a_run_is_known_by_name_and_settings() -> None:
     assert for_sites(three).run_id() != one.run_id()
 
 
-def test_where_a_lead_has_its_model_does_not_travel() -> None:
+def test_local_model_path_of_the_lead_is_not_sent() -> None:
     places = ("/home/ada/canary/minilm", "canary/minilm", "~/canary", "canary-labs/minilm")
     (text,) = {text_of(for_sites(letters(model={"path": path, "sha256": HASH}))) for path in places}
     assert "canary" not in text
@@ -90,7 +90,7 @@ def test_where_a_lead_has_its_model_does_not_travel() -> None:
     assert for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
 
 
-def test_weights_are_named_by_their_hash() -> None:
+def test_model_is_sent_with_the_digest_of_its_weights() -> None:
     for path in ("random:bert", "random:llama"):
         sent = for_sites(letters(model={"path": path, "sha256": None}))
         assert sent.model.sha256 == model_sha256(ModelSpec(path=path))
@@ -99,7 +99,7 @@ def test_weights_are_named_by_their_hash() -> None:
         for_sites(letters(model={"path": "./nowhere", "sha256": None}))
 
 
-def test_noise_is_calibrated_by_the_lead_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_calibrated_only_by_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     config = letters(privacy={"noise_multiplier": None, "epsilon": 3.0})
     plan, sent = config.plan(), for_sites(config)
     assert sent.privacy.noise_multiplier == plan.noise_multiplier > 0
@@ -109,7 +109,7 @@ def test_noise_is_calibrated_by_the_lead_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("key", ["seed", *DECISIVE, *NEUTRAL])
-def test_what_is_sent_is_read_as_it_was_sent(key: str) -> None:
+def test_settings_round_trip_to_the_site(key: str) -> None:
     value = DECISIVE[key] if key in DECISIVE else NEUTRAL[key]
     sent = for_sites(with_change(key, value))
     assert parse(sent.to_json()) == sent
@@ -117,7 +117,7 @@ def test_what_is_sent_is_read_as_it_was_sent(key: str) -> None:
     assert read_settings(text_of(sent), plan=sent.plan()).run_id() == sent.run_id()
 
 
-def test_votes_in_a_secure_sum_are_read_with_the_bound_of_their_plan() -> None:
+def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
     voting = {"task": "votes", "head.init": "label_names", "head.scale": 1.0, "privacy.sampling_rate": 1.0}
     sent = for_sites(changed(WITH["federation.threshold"] | voting))
     larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
@@ -142,7 +142,7 @@ def sent() -> RunConfig:
     ],
     ids=lambda text: f"{text[:12]!r} of {len(text)}",
 )
-def test_what_is_no_settings_is_refused_as_such(sent: RunConfig, text: str) -> None:
+def test_malformed_settings_are_refused(sent: RunConfig, text: str) -> None:
     assert reason_of(read_settings, text, plan=sent.plan()) is Reason.SETTINGS
 
 
@@ -159,11 +159,11 @@ def test_what_is_no_settings_is_refused_as_such(sent: RunConfig, text: str) -> N
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_settings_of_a_newer_version_or_of_nonsense_are_refused(sent: RunConfig, path: str, value: object) -> None:
+def test_unknown_keys_and_invalid_values_are_refused(sent: RunConfig, path: str, value: object) -> None:
     assert reason_of(read_settings, text_of(sent, **{path: value}), plan=sent.plan()) is Reason.SETTINGS
 
 
-def test_a_refusal_of_settings_names_the_keys_that_one_side_lacks(sent: RunConfig) -> None:
+def test_settings_refusal_names_the_mismatched_keys(sent: RunConfig) -> None:
     fields = json.loads(text_of(sent, **{"training.newer_key": 1, "privacy.newer": 2}))
     del fields["training"]["optimizer"], fields["seed"]
     with pytest.raises(Refused) as caught:
@@ -171,7 +171,7 @@ def test_a_refusal_of_settings_names_the_keys_that_one_side_lacks(sent: RunConfi
     assert caught.value.asked == "privacy.newer, seed, training.newer_key, training.optimizer"
 
 
-def test_the_cost_of_another_plan_than_was_signed_is_never_computed(sent: RunConfig, monkeypatch: Any) -> None:
+def test_cost_of_an_unsigned_plan_is_never_computed(sent: RunConfig, monkeypatch: Any) -> None:
     # Some of these would take all of a machine's memory; so many steps are no plan.
     plan, steps = sent.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
     others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}

@@ -61,7 +61,7 @@ def planned(proposal: Proposal, **changes: Any) -> Proposal:
 
 
 @pytest.mark.parametrize("runs", [1, 12, 120])
-def test_a_generated_cap_has_room_for_the_runs_that_share_it_and_for_none_more(config: Any, runs: int) -> None:
+def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> None:
     """Before, the cap was in tenths, and 121 of 120 runs were let in: epsilon 8.039 for 8."""
     plan = config(f"privacy.runs={runs}", "privacy.epsilon=8").plan()
     budget = budget_for([plan] * plan.runs)
@@ -82,7 +82,7 @@ OTHERS = ("privacy=none", "federation.spare_rounds=2", "runtime.seeded_noise=tru
 
 
 @pytest.mark.parametrize("overrides", [(), NOISED, MUCH_SCORED, BY_USER, *((one,) for one in OTHERS)], ids=str)
-def test_a_generated_policy_allows_its_run_to_the_end_and_no_other(config: Any, tmp_path: Path, overrides: Any) -> None:
+def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, overrides: Any) -> None:
     policy, proposal = policy_and_proposal(config(*overrides))
     policy.check(proposal)
     cost, _ = cheapest(proposal.plan.whole, delta=proposal.plan.delta)  # infinite without privacy
@@ -108,14 +108,17 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "spare_rounds": (lambda rounds: rounds + 1, Reason.MAX_ROUNDS),
     "metrics_noise_multiplier": (lambda noise: 20.0, Reason.METRICS),
     "records_per_user": (lambda most: most + (most > 1), Reason.MAX_RECORDS_PER_USER),
-    "shared": (lambda shared: shared, Reason.SECURE_SUMS),  # see test_secure_sums_are_bounded_by_what_a_site_trusts
+    "shared": (
+        lambda shared: shared,
+        Reason.SECURE_SUMS,
+    ),  # see test_secure_aggregation_must_meet_the_trust_limits_of_the_site
     "cohorts": (lambda cohorts: cohorts, Reason.COHORTS),  # see tests/privacy/test_cohorts.py
     "runs": (lambda runs: runs, Reason.MAX_EPSILON),  # what a run is charged follows from its noise
 }
 
 
 @pytest.mark.parametrize("overrides", [(), BY_USER, ("privacy.max_grad_norm=1e-4",)], ids=str)
-def test_every_number_of_a_plan_is_bounded(config: Any, overrides: tuple[str, ...]) -> None:
+def test_generated_policy_bounds_every_plan_value(config: Any, overrides: tuple[str, ...]) -> None:
     policy, proposal = policy_and_proposal(config(*overrides))
     assert set(_BEYOND) == {field.name for field in dataclasses.fields(proposal.plan)}
     for name, (change, rule) in _BEYOND.items():
@@ -131,14 +134,14 @@ def test_every_number_of_a_plan_is_bounded(config: Any, overrides: tuple[str, ..
     assert Releases().reply_after_s == 600, "a real site that leaves the key out does not answer at once"
 
 
-def test_with_noised_metrics_their_noise_is_bounded_too(config: Any) -> None:
+def test_generated_policy_bounds_the_metrics_noise(config: Any) -> None:
     policy, proposal = policy_and_proposal(config(*NOISED, "privacy.metrics_noise_multiplier=2.5"))
     assert policy.limits.min_noise_multiplier == 2.5
     assert policy.releases.metrics == "noised"
     assert reason_of(policy.check, planned(proposal, metrics_noise_multiplier=2.4)) is Reason.MIN_NOISE_MULTIPLIER
 
 
-def test_what_is_trained_and_for_whom_is_bounded(config: Any) -> None:
+def test_generated_policy_bounds_model_data_and_lead(config: Any) -> None:
     policy, proposal = policy_and_proposal(config("head.train=false"))
     for key, value, rule in (
         *(("lead", "00" * 32, Reason.LEADS), ("dataset", "letters", Reason.DATASET)),
@@ -160,7 +163,7 @@ def sites_of(config: RunConfig, tmp_path: Path) -> VirtualSites:
     return VirtualSites.of(config, tmp_path / "run", config.plan())
 
 
-def test_a_policy_that_is_there_is_kept_and_read_but_not_another_site_s(kept: Any, tmp_path: Path) -> None:
+def test_existing_policy_is_kept_unless_it_belongs_to_another_site(kept: Any, tmp_path: Path) -> None:
     first = sites_of(kept(), tmp_path).files("site-1").policy
     less = changed(first, limits={"max_rounds": 3})
     write_policy(less, tmp_path / "kept" / "site-1" / "site.toml")
@@ -183,13 +186,13 @@ def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
     write_policy(changed(policy, budget={"max_epsilon": cap}), file)
 
 
-def test_what_fits_anyway_is_left_as_it_was_asked(kept: Any, tmp_path: Path) -> None:
+def test_run_within_budget_is_not_adjusted(kept: Any, tmp_path: Path) -> None:
     for wanted in ("stop", "fewer_rounds", "more_noise"):
         config = kept(f"federation.if_over_budget={wanted}", "privacy.noise_multiplier=null")
         assert fitted(config, tmp_path / "run") == config
 
 
-def test_as_many_rounds_or_as_little_noise_as_every_site_allows(kept: Any, tmp_path: Path) -> None:
+def test_run_over_budget_is_fitted_to_the_strictest_site(kept: Any, tmp_path: Path) -> None:
     config = kept("federation.if_over_budget=fewer_rounds")
     sites = sites_of(config, tmp_path)
     allow_rounds(sites, "site-1", 3)
@@ -208,7 +211,7 @@ def test_as_many_rounds_or_as_little_noise_as_every_site_allows(kept: Any, tmp_p
     assert sites.ledger("site-2").offer(less).most_rounds < 4, "the least noise that does"
 
 
-def test_a_site_without_room_is_left_out_while_enough_others_have_some(kept: Any, tmp_path: Path) -> None:
+def test_site_without_room_is_excluded_if_enough_others_remain(kept: Any, tmp_path: Path) -> None:
     config = kept("federation.if_over_budget=fewer_rounds")
     sites = sites_of(config, tmp_path)
     allow_rounds(sites, "site-1", 0.5)
@@ -219,7 +222,7 @@ def test_a_site_without_room_is_left_out_while_enough_others_have_some(kept: Any
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_no_room_at_all_is_refused_with_every_sites_rule(kept: Any, tmp_path: Path, wanted: str) -> None:
+def test_no_room_at_all_is_refused_with_every_broken_rule(kept: Any, tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
     for site in ("site-1", "site-2"):
@@ -233,7 +236,7 @@ def test_no_room_at_all_is_refused_with_every_sites_rule(kept: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_a_broken_ledger_does_not_stop_the_others(kept: Any, tmp_path: Path, wanted: str) -> None:
+def test_damaged_ledger_does_not_stop_other_sites(kept: Any, tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
     sites.check_dealt_out()
@@ -244,7 +247,7 @@ def test_a_broken_ledger_does_not_stop_the_others(kept: Any, tmp_path: Path, wan
         fitted(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")
 
 
-def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: Any, tmp_path: Path) -> None:
+def test_partition_record_is_not_recreated_next_to_a_ledger(config: Any, tmp_path: Path) -> None:
     sites = sites_of(config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path)
     sites.check_dealt_out()
     (sites.folder / "north").mkdir()
@@ -255,7 +258,7 @@ def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: An
         sites.check_dealt_out()
 
 
-def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Any, tmp_path: Path) -> None:
+def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_path: Path) -> None:
     sites = [sites_of(config(f"runtime.sites_dir={tmp_path}/kept", f"seed={seed}"), tmp_path) for seed in (0, 1)]
     both = threading.Barrier(2)
 
@@ -268,7 +271,7 @@ def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Any, t
     assert [getattr(error, "key", None) for error in found if error] == ["seed"]
 
 
-def test_a_file_is_no_folder_of_sites_and_a_renewed_run_makes_no_new_sites(config: Any, tmp_path: Path) -> None:
+def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
         sites_of(config(f"runtime.sites_dir={tmp_path}/file"), tmp_path)
@@ -282,7 +285,7 @@ def test_a_file_is_no_folder_of_sites_and_a_renewed_run_makes_no_new_sites(confi
 # What one process shares between virtual sites, and what it keeps apart.
 
 
-def test_there_is_one_base_model_whatever_the_number_of_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_sites_share_one_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
     build = shared_model.ready_model
     monkeypatch.setattr(shared_model, "ready_model", lambda *of, **rest: built.append(of) or build(*of, **rest))
@@ -290,7 +293,7 @@ def test_there_is_one_base_model_whatever_the_number_of_sites(tmp_path: Path, mo
     assert len(built) == 1
 
 
-def test_every_record_lies_at_exactly_one_site(config: Any, tmp_path: Path) -> None:
+def test_partition_assigns_every_record_to_one_site(config: Any, tmp_path: Path) -> None:
     def sizes(sites: int, *more: str) -> list[tuple[int, int]]:
         everyone = Participants(config(f"federation.num_sites={sites}", *more), tmp_path)
         return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
@@ -302,7 +305,7 @@ def test_every_record_lies_at_exactly_one_site(config: Any, tmp_path: Path) -> N
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
 
 
-def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Any, tmp_path: Path) -> None:
+def test_simulated_site_has_a_separate_policy_key_and_ledger(config: Any, tmp_path: Path) -> None:
     everyone = Participants(config(), tmp_path)
     sites = [everyone.site(index) for index in (0, 1)]
     names = [f"{site}/{name}" for site in ("site-1", "site-2") for name in ("ledger.db", "site.toml", "site_key.pem")]
@@ -317,7 +320,7 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Any, tmp_p
         everyone.site(0)
 
 
-def test_simulated_sites_sum_with_whom_their_policies_name(config: Any, tmp_path: Path) -> None:
+def test_secure_aggregation_roster_follows_each_site_policy(config: Any, tmp_path: Path) -> None:
     everyone = Participants(config("federation.site_names=[a,b]"), tmp_path)
     own, other = everyone.identities, {"b": stranger_key.public}
     known = changed(everyone.sites.files("a").policy, trust={"members": other})
@@ -326,7 +329,7 @@ def test_simulated_sites_sum_with_whom_their_policies_name(config: Any, tmp_path
     assert rosters == [{"a": own["a"], **other}, own]
 
 
-def test_sites_whose_ledgers_share_a_folder_keep_each_their_own_promises(site_policy: Any, tmp_path: Path) -> None:
+def test_ledgers_in_one_folder_keep_separate_confirmations(site_policy: Any, tmp_path: Path) -> None:
     for site in ("east", "west"):
         policy = replace(site_policy(site), ledger=f"{site}.db", site_key=f"{site}.pem")
         files = SiteFiles(policy, tmp_path / "site.toml")
@@ -344,7 +347,7 @@ def train(everyone: Participants, *, attempt: int = 1) -> Trained:
     return site.train(request, everyone.shared.initial_adapter, attempt)
 
 
-def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(config: Any, tmp_path: Path) -> None:
+def test_round_scores_the_received_adapter_with_planned_noise(config: Any, tmp_path: Path) -> None:
     everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
     shared = everyone.shared
     trained = train(everyone)
@@ -361,7 +364,7 @@ def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(config: A
     assert again.adapter.digest() != trained.adapter.digest()
 
 
-def test_without_noised_metrics_or_files_nothing_is_scored(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_nothing_is_scored_without_noised_metrics_or_test_files(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(site_work, "unit_scores", None)
     files = ("data.validation_file=null", "data.test_file=null")
     everyone = Participants(config("data.heldout_fraction=0.3", *files), tmp_path)
@@ -370,7 +373,7 @@ def test_without_noised_metrics_or_files_nothing_is_scored(config: Any, tmp_path
     assert everyone.shared.score(everyone.shared.initial_adapter, everyone.shared.test) == {}
 
 
-def test_the_fingerprint_follows_the_records_and_the_sites_key(config: Any, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_records_and_site_key(config: Any, tmp_path: Path) -> None:
     one = train(Participants(config(), tmp_path / "a")).fingerprint
     assert train(Participants(config(), tmp_path / "a")).fingerprint == one
     assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key can test a guess"
@@ -378,12 +381,14 @@ def test_the_fingerprint_follows_the_records_and_the_sites_key(config: Any, tmp_
 
 
 @pytest.mark.parametrize("wrong", ["data.columns.text=nope", "data.test_file=gone.csv"])
-def test_data_are_judged_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_data_is_checked_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
     monkeypatch.setattr(shared_model, "ready_model", None)
     assert wrong.partition("=")[2] in command("simulate", *tiny(wrong, into=tmp_path)).failed()
 
 
-def test_what_takes_long_is_told_of(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_model, "_measured", {})
     told: list[str] = []
     settings = config("lora=last_layer", "federation.site_names=[a,b]")

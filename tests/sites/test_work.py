@@ -34,7 +34,7 @@ LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3])
     [{}, {"privacy": {"noise_multiplier": None, "max_grad_norm": 0.3}}, {"runtime": {"kept_states_mib": 0}, "seed": 3}],
     ids=["given noise", "calibrated noise", "nothing kept"],
 )
-def test_a_real_site_trains_to_the_bit_what_a_simulated_one_does(station: Any, tmp_path: Path, groups: Any) -> None:
+def test_real_and_simulated_sites_train_identically(station: Any, tmp_path: Path, groups: Any) -> None:
     site = station(**groups)
     site.first = LoadedModel(site.config).initial_adapter
     rows = [*((*letter, "north") for letter in LETTERS), ("elsewhere", "praise", "south")]
@@ -48,7 +48,7 @@ def test_a_real_site_trains_to_the_bit_what_a_simulated_one_does(station: Any, t
 
 
 @pytest.mark.nightly
-def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Any, tmp_path: Path) -> None:
+def test_several_devices_give_the_same_update_as_one(station: Any, tmp_path: Path) -> None:
     site = station()
     first = Adapter(site.update().tensors)
     # A new ledger knows of no answer, so that the same round is trained again.
@@ -86,7 +86,7 @@ def noise_in(update: Update, sent: Adapter, config: RunConfig) -> npt.NDArray[np
 SGD = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.1}
 
 
-def test_a_real_site_adds_the_noise_that_it_is_charged_for(station: Any, has_scale: Any) -> None:
+def test_real_site_adds_exactly_the_charged_noise(station: Any, has_scale: Any) -> None:
     north = station(training=SGD, runtime={"seeded_noise": False})
     write_records(north.data, [("a letter", "praise")])
     update, plan = north.update(), north.config.plan()
@@ -96,7 +96,7 @@ def test_a_real_site_adds_the_noise_that_it_is_charged_for(station: Any, has_sca
 
 
 @pytest.mark.parametrize("seeded", [True, False])
-def test_noise_repeats_only_from_a_seed(station: Any, seeded: bool) -> None:
+def test_noise_repeats_only_with_a_seed(station: Any, seeded: bool) -> None:
     site = station(runtime={"seeded_noise": seeded})
     first = Adapter(site.update().tensors)
     # A new ledger knows of no answer, so that the same round is trained again.
@@ -126,7 +126,7 @@ def read(letters: list[tuple[str, str]]) -> list[Record]:
 RECORDS = SiteRecords(training=read(LETTERS[:20]), heldout=read(LETTERS[20:]))
 
 
-def test_scores_are_of_held_out_records_and_updates_of_the_others(shared: RunModel, lead_key: SigningKey) -> None:
+def test_scores_use_held_out_records_and_updates_use_the_others(shared: RunModel, lead_key: SigningKey) -> None:
     whole = do(shared, lead_key, RECORDS)
     others_held_out = do(shared, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
     assert others_held_out.adapter.digest() == whole.adapter.digest()
@@ -136,7 +136,7 @@ def test_scores_are_of_held_out_records_and_updates_of_the_others(shared: RunMod
     assert fewer_trained.adapter.digest() != whole.adapter.digest()
 
 
-def test_a_fingerprint_is_of_the_training_records_under_the_given_key(shared: RunModel, lead_key: Any) -> None:
+def test_fingerprint_covers_training_records_under_its_key(shared: RunModel, lead_key: Any) -> None:
     one = do(shared, lead_key, RECORDS).fingerprint
     without = do(shared, lead_key, replace(RECORDS, heldout=[]))
     assert without.fingerprint == one

@@ -19,7 +19,7 @@ def draws() -> np.random.Generator:
     return np.random.default_rng(11)
 
 
-def test_scale(draws: np.random.Generator) -> None:
+def test_scale_test_has_its_stated_error_and_power(draws: np.random.Generator) -> None:
     test = Scale(200, 0.1)
     assert happens_at(0.1, sum(not test.accepts(draws.normal(0, 3, 200), 3.0) for _ in range(REPEATS)))
     for factor in (0.9, 1.1):
@@ -28,7 +28,7 @@ def test_scale(draws: np.random.Generator) -> None:
         assert 0.3 < test.power(factor) < 0.9, "neither rate is counted in vain"
 
 
-def test_shape(draws: np.random.Generator) -> None:
+def test_shape_test_has_its_stated_error_and_power(draws: np.random.Generator) -> None:
     test = Shape(300, 0.1)
     assert happens_at(0.1, sum(not test.accepts(draws.normal(0, 3, 300), 3.0) for _ in range(REPEATS)))
     # Massart's bound is on the safe side.
@@ -37,7 +37,7 @@ def test_shape(draws: np.random.Generator) -> None:
     assert 0.8 < test.power(shifted) <= rejected / REPEATS
 
 
-def test_unrelated(draws: np.random.Generator) -> None:
+def test_independence_test_has_its_stated_error_and_power(draws: np.random.Generator) -> None:
     test = Unrelated(64, 0.1)
     alarms = related = 0
     for _ in range(REPEATS):
@@ -51,7 +51,7 @@ def test_unrelated(draws: np.random.Generator) -> None:
     assert not test.accepts(left, left)
 
 
-def test_rate(draws: np.random.Generator) -> None:
+def test_rate_test_has_its_stated_error_and_power(draws: np.random.Generator) -> None:
     test = Rate(400, 0.3, 0.1)
     size = test.power(0.3)
     assert 0.05 < size <= 0.1, "a binomial count is discrete, so its false alarms are at most those stated"

@@ -49,7 +49,7 @@ def test_every_tensor_has_noise_of_the_stated_shape(right: Arrays) -> None:
         assert test.accepts(values, SCALE), name
 
 
-def test_the_noise_is_the_same_on_real_records() -> None:
+def test_noise_on_real_records_has_the_stated_scale() -> None:
     """Everybody joins, most gradients are clipped, and the weights stay: what differs between steps is the noise."""
     model, everyone = model_of(), random_texts(12)
     (exact,) = sums_of(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
@@ -82,12 +82,12 @@ def flat(tensors: Mapping[str, npt.NDArray[Any]]) -> Values:
     return np.concatenate([value.ravel() for value in tensors.values()]).astype(np.float64)
 
 
-def test_steps_are_independent() -> None:
+def test_noise_of_different_steps_is_independent() -> None:
     steps = sums_of(model_of(), random_texts(0), plan(), steps=8)
     assert unrelated({number: flat(step) for number, step in enumerate(steps)}) == []
 
 
-def test_tensors_of_one_step_are_independent() -> None:
+def test_noise_of_different_tensors_is_independent() -> None:
     # The tensors of layer 0, each with its values of 40 steps.
     steps = sums_of(model_of(), random_texts(0), plan(), steps=40)
     tensors = [name for name in steps[0] if "layer.0" in name]
@@ -112,5 +112,5 @@ def released() -> Any:
 PLACES = list(itertools.product(("a", "b", "c"), (1, 2), (1, 2)))
 
 
-def test_sites_rounds_and_attempts_are_independent(released: Any) -> None:
+def test_noise_of_sites_rounds_and_attempts_is_independent(released: Any) -> None:
     assert unrelated({place: released(*place) for place in PLACES}) == []

@@ -109,11 +109,11 @@ def real() -> Joined:
     return joined()
 
 
-def test_who_joins_is_a_poisson_sample(real: Joined) -> None:
+def test_sampled_units_form_a_poisson_sample(real: Joined) -> None:
     assert failed(real) == set()
 
 
-def test_what_is_ten_percent_off_would_be_found() -> None:
+def test_ten_percent_deviations_would_be_detected() -> None:
     """The power of each question, from its own distribution."""
     trials = STEPS * UNITS
     tenth = RATE**2 + 0.1 * RATE * (1 - RATE)
@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[Sampler, set[str]]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_sampler_is_rejected(wrong: str) -> None:
+def test_wrong_sampler_is_rejected(wrong: str) -> None:
     sampler, questions = WRONG[wrong]
     assert failed(drawn(sampler)) >= questions
 
@@ -169,7 +169,7 @@ def long() -> Joined:
     return seen
 
 
-def test_each_unit_joins_at_the_rate(long: Joined) -> None:
+def test_each_unit_is_sampled_at_the_stated_rate(long: Joined) -> None:
     steps, units = long.shape
     test = Rate(steps, RATE, FALSE_ALARM / units)
     assert min(test.power(factor * RATE) for factor in (0.9, 1.1)) >= POWER
@@ -179,7 +179,7 @@ def test_each_unit_joins_at_the_rate(long: Joined) -> None:
     assert [test.accepts(int(count)) for count in one_off.sum(axis=0)].count(False) == 1
 
 
-def test_each_pair_of_units_joins_independently(long: Joined) -> None:
+def test_each_pair_of_units_is_sampled_independently(long: Joined) -> None:
     steps, units = long.shape
     test = Rate(steps, RATE**2, FALSE_ALARM / (units * (units - 1) / 2))
     assert test.power(RATE**2 + 0.1 * RATE * (1 - RATE)) >= POWER, "a correlation of a tenth"

@@ -143,13 +143,13 @@ def first_round() -> Any:
         (SystemRandomness(), "sgd", None),
     ],
 )
-def test_a_seed_is_found_from_one_release_where_there_is_one(
+def test_seed_is_recovered_from_a_seeded_release(
     first_round: Any, source: Randomness, optimizer: str, found: str | None
 ) -> None:
     assert recover(first_round(source, optimizer=optimizer)) == found
 
 
-def test_the_time_as_a_seed_is_found(first_round: Any) -> None:
+def test_timestamp_seed_is_recovered(first_round: Any) -> None:
     noon = int(time.time()) - 3600
     assert recover(first_round(Seeded(of_torch, noon))) == f"torch {noon}"
 
@@ -169,11 +169,11 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     return make(), make()
 
 
-def test_in_a_whole_run_there_is_nothing_to_find(runs: tuple[Release, Release]) -> None:
+def test_no_seed_is_recovered_from_a_real_run(runs: tuple[Release, Release]) -> None:
     assert [recover(release) for release in runs] == [None, None]
 
 
-def test_two_runs_with_one_configuration_share_nothing(runs: tuple[Release, Release]) -> None:
+def test_two_runs_with_one_configuration_share_no_noise(runs: tuple[Release, Release]) -> None:
     assert runs[0].before.digest() == runs[1].before.digest(), "all but the noise is the same"
     one, other = (np.concatenate([values.ravel() for values in release.moved]) for release in runs)
     test = Unrelated(one.size, FALSE_ALARM)
@@ -193,7 +193,7 @@ def generator_states() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[union-attr]
 
 
-def test_no_seeded_generator_is_consulted(worked: Callable[[], Release]) -> None:
+def test_round_does_not_use_seeded_generators(worked: Callable[[], Release]) -> None:
     """Seeding every generator alike before a round changes nothing, and the round leaves each where it was."""
     releases = []
     for _ in range(2):
@@ -206,7 +206,7 @@ def test_no_seeded_generator_is_consulted(worked: Callable[[], Release]) -> None
     assert releases[0].signs != releases[1].signs, "64 signs agree by chance once in 2**64"
 
 
-def test_every_stream_of_a_round_has_256_bits_of_the_operating_system(worked: Any, monkeypatch: Any) -> None:
+def test_every_stream_has_a_256_bit_system_key(worked: Any, monkeypatch: Any) -> None:
     keys, made = list[bytes](), RandomStream.__init__
     monkeypatch.setattr(RandomStream, "__init__", lambda self, key: keys.append(key) or made(self, key))
     worked()

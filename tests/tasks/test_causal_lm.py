@@ -38,7 +38,7 @@ def one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[in
     return found
 
 
-def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokenizer: Any) -> None:
+def test_plain_text_is_learned_completely_with_its_end_token(decoder_tokenizer: Any, leading_tokenizer: Any) -> None:
     data, fields = settings("text"), {"text": "where is my card"}
     assert one(fields, leading_tokenizer, data) == ([CLS, WHERE, IS, MY, CARD, SEP], [HIDDEN, WHERE, IS, MY, CARD, SEP])
     ids, targets = one(fields, decoder_tokenizer, data)
@@ -54,7 +54,7 @@ def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokeniz
         *((4, [CLS, CARD, LOST, SEP]), (3, [CLS, LOST, SEP])),
     ],
 )
-def test_a_prompt_is_cut_in_its_middle(
+def test_long_prompt_is_truncated_in_the_middle(
     leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int, expected: list[int]
 ) -> None:
     record = {"prompt": "where is my card", "completion": "lost"}
@@ -68,7 +68,7 @@ def test_a_prompt_is_cut_in_its_middle(
     assert found == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "an answer alone too long has not ended"
 
 
-def test_of_a_chat_all_before_the_last_answer_is_cut(leading_tokenizer: Any) -> None:
+def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -> None:
     data = settings("messages", chat_template="plain", max_length=100)
     fields = chat("where", "lost", "is", "there", "and this is never answered")
     whole, targets = one(fields, leading_tokenizer, data)
@@ -83,7 +83,7 @@ def test_of_a_chat_all_before_the_last_answer_is_cut(leading_tokenizer: Any) -> 
 
 
 @pytest.mark.parametrize("contents", [(), ("where",)])
-def test_a_chat_without_an_answer_is_left_out_or_named(leading_tokenizer: Any, contents: tuple[str, ...]) -> None:
+def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tuple[str, ...]) -> None:
     data = settings("messages", chat_template="plain")
     silent = Record(chat(*contents), file="a.jsonl", line=3)
     assert LM.fault(data)(silent) is not None
@@ -92,7 +92,7 @@ def test_a_chat_without_an_answer_is_left_out_or_named(leading_tokenizer: Any, c
         LM.tokenise([silent], leading_tokenizer, data=data)
 
 
-def test_an_answer_that_is_not_to_be_learnt_is_read_and_not_learnt(leading_tokenizer: Any) -> None:
+def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: Any) -> None:
     """Such marks are `weight: 0` and `train: false` of other programs; what stands behind the last answer is left."""
     data = settings("messages", chat_template="plain")
     turns = turns_of("where", "lost", "is", "there")
@@ -109,7 +109,7 @@ def test_an_answer_that_is_not_to_be_learnt_is_read_and_not_learnt(leading_token
     assert LM.fault(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])})) is not None
 
 
-def test_a_column_of_the_system_leads_a_conversation(leading_tokenizer: Any) -> None:
+def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
     data = settings("messages", "system", chat_template="plain")
     assert LM.roles_in(data) == ("messages", "system")
     turns = turns_of("where", "lost")
@@ -122,7 +122,7 @@ def test_a_column_of_the_system_leads_a_conversation(leading_tokenizer: Any) -> 
 
 
 @pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, chat("P", "A"), {"text": "A"}])
-def test_a_record_is_bounded_before_it_is_encoded(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     given, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
     found = [one(short, tokenizer, settings(*fields, max_length=most, **given)) for most in (20, 500)]
@@ -141,7 +141,7 @@ def test_a_record_is_bounded_before_it_is_encoded(fields: dict[str, str], monkey
 
 @pytest.mark.parametrize("turns", ["none", "plain"])
 @pytest.mark.parametrize("template", ["{prompt} {input}", "{input} {prompt}"])
-def test_the_longest_text_of_a_prompt_is_cut_and_what_is_asked_stays(template: str, turns: str) -> None:
+def test_longest_prompt_field_is_truncated_and_the_question_kept(template: str, turns: str) -> None:
     text = f"It began. {'On it went. ' * 99}Here."
     record = {"prompt": "Where did it end?", "input": text, "completion": "There"}
     tokenizer = tiny_tokenizer("random:llama")
@@ -150,7 +150,7 @@ def test_the_longest_text_of_a_prompt_is_cut_and_what_is_asked_stays(template: s
     assert all(kept in said for kept in ("Where did it end?", "It began.", "Here.", "There</s>"))
 
 
-def test_a_chat_of_many_turns_and_a_prompt_that_is_cut_in_characters_keep_their_end(leading_tokenizer: Any) -> None:
+def test_truncated_long_chats_and_prompts_keep_their_end(leading_tokenizer: Any) -> None:
     turns = chat(*["a"] * 40_000, *["my", "lost"])
     tokenizer = tiny_tokenizer("random:llama")
     ids, targets = one(turns, tokenizer, settings("messages", chat_template="plain", max_length=30))
@@ -175,7 +175,7 @@ ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
         ({"prompt": "p\n\n{input}", "input": ""}, "Task:\np\n\n{input}\n\nAnswer:\n"),
     ],
 )
-def test_a_paragraph_without_a_text_is_left_out(fields: dict[str, str], expected: str) -> None:
+def test_paragraph_with_an_empty_field_is_omitted(fields: dict[str, str], expected: str) -> None:
     tokenizer = tiny_tokenizer("random:llama")
     data = settings("prompt", "completion", "input", "context", prompt_template=ALPACA, max_length=400)
     assert tokenizer.decode(LM.prompt_ids(fields, tokenizer, data=data)) == expected
@@ -204,7 +204,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_messages_that_are_none_add_nothing_and_move_no_other(leading_tokenizer: Any, text: str) -> None:
+def test_invalid_messages_add_nothing_and_do_not_affect_other_records(leading_tokenizer: Any, text: str) -> None:
     data = settings("messages", chat_template="plain")
     others = [Record(chat("where", "lost")), Record(chat("is", "there"))]
     with_it = LM.tokenise(
@@ -223,7 +223,7 @@ def test_messages_that_are_none_add_nothing_and_move_no_other(leading_tokenizer:
 @pytest.mark.parametrize(
     "text", ["\x00\x01\x02", "</s><s>" * 50, "\u202e" * 70, "🏳️‍🌈" * 40, " \n\t ", "x" * 200_000], ids=range(6)
 )
-def test_no_content_makes_more_than_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
+def test_hostile_content_gives_at_most_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
     tokenizer = tiny_tokenizer("random:llama")
     fields = chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
     given = {"chat_template": "plain"} if roles == ("messages",) else {}
@@ -236,7 +236,7 @@ def test_no_content_makes_more_than_one_bounded_example(roles: tuple[str, ...], 
     assert np.array_equal(dataset.targets[0][learnt], dataset.input_ids[0][learnt])
 
 
-def test_what_is_written_and_what_it_is_compared_with(leading_tokenizer: Any, decoder_tokenizer: Any) -> None:
+def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any, decoder_tokenizer: Any) -> None:
     data = settings("messages", chat_template="plain", max_length=6)
     asked = LM.written([Record(chat("where", "lost", "is", "there", "so"))], leading_tokenizer, data=data)
     assert asked is not None
@@ -251,7 +251,7 @@ def test_what_is_written_and_what_it_is_compared_with(leading_tokenizer: Any, de
         LM.written([prompted("", "lost")], decoder_tokenizer, data=settings())
 
 
-def test_what_generation_starts_from(leading_tokenizer: Any) -> None:
+def test_generation_prompts_end_before_the_answer(leading_tokenizer: Any) -> None:
     def ids(fields: dict[str, str], *roles: str, **given: Any) -> list[int]:
         return LM.prompt_ids(fields, leading_tokenizer, data=settings(*roles, **given)).tolist()
 

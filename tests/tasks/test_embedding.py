@@ -43,13 +43,13 @@ def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = No
         ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
     ],
 )
-def test_settings_that_cannot_be(pairs: dict[str, Any], message: str) -> None:
+def test_invalid_pair_settings_are_refused(pairs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         PairSettings(**pairs)
     assert str(caught.value).startswith(message)
 
 
-def test_the_layout_says_how_many_texts_and_what_counts() -> None:
+def test_layout_determines_text_count_and_primary_metric() -> None:
     for columns, pairs, texts, judge in (
         (SCORED, {}, 2, "spearman"),
         (TRIPLETS, {}, 3, "ndcg_at_10"),
@@ -65,7 +65,7 @@ def scored(*scores: str) -> list[Record]:
     return [Record({"text": f"my card {place}", "other": "is lost", "target": one}) for place, one in enumerate(scores)]
 
 
-def test_a_score_becomes_the_cosine_to_learn_and_one_beyond_the_range_is_left_out(encoder_tokenizer: Any) -> None:
+def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_tokenizer: Any) -> None:
     data = settings(SCORED, bounds=(1.0, 5.0))
     dataset = TASK.tokenise(scored("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
     assert (len(dataset), dataset.texts, dataset.targets.tolist()) == (3, 2, [0.0, 0.5, 1.0])
@@ -83,7 +83,7 @@ def test_a_score_becomes_the_cosine_to_learn_and_one_beyond_the_range_is_left_ou
     assert [len(ids) for ids in dataset.input_ids[-2:]] == [3, 1]
 
 
-def test_the_negative_from_the_list_follows_from_the_record_alone(encoder_tokenizer: Any) -> None:
+def test_listed_negative_depends_only_on_its_record(encoder_tokenizer: Any) -> None:
     texts = ("where is", "a place", "my name", "lost there")
     data, task = settings(PAIRS), TASK.with_settings({"negatives": texts, "margin": 0.4})
     records = [Record({"anchor": f"my card {word}", "positive": "is lost"}) for word in WORDS]
@@ -99,7 +99,7 @@ def test_the_negative_from_the_list_follows_from_the_record_alone(encoder_tokeni
 
 
 @pytest.mark.parametrize("kind", ["pairs", "triplets"])
-def test_the_loss_is_the_textbook_s(kind: str) -> None:
+def test_embedding_losses_match_their_textbook_definitions(kind: str) -> None:
     model, batch = trained("random:bert", kind), batch_of(kind)
     losses, embeddings = model.losses(batch), model.logits(batch)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
@@ -117,7 +117,7 @@ def dataset_of(model: TaskModel, count: int, *, texts: int) -> TextDataset:
     return TextDataset(ids, draws.random(count).astype(np.float32), texts)
 
 
-def test_scores_of_pairs_do_not_depend_on_the_batches() -> None:
+def test_pair_scores_do_not_depend_on_batching() -> None:
     model = trained("random:bert", "pairs")
     dataset = dataset_of(model, 30, texts=2)
     found = [figures_of(model, dataset, pad_id=0, max_tokens=most) for most in (1, 60, 9000)]
@@ -127,7 +127,7 @@ def test_scores_of_pairs_do_not_depend_on_the_batches() -> None:
         np.testing.assert_allclose(other["cosine"], found[0]["cosine"], rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_triplets_rank_each_positive_among_all() -> None:
+def test_triplet_scores_rank_each_positive_among_all() -> None:
     model = trained("random:bert", "triplets")
     dataset = dataset_of(model, 40, texts=3)
     figures = figures_of(model, dataset, pad_id=0, max_tokens=200)
@@ -145,7 +145,7 @@ def test_scores_of_triplets_rank_each_positive_among_all() -> None:
     assert scores["nearer"] == np.mean((each[0::3] * each[1::3]).sum(1) > (each[0::3] * each[2::3]).sum(1))
 
 
-def test_who_embeds_all_texts_alike_finds_nothing() -> None:
+def test_identical_embeddings_rank_in_the_middle() -> None:
     same = np.full((101, 4), 0.5)
     assert ranks_of_own(same, same).tolist() == [51.0] * 101
     apart = np.eye(300)  # more than are ranked at a time
@@ -156,7 +156,7 @@ def test_who_embeds_all_texts_alike_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize(("kind", "texts"), [("pairs", 2), ("triplets", 3)])
-def test_a_unit_s_score_lies_between_0_and_1_and_is_its_own(kind: str, texts: int) -> None:
+def test_unit_score_is_between_0_and_1_and_independent(kind: str, texts: int) -> None:
     model = trained("random:bert", kind)
     dataset = dataset_of(model, 9, texts=texts)
     scores = unit_scores(model, dataset, pad_id=0)
@@ -200,7 +200,9 @@ def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
         ("listed", ("lora=last_layer", "lora.target_modules=all-linear")),
     ],
 )
-def test_a_whole_run(tmp_path: Path, layout: str, more: tuple[str, ...]) -> None:
+def test_embedding_run_reports_its_metrics_and_can_start_another_run(
+    tmp_path: Path, layout: str, more: tuple[str, ...]
+) -> None:
     folder = simulate(*pairs_run(tmp_path, layout, *more), into=tmp_path)
     result = result_of(folder)
     assert result["task"] == "embedding"

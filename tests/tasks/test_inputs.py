@@ -51,7 +51,7 @@ def exported() -> Callable[[dict[str, Any]], Any]:
 
 @pytest.mark.parametrize("column", GOOD)
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_exported_lines_read_a_row_as_training_does(exported: Any, column: str, value: Any) -> None:
+def test_exported_preprocessing_matches_training(exported: Any, column: str, value: Any) -> None:
     row = GOOD | {column: value}
     try:
         record = record_of(row, DATA.needed_columns(()), file="", line=0)

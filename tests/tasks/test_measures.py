@@ -28,7 +28,7 @@ def drawn(seed: int, *, rows: int = 60, ties: bool = False) -> tuple[np.ndarray,
     return (chances.round(1) if ties else chances), marks
 
 
-def test_auroc_is_scikit_learns(reference: Any) -> None:
+def test_auroc_matches_scikit_learn(reference: Any) -> None:
     for ties in (False, True):
         chances, marks = drawn(1, ties=ties)
         expected = reference.roc_auc_score(marks, chances, average="macro")
@@ -42,7 +42,7 @@ def test_auroc_is_scikit_learns(reference: Any) -> None:
 
 @settings(deadline=None)  # importing scikit-learn takes the first example long
 @given(pairs)
-def test_kappa_is_scikit_learns(some: list[tuple[int, int]]) -> None:
+def test_quadratic_kappa_matches_scikit_learn(some: list[tuple[int, int]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
     truth, predicted = np.array(some).T
     found = measures.quadratic_kappa(truth, predicted, num_labels=LABELS)
@@ -54,7 +54,7 @@ def test_kappa_is_scikit_learns(some: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_each_labels_own_scores_are_scikit_learns(reference: Any) -> None:
+def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
     chances, marks = drawn(4)
     marks[:, 3] = False
     said = chances > 0.5
@@ -70,7 +70,7 @@ def test_each_labels_own_scores_are_scikit_learns(reference: Any) -> None:
     assert (measures.micro_f1(none, none), measures.macro_f1_of_marks(none, none)) == (0, 0), "no division"
 
 
-def test_calibration_by_hand() -> None:
+def test_calibration_error_matches_a_manual_calculation() -> None:
     confidence = np.repeat([0.2, 0.9], [10, 10])
     right = np.arange(20) % 10 < np.repeat([2, 5], 10)
     bins = measures.reliability(confidence, right)
@@ -80,7 +80,7 @@ def test_calibration_by_hand() -> None:
     assert measures.calibration_error(bins) == pytest.approx(np.mean(apart))
 
 
-def test_bins_hold_equally_many_answers_and_none_is_empty() -> None:
+def test_reliability_bins_have_equal_counts_and_are_never_empty() -> None:
     draws = np.random.default_rng(5)
     confidence = draws.random(1003) ** 8  # most answers are unsure: bins of equal width would be all but empty
     bins = measures.reliability(confidence, draws.random(1003) < confidence)
@@ -94,7 +94,7 @@ def test_bins_hold_equally_many_answers_and_none_is_empty() -> None:
     assert not measures.Detail(classes=(), reliability=unknown).is_finite
 
 
-def test_correlations_are_scipys_and_zero_where_one_side_is_constant() -> None:
+def test_correlations_match_scipy_and_are_zero_for_constants() -> None:
     one = np.array([1.0, 4.0, 2.0, 2.0, 9.0])
     other = np.array([0.1, 0.2, 0.4, 0.1, 0.8])
     assert measures.correlation(one, other) == pytest.approx(stats.pearsonr(one, other).statistic)
@@ -107,7 +107,7 @@ RED = [("a", "Red ball."), ("a", "red car"), ("a", "red sun")]
 BLUE = [("b", "blue ball"), ("b", "Blue, sky")]
 
 
-def test_a_classifier_of_words_is_multinomial_naive_bayes() -> None:
+def test_word_classifier_matches_multinomial_naive_bayes() -> None:
     """Six words: of a code with n of them, k times this one, it has a chance of (k + 1) / (n + 6)."""
     public = [
         ("a", "red sky"),  # a: 3/5 4/12 1/12 = 0.017, b: 2/5 1/10 2/10 = 0.008

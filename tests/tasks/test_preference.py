@@ -55,7 +55,7 @@ def whole(chosen: str, rejected: str, **fields: str) -> Record:
     return Record({"chosen": chosen, "rejected": rejected, **fields}, file="a.jsonl", line=3)
 
 
-def test_both_answers_are_learnt_behind_the_same_prompt(leading_tokenizer: Any) -> None:
+def test_chosen_and_rejected_answers_share_one_prompt(leading_tokenizer: Any) -> None:
     record = pair("where is my card", "lost", "there my name")
     chosen, rejected = rows(PAIRS.tokenise([record], leading_tokenizer, data=settings()))
     assert chosen == ([CLS, WHERE, IS, MY, CARD, LOST, SEP], [HIDDEN] * 5 + [LOST, SEP])
@@ -63,7 +63,9 @@ def test_both_answers_are_learnt_behind_the_same_prompt(leading_tokenizer: Any) 
 
 
 @pytest.mark.parametrize("max_length", [3, 4, 5, 6, 7, 8])
-def test_a_prompt_is_cut_for_the_longer_answer(leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int) -> None:
+def test_prompt_is_truncated_for_the_longer_answer(
+    leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int
+) -> None:
     for tokenizer, begins in ((leading_tokenizer, [CLS]), (decoder_tokenizer, [])):
         for answers in (("lost", "there my name"), ("there my name", "lost")):
             data = settings(max_length=max_length)
@@ -79,7 +81,7 @@ def test_a_prompt_is_cut_for_the_longer_answer(leading_tokenizer: Any, decoder_t
             assert len(contexts[0]) >= 1
 
 
-def test_a_prompt_and_conversations_say_the_same(leading_tokenizer: Any) -> None:
+def test_prompts_and_conversations_give_identical_pairs(leading_tokenizer: Any) -> None:
     plain = settings(chat_template="plain")
     as_text = PAIRS.tokenise([pair("where", "lost", "my card")], leading_tokenizer, data=plain)
     continued = whole(said("lost"), said("my card"), messages=turns("where"))
@@ -99,7 +101,7 @@ def test_a_prompt_and_conversations_say_the_same(leading_tokenizer: Any) -> None
     ],
     ids=["the same", "the same as far as it is read", "an answer that cannot be encoded", "such a prompt"],
 )
-def test_what_is_no_pair_teaches_nothing(leading_tokenizer: Any, record: Record, max_length: int) -> None:
+def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record: Record, max_length: int) -> None:
     data = settings(max_length=max_length)
     dataset = PAIRS.tokenise([record], leading_tokenizer, data=data, lenient_within=258)
     assert (dataset.texts, len(dataset)) == (2, 1)
@@ -117,7 +119,7 @@ def test_what_is_no_pair_teaches_nothing(leading_tokenizer: Any, record: Record,
         (pair("where", said("lost"), "card"), settings(), "chosen = 'a list of turns': must be text beside the text"),
     ],
 )
-def test_what_is_no_pair_of_the_layout_is_left_out_or_named(
+def test_malformed_pair_is_a_fault_and_named_in_the_error(
     leading_tokenizer: Any, record: Record, data: DataSpec, message: str
 ) -> None:
     PAIRS.check_data(data)
@@ -127,7 +129,7 @@ def test_what_is_no_pair_of_the_layout_is_left_out_or_named(
     assert str(raised.value).startswith(f"a.jsonl:3, {message}")
 
 
-def test_long_pairs_are_cut_one_at_a_time(leading_tokenizer: Any) -> None:
+def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
     """Before it is cut a text may be 64 times as long as it may be in the end, and its tokens are objects."""
 
     def peak(count: int) -> int:
@@ -143,7 +145,7 @@ def test_long_pairs_are_cut_one_at_a_time(leading_tokenizer: Any) -> None:
     assert peak(24) < 2 * peak(6)
 
 
-def test_an_answer_is_written_from_what_training_saw_before_it(leading_tokenizer: Any) -> None:
+def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -> None:
     data, records = settings(prompt_template="is {prompt}"), [pair("where", "lost", "card")]
     asked = PAIRS.prompt_ids({"prompt": "where"}, leading_tokenizer, data=data).tolist()
     chosen, _ = rows(PAIRS.tokenise(records, leading_tokenizer, data=data))
@@ -166,7 +168,7 @@ def model() -> TaskModel:
 
 @pytest.mark.parametrize("train_a", [True, False])
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_the_reference_is_the_base_whatever_the_adapter(layers: tuple[int, ...] | None, train_a: bool) -> None:
+def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, train_a: bool) -> None:
     lora = LoraSpec(rank=2, alpha=4.0, layers=layers, train_a=train_a)
     model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
     batch = collate(made_up(model), range(6), pad_id=0)
@@ -188,7 +190,7 @@ def test_the_reference_is_the_base_whatever_the_adapter(layers: tuple[int, ...] 
         torch.testing.assert_close(model.reference(behind), found)
 
 
-def test_a_model_that_is_its_base_prefers_nothing(model: TaskModel) -> None:
+def test_untrained_model_has_no_preference(model: TaskModel) -> None:
     with_random_values(model, 0.0)
     figures = figures_of(model, made_up(model), pad_id=0, max_tokens=40)
     scores = model.task.scores(figures, spec=model.spec)
@@ -197,7 +199,7 @@ def test_a_model_that_is_its_base_prefers_nothing(model: TaskModel) -> None:
     assert scores == pytest.approx(accuracies | margins | {"loss": np.log(2)}, abs=1e-5)
 
 
-def test_what_is_kept_of_the_lead_s_data_changes_no_score(model: TaskModel) -> None:
+def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
     dataset, kept = made_up(model), {}
     first = figures_of(model, dataset, pad_id=0, max_tokens=40, kept=kept)
     assert all(batch.reference is not None for batch in kept.values())
@@ -211,7 +213,7 @@ def test_what_is_kept_of_the_lead_s_data_changes_no_score(model: TaskModel) -> N
     np.testing.assert_allclose(unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-by_one)), rtol=1e-5)
 
 
-def test_per_token_an_answer_counts_by_its_mean_and_a_saved_adapter_knows_it(tmp_path: Path) -> None:
+def test_per_token_loss_uses_mean_log_probabilities_and_is_saved(tmp_path: Path) -> None:
     settings = [PreferenceSettings(beta=0.5, per_token=on) for on in (False, True)]
     plain, mean = (trained("random:llama", "preference", texts=2, task_settings=own) for own in settings)
     dataset = made_up(plain)
@@ -228,7 +230,7 @@ def test_per_token_an_answer_counts_by_its_mean_and_a_saved_adapter_knows_it(tmp
     assert (spec.task_settings, spec.texts) == (settings[1], 2)
 
 
-def test_rows_that_learn_nothing_take_no_call_of_the_output_layer(model: TaskModel) -> None:
+def test_rows_without_targets_skip_the_output_layer(model: TaskModel) -> None:
     with_random_values(model, 0.7)
     batch = collate(made_up(model), range(3), pad_id=0, shape=(6, 12))
     assert model.output is not None
@@ -241,7 +243,7 @@ def test_rows_that_learn_nothing_take_no_call_of_the_output_layer(model: TaskMod
     assert {total.dtype for total, _ in added_up(model, batch)} == {torch.float32}
 
 
-def test_pairs_that_cannot_be_told_apart_are_not_scored(model: TaskModel) -> None:
+def test_indistinguishable_pairs_are_not_scored(model: TaskModel) -> None:
     dataset = made_up(model)
     targets = (*dataset.targets[:8], *(np.full_like(one, HIDDEN) for one in dataset.targets[8:]))
     with_nothing = figures_of(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
@@ -254,7 +256,7 @@ def test_pairs_that_cannot_be_told_apart_are_not_scored(model: TaskModel) -> Non
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))
-def test_who_goes_by_length_alone_gains_nothing(longer: list[int]) -> None:
+def test_length_controlled_accuracy_ignores_preference_for_length(longer: list[int]) -> None:
     apart = np.array(longer, dtype=np.float64)
     by_length = (np.sign(apart) + 1) / 2
     for right in (by_length, 1 - by_length):

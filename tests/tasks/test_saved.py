@@ -37,7 +37,7 @@ def small(**changes: np.ndarray) -> Adapter:
     return Adapter({"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(2, np.float32)} | changes)
 
 
-def test_the_digest_is_what_its_documentation_says_and_sees_no_order_or_layout() -> None:
+def test_adapter_digest_matches_its_documentation_and_ignores_order() -> None:
     digest, one, other = small().digest(), np.ones(2, "<f4").tobytes(), np.arange(6, dtype="<f4").tobytes()
     documented = b'["a","float32",[2]]\n' + one + b'["b","float32",[2,3]]\n' + other
     assert digest == hashlib.sha256(documented).hexdigest()
@@ -48,7 +48,7 @@ def test_the_digest_is_what_its_documentation_says_and_sees_no_order_or_layout()
     assert len({digest, *(other.digest() for other in others)}) == 4
 
 
-def test_an_adapter_that_is_private_to_a_site_is_read_where_somebody_says_so(tmp_path: Path) -> None:
+def test_personalized_adapter_is_loaded_only_with_explicit_consent(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     save_task_model(build_task_model(spec_of()), folder, private_to="north")
     for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.to_begin_in(str(folder))):
@@ -58,7 +58,7 @@ def test_an_adapter_that_is_private_to_a_site_is_read_where_somebody_says_so(tmp
     load_task_model(folder, private=True)
 
 
-def test_an_adapter_cannot_be_changed() -> None:
+def test_adapter_tensors_are_immutable() -> None:
     source = np.ones(2, np.float32)
     adapter = small(a=source)
     source[:] = 7
@@ -69,7 +69,7 @@ def test_an_adapter_cannot_be_changed() -> None:
         adapter.tensors["a"] = source  # type: ignore[index]
 
 
-def test_what_is_no_adapter_is_refused() -> None:
+def test_invalid_adapter_bytes_and_arrays_are_refused() -> None:
     for data in (b"", b"nonsense", small().to_bytes()[:-1], save({"a": torch.ones(2).bfloat16()})):
         with pytest.raises(AdapterError):
             Adapter.from_bytes(data)
@@ -78,7 +78,7 @@ def test_what_is_no_adapter_is_refused() -> None:
             Adapter({"a": array})  # type: ignore[dict-item]
 
 
-def test_an_adapter_that_does_not_fit_copies_nothing() -> None:
+def test_mismatched_adapter_is_refused_without_partial_loading() -> None:
     model = build_task_model(spec_of())
     before, tensors = Adapter.of(model), dict(Adapter.of(trained()).tensors)
     head = tensors.pop("head.weight")
@@ -103,7 +103,7 @@ EACH = [(*kind, "rsLoRA") for kind in KINDS] + [("random:llama", "causal_lm", na
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
-def test_plain_peft_gives_the_same_logits(tmp_path: Path, path: str, task: str, name: str) -> None:
+def test_saved_adapter_gives_the_same_logits_in_plain_peft(tmp_path: Path, path: str, task: str, name: str) -> None:
     model, batch = trained(path, task, lora=LORAS[name]), batch_of(task)
     save_task_model(model, tmp_path / "adapter")
     base = load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm")
@@ -128,7 +128,7 @@ def test_plain_peft_gives_the_same_logits(tmp_path: Path, path: str, task: str, 
 
 
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
-def test_a_saved_folder_loads_as_it_was(tmp_path: Path, path: str, task: str, name: str) -> None:
+def test_task_model_round_trips_through_its_folder(tmp_path: Path, path: str, task: str, name: str) -> None:
     labels = task not in ("regression", "token_classification")
     head = HeadSpec(scale=7.0, init="label_names" if labels else "zero", centre=labels, train=False)
     model = trained(path, task, head=head, lora=LORAS[name])
@@ -140,7 +140,7 @@ def test_a_saved_folder_loads_as_it_was(tmp_path: Path, path: str, task: str, na
     assert loaded.spec.model.sha256 is not None
 
 
-def test_files_name_no_place_on_this_machine_and_the_base_as_others_know_it(tmp_path: Path) -> None:
+def test_saved_files_contain_no_local_paths_and_name_the_base_publicly(tmp_path: Path) -> None:
     places = {"cache_dir": str(tmp_path / "cache"), "adapter": str(tmp_path / "earlier"), "adapter_sha256": "a" * 64}
     save_task_model(trained(model=ModelSpec(path="random:bert", **places)), tmp_path / "one")
     for name in ("adapter_config.json", "fedtune.json"):
@@ -159,9 +159,7 @@ def test_files_name_no_place_on_this_machine_and_the_base_as_others_know_it(tmp_
         assert public_place(replace(packaged, public_id="owner/small")) == "owner/small"
 
 
-def test_saving_twice_writes_the_same_bytes_and_a_crash_while_saving_keeps_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_is_reproducible_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("one", "two", "one"):
         save_task_model(trained(), tmp_path / folder)
     written = files_in(tmp_path / "one")
@@ -174,7 +172,7 @@ def test_saving_twice_writes_the_same_bytes_and_a_crash_while_saving_keeps_them(
     assert files_in(tmp_path / "one") == written
 
 
-def test_a_folder_that_was_changed_is_refused(tmp_path: Path) -> None:
+def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     save_task_model(trained(), folder)
     with pytest.raises(ConfigError, match=r"model\.sha256"):  # a base elsewhere must have the same weights

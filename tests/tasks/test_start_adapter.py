@@ -48,7 +48,7 @@ def begun(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
     return SavedAdapter.to_begin_in(str(folder)).adapter_for(build_task_model(spec))
 
 
-def test_a_run_begins_where_the_other_ended(tuned: Path) -> None:
+def test_run_starts_from_the_saved_adapter(tuned: Path) -> None:
     expected = Adapter.of(moved(SPEC)).digest()
     assert begun(tuned).digest() == begun(tuned.parent).digest() == expected
     assert SavedAdapter.to_begin_in(str(tuned)).digest == expected
@@ -63,7 +63,7 @@ def test_a_run_begins_where_the_other_ended(tuned: Path) -> None:
     ],
     ids=["dora", "ia3", "a language model"],
 )
-def test_a_run_begins_in_an_adapter_of_its_own_kind(tmp_path: Path, spec: TaskModelSpec) -> None:
+def test_run_starts_only_from_an_adapter_of_the_same_kind(tmp_path: Path, spec: TaskModelSpec) -> None:
     model = moved(spec)
     save_task_model(model, tmp_path)
     assert begun(tmp_path, spec).digest() == Adapter.of(model).digest()
@@ -74,7 +74,7 @@ def test_a_run_begins_in_an_adapter_of_its_own_kind(tmp_path: Path, spec: TaskMo
         begun(tmp_path)
 
 
-def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> None:
+def test_head_is_reinitialized_for_other_labels(tuned: Path) -> None:
     other = replace(SPEC, labels=("billing", "technical", "praise"))  # one is gone
     before, taken = Adapter.of(build_task_model(other)), begun(tuned, other)
     assert taken.same_shapes(before)
@@ -86,7 +86,7 @@ def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> 
 
 @pytest.mark.parametrize("labels", [OTHER_LABELS, SPEC.labels[::-1]])
 @pytest.mark.parametrize("changes", [{}, {"task": "token_classification", "head": HeadSpec()}, TABLE], ids=str)
-def test_an_output_keeps_its_row_and_a_new_one_begins_as_in_a_new_head(
+def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
     tmp_path: Path, changes: dict[str, Any], labels: tuple[str, ...]
 ) -> None:
     was, now = replace(SPEC, **changes), replace(SPEC, **changes, labels=labels)
@@ -120,13 +120,13 @@ def test_an_output_keeps_its_row_and_a_new_one_begins_as_in_a_new_head(
         ({"task": "causal_lm", "labels": ()}, r"its task is 'classification', not 'causal_lm'"),
     ],
 )
-def test_what_differs_is_named_all_at_once(tuned: Path, differing: dict[str, Any], message: str) -> None:
+def test_all_differences_from_the_start_adapter_are_named(tuned: Path, differing: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{message}"):
         SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, **differing))
 
 
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "by digest")])
-def test_values_that_are_damaged_or_not_finite_are_refused(
+def test_damaged_or_non_finite_start_adapter_is_refused(
     tuned: Path, tmp_path: Path, value: float, message: str
 ) -> None:
     copied = shutil.copytree(tuned, tmp_path / "changed")
@@ -146,7 +146,7 @@ def test_values_that_are_damaged_or_not_finite_are_refused(
         begun(copied)
 
 
-def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tuned: Path, tmp_path: Path) -> None:
+def test_frozen_lora_a_must_match_the_start_adapter(tuned: Path, tmp_path: Path) -> None:
     frozen = replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False))
     save_task_model(moved(frozen), tmp_path / "frozen")
     assert begun(tmp_path / "frozen", frozen).digest() == Adapter.of(moved(frozen)).digest()
@@ -161,7 +161,7 @@ def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tuned: Path, 
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", {}, {"model": 5}])
-def test_what_is_no_saved_adapter_is_refused_in_one_line(tmp_path: Path, content: Any) -> None:
+def test_folder_without_a_saved_adapter_gives_one_line_error(tmp_path: Path, content: Any) -> None:
     if content is not None:
         whole = json.dumps({"schema_version": RUN_SCHEMA, **content}) if isinstance(content, dict) else content
         (tmp_path / "fedtune.json").write_text(whole)

@@ -31,7 +31,7 @@ SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=
         *(("3.9", "false", [0, 0, -100]), ("4", "0", [0, 0, 0])),
     ],
 )
-def test_what_is_known_of_a_record_by_its_time(time: str, event: str, known: list[int]) -> None:
+def test_survival_targets_follow_from_time_and_event(time: str, event: str, known: list[int]) -> None:
     record = Record({"text": "a", "time": time, "event": event})
     assert list(SURVIVAL.target(DATA)(record)) == known  # type: ignore[attr-defined]
     for wrong in ({"time": "-1"}, {"event": "maybe"}, {"event": "2"}):
@@ -39,7 +39,7 @@ def test_what_is_known_of_a_record_by_its_time(time: str, event: str, known: lis
 
 
 @pytest.mark.parametrize("values", [("1", "2"), ("alive", "dead"), ("0:LIVING", "1:DECEASED")])
-def test_an_event_has_the_declared_values(values: tuple[str, str]) -> None:
+def test_event_column_accepts_declared_values(values: tuple[str, str]) -> None:
     data = data_spec("text", "time", "event", event_values=values)
     lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
     assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ def test_an_event_has_the_declared_values(values: tuple[str, str]) -> None:
         data_spec(event_values=("1",))
 
 
-def test_the_loss_is_that_of_the_known_intervals() -> None:
+def test_survival_loss_uses_only_known_intervals() -> None:
     logits, targets = torch.tensor([[0.3, -1.2, 2.0]] * 2), torch.tensor([[0, 1, -100], [-100] * 3], dtype=torch.int8)
     chance = torch.sigmoid(logits[0])
     by_hand = -(torch.log(1 - chance[0]) + torch.log(chance[1])) / 3
@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_the_known_intervals() -> None:
     assert (followed.tolist(), event.tolist()) == ([0, 1, 1, 2, 0], [True, True, False, False, False])
 
 
-def test_concordance_counts_every_pair() -> None:
+def test_concordance_counts_every_comparable_pair() -> None:
     # Events in intervals 1 and 2; one lost after interval 1, one followed to the end.
     followed, event = np.array([0, 1, 1, 3]), np.array([True, True, False, False])
     # Pairs: the first before all three; the second before the last (the lost one left in the second's interval).
@@ -79,7 +79,7 @@ def test_concordance_counts_every_pair() -> None:
         assert concordance(risk, followed, event) == pytest.approx(np.mean(right) if right else 0.5)
 
 
-def test_the_brier_score_by_hand() -> None:
+def test_integrated_brier_score_matches_a_manual_calculation() -> None:
     survival = np.array([[0.8, 0.4], [0.9, 0.5], [0.6, 0.2], [0.7, 0.6]])
     followed, event = np.array([0, 1, 1, 2]), np.array([True, False, True, False])
     # One of the two at risk of being lost in interval 2 (events come first) is lost: half stay.
@@ -106,14 +106,14 @@ def test_the_brier_score_by_hand() -> None:
         tuple(map(float, range(1, 102))),
     ],
 )
-def test_intervals_ascend_and_cox_is_refused_with_the_reason(intervals: tuple[float, ...]) -> None:
+def test_intervals_must_ascend_and_cox_is_refused(intervals: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="intervals"):
         task_named("survival", {"intervals": intervals})
     with pytest.raises(ConfigError, match=r"task = 'cox': couples records: .*; use task=survival"):
         task_named("cox")
 
 
-def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path) -> None:
+def test_survival_run_on_a_table_learns_scores_and_generates(tmp_path: Path) -> None:
     draws, file = np.random.default_rng(2), tmp_path / "followed.csv"
     with file.open("w", newline="") as stream:
         table = csv.writer(stream)

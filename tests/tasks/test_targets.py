@@ -44,7 +44,7 @@ def tokenised(task: str, answers: list[str], tokenizer: Any, **given: Any) -> Te
     return task_named(task).tokenise(records, tokenizer, data=settings)
 
 
-def test_a_record_has_any_number_of_labels_of_a_thousand(encoder_tokenizer: Any) -> None:
+def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenizer: Any) -> None:
     answers = ["mid;high", '["high","low"]', "[]", " low ;; low "]
     targets = tokenised("multi_label", answers, encoder_tokenizer).targets
     assert np.asarray(targets).tolist() == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 0, 0]]
@@ -64,7 +64,7 @@ def test_a_record_has_any_number_of_labels_of_a_thousand(encoder_tokenizer: Any)
         ("regression", "5.5", r"a\.csv:2, target = 'outside the range': must lie in data\.target_range: 1 to 5"),
     ],
 )
-def test_a_record_that_nobody_declared_is_left_out_as_a_whole_and_not_quoted(
+def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
     encoder_tokenizer: Any, task: str, answer: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
@@ -80,7 +80,7 @@ def test_a_record_that_nobody_declared_is_left_out_as_a_whole_and_not_quoted(
 
 
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
-def test_no_records_and_a_text_without_tokens(encoder_tokenizer: Any, task: str) -> None:
+def test_empty_data_and_token_free_texts_give_zero_loss(encoder_tokenizer: Any, task: str) -> None:
     assert len(tokenised(task, [], encoder_tokenizer)) == 0
     settings, role = data(task), next(iter(task_named(task).answers))
     record = Record({"text": "where", role: "2.5" if task == "regression" else "mid"})
@@ -93,7 +93,7 @@ def test_no_records_and_a_text_without_tokens(encoder_tokenizer: Any, task: str)
     assert not logits.grad.any()
 
 
-def test_the_loss_of_several_labels_is_a_mean_of_cross_entropies_and_of_an_order_grows_with_the_distance() -> None:
+def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
     targets = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 1]])
     expected = functional.binary_cross_entropy_with_logits(LOGITS, targets, reduction="none").mean(dim=1)
     torch.testing.assert_close(TASKS["multi_label"].loss(LOGITS, targets, spec=spec_of("multi_label")), expected)  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def test_the_loss_of_several_labels_is_a_mean_of_cross_entropies_and_of_an_order
     assert losses[1] < losses[2] < losses[3]
 
 
-def test_the_probabilities_of_an_order_are_some_and_their_median_is_the_answer() -> None:
+def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) * 3  # in no order at all
     said = TASKS["ordinal"].said(logits, spec=spec_of("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
     chances, predicted = said["probabilities"], said["predicted"]
@@ -124,7 +124,7 @@ def test_the_probabilities_of_an_order_are_some_and_their_median_is_the_answer()
     assert (start[:, 2] > 0).all(), "and the highest above all"
 
 
-def test_a_number_is_learnt_within_its_range(encoder_tokenizer: Any) -> None:
+def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) -> None:
     task, spec = TASKS["regression"], spec_of("regression")
     targets = torch.from_numpy(np.asarray(tokenised("regression", ["1", "3.0", "5"], encoder_tokenizer).targets))
     assert targets.tolist() == [-1, 0, 1]
@@ -145,20 +145,22 @@ def test_a_number_is_learnt_within_its_range(encoder_tokenizer: Any) -> None:
         ("classification", [2.0, -1.0, 0.5], "low 0.786 (high 0.175, mid 0.039)", ["low", "high", "mid"]),
     ],
 )
-def test_an_answer_in_labels(task: str, logits: list[float], text: str, told: list[str]) -> None:
+def test_logits_are_converted_to_labeled_answers(task: str, logits: list[float], text: str, told: list[str]) -> None:
     found, objects = TASKS[task].answer(torch.tensor(logits), spec=spec_of(task))
     assert found == text
     assert [one["label"] for one in objects] == told  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("task", "logits", "target", "score"), cases_of(__file__, "scores_of_a_unit"))
-def test_one_unit_scores_between_0_and_1(task: str, logits: list[float], target: Any, score: float) -> None:
+def test_unit_score_matches_expected_values_between_0_and_1(
+    task: str, logits: list[float], target: Any, score: float
+) -> None:
     model: Any = SimpleNamespace(spec=spec_of(task), logits=lambda batch: torch.tensor([logits]))
     batch: Any = SimpleNamespace(targets=torch.tensor([target]))
     assert TASKS[task].unit_score(model, batch) == pytest.approx(score)
 
 
-def test_a_guess_is_the_best_single_answer() -> None:
+def test_majority_baseline_is_the_best_constant_prediction() -> None:
     draws = np.random.default_rng(2)
     ids = tuple(np.array([5], dtype=np.int32) for _ in range(40))
     marks = (draws.random((40, 3)) < [0.6, 0.3, 0.1]).astype(np.float32)
@@ -174,7 +176,7 @@ def test_a_guess_is_the_best_single_answer() -> None:
     assert TASKS["ordinal"].guess(TextDataset(ids, np.zeros(40, dtype=np.int64))) == 0
 
 
-def test_final_scores_and_detail_of_an_order_and_of_a_number() -> None:
+def test_final_scores_and_details_match_manual_calculations() -> None:
     of_number = {"truth": np.array([1.0, 2, 5]), "predicted": np.array([1.0, 4, 5]), "loss": np.array([0.0, 1, 0])}
     scores = TASKS["regression"].final_scores(of_number, spec=spec_of("regression"))
     expected = {"mae": 2 / 3, "rmse": np.sqrt(4 / 3), "spearman": 1.0}
@@ -197,13 +199,13 @@ def test_final_scores_and_detail_of_an_order_and_of_a_number() -> None:
 
 @pytest.mark.parametrize("task", ["regression", "survival", "token_classification"])
 @pytest.mark.parametrize("head", [HeadSpec(centre=True), HeadSpec(init="label_names"), HeadSpec(label_texts=("a",))])
-def test_a_head_that_no_text_of_a_label_starts_has_no_settings_of_them(task: str, head: HeadSpec) -> None:
+def test_label_based_head_settings_are_refused_for_unlabeled_heads(task: str, head: HeadSpec) -> None:
     spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task=task, head=head, labels=("a",))
     with pytest.raises(ConfigError, match=rf"^head\..* for {task}, w"):
         task_named(task).check_model(spec)
 
 
-def test_a_loss_of_many_labels_is_the_same_bit_for_bit_in_every_row() -> None:
+def test_binary_losses_are_bitwise_equal_across_rows() -> None:
     draws = torch.Generator().manual_seed(3)
     logits = torch.randn(9, 37, generator=draws) * 4
     marks = torch.randint(0, 2, (9, 37), generator=draws, dtype=torch.int8)

@@ -31,7 +31,7 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 
 @pytest.mark.parametrize("task", ["classification", "multi_label", "regression", "ordinal", "token_classification"])
-def test_a_head_never_multiplies_a_few_rows(task: str) -> None:
+def test_head_pads_small_batches_to_full_row_blocks(task: str) -> None:
     """Where few rows take another kernel, it rounds otherwise; this machine's may be the same, so rows are counted."""
     model, batch, seen = trained("random:bert", task), batch_of(task), set()
     hook = model.head.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[0]))
@@ -51,7 +51,7 @@ def test_a_head_never_multiplies_a_few_rows(task: str) -> None:
         *(("random:llama", "causal_lm", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
     ],
 )
-def test_checkpointing_changes_no_loss_and_no_gradient(path: str, task: str, lora: LoraSpec) -> None:
+def test_gradient_checkpointing_changes_no_loss_or_gradient(path: str, task: str, lora: LoraSpec) -> None:
     model, batch = trained(path, task, lora=lora), batch_of(task)
     losses, gradients = model.losses(batch), gradients_of(model, batch)
     model.enable_gradient_checkpointing()
@@ -65,7 +65,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(path: str, task: str, lor
         torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
 
 
-def test_checkpointing_stores_less() -> None:
+def test_gradient_checkpointing_stores_fewer_values() -> None:
     def stored(model: TaskModel) -> int:
         pack = Mock(side_effect=lambda tensor: tensor)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -79,7 +79,7 @@ def test_checkpointing_stores_less() -> None:
 
 
 @kinds
-def test_only_modules_that_train_are_ever_in_training_mode(path: str, task: str) -> None:
+def test_only_trainable_modules_enter_training_mode(path: str, task: str) -> None:
     model = build_task_model(spec_of(path, task))
     for _ in range(2):
         training = {module for module in model.modules() if module.training}
@@ -90,7 +90,7 @@ def test_only_modules_that_train_are_ever_in_training_mode(path: str, task: str)
 
 
 @kinds
-def test_a_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task: str) -> None:
+def test_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task: str) -> None:
     model = trained(path, task, model=ModelSpec(path=path, dtype="bfloat16"))
     batch = batch_of(task)
     assert {parameter.dtype for parameter in model.adapter_parameters().values()} == {torch.float32}
@@ -104,7 +104,7 @@ def test_a_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, tas
     assert (losses.shape, losses.dtype) == ((0,), torch.float32), "an empty batch has none"
 
 
-def test_padding_is_never_told_by_its_token_and_tied_embeddings_stay_frozen() -> None:
+def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None:
     model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
     torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
@@ -117,7 +117,7 @@ def test_padding_is_never_told_by_its_token_and_tied_embeddings_stay_frozen() ->
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_the_head_starts_at_zero_or_from_label_names(path: str) -> None:
+def test_head_starts_at_zero_or_from_label_names(path: str) -> None:
     assert not build_task_model(spec_of(path)).logits(batch_of("classification")).any()
     model = build_task_model(spec_of(path, head=HeadSpec(init="label_names", scale=5.0, train=False)))
     assert "head.weight" in model.adapter_parameters().keys() - model.trainable().keys(), "a frozen head does not train"
@@ -132,7 +132,7 @@ def test_the_head_starts_at_zero_or_from_label_names(path: str) -> None:
     assert not torch.allclose(described.head.weight[0], rows[0])
 
 
-def test_layers_that_pass_gradients_on_the_side_are_not_checkpointed() -> None:
+def test_layers_with_side_gradients_are_refused_for_checkpointing() -> None:
     class Layer(nn.Linear):
         def forward(self, hidden: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden) + side
@@ -154,7 +154,7 @@ class Base(nn.Module):
         return self.reads(self.linear, self.embedding(input_ids))
 
 
-def test_a_module_that_mixes_examples_or_is_not_used_is_refused() -> None:
+def test_modules_mixing_examples_or_never_used_are_refused() -> None:
     check_examples_apart(Base(lambda linear, hidden: linear(hidden)))
     with pytest.raises(ConfigError, match="several examples"):
         check_examples_apart(Base(lambda linear, hidden: linear(hidden.flatten(0, 1)).view(hidden.shape)))
@@ -162,7 +162,7 @@ def test_a_module_that_mixes_examples_or_is_not_used_is_refused() -> None:
         check_examples_apart(Base(lambda linear, hidden: hidden))
 
 
-def test_the_centre_is_the_mean_of_the_labels_embeddings_and_is_not_trained() -> None:
+def test_head_center_is_the_mean_label_embedding_and_stays_frozen() -> None:
     plain = build_task_model(spec_of(head=HeadSpec(init="label_names")))
     model = build_task_model(spec_of(head=HeadSpec(init="label_names", centre=True)))
     torch.testing.assert_close(model.centre, plain.head.weight.mean(dim=0))
@@ -175,7 +175,7 @@ def test_the_centre_is_the_mean_of_the_labels_embeddings_and_is_not_trained() ->
 
 
 @pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])
-def test_an_encoder_that_calls_itself_a_decoder_is_none(kind: Any) -> None:
+def test_encoder_configured_as_decoder_is_refused(kind: Any) -> None:
     """It sees no later token, but its head rounds a place by where that lies in the batch."""
     small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = kind.config_class(**small, intermediate_size=32, is_decoder=True)

@@ -43,7 +43,9 @@ CASES = [(task, *case) for task, cases in WRONG.items() for case in cases]
 
 
 @pytest.mark.parametrize(("task", "roles", "given", "message"), CASES)
-def test_settings_that_do_not_fit(task: str, roles: tuple[str, ...], given: dict[str, Any], message: str) -> None:
+def test_incompatible_data_settings_are_refused(
+    task: str, roles: tuple[str, ...], given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         checked(task, roles, **given)
     assert str(error.value).startswith(message)
@@ -87,14 +89,14 @@ def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed:
 
 
 @pytest.mark.parametrize(("task", "roles", "given"), FAULTY, ids=lambda value: str(value)[:30])
-def test_what_is_said_of_a_record_quotes_nothing(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
+def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
     first, second = (faults_of(task, roles, given, seed=seed) for seed in (0, 1))
     assert first
     assert second - first == set()
     assert {task for task, *_ in FAULTY} == set(TASKS), "every task's"
 
 
-def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
+def test_language_model_columns_follow_from_the_layout() -> None:
     task = task_named("causal_lm")
 
     def roles(*named: str, **given: Any) -> set[str]:
@@ -113,7 +115,7 @@ def check_labels(task: str, *labels: str, texts: tuple[str, ...] = ()) -> None:
     task_named(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
 
 
-def test_labels_that_are_too_few_or_given_twice_are_refused() -> None:
+def test_too_few_or_duplicate_labels_are_refused() -> None:
     for task in ("classification", "ordinal", "multi_label", "votes"):
         for labels in ((), ("a",), ("a", "a")):
             with pytest.raises(ConfigError, match=r"^data\.labels = .*: must declare at least 2 labels for task"):
@@ -125,12 +127,12 @@ def test_labels_that_are_too_few_or_given_twice_are_refused() -> None:
     check_labels("token_classification", "a")
 
 
-def test_texts_of_another_number_than_labels_are_refused() -> None:
+def test_label_texts_must_match_the_number_of_labels() -> None:
     with pytest.raises(ConfigError, match=r"^head\.label_texts = "):
         check_labels("classification", "a", "b", texts=("one",))
 
 
-def test_nothing_outside_the_room_knows_a_task_by_its_name() -> None:
+def test_task_names_appear_only_in_the_tasks_package() -> None:
     """A new task then touches its own file, the list of tasks and an experiment's settings."""
     package = Path(fedtune.__file__).parent
     for path in package.rglob("*.py"):

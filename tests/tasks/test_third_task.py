@@ -101,7 +101,7 @@ def folder(listed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_it_is_simulated_and_reported(folder: Path) -> None:
+def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
     result = result_of(folder)
     assert result["task"] == "text_length"
     assert set(result["final"]["metrics"]) == {"loss", "worst"}
@@ -130,7 +130,7 @@ def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(fo
         assert [one.message for one in told] == [f"task_settings.{message}", f"{recipe}: task_settings.{message}"]
 
 
-def test_it_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:
+def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "texts.csv"
     data.write_text("text\nwhere is my card\nlost\n")
     assert "worst" in command("evaluate", str(folder), "--data", str(data)).printed

@@ -49,7 +49,7 @@ def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> R
         (("B_drug", "I_dose", "I_dose", "O", "O"), [(0, 1, 0), (1, 3, 1)]),
     ],
 )
-def test_tags_of_every_scheme_are_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
+def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
     words = [f"w{place}" for place in range(len(tags))]
     _, marked = marks(data())(record(words, [*tags]))
     assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
@@ -59,7 +59,7 @@ def test_tags_of_every_scheme_are_the_same_entities(tags: tuple[str, ...], found
     assert [labels[label] for *_, label in read] == ["S-protein", "M_protein", "drug", "U-boot"]
 
 
-def test_tokens_are_a_text_with_marked_parts() -> None:
+def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
     assert marks(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == ("a b cd ", [(0, 6, 0)])
     spans = [{"start": 4, "end": 6, "label": "dose"}, {"start": 0, "end": 3, "label": "drug"}]
     given = data(SPANNED)
@@ -90,7 +90,7 @@ def test_tokens_are_a_text_with_marked_parts() -> None:
         ("my card", "drug", SPANNED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of spans"),
     ],
 )
-def test_a_record_that_cannot_be_used_is_told_without_its_text(
+def test_unusable_record_is_reported_without_its_text(
     words: object, answer: object, columns: dict[str, str], message: str
 ) -> None:
     with pytest.raises(DataError) as caught:
@@ -103,7 +103,7 @@ def spec_of(labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=TASK.name, labels=labels)
 
 
-def test_a_label_that_reads_as_a_tag_is_refused() -> None:
+def test_label_that_looks_like_a_tag_is_refused() -> None:
     for labels in (("B-drug",), ("O", "drug")):
         with pytest.raises(ConfigError, match=r"^data\.labels"):
             TASK.check_model(spec_of(labels))
@@ -113,7 +113,7 @@ def tokenised(*records: Record, tokenizer: Any, within: int | None = None, **giv
     return TASK.tokenise(records, tokenizer, data=data(**given), lenient_within=within)
 
 
-def test_the_first_token_of_a_word_has_its_tag() -> None:
+def test_first_token_of_a_word_carries_its_tag() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
     given = {"columns": SPANNED, "max_length": 40}
     text = "unbelievably sore-throat, aspirin"
@@ -130,7 +130,7 @@ def test_the_first_token_of_a_word_has_its_tag() -> None:
     assert len(ids) > len(learnt) + 2, "some words have several tokens"
 
 
-def test_windows_have_each_word_once(encoder_tokenizer: Any) -> None:
+def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
     words = [f"w{place}" for place in range(40)]
     for count in range(1, 41):
         tags = ["B-drug" if place % 2 else "O" for place in range(count)]
@@ -153,7 +153,7 @@ def test_windows_have_each_word_once(encoder_tokenizer: Any) -> None:
     assert second == [False, False, False, *[True] * 4, False]
 
 
-def test_a_text_that_cannot_be_encoded_teaches_nothing_at_a_real_site(encoder_tokenizer: Any) -> None:
+def test_unencodable_text_adds_no_targets_at_a_real_site(encoder_tokenizer: Any) -> None:
     odd, plain = Record({"text": "\ud800", "spans": "[]"}), Record({"text": "my card", "spans": "[]"})
     blank = Record({"text": "\u00a0", "spans": "[]"})
     given = {"columns": SPANNED, "windows": 2}
@@ -163,7 +163,7 @@ def test_a_text_that_cannot_be_encoded_teaches_nothing_at_a_real_site(encoder_to
         tokenised(blank, tokenizer=encoder_tokenizer, **given)
 
 
-def test_the_loss_is_the_mean_over_the_words_of_all_windows(encoder_tokenizer: Any) -> None:
+def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> None:
     model = trained("random:bert", TASK.name, texts=2)
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
     tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
@@ -194,7 +194,7 @@ COUNTED: list[tuple[Any, Any, Any, Any]] = [
 ]
 
 
-def test_entities_are_counted_as_by_hand_and_pair_by_pair_and_in_time() -> None:
+def test_entity_counts_match_manual_counts_in_linear_time() -> None:
     for truth, said, of_label, every in COUNTED:
         counts = entity_counts(truth, said, num_labels=2)
         assert counts.shape == (3, 5)
@@ -223,7 +223,7 @@ def test_entities_are_counted_as_by_hand_and_pair_by_pair_and_in_time() -> None:
     assert time.process_time() - began < 3, "offsets in units, too"
 
 
-def test_rates_are_those_of_the_counts_and_scores_of_all_entities_together() -> None:
+def test_entity_scores_match_their_counts() -> None:
     assert rates(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
     assert rates(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
     assert rates(np.zeros(5), 2, 2) == (0.0, 0.0, 0.0)
@@ -242,7 +242,7 @@ def test_rates_are_those_of_the_counts_and_scores_of_all_entities_together() -> 
     ]
 
 
-def test_predictions_become_entities_across_windows(encoder_tokenizer: Any) -> None:
+def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) -> None:
     """A model that always says B-drug: each word is an entity of its own, also where a window ends."""
     assert entities_in([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
     model = trained("random:bert", TASK.name, texts=2)
@@ -261,7 +261,7 @@ def test_predictions_become_entities_across_windows(encoder_tokenizer: Any) -> N
 
 
 @pytest.mark.parametrize("windows", [1, 2])
-def test_of_two_entities_in_a_word_one_is_learnt_and_both_are_true(encoder_tokenizer: Any, windows: int) -> None:
+def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tokenizer: Any, windows: int) -> None:
     model = trained("random:bert", TASK.name, texts=windows)
     first, second, *_ = labels = model.spec.labels
     given = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
@@ -280,7 +280,7 @@ def test_of_two_entities_in_a_word_one_is_learnt_and_both_are_true(encoder_token
     assert max(int(row.max()) for row in targets) > 5 * 3**20, "and many are no more than a target holds"
 
 
-def test_an_entity_ends_where_its_word_does_though_reading_stops_within() -> None:
+def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
     text, model = "unbelievably sore aspirin", trained("random:bert", TASK.name)
     for max_length in range(4, 12):
@@ -293,7 +293,7 @@ def test_an_entity_ends_where_its_word_does_though_reading_stops_within() -> Non
         assert [one["text"] for one in found] == words, max_length  # type: ignore[attr-defined]
 
 
-def test_a_record_is_asked_without_its_answer_and_what_is_made_up_can_be_used(encoder_tokenizer: Any) -> None:
+def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: Any) -> None:
     for columns, text, fields in (
         (TAGGED, "my card\nis", {"tokens": "my card\nis"}),
         (SPANNED, "my card", {"text": "my card"}),

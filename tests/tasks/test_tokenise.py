@@ -34,7 +34,7 @@ def labelled(*rows: tuple[str, str]) -> list[Record]:
     return [Record({"text": text, "label": label}, file="a.csv", line=i + 2) for i, (text, label) in enumerate(rows)]
 
 
-def test_classification(encoder_tokenizer: Any) -> None:
+def test_classification_records_are_tokenized_and_truncated(encoder_tokenizer: Any) -> None:
     rows = labelled(("where is my card", "b"), ("lost card", "a"))
     dataset = tokenise_classification(rows, encoder_tokenizer, labels=("a", "b"), max_length=5)
     assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, WHERE, IS, MY, SEP], [CLS, LOST, CARD, SEP]]
@@ -54,7 +54,7 @@ PAIRED = {"columns": {"text": "text", "text_pair": "other", "label": "label"}, "
 @pytest.mark.parametrize(
     ("length", "ids"), [(9, [CLS, WHERE, IS, MY, SEP, LOST, CARD, SEP]), (6, [CLS, WHERE, IS, SEP, LOST, SEP])]
 )
-def test_two_texts_are_encoded_as_a_pair_each_alone(encoder_tokenizer: Any, length: int, ids: list[int]) -> None:
+def test_text_pairs_are_encoded_and_truncated_separately(encoder_tokenizer: Any, length: int, ids: list[int]) -> None:
     records = [Record({"text": "where is my", "text_pair": "lost card", "label": "b"}) for _ in range(3)]
     records[1] = Record({"text": "x" * 9, "text_pair": "\ud800", "label": "a"})  # what no tokenizer takes
     found = tokenise_classification(records, encoder_tokenizer, max_length=length, within=99, **PAIRED)
@@ -62,7 +62,7 @@ def test_two_texts_are_encoded_as_a_pair_each_alone(encoder_tokenizer: Any, leng
     assert found.targets.tolist() == [1, UNSUPERVISED, 1]  # type: ignore[union-attr]
 
 
-def test_a_template_joins_texts_before_they_are_encoded(encoder_tokenizer: Any) -> None:
+def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> None:
     columns = {"text": "body", "input": "title", "label": "label"}
     joined = {"columns": columns, "prompt_template": "{input} is\n\n{text}", "max_length": 9, "labels": ("a", "b")}
     records = [Record({"text": "my card", "input": title, "label": "b"}) for title in ("lost", "")]
@@ -79,7 +79,7 @@ def test_a_template_joins_texts_before_they_are_encoded(encoder_tokenizer: Any) 
 
 
 @pytest.mark.parametrize("task", ["classification", "ordinal", "multi_label", "regression", "survival"])
-def test_two_texts_need_a_mark_between_them(encoder_tokenizer: Any, leading_tokenizer: Any, task: str) -> None:
+def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_tokenizer: Any, task: str) -> None:
     columns = {role: role for role in ("text_pair", *task_named(task).roles)}
     settings, one = data_spec(columns=columns), data_spec(*task_named(task).roles)
     assert task_named(task).roles_in(settings) == ("text", "text_pair", *task_named(task).roles[1:])
@@ -90,7 +90,7 @@ def test_two_texts_need_a_mark_between_them(encoder_tokenizer: Any, leading_toke
 
 
 @pytest.mark.parametrize("within", [11, 6])
-def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_tokenizer: Any, within: int) -> None:
+def test_out_of_vocabulary_texts_add_nothing_in_lenient_mode(decoder_tokenizer: Any, within: int) -> None:
     rows = labelled(("where is my card", "b"), ("lost", "a"), (" ", "a"))
     dataset = tokenise_classification(rows, decoder_tokenizer, labels="ab", max_length=5, within=within)
     assert dataset.targets.tolist() == [1 if within == 11 else UNSUPERVISED, 0, UNSUPERVISED]
@@ -106,7 +106,7 @@ def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_t
     assert causal.targets[0].tolist() == [UNSUPERVISED, SEP], "and nothing can be predicted from nothing"
 
 
-def test_what_cannot_be_tokenised_is_an_error(decoder_tokenizer: Any) -> None:
+def test_texts_without_tokens_and_missing_end_tokens_are_errors(decoder_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"a\.csv:2, text = 'no tokens'"):
         tokenise_classification(labelled((" ", "a")), decoder_tokenizer, labels="ab", max_length=5)
     endless: Any = SimpleNamespace(eos_token_id=None, name_or_path="endless")
@@ -114,7 +114,7 @@ def test_what_cannot_be_tokenised_is_an_error(decoder_tokenizer: Any) -> None:
         tokenise_causal_lm(PROMPTED, endless, prompt_template="{prompt}", max_length=9)
 
 
-def test_nothing_to_tokenise_and_a_brace_in_a_record(encoder_tokenizer: Any, decoder_tokenizer: Any) -> None:
+def test_empty_data_and_braces_in_records_are_tokenized(encoder_tokenizer: Any, decoder_tokenizer: Any) -> None:
     classified = tokenise_classification([], encoder_tokenizer, labels="ab", max_length=5)
     assert len(classified) == 0
     assert classified.lengths.shape == (0,)
@@ -124,7 +124,7 @@ def test_nothing_to_tokenise_and_a_brace_in_a_record(encoder_tokenizer: Any, dec
     assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP], "it is text"
 
 
-def test_chunks_do_not_matter(encoder_tokenizer: Any) -> None:
+def test_tokenization_does_not_depend_on_chunking(encoder_tokenizer: Any) -> None:
     rows = labelled(*[(" ".join("bcdefg"[: 1 + i % 6]), "a") for i in range(1030)])
     together = tokenise_classification(rows, encoder_tokenizer, labels="ab", max_length=6)
     for i in (0, 5, 1023, 1024, 1029):
@@ -155,7 +155,7 @@ FAILING = labelled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
 
 
 @pytest.mark.parametrize("fail", [Mock(side_effect=ValueError("bad")), panicking])
-def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokenizer: Any, fail: Any) -> None:
+def test_unencodable_text_does_not_affect_other_records(encoder_tokenizer: Any, fail: Any) -> None:
     tokenizer = Failing(encoder_tokenizer, fail)
     dataset = tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5, within=99)
     assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, LOST, CARD, SEP], [0], [CLS, MY, CARD, SEP]]
@@ -170,7 +170,7 @@ def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokeniz
             tokenise_classification(FAILING, stopped, labels="ab", max_length=5, within=99)
 
 
-def test_a_long_text_is_cut_before_it_is_encoded(encoder_tokenizer: Any) -> None:
+def test_long_text_is_truncated_before_encoding(encoder_tokenizer: Any) -> None:
     tokenizer = Failing(encoder_tokenizer)
     long = "card " * 100_000
     for within in (None, 99):
@@ -184,7 +184,7 @@ def test_a_long_text_is_cut_before_it_is_encoded(encoder_tokenizer: Any) -> None
     )
 
 
-def test_a_chunk_is_bounded_in_characters(encoder_tokenizer: Any) -> None:
+def test_tokenizer_chunks_are_bounded_in_characters(encoder_tokenizer: Any) -> None:
     tokenizer = Failing(encoder_tokenizer)
     rows = labelled(*[("a " * 50_000, "a")] * 6, ("card", "a"), ("a " * 150_000, "a"), ("lost", "a"))
     dataset = tokenise_classification(rows, tokenizer, labels="a", max_length=20_000)
@@ -194,7 +194,7 @@ def test_a_chunk_is_bounded_in_characters(encoder_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("to", "left_out"), [("card" * 1000, True), (" card", False)])
-def test_a_text_that_grows_without_bound_adds_nothing_and_costs_no_other_its_tokens(to: str, left_out: bool) -> None:
+def test_text_expanded_by_normalization_is_skipped_alone(to: str, left_out: bool) -> None:
     """A normaliser that makes gigabytes of one record's letters would end the process, exactly where it has them."""
     rows, tokenizer = labelled(("lost card", "a"), ("my ß", "a"), ("my card", "b")), make_tokenizer(post=None)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ß", to)

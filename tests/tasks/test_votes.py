@@ -42,7 +42,7 @@ def overrides(shares: Path) -> tuple[str, ...]:
     )
 
 
-def test_a_gradient_is_one_vote_for_the_nearest_candidate() -> None:
+def test_vote_gradient_selects_the_nearest_candidate() -> None:
     model, batch = built(spec_of(task="votes")), batch_of("votes")
     batch.targets[1] = -100  # a record that could not be encoded
     assert list(model.trainable()) == ["head.weight"], "a base that moved would move what is nearest"
@@ -57,7 +57,7 @@ def test_a_gradient_is_one_vote_for_the_nearest_candidate() -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["plain", "secure"])
-def test_a_histogram_is_a_vote_of_its_column(shares: Path, tmp_path: Path, aggregation: str) -> None:
+def test_histogram_counts_votes_from_its_column(shares: Path, tmp_path: Path, aggregation: str) -> None:
     folder = simulate(*overrides(shares), f"federation.aggregation={aggregation}", into=tmp_path)
     weights = load_file(folder / "adapter" / "head.safetensors")["weight"][0]
     # Noise of 1 at each of two sites, over 400 votes.
@@ -74,7 +74,7 @@ def test_a_histogram_is_a_vote_of_its_column(shares: Path, tmp_path: Path, aggre
     ],
     ids=str,
 )
-def test_several_votes_in_one_run_are_shares_and_each_is_charged(
+def test_repeated_votes_give_shares_and_are_charged_per_round(
     shares: Path, tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
     """Before, weights were cut at the bound on an adapter's values: 0.50, 0.38 and 0.12 after three rounds."""
@@ -86,7 +86,7 @@ def test_several_votes_in_one_run_are_shares_and_each_is_charged(
         assert site.charged() == events.grouped([plan.whole])
 
 
-def test_all_records_of_a_site_may_vote_for_one_candidate(shares: Path) -> None:
+def test_vote_sum_bound_covers_all_records_of_a_site(shares: Path) -> None:
     many = [*overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
     plan = compose_run(many).plan()
     assert plan.sums.bound == plan.with_noise(9.0).sums.bound >= 70_000

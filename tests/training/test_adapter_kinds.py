@@ -34,7 +34,7 @@ def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
 @keeping
 @kinds
 @tasks
-def test_gradients_equal_a_loop(path: str, task: str, kind: str, keeps: bool) -> None:
+def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, keeps: bool) -> None:
     model, dataset = trained(path, task, lora=of_kind(kind, keeps=keeps)), made_up(task)
     looped = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
     site = examples_of(dataset, SHAPES, kept_by=model if keeps else None)
@@ -54,7 +54,7 @@ def test_gradients_equal_a_loop(path: str, task: str, kind: str, keeps: bool) ->
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_the_gradients_of_dora_are_those_of_pefts_own(path: str) -> None:
+def test_dora_gradients_match_peft(path: str) -> None:
     # PEFT's forward pass as it stands, on parameters that mean the same.
     model, dataset = trained(path, lora=of_kind("dora")), made_up("classification")
     ours = [loop_gradient(model, dataset, place) for place in range(3)]
@@ -82,14 +82,14 @@ def test_the_gradients_of_dora_are_those_of_pefts_own(path: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("keeps", [False, True])
-def test_preflight_finds_them_exact(kind: str, keeps: bool) -> None:
+def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) -> None:
     model = fresh("random:llama", "causal_lm", lora=of_kind(kind, keeps=keeps))
     before = {name: one.clone() for name, one in model.state_dict().items()}
     assert moved_by_others(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "all is put back"
 
 
-def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ia3_and_dora._scaled
 
     def flat(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(monkeypatch
         fresh(lora=of_kind("ia3"), seed=97)  # a model that no test has built yet, and so one that is tried
 
 
-def test_tokens_are_added_in_an_order_that_their_number_alone_decides() -> None:
+def test_token_summation_order_depends_only_on_length() -> None:
     generator = torch.Generator().manual_seed(0)
     for length in range(1, 40):
         values = torch.randn(5, length, 3, generator=generator)

@@ -41,7 +41,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "nf4"])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_an_example_s_company_moves_it_by_no_bit(name: str, dtype: Any, tmp_path: Path) -> None:
+def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: Any, tmp_path: Path) -> None:
     encoder = name in ENCODERS
     shape = SHAPE.get(name) or (TINY if encoder else {**TINY, "num_key_value_heads": 1, "head_dim": 16})
     kind = CONFIG_MAPPING[name]

@@ -96,7 +96,7 @@ def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, s
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @pytest.mark.parametrize(("path", "task", "dtype"), IN_EACH_DTYPE)
-def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
+def test_record_gradient_is_bitwise_equal_in_any_batch(
     path: str, task: str, keeps: bool, dtype: str, threads: None
 ) -> None:
     model = trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
@@ -109,7 +109,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
 
 
 @kinds
-def test_kept_states_are_the_same_whatever_else_is_kept(path: str, task: str, threads: None) -> None:
+def test_kept_states_do_not_depend_on_other_records(path: str, task: str, threads: None) -> None:
     model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.of(max_length=30, max_tokens=256))
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = records(model, lengths)
@@ -133,7 +133,9 @@ OTHER_ADAPTERS = [replace(LAST, kind=kind, layers=layers) for kind in ("dora", "
     ids=lambda value: f"{value.kind} {value.layers}" if isinstance(value, LoraSpec) else f"{value} positions",
 )
 @kinds
-def test_records_of_all_lengths_at_once(path: str, task: str, positions: Any, lora: LoraSpec, threads: None) -> None:
+def test_records_of_mixed_lengths_are_batch_invariant(
+    path: str, task: str, positions: Any, lora: LoraSpec, threads: None
+) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
     shapes = as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions))
     model = trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
@@ -143,7 +145,7 @@ def test_records_of_all_lengths_at_once(path: str, task: str, positions: Any, lo
 
 
 @kinds
-def test_a_user_s_mean_is_the_same_bit_for_bit_whoever_else_there_is(path: str, task: str, threads: None) -> None:
+def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: None) -> None:
     model, shapes = trained(path, task), as_tried(Shapes.of(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
     sizes = np.array([1, 4, 2, 6, 1, 3, 2])
@@ -181,7 +183,7 @@ def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_minilm_keeps_every_record_to_itself(dtype: str, threads: None) -> None:
+def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
     shapes = as_tried(Shapes.of(max_length=40, max_tokens=480, positions=512))
     model = packaged(MINILM, "classification", dtype=dtype)
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
@@ -191,7 +193,7 @@ def test_minilm_keeps_every_record_to_itself(dtype: str, threads: None) -> None:
         require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=3)
 
 
-def test_smollm2_keeps_every_record_to_itself() -> None:
+def test_smollm2_is_batch_invariant() -> None:
     model, shapes = packaged(SMOLLM2, "causal_lm"), as_tried(Shapes.of(max_length=24, max_tokens=96, positions=8192))
     for length in shapes.lengths[:2]:
         dataset = records(model, of_bucket(shapes, length, 5))

@@ -141,7 +141,7 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
-def test_several_devices_release_what_one_does(room: Room, unit: str, count: int) -> None:
+def test_several_devices_release_the_same_result_as_one(room: Room, unit: str, count: int) -> None:
     here, there = units_of(room.model.spec, count, unit), divided(room, count, unit)
     first = a_round(room, here)
     assert a_round(room, there).digest() == first.digest()
@@ -150,7 +150,7 @@ def test_several_devices_release_what_one_does(room: Room, unit: str, count: int
     assert count == 0 or second.digest() != first.digest()
 
 
-def test_every_device_has_a_part_in_the_sum(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_device_contributes_to_the_sum(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three)
     counted: list[int] = []
     answers = three.devices._crew.answers
@@ -168,7 +168,7 @@ def test_every_device_has_a_part_in_the_sum(three: Room, monkeypatch: pytest.Mon
 
 
 @given(count=st.integers(0, 60), ranks=st.integers(1, 7), seed=st.integers(0, 99))
-def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int, seed: int) -> None:
+def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, seed: int) -> None:
     spec = KINDS["kept states"]
     examples, by_user = (units_of(spec, count, unit, seed=seed) for unit in ("record", "user"))
     for units in (examples, by_user):
@@ -184,7 +184,7 @@ def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int,
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
-def test_a_unit_that_no_device_adds_is_missed(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_unit_is_detected(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three)
     by_rank = there._by_rank
     monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
@@ -203,7 +203,7 @@ def test_a_unit_that_no_device_adds_is_missed(three: Room, monkeypatch: pytest.M
     ],
     ids=["dies", "hangs"],
 )
-def test_a_process_that_fails_ends_the_round_in_bounded_time_and_no_later_one(
+def test_failed_or_hung_device_ends_only_the_current_round(
     three: Room, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
     there = divided(three)
@@ -230,7 +230,7 @@ def test_a_process_that_fails_ends_the_round_in_bounded_time_and_no_later_one(
     assert not set(pids) & set(three.pids)
 
 
-def test_work_may_take_longer_than_a_silence(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_computation_is_not_taken_for_a_hang(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where long records lie decides how long it takes, and no record may decide whether a round succeeds."""
     crew = three.devices.ready()
     process, pipe = crew._members[0]
@@ -258,7 +258,7 @@ def test_work_may_take_longer_than_a_silence(three: Room, monkeypatch: pytest.Mo
     assert signs.call_count > 3, "and while it runs the frozen layers"
 
 
-def test_a_failure_of_the_first_device_leaves_no_step_half_done(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_on_the_first_device_discards_the_whole_step(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three)
     expected = a_round(three, units_of(three.model.spec, 41))
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
@@ -271,7 +271,7 @@ def test_a_failure_of_the_first_device_leaves_no_step_half_done(three: Room, mon
     assert a_round(three, there).digest() == expected.digest()
 
 
-def test_who_asks_again_gets_no_other_draw_of_the_devices_try(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a machine whose second device rounds otherwise for some made-up examples, the third request was taken."""
     monkeypatch.setattr(devices_module, "_differ", set())
     spec, outcome = KINDS["a reference"], Trial.outcome
@@ -285,14 +285,14 @@ def test_who_asks_again_gets_no_other_draw_of_the_devices_try(monkeypatch: pytes
     begun(replace(spec, seed=4), 2).devices._crew.end()
 
 
-def test_a_device_that_computes_other_bits_is_refused() -> None:
+def test_device_with_different_gradients_is_refused() -> None:
     spec = KINDS["kept states"]
     others = replace(spec, model=replace(spec.model, dtype="bfloat16"))
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 2: needs devices that compute the same gradients"):
         begun(spec, 2, others=others)
 
 
-def test_the_others_end_with_the_process_that_asks_them() -> None:
+def test_device_processes_end_with_their_parent() -> None:
     code = (
         "import os, sys\n"
         "from tests.training.test_devices import KINDS, begun\n"
@@ -309,7 +309,7 @@ def test_the_others_end_with_the_process_that_asks_them() -> None:
     assert all(gone(pid) for pid in pids)
 
 
-def test_what_nobody_asks_for_again_is_forgotten_and_a_device_says_why_it_cannot(three: Room) -> None:
+def test_unused_units_are_freed_and_device_errors_are_reported(three: Room) -> None:
     first = divided(three, 9)
     a_round(three, first)
     number = first._number
@@ -324,7 +324,7 @@ def test_what_nobody_asks_for_again_is_forgotten_and_a_device_says_why_it_cannot
         crew.ask_all(_Device.keep_reference, 0)
 
 
-def test_a_gpu_that_is_not_there_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_gpu_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places_for(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
     monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

@@ -78,14 +78,14 @@ def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -
 
 
 @kinds
-def test_the_clipped_sum_equals_a_loop_however_it_is_cut(path: str, task: str) -> None:
+def test_clipped_sum_matches_a_loop_for_any_micro_batching(path: str, task: str) -> None:
     require_sums_of_a_loop(trained(path, task), made_up(task))
 
 
 @pytest.mark.by_day("random:bert-classification-sgd", "random:bert-classification-adamw", "random:llama-causal_lm-sgd")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @kinds
-def test_without_clipping_and_noise_it_is_plain_peft_training(path: str, task: str, optimizer: str) -> None:
+def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: str, optimizer: str) -> None:
     clip = UNCLIPPED[task]
     dataset, half = made_up(task), plan_of(sampling_rate=0.5, max_grad_norm=clip)
     # Larger steps make gradients of cosines longer than the clip norm, or next to nothing.
@@ -121,7 +121,7 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(path: str, task: s
     assert torch.cat(compared).float().mean() > 0.1
 
 
-def test_tensors_stepped_clipped_and_summed_are_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_clipping_and_sum_use_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a step checks it before it touches records."""
     parameters = trained().trainable()
     assert_one_tensor_set(parameters, make_optimizer(parameters, TrainingSpec()))

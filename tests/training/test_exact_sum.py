@@ -77,7 +77,7 @@ def equal(left: Cells, right: Cells) -> bool:
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_unit_adds_more_than_the_clip_norm_in_whole_numbers(kind: str, clip: float) -> None:
+def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -> None:
     draws = np.random.default_rng(1)
     longest = 0
     for relative in (1e-9, 1e-3, 1.0, 1 + 1e-6, 1 + 1e-7, 1e3, 1e9):
@@ -96,7 +96,7 @@ def test_no_unit_adds_more_than_the_clip_norm_in_whole_numbers(kind: str, clip: 
     values=st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=29, max_size=29),
     clip=st.one_of(MADE["clip"], st.floats(1e-18, 1e6)),
 )
-def test_no_float32_gradient_whatever_adds_more(values: list[float], clip: float) -> None:
+def test_any_float32_gradient_contributes_at_most_the_clip_norm(values: list[float], clip: float) -> None:
     gradients = tensors(np.array([values], dtype=np.float32))
     (square,) = squares(contributions(gradients, clip))
     assert square <= CELLS**2
@@ -108,7 +108,7 @@ def test_no_float32_gradient_whatever_adds_more(values: list[float], clip: float
 @given(
     **MADE, relative=RELATIVE, units=st.integers(1, 60), cuts=st.lists(st.integers(0, 60)), seed=st.integers(0, 9999)
 )
-def test_with_and_without_a_unit_differ_by_what_it_adds_and_by_no_cell_more(
+def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
     kind: str, clip: float, relative: float, units: int, cuts: list[int], seed: int
 ) -> None:
     draws = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def test_with_and_without_a_unit_differ_by_what_it_adds_and_by_no_cell_more(
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("values", [31, 4096, 100_003])
-def test_what_a_unit_adds_does_not_depend_on_how_many_rows_there_are(threads: int, values: int) -> None:
+def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values: int) -> None:
     """Nor of many tensors: a sum over them by torch, whose order goes by the rows, moved the last bit of norms."""
     torch.set_num_threads(threads)  # put back by the fixture of every test here
     generator = torch.Generator().manual_seed(2)
@@ -145,7 +145,7 @@ def test_what_a_unit_adds_does_not_depend_on_how_many_rows_there_are(threads: in
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_a_unit_adds_the_same_however_its_batch_lies_in_memory(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contribution_does_not_depend_on_memory_layout(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm's last bit does, unless rows are laid out alike; float32 weights hide it but once in millions.
     checked = Mock(side_effect=dp_step._squares_of_rows)
     monkeypatch.setattr(dp_step, "_squares_of_rows", checked)
@@ -161,7 +161,7 @@ def test_a_unit_adds_the_same_however_its_batch_lies_in_memory(rows: int, monkey
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(**MADE, relative=RELATIVE, sizes=OF_USERS, most_users=st.integers(1, 7), seed=st.integers(0, 999))
-def test_a_user_moves_the_sum_by_its_own_contribution_alone(
+def test_user_changes_the_sum_by_only_its_contribution(
     kind: str, clip: float, relative: float, sizes: list[int], most_users: int, seed: int
 ) -> None:
     draws = np.random.default_rng(seed)
@@ -190,7 +190,7 @@ def test_a_user_moves_the_sum_by_its_own_contribution_alone(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_a_sum_is_that_of_its_contributions_whatever_some_of_them_are(bad: float) -> None:
+def test_sum_equals_its_contributions_despite_non_finite_gradients(bad: float) -> None:
     """A sum goes over one tensor after the other, and drops units only when it has seen all of them."""
     gradients = tensors(np.random.default_rng(6).normal(size=(9, sum(SIZES.values()))).astype(np.float32))
     gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad
@@ -200,7 +200,7 @@ def test_a_sum_is_that_of_its_contributions_whatever_some_of_them_are(bad: float
             assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
 
 
-def test_a_unit_that_is_too_long_after_all_is_left_out_of_a_sum_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlong_contribution_is_dropped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = {"a": torch.randn(6, 50, generator=torch.Generator().manual_seed(2))}
     right = dp_step._norms
 

@@ -44,7 +44,7 @@ def test_kept_states_give_the_same_clipped_sum(path: str, task: str, checkpointi
     require_same_sum(model, plain, keeping, within=1e-5)
 
 
-def test_states_kept_on_disk_are_the_same_in_a_file_of_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_kept_on_disk_match_memory_in_an_unnamed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, dataset = trained(lora=LAST), made_up("classification")
     in_memory, on_disk, without_room = (examples_of(dataset) for _ in range(3))
     in_memory.keep_frozen_states(model)
@@ -62,7 +62,7 @@ def test_states_kept_on_disk_are_the_same_in_a_file_of_no_name(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_padding_holds_no_other_records_states_and_it_is_told_how_many_are_kept() -> None:
+def test_padding_contains_no_states_and_progress_is_reported() -> None:
     model, dataset = fresh(lora=LAST), made_up("classification")
     told: list[tuple[int, int]] = []
     examples_of(dataset).keep_frozen_states(model, told=lambda *so_far: told.append(so_far))
@@ -119,7 +119,7 @@ def spoil(model: TaskModel, how: str) -> None:
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 @pytest.mark.parametrize("task", ["classification", "pairs", "triplets"])
-def test_a_record_without_states_adds_nothing_and_moves_no_other(task: str, how: str, max_tokens: int) -> None:
+def test_record_with_failed_states_adds_nothing_and_affects_no_other(task: str, how: str, max_tokens: int) -> None:
     dataset, place = bad_examples(task)
     model = trained(task=task, lora=LAST)
     for name, parameter in model.named_parameters():
@@ -139,7 +139,7 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(task: str, how:
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
-def test_where_the_machine_fails_no_states_are_kept(error: type[Exception]) -> None:
+def test_machine_failure_discards_all_kept_states(error: type[Exception]) -> None:
     model = fresh(lora=LAST)
     fails = Mock(side_effect=error("out of memory"))
     handle = model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(fails)
@@ -158,7 +158,7 @@ def test_where_the_machine_fails_no_states_are_kept(error: type[Exception]) -> N
 
 
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
+def test_kept_reference_gives_the_same_clipped_sum(
     layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
@@ -180,7 +180,7 @@ def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
 @pytest.mark.by_day("an error-40", "not finite-40", "a panic-40")
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
-def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(how: str, max_tokens: int) -> None:
+def test_record_with_a_failed_reference_adds_nothing(how: str, max_tokens: int) -> None:
     model, dataset, place = trained("random:llama", "preference"), made_up("preference"), 3
     others = [index for index in range(len(dataset)) if index != place]
     mended, keeping = (

@@ -88,9 +88,7 @@ def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol:
 
 @tasks
 @layers
-def test_gradients_of_examples_are_those_of_a_loop_and_the_trial_finds_that_none_moves_another(
-    task: str, hidden: tuple[int, ...]
-) -> None:
+def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidden: tuple[int, ...]) -> None:
     model = trained(spec_of(task, hidden))
     dataset = records(model, 7)
     found = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
@@ -102,7 +100,7 @@ def test_gradients_of_examples_are_those_of_a_loop_and_the_trial_finds_that_none
 
 @pytest.mark.parametrize("wider", [0, 400])
 @layers
-def test_a_record_adds_the_same_bits_in_any_company(hidden: tuple[int, ...], wider: int) -> None:
+def test_feature_record_is_bitwise_equal_in_any_batch(hidden: tuple[int, ...], wider: int) -> None:
     model = trained(spec_of("classification", hidden, wider=wider))
     dataset, shapes = records(model, 90), Shapes.of(max_length=1, max_tokens=24, positions=1)
     assert (shapes.lengths, shapes.rows(1)) == ((1,), (24, 12, 6, 3))
@@ -115,7 +113,7 @@ def require_nothing_moved(model: TaskModel, shapes: Shapes, **settings: bool) ->
     assert Adapter.of(model).digest() == before
 
 
-def test_the_trial_finds_a_head_that_looks_at_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_detects_a_head_that_mixes_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(spec_of("classification", (16,)))
     shapes = Shapes.of(max_length=1, max_tokens=64, positions=1)
     rows = type(model.base).forward
@@ -127,13 +125,13 @@ def test_the_trial_finds_a_head_that_looks_at_its_batch(monkeypatch: pytest.Monk
     assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
 
 
-def test_a_new_model_predicts_nothing_and_its_start_follows_from_the_seed() -> None:
+def test_new_feature_model_predicts_nothing_and_follows_its_seed() -> None:
     model, again, other = (build_task_model(spec_of("ordinal", (8,), seed=seed)) for seed in (1, 1, 2))
     assert Adapter.of(model).digest() == Adapter.of(again).digest() != Adapter.of(other).digest()
     assert not model.logits(collate(records(model, 4), range(4), pad_id=0)).any()
 
 
-def test_a_bad_record_adds_nothing_and_the_others_what_they_add_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_feature_record_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(spec_of("classification"))
     spec, reader = data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
     draws = np.random.default_rng(1)
@@ -182,7 +180,7 @@ def of_images(folder: Path, task: str = "classification", *, layers: Layers = No
 @pytest.mark.parametrize(
     ("kind", "task"), [*((kind, "classification") for kind in MODELS), *(("vit", task) for task in TASKS[1:])]
 )
-def test_gradients_of_images_are_those_of_a_loop(folders: Folders, kind: str, task: str) -> None:
+def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) -> None:
     model = of_images(folders[kind], task)
     dataset = records(model, 4)
     assert dataset.lengths.tolist() == [MODELS[kind][2]] * 4
@@ -192,7 +190,7 @@ def test_gradients_of_images_are_those_of_a_loop(folders: Folders, kind: str, ta
 
 @kinds
 @pytest.mark.parametrize("layers", [None, (-1,)])
-def test_an_image_adds_the_same_bits_in_any_company(folders: Folders, kind: str, layers: Layers) -> None:
+def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers: Layers) -> None:
     model = of_images(folders[kind], layers=layers)
     places = MODELS[kind][2]
     shapes = shapes_for(model, RUNTIME, max_length=places)
@@ -208,7 +206,7 @@ def test_an_image_adds_the_same_bits_in_any_company(folders: Folders, kind: str,
         require_nothing_moved(model, shapes, keeps_states=bool(layers))
 
 
-def test_a_broken_image_adds_nothing_and_moves_no_other(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_image_adds_nothing_and_affects_no_other(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     model = of_images(folders["vit"])
     spec = data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(*load_processor(model.spec.model))

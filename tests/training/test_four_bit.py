@@ -58,7 +58,7 @@ def micro_batch(dataset: TextDataset) -> Batch:
 @pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @kinds
-def test_gradients_by_example_are_plain_autograd_s_of_each_record_and_of_the_weights_it_stands_for(
+def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
     path: str, task: str, kind: str, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not instructions:
@@ -83,7 +83,7 @@ def test_gradients_by_example_are_plain_autograd_s_of_each_record_and_of_the_wei
 
 
 @kinds
-def test_recomputed_layers_and_kept_states_change_nothing(path: str, task: str) -> None:
+def test_nf4_checkpointing_and_kept_states_change_nothing(path: str, task: str) -> None:
     batch = micro_batch(made_up(task, 8))
     plain, recomputed = (trained(path, task, dtype="nf4", lora=LAST) for _ in range(2))
     recomputed.enable_gradient_checkpointing()
@@ -93,7 +93,7 @@ def test_recomputed_layers_and_kept_states_change_nothing(path: str, task: str) 
 
 
 @kinds
-def test_a_trial_tries_other_codes_than_the_model_s_and_puts_its_own_back(path: str, task: str) -> None:
+def test_trial_replaces_and_restores_nf4_codes(path: str, task: str) -> None:
     model = trained(path, task, dtype="nf4")
     layers = [module for module in model.modules() if isinstance(module, FourBit)]
 

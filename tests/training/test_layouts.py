@@ -66,7 +66,7 @@ def made(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
 
 
 @layouts
-def test_the_records_are_those_that_this_is_about(layout: str) -> None:
+def test_layout_fixtures_cover_truncation_and_several_answers(layout: str) -> None:
     dataset = dataset_of(layout)
     texts = SETTINGS.get(layout, {}).get("texts", 1)
     assert (dataset.texts, len(dataset)) == (texts, len(RECORDS[layout]))
@@ -86,7 +86,7 @@ def test_the_records_are_those_that_this_is_about(layout: str) -> None:
 )
 @keeping
 @layouts
-def test_the_clipped_sum_equals_a_loop_and_a_record_is_the_same_in_every_company(layout: str, keeps: bool) -> None:
+def test_clipped_sum_matches_a_loop_and_is_batch_invariant(layout: str, keeps: bool) -> None:
     model, dataset = made(layout, keeps=keeps), dataset_of(layout)
     require_sums_of_a_loop(model, dataset, max_length=LONGEST, kept_by=model if keeps else None)
     large = made(layout, keeps=keeps, size=5.0)

@@ -24,7 +24,7 @@ CELL = PLAN.max_grad_norm * 2.0**-PLAN.shared.cell_bits
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_that_stops_goes_on_with_its_optimizer_s_state(optimizer: str, tmp_path: Path) -> None:
+def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
     """The state is arrays that a checkpoint holds: two steps are one step, and another with what it left."""
     training = TrainingSpec(optimizer=optimizer, learning_rate=0.1, momentum=0.9 if optimizer == "sgd" else 0.0)  # type: ignore[arg-type]
     kept = Adapter({"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "head": np.ones(2, np.float32)})
@@ -60,13 +60,13 @@ def of_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("values", [1, 50, 100_000])
 @pytest.mark.parametrize("agreeing", [0.0, 1.0])
-def test_a_sum_of_honest_sites_is_taken_as_it_is(values: int, agreeing: float) -> None:
+def test_honest_secure_sum_is_not_limited(values: int, agreeing: float) -> None:
     for seed in range(50 if values < 1000 else 3):
         total = of_honest_sites(values=values, agreeing=agreeing, seed=seed)
         assert held_back(total, PLAN, sites=3, declared_size=SIZE) is total
 
 
-def test_one_site_moves_a_step_no_further_than_all_together_can() -> None:
+def test_excessive_secure_sum_is_scaled_to_the_bound() -> None:
     total = of_honest_sites(values=1000, agreeing=0.5, seed=1)
     total[7] += round(1e6 / CELL)  # a million clip norms that no unit has
     held = held_back(total, PLAN, sites=3, declared_size=SIZE)

@@ -33,7 +33,7 @@ def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[i
 
 
 @kinds
-def test_every_trainable_tensor_moves_and_nothing_else(path: str, task: str) -> None:
+def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
     # opacus#820: with the wrong order the loss falls and epsilon grows, and the adapters never change.
     model = fresh(path, task)
     start = Adapter.of(model)
@@ -62,7 +62,7 @@ TOGETHER = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
 
 
 @pytest.mark.parametrize("change", [{"site": "bank_b"}, {"round": 2}, {"attempt": 2}])
-def test_so_does_a_share_of_a_secure_sum(change: dict[str, Any]) -> None:
+def test_secure_aggregation_share_repeats_from_its_seed(change: dict[str, Any]) -> None:
     """Draw other noise; which streams a round draws from is below."""
     plan = dataclasses.replace(work_of().plan, local_steps=1, shared=TOGETHER)
     one, again, other = share(0, plan), share(0, plan), share(0, plan, **change)
@@ -72,7 +72,7 @@ def test_so_does_a_share_of_a_secure_sum(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
-def test_each_step_of_a_round_draws_a_sample_of_its_own(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
+def test_each_step_draws_a_new_poisson_sample(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     # One sample for all local steps would be accounted as four independent ones.
     drawn = cuts(SiteExamples, monkeypatch)
     planned = plan_of(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
@@ -82,7 +82,7 @@ def test_each_step_of_a_round_draws_a_sample_of_its_own(monkeypatch: pytest.Monk
     assert len({tuple(sample) for sample in drawn()}) == 4
 
 
-def test_sampling_and_noise_have_streams_of_their_own() -> None:
+def test_sampling_and_noise_use_separate_streams() -> None:
     recording = Mock(wraps=SeededRandomness(5), seeded=True)
     released(fresh(), made_up("classification"), work_of(round=3, attempt=2), randomness=recording)
     assert sorted(call.args for call in recording.stream.call_args_list) == [
@@ -90,7 +90,7 @@ def test_sampling_and_noise_have_streams_of_their_own() -> None:
     ]
 
 
-def test_one_more_record_draws_the_same_noise_and_the_same_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_added_record_changes_no_noise_or_other_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = cuts(Shapes, monkeypatch)
     one_step = work_of(plan=dataclasses.replace(work_of().plan, local_steps=1))
     for count in (12, 13):
@@ -99,7 +99,7 @@ def test_one_more_record_draws_the_same_noise_and_the_same_others(monkeypatch: p
 
 
 @pytest.mark.parametrize(("steps", "noise"), [(1, 0.5), (3, 0.5), (3, 0.0)])
-def test_a_round_takes_the_steps_of_the_plan_at_its_place_in_the_schedule(
+def test_learning_rate_schedule_continues_across_rounds(
     monkeypatch: pytest.MonkeyPatch, steps: int, noise: float
 ) -> None:
     factor = Mock(return_value=1.0)
@@ -111,7 +111,7 @@ def test_a_round_takes_the_steps_of_the_plan_at_its_place_in_the_schedule(
     assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
-def test_nothing_is_left_of_the_round_before() -> None:
+def test_round_keeps_no_state_from_the_previous_one() -> None:
     """Neither an optimizer's state nor what the model held: a fresh process gives the same bytes."""
     model, dataset = fresh(), made_up("classification")
     first = released(model, dataset, work_of())
@@ -123,7 +123,7 @@ TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0])
-def test_a_and_b_take_turns(noise: float) -> None:
+def test_alternating_rounds_train_a_and_b_in_turn(noise: float) -> None:
     planned = plan_of(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
     model, dataset = fresh(lora=TURNS), made_up("classification")
     before = Adapter.of(model)
@@ -134,7 +134,7 @@ def test_a_and_b_take_turns(noise: float) -> None:
         before = after
 
 
-def test_a_round_of_b_s_is_the_one_in_which_every_a_is_frozen() -> None:
+def test_b_round_matches_training_with_frozen_a() -> None:
     # Clip norm and noise are of what is trained alone.  Up to rounding: a frozen weight has other kernels.
     sgd = work_of(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
     frozen_a = dataclasses.replace(TURNS, alternate=False, train_a=False)
@@ -144,7 +144,7 @@ def test_a_round_of_b_s_is_the_one_in_which_every_a_is_frozen() -> None:
         np.testing.assert_allclose(turns.tensors[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_round_of_a_s_clips_them_and_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: sums)
     one_record = plan_of(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
     dataset = made_up("classification", 1)
@@ -156,7 +156,7 @@ def test_a_round_of_a_s_clips_them_and_the_head_alone(monkeypatch: pytest.Monkey
     assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4)
 
 
-def test_without_noise_a_round_is_plain_training() -> None:
+def test_noiseless_round_matches_plain_training() -> None:
     silent = plan_of(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
     sgd = TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1)
     dataset = made_up("classification")

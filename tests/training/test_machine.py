@@ -29,7 +29,7 @@ def ready(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: Any) ->
     return ready_model(lambda: build_task_model(spec), RuntimeSpec(num_threads=1, **runtime), max_length=max_length)
 
 
-def test_a_length_that_the_model_cannot_take_is_a_mistake(tmp_path: Path) -> None:
+def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
     """RoBERTa has 514 rows of positions for 512 tokens: behind the 512th a record made a site fail."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=32, max_position_embeddings=514, **shape)).save_pretrained(tmp_path)
@@ -42,7 +42,7 @@ def test_a_length_that_the_model_cannot_take_is_a_mistake(tmp_path: Path) -> Non
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
 
 
-def test_a_micro_batch_grows_with_the_threads_unless_somebody_says_its_size() -> None:
+def test_default_micro_batch_grows_with_threads() -> None:
     for threads, most in ((1, 512), (2, 1024), (64, 2048)):
         runtime = RuntimeSpec(num_threads=threads)
         with patch.object(torch, "get_num_threads", return_value=threads):
@@ -51,7 +51,7 @@ def test_a_micro_batch_grows_with_the_threads_unless_somebody_says_its_size() ->
             assert machine.micro_batch_tokens(runtime, torch.device("cuda")) == 16384
 
 
-def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
+def test_texts_per_record_divide_the_micro_batch() -> None:
     model = ready(replace(TINY, task="embedding", labels=(), texts=3), max_length=30)
     shapes = shapes_for(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
     assert max(rows * 3 * length for length in shapes.lengths for rows in shapes.rows(length)) <= 1200
@@ -59,12 +59,12 @@ def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
 
 
 @pytest.mark.parametrize("onednn", [True, False])
-def test_who_multiplies_is_a_setting(onednn: bool) -> None:
+def test_onednn_can_be_disabled(onednn: bool) -> None:
     has_onednn = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64")
     assert uses_onednn(ready(onednn=onednn)) == (onednn and has_onednn)
 
 
-def test_frozen_states_are_kept_while_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_states_are_kept_while_they_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, trains = ready(SKIPS), ready()
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
 
@@ -84,7 +84,7 @@ def test_frozen_states_are_kept_while_they_fit(monkeypatch: pytest.MonkeyPatch) 
         assert most(RuntimeSpec(), mib * a_mib)
 
 
-def test_what_does_not_fit_goes_to_a_folder_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_exceeding_memory_go_to_a_folder_with_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ready(SKIPS)
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
     usage = shutil.disk_usage(tmp_path)
@@ -98,7 +98,7 @@ def test_what_does_not_fit_goes_to_a_folder_with_room(tmp_path: Path, monkeypatc
         machine.folder_for_states(model, missing, num_tokens=1)
 
 
-def test_room_on_disk_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_on_disk_are_private_and_unnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[int] = []
     unlink = os.unlink
     monkeypatch.setattr(os, "unlink", lambda name: (modes.append(os.stat(name).st_mode & 0o777), unlink(name)))
@@ -112,7 +112,7 @@ def test_room_on_disk_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
-def test_a_wanted_gpu_must_be_there_unless_the_run_is_only_planned() -> None:
+def test_missing_gpu_is_refused_except_for_planning() -> None:
     assert device_for("auto").type == "cpu"
     with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': needs a GPU"):
         device_for("cuda")
@@ -120,7 +120,7 @@ def test_a_wanted_gpu_must_be_there_unless_the_run_is_only_planned() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to cores")
-def test_a_process_bound_to_one_core_takes_one_thread() -> None:
+def test_process_on_one_core_uses_one_thread() -> None:
     # More threads than cores wait for each other.
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
@@ -133,7 +133,7 @@ def test_a_process_bound_to_one_core_takes_one_thread() -> None:
 
 
 @pytest.mark.parametrize(("asked", "cores"), [("", 4), ("2", 2), ("9", 4), ("0", 4), ("2,1", 4)])
-def test_the_environment_may_ask_for_fewer_threads(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int) -> None:
+def test_omp_num_threads_can_lower_the_core_count(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert usable_cores() == cores
@@ -147,7 +147,7 @@ def test_the_environment_may_ask_for_fewer_threads(monkeypatch: pytest.MonkeyPat
     ],
     ids=str,
 )
-def test_a_long_simulation_on_a_cpu_takes_a_process_for_each_core(
+def test_long_cpu_simulation_uses_one_process_per_core(
     monkeypatch: pytest.MonkeyPatch, runtime: dict[str, object], gradients: float, gib: int, processes: int
 ) -> None:
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)

@@ -44,7 +44,7 @@ def hook(model: TaskModel, within: str) -> Any:
 
 
 @pytest.mark.parametrize(("path", "task"), [*KINDS, ("random:llama", "classification")])
-def test_a_batch_leaves_nothing_to_the_next_and_watching_ends(path: str, task: str) -> None:
+def test_batches_are_independent_and_hooks_are_removed(path: str, task: str) -> None:
     model, dataset = trained(path, task), made_up(task)
     before = watched_in(model)
     with attached(model) as gradients:
@@ -64,7 +64,7 @@ def test_a_batch_leaves_nothing_to_the_next_and_watching_ends(path: str, task: s
         ("between them", RuntimeError),
     ],
 )
-def test_a_failure_is_raised_and_leaves_no_watched_module_and_no_trace(within: str, error: type[Exception]) -> None:
+def test_failed_pass_raises_and_leaves_no_hooks(within: str, error: type[Exception]) -> None:
     # A zero in the place of every record would be noise that nobody asked for.  One base serves every site of a
     # simulation: a site that runs out of memory must not end the others' rounds, nor leave its records' activations.
     model, dataset = trained(), made_up("classification")
@@ -83,7 +83,7 @@ def test_a_failure_is_raised_and_leaves_no_watched_module_and_no_trace(within: s
     assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients_of(model, small).items())
 
 
-def test_frozen_tensors_have_no_gradient_and_a_trained_one_that_takes_no_part_is_refused() -> None:
+def test_frozen_tensors_have_no_gradient_and_unused_ones_are_refused() -> None:
     batch = collate(made_up("classification"), [0, 1], pad_id=0)
     frozen_a = (LoraSpec(kind=kind, rank=2, layers=(-1,), train_a=False) for kind in ("lora", "dora", "ia3"))
     for changes in (*({"lora": one} for one in frozen_a), {"head": HeadSpec(train=False)}):
@@ -126,9 +126,7 @@ BAD_TEXTS = ((0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4))
     [*(("classification", within, bad) for within in PASSES for bad in BAD_TEXTS), *OF_TEXTS],
     ids=str,
 )
-def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
-    task: str, within: str, bad: tuple[int, ...]
-) -> None:
+def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: str, bad: tuple[int, ...]) -> None:
     """Also where one of its texts cannot."""
     model, dataset = trained(task=task), made_up(task, 6)
     shape, without = (8, 16), {text // dataset.texts for text in bad}
@@ -162,7 +160,7 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
     assert watched_in(model) == before
 
 
-def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients() -> None:
+def test_shared_module_sums_both_gradients() -> None:
     model, dataset = trained(), made_up("classification")
     layers = layer_stack(model.base.get_base_model())[1]
     layers[1] = layers[0]
@@ -174,7 +172,7 @@ def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients() -> None
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_after_a_step_gradients_are_those_at_the_new_adapter(elsewhere: bool) -> None:
+def test_gradients_after_a_step_use_the_new_adapter(elsewhere: bool) -> None:
     model, dataset = trained(), made_up("classification")
     with attached(model) as gradients:
         gradients.of(collate(dataset, [0], pad_id=0))
@@ -195,7 +193,7 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "nf4"])
 @kinds
-def test_adapters_gradients_sums_and_updates_keep_their_precision(path: str, task: str, dtype: str, kind: str) -> None:
+def test_adapters_and_sums_stay_float32_in_low_precision_bases(path: str, task: str, dtype: str, kind: str) -> None:
     model = trained(path, task, dtype=dtype, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
     formats = {torch.bfloat16, torch.float32} if dtype == "mixed" else {torch.bfloat16}
     assert kind != "lora" or {p.dtype for p in model.parameters() if not p.requires_grad} == formats
@@ -216,7 +214,7 @@ BOUND = 0.01
 
 
 @kinds
-def test_coarser_products_change_gradients_by_rounding_alone(path: str, task: str) -> None:
+def test_low_precision_changes_gradients_only_by_rounding(path: str, task: str) -> None:
     batch = collate(made_up(task), range(8), pad_id=0)
     found = {}
     for dtype in ("float32", "mixed", "bfloat16"):
@@ -230,7 +228,7 @@ def test_coarser_products_change_gradients_by_rounding_alone(path: str, task: st
 
 @pytest.mark.by_day("random:llama-causal_lm")
 @kinds
-def test_cutting_a_batch_changes_the_clipped_sum_by_less_than_the_stated_bound(path: str, task: str) -> None:
+def test_micro_batching_changes_the_sum_within_its_bound(path: str, task: str) -> None:
     clip, worst = 0.1, 0.0
     for seed in range(2):
         dataset = made_up(task, 16, seed=seed)

@@ -70,7 +70,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.by_day("True")
 @pytest.mark.parametrize("onednn", [True, False])
-def test_no_round_multiplies_by_what_was_not_tried(onednn: bool) -> None:
+def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> None:
     """Also in rounds in which A or B rests: its product is not left to other kernels then."""
     lora = LoraSpec(rank=4, alpha=8.0, alternate=True)
     model = ready_model(lambda: fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=12)
@@ -96,7 +96,9 @@ def test_no_round_multiplies_by_what_was_not_tried(onednn: bool) -> None:
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @kinds
-def test_ordinary_models_pass(path: str, task: str, checkpointing: bool, keeps: bool) -> None:
+def test_ordinary_models_pass_the_batch_invariance_trial(
+    path: str, task: str, checkpointing: bool, keeps: bool
+) -> None:
     model = last_layer(path, task)
     before = Adapter.of(model).digest()
     if checkpointing:
@@ -122,7 +124,7 @@ OTHERS = {
 )
 @pytest.mark.parametrize("shapes", OTHERS.values(), ids=OTHERS)
 @kinds
-def test_ordinary_models_pass_in_other_shapes(path: str, task: str, shapes: Shapes) -> None:
+def test_ordinary_models_pass_the_trial_in_other_shapes(path: str, task: str, shapes: Shapes) -> None:
     assert check(fresh(path, task), shapes=shapes) == 0.0
 
 
@@ -157,12 +159,12 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
     [(*KINDS[0], 0), (*KINDS[0], -1), (*KINDS[1], -1), (*KINDS[4], -1)],
     ids=["frozen", "trained", "llama", "pairs"],
 )
-def test_a_layer_that_mixes_examples_is_refused(path: str, task: str, change: Change, number: int) -> None:
+def test_layer_mixing_examples_is_refused(path: str, task: str, change: Change, number: int) -> None:
     model = with_layer(last_layer(path, task), change, number=number)
     require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=True)  # also where rounding is accepted
 
 
-def test_one_that_chooses_by_the_longest_row_is_refused() -> None:
+def test_layer_depending_on_the_longest_row_is_refused() -> None:
     model, longest = last_layer(), [0]
     model.base.get_base_model().register_forward_pre_hook(
         lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
@@ -171,7 +173,7 @@ def test_one_that_chooses_by_the_longest_row_is_refused() -> None:
     require_refused(model, r"model\.path .*mixes the examples")
 
 
-def test_one_whose_effect_is_a_last_bit_is_refused_or_measured() -> None:
+def test_last_bit_dependence_is_refused_or_measured() -> None:
     def last_bit(hidden: torch.Tensor) -> torch.Tensor:
         # Of every value of the first row, and only beside many others.
         if len(hidden) < 6:
@@ -189,7 +191,7 @@ def test_one_whose_effect_is_a_last_bit_is_refused_or_measured() -> None:
 
 @pytest.mark.parametrize("accepted", [False, True], ids=["", "inexact gradients are accepted"])
 @pytest.mark.parametrize("task", ["classification", "votes"])
-def test_a_coupling_by_rounding_is_found_whatever_the_task_learns(task: str, accepted: bool) -> None:
+def test_rounding_dependence_is_detected_for_every_task(task: str, accepted: bool) -> None:
     """A vote's gradient shows the nearest candidate alone, which so little changes for next to no made-up record."""
 
     def rounds_by_company(hidden: torch.Tensor) -> torch.Tensor:
@@ -205,7 +207,7 @@ def test_a_coupling_by_rounding_is_found_whatever_the_task_learns(task: str, acc
 
 
 @pytest.mark.parametrize("candidate", [0, 1, 2])
-def test_one_last_bit_of_what_a_vote_is_chosen_by_is_enough(monkeypatch: pytest.MonkeyPatch, candidate: int) -> None:
+def test_last_bit_change_in_a_vote_score_is_detected(monkeypatch: pytest.MonkeyPatch, candidate: int) -> None:
     original = PerExampleGradients.of_all
 
     def nudged(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
@@ -219,7 +221,7 @@ def test_one_last_bit_of_what_a_vote_is_chosen_by_is_enough(monkeypatch: pytest.
     require_refused(fresh("random:bert", "votes"), "mixes the examples", inexact_allowed=True)
 
 
-def test_one_last_bit_of_one_gradient_value_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     original = PerExampleGradients.of_all
 
     def nudged(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
@@ -237,7 +239,7 @@ def test_one_last_bit_of_one_gradient_value_is_enough(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(keeps: bool) -> None:
+def test_frozen_layers_with_kept_states_are_checked_in_varied_batches(keeps: bool) -> None:
     model = last_layer()
     embeddings = model.base.get_base_model().embeddings
     embeddings.register_forward_hook(lambda module, inputs, hidden: mean_of_batch(hidden))
@@ -245,7 +247,7 @@ def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(keeps
 
 
 @pytest.mark.parametrize("how", ["mixed", "rounded"])
-def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(monkeypatch: Any, how: str) -> None:
+def test_preference_reference_is_checked_in_varied_batches(monkeypatch: Any, how: str) -> None:
     model, plain = last_layer("random:llama", "preference"), TaskModel.reference
 
     def changed(self: TaskModel, batch: Any) -> torch.Tensor | None:
@@ -263,7 +265,7 @@ def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(monkeypatc
     [(SHAPES.lengths[-1], rows) for rows in SHAPES.rows(SHAPES.lengths[-1])]
     + [(length, SHAPES.rows(length)[-1]) for length in SHAPES.lengths[:-1]],
 )
-def test_frozen_layers_are_tried_at_every_number_of_rows(length: int, rows: int) -> None:
+def test_frozen_layers_are_checked_at_every_row_count(length: int, rows: int) -> None:
     model = last_layer()
 
     def rounds_otherwise(_: nn.Module, __: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -276,7 +278,7 @@ def test_frozen_layers_are_tried_at_every_number_of_rows(length: int, rows: int)
 @pytest.mark.by_day("False-IndexError", "True-MemoryError")
 @pytest.mark.parametrize("error", [IndexError, MemoryError])
 @pytest.mark.parametrize("keeps", [False, True])
-def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(error: type[Exception], keeps: bool) -> None:
+def test_record_dependent_failure_is_a_configuration_error(error: type[Exception], keeps: bool) -> None:
     model = last_layer()
     last = model.num_ids - 1
     embedding = model.base.get_base_model().get_input_embeddings()
@@ -294,7 +296,7 @@ def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(error: type[
     assert check(model, keeps=keeps) == 0.0
 
 
-def test_frozen_layers_that_cannot_compute_an_example_are_no_site_s_surprise() -> None:
+def test_frozen_layers_failing_on_an_example_are_refused() -> None:
     """At a site such an example counts as zero; in the try it would make every other one look exact."""
 
     def fails(_: Any, inputs: Any, hidden: tuple[torch.Tensor, ...]) -> None:
@@ -306,7 +308,7 @@ def test_frozen_layers_that_cannot_compute_an_example_are_no_site_s_surprise() -
     require_refused(model, r"model\.path .*cannot be trained on .* here: not this one", keeps=True)
 
 
-def test_a_length_without_positions_is_a_mistake_before_any_record() -> None:
+def test_length_without_positions_is_refused_before_training() -> None:
     model = fresh()
     too_long = model.base.config.max_position_embeddings + 8
     said, shapes = (
@@ -318,7 +320,7 @@ def test_a_length_without_positions_is_a_mistake_before_any_record() -> None:
     require_refused(with_layer(last_layer(), lambda hidden: hidden * torch.nan, number=-1), r"model\.path")
 
 
-def test_weights_cannot_hide_what_a_kernel_does() -> None:
+def test_model_weights_cannot_hide_kernel_rounding() -> None:
     """An outside review's model subtracted what most tokens lead to, and enlarged the last bit of what was left."""
 
     def enlarged(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -335,7 +337,7 @@ def test_weights_cannot_hide_what_a_kernel_does() -> None:
 
 
 @kinds
-def test_every_place_of_every_row_holds_a_token_once(path: str, task: str) -> None:
+def test_trial_covers_every_token_position_in_every_row(path: str, task: str) -> None:
     """Where most of a trial is padding, a kernel that rounds the last numbers of a thread's share could pass it."""
     model = last_layer(path, task)
 
@@ -356,7 +358,7 @@ def test_every_place_of_every_row_holds_a_token_once(path: str, task: str) -> No
 
 
 @pytest.mark.parametrize("chosen", [True, False])
-def test_what_is_made_up_is_drawn_anew_each_time_and_it_is_told_how_many_trials_are_done(chosen: bool) -> None:
+def test_trial_examples_are_redrawn_and_progress_is_reported(chosen: bool) -> None:
     model, seen, told = last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
     embeddings = model.base.get_base_model().get_input_embeddings()
     embeddings.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))

@@ -51,7 +51,7 @@ def trained(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) ->
 
 @pytest.mark.parametrize("settings", SPECS, ids=str)
 @pytest.mark.parametrize("round", [1, 3])
-def test_what_honest_training_does_is_within_reach(settings: dict[str, Any], sent: Adapter, round: int) -> None:
+def test_honest_training_stays_within_the_update_bound(settings: dict[str, Any], sent: Adapter, round: int) -> None:
     spec = TrainingSpec(**settings)
     bound = reach(spec, PLAN, round=round, declared_size=SIZE, sent=sent)
     denominator = PLAN.sampling_rate * SIZE
@@ -75,7 +75,7 @@ def test_what_honest_training_does_is_within_reach(settings: dict[str, Any], sen
             assert not bound.includes(update, sent=sent), f"what is far beyond training is not: {name}"
 
 
-def test_many_small_moves_are_bound_by_their_norm(sent: Adapter) -> None:
+def test_norm_bound_limits_many_small_changes(sent: Adapter) -> None:
     bound = reach(TrainingSpec(optimizer="sgd", learning_rate=1.0), PLAN, round=1, declared_size=SIZE, sent=sent)
     size = bound.value["a.lora_A"] * 0.99
     one = {name: np.array(value) for name, value in sent.tensors.items()}
@@ -85,7 +85,7 @@ def test_many_small_moves_are_bound_by_their_norm(sent: Adapter) -> None:
     assert not bound.includes(everything, sent=sent)
 
 
-def test_a_move_towards_zero_is_free(sent: Adapter) -> None:
+def test_changes_toward_zero_are_always_allowed(sent: Adapter) -> None:
     nowhere = Reach(value=dict.fromkeys(sent.tensors, 0.0), norm=0.0)
     for factor in (1.0, 0.5, 0.0):
         smaller = {name: (factor * value).astype(np.float32) for name, value in sent.tensors.items()}
@@ -94,7 +94,7 @@ def test_a_move_towards_zero_is_free(sent: Adapter) -> None:
     assert not nowhere.includes(other_sign, sent=sent)
 
 
-def test_gradients_that_nothing_clips_and_squares_forgotten_at_once_have_no_bound(sent: Adapter) -> None:
+def test_unclipped_or_fast_forgetting_training_has_no_bound(sent: Adapter) -> None:
     plain, long = replace(PLAN, noise_multiplier=0.0), replace(PLAN, local_steps=400)
     forgets = TrainingSpec(betas=(0.9, 0.1), local_steps=400)
     norms = [
@@ -109,7 +109,7 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
 
 
 @pytest.mark.parametrize("settings", [SGD, TrainingSpec(weight_decay=0.1)], ids=["sgd", "adamw"])
-def test_what_rests_in_a_round_moves_towards_zero_alone(settings: TrainingSpec, sent: Adapter) -> None:
+def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent: Adapter) -> None:
     """With lora.alternate A rests in round 1, and in no round has it a part of what the others may move."""
     rests = LoraSpec(alternate=True).rests_in(1)
     sent = Adapter({name.replace("lora_A", "lora_A.weight"): value for name, value in sent.tensors.items()})

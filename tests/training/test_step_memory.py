@@ -63,7 +63,7 @@ def a_step_on(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part
     return peak_bytes(work, CPU)
 
 
-def test_tensors_are_counted_while_somebody_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         for _ in range(5):
             torch.zeros(MIB // 4)
@@ -88,7 +88,7 @@ def test_tensors_are_counted_while_somebody_has_them(monkeypatch: pytest.MonkeyP
     assert peak_bytes(lambda: None, torch.device("cuda")) == 300
 
 
-def test_by_default_it_is_a_share_of_all_memory_less_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"/proc/meminfo": "MemTotal:       16 kB\nMemFree: 3 kB\n", "/sys/fs/cgroup/memory.max": "9000\n"}
     with monkeypatch.context() as patched:
         patched.setattr(machine.Path, "read_text", lambda path: files[str(path)])
@@ -109,7 +109,7 @@ def test_by_default_it_is_a_share_of_all_memory_less_the_model(monkeypatch: pyte
 
 
 @kinds
-def test_every_micro_batch_stays_within_it(path: str, task: str) -> None:
+def test_every_micro_batch_stays_within_step_memory(path: str, task: str) -> None:
     model = fresh(path, task)
     whole = within(model, 1e12)
     assert rows_of(whole) == rows_of(SHAPES), "with room for all, tokens decide"
@@ -128,7 +128,7 @@ def full_of(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset,
 
 
 @kinds
-def test_a_record_that_fails_or_is_no_number_takes_no_more(path: str, task: str, monkeypatch: Any) -> None:
+def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: Any) -> None:
     model = fresh(path, task)
     # The least room in which the largest micro-batch is said to fit.
     length = SHAPES.lengths[-1]
@@ -159,7 +159,7 @@ def test_a_record_that_fails_or_is_no_number_takes_no_more(path: str, task: str,
     assert ordinary < with_failure <= needed
 
 
-def test_where_nothing_fits_or_a_trial_fails_the_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh()
     with pytest.raises(ConfigError, match=r"step_mib = 0: must be at least \d+: a micro-batch of 1 x 12 tokens"):
         within(model, 1000)
@@ -177,7 +177,7 @@ def test_where_nothing_fits_or_a_trial_fails_the_setting_is_named(monkeypatch: p
 
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize(("path", "task"), KINDS[:2])
-def test_a_round_is_the_same_to_the_bit_in_whatever_memory(path: str, task: str, unit: str) -> None:
+def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit: str) -> None:
     model, dataset = trained(path, task), made_up(task, 40)
     start = Adapter.of(model)
     planned = plan_of(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)

@@ -19,7 +19,7 @@ RATE: Callable[..., float] = partial(
 @pytest.mark.parametrize(
     "less", [{"noise_multiplier": 4.0}, {"sampled": 15.0}, {"outputs": 77}, {"num_sites": 1}, {"steps": 100}]
 )
-def test_the_automatic_rate_falls_where_noise_counts_for_more(less: dict[str, float]) -> None:
+def test_automatic_learning_rate_falls_with_relative_noise(less: dict[str, float]) -> None:
     # Twice the steps need sqrt(2) times the noise for the same epsilon.
     longer = {"noise_multiplier": 2.0 * 2**0.5} if "steps" in less else {}
     assert RATE(**less, **longer) < RATE()
@@ -30,7 +30,7 @@ def test_the_automatic_rate_falls_where_noise_counts_for_more(less: dict[str, fl
 
 
 @pytest.mark.parametrize("other", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}])
-def test_an_automatic_rate_wants_adam_and_no_other_rates(other: dict[str, Any]) -> None:
+def test_automatic_learning_rate_requires_adam_alone(other: dict[str, Any]) -> None:
     key = next(iter(other)).replace("optimizer", "learning_rate")
     with pytest.raises(ConfigError, match=rf"^{key} = "):
         TrainingSpec(learning_rate="auto", **other)
@@ -48,14 +48,14 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("schedule", "warmup", "golden"), GOLDEN)
-def test_the_schedule_is_golden_and_stays_at_its_last_value(schedule: Any, warmup: int, golden: list[float]) -> None:
+def test_learning_rate_schedule_matches_golden_values(schedule: Any, warmup: int, golden: list[float]) -> None:
     spec = TrainingSpec(schedule=schedule, warmup_steps=warmup)
     last, end = float(schedule == "constant"), len(golden)
     factors = [learning_rate_factor(spec, step=step, total_steps=end) for step in (*range(end), end + 1, end + 4)]
     assert factors == pytest.approx([*golden, last, last], abs=1e-6)
 
 
-def test_a_run_without_clipping_takes_its_own_rates_and_lower_ones_are_a_third_of_those_that_count() -> None:
+def test_unclipped_run_uses_separate_learning_rates() -> None:
     recipe = TrainingSpec(learning_rate=0.3, head_learning_rate=0.6, unclipped_head_learning_rate=0.9)
     assert (recipe.peak_rates(clipped=True), recipe.peak_rates(clipped=False)) == ((0.3, 0.6), (0.3, 0.9))
     assert recipe.lower_rates(clipped=True) == {"learning_rate": 0.1, "head_learning_rate": 0.2}
@@ -64,7 +64,7 @@ def test_a_run_without_clipping_takes_its_own_rates_and_lower_ones_are_a_third_o
     assert TrainingSpec(learning_rate=0.3).lower_rates(clipped=True) == {"learning_rate": 0.1}
 
 
-def test_lora_and_head_have_rates_of_their_own_and_settings_reach_the_optimizer() -> None:
+def test_lora_and_head_have_separate_learning_rates() -> None:
     parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("base.lora_A.weight", "head.weight")}
     optimizer = make_optimizer(parameters, TrainingSpec(learning_rate=0.1, head_learning_rate=0.5))
     set_learning_rate(optimizer, 0.5)

@@ -50,7 +50,7 @@ def defined(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: 
 @pytest.mark.by_day("random:bert-classification-1", "random:llama-causal_lm-3", "random:bert-triplets-100")
 @pytest.mark.parametrize("most", [1, 3, 100])
 @kinds
-def test_the_sum_is_what_the_definition_says_however_it_is_cut(path: str, task: str, most: int) -> None:
+def test_user_level_sum_matches_its_definition(path: str, task: str, most: int) -> None:
     model, dataset, users = trained(path, task), made_up(task, 14), users_of_sizes(5, 1, 3, 1, 4)
     each = [loop_gradient(model, dataset, record) for record in range(14)]
     chosen = [0, 2, 3, 4]
@@ -70,7 +70,7 @@ def test_the_sum_is_what_the_definition_says_however_it_is_cut(path: str, task: 
     assert norm(expected) > 1e-2 * clip
 
 
-def test_micro_batches_keep_their_budget_and_users_whole() -> None:
+def test_micro_batches_keep_users_whole_within_the_limit() -> None:
     sizes = (30, 1, 2, 7, 1, 4)
     users, lengths = users_of_sizes(*sizes), [3 + number % 9 for number in range(sum(sizes))]
     for most_users in (1, 4, 64):
@@ -97,7 +97,7 @@ def stream(*purpose: str | int) -> RandomStream:
     return SeededRandomness(17).stream(*purpose)
 
 
-def test_group_sampling_equals_its_definition_on_the_same_bits() -> None:
+def test_group_sampling_matches_its_definition() -> None:
     # A user joins where its 64 bits are below the rate; of a user with more than `most` records those with the
     # smallest of their own fresh draws take part.
     sizes, most, rate = (5, 1, 3, 2, 4, 1, 6), 3, 0.6
@@ -144,7 +144,7 @@ def round_of(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTra
 )
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
 @kinds
-def test_users_with_one_record_each_train_as_records_do(path: str, task: str, noise: float) -> None:
+def test_users_with_one_record_train_like_records(path: str, task: str, noise: float) -> None:
     dataset = made_up(task, 9)
     alone = UserExamples(examples_of(dataset), users_of_sizes(*[1] * 9), most_records=3)
     changes = {"noise_multiplier": noise}
@@ -154,7 +154,7 @@ def test_users_with_one_record_each_train_as_records_do(path: str, task: str, no
     assert by_user.digest() != Adapter.of(trained(path, task)).digest()
 
 
-def test_without_privacy_the_mean_of_each_user_counts_once_too() -> None:
+def test_plain_training_also_averages_per_user() -> None:
     dataset, users = made_up("causal_lm", 9), users_of_sizes(5, 3, 1)
     quiet = {"noise_multiplier": 0.0, "sampling_rate": 1.0, "local_steps": 1}
     model = trained("random:llama", "causal_lm")
@@ -170,7 +170,7 @@ def test_without_privacy_the_mean_of_each_user_counts_once_too() -> None:
             np.testing.assert_allclose(moved, -0.5 * total / 10, rtol=2e-3, atol=1e-6)
 
 
-def test_a_plan_of_one_unit_never_trains_on_another_and_each_record_has_one_user() -> None:
+def test_mismatched_units_and_shared_records_are_rejected() -> None:
     dataset = made_up("classification", 4)
     by_user = UserExamples(examples_of(dataset), users_of_sizes(3, 1), most_records=2)
     for wrong, unit in ((by_user, "record"), (examples_of(dataset), "user")):

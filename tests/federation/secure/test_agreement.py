@@ -21,7 +21,7 @@ from .parties import ANY, Federation, changed, identity, rejected, terms_of
 
 
 @given(st.integers(2, 20), st.data())
-def test_no_two_sets_are_confirmed_from_the_least_threshold_on(num_sites: int, data: st.DataObject) -> None:
+def test_least_threshold_rules_out_two_confirmed_survivor_sets(num_sites: int, data: st.DataObject) -> None:
     colluders = data.draw(st.integers(0, num_sites - 1))
     least = least_threshold(num_sites, colluders=colluders)
     honest = num_sites - colluders
@@ -30,13 +30,13 @@ def test_no_two_sets_are_confirmed_from_the_least_threshold_on(num_sites: int, d
     assert 2 * (least - 1 - colluders) <= honest or least - 1 < colluders
 
 
-def test_not_all_sites_can_collude_with_the_server() -> None:
+def test_least_threshold_requires_an_honest_site() -> None:
     with pytest.raises(ConfigError, match="fewer than the 3 sites"):
         least_threshold(3, colluders=3)
 
 
 @given(st.integers(2, 20), st.integers(1, 2**50))
-def test_the_modulus_has_room_for_every_sum_and_one_bit_less_has_not(num_sites: int, largest: int) -> None:
+def test_modulus_uses_the_fewest_bits_that_hold_every_sum(num_sites: int, largest: int) -> None:
     bits = bits_needed(num_sites, largest)
     assert 2 ** (bits - 2) <= num_sites * largest < 2 ** (bits - 1)
     assert terms_of(num_sites, num_sites, largest=largest).bits == bits
@@ -54,7 +54,7 @@ def test_the_modulus_has_room_for_every_sum_and_one_bit_less_has_not(num_sites: 
         ("members", {f"s{n}": identity(f"s{n}").public for n in range(21)}, 11),
     ],
 )
-def test_members_that_no_run_can_have(key: str, members: dict[str, str], threshold: int) -> None:
+def test_invalid_members_and_thresholds_are_refused(key: str, members: dict[str, str], threshold: int) -> None:
     with pytest.raises(ConfigError) as error:
         replace(terms_of(3, 2), members=members, threshold=threshold)
     assert error.value.key == key
@@ -77,7 +77,7 @@ def joining(terms: Terms, *, demand: Demand = ANY, roster: dict[str, str] | None
         (5, 4, partial(ANY, least_threshold=5), Wrong.THRESHOLD_TOO_LOW),
     ],
 )
-def test_a_site_joins_within_its_own_limits_alone(num_sites: int, threshold: int, demand: Demand, reason: Any) -> None:
+def test_site_joins_only_terms_within_its_limits(num_sites: int, threshold: int, demand: Demand, reason: Any) -> None:
     if reason is None:
         joining(terms_of(num_sites, threshold), demand=demand)
         return
@@ -85,7 +85,7 @@ def test_a_site_joins_within_its_own_limits_alone(num_sites: int, threshold: int
         joining(terms_of(num_sites, threshold), demand=demand)
 
 
-def test_members_are_those_whom_the_site_s_own_roster_has_and_the_site_itself() -> None:
+def test_members_must_match_the_roster_of_the_joining_site() -> None:
     terms = terms_of(3, 3)
     with rejected(Wrong.NOT_A_MEMBER):
         joining(terms, site="d")
@@ -100,7 +100,7 @@ def announced(terms: Terms) -> dict[str, bytes]:
     return {site: joining(terms, site=site).announce() for site in terms.sites}
 
 
-def test_all_who_take_the_same_keys_have_the_same_session() -> None:
+def test_equal_announced_keys_give_the_same_session() -> None:
     terms = terms_of(3, 3, run=f"x-seed=1,lora.rank=4-{'0' * 32}")  # of a sweep
     first, second = announced(terms), announced(terms)
     session = session_of(terms, first)
@@ -113,7 +113,7 @@ def test_all_who_take_the_same_keys_have_the_same_session() -> None:
     [{"run": "s"}, {"proposal": "1" * 64}, {"threshold": 2}, {"length": 5}, {"largest": 7}],
     ids=lambda change: next(iter(change)),
 )
-def test_a_key_is_for_one_run_its_proposal_its_terms_and_one_protocol(other: dict[str, Any], monkeypatch: Any) -> None:
+def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(other: dict[str, Any], monkeypatch: Any) -> None:
     terms = terms_of(3, 3)
     with rejected(Wrong.WRONG_TERMS):
         session_of(terms, announced(replace(terms, **other)))
@@ -137,7 +137,7 @@ def test_a_key_is_for_one_run_its_proposal_its_terms_and_one_protocol(other: dic
         ({"more": "x"}, Wrong.MALFORMED),
     ],
 )
-def test_a_key_that_a_server_changed_is_nobody_s(change: dict[str, Any], reason: Wrong) -> None:
+def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any], reason: Wrong) -> None:
     messages = announced(terms := terms_of(3, 3))
     shown = {**messages, "b": changed(messages["b"], **change)}
     with rejected(reason):
@@ -147,7 +147,7 @@ def test_a_key_that_a_server_changed_is_nobody_s(change: dict[str, Any], reason:
     assert error.value.site == "b", "the lead is told whose it is"
 
 
-def test_a_key_is_taken_from_its_own_site_and_its_signature_is_for_nothing_else() -> None:
+def test_announcement_is_bound_to_its_site_and_signature_purpose() -> None:
     messages = announced(terms := terms_of(3, 3))
     with rejected(Wrong.WRONG_KEY) as error:
         session_of(terms, {**messages, "a": messages["b"], "b": messages["a"]})
@@ -159,7 +159,7 @@ def test_a_key_is_taken_from_its_own_site_and_its_signature_is_for_nothing_else(
             Session.of(terms, [other])
 
 
-def test_a_site_joins_once_with_a_key_of_each_member_and_its_own() -> None:
+def test_site_joins_once_with_exactly_one_key_per_member() -> None:
     terms = terms_of(3, 3)
     a, messages, others = joining(terms), announced(terms), announced(terms)
     own = {**messages, "a": a.announce()}
@@ -177,7 +177,7 @@ def test_a_site_joins_once_with_a_key_of_each_member_and_its_own() -> None:
         a.join([own["a"], own["b"], others["c"]])
 
 
-def test_a_site_that_has_not_joined_says_nothing() -> None:
+def test_site_that_has_not_joined_rejects_every_request() -> None:
     federation = Federation(terms_of(3, 2))
     summation = federation.uploaded(1, "abc")
     party = federation.restart("a")

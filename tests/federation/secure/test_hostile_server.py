@@ -63,7 +63,7 @@ class Adversary:
         return error.value.wrong
 
 
-def test_a_late_upload_of_a_site_that_was_counted_as_dropped_stays_masked() -> None:
+def test_late_upload_of_a_dropped_site_stays_masked() -> None:
     server = Adversary(4, 3)
     server.upload(1, "abcd")  # d's upload comes late
     signatures = server.confirm(1, "abc", by="abcd")
@@ -76,7 +76,7 @@ def test_a_late_upload_of_a_site_that_was_counted_as_dropped_stays_masked() -> N
     assert server.refused(1, "abcd", signatures, "a") is Wrong.WRONG_SIGNATURE
 
 
-def test_a_site_confirms_one_set_of_a_release() -> None:
+def test_site_confirms_only_one_survivor_set_per_release() -> None:
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     signatures = server.confirm(1, "abcd", by="abcd")
@@ -88,7 +88,7 @@ def test_a_site_confirms_one_set_of_a_release() -> None:
     assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
 
 
-def test_a_site_helps_with_its_own_promise_and_two_sets_never_have_enough_confirmations() -> None:
+def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     by_others = server.confirm(1, "abcd", by="bcd")
@@ -103,7 +103,7 @@ def test_a_site_helps_with_its_own_promise_and_two_sets_never_have_enough_confir
     assert server.knowledge.readable() == []
 
 
-def test_five_sites_that_are_told_five_sets_would_together_unmask_two_of_them() -> None:
+def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
     """Why sites wait for each other: no set here has enough helpers, and yet their shares add up to a sum of a and b.
 
     Each of c, d and e is left out of three sets at least, so that three sites reveal its masks with a and with b.
@@ -125,7 +125,7 @@ def test_five_sites_that_are_told_five_sets_would_together_unmask_two_of_them() 
 
 
 @pytest.mark.parametrize("threshold", [2, 3])
-def test_as_many_confirmations_as_the_threshold_and_not_one_fewer(threshold: int) -> None:
+def test_unmasking_requires_threshold_many_valid_confirmations(threshold: int) -> None:
     server = Adversary(3, threshold)
     server.upload(1, "abc")
     signatures = server.confirm(1, "abc", by="abc")
@@ -138,7 +138,7 @@ def test_as_many_confirmations_as_the_threshold_and_not_one_fewer(threshold: int
     server.unmask(1, "abc", enough, by="a")
 
 
-def test_confirmations_of_one_release_or_session_are_none_of_another() -> None:
+def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
     server = Adversary(3, 2)
     server.upload(1, "abc")
     old = server.confirm(1, "abc", by="abc")
@@ -170,13 +170,13 @@ def test_confirmations_of_one_release_or_session_are_none_of_another() -> None:
         *(({"release": other}, Wrong.MALFORMED) for other in (0, -1, 1 << 31, True, 1.0, "1", None)),
     ],
 )
-def test_a_set_is_of_enough_members_in_one_spelling_for_a_whole_number(change: dict[str, Any], reason: Wrong) -> None:
+def test_invalid_survivor_sets_are_rejected(change: dict[str, Any], reason: Wrong) -> None:
     federation = Federation(terms_of(4, 3))
     with rejected(reason):
         federation.parties["a"].confirm(changed(federation.asked(1, "abc").to_bytes(), **change))
 
 
-def test_of_no_site_are_both_kinds_of_share_revealed_and_of_a_dropped_site_none() -> None:
+def test_only_one_kind_of_share_is_revealed_per_site() -> None:
     server = Adversary(5, 3)
     server.upload(1, "abcde")
     signatures = server.confirm(1, "abcd", by="abcde")
@@ -191,7 +191,7 @@ def test_of_no_site_are_both_kinds_of_share_revealed_and_of_a_dropped_site_none(
     assert json.loads(server.federation.parties["a"].unmask(swapped))["shares"]["d"] == {}
 
 
-def test_shares_of_an_earlier_release_are_not_revealed_in_a_later_one() -> None:
+def test_shares_of_an_earlier_release_are_not_revealed_later() -> None:
     """A dropped site's seeds of release 1, asked for when it has survived release 2."""
     server = Adversary(4, 3)
     server.upload(1, "abcd")
@@ -206,7 +206,7 @@ def test_shares_of_an_earlier_release_are_not_revealed_in_a_later_one() -> None:
     assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1}]
 
 
-def test_a_release_has_one_upload_of_a_site_and_a_retry_is_another_release() -> None:
+def test_site_uploads_once_per_release_and_retries_as_a_new_release() -> None:
     server = Adversary(4, 3)
     server.upload(2, "abcd")
     for release in (2, 1, 0, -1, 1 << 31, 1 << 40):
@@ -249,7 +249,7 @@ def deliver(federation: Federation, what: str, data: bytes) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(["join", "confirm", "unmask", "add_upload", "add_confirmation", "add_revealed"]), st.data())
-def test_whatever_comes_is_taken_or_rejected_with_a_reason_of_the_list(what: str, data: st.DataObject) -> None:
+def test_arbitrary_messages_are_accepted_or_rejected_with_a_known_reason(what: str, data: st.DataObject) -> None:
     federation = Federation(terms_of(3, 2))
     genuine = messages(federation)[what]
     kind = data.draw(st.sampled_from(["bytes", "cut", "flipped", "field", "large"]))
@@ -278,6 +278,6 @@ def test_whatever_comes_is_taken_or_rejected_with_a_reason_of_the_list(what: str
 
 @pytest.mark.parametrize("what", ["join", "confirm", "unmask", "add_confirmation", "add_revealed"])
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe{}", b'{"a":1,"a":1}', b"NaN", b"null", b""])
-def test_what_is_no_message_is_malformed(what: str, data: bytes) -> None:
+def test_undecodable_messages_are_rejected_as_malformed(what: str, data: bytes) -> None:
     with rejected(Wrong.MALFORMED):
         deliver(Federation(terms_of(3, 2)), what, data)

@@ -30,7 +30,7 @@ def pair(session: str = SESSION, other_session: str = SESSION) -> tuple[PairSecr
     return a.agreed_in(session, keys), b.agreed_in(other_session, keys)
 
 
-def test_two_sites_have_one_seed_for_each_release() -> None:
+def test_two_sites_derive_the_same_seed_per_release() -> None:
     at_a, at_b = pair()
     seeds = [at_a.mask_seed("a", "b", release=release) for release in (1, 2, 3)]
     assert seeds == [at_b.mask_seed("b", "a", release=release) for release in (1, 2, 3)]
@@ -40,7 +40,7 @@ def test_two_sites_have_one_seed_for_each_release() -> None:
     assert at_a.mask_seed("a", "b", release=1) != at_b.mask_seed("b", "a", release=1)
 
 
-def test_a_seed_is_what_two_plain_hashes_make_of_the_agreed_key() -> None:
+def test_mask_seed_matches_plain_hkdf() -> None:
     """HKDF with the standard library alone (RFC 5869): two sites of one protocol version must derive the same."""
     private = X25519PrivateKey.from_private_bytes(bytes(range(32)))
     other = X25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -51,7 +51,7 @@ def test_a_seed_is_what_two_plain_hashes_make_of_the_agreed_key() -> None:
     assert seed == hmac.digest(extracted, b'fedtune secure sum\0["mask",7,"b","b"]\x01', "sha256")
 
 
-def test_what_is_sealed_opens_for_its_receiver_its_sender_its_release_and_its_session_alone() -> None:
+def test_sealed_text_opens_only_for_its_receiver_release_and_session() -> None:
     at_a, at_b = pair()
     sealed = at_a.seal(b"text", sender="a", receiver="b", release=1)
     assert at_b.opened(sealed, sender="a", receiver="b", release=1) == b"text"
@@ -67,12 +67,12 @@ def test_what_is_sealed_opens_for_its_receiver_its_sender_its_release_and_its_se
     "key",
     ["0" * 64, "01" + "0" * 62, "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800", "AB" * 32, ""],
 )
-def test_a_key_under_which_everybody_knows_the_secret_is_none(key: str) -> None:
+def test_low_order_public_keys_are_refused(key: str) -> None:
     assert not is_mask_key(key)
     assert is_mask_key(MaskKey().public)
 
 
-def test_a_mask_is_the_keystream_of_its_whole_seed_and_those_of_a_pair_cancel() -> None:
+def test_mask_is_the_chacha20_keystream_and_pairs_cancel() -> None:
     seed = os.urandom(32)
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * 5))
     assert masks("a", {"a": seed}, length=5).tobytes() == stream
@@ -92,7 +92,7 @@ def masked(federation: Federation, release: int, site: str = "a") -> np.ndarray:
     return unpacked(data[-terms.length * terms.bits // 8 :], terms.length, terms.bits)
 
 
-def test_a_masked_upload_is_uniform_and_so_are_differences_of_two() -> None:
+def test_masked_uploads_and_their_differences_are_uniform() -> None:
     """By chi-square over 2^8 cells of the lowest and of the highest bits; a false alarm once in 10^7 each."""
     federation = Federation(terms_of(3, 2, length=1 << 16, largest=10_000))
     assert federation.terms.bits == 16
@@ -109,7 +109,7 @@ BITS = st.integers(1, 64)
 
 @settings(deadline=None)
 @given(BITS, st.lists(st.integers(0, 2**64 - 1), max_size=40))
-def test_what_was_packed_comes_back_in_the_fewest_whole_bytes(bits: int, values: list[int]) -> None:
+def test_packed_values_round_trip_in_the_fewest_bytes(bits: int, values: list[int]) -> None:
     numbers = reduced(np.array(values, np.uint64), bits)
     data = packed(numbers, bits)
     assert len(data) == packed_bytes(len(values), bits) == (len(values) * bits + 7) // 8
@@ -119,13 +119,13 @@ def test_what_was_packed_comes_back_in_the_fewest_whole_bytes(bits: int, values:
 
 
 @pytest.mark.parametrize("bits", [1, 17, 31, 33, 64])
-def test_long_vectors_are_packed_piece_by_piece(bits: int) -> None:
+def test_long_vectors_round_trip_through_packing(bits: int) -> None:
     count = (1 << 17) + 5
     numbers = reduced(np.random.default_rng(bits).integers(0, 2**64, count, dtype=np.uint64), bits)
     assert np.array_equal(unpacked(packed(numbers, bits), count, bits), numbers)
 
 
-def test_other_bytes_are_no_vector() -> None:
+def test_invalid_packed_bytes_are_refused() -> None:
     data = packed(np.array([1, 2, 3], np.uint64), 3)
     assert len(data) == 2
     for other in (data + b"\0", data[:1], bytes([data[0], data[1] | 0x80])):
@@ -134,12 +134,12 @@ def test_other_bytes_are_no_vector() -> None:
 
 
 @given(BITS, st.data())
-def test_signs_come_back(bits: int, data: st.DataObject) -> None:
+def test_signed_values_round_trip_through_the_modulus(bits: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), max_size=9))
     assert signed(reduced(np.array(values, np.int64).astype(np.uint64), bits), bits).tolist() == values
 
 
-def test_the_field_has_a_prime_number_of_elements() -> None:
+def test_shamir_field_order_is_prime() -> None:
     odd, twos = PRIME - 1, 0
     while odd % 2 == 0:
         odd, twos = odd // 2, twos + 1
@@ -152,14 +152,16 @@ def test_the_field_has_a_prime_number_of_elements() -> None:
 
 @settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32), st.integers(1, 6), st.integers(0, 3), st.randoms())
-def test_any_t_shares_give_the_secret(secret: bytes, threshold: int, more: int, chance: random.Random) -> None:
+def test_any_threshold_of_shares_recovers_the_secret(
+    secret: bytes, threshold: int, more: int, chance: random.Random
+) -> None:
     values = split(secret, threshold=threshold, num_shares=threshold + more)
     assert values[0] == int.from_bytes(secret)
     places = chance.sample(range(1, threshold + more + 1), threshold)
     assert joined({place: values[place] for place in places}) == values[0]
 
 
-def test_fewer_shares_fit_every_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_shares_than_the_threshold_reveal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     # In a field of seven elements: all polynomials, and what two of three shares say of the secret.
     monkeypatch.setattr(shares, "PRIME", 7)
     seen: Counter[tuple[int, int, int]] = Counter()
@@ -176,7 +178,7 @@ def test_fewer_shares_fit_every_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bounds == [PRIME, PRIME], "coefficients are drawn from the whole field"
 
 
-def test_a_wrong_share_gives_another_secret_and_has_another_digest() -> None:
+def test_wrong_share_changes_the_secret_and_its_digest() -> None:
     values = split(os.urandom(32), threshold=2, num_shares=3)
     assert joined({1: values[1], 2: (values[2] + 1) % PRIME}) != values[0]
     assert digest(values[1], "a", 1) == digest(values[1], "a", 1)

@@ -23,7 +23,7 @@ from .parties import LARGEST, Federation, changed, identity, rejected, resigned,
 
 
 @pytest.mark.parametrize(("num_sites", "threshold"), [(2, 2), (3, 2), (3, 3), (4, 3)])
-def test_masks_cancel_for_every_set_of_survivors_and_every_set_of_helpers(num_sites: int, threshold: int) -> None:
+def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold: int) -> None:
     federation = Federation(terms_of(num_sites, threshold))
     sites = federation.terms.sites
     sets = [chosen for size in range(threshold, num_sites + 1) for chosen in itertools.combinations(sites, size)]
@@ -36,9 +36,7 @@ def test_masks_cancel_for_every_set_of_survivors_and_every_set_of_helpers(num_si
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 4), st.integers(1, 2**40), st.data())
-def test_the_sum_is_exact_to_the_largest_value_and_the_last_bit(
-    num_sites: int, largest: int, data: st.DataObject
-) -> None:
+def test_secure_sum_is_exact_up_to_the_largest_value(num_sites: int, largest: int, data: st.DataObject) -> None:
     federation = Federation(terms_of(num_sites, num_sites, length=3, largest=largest))
     value = st.one_of(st.sampled_from([-largest, largest]), st.integers(-largest, largest))
     vectors = [np.array(data.draw(st.lists(value, min_size=3, max_size=3))) for _ in federation.terms.sites]
@@ -50,7 +48,7 @@ def test_the_sum_is_exact_to_the_largest_value_and_the_last_bit(
     assert total.tolist() == np.sum(vectors, axis=0).tolist()
 
 
-def test_twenty_sites_with_the_longest_names_fit_into_the_messages() -> None:
+def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
     names = [f"{'x' * 98}{number:02}" for number in range(20)]
     federation = Federation(terms_of(20, 14, members={name: identity(name).public for name in names}))
     summation = federation.confirmed(federation.uploaded(1, names[:14]), by=names)
@@ -66,7 +64,7 @@ def test_twenty_sites_with_the_longest_names_fit_into_the_messages() -> None:
     assert size - (1001 * terms.bits + 7) // 8 < 2000
 
 
-def test_a_value_beyond_the_largest_is_not_cut_off() -> None:
+def test_out_of_range_values_are_not_clipped_before_summation() -> None:
     """A sum of values that were cut off one by one is no function of the sum, which is all that noise protects."""
     federation = Federation(terms_of(2, 2, length=2))
     summation = Summation(federation.session, release=1)
@@ -79,7 +77,7 @@ def test_a_value_beyond_the_largest_is_not_cut_off() -> None:
 # Who drops when.
 
 
-def test_too_few_uploads_confirmations_or_shares_end_the_release_and_the_next_one_goes_on() -> None:
+def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, and 3 must"):
         Federation(terms_of(4, 3)).uploaded(1, "ab").confirm_request()
     federation = Federation(terms_of(4, 3))
@@ -94,7 +92,7 @@ def test_too_few_uploads_confirmations_or_shares_end_the_release_and_the_next_on
     assert federation.revealed(summation, by="abd").total().tolist() == federation.sum_of("abc").tolist()
 
 
-def test_a_site_that_was_restarted_is_out_until_all_join_a_new_session() -> None:
+def test_restarted_site_is_excluded_until_a_new_session() -> None:
     federation = Federation(terms_of(3, 2))
     summation = federation.uploaded(1, "abc")
     party = federation.restart("c")
@@ -114,7 +112,7 @@ def test_a_site_that_was_restarted_is_out_until_all_join_a_new_session() -> None
 # A site that says what is wrong.
 
 
-def test_wrong_shares_are_found_named_and_left_out() -> None:
+def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
     federation = Federation(terms_of(5, 3))
     summation = federation.confirmed(federation.uploaded(1, "abcd"), by="abcde")
     federation.revealed(summation, by="abc")
@@ -128,7 +126,7 @@ def test_wrong_shares_are_found_named_and_left_out() -> None:
     assert summation.wrong_shares == {("d", "a"), ("d", "b"), ("e", "a"), ("e", "b")}
 
 
-def test_more_wrong_shares_than_can_be_spared_end_the_release() -> None:
+def test_too_many_wrong_shares_end_the_release() -> None:
     federation = Federation(terms_of(3, 2))
     summation = federation.confirmed(federation.uploaded(1, "abc"), by="abc")
     federation.revealed(summation, by="a")
@@ -151,7 +149,7 @@ def with_a_flipped_bit(number: int) -> tuple[Federation, Summation]:
     return federation, federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
 
 
-def test_who_deals_shares_of_another_secret_is_named_and_who_seals_nothing_costs_that_site_s_share_alone() -> None:
+def test_dealer_of_inconsistent_shares_is_named() -> None:
     _, summation = with_a_flipped_bit(2 * 4)  # the digest of its own mask's seed
     with pytest.raises(Unreadable, match="c dealt shares that do not fit together") as error:
         summation.total()
@@ -161,7 +159,7 @@ def test_who_deals_shares_of_another_secret_is_named_and_who_seals_nothing_costs
     assert summation.wrong_shares == {("a", "c")}
 
 
-def test_the_lead_takes_a_site_s_messages_from_that_site_for_this_release_and_once() -> None:
+def test_lead_accepts_each_message_once_from_its_own_site() -> None:
     federation = Federation(terms_of(4, 3))
     late = federation.parties["d"].upload(1, federation.vector("d"))
     first = federation.parties["a"].upload(1, federation.vector("a"))
@@ -196,7 +194,7 @@ def test_the_lead_takes_a_site_s_messages_from_that_site_for_this_release_and_on
             summation.add_revealed("d", changed(answer, **change))
 
 
-def test_shares_count_as_their_site_signed_them() -> None:
+def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
     """Whoever carries an answer could else make wrong shares of right ones, which are held against the site."""
     federation = Federation(terms_of(4, 3))
     summation = federation.confirmed(federation.uploaded(1, "abcd"), by="abcd")
@@ -261,7 +259,7 @@ class Faulty:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32))
-def test_whatever_sites_do_a_release_has_the_right_sum_or_a_clear_error(seed: int) -> None:
+def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) -> None:
     """Sites drop in any phase, restart, send garbage, wrong shares or messages in another's name."""
     run = Faulty(seed)
     error = None
@@ -284,7 +282,7 @@ def test_whatever_sites_do_a_release_has_the_right_sum_or_a_clear_error(seed: in
         assert np.array_equal(total, run.federation.sum_of(honest))
 
 
-def test_promises_are_kept_before_they_are_made() -> None:
+def test_confirmations_are_stored_before_they_are_sent() -> None:
     federation = Federation(terms_of(3, 2))
     summation = federation.confirmed(federation.uploaded(1, "abc"), by="ab")
     session, survivors = federation.session.digest, ("a", "b", "c")
@@ -295,7 +293,7 @@ def test_promises_are_kept_before_they_are_made() -> None:
     assert federation.kept == {"a": [promised, confirmed], "b": [promised], "c": []}
 
 
-def test_what_cannot_be_kept_is_not_answered_and_nothing_else_is_promised_in_its_place() -> None:
+def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     federation = Federation(terms_of(4, 3))
     summation = federation.confirmed(federation.uploaded(1, "abcd"), by="bcd")
     full = federation.kept["a"]

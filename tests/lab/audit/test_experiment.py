@@ -24,7 +24,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Audit, Path]:
     return audit(*EVERY_TIME, into=tmp_path_factory.mktemp("runs"))
 
 
-def test_a_sound_run_passes(sound: Any) -> None:
+def test_audit_of_a_sound_run_passes(sound: Any) -> None:
     outcome, found, folder = sound
     assert outcome.code == 0, outcome.err
     assert not found.exceeded
@@ -40,7 +40,7 @@ def test_a_sound_run_passes(sound: Any) -> None:
     assert "canaries: use it for nothing else" in outcome.out
 
 
-def test_a_sound_run_by_user_passes(audited: Any) -> None:
+def test_audit_of_a_sound_user_level_run_passes(audited: Any) -> None:
     outcome, found, _ = audited(*EVERY_TIME, *BY_USER, "--json")
     assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
     for bound in found.bounds:
@@ -57,7 +57,7 @@ def test_a_sound_run_by_user_passes(audited: Any) -> None:
         ("clipping by record", (*BY_USER, "privacy.records_per_user=30")),
     ],
 )
-def test_a_broken_run_is_found(fault: str, overrides: tuple[str, ...], audited: Any, break_it: Break) -> None:
+def test_audit_detects_a_broken_run(fault: str, overrides: tuple[str, ...], audited: Any, break_it: Break) -> None:
     break_it(fault)
     outcome, found, folder = audited(*EVERY_TIME, *overrides)
     message = outcome.failed(1)
@@ -73,7 +73,7 @@ def test_a_broken_run_is_found(fault: str, overrides: tuple[str, ...], audited: 
 
 
 @pytest.mark.nightly
-def test_the_aggregated_model_alone_gives_a_broken_run_away(audited: Any, break_it: Break) -> None:
+def test_audit_detects_a_broken_run_from_averages_alone(audited: Any, break_it: Break) -> None:
     """Whoever is only sent each round's average, with plain steps; guesses and confidence are as asked."""
     break_it("no noise")
     asked = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9", "privacy.noise_multiplier=8.0")
@@ -85,7 +85,7 @@ def test_the_aggregated_model_alone_gives_a_broken_run_away(audited: Any, break_
     assert found.bounds[1].lower_bound > found.bounds[1].claimed_epsilon
 
 
-def test_planted_records_and_membership(audited: Any) -> None:
+def test_record_canary_audit_reports_membership_scores(audited: Any) -> None:
     outcome, found, folder = audited("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
     assert outcome.code == 0, outcome.err
     assert found.method == "record_canaries"
@@ -103,7 +103,7 @@ def test_planted_records_and_membership(audited: Any) -> None:
 
 
 @pytest.mark.nightly
-def test_a_model_that_learns_its_records_by_heart_is_found(audited: Any, break_it: Break) -> None:
+def test_audit_detects_a_memorizing_model(audited: Any, break_it: Break) -> None:
     break_it("no noise")
     _, found, _ = audited(
         *("audit.kind=records", "audit.canaries=60", "privacy.sampling_rate=1.0", "privacy.noise_multiplier=20.0"),
@@ -115,7 +115,7 @@ def test_a_model_that_learns_its_records_by_heart_is_found(audited: Any, break_i
     assert all(one.auroc_low > 0.5 for one in found.membership if one.site is None)
 
 
-def test_what_is_written_is_in_the_report(sound: Any) -> None:
+def test_audit_findings_appear_in_the_report(sound: Any) -> None:
     _, found, folder = sound
     written = json.loads((folder / "audit.json").read_text())
     assert written["schema_version"] == RUN_SCHEMA
@@ -128,7 +128,7 @@ def test_what_is_written_is_in_the_report(sound: Any) -> None:
     assert 'data-at="/facts/audit/bounds/2/lower_bound"' in page
 
 
-def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> None:
+def test_audited_run_is_marked_and_cannot_continue(sound: Any, command: Any) -> None:
     folder = sound[2]
     # Sites of an audit take any adapter, so that a broken clip shows as a bound and not as a refusal.
     assert SiteFiles.of(folder / "sites" / "site-1" / "site.toml").policy.limits.max_adapter_value == 1e6
@@ -140,7 +140,7 @@ def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> 
     assert report["verdict"] == {"state": "within", "reasons": ["audited"]}
 
 
-def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+def test_damaged_audit_file_raises_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "audit.json").write_text(json.dumps({"schema_version": RUN_SCHEMA}))
     with pytest.raises(RunError, match="damaged"):
         read_audit(tmp_path)

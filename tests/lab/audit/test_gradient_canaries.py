@@ -55,7 +55,7 @@ def watched(run: Participants, canaries: int) -> Any:
 
 @pytest.mark.by_day("user")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
-def test_every_draw_adds_exactly_the_clip_norm(everyone: Any, break_it: Break, by_unit: tuple[str, ...]) -> None:
+def test_each_canary_draw_adds_exactly_the_clip_norm(everyone: Any, break_it: Break, by_unit: tuple[str, ...]) -> None:
     break_it("no noise")
     run = everyone(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
     planted = watched(run, 200)
@@ -72,13 +72,13 @@ def test_every_draw_adds_exactly_the_clip_norm(everyone: Any, break_it: Break, b
         assert planted.tally.total[planted.coordinates[planted.inserted]] == pytest.approx(3.0 * steps, abs=1e-4)
 
 
-def test_a_canarys_records_are_cut_as_users_records_are() -> None:
+def test_canary_records_are_batched_like_user_records() -> None:
     parts = list(CanaryUserBatch([np.full(3, 7), np.full(3, 5)], NoRecords()).parts())
     assert [part.coordinates.tolist() for part, _, _ in parts if isinstance(part, CanaryBatch)] == [[7, 5]] * 3
     assert all(users.tolist() == [0, 1] and shares.tolist() == [1 / 3] * 2 for _, users, shares in parts)
 
 
-def test_noise_is_what_the_plan_says_along_every_direction(everyone: Any) -> None:
+def test_noise_matches_the_plan_in_every_direction(everyone: Any) -> None:
     run = everyone()
     planted = watched(run, 200)
     noise = np.delete(planted.tally.total, planted.coordinates)
@@ -99,7 +99,7 @@ def test_canaries_are_sampled_like_records(everyone: Any, break_it: Break) -> No
 
 @pytest.mark.by_day("record")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
-def test_without_a_canary_in_training_is_as_ever(everyone: Any, by_unit: tuple[str, ...]) -> None:
+def test_audit_without_inserted_canaries_does_not_change_training(everyone: Any, by_unit: tuple[str, ...]) -> None:
     coins = (SeededRandomness(seed).stream("site-1", "audit", "coins").bernoulli(2, 0.5) for seed in range(50))
     run = everyone(*by_unit, f"seed={next(seed for seed, both in enumerate(coins) if not both.any())}")
     attack = GradientAttack(run, AuditSpec(canaries=2), ["site-1"])
@@ -109,7 +109,7 @@ def test_without_a_canary_in_training_is_as_ever(everyone: Any, by_unit: tuple[s
     assert audited.digest() == train(run).digest()
 
 
-def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Any) -> None:
+def test_canary_coins_are_fresh_unless_seeded(everyone: Any) -> None:
     def coins(*overrides: str) -> list[bool]:
         attack = GradientAttack(everyone(*overrides), AuditSpec(canaries=64), ["site-1"])
         return attack.planted["site-1"].inserted.tolist()
@@ -118,7 +118,7 @@ def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Any) -> None:
     assert coins("runtime.seeded_noise=false") != coins("runtime.seeded_noise=false")
 
 
-def test_nobody_is_watched_afterwards(everyone: Any) -> None:
+def test_watching_ends_after_the_audit(everyone: Any) -> None:
     run = everyone()
     attack = GradientAttack(run, AuditSpec(canaries=10), ["site-1"])
     with attack.watching():
@@ -128,7 +128,7 @@ def test_nobody_is_watched_afterwards(everyone: Any) -> None:
     assert attack.planted["site-1"].tally.steps == run.plan.local_steps
 
 
-def test_an_audit_is_charged_like_the_run_that_it_audits(tiny: Any, tmp_path: Path) -> None:
+def test_audited_run_is_charged_like_the_original(tiny: Any, tmp_path: Path) -> None:
     config, spec = compose_run(tiny(into=tmp_path)), AuditSpec(canaries=50)
     plain, audited = tmp_path / "plain", tmp_path / "audited"
     for folder in (plain, audited):
@@ -137,7 +137,7 @@ def test_an_audit_is_charged_like_the_run_that_it_audits(tiny: Any, tmp_path: Pa
     assert privacy == simulate(config, plain, Mock()).privacy
 
 
-def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
+def test_15000_canaries_are_added_in_small_batches() -> None:
     parameters = {"a": torch.nn.Parameter(torch.zeros(384, 8)), "head.weight": torch.nn.Parameter(torch.zeros(77, 384))}
     size = sum(parameter.numel() for parameter in parameters.values())
     tally = Tally(max_grad_norm=2.0, denominator=1.0, total=np.zeros(size))

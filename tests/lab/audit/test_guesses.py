@@ -8,13 +8,13 @@ from fedtune.lab.audit.guesses import by_likelihood, by_rank, counted
 from fedtune.lab.audit.record_attack import auroc, hit_rate
 
 
-def test_the_surest_are_guessed_and_counted() -> None:
+def test_surest_guesses_are_counted() -> None:
     evidence = np.array([5.0, -4.0, 3.0, -0.1, 0.2])
     inserted = np.array([True, False, False, True, True])
     assert counted(evidence, inserted, guesses=3) == (5, 3, 2)
 
 
-def test_evidence_follows_the_exact_likelihood_ratio() -> None:
+def test_evidence_matches_the_exact_likelihood_ratio() -> None:
     """Of one step that draws every canary: a normal against a shifted one."""
     generator = np.random.default_rng(3)
     controls = generator.normal(size=200_000)
@@ -25,7 +25,7 @@ def test_evidence_follows_the_exact_likelihood_ratio() -> None:
 
 
 @pytest.mark.parametrize("draw", [1.0, 1000.0])
-def test_without_noise_every_guess_is_right_whatever_a_draw_adds(draw: float) -> None:
+def test_noiseless_guesses_are_always_right(draw: float) -> None:
     """Also of a canary that was drawn once where most were drawn often."""
     generator = np.random.default_rng(4)
     inserted = generator.random(5000) < 0.5
@@ -35,7 +35,7 @@ def test_without_noise_every_guess_is_right_whatever_a_draw_adds(draw: float) ->
     assert counted(evidence, inserted, guesses=5000) == (5000, 5000, 5000)
 
 
-def test_scores_that_say_nothing_are_guessed_at_random() -> None:
+def test_uninformative_scores_are_guessed_at_random() -> None:
     generator = np.random.default_rng(5)
     noise, inserted = generator.normal(size=(2, 4000)), generator.random(4000) < 0.5
     evidence = by_likelihood(noise[0], noise[1], steps=4, sampling_rate=0.2, least=1.0)
@@ -43,7 +43,7 @@ def test_scores_that_say_nothing_are_guessed_at_random() -> None:
     assert abs(right - 2000) < 5 * np.sqrt(1000)
 
 
-def test_ranks_lie_around_the_median() -> None:
+def test_ranks_are_centered_on_the_median() -> None:
     assert by_rank(np.array([7.0, -1.0, 3.0, 3.5])).tolist() == [1.5, -1.5, -0.5, 0.5]
 
 
@@ -53,7 +53,7 @@ TRIALS = 600
 FEW = stats.binom(TRIALS, 0.05).isf(1e-4)
 
 
-def test_auroc_is_mann_whitney_s_also_of_what_is_told_apart_and_what_is_not() -> None:
+def test_auroc_matches_mann_whitney_with_ties() -> None:
     generator = np.random.default_rng(0)
     members, others = generator.integers(0, 9, 80).astype(float), generator.integers(0, 8, 120).astype(float)
     wanted = stats.mannwhitneyu(members, others).statistic / (80 * 120)
@@ -64,7 +64,7 @@ def test_auroc_is_mann_whitney_s_also_of_what_is_told_apart_and_what_is_not() ->
     assert auroc(low, low, confidence=0.95)[0] == 0.5
 
 
-def test_the_interval_of_auroc_covers() -> None:
+def test_auroc_interval_has_its_nominal_coverage() -> None:
     generator, shift = np.random.default_rng(1), 0.5
     truth = stats.norm.cdf(shift / np.sqrt(2))
     outside = 0
@@ -74,7 +74,7 @@ def test_the_interval_of_auroc_covers() -> None:
     assert 0.02 * TRIALS < outside <= FEW + 0.01 * TRIALS  # normal by approximation only
 
 
-def test_hit_rates_at_few_false_alarms() -> None:
+def test_hit_rate_at_few_false_alarms_has_a_confidence_interval() -> None:
     members, others = np.concatenate([np.full(30, 2000.0), np.zeros(70)]), np.arange(1000.0)
     share, low, high = hit_rate(members, others, false_alarms=0.01, confidence=0.95) or (0, 0, 0)
     assert share == 0.3

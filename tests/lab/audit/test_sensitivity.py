@@ -45,7 +45,7 @@ BY_USER = ("privacy.unit=user", "+data.columns.user=label")
 @pytest.mark.parametrize(
     "settings", [(), BY_USER, TRIPLETS, PAIRS], ids=["record", "user", "three texts", "a pair of answers"]
 )
-def test_a_sound_step_is_moved_by_one_clip_norm_at_most(searched: Any, settings: tuple[str, ...]) -> None:
+def test_sensitivity_search_finds_at_most_one_clip_norm(searched: Any, settings: tuple[str, ...]) -> None:
     outcome, found = searched(*settings)
     assert outcome.code == 0, outcome.err
     assert found["unit"] == ("user" if settings == BY_USER else "record")
@@ -82,7 +82,7 @@ def padded_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
         (padded_by_company, (), "others_moved"),
     ],
 )
-def test_a_fault_is_found(
+def test_sensitivity_search_detects_each_fault(
     searched: Any, break_it: Break, monkeypatch: Any, fault: Any, settings: tuple[str, ...], shown: str
 ) -> None:
     if isinstance(fault, str):

@@ -46,7 +46,7 @@ def over(folder: Path, rows: Sequence[Mapping[str, Any]], *overrides: str) -> Ru
     return compose_run([f"data.train_file='{folder / 'rows.jsonl'}'", "data.declared_sizes=10", "name=x", *overrides])
 
 
-def test_all_errors_are_counted_and_the_first_named(tickets: Tickets) -> None:
+def test_all_errors_are_counted_and_the_first_are_named(tickets: Tickets) -> None:
     rows = ["fine,sales", ",sales", "a,b,c", "text,strange", *[" ,billing"] * 30]
     (file,) = checked(tickets(*rows)).files
     assert (file.rows, sum(file.uses.values()), len(file.errors)) == (34, 1, check_data.SHOWN)
@@ -58,7 +58,7 @@ def test_all_errors_are_counted_and_the_first_named(tickets: Tickets) -> None:
     assert list(file.num_errors.values()) == [31, 1, 1]
 
 
-def test_rows_that_share_a_line_are_told_apart(tickets: Tickets, tmp_path: Path) -> None:
+def test_rows_sharing_a_line_are_numbered_separately(tickets: Tickets, tmp_path: Path) -> None:
     rows = [{"body": text, "team": "sales"} for text in ("a", " ", "b", "a")]
     (tmp_path / "one_line.json").write_text(json.dumps(rows))
     config = tickets("a,sales")
@@ -74,7 +74,9 @@ def test_rows_that_share_a_line_are_told_apart(tickets: Tickets, tmp_path: Path)
         *((9, 14, "(units of UTF-16 seem to be counted)"), (15, 16, "")),
     ],
 )
-def test_spans_are_held_against_words(tmp_path: Path, first: int, end: int, way: str | None) -> None:
+def test_span_offsets_are_checked_against_word_boundaries(
+    tmp_path: Path, first: int, end: int, way: str | None
+) -> None:
     rows = [{"text": f"naïve 😀 cards are lost {number}", "spans": [[first, end, "x"]]} for number in range(3)]
     columns = ("experiment=own_entities", "data.labels=[x]", "data.columns={text: text, spans: spans}")
     found = summary(checked(over(tmp_path, rows, *columns, "model=random_bert")))
@@ -82,7 +84,7 @@ def test_spans_are_held_against_words(tmp_path: Path, first: int, end: int, way:
     assert [line for line in found if "torn" in line] == expected
 
 
-def test_a_fault_of_the_whole_file_is_one_message(tickets: Tickets) -> None:
+def test_whole_file_error_gives_one_message(tickets: Tickets) -> None:
     config = tickets("a,sales")
     with pytest.raises(DataError, match=r"data.train_file = .*no such file"):
         checked(replace(config, data=replace(config.data, train_file="gone.csv")))
@@ -104,7 +106,9 @@ def test_a_fault_of_the_whole_file_is_one_message(tickets: Tickets) -> None:
         ),
     ],
 )
-def test_what_records_have_in_common(tickets: Tickets, rows: tuple[str, ...], expected: list[str]) -> None:
+def test_duplicates_contradictions_and_near_duplicates_are_reported(
+    tickets: Tickets, rows: tuple[str, ...], expected: list[str]
+) -> None:
     assert summary(checked(tickets(*rows, overrides=("data.max_length=110",)))) == expected
 
 
@@ -116,19 +120,21 @@ def test_what_records_have_in_common(tickets: Tickets, rows: tuple[str, ...], ex
         ("my card is 4111111111111111", {}, ["personal card number messages 1"]),
     ],
 )
-def test_what_a_chat_has(tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]) -> None:
+def test_truncated_unlearnable_and_sensitive_chats_are_reported(
+    tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]
+) -> None:
     writes = ("experiment=own_text", "model=random_llama", "data.chat_template=plain", "data.max_length=60")
     config = over(tmp_path, [{"messages": chat("hi", answer)}], *writes, "data.columns={messages: messages}")
     assert summary(checked(config, **options)) == expected
 
 
-def test_records_of_the_test_that_are_trained_on(tickets: Tickets, tmp_path: Path) -> None:
+def test_records_in_the_training_data_are_reported(tickets: Tickets, tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text(f"body,team\n{LONG} now,sales\nother,sales\nknown,billing\n")
     some = checked(tickets(f"{LONG},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",)))
     assert summary(some, file=1) == ["overlap train 4=3", "near_overlap train 2=2"]
 
 
-def test_lengths_before_any_is_cut(tickets: Tickets) -> None:
+def test_lengths_are_measured_before_truncation(tickets: Tickets) -> None:
     (file,) = checked(tickets(*["word,sales"] * 9, f"{'word ' * 40},sales", overrides=("data.max_length=8",))).files
     assert file.lengths is not None
     assert file.lengths.longest > 40
@@ -136,7 +142,7 @@ def test_lengths_before_any_is_cut(tickets: Tickets) -> None:
     assert file.lengths.median == file.lengths.most_of_them < 10
 
 
-def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
+def test_duplicate_and_contradictory_pairs_are_reported(tmp_path: Path) -> None:
     pairs = ["a hotel, an inn, 4", "a car, a bus, 2", "an inn, a bus, 9", "a house, a hut, 3", "a car, an inn, 1"]
     rows = [{"a": one, "b": other, "s": int(score)} for one, other, score in (pair.split(", ") for pair in pairs)]
     scored = ("experiment=own_pairs", "model=random_bert", "data.target_range=[0,5]", "federation.num_sites=2")
@@ -150,7 +156,7 @@ def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
     assert {"same 6=1", "contradiction 7=4"} < set(summary(again)), "the same texts with another score"
 
 
-def test_marked_parts_that_cannot_be_are_counted_without_their_text(tmp_path: Path) -> None:
+def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
     texts = {
         "my secret card": [[3, 9, "card"], [8, 14, "card"]],
         "a secret": [[2, 90, "card"]],
@@ -169,7 +175,7 @@ def test_marked_parts_that_cannot_be_are_counted_without_their_text(tmp_path: Pa
     assert found.labels == {"card": 2, "place": 2}
 
 
-def test_tags_that_go_on_with_nothing_and_words_that_are_cut(tmp_path: Path) -> None:
+def test_inconsistent_tags_and_truncated_words_are_reported(tmp_path: Path) -> None:
     tags = [["B-x", "I-x"], ["O", "I-x"], ["B-y", "I-x"], ["B-x", "L-x", "L-x"], ["U-x", "B-x", "E-x"], ["x", "x"]]
     rows = [{"tokens": ["a"] * len(one), "tags": one} for one in tags]
     rows.append({"tokens": ["a"] * 20, "tags": ["O"] * 20})
@@ -189,7 +195,7 @@ def test_tags_that_go_on_with_nothing_and_words_that_are_cut(tmp_path: Path) -> 
     assert found(3) == ["scheme 2 3 4"], "windows have room for all"
 
 
-def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
+def test_reported_sizes_match_the_simulation(tickets: Tickets) -> None:
     rows = [f"text {number},{'billing' if number % 3 else 'sales'}" for number in range(200)]
     shares = ("data.test_fraction=0.2", "data.train_fraction=0.9", "data.heldout_fraction=0.1")
     config = tickets(*rows, overrides=(*shares, "federation.num_sites=3"))
@@ -204,20 +210,20 @@ def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
     assert {one["declared"] for one in some.sizes.values()} == {10}
 
 
-def test_sizes_count_users_where_they_are_protected(tmp_path: Path) -> None:
+def test_reported_sizes_count_users_at_user_level(tmp_path: Path) -> None:
     rows = [{"body": f"post {place}", "who": f"u{place % 7}"} for place in range(50)]
     of_users = ("privacy.unit=user", "data.columns={text: body, user: who}", "federation.num_sites=2")
     config = over(tmp_path, rows, "experiment=own_text", "model=random_llama", *of_users)
     assert sum(one["true"] for one in checked(config).sizes.values()) == 7
 
 
-def test_no_text_of_a_record_is_in_what_is_found(tickets: Tickets) -> None:
+def test_findings_contain_no_record_text(tickets: Tickets) -> None:
     rows = ["Xyzzy,sales", "Xyzzy a@xyzzy.org,sales", "Xyzzy,Xyzzy", "Xyzzy,b,c"]
     rows += ["Xyzzy\u200b,billing", '"Xyzzy"x,sales']
     assert "xyzzy" not in json.dumps(asdict(checked(tickets(*rows)))).lower()
 
 
-def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Tickets) -> None:
+def test_undeclared_site_is_an_error_without_quotation(tickets: Tickets) -> None:
     overrides = ("data.columns={text: body, label: team, site: body}", "data.partition.kind=column")
     overrides += ("data.partition.sites={north: 0, south: 1}",)
     some = checked(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
@@ -225,7 +231,7 @@ def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Ti
     assert [one["true"] for one in some.sizes.values()] == [1, 1]
 
 
-def test_a_real_site_s_own_file(tickets: Tickets, tmp_path: Path, site_policy: Any) -> None:
+def test_real_site_file_is_checked_with_policy_settings(tickets: Tickets, tmp_path: Path, site_policy: Any) -> None:
     config = tickets("a,sales", overrides=("data.test_fraction=0.2", "data.dataset=letters"))
     (tmp_path / "own.csv").write_text("words,kind\none,sales\ntwo,billing\n")
     columns = {"text": "words", "label": "kind", "user": "who"}
@@ -239,7 +245,7 @@ def test_a_real_site_s_own_file(tickets: Tickets, tmp_path: Path, site_policy: A
         at_own_site(strange, policy, folder=tmp_path)
 
 
-def test_reasons_and_spellings_are_counted_and_uses_have_an_order(tickets: Tickets) -> None:
+def test_fault_reasons_are_counted_and_label_variants_detected(tickets: Tickets) -> None:
     rows = [f"text {number},billing" for number in range(60)]
     shares = ("data.test_fraction=0.3", "data.validation_fraction=0.3")
     config = tickets(*rows, "a,Billing", "b,SALES", "c,sales ", "d,other", ",sales", overrides=shares)

@@ -56,14 +56,14 @@ LONG = "the printer on the third floor has been broken since Monday and nobody c
         ("personal duplicates", [row("say a@b.de"), row("say a@b.de", "billing"), row("c")], [2]),
     ],
 )
-def test_a_rule_drops_its_rows_and_no_others(tmp_path: Path, rules: str, rows: list[Any], kept: list[int]) -> None:
+def test_cleaning_rule_drops_only_matching_rows(tmp_path: Path, rules: str, rows: list[Any], kept: list[int]) -> None:
     first, *_ = given = rules.split()
     done, left = cleaned(written(tmp_path, *rows), *given)
     assert left == [rows[place] for place in kept]
     assert done == Cleaned(kept=len(kept), dropped=Counter({first: len(rows) - len(kept)}))
 
 
-def test_masks_leave_what_tells_records_apart(tmp_path: Path) -> None:
+def test_masking_keeps_user_ids_and_masks_other_text(tmp_path: Path) -> None:
     columns = {**COLUMNS, "user": "who"}
     path = written(tmp_path, row("to a@b.de", who="c@d.de", note={"n": ["e@f.de", 1]}))
     done, left = cleaned(path, mask=True, columns=columns)
@@ -71,7 +71,7 @@ def test_masks_leave_what_tells_records_apart(tmp_path: Path) -> None:
     assert done.masked == {"e-mail": 2}
 
 
-def test_numbers_and_users_are_not_masked_though_they_look_like_a_person_s(tmp_path: Path) -> None:
+def test_numbers_and_user_ids_are_not_masked(tmp_path: Path) -> None:
     columns = {"feature:age": "age", "feature:states": "states", "time": "months", "event": "died", "text": "note"}
     card, mail = "4111111111111111", "a@b.de"
     given = {"age": card, "states": f"[{card}]", "months": card, "died": "1", "who": mail, "note": f"by {mail}"}
@@ -80,20 +80,20 @@ def test_numbers_and_users_are_not_masked_though_they_look_like_a_person_s(tmp_p
 
 
 @pytest.mark.parametrize(("words", "marks"), [("text", "spans"), ("tokens", "tags")])
-def test_marked_words_are_not_masked_behind_their_marks(tmp_path: Path, words: str, marks: str) -> None:
+def test_masking_is_refused_for_annotated_text(tmp_path: Path, words: str, marks: str) -> None:
     with pytest.raises(ConfigError, match=f"--mask = 'personal': must be left out where .*role {marks}"):
         cleaned(written(tmp_path, {}), mask=True, columns={words: words, marks: marks})
     assert not (tmp_path / "kept.jsonl").exists()
 
 
-def test_who_has_another_outcome_is_no_duplicate(tmp_path: Path) -> None:
+def test_different_outcomes_are_not_duplicates(tmp_path: Path) -> None:
     rows = [{"age": 50, "months": months, "died": died} for months, died in [(3, 1), (3, 0), (5, 1), (3.0, 1)]]
     columns = {"feature:age": "age", "time": "months", "event": "died"}
     done, left = cleaned(written(tmp_path, *rows), "duplicates", columns=columns)
     assert (left, done.dropped) == (rows[:3], {"duplicates": 1})
 
 
-def test_values_of_other_columns_stay_or_become_text(tmp_path: Path) -> None:
+def test_other_column_values_are_kept_or_become_text(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import datetime
 
@@ -106,7 +106,7 @@ def test_values_of_other_columns_stay_or_become_text(tmp_path: Path) -> None:
     assert left == [{"body": "ä", "team": "sales", "day": "2026-01-02", "number": None, "count": 3}]
 
 
-def test_the_old_file_stays_and_a_new_one_is_never_written_over(tmp_path: Path) -> None:
+def test_existing_output_file_is_never_overwritten(tmp_path: Path) -> None:
     path = written(tmp_path, row("a"))
     before = path.read_bytes()
     cleaned(path)
@@ -115,13 +115,13 @@ def test_the_old_file_stays_and_a_new_one_is_never_written_over(tmp_path: Path) 
     assert path.read_bytes() == before
 
 
-def test_nothing_is_left_behind_where_nothing_is_kept(tmp_path: Path) -> None:
+def test_cleaning_that_keeps_no_rows_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row is kept"):
         cleaned(written(tmp_path, row(" ")), "empty")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
-def test_text_that_is_json_is_masked_within_and_stays_json(tmp_path: Path) -> None:
+def test_json_text_is_masked_inside_and_stays_valid(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "write to\na@b.example"}, {"role": "assistant", "content": "done"}]
     about = {"from": {"mail": "c@d.example", "phone": 493012345678, "n": 3}, "odd": "[not json"}
     calm = '{"spaces":1 ,  "kept": [true]}'

@@ -92,7 +92,7 @@ KINDS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("columns", "expected"), KINDS, ids=range(len(KINDS)))
-def test_the_kind_of_a_file_and_what_is_not_read(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
+def test_file_kind_and_unread_columns_are_detected(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
     found = seen(tmp_path, columns)
     assert summary(found) == expected
     assert [role for role, *_ in found.options] == list(found.roles)
@@ -105,7 +105,7 @@ def test_the_kind_of_a_file_and_what_is_not_read(tmp_path: Path, columns: dict[s
         *(((3, 7.5), (0.0, 10.0)), ((-2.5, 300), "???")),
     ],
 )
-def test_a_score_has_the_usual_scale_that_holds_it(tmp_path: Path, scores: Any, scale: object) -> None:
+def test_scores_get_the_smallest_common_scale(tmp_path: Path, scores: Any, scale: object) -> None:
     given = rows({"text1": own, "text2": own, "similarity": scores}, 9)
     found = seen(tmp_path, given)
     assert (found.kind, found.settings) == ("scored", {"target_range": scale})
@@ -115,7 +115,7 @@ def test_a_score_has_the_usual_scale_that_holds_it(tmp_path: Path, scores: Any, 
         seen(tmp_path, [*given, given[0] | {"similarity": "very"}])
 
 
-def test_one_number_far_off_does_not_decide_a_scale(tmp_path: Path) -> None:
+def test_single_outlier_does_not_change_the_scale(tmp_path: Path) -> None:
     given = rows({"text": own, "rating": lambda n: 1 + n % 17 / 2})
     given[7]["rating"] = 87.31
     assert seen(tmp_path, given).settings == {"target_range": (0.0, 10.0)}
@@ -145,19 +145,21 @@ SEVERAL = {"question": own, "answer": own, "doc": own, "tone": own, "n": lambda 
         ({"age": lambda n: n / 3, "week": int, "went": (1, 0)}, "time=week event=went", "table: time=week event=went"),
     ],
 )
-def test_each_role_can_be_chosen(tmp_path: Path, columns: dict[str, Any], chosen: str, expected: str) -> None:
+def test_column_roles_can_be_chosen_explicitly(
+    tmp_path: Path, columns: dict[str, Any], chosen: str, expected: str
+) -> None:
     options = dict(one.split("=") for one in chosen.split())
     assert summary(seen(tmp_path, columns, **options)).partition(";")[0] == expected
 
 
 @pytest.mark.parametrize(("chosen", "message"), cases_of(__file__, "choices_that_do_not_fit"))
-def test_a_choice_that_does_not_fit(tmp_path: Path, chosen: dict[str, str], message: str) -> None:
+def test_unsuitable_column_choice_is_refused(tmp_path: Path, chosen: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         seen(tmp_path, rows({"body": own, "n": int}, 400), **chosen)
     assert str(caught.value) == message
 
 
-def test_rows_that_cannot_be_read_are_counted_and_the_first_kept(tmp_path: Path) -> None:
+def test_unreadable_rows_are_counted_and_the_first_kept(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{\n" * 20 + '{"body": "a text"}\n')
     found = look_at(tmp_path / "rows.jsonl", {})
     assert (found.rows, found.num_faults, len(found.faults)) == (1, 20, 5)
@@ -174,7 +176,9 @@ def test_rows_that_cannot_be_read_are_counted_and_the_first_kept(tmp_path: Path)
         ({"anchor": own, "positive": own, "negative": own}, {"positive": 0}),
     ],
 )
-def test_one_odd_value_changes_nothing(tmp_path: Path, columns: dict[str, Any], odd: dict[str, Any]) -> None:
+def test_single_odd_value_does_not_change_detection(
+    tmp_path: Path, columns: dict[str, Any], odd: dict[str, Any]
+) -> None:
     given = rows(columns)
     before, after = seen(tmp_path, given), seen(tmp_path, [given[0] | odd, *given[1:]])
     assert (summary(after), set(after.labels)) == (summary(before), set(before.labels))
@@ -196,20 +200,20 @@ PERSONS = (
 @pytest.mark.parametrize(
     ("name", "odd"), [*((name, None) for name in PERSONS), *(("user_id", odd) for odd in ("", "NA", 1.5, ["a"]))]
 )
-def test_a_column_of_persons_is_the_unit_whatever_one_row_has(tmp_path: Path, name: str, odd: object) -> None:
+def test_person_column_defines_the_privacy_unit_despite_odd_rows(tmp_path: Path, name: str, odd: object) -> None:
     given = rows(LABELLED | {name: few(9)})
     given[3][name] = odd
     assert summary(seen(tmp_path, given)) == f"labelled: text label user={name}"
 
 
-def test_ids_as_decimals_are_persons(tmp_path: Path) -> None:
+def test_decimal_ids_are_recognized_as_persons(tmp_path: Path) -> None:
     assert seen(tmp_path, LABELLED | {"user_id": lambda n: float(n % 9)}).roles["user"] == "user_id"
     by_record = look_at(tmp_path / "rows.json", {}, by_person=False)
     assert "user" not in by_record.roles
     assert "--user user_id" in dict(by_record.unread)["user_id"]
 
 
-def test_of_two_columns_of_persons_the_other_is_named(tmp_path: Path) -> None:
+def test_second_person_column_is_suggested(tmp_path: Path) -> None:
     columns = LABELLED | {"author": few(3), "patient": few(9)}
     found = seen(tmp_path, columns)
     assert found.roles["user"] == "patient"
@@ -221,7 +225,7 @@ def test_of_two_columns_of_persons_the_other_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["{},5", "${}", "{} %", "1.{},00", "({}.5)", "\u2212{}"])
-def test_numbers_in_another_form_are_refused_with_what_to_write(tmp_path: Path, number: str) -> None:
+def test_foreign_number_formats_are_refused_with_a_hint(tmp_path: Path, number: str) -> None:
     columns = {"text": own, "cost": lambda n: number.format(100 + n)}
     assert "write 3.5" in dict(seen(tmp_path, columns).unread)["cost"]
     with pytest.raises(ConfigError, match=r"--score = 'cost': must be a label or a number; .* write 3\.5"):
@@ -229,7 +233,7 @@ def test_numbers_in_another_form_are_refused_with_what_to_write(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("names", ["says,spam", "text,spam"])
-def test_a_class_may_be_called_as_its_column(tmp_path: Path, names: str) -> None:
+def test_class_may_have_the_name_of_its_column(tmp_path: Path, names: str) -> None:
     lines = [f"a text with number {number},{('spam', 'ham')[number % 2]}" for number in range(60)]
     (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
     assert look_at(tmp_path / "a.csv", {}).labels == {"spam": 30, "ham": 30}
@@ -243,16 +247,16 @@ def test_a_class_may_be_called_as_its_column(tmp_path: Path, names: str) -> None
         ((["I-drug", "I-drug"], ["O", "I-dose"]), {"drug": 1, "dose": 1}),
     ],
 )
-def test_a_scheme_is_one_of_the_whole_column(tmp_path: Path, tags: Any, labels: dict[str, int]) -> None:
+def test_tag_scheme_is_decided_for_the_whole_column(tmp_path: Path, tags: Any, labels: dict[str, int]) -> None:
     assert seen(tmp_path, rows({"tokens": ["a", "b"], "tags": tags}, 2)).labels == labels
 
 
-def test_a_label_that_may_be_an_event_by_a_time_is_told(tmp_path: Path) -> None:
+def test_possible_event_label_is_pointed_out(tmp_path: Path) -> None:
     found = seen(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
     assert "censored may be an event: --time run_hours --event censored." in found.notes
 
 
-def test_images_that_no_run_reads_are_counted(tmp_path: Path) -> None:
+def test_unsupported_image_formats_are_counted(tmp_path: Path) -> None:
     (tmp_path / "scan.bmp").touch()
     with pytest.raises(DataError, match=r"1 \.bmp images.: must be PNG"):
         look_at(tmp_path, {})

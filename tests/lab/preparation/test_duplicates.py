@@ -34,7 +34,7 @@ def sentence(seed: int) -> str:
     return " ".join("".join(draws.choices("abcdefghijklmnop", k=6)) for _ in range(20))
 
 
-def test_the_same_but_for_spaces_is_the_same_and_one_word_more_is_alike() -> None:
+def test_whitespace_variants_are_equal_and_extensions_are_similar() -> None:
     read, text = Reader(), sentence(1)
     assert read(text) == {"same": [], "alike": []}
     assert read(f"  {text.replace(' ', '  ')}\n") == {"same": [1], "alike": [1]}
@@ -43,7 +43,7 @@ def test_the_same_but_for_spaces_is_the_same_and_one_word_more_is_alike() -> Non
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_records_that_differ_in_any_role_of_a_task_are_not_the_same(name: str) -> None:
+def test_records_differing_in_any_role_are_distinct(name: str) -> None:
     for layout in TASKS[name].layouts:
         first = Record(dict.fromkeys(layout, TURNS))
         for role in layout:
@@ -51,12 +51,12 @@ def test_records_that_differ_in_any_role_of_a_task_are_not_the_same(name: str) -
             assert (other.said, other.answer) != (first.said, first.answer), role
 
 
-def test_records_that_differ_in_a_feature_are_not_the_same() -> None:
+def test_records_differing_in_a_feature_are_distinct() -> None:
     rows = [("", "1"), ("1", ""), ("a b", "c"), ("a", "b c")]
     assert len({Record({"feature:a": a, "feature:b": b, "label": "x"}).said for a, b in rows}) == len(rows)
 
 
-def test_each_use_and_label_has_a_first_one() -> None:
+def test_first_occurrence_is_tracked_per_use_and_label() -> None:
     read, text = Reader(), sentence(1)
     read(text)
     assert read(text, "b")["same"] == [1]
@@ -64,7 +64,7 @@ def test_each_use_and_label_has_a_first_one() -> None:
     assert read(text, use="test")["same"] == [1, 2, 3]
 
 
-def test_nearly_all_texts_that_share_nine_tenths_are_found() -> None:
+def test_texts_sharing_nine_tenths_are_nearly_always_found() -> None:
     read, found = Reader(), 0
     for seed in range(100):
         words = sentence(seed).split()
@@ -73,7 +73,7 @@ def test_nearly_all_texts_that_share_nine_tenths_are_found() -> None:
     assert found >= 95
 
 
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicate_search_uses_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "MOST_SAME", 3)
     monkeypatch.setattr(duplicates, "MOST_ALIKE", 2)
     read = Reader()
@@ -84,7 +84,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(sentence(4)) == {"same": [], "alike": []}
 
 
-def test_a_record_that_is_not_kept_is_no_earlier_one() -> None:
+def test_skipped_record_is_not_an_earlier_duplicate() -> None:
     earlier, one = Earlier(alike=True), Record({"text": sentence(1)}, "file", 1)
     for _ in range(2):
         assert earlier.twins(one, keep=False) == {"same": (), "alike": ()}
@@ -109,7 +109,7 @@ def runs_in(words: Words) -> set[tuple[str | None, ...]]:
 @given(st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=4))
 @example([[list("ab")], [list("b")]], [[list("ab")]])
 @example([[list("aabab")]], [[list("abaab")], [list("bab")]])
-def test_the_longest_run_is_that_of_all_runs(texts: list[list[list[str]]], others: list[list[list[str]]]) -> None:
+def test_longest_common_run_matches_brute_force(texts: list[list[list[str]]], others: list[list[list[str]]]) -> None:
     own = {str(number): of_parts(parts) for number, parts in enumerate(others)}
     every = [of_parts(parts) or [None] for parts in texts]
     found = list(longest_runs(every, own.items()))
@@ -141,19 +141,19 @@ def near(text: str, *others: str) -> Near:
         ("\U0001f600 ...", "\U0001f600 ...", ""),
     ],
 )
-def test_words_go_without_case_punctuation_and_form(text: str, other: str, run: str) -> None:
+def test_word_comparison_ignores_case_punctuation_and_unicode_form(text: str, other: str, run: str) -> None:
     found = near(text, "nothing of it", other)
     assert (found.run, found.words) == (run, len(run.split()))
     assert (found.place, found.of) == ("made:7", "own:2" if run else "")
 
 
-def test_a_share_is_of_the_words_and_the_longest_run_comes_first() -> None:
+def test_matches_are_sorted_by_run_length_with_their_share() -> None:
     made = [record("one two three", 1, file="made"), record("one two three four", 2, file="made", prompt="five six")]
     found = compare(made, [record("one two three four five six")])
     assert [(one.place, one.words, one.share) for one in found] == [("made:2", 4, 4 / 6), ("made:1", 3, 1.0)]
 
 
-def test_each_record_of_many_alike_has_its_twin_and_the_same_is_more_than_alike() -> None:
+def test_exact_copies_rank_above_similar_texts() -> None:
     draws = random.Random(1)
     words = ["".join(draws.choices("abcdefgh", k=6)) for _ in range(40)]
     text = " ".join(words)
@@ -165,10 +165,10 @@ def test_each_record_of_many_alike_has_its_twin_and_the_same_is_more_than_alike(
 
 
 @pytest.mark.parametrize(("text", "others", "details"), cases_of(__file__, "details"))
-def test_details_are_the_same_in_any_spaces(text: str, others: list[str], details: list[list[object]]) -> None:
+def test_copied_details_are_found_despite_whitespace(text: str, others: list[str], details: list[list[object]]) -> None:
     assert [list(one) for one in near(text, *others).details] == details
 
 
-def test_nothing_is_like_nothing() -> None:
+def test_empty_inputs_match_nothing() -> None:
     assert compare([], [record("a text")]) == []
     assert near("a text") == Near("made:7", 0, 0.0, "", "", "", "", [])

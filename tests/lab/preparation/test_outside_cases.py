@@ -43,7 +43,7 @@ def table(folder: Path, *lines: str) -> Path:
         ({"n": 1.5}, "a column of text"),
     ],
 )
-def test_what_would_be_learnt_wrongly_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         seen(tmp_path, columns)
 
@@ -60,7 +60,7 @@ def test_what_would_be_learnt_wrongly_is_refused(tmp_path: Path, columns: dict[s
         ({"query": own, "response": own, "rejected_response": own}, "rejected_response", "not"),
     ],
 )
-def test_what_is_not_read_is_named(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
+def test_unread_columns_are_named_with_a_reason(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
     assert why in dict(seen(tmp_path, columns).unread)[name]
 
 
@@ -71,13 +71,13 @@ def test_what_is_not_read_is_named(tmp_path: Path, columns: dict[str, Any], name
         *(("Re\u0301clamation", "R\u00e9clamation"), ("Question", "Que\u200bstion")),
     ],
 )
-def test_labels_that_are_one_in_another_form_are_named(labels: tuple[str, str]) -> None:
+def test_label_spelling_variants_are_named(labels: tuple[str, str]) -> None:
     (said,) = starter.about_spellings([*labels, "other", "2.5"])
     assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
 
 
 @pytest.mark.parametrize("end", ['d "e",ok', 'd",ok,ok'])
-def test_a_row_that_took_others_along_says_how_many(tmp_path: Path, end: str) -> None:
+def test_row_with_an_open_quote_states_the_swallowed_lines(tmp_path: Path, end: str) -> None:
     path = table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
     (fault, last) = [found for _, found in table_rows(path, None, comma=",")]
     assert isinstance(fault, DataError)
@@ -86,7 +86,7 @@ def test_a_row_that_took_others_along_says_how_many(tmp_path: Path, end: str) ->
     assert last == {"text": "f", "label": "ok"}
 
 
-def test_columns_without_a_name_are_each_named_or_refused(tmp_path: Path) -> None:
+def test_unnamed_columns_are_listed_and_title_rows_refused(tmp_path: Path) -> None:
     lines = [f"a text with number {n},{'ab'[n % 2]},,{n}" for n in range(60)]
     assert set(dict(look_at(table(tmp_path, "text,label,,", *lines), {}).unread)) == {"(column 3)", "(column 4)"}
     title = table(tmp_path, "Report of 2024,,,", "text,label,a,b", *lines)

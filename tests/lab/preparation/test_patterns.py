@@ -23,31 +23,31 @@ from ...cases import cases_of
         *(("Tel. 0171/1234567", "phone number", "0171/1234567"), ("(555) 234-5678", "phone number", "(555) 234-5678")),
     ],
 )
-def test_an_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:
+def test_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:
     assert [(found, text[start:end]) for found, start, end in identifiers(text)] == [(kind, whole)]
     assert masked(text) == (text.replace(whole, f"[{kind}]"), [kind])
 
 
 @pytest.mark.parametrize("text", cases_of(__file__, "no_identifiers"))
-def test_what_is_none_is_left_alone(text: str) -> None:
+def test_harmless_text_is_not_masked(text: str) -> None:
     assert masked(text) == (text, [])
 
 
-def test_several_in_one_text() -> None:
+def test_several_identifiers_in_one_text_are_masked() -> None:
     text = "a@b.de or 0171/1234567 or c@d.de"
     assert masked(text) == ("[e-mail] or [phone number] or [e-mail]", ["e-mail", "phone number", "e-mail"])
 
 
 @pytest.mark.parametrize("evil", ["1 ", "+1", "a.a@", "A1 ", "1:", "DE12A", "(", "1.1.1.", "a@b.de "])
-def test_a_long_text_takes_no_time_beyond_its_length(evil: str) -> None:
+def test_pattern_search_takes_linear_time(evil: str) -> None:
     identifiers(evil * 50_000)  # what looks back over the whole text would take hours
 
 
 @pytest.mark.parametrize(("text", "kind"), cases_of(__file__, "damaged"))
-def test_damage(text: str, kind: str) -> None:
+def test_encoding_damage_is_detected(text: str, kind: str) -> None:
     assert list(damage(text)) == [kind]
 
 
 @pytest.mark.parametrize("text", ["Für Sie: «É…»", "À la carte, ÇA VA?", "👩‍👩‍👧 🙂", "a\tb\r\nc", "文字 Ünïcode Æ"])
-def test_what_is_as_it_should_be_is_no_damage(text: str) -> None:
+def test_valid_unicode_text_is_not_damage(text: str) -> None:
     assert list(damage(text)) == []

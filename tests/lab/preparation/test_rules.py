@@ -170,7 +170,7 @@ def decided(folder: Path, given: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rule_decides_alike_for_other_orders_and_names(tmp_path: Path, name: str) -> None:
+def test_detection_does_not_depend_on_order_or_arbitrary_names(tmp_path: Path, name: str) -> None:
     columns, expected = RULES[name]
     rows_of, draws = rows(columns, 60), random.Random(name)
     before = decided(tmp_path, rows_of)
@@ -196,7 +196,7 @@ KINDS = st.lists(st.sampled_from(["whole", *NOTED]), min_size=12, max_size=20)
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
-def test_torn_and_damaged_rows_are_counted_whatever_their_order(tmp_path: Path, kinds: Any, names: Any) -> None:
+def test_torn_and_damaged_rows_are_counted_in_any_order(tmp_path: Path, kinds: Any, names: Any) -> None:
     """Offsets are held against words, and what an encoding spoiled is told."""
     lost, texts = "cards are lost", {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"}
     made = [[f"{texts.get(kind, lost)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]

@@ -66,17 +66,17 @@ def lines(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path) -> None:
+def test_labels_resembling_yaml_values_stay_strings(tmp_path: Path) -> None:
     made = made_for(table(tmp_path, 60, labels=("yes", "1", "null", "a: b", "# c", "ä")))
     assert made.composed().data.labels == ("1", "# c", "a: b", "null", "yes", "ä")
 
 
 @pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
-def test_a_site_gets_a_few_hundred_records(tmp_path: Path, rows: int, sites: int) -> None:
+def test_number_of_sites_follows_the_number_of_rows(tmp_path: Path, rows: int, sites: int) -> None:
     assert made_for(table(tmp_path, rows)).plan.num_sites == sites
 
 
-def test_a_template_of_all_texts_is_proposed_as_a_comment_that_composes(tmp_path: Path) -> None:
+def test_prompt_template_suggestion_composes(tmp_path: Path) -> None:
     columns = ("title", "summary", "text")
     given = [{name: f"{name} of {n} in some words" * 2**at for at, name in enumerate(columns)} for n in range(40)]
     made = made_for(lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(given))))
@@ -88,7 +88,7 @@ def test_a_template_of_all_texts_is_proposed_as_a_comment_that_composes(tmp_path
 
 
 @pytest.mark.parametrize(("words", "length", "windows"), [(9, 32, 1), (200, 256, 2), (5000, 256, 4)])
-def test_marked_texts_get_windows_and_one_type_is_enough(tmp_path: Path, words: int, length: int, windows: int) -> None:
+def test_span_data_gets_windows_and_one_type_suffices(tmp_path: Path, words: int, length: int, windows: int) -> None:
     text = " ".join(["a"] * words)
     path = lines(tmp_path, *[{"text": f"{text} {number}", "spans": [[0, 1, "card"]]} for number in range(40)])
     config = made_for(path).composed()
@@ -98,7 +98,7 @@ def test_marked_texts_get_windows_and_one_type_is_enough(tmp_path: Path, words: 
     assert data.stride == min(32, (length - 2) // 2)
 
 
-def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path) -> None:
+def test_scored_pairs_get_their_scale_and_compose(tmp_path: Path) -> None:
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
     made = made_for(lines(tmp_path, *rows))
     assert (made.plan.base, made.plan.usable, len(made.plan.lengths)) == ("own_pairs", 60, 60)
@@ -107,7 +107,7 @@ def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path) -> None:
     assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
 
 
-def test_preferences_get_turns_and_leave_out_what_is_no_pair(tmp_path: Path) -> None:
+def test_preference_data_gets_turns_and_skips_invalid_pairs(tmp_path: Path) -> None:
     rows = [{"chosen": turns(f"where {n}", "there"), "rejected": turns(f"where {n}", "no")} for n in range(60)]
     rows[7]["rejected"] = turns("what else", "no")
     made = made_for(lines(tmp_path, *rows), model="random_llama")
@@ -117,7 +117,7 @@ def test_preferences_get_turns_and_leave_out_what_is_no_pair(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("rows", "delta"), [(400, 1e-5), (600_000, 1e-7)])
-def test_delta_and_declared_sizes_are_near_a_site_s_share(tmp_path: Path, rows: int, delta: float) -> None:
+def test_delta_and_declared_size_follow_the_site_share(tmp_path: Path, rows: int, delta: float) -> None:
     made = made_for(table(tmp_path, 400))
     large = replace(made.plan, usable=rows, units=rows)
     settings = yaml.safe_load(starter.experiment(look_at(made.path, {}), large, file=tmp_path / "own.yaml"))
@@ -129,26 +129,26 @@ def test_delta_and_declared_sizes_are_near_a_site_s_share(tmp_path: Path, rows: 
         assert 0.8 * 400 * 0.7 / 2 <= size <= 400 * 0.7 / 2
 
 
-def test_each_setting_has_its_comment(tmp_path: Path) -> None:
+def test_every_written_setting_has_a_comment(tmp_path: Path) -> None:
     text = made_for(table(tmp_path, 60)).text
     settings = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith("#")]
     assert [line for line in settings if " # " not in line] == []
 
 
-def test_long_records_are_counted_and_bounded(tmp_path: Path) -> None:
+def test_long_records_are_counted_and_truncated(tmp_path: Path) -> None:
     made = made_for(lines(tmp_path, *({"body": "word " * size} for size in (5, 50, 5000))), model="random_llama")
     assert made.plan.max_length == 256
     assert f"{1 + int(made.plan.lengths[1] > 256)} of 3 records are longer and are cut" in made.text
 
 
-def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
+def test_unusable_rows_are_reported_and_skipped(tmp_path: Path) -> None:
     made = made_for(table(tmp_path, 60, more=" ,yes\na,b,c\n"))
     left_out = {"must not be blank (role text)": 1, "must have 2 cells, as the header": 1}
     assert (made.plan.usable, made.plan.left_out) == (60, LeftOut(rows=62, reasons=left_out))
     assert made.settings["data"]["unusable"] == "leave_out"
 
 
-def test_a_file_names_its_run_and_the_next_line_can_be_typed() -> None:
+def test_run_name_and_next_command_follow_the_file_name() -> None:
     names = {"a b(1).yaml": "a-b-1", "...yaml": "own", "Ärger.yaml": "rger"}
     assert {file: starter.run_name(Path(file)) for file in names} == names
     typed = [("a.yaml", "experiment=./a.yaml"), ("in/a.yaml", "experiment=in/a.yaml")]
@@ -156,7 +156,7 @@ def test_a_file_names_its_run_and_the_next_line_can_be_typed() -> None:
         assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
 
 
-def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
+def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
     path = lines(tmp_path, *[{"messages": turns("who is there?", "nobody at all")}] * 30)
     made = made_for(path, model="random_llama")
     assert (made.plan.turns, made.settings["data"]["chat_template"]) == ("plain", "plain"), "it has no template"
@@ -177,7 +177,7 @@ def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
         (("yes", "no"), "", "max_length were proposed from nearly all records"),
     ],
 )
-def test_what_a_person_should_know_is_said(tmp_path: Path, labels: tuple[str, ...], more: str, note: str) -> None:
+def test_generated_notes_warn_of_data_problems(tmp_path: Path, labels: tuple[str, ...], more: str, note: str) -> None:
     assert note in made_for(table(tmp_path, 60, labels=labels, more=more)).notes
 
 
@@ -186,7 +186,7 @@ def test_tokens_unknown_to_the_model_are_counted(tmp_path: Path, monkeypatch: py
     assert "% of the tokens are unknown to this model" in made_for(table(tmp_path, 60)).notes
 
 
-def test_labels_stand_in_the_order_of_numbers_and_those_without_a_record_are_left(tmp_path: Path) -> None:
+def test_numeric_labels_are_sorted_and_unused_ones_omitted(tmp_path: Path) -> None:
     numbers = tuple(map(str, range(1, 11)))
     made = made_for(table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
     assert made.settings["data"]["labels"] == list(numbers)
@@ -195,7 +195,7 @@ def test_labels_stand_in_the_order_of_numbers_and_those_without_a_record_are_lef
 
 
 @pytest.mark.parametrize("separator", ["", ";b"])
-def test_a_label_of_one_row_is_not_made_public(tmp_path: Path, separator: str) -> None:
+def test_label_of_a_single_row_is_not_published(tmp_path: Path, separator: str) -> None:
     labels = (f"yes{separator}", f"no{separator}", "yes")
     made = made_for(table(tmp_path, 60, labels=labels, more=f"a text,a rare case{separator}\n"))
     assert made.settings["data"]["labels"] == sorted({"no", "yes", *separator.removeprefix(";")})
@@ -203,7 +203,7 @@ def test_a_label_of_one_row_is_not_made_public(tmp_path: Path, separator: str) -
 
 
 @pytest.mark.parametrize("words", [120, 5000])
-def test_long_texts_are_read_as_far_as_most_reach_and_what_is_lost_is_said_last(tmp_path: Path, words: int) -> None:
+def test_max_length_covers_most_texts_and_losses_are_stated(tmp_path: Path, words: int) -> None:
     rows = [{"body": "ab " * (words if number % 20 else 3 * words), "kind": "ab"[number % 2]} for number in range(200)]
     made = made_for(lines(tmp_path, *rows))
     usual = int(made.plan.lengths[1])
@@ -213,7 +213,7 @@ def test_long_texts_are_read_as_far_as_most_reach_and_what_is_lost_is_said_last(
     assert made.notes.splitlines()[-1].startswith(f"{lost:,} of 200 records are longer than max_length (")
 
 
-def test_a_long_context_is_said_to_lose_its_middle(tmp_path: Path) -> None:
+def test_note_warns_that_long_contexts_lose_their_middle(tmp_path: Path) -> None:
     rows = [
         {"question": f"what of {n}?", "context": "a " * (3000 if n % 5 else 3), "answer": f"it is {n}, and so"}
         for n in range(60)
@@ -222,7 +222,7 @@ def test_a_long_context_is_said_to_lose_its_middle(tmp_path: Path) -> None:
     assert "and lose the middle of their longest text" in made.notes
 
 
-def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> None:
+def test_single_long_record_does_not_change_max_length(tmp_path: Path) -> None:
     before = made_for(table(tmp_path, 120)).plan.max_length
     made = made_for(table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
     assert made.plan.max_length == before
@@ -241,7 +241,7 @@ def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0, **chos
     return made_for(folder / "visits.csv", **chosen)
 
 
-def test_a_chosen_column_of_sites_deals_the_file_out_with_names_and_sizes(tmp_path: Path) -> None:
+def test_site_column_partitions_the_file_by_name_and_size(tmp_path: Path) -> None:
     sites = ("N Coast", "South", "South")
     rows = [f"text {number},{'ab'[number % 2]},{sites[number % 3]}" for number in range(120)]
     (tmp_path / "visits.csv").write_text("\n".join(["body,desk,carrier", *rows]) + "\n")
@@ -257,14 +257,14 @@ def test_a_chosen_column_of_sites_deals_the_file_out_with_names_and_sizes(tmp_pa
     assert (config.federation.names, len(config.data.partition.sites)) == (("site-1", "site-2"), 2), "alike as names"
 
 
-def test_a_column_of_sites_must_keep_persons_together_and_have_enough_at_each(tmp_path: Path) -> None:
+def test_site_column_must_keep_persons_together_with_enough_records(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--site = 'org': must be the same in all records of a person"):
         visits(tmp_path, lambda number: f"p{number % 60}", site="org")
     with pytest.raises(ConfigError, match=r"--site = 'org': must have at least 20 of what is protected.*; N has 10"):
         visits(tmp_path, lambda number: f"p{number // 10}", site="org")
 
 
-def test_sites_get_the_number_of_their_persons_and_rows_without_an_id_are_left_out(tmp_path: Path) -> None:
+def test_sites_count_persons_and_skip_rows_without_an_id(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
     assert (made.plan.places, made.plan.units, made.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
     assert (made.settings["data"]["declared_sizes"], made.settings["data"]["unusable"]) == ([17, 17], "leave_out")
@@ -275,7 +275,7 @@ def test_sites_get_the_number_of_their_persons_and_rows_without_an_id_are_left_o
     )
 
 
-def test_ids_that_differ_in_case_alone_are_counted(tmp_path: Path) -> None:
+def test_ids_differing_only_in_case_are_counted(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
     assert (made.plan.units, made.plan.alike) == (100, 50)
     assert "50 ids of persons are like another" in made.notes

@@ -34,7 +34,7 @@ def labs(tmp_path: Path) -> Path:
     return tmp_path / "labs.yaml"
 
 
-def test_the_file_s_own_values_are_on_the_terminal_alone(labs: Path, command: Any) -> None:
+def test_observed_values_are_shown_only_on_the_terminal(labs: Path, command: Any) -> None:
     told = command("data", "init", "labs.json", "--label", "diagnosis").printed
     for shown in ("20.5 to 79.5", "901.25 to 1018.25", "zqf", "zqm", "a list of 3 numbers", "become PUBLIC"):
         assert shown in told
@@ -47,7 +47,7 @@ def test_the_file_s_own_values_are_on_the_terminal_alone(labs: Path, command: An
         assert own_value not in page, "the experiment file travels"
 
 
-def test_one_row_without_a_value_changes_nothing_that_is_written(tmp_path: Path, labs: Path, command: Any) -> None:
+def test_one_row_with_missing_values_does_not_change_the_experiment(tmp_path: Path, labs: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
     given = json.loads((tmp_path / "labs.json").read_text())
     given[5] |= {"age": None, "sex": "", "states": None}
@@ -56,7 +56,7 @@ def test_one_row_without_a_value_changes_nothing_that_is_written(tmp_path: Path,
     assert (tmp_path / "more.yaml").read_text().replace("more", "labs") == labs.read_text()
 
 
-def test_ranges_are_declared_for_all_numbers_or_by_column(tmp_path: Path, labs: Path, command: Any) -> None:
+def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs: Path, command: Any) -> None:
     asked = ("data", "init", "labs.json", "--label", "diagnosis", "--force")
     assert command(*asked, "--ranges=-5,5").code == 0
     assert labs.read_text().count("range: [-5.0, 5.0], ") == 3
@@ -69,7 +69,7 @@ def test_ranges_are_declared_for_all_numbers_or_by_column(tmp_path: Path, labs: 
         assert command(*asked, f"--ranges={wrong}").failed().startswith("--ranges = ")
 
 
-def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: Any) -> None:
+def test_undeclared_ranges_are_requested_before_the_run(labs: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
     others = ", ".join(f"data.features[{one}" for one in ("crp].range", "sex].categories", "states].range"))
     said = f"data.features[age].range = '': is required, and so are {others}: write it where the file has ???"
@@ -89,9 +89,7 @@ def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: An
 
 
 @pytest.mark.parametrize("events", [("1", "0"), ("1.0", "0.0"), ("True", "False"), (True, False), (1, 0)])
-def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
-    tmp_path: Path, command: Any, events: tuple[Any, ...]
-) -> None:
+def test_time_and_event_columns_become_a_survival_task(tmp_path: Path, command: Any, events: tuple[Any, ...]) -> None:
     table = {"age": TABLE["age"], "os_months": lambda number: number % 50 + 0.25, "died": events}
     (tmp_path / "trial.json").write_text(json.dumps(rows(table, 60)))
     told = command("data", "init", "trial.json").printed
@@ -111,14 +109,14 @@ def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
     assert (file["rows"], file["errors"]) == (60, [])
 
 
-def test_true_and_false_of_a_spreadsheet_are_categories(tmp_path: Path, command: Any) -> None:
+def test_spreadsheet_booleans_are_categories(tmp_path: Path, command: Any) -> None:
     rows = "".join(f"{n / 7:.2f},{('TRUE', 'FALSE')[n % 2]},{('clay', 'sand')[n % 3 == 0]}\n" for n in range(40))
     (tmp_path / "soil.csv").write_text(f"moisture,irrigated,soil\n{rows}")
     assert command("data", "init", "soil.csv", "--table", "--label", "soil").code == 0
     assert "irrigated" in (tmp_path / "soil.yaml").read_text()
 
 
-def test_texts_with_time_and_event_are_survival(tmp_path: Path, command: Any) -> None:
+def test_texts_with_time_and_event_become_a_survival_task(tmp_path: Path, command: Any) -> None:
     given = {"text": own, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
     (tmp_path / "notes.json").write_text(json.dumps(rows(given, 60)))
     assert command("data", "init", "notes.json", "--model", "random_bert").printed

@@ -44,7 +44,7 @@ PLAIN = [f"{name}, no privacy" for name in MODELS[1:]]
 MEANS = ["alone, mean of 2", "alone, mean of 2, no privacy"]
 
 
-def test_one_command_runs_everybody_with_and_without_privacy(told: Any, folder: Path) -> None:
+def test_compare_trains_all_variants_with_and_without_privacy(told: Any, folder: Path) -> None:
     models = {model["name"]: model for model in told["models"]}
     assert list(models) == [*MODELS, *PLAIN, *MEANS]
     assert {name for name, model in models.items() if model.get("epsilon") is not None} == set(MODELS[1:])
@@ -55,7 +55,7 @@ def test_one_command_runs_everybody_with_and_without_privacy(told: Any, folder: 
     assert json.loads((folder / "both" / "compare.json").read_text()) == told
 
 
-def test_its_scores_are_those_of_the_runs(told: Any) -> None:
+def test_compared_scores_match_the_runs(told: Any) -> None:
     models = {model["name"]: model for model in told["models"]}
     for name in (*MODELS[1:], *PLAIN):
         run = result_of(Path(models[name]["folder"]))
@@ -74,7 +74,7 @@ def test_its_scores_are_those_of_the_runs(told: Any) -> None:
     assert pairs == {(name, "federated") for name in ("base", *MODELS[2:], *PLAIN)}
 
 
-def test_pairs_hold_every_difference_and_words_say_what_cannot_be_told_apart(told: Any) -> None:
+def test_pairwise_differences_are_complete_and_explained(told: Any) -> None:
     pairs = {(pair["base"], pair["tuned"]): pair for pair in told["pairs"] if pair["score"] == "loss"}
     assert len(pairs) == 11 * 10 / 2
     models = {model["name"]: model["scores"]["loss"]["value"] for model in told["models"]}
@@ -90,7 +90,7 @@ def test_pairs_hold_every_difference_and_words_say_what_cannot_be_told_apart(tol
         assert any(sentence.startswith(said) for sentence in others)
 
 
-def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
+def test_compared_runs_differ_only_in_their_participants(words: list[str]) -> None:
     runs = {line.name: line.run.config for line in plan_runs(words, without_privacy=True, leave_out=())}
     whole, alone, pooled, plain = (runs[name] for name in ("federated", "site-2 alone", "pooled", "pooled, no privacy"))
     assert alone.federation.active == ("site-2",)
@@ -105,9 +105,7 @@ def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
     assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
 
 
-def test_the_same_command_runs_nothing_again_and_goes_on_where_it_stopped(
-    told: Any, words: list[str], folder: Path, tmp_path: Path
-) -> None:
+def test_repeated_compare_reruns_nothing_and_resumes(told: Any, words: list[str], folder: Path, tmp_path: Path) -> None:
     made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
     again = command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
     assert json.loads(again.out) == told
@@ -126,7 +124,7 @@ def test_the_same_command_runs_nothing_again_and_goes_on_where_it_stopped(
     assert [line.partition(":")[0] for line in lines[:2]] == ["1 of 2, federated", "2 of 2, pooled"]
 
 
-def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
+def test_interrupted_compare_can_be_resumed(tmp_path: Path) -> None:
     words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"), "--leave-out", "alone")
     with pytest.MonkeyPatch.context() as patched:
         fail_where(patched, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
@@ -138,7 +136,7 @@ def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
     assert [one["round"] for one in result_of(tmp_path / "both" / "both-federated")["rounds"]] == [1]
 
 
-def test_a_run_alone_that_was_interrupted_after_its_charge_keeps_the_rounds_that_it_has(tmp_path: Path) -> None:
+def test_interrupted_single_site_run_keeps_its_completed_rounds(tmp_path: Path) -> None:
     """Its plan is used up one round early: that ends it, is said in words, and blocks no other run."""
     words = ("compare", *tiny("federation.num_rounds=2", *SHORT[1:], *SITES, into=tmp_path, name="both"))
     alone = tmp_path / "both" / "both-alone-site-1"
@@ -163,7 +161,7 @@ def test_a_run_alone_that_was_interrupted_after_its_charge_keeps_the_rounds_that
     assert command("report", "verify", str(alone)).code == 0
 
 
-def test_a_run_alone_without_any_round_is_left_out(tmp_path: Path) -> None:
+def test_single_site_run_without_rounds_is_omitted(tmp_path: Path) -> None:
     words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"))
     alone = tmp_path / "both" / "both-alone-site-1"
     with pytest.MonkeyPatch.context() as patched:
@@ -176,14 +174,14 @@ def test_a_run_alone_without_any_round_is_left_out(tmp_path: Path) -> None:
     assert "site-1 alone" not in [one["name"] for one in json.loads(again.out)["models"]]
 
 
-def test_a_difference_of_nothing_has_no_minus() -> None:
+def test_rounded_zero_difference_has_no_minus_sign() -> None:
     """A difference that is rounded away would read -0.0000."""
     nothing = Estimate(-1e-6, -2e-6, 1e-6)
     found = Comparison(base=nothing, tuned=nothing, difference=nothing, verdict=NO_DIFFERENCE)
     assert changed(found)[:2] == ("+0.0000", "+0.0000 to +0.0000")
 
 
-def test_without_an_experiment_it_says_the_price_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_without_an_experiment_states_its_cost_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.cli.compare._run_all", lambda *_, **__: pytest.fail("nobody agreed"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     outcome = command("compare")
@@ -192,7 +190,7 @@ def test_without_an_experiment_it_says_the_price_and_asks(monkeypatch: pytest.Mo
     assert "Train them now? [y/N]" in outcome.out
 
 
-def test_runs_that_are_there_are_scored_on_one_file(
+def test_existing_runs_are_scored_on_one_file(
     told: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(snapshots.COLUMNS))
@@ -216,13 +214,13 @@ def test_runs_that_are_there_are_scored_on_one_file(
 
 
 @snapshots.mistakes("mistakes-compare")
-def test_what_cannot_be_compared(typed: str, tmp_path: Path) -> None:
+def test_invalid_compare_command_is_refused(typed: str, tmp_path: Path) -> None:
     message = command("compare", *tiny(into=tmp_path, name="x"), *shlex.split(typed)).failed()
     snapshots.check_message("mistakes-compare", typed, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(tmp_path: Path) -> None:
+def test_personalized_adapters_are_compared_with_alternatives(tmp_path: Path) -> None:
     larger = ("data.train_fraction=0.04", "data.declared_sizes=180")
     asked = [*tiny(*SHORT, *SITES, *larger, into=tmp_path, name="own"), "--personal", "--leave-out=pooled"]
     asked += ["--smallest", "10"]
@@ -256,7 +254,7 @@ def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(tmp_path: Path
     assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
 
 
-def test_runs_without_privacy_release_no_scores_and_have_no_secure_sum() -> None:
+def test_runs_without_privacy_release_no_scores_or_secure_sums() -> None:
     noised = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
     runs = plan_runs(noised, without_privacy=True, leave_out=())
     assert {(line.private, line.run.config.privacy.metrics) for line in runs} == {(True, "noised"), (False, "none")}

@@ -16,7 +16,7 @@ RANK = Searched(key="lora.rank", low=2, high=9)
 HEAD = Searched(key="lora", choices=("attention", "all_linear"))
 
 
-def test_a_grid_has_every_combination_once_and_needs_an_end() -> None:
+def test_grid_covers_every_combination_and_requires_finite_values() -> None:
     trials = combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
     assert [tuple(one.values()) for one in trials] == [*product(("attention", "all_linear"), ("4", "8", "16"))]
     message = r"^training.learning_rate = '0.001 to 0.1': has no end of values, and all are to be tried: list some"
@@ -24,7 +24,7 @@ def test_a_grid_has_every_combination_once_and_needs_an_end() -> None:
         combinations([HEAD, RATE])
 
 
-def test_random_trials_are_spread_over_the_whole_space() -> None:
+def test_random_trials_cover_the_search_space() -> None:
     trials = at_random([RATE, RANK, HEAD], seed="1", number=200)
     rates = sorted(float(one["training.learning_rate"]) for one in trials)
     assert 0.001 <= rates[0] < 0.0015
@@ -37,7 +37,7 @@ def test_random_trials_are_spread_over_the_whole_space() -> None:
     assert all(0.12346 <= value <= 0.12354 for value in values), "rounded within their ends"
 
 
-def test_each_random_trial_has_a_seed_of_its_own() -> None:
+def test_each_random_trial_has_a_separate_seed() -> None:
     """So more trials change no earlier one, and no trial tells its place."""
     few, many = (at_random([RATE, RANK], seed="1", number=number) for number in (2, 5))
     assert many[:2] == few
@@ -55,7 +55,7 @@ def told(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float
     return tried
 
 
-def test_tpe_goes_where_scores_are_best_and_does_the_same_again() -> None:
+def test_tpe_concentrates_on_good_scores_reproducibly() -> None:
     tried = told()
     assert tried == told()
     assert tried[:8] == told(peak=0.09)[:8], "a third is drawn before any score counts"
@@ -64,7 +64,7 @@ def test_tpe_goes_where_scores_are_best_and_does_the_same_again() -> None:
     assert tried[8:] != told(peak=0.09)[8:]
 
 
-def test_the_ends_of_a_space_are_what_trials_may_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_space_ends_are_enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [{"lora.rank": rank, "lora": lora} for rank in ("2", "9") for lora in ("attention", "all_linear")]
     assert ends([RANK, HEAD]) == both
     monkeypatch.setattr(trial_search, "_MOST_ENDS", 3)

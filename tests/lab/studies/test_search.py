@@ -62,9 +62,7 @@ def outcome(words: list[str]) -> Any:
         return command("search", *words, "--trials", "3")
 
 
-def test_every_trial_is_charged_to_the_same_ledgers_and_the_table_tells_it(
-    outcome: Any, words: list[str], folder: Path
-) -> None:
+def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[str], folder: Path) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     plan = compose_run([*words[: -len(SHORT) - len(SPACE)], *SHORT]).plan()
     for spent in charged(folder / "s/sites"):
@@ -90,7 +88,7 @@ def test_every_trial_is_charged_to_the_same_ledgers_and_the_table_tells_it(
     assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
 
 
-def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, folder: Path) -> None:
+def test_selected_run_states_its_search_and_verifies(outcome: Any, folder: Path) -> None:
     noted = json.loads((folder / "s/search.json").read_text())
     picked = folder / "s" / noted["picked"]
     report = from_json((picked / "report.json").read_text())
@@ -114,7 +112,7 @@ def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, folde
         assert command("report", "verify", str(other)).code == 0
 
 
-def test_a_report_that_plays_the_search_down_is_found(outcome: Any, folder: Path, tmp_path: Path) -> None:
+def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, tmp_path: Path) -> None:
     picked = folder / "s" / json.loads((folder / "s/search.json").read_text())["picked"]
     told = json.loads((picked / "report.json").read_text())
 
@@ -137,7 +135,7 @@ def test_a_report_that_plays_the_search_down_is_found(outcome: Any, folder: Path
     assert "selection.method" in problem(method="by hand")
 
 
-def test_the_same_search_again_charges_nothing_and_another_of_its_name_is_refused(
+def test_repeated_search_charges_nothing_and_changed_ones_are_refused(
     outcome: Any, words: list[str], folder: Path
 ) -> None:
     """How many trials there are is fixed before the first one."""
@@ -162,7 +160,7 @@ def test_the_same_search_again_charges_nothing_and_another_of_its_name_is_refuse
     assert told["price"]["trials"] == 3
 
 
-def test_a_pick_that_was_cut_short_is_told_again(outcome: Any, words: Any, folder: Path) -> None:
+def test_interrupted_selection_is_completed(outcome: Any, words: Any, folder: Path) -> None:
     file = folder / "s/search.json"
     right, noted = file.read_text(), json.loads(file.read_text())
     picked = folder / "s" / noted["picked"]
@@ -177,7 +175,7 @@ def test_a_pick_that_was_cut_short_is_told_again(outcome: Any, words: Any, folde
         assert told["score"] == json.loads((trial / "selection.json").read_text())["score"] == score
 
 
-def test_ctrl_c_in_a_trial_charges_nothing_twice(tmp_path: Path) -> None:
+def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
     two_rounds = (SPACE[0], "federation.num_rounds=2", "training.local_steps=1", "tracking=quiet")
     words = tiny(*two_rounds, into=tmp_path, name="stopped")
     with pytest.MonkeyPatch.context() as patched:
@@ -207,7 +205,7 @@ def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
     return [*words, f"runtime.sites_dir='{sites}'"]
 
 
-def test_twelve_trials_are_refused_at_once_where_eight_have_room(tmp_path: Path) -> None:
+def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> None:
     words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     before = files_in(tmp_path)
     asked = [*words, SPACE[0]]
@@ -224,7 +222,7 @@ def test_twelve_trials_are_refused_at_once_where_eight_have_room(tmp_path: Path)
             Search.of(asked, method, trials=9).check_room()
 
 
-def test_a_broken_rule_and_what_others_have_spent_and_set_aside_count_before_the_first_trial(tmp_path: Path) -> None:
+def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path: Path) -> None:
     words = with_room_for(2, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     refused = command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
     said = "refuses such a trial; nothing was begun (max_rank: asked 64, allowed at most 4)"
@@ -239,7 +237,7 @@ def test_a_broken_rule_and_what_others_have_spent_and_set_aside_count_before_the
     assert "has room for 0 of" in command("search", *words, "name=t", SPACE[0], "--trials", "1").message
 
 
-def test_on_public_data_it_costs_what_it_trains(tmp_path: Path) -> None:
+def test_search_on_public_data_costs_no_epsilon(tmp_path: Path) -> None:
     public = [word for word in tiny(*SHORT, into=tmp_path, name="g") if "noise_multiplier" not in word]
     outcome = command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
     assert (outcome.code, outcome.err) == (0, "")
@@ -250,7 +248,7 @@ def test_on_public_data_it_costs_what_it_trains(tmp_path: Path) -> None:
     assert command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
 
 
-def test_a_trial_that_fails_is_no_pick(tmp_path: Path) -> None:
+def test_failed_trial_is_not_selected(tmp_path: Path) -> None:
     words = tiny("lora.target_modules=[nonesuch],[key]", *SHORT, into=tmp_path, name="f")
     out = command("search", *words, "--method", "grid").printed
     assert "run 1 failed: lora.target_modules" in " ".join(out.split())
@@ -262,7 +260,7 @@ def test_a_trial_that_fails_is_no_pick(tmp_path: Path) -> None:
     assert "Nothing is picked: no trial has a score." in outcome.out
 
 
-def test_a_trial_that_sites_refused_costs_what_was_charged_before(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     search = Search.of(tiny("training.learning_rate=0.01,0.02,0.03", *SHORT, into=tmp_path, name="s"), "grid")
     rounds = iter([0, 1, 0])
 
@@ -282,7 +280,7 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^fedtune (?=plan|search)(
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_the_page_s_commands_are_understood(words: list[str], monkeypatch: Any, tmp_path: Path) -> None:
+def test_documented_search_commands_are_valid(words: list[str], monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     if words[0] == "plan":
         planned = command(*words)
@@ -298,14 +296,14 @@ def test_the_page_s_commands_are_understood(words: list[str], monkeypatch: Any, 
 
 
 @snapshots.mistakes("mistakes-search")
-def test_what_cannot_be_searched(typed: str, tmp_path: Path) -> None:
+def test_invalid_search_command_is_refused(typed: str, tmp_path: Path) -> None:
     found = command("search", *tiny(*SHORT, into=tmp_path / "runs"), *shlex.split(typed))
     snapshots.check_message("mistakes-search", typed, found.failed())
     assert found.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scores_on_records_trained_on_pick_nothing(tmp_path: Path) -> None:
+def test_search_on_training_records_is_refused(tmp_path: Path) -> None:
     words = tiny(*SHORT, into=tmp_path, name="s")
     train = compose_run(words).data.train_file
     refused = command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")

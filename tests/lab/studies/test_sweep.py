@@ -48,7 +48,7 @@ def outcome(swept: list[str]) -> Any:
     return command("simulate", "-m", *swept)
 
 
-def test_a_run_that_fails_stops_no_other_and_the_csv_has_every_score_as_it_is(outcome: Any, folder: Path) -> None:
+def test_failed_run_does_not_stop_the_sweep(outcome: Any, folder: Path) -> None:
     reason = "lora.target_modules = 'nonesuch': must be among the base's modules: dense, key, query, value"
     states = ["finished", "failed", "finished"]
     assert outcome.failed() == reason
@@ -72,7 +72,7 @@ def test_a_run_that_fails_stops_no_other_and_the_csv_has_every_score_as_it_is(ou
             assert float(line[f"validation_{name}"]) == score
 
 
-def test_the_same_sweep_runs_only_what_is_missing(outcome: Any, swept: list[str], folder: Path) -> None:
+def test_repeated_sweep_runs_only_missing_runs(outcome: Any, swept: list[str], folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")}
     (folder / "three.csv").unlink()
     again = command("simulate", "-m", *swept, "--json")
@@ -90,7 +90,7 @@ def test_the_same_sweep_runs_only_what_is_missing(outcome: Any, swept: list[str]
     assert [told["best"]] == marked
 
 
-def test_a_taken_name_is_refused_before_any_run(outcome: Any, swept: list[str], folder: Path) -> None:
+def test_existing_sweep_name_is_refused_before_any_run(outcome: Any, swept: list[str], folder: Path) -> None:
     def refused(*more: str, words: Sequence[str] = swept) -> str:
         found = command("simulate", "-m", *words, *more)
         assert (found.code, found.out) == (2, "")
@@ -109,7 +109,7 @@ def test_a_taken_name_is_refused_before_any_run(outcome: Any, swept: list[str], 
     assert len(lines_of(folder / "three.csv")) == 3
 
 
-def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
+def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
     words = tiny("seed=1,2,3", "federation.num_rounds=2", "training.local_steps=1", into=tmp_path, name="stopped")
     with pytest.MonkeyPatch.context() as patched:
         rounds = count(1)
@@ -132,7 +132,7 @@ def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(tmp_path: Path)
     assert len({line["epsilon_spent"] for line in lines}) == 1
 
 
-def test_a_sweep_is_a_value_in_python_and_without_a_name_says_how_to_go_on(tmp_path: Path) -> None:
+def test_sweep_is_available_in_python_and_resumable_without_a_name(tmp_path: Path) -> None:
     words = [word for word in tiny("seed=1,2", *SHORT, into=tmp_path) if not word.startswith("name=")]
     trials = Trials.of_sweep(words)
     assert Trials.of_sweep(trials.again) == trials
@@ -142,7 +142,7 @@ def test_a_sweep_is_a_value_in_python_and_without_a_name_says_how_to_go_on(tmp_p
     assert trials.best in trials.rows.values()
 
 
-def test_a_sweep_over_a_budget_says_which_run_was_refused(tmp_path: Path) -> None:
+def test_sweep_over_budget_names_the_refused_run(tmp_path: Path) -> None:
     assert command("simulate", "-m", *tiny("lora.layers=[7],[8]", *SHORT, into=tmp_path)).code == 2
     assert list(tmp_path.iterdir()) == [], "where every run fails at once"
     shared = ("training.learning_rate=0.01,0.02", f"runtime.sites_dir='{tmp_path / 'sites'}'")
@@ -176,7 +176,7 @@ def best_of(rows: Sequence[Trial]) -> Trial | None:
 WRITES = ("task=causal_lm", "model=random_llama", "data=e2e_nlg", "lora=all_linear", "evaluation.generate=false")
 
 
-def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
+def test_best_run_is_selected_by_validation_score(row: Any) -> None:
     rows = [row(0.4, test=0.9), row(0.6, test=0.1), row(0.5, test=0.5)]
     assert best_of(rows) is rows[1]
     assert best_of([row(None, test=0.9), row(None, test=0.1)]) is None
@@ -187,7 +187,7 @@ def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
     assert best_of(losses) is losses[1], "the smallest"
 
 
-def test_neither_a_run_that_failed_nor_scores_on_training_records_make_a_best(row: Any) -> None:
+def test_failed_runs_and_training_scores_give_no_best_run(row: Any) -> None:
     rows = [row(0.4), row(0.3), row(0.9, findings=(DIVERGED,)), replace(row(0.8), error=RunError("x"))]
     assert [one.state for one in rows] == ["finished", "finished", "diverged", "failed"]
     assert best_of(rows) is rows[0]
@@ -212,7 +212,7 @@ def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other:
     assert (best_of([row(0.4, *one), row(0.5, *other)]) is not None) == comparable
 
 
-def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tmp_path: Path) -> None:
+def test_unexpected_error_ends_the_sweep_without_being_quoted(tmp_path: Path) -> None:
     trials, begun = Trials.of_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
 
     def work(trial: Trial) -> RunResult:
@@ -231,7 +231,7 @@ def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tmp_path:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_table_fits_the_terminal(tmp_path: Path, width: int) -> None:
+def test_sweep_table_fits_the_terminal_width(tmp_path: Path, width: int) -> None:
     swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
     out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
     trials = Trials.of_sweep(tiny(*swept, into=tmp_path))
