@@ -43,7 +43,11 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a name when it is first used, so that `import fedtune` and a command's first line take no second."""
+    """Import a public name on first use, so that `import fedtune` and the command line start quickly.
+
+    Raises:
+        AttributeError: fedtune has no such public name.
+    """
     if name not in __all__:
         raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
     return getattr(import_module(_ELSEWHERE.get(name, "fedtune.api.door")), name)

@@ -1,4 +1,4 @@
-"""`python -m fedtune`."""
+"""Entry point of `python -m fedtune`."""
 
 from fedtune.cli.main import main
 

@@ -1,7 +1,7 @@
-"""The one strict reader of records: plain JSON or TOML becomes a frozen class by the types of its fields, or an error.
+"""Strict decoding of plain JSON or TOML into frozen dataclasses, by the types of their fields.
 
-An unknown key, a missing one or a wrong type is an error, never ignored, and nothing is converted but a whole number to
-a float.  It needs the standard library alone, so that `fedtune.privacy` can be audited with it.
+An unknown key, a missing key or a wrong type is an error and never ignored, and the only conversion is from int to
+float.  The module needs only the standard library, so that `fedtune.privacy` can be audited with it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _hints = lru_cache(maxsize=256)(typing.get_type_hints)
 
 
 def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
-    """The object in JSON that anybody may have written.
+    """Parse a JSON object from an untrusted source.
 
     Raises:
-        ConfigError: it is none.  Nothing of `data` is quoted: a link may lead to another file.
+        ConfigError: the data is not a JSON object, or is nested too deeply.  The message quotes nothing of `data`,
+            because a link could point to another file.
     """
     try:
         found = json.loads(data)
@@ -46,10 +47,11 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path, *, key: str) -> dict[str, Any]:
-    """The tables of the TOML file `path`, which a person calls `key`.
+    """Read the TOML file `path`; `key` is the name of the file in error messages.
 
     Raises:
-        ConfigError: the file cannot be read, or is not TOML.  Nothing in it is quoted: a link may lead to another file.
+        ConfigError: the file cannot be read, or is not TOML.  The message quotes nothing of the file, because a link
+            could point to another file.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -61,10 +63,10 @@ def read_toml(path: Path, *, key: str) -> dict[str, Any]:
 
 
 def decode(cls: type[T], table: object, *, default: T | None = None) -> T:
-    """An instance of the dataclass `cls` from a table, which may leave out what `default` has.
+    """Decode a table into an instance of the dataclass `cls`; fields of `default` may be left out.
 
     Raises:
-        ConfigError: names the key, its value and what would be accepted.
+        ConfigError: names the key, its value and the accepted values.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(cls.__name__.lower(), table, "must be a table")
@@ -83,7 +85,11 @@ def decode(cls: type[T], table: object, *, default: T | None = None) -> T:
 
 
 def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
-    """`value` as the type `hint`; raises ConfigError as `decode` does."""
+    """Decode `value` as the type `hint`.
+
+    Raises:
+        ConfigError: the value does not match the type; as in `decode`.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:  # JSON has it, TOML has not
@@ -116,12 +122,12 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
 
 
 def items_of(value: Any) -> Iterable[Any]:
-    """The values directly within a map or a list; none in any other value."""
+    """Return the values directly inside a dict or a list; nothing for any other value."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _sequence(key: str, value: Any, hint: Any) -> Any:
-    """A list as a tuple or a set of one type, or as a tuple of a fixed length."""
+    """Decode a list into a homogeneous tuple or set, or into a tuple of fixed length."""
     require(key, value, isinstance(value, list | tuple), "must be a list")
     if hasattr(hint, "_fields"):  # a NamedTuple
         return hint(*_sequence(key, value, types.GenericAlias(tuple, (*_hints(hint).values(),))))
@@ -146,13 +152,13 @@ def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) ->
 
 
 def require(key: str, value: object, right: bool, bound: str) -> None:
-    """Raise the error of a value that is not `right`."""
+    """Raise a ConfigError for the value unless `right` is true."""
     if not right:
         raise ConfigError(key, value, bound)
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """The text of a TOML file: plain values first, then the tables inside it; what is null is left out."""
+    """Serialize a table as TOML: plain values first, then nested tables; None is left out."""
     return "\n".join(_toml_lines(table)).lstrip("\n") + "\n"
 
 

@@ -1,4 +1,6 @@
-"""`RunConfig`: one run's settings, composed of the layers' specs, which pydantic reads from plain data, and hashed."""
+"""`RunConfig`: the settings of one run, composed of each layer's spec, validated from plain data by pydantic, and
+hashed.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +48,16 @@ _MOST_YAML = 1 << 24  # bytes of a file of settings
 
 @spec
 class TrackingSpec:
-    """What a run shows and writes while it runs.
+    """What a run displays and writes while it is in progress.
 
     Attributes:
-        progress: show rounds, sites, scores, epsilon and time left on the terminal.
-        output_dir: folder in which run folders are made.
-        log_level: the level of `log.txt`; "debug" also says at the end of a run what epsilon by RDP is.
-        tracker: also show the run in "mlflow", "tensorboard" or "wandb" (each an extra), in a folder of that name in
-            `output_dir`; "none": in no tracker.
-        send_to: the address of an MLflow or wandb server to which it is sent in place of that folder.  That is a
-            release of what run.json holds; null: nothing leaves this machine.
+        progress: show rounds, sites, scores, epsilon and remaining time on the terminal.
+        output_dir: the folder in which run folders are created.
+        log_level: the level of `log.txt`; "debug" also logs the RDP epsilon at the end of a run.
+        tracker: also record the run in "mlflow", "tensorboard" or "wandb" (each an extra), in a folder of that name in
+            `output_dir`; "none": no tracker.
+        send_to: the address of an MLflow or wandb server that receives the run instead of that folder.  This releases
+            the content of run.json; null: nothing leaves this machine.
     """
 
     progress: bool = True
@@ -75,7 +77,7 @@ class TrackingSpec:
 
 @spec
 class ReportSpec:
-    """How a run's report is written.
+    """Settings of a run's report.
 
     Attributes:
         language: the language of the page, "en" or "de"; report.json is the same in every language.
@@ -166,7 +168,7 @@ class RunConfig:
         )
 
     def plan(self) -> Plan:
-        """The plan that sites are asked to accept; calibrates the noise where none is given."""
+        """Return the plan that sites are asked to accept; missing noise is calibrated."""
         return Plan.of(
             self.privacy,
             local_steps=self.training.local_steps,
@@ -177,7 +179,7 @@ class RunConfig:
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
-        """The proposal of the lead with public key `lead` to the sites: all that a site makes of this configuration."""
+        """Return the proposal to the sites by the lead with public key `lead`: everything that a site decides on."""
         has_head = self.bound_task.has_head
         return Proposal(
             run=self.run_id(),
@@ -199,7 +201,11 @@ class RunConfig:
         )
 
     def with_rates(self) -> RunConfig:
-        """The same with numbers for the learning rates that were left to fedtune."""
+        """Return a copy with numbers for learning rates of "auto".
+
+        Raises:
+            ConfigError: "auto" is not available for this task or this kind of adapter.
+        """
         if self.training.learning_rate != "auto":
             return self
         plan, sizes, task = self.plan(), self.declared_sizes().values(), self.bound_task
@@ -223,33 +229,35 @@ class RunConfig:
 
     @property
     def judged_by(self) -> str:
-        """The score that says which model is better."""
+        """The score that decides which of two models is better."""
         return self.bound_task.judged(self.data)
 
     def declared_sizes(self) -> dict[str, int]:
-        """Declared size of each site that takes part."""
+        """Return the declared size of each participating site."""
         sizes = dict(zip(self.federation.names, self.data.sizes(self.federation.num_sites), strict=True))
         return {site: sizes[site] for site in self.federation.active}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, from which `parse` makes the same configuration."""
+        """Return plain JSON, from which `parse` restores the same configuration."""
         return dataclasses.asdict(self)
 
     @property
     def may_be_fitted(self) -> bool:
-        """Rounds or noise may follow from what the sites' budgets have room for."""
+        """Whether rounds or noise may be adjusted to the sites' budgets."""
         return self.privacy.private and self.federation.if_over_budget != "stop"
 
     def can_use(self, offer: Offer) -> bool:
-        """True if a site that offers so much has room for anything that may be changed."""
+        """Whether a site with this offer can take part, once rounds or noise are adjusted as
+        `federation.if_over_budget` allows.
+        """
         if self.federation.if_over_budget == "fewer_rounds":
             return offer.most_rounds > 0
         return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MOST_NOISE
 
     def fitted_to(self, offers: Sequence[Offer]) -> RunConfig:
-        """The same, with as many rounds or as little noise as each of these sites has room for.
+        """Return a copy with as many rounds, or as little noise, as the budgets of all these sites allow.
 
-        `federation.if_over_budget` says which of the two; the noise stays the plan's where rounds become fewer.
+        `federation.if_over_budget` selects rounds or noise; if rounds are reduced, the noise of the plan is kept.
         """
         plan, settings = self.plan(), self.to_json()
         match self.federation.if_over_budget:
@@ -265,9 +273,9 @@ class RunConfig:
         return parse(settings)
 
     def decisive(self) -> dict[str, Any]:
-        """All that can change a result, as plain JSON: not names, places and speeds.
+        """Return all settings that can change a result, as plain JSON: no names, paths or settings for speed.
 
-        Whether noise is seeded belongs to it, since that changes what the result is worth.
+        Whether noise is seeded is included, because it changes what the result is worth.
         """
         fields = self.to_json()
         for key in ("name", "resume", "tracking", "report", "cost", *(() if self.public.train_file else ("public",))):
@@ -284,11 +292,11 @@ class RunConfig:
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:
-        """SHA-256, in hex, of what can change a result."""
+        """Return the SHA-256, in hex, of all settings that can change a result."""
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
     def run_id(self) -> str:
-        """Identifies the run at its sites."""
+        """Return the identifier of the run at its sites."""
         return f"{self.name}-{self.digest()[:32]}"
 
 
@@ -306,7 +314,9 @@ _ONLY_YAML = re.compile(r"(?i)[-+]?0[\dxb].*|.*[:_].*|yes|no|on|off|\d+-.*|<<")
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """YAML of text, numbers, lists and mappings; some hundred bytes of references could fill any memory."""
+    """YAML loader for text, numbers, lists and mappings only; a few hundred bytes of aliases could exhaust the
+    memory.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "tag", None) is not None:
@@ -326,17 +336,17 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
 
 
 def config_yaml(config: RunConfig) -> bytes:
-    """The content of a run folder's `config.yaml`; `saved_settings` reads it back."""
+    """Serialize the configuration as a run folder's `config.yaml`, which `saved_settings` reads."""
     settings = {"schema_version": RUN_SCHEMA, **config.to_json()}
     as_it_is = "\x85" not in json.dumps(settings, ensure_ascii=False)  # which YAML would read back as a space
     return bytes(yaml.safe_dump(settings, allow_unicode=as_it_is, encoding="utf-8", sort_keys=False))
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The content of a run folder's `config.yaml`, yet to be validated.
+    """Read a run folder's `config.yaml` without validating its settings.
 
     Raises:
-        ConfigError: there is none, it is not YAML of keys and values, or another version wrote it.
+        ConfigError: the file is missing or not YAML with keys and values, or another version wrote it.
     """
     path = RunFolder(folder).config
     if not os.path.isfile(path):  # False for a name that is too long, too
@@ -347,19 +357,20 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> RunConfig:
-    """The configuration that a run folder was made with.
+    """Read the configuration with which a run folder was created.
 
     Raises:
-        ConfigError: the folder has none, or one that this version does not understand.
+        ConfigError: the folder has no configuration, or one that this version does not accept.
     """
     return parse(saved_settings(folder))
 
 
 def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
-    """A file of keys and values, as plain data; `key` is the setting that named it.
+    """Read a YAML file of keys and values as plain data; `key` is the setting that names the file.
 
     Raises:
-        ConfigError: there is no such file, or it is not YAML of keys and values; with the line where that is known.
+        ConfigError: the file is missing, too large or not YAML with keys and values; the message gives the line if
+            known.
     """
     try:
         if path.stat().st_size > _MOST_YAML:
@@ -380,12 +391,13 @@ def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
 
 
 def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
-    """Validate plain data into a `RunConfig`, with numbers for what is left to fedtune.
+    """Validate plain data into a `RunConfig`, with numbers for settings of "auto".
 
-    Labels that are whole numbers are taken as text, as in records.  `for_real_sites`: not for this machine.
+    Integer labels are converted to text, as in records.  `for_real_sites` does not adapt the configuration to this
+    machine.
 
     Raises:
-        ConfigError: names the first wrong key, its value and what would be accepted.
+        ConfigError: names the first wrong key, its value and the accepted values.
     """
     try:
         config = _ADAPTER.validate_python(_with_label_texts(with_home(settings)))
@@ -400,7 +412,11 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
 
 
 def with_home(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any]:
-    """The same with the home folder in place of a `~` at the beginning of a path."""
+    """Return a copy of the settings in which paths that begin with `~` start at the home folder.
+
+    Raises:
+        ConfigError: a path names the home folder of an unknown user.
+    """
     found = {}
     for key, value in settings.items():
         path = f"{within}{key}"
@@ -410,15 +426,16 @@ def with_home(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any
 
 
 def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
-    """Settings that were made for a plain run, as those of a run with secure sums; `parse` judges them.
+    """Convert the settings of a plain run to a run with secure aggregation; `parse` validates the result.
 
-    Each step becomes a round, a sum is of all sites that take part, and rates fall to zero by a straight line.  The
-    average has less noise than a plain one, by the root of the number of sites whose noise counts.  SGD's rates grow by
-    that, at most as far as simulations/aggregation tried; Adam's follow no noise.
+    Each step becomes a round, each sum covers all participating sites, and learning rates decay linearly to zero.  The
+    average has less noise than in a plain run, by the square root of the number of sites whose noise counts.  SGD's
+    learning rates grow by that factor, but at most as far as simulations/aggregation tested; Adam's learning rates do
+    not depend on the noise.
 
     Args:
-        settings: as `parse` takes them.
-        keep: dotted keys that stay as they are; with training.local_steps among them, all do.
+        settings: settings in the form that `parse` accepts.
+        keep: dotted keys that keep their values; with training.local_steps among them, all settings do.
     """
     settings = {**settings, "federation": {**settings["federation"], "aggregation": "secure"}}
     try:
@@ -453,7 +470,7 @@ def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
-    """Check the bounds on privacy settings that depend on other settings."""
+    """Check the bounds of privacy settings that depend on other settings."""
     privacy = config.privacy
     if privacy.delta >= 1 / largest_size:
         bound = f"must be below 1 / data.declared_sizes = {1 / largest_size:.3g}"
@@ -468,7 +485,9 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
 
 
 def _check_secure(config: RunConfig) -> None:
-    """Refuse what a run with secure sums cannot have, beside what its federation's settings exclude."""
+    """Refuse settings that are incompatible with secure aggregation, beyond the checks of the federation's own
+    settings.
+    """
     for key, given, only, why in (
         ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds its share of the noise"),
         ("training.local_steps", config.training.local_steps, 1, "further steps are hidden by one site's noise alone"),
@@ -481,7 +500,7 @@ def _check_secure(config: RunConfig) -> None:
 
 
 def _check_switches(given: Any, taken: Any, key: str = "") -> None:
-    """Refuse true and false for a number, which pydantic takes as 1 and 0."""
+    """Refuse true and false where a number is required; pydantic would accept them as 1 and 0."""
     if isinstance(given, bool) and not isinstance(taken, bool):
         raise ConfigError(key, given, "must be a number")
     parts = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list | tuple) else ()
@@ -490,7 +509,7 @@ def _check_switches(given: Any, taken: Any, key: str = "") -> None:
 
 
 def first_error(error: ValidationError) -> ConfigError:
-    """The first of pydantic's errors in our own words."""
+    """Convert the first of pydantic's errors to a ConfigError with a message for people who edit settings."""
     details = error.errors(include_url=False)[0]
     # pydantic adds the branch of a union that it tried to the location.
     loc, is_unknown = [str(part) for part in details["loc"]], details["type"] == "unexpected_keyword_argument"

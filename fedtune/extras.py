@@ -1,4 +1,4 @@
-"""Packages of extras: whether they are there, and the command that adds an extra to this installation of fedtune."""
+"""Optional dependencies: whether an extra's packages are installed, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from fedtune.spec import ConfigError
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported; imports nothing."""
+    """Whether a module can be imported; does not import it."""
     return find_spec(module) is not None
 
 
 def require_extra(key: str, value: object, extra: str, *modules: str, or_else: str = "") -> None:
-    """Require modules of an extra, before any work that needs them.
+    """Require modules of an extra before any work that needs them starts.
 
     Args:
-        key: the setting or option that needs them.
+        key: the setting or option that needs the modules.
         value: its value.
         extra: the name of the extra in pyproject.toml.
-        modules: names of the modules; none: the extra is called as its module.
-        or_else: what to do instead of installing them, as the end of a sentence.
+        modules: names of the modules; by default one module with the name of the extra.
+        or_else: an alternative to installing them, as the end of a sentence.
 
     Raises:
-        ConfigError: a module is missing; the message has the command that installs it.
+        ConfigError: a module is missing; the message contains the command that installs it.
     """
     for module in modules or (extra,):
         if not is_installed(module):
@@ -36,8 +36,8 @@ def require_extra(key: str, value: object, extra: str, *modules: str, or_else: s
 def install_command(extra: str) -> str:
     """Return the command that installs an extra's packages.
 
-    It names the packages themselves, as this installation's metadata has them: that works wherever fedtune came from,
-    a checkout, a wheel, a repository or an image, of which no index need know.
+    The command names the packages themselves, from the metadata of this installation, so that it works for a checkout,
+    a wheel, a repository or an image that no package index knows.
     """
     needed = (line.partition(";") for line in metadata.requires("fedtune") or ())
     packages = [package.strip() for package, _, when in needed if f"extra == '{extra}'" in when.replace('"', "'")]

@@ -1,4 +1,4 @@
-"""Settings of a process, made once, before torch first computes."""
+"""Process-wide environment settings, made once before torch first computes."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class _WhenUsed:
-    """A module that is imported when something of it is first used."""
+    """A lazily imported module."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,8 +1,8 @@
-"""The words that every layer shares: the `spec` decorator, validators and the exception tree.
+"""Definitions that all layers share: the `spec` decorator, validators and the exception hierarchy.
 
-A *spec* is a small frozen settings class that lives beside the code that obeys it.  It is a plain
-dataclass, so the privacy core needs no pydantic; the class attribute that `spec` sets makes pydantic
-forbid unknown keys when `fedtune.config` composes the specs into one `RunConfig`.
+A *spec* is a small frozen settings class, defined next to the code that uses it.  It is a plain dataclass, so the
+privacy core needs no pydantic; the class attribute that `spec` sets makes pydantic forbid unknown keys when
+`fedtune.config` composes the specs into one `RunConfig`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIRE_SCHEMA: Final = 7  # what lead and sites say to each other
 
 
 class FedtuneError(Exception):
-    """Base of every error that fedtune raises on purpose; `exit_code` is what the command line returns."""
+    """Base class of all errors that fedtune raises deliberately; `exit_code` is the exit status of the command line."""
 
     exit_code: ClassVar[int] = 1
 
@@ -56,39 +56,39 @@ class ConfigError(FedtuneError, ValueError):
         super().__init__(": ".join(filter(None, (given, bound, remedy))))
 
     def under(self, prefix: str) -> ConfigError:
-        """The same error one level further out (`epsilon` becomes `privacy.epsilon`)."""
+        """Return the same error with a prefixed key (`epsilon` becomes `privacy.epsilon`)."""
         return type(self)(f"{prefix}.{self.key}" if prefix else self.key, self.value, self.bound, remedy=self.remedy)
 
     def in_file(self, path: object) -> ConfigError:
-        """The same error, with the file that holds the key."""
+        """Return the same error with the file that contains the key."""
         return type(self)(f"{path}: {self.key}", self.value, self.bound, remedy=self.remedy)
 
 
 class DataError(ConfigError):
-    """A data file is missing or malformed; the key names file, line and field."""
+    """A data file is missing or malformed; the key contains file, line and field."""
 
 
 class RefusedError(FedtuneError):
-    """A policy or a budget refused what was asked."""
+    """A policy or a budget refused a request."""
 
     exit_code: ClassVar[int] = 3
 
 
 class RunError(FedtuneError):
-    """A run could not go on (too few sites, a checkpoint that cannot be written)."""
+    """A run failed while in progress (too few sites, a checkpoint that cannot be written)."""
 
 
 class StuckError(RunError):
-    """A run cannot go on from where it is: to resume it would fail in the same way."""
+    """A run cannot continue from its current state; resuming it would fail in the same way."""
 
 
 class LibraryPanic(Exception):
-    """A library raised something that is not an `Exception`; `__cause__` holds it."""
+    """A library raised something other than an `Exception`; `__cause__` holds it."""
 
 
 @contextmanager
 def errors_in(path: object) -> Iterator[None]:
-    """Name the file in errors about what it says."""
+    """Add the file name to ConfigErrors about its content."""
     try:
         yield
     except ConfigError as error:
@@ -97,10 +97,10 @@ def errors_in(path: object) -> Iterator[None]:
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Turn what a library raises beside `Exception` into a `LibraryPanic`; also a decorator.
+    """Convert a library's `BaseException`s into `LibraryPanic`; also usable as a decorator.
 
-    A panic in a library written in Rust is a `BaseException`, so that `except Exception` lets it by: a record that
-    causes one would end what no record may end.  What ends the process or a generator passes as it is.
+    A panic in a Rust library is a `BaseException`, which `except Exception` does not catch: a record that causes one
+    could end a run, which no record may do.  KeyboardInterrupt, SystemExit and GeneratorExit are passed on unchanged.
     """
     try:
         yield
@@ -116,7 +116,7 @@ _SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """Say what a full disk or quota has no room for, where that is why an error was raised; None: it is not why."""
+    """Return a message if a full disk or quota caused the error, else None."""
     for one in causes_of(error):
         says_so = any(words in str(one) for words in _SAY_SO)
         if isinstance(one, RunError) and says_so:
@@ -129,7 +129,7 @@ def full_disk(error: BaseException | None) -> str | None:
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it, the last first."""
+    """Yield an error and its causes, the most recent first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -139,7 +139,7 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
 def spec(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass that pydantic validates without extra keys.
 
-    A field that is a `Literal`, or that or None, is checked wherever an instance is made, also in Python.
+    Fields of type `Literal`, or `Literal` or None, are also checked when an instance is created in Python.
     """
     own = getattr(cls, "__post_init__", None)  # a parent's, too, where it has none
 
@@ -157,7 +157,10 @@ def spec(cls: type[T]) -> type[T]:
 
 @cache
 def _literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
-    """The fields that are one of a few values, with these; asked at the first instance, when all names are known."""
+    """Return each `Literal` field with its allowed values.
+
+    Cached at the first instance, because only then can all names be resolved.
+    """
     found = []
     for name, hint in get_type_hints(cls).items():
         kinds = get_args(hint) if NoneType in get_args(hint) else (hint,)
@@ -185,13 +188,13 @@ def check_at_most(key: str, value: float, most: float) -> None:
 
 
 def check_whole(key: str, value: object) -> None:
-    """Require a whole number; `True` is none, though it equals 1."""
+    """Require an int; `True` is refused, although it equals 1."""
     if type(value) is not int:
         raise ConfigError(key, value, "must be a whole number")
 
 
 def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = False) -> None:
-    """Require `value` in (0, 1), with the ends that `zero` and `one` let in."""
+    """Require `value` in (0, 1); `zero` and `one` include the ends."""
     inside = (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)
     if not inside:
         raise ConfigError(key, value, f"must lie in {'[' if zero else '('}0, 1{']' if one else ')'}")
@@ -204,14 +207,18 @@ def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
 
 
 def check_schema(key: str, found: object, schema: int, *, of: str) -> None:
-    """Require the number of a format that this version reads; `of` says what was written in it."""
+    """Require the schema number that this version reads; `of` describes the file in the message."""
     if type(found) is not int or found != schema:
         bound = f"must be {schema}: another version of fedtune wrote this {of}, and that version reads it"
         raise ConfigError(key, found if type(found) is int else NOT_GIVEN, bound)
 
 
 def expand_home(path: str, *, key: str) -> str:
-    """The path with the home folder in place of a `~` at its beginning; ConfigError where nobody has such a home."""
+    """Expand a `~` at the beginning of the path.
+
+    Raises:
+        ConfigError: the path names the home folder of a user who does not exist on this machine.
+    """
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.lexists(found):
         raise ConfigError(key, path, "begins with the home folder of a user who is not on this machine")
@@ -233,7 +240,7 @@ def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> N
 
 
 def shown(value: object, most: int = 120) -> str:
-    """A value in a message, in the words of YAML and JSON, since people write null and true, not None and True.
+    """Format a value for a message in YAML or JSON notation, since people write null and true, not None and True.
 
     >>> shown({"labels": ("a", None), "train": True})
     "{'labels': ['a', null], 'train': true}"

@@ -1,11 +1,11 @@
-"""Trackers: MLflow, TensorBoard and Weights & Biases show a run beside others.  None is used unless settings name one.
+"""Trackers: MLflow, TensorBoard or Weights & Biases, to compare runs.  No tracker is used unless the settings name one.
 
-Guarantee: a tracker is given settings, what run.json says of rounds and result, and the run's report; nothing else
-that depends on a record.  It writes into a folder of this machine, whatever its own files and environment variables
-say, unless `tracking.send_to` names a server: that is a release of what run.json holds.  Names of machine and person,
-code and commits, which these libraries add by themselves, are kept from them.
+Guarantee: a tracker receives the settings, the rounds and results in run.json, and the run's report, and nothing else
+that depends on a record.  It writes to a folder on this machine, whatever its own configuration files and environment
+variables say, unless `tracking.send_to` names a server: that releases the content of run.json.  The names of the
+machine and the person, code and commits, which these libraries add on their own, are withheld from them.
 
-A tracker that fails ends no run: what was charged would be lost for a picture of it.
+A tracker that fails does not end the run: that would waste charged privacy budget for the sake of a plot.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class Tracker(Protocol):
     """One run in a tracker."""
 
     def begin(self, settings: Settings) -> int:
-        """Begin, or go on with, the run; returns how many of its rounds are known already."""
+        """Start or resume the run in the tracker, and return how many of its rounds the tracker already has."""
 
     def round(self, number: int, figures: Figures) -> None:
         """Log the figures of a round."""
 
     def result(self, figures: Figures, files: Sequence[Path]) -> None:
-        """Log the figures of the whole run, and its report."""
+        """Log the final figures of the run, and its report."""
 
     def close(self, how: Ending) -> None:
-        """Nothing more is to come."""
+        """Close the run in the tracker."""
 
 
 class Mlflow:
-    """MLflow, by its client: what it would add by itself (user, source, commit) is added by other calls alone."""
+    """MLflow through its client API, which does not record user, source and commit on its own."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -92,7 +92,7 @@ class Mlflow:
 
 
 class TensorBoard:
-    """TensorBoard's own file of events; its usual writer would name the file after the machine."""
+    """TensorBoard through its record writer: the usual writer would include the machine's name in the file name."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -134,7 +134,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases: offline unless a server is named.  Each start of a run writes all of its rounds."""
+    """Weights & Biases, offline unless a server is named.  Every start of a run logs all of its rounds."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["WANDB_ERROR_REPORTING"] = "false"
@@ -175,11 +175,11 @@ _TRACKERS = {"mlflow": Mlflow, "tensorboard": TensorBoard, "wandb": WandB}
 
 
 class Tracked:
-    """Tells a run's tracker of the run, where the settings name one.
+    """Reports a run to its tracker, if the settings name one.
 
     Args:
-        config: the run's.
-        note: says something to the person at the terminal.
+        config: the run's configuration.
+        note: shows a message to the person at the terminal.
     """
 
     def __init__(self, config: RunConfig, *, note: Callable[[str], None]) -> None:
@@ -194,10 +194,10 @@ class Tracked:
         self._try(lambda tracker: tracker.close("failed" if kind else "finished"))
 
     def begin(self) -> None:
-        """Begin it, before anything is charged.
+        """Start the tracker, before anything is charged.
 
         Raises:
-            RunError: it cannot begin: a server cannot be reached, or a folder cannot be written.
+            RunError: the tracker cannot start: a server cannot be reached, or a folder cannot be written.
         """
         spec = self._config.tracking
         if (name := spec.tracker) == "none":
@@ -212,7 +212,7 @@ class Tracked:
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
-        """Tell of the rounds that the tracker does not know yet."""
+        """Log the rounds that the tracker does not have yet."""
         if self._tracker is None:
             return
         rounds = state.rounds[self._known :]
@@ -222,7 +222,7 @@ class Tracked:
             self._try(lambda tracker: tracker.round(number, figures))  # noqa: B023 - it is called at once
 
     def finish(self, result: RunResult, folder: Path) -> None:
-        """Tell of the result; the run's report lies in its folder."""
+        """Log the result, with the report in the run's folder."""
         files = (folder / "report.html", folder / "report.json", RunFolder(folder).result)
         card = RunFolder(folder).adapter / "README.md"
         self._try(lambda tracker: tracker.result(dict(final_figures(result)), (*files, card)))
@@ -239,12 +239,15 @@ class Tracked:
 
 
 def _why(error: Exception) -> str:
-    """The first line of what a library says."""
+    """Return the type and the first line of a library's error."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def settings_of(config: RunConfig) -> Settings:
-    """The settings that define the run, by dotted key, without the places of its files."""
+    """Return the run's name, its digest and all settings that can change the result, by dotted key.
+
+    Paths are reduced to their last part, because the rest would reveal the layout of this machine.
+    """
     found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
     for key, value in dotted(config.decisive()):
         if value is not None:
@@ -255,9 +258,9 @@ def settings_of(config: RunConfig) -> Settings:
 
 
 def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:
-    """The figures of a finished round in run.json, with the largest epsilon of a site by then, as far as finite.
+    """Yield the finite figures of a finished round in run.json, and the largest epsilon of any site up to that round.
 
-    Of a site that was charged more than its updates, for retries, all of these count as early as they can.
+    If a site was charged for retries as well, the additional charges count as early as possible.
     """
     plan, result = config.plan(), state.rounds[number - 1]
     charges = {site: site_charge(state, site, plan).rounds for site in config.federation.active}
@@ -274,7 +277,7 @@ def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[
 
 
 def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
-    """The figures of the whole run in run.json."""
+    """Yield the finite figures of the whole run in run.json."""
     final = result.final
     figures: dict[str, float | None] = {f"test/{name}": score for name, score in final.metrics.items()}
     figures |= {f"test_before/{name}": score for name, score in final.metrics_before.items()}

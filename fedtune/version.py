@@ -10,7 +10,9 @@ _PACKAGE = Path(__file__).parent
 
 @cache
 def build() -> str:
-    """The version with a digest of the package's files: builds of one version, and changed ones, are told apart."""
+    """Return the version with a digest of the package's source files, which distinguishes builds and modified
+    copies.
+    """
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())

@@ -13,24 +13,24 @@ _ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
 
 
 def finite(value: float | None) -> float | None:
-    """A figure as JSON has it, which knows no infinity: None says that nothing bounds it."""
+    """Convert a number for JSON, which has no infinity: None stands for an infinite or undefined value."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def unbounded(value: float | None) -> float:
-    """The figure again that `finite` gave: None is infinity."""
+    """Undo `finite`: convert None back to infinity."""
     return math.inf if value is None else value
 
 
 def total(figures: Iterable[float]) -> float:
-    """Their sum in the digits that they are written in: of a delta of 1e-5 and one of 2e-5 it is 3e-5."""
+    """Add decimal figures without binary rounding: deltas of 1e-5 and 2e-5 add up to exactly 3e-5."""
     return float(sum(Decimal(repr(float(one))) for one in figures))
 
 
 def spoken(digits: str) -> str:
-    """A key or a fingerprint in hex as people compare it, wherever they meet it: in groups of four digits.
+    """Format a hex key or fingerprint for comparison by people, in groups of four digits.
 
-    An Ed25519 public key (a lead's, a site's) is its own fingerprint, as policies, ledgers and reports have it.
+    An Ed25519 public key (of a lead or a site) is its own fingerprint, in policies, ledgers and reports.
 
     >>> spoken("691bee4ac4c3f951")
     '691b ee4a c4c3 f951'
@@ -39,12 +39,12 @@ def spoken(digits: str) -> str:
 
 
 def spoken_start(digits: str) -> str:
-    """Its first four groups, where the whole would fill the line."""
+    """Format the first four groups of a key, where the whole key would fill the line."""
     return f"{spoken(digits[:16])} ..."
 
 
 def jsonable(value: Any) -> Any:
-    """Nested data and dataclasses as JSON has them, with None for every number that is not finite."""
+    """Convert nested data and dataclasses for JSON; every number that is not finite becomes None."""
     match value:
         case Enum():
             return value.value
@@ -60,7 +60,7 @@ def jsonable(value: Any) -> Any:
 
 
 def dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings by dotted key."""
+    """Flatten nested mappings to (dotted key, value) pairs."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
@@ -69,17 +69,17 @@ def dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def score_words(name: str) -> str:
-    """A score's name as people write it: macro F1, AUROC."""
+    """Format the name of a score for people: macro F1, AUROC."""
     return " ".join(word.upper() if word in _ABBREVIATED else word for word in name.split("_"))
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 round`, `2 rounds`."""
+    """Format a count with its noun: `1 round`, `2 rounds`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def size(num_bytes: float) -> str:
-    """`312 bytes`, `1.5 MiB`."""
+    """Format a size in bytes: `312 bytes`, `1.5 MiB`."""
     if num_bytes < 1024:
         return f"{num_bytes:.0f} bytes"
     for unit in ("KiB", "MiB"):

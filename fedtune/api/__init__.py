@@ -1,1 +1,1 @@
-"""From a recipe and settings to a run: what the command line and `import fedtune` share."""
+"""From a recipe and settings to a run: the code that the command line and the Python API share."""

@@ -1,4 +1,4 @@
-"""From overrides, which are in Hydra's grammar, to validated configurations: the one room that knows Hydra."""
+"""Composition of validated configurations from overrides in Hydra's grammar; no other module uses Hydra's parser."""
 
 from __future__ import annotations
 
@@ -80,9 +80,13 @@ _PARSER.functions.definitions["log"] = _PARSER.functions.definitions["interval"]
 def compose_run(
     overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None, for_real_sites: bool = False
 ) -> RunConfig:
-    """Compose and validate one run from overrides as they were typed; a ConfigError tells of every mistake.
+    """Compose and validate one run from overrides as typed on the command line.
 
-    `changed` has settings by dotted key in place of composed ones; `for_real_sites` is as of `fedtune.config.parse`.
+    `changed` maps dotted keys to values that replace the composed ones.  `for_real_sites` is passed to
+    `fedtune.config.parse`.
+
+    Raises:
+        ConfigError: an override is malformed, or a setting is unknown or invalid.
     """
     given = [_parsed(override) for override in overrides if override.strip()]
     return _composed(given, [], changed or {}, for_real_sites=for_real_sites)
@@ -91,7 +95,7 @@ def compose_run(
 def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
     """Compose and validate one run from Python values; without a recipe, the default run.
 
-    A DictConfig is a whole configuration, which an application of Hydra's composed of fedtune's groups.
+    A DictConfig is taken as a whole configuration, composed by a Hydra application from fedtune's groups.
     """
     said = {str(key): value for key, value in (settings or {}).items()}
     if isinstance(recipe, RunConfig):
@@ -110,7 +114,7 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
 def _composed(
     typed: Sequence[Override], others: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False
 ) -> RunConfig:
-    """Compose a run: Hydra takes the options of groups and what is typed, and `others` are laid over that."""
+    """Compose a run: Hydra composes the group options and the command line's overrides, then `others` are applied."""
     given = [*typed, *others]
     options = {one.key_or_group: one for one in typed if _is_option(one)}
     for group, one in options.items():
@@ -153,7 +157,10 @@ def _composed(
 
 
 def for_hydra(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that Hydra itself composes, in its grammar; others are laid over what it has composed."""
+    """Return the overrides that Hydra itself composes, in its grammar.
+
+    The remaining overrides are applied to Hydra's result.
+    """
     return _words_for_hydra([_parsed(override) for override in overrides])
 
 
@@ -162,7 +169,7 @@ def _words_for_hydra(typed: Sequence[Override]) -> list[str]:
 
 
 def with_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """A run's settings, with interpolations as they are written, where what they lead to is what runs."""
+    """Return a run's settings, with each interpolation unresolved if its resolved value is the value that runs."""
     settings, composed_of = config.to_json(), composed(for_hydra(overrides))
     raw: Any = OmegaConf.to_container(composed_of)
     written, found = dict(dotted(raw)), dict(dotted(plain(composed_of)))
@@ -173,15 +180,15 @@ def with_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str
 
 
 def _is_option(one: Override) -> bool:
-    """Whether an override chooses an option of a group."""
+    """Whether an override selects an option of a group."""
     return not one.is_delete() and bool(options_of(one.key_or_group)) and not isinstance(one.value(), dict)
 
 
 def _is_laid_over(one: Override) -> bool:
-    """Return whether an override is laid over what Hydra has composed.
+    """Return whether an override is applied after Hydra's composition.
 
-    Such are a folder to go on with, a group given as a map, and a map whose keys are the user's own, which Hydra would
-    merge.
+    This holds for a run folder to resume or renew, for a group given as a map, and for maps with user-defined keys,
+    which Hydra would merge.
     """
     is_group = bool(options_of(one.key_or_group)) and isinstance(one.value(), dict)
     is_own_map = any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
@@ -196,9 +203,10 @@ def _finished(
     of_file: Set[str] = frozenset(),
     for_real_sites: bool = False,
 ) -> RunConfig:
-    """Validate a run's settings, with what follows from them: secure sums' own defaults, a public stage, a start.
+    """Validate a run's settings, and add everything that follows from them.
 
-    `values` are the keys that a person gave, and `of_file` those of their file.
+    Adds the defaults of secure aggregation, a public stage, and the start adapter.  `values` are the keys that a person
+    set explicitly, and `of_file` the keys that the experiment file sets.
     """
     for name in ("validation", "test"):  # a file that a person gives takes the place of a share in their page
         if f"data.{name}_file" in values and f"data.{name}_fraction" not in values and settings["data"][f"{name}_file"]:
@@ -225,7 +233,7 @@ def _finished(
 
 
 def _by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
-    """The settings that Hydra composes of overrides and a file of the user's; a ConfigError in place of its errors."""
+    """Compose the overrides and a user's file with Hydra, and turn Hydra's errors into a ConfigError."""
     try:
         return _resolved(composed(words))
     except MissingConfigException as error:
@@ -243,11 +251,11 @@ def _by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
-    """Settings with every interpolation resolved.
+    """Resolve every interpolation in the settings.
 
     Raises:
-        ConfigError: an interpolation leads nowhere, or would send what this machine's environment holds to sites; or
-            something would become code.
+        ConfigError: an interpolation cannot be resolved, a value from this machine's environment would be sent to
+            sites, or a setting would be instantiated as code (`_target_`).
     """
     raw: Any = OmegaConf.to_container(config)
     written = dict(dotted(raw))
@@ -266,12 +274,12 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def _among(key: str, keys: Iterable[str]) -> bool:
-    """True if a key is one of `keys`, or a part of one, or one is a part of it."""
+    """Return True if `key` equals, contains or is contained in one of the dotted `keys`."""
     return any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.") for one in keys)
 
 
 def _changed(known: RunConfig, given: Sequence[Override]) -> RunConfig:
-    """A whole configuration with other values, which has its rates by choice: a public stage lowers none of them."""
+    """Apply overrides to a whole configuration, and treat its learning rates as chosen: no public stage lowers them."""
     changed = _applied(known.to_json(), given)
     config = parse(changed)
     if awaits_public_stage(config) or config.public != known.public:
@@ -280,7 +288,7 @@ def _changed(known: RunConfig, given: Sequence[Override]) -> RunConfig:
 
 
 def _applied(settings: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any]:
-    """Settings with the values of overrides, in their order."""
+    """Return a copy of the settings with the overrides applied in order."""
     changed = deepcopy(dict(settings))
     for one in given:
         if not put(changed, one.key_or_group, _value(one)):
@@ -289,13 +297,13 @@ def _applied(settings: Mapping[str, Any], given: Sequence[Override]) -> dict[str
 
 
 def quoted(text: str) -> str:
-    """A text as one word of Hydra's grammar, whatever it holds."""
+    """Quote a text as a single word of Hydra's grammar."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Searched:
-    """A setting, or a group of them, that is given several values."""
+    """A setting or group of settings with several values, for a sweep or a search."""
 
     key: str
     # values as they are typed; empty: any number from `low` to `high`, whole where both are
@@ -310,7 +318,7 @@ class Searched:
 
 
 def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
-    """The overrides that all runs have in common, and the settings that are given several values."""
+    """Split overrides into those that all runs share and the settings with several values."""
     parsed = [_parsed(override, swept=True) for override in overrides]
     # An option of a group, and settings of that group, are two things.
     keys = [(one.key_or_group, "{" in one.get_value_string() or not options_of(one.key_or_group)) for one in parsed]
@@ -340,7 +348,7 @@ def _searched(override: Override) -> Searched:
 
 
 def _parsed(override: str, *, swept: bool = False) -> Override:
-    """An override as it was typed; `swept`: it may have several values."""
+    """Parse one override from the command line; `swept` allows several values."""
     word = _in_grammar(override, swept=swept)
     key, equals, value = word.partition("=")
     try:
@@ -357,7 +365,7 @@ def _parsed(override: str, *, swept: bool = False) -> Override:
 
 
 def _said(key: str, value: Any) -> Override:
-    """An override that gives a value of Python's."""
+    """Build an override from a Python value."""
     try:
         plain = json.loads(json.dumps(value, default=_plain))
     except (TypeError, ValueError, RecursionError):  # the last two of what holds itself, or is too large to be written
@@ -379,7 +387,10 @@ def _value(override: Override) -> Any:
 
 
 def _in_grammar(override: str, *, swept: bool) -> str:
-    """An override in Hydra's grammar, which knows no umlauts and few paths; `swept`: a comma parts values."""
+    """Quote an override where Hydra's grammar requires it: non-ASCII words, paths and prompt templates.
+
+    `swept`: a comma separates values.
+    """
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
     is_path = name == "experiment" or (name in PATHS and value != "null")
@@ -395,17 +406,17 @@ def _in_grammar(override: str, *, swept: bool) -> str:
 
 
 def key_of(override: str) -> str:
-    """The key that an override sets, adds or takes out."""
+    """Return the key that an override sets, adds or deletes."""
     return override.lstrip("+~").partition("=")[0].strip()
 
 
 def value_of(override: str) -> Any:
-    """The one value that an override gives its key."""
+    """Return the single value of an override."""
     return _value(_parsed(override))
 
 
 def _unknown(key: str, value: object) -> ConfigError:
-    """The error about an unknown setting, with a hint: its name here, or the known key most like it."""
+    """Build the error about an unknown setting, with a hint: fedtune's name for it, or the most similar known key."""
     last = key.rpartition(".")[2]
     paths = [path.split(".") for path, _ in dotted(default_settings())]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}

@@ -1,4 +1,4 @@
-"""The groups of conf/ and their options, read from the names of its files: nothing slow is imported here."""
+"""The groups in conf/ and their options, listed from file names so that nothing slow is imported."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ def config_groups() -> list[str]:
 
 
 def options_of(group: str) -> list[str]:
-    """Return the options of a group, without files that only others build on; none if conf/ has no such group."""
+    """Return the options of a group, without private files (leading underscore); empty if conf/ has no such group."""
     found = (config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
     return sorted(one.stem for one in found)
 
 
 def experiment_meant(word: str) -> str:
-    """The end of a message: the experiment that may be meant, of conf/ or in a file, with its ending or without."""
+    """Return the hint for the end of an error message: the experiment that `word` probably means.
+
+    Looks for the name in conf/experiment and for a YAML file, with or without its extension; empty if neither exists.
+    """
     named = word in options_of("experiment")
     endings = ("",) if named or word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
     path = next((f"{word}{ending}" for ending in endings if named or os.path.isfile(f"{word}{ending}")), None)

@@ -1,7 +1,7 @@
-"""Runs, plans, scores, ledgers and reports as values, as `import fedtune` offers them.
+"""The Python API, as `import fedtune` offers it: runs, plans, scores, ledgers and reports as values.
 
-Settings are given by their dotted keys, as on the command line; a person's mistake is a `ValueError` with the same
-message; and nothing is printed.
+Settings use dotted keys, as on the command line.  A user's mistake raises a `ValueError` with the message of the
+command line.  Nothing is printed.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is: `done` of `total` parts of a stage, or 0 of 0 where nobody knows how many there are.
+    """The progress of a run: `done` of `total` parts of a stage, or 0 of 0 if the total is unknown.
 
-    After a round `stage` is "round", and `round` is what that came to.
+    After a round, `stage` is "round" and `round` holds that round's result.
     """
 
     stage: str
@@ -68,7 +68,7 @@ def stages(progress: Callback) -> Callable[[str, int, int], None]:
 
 
 class Teller:
-    """Tells a callback of a run; notes on the data are warnings."""
+    """A listener that reports a run to a callback; notes on the data become Python warnings."""
 
     def __init__(self, config: RunConfig, progress: Callback) -> None:
         self._rounds, self._progress, self.preparing = config.federation.num_rounds, progress, stages(progress)
@@ -80,7 +80,7 @@ class Teller:
         self._progress(Progress(stage="training", done=state.round, total=self._rounds))
 
     def site_replied(self, number: int) -> None:
-        """A round tells of itself when it is over."""
+        """Do nothing: a round is reported only when it has finished."""
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Only real sites do, and a run over them has the command's display."""
@@ -96,19 +96,20 @@ def simulate(
     progress: Callback | Literal[True] = lambda told: None,
     session: Session | None = None,
 ) -> Run:
-    """Run a federation on this machine to its end: simulated sites, each with a ledger and DP-SGD of its own.
+    """Run a federation on this machine to its end: simulated sites, each with its own ledger and DP-SGD.
 
-    The run's folder is `tracking.output_dir`/`name`, by default runs/ and a time stamp.  After an interrupt,
-    `simulate(settings={"resume": folder})` goes on; every round that was charged stays charged.  A public stage
-    (`public.train_file`) runs first, in a folder beside it that ends in -public; interrupted there, the same call again
-    goes on.
+    The run's folder is `tracking.output_dir`/`name`, by default a timestamp below runs/.  After an interrupt,
+    `simulate(settings={"resume": folder})` resumes the run; every round that was charged stays charged.  A public stage
+    (`public.train_file`) runs first, in a sibling folder whose name ends in -public; if it is interrupted, the same
+    call resumes it.
 
     Args:
-        recipe: what to run; None: the default, four banks on Banking77.
-        settings: that differ from the recipe's.
-        progress: is called as the run goes on, in this thread; what it raises ends the run as an interrupt does.
-            True: the lines and the bar of the command, on standard error.
-        session: keeps the loaded model and what it made of records for the next run that is given it; None: nothing.
+        recipe: the experiment to run; None: the default, four banks on Banking77.
+        settings: overrides of the recipe's settings, by dotted key.
+        progress: called during the run, in this thread; an exception that it raises ends the run like an interrupt.
+            True: print the command line's output and progress bar to standard error.
+        session: keeps the loaded model and its precomputed states for the next run with this session; None: keep
+            nothing.
 
     Raises:
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
@@ -143,9 +144,10 @@ def simulate(
 
 
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
-    """The cost of a run in privacy, by site and round, from settings and declared sizes alone; nothing is charged.
+    """Return the privacy cost of a run, by site and round, from settings and declared sizes alone; nothing is charged.
 
-    Guarantee: every epsilon is an upper bound, but `epsilon_of_one_round`, which is one for a single round.
+    Guarantee: every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, which bounds a single
+    round.
 
     >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
     >>> price.epsilon <= 3, len(price.rounds), price.steps
@@ -158,11 +160,11 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Pric
 
 
 def load(folder: str | Path) -> Run:
-    """The run in a folder, finished or not; the folder may be the `adapter` in it.
+    """Load the run in a folder, finished or not; `folder` may also be the run's `adapter` folder.
 
     Raises:
-        ValueError: the folder holds no run.
-        RunError: what it holds is damaged.
+        ValueError: the folder contains no run.
+        RunError: the run's files are damaged.
     """
     path = Path(folder)
     if not RunFolder(path).config.exists() and RunFolder(path.absolute().parent).adapter == path.absolute():
@@ -210,13 +212,14 @@ def compare(
 
 
 def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
-    """Check a report.json: form, signature, every epsilon again from its events, verdict, settings beside it.
+    """Check a report.json: its format, its signature, its verdict, the settings next to it, and every epsilon.
 
-    Each check's `state` is "right", "wrong", "missing" or "not_checked".
+    Each epsilon is recomputed from the report's events.  Each check's `state` is "right", "wrong", "missing" or
+    "not_checked".
 
     Args:
-        file: the report, or the folder that holds it.
-        key: the public key, in hex, that must have signed it.
+        file: the report, or the folder that contains it.
+        key: the public key, in hex, that must have signed the report.
 
     Raises:
         ValueError: there is no report.
@@ -231,9 +234,9 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
 
 
 def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:
-    """Run in a folder, created unless a run is resumed, and write a report at the end.
+    """Run a configuration in its folder, creating the folder for a new run, and write a report at the end.
 
-    If the run fails before anything began, a new folder is removed again.
+    If the run fails before its first checkpoint, a newly created folder is removed.
     """
     require_for_run(config)
     from fedtune.report.run_page import UnfinishedReport
@@ -263,9 +266,10 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
 
 
 def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
-    """The run as it begins in what its public stage has learnt; one that has begun, or has no such stage, as it is.
+    """Return the run with the result of its public stage as its start adapter.
 
-    `train` runs the stage in its folder, new or begun, beside the run's; one that is finished is used as it is.
+    A run that has begun or has no public stage is returned unchanged.  `train` runs the stage in its own folder next to
+    the run's, resuming an unfinished stage; a finished stage is reused.
     """
     if config.resume is not None or not awaits_public_stage(config):
         return config
@@ -282,14 +286,20 @@ def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], obj
 
 @dataclass(frozen=True)
 class Run:
-    """A run, made by `simulate` and `load`: its folder has settings, results, adapter, report, and simulated sites."""
+    """A run, returned by `simulate` and `load`; its folder holds settings, results, adapter, report and simulated
+    sites.
+    """
 
     folder: Path
     config: RunConfig = field(repr=False)
 
     @cached_property
     def result(self) -> RunResult:
-        """The content of run.json; a ValueError where the run has come to nothing yet."""
+        """The content of run.json.
+
+        Raises:
+            ValueError: the run has no result yet.
+        """
         from fedtune.report.from_run import read_run
 
         if (result := read_run(self.folder).result) is None:
@@ -307,20 +317,24 @@ class Run:
 
     @property
     def privacy(self) -> PrivacyResult:
-        """The promise: epsilon at delta, for the run and for each site, derived from what was charged."""
+        """The privacy guarantee: epsilon at delta for the run and for each site, derived from the charged events."""
         return self.result.privacy
 
     @property
     def adapter(self) -> Path:
-        """The final adapter's folder, which `peft.PeftModel.from_pretrained` loads; a ValueError if nobody may."""
+        """The final adapter's folder, for `peft.PeftModel.from_pretrained`.
+
+        Raises:
+            ValueError: the run is not finished or is an audit, or the adapter does not match run.json.
+        """
         return RunFolder(self.folder).finished_adapter()
 
     def predict(self, texts: str | Iterable[str]) -> list[object]:
-        """The tuned model's answer to each text, or to one alone: likeliest labels with probabilities, or a number.
+        """Predict for one text or several: the most likely labels with their probabilities, or a number, per text.
 
         Raises:
-            ValueError: the run's task writes or compares texts, or a record of it is more than one text; or what was
-                given is no text.
+            ValueError: the run's task generates or compares texts, its records have more than one text, or an input is
+                not a text.
         """
         task = self._model.model.task
         if not task.answers or task.predicts_tokens:
@@ -331,10 +345,10 @@ class Run:
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> str:
-        """The tuned model's text after a prompt; greedy, unless `temperature` is above 0.
+        """Generate the tuned model's answer to a prompt; greedy decoding unless `temperature` is above 0.
 
         Raises:
-            ValueError: the run's task writes no text, or the prompt is too long.
+            ValueError: the run's task generates no text, or the prompt is too long.
         """
         from fedtune.evaluation.spec import WritingSpec
 
@@ -345,15 +359,16 @@ class Run:
         return "".join(self._model.written(ids, spec))
 
     def distil(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
-        """Teach a smaller model to answer as the tuned one does, and write it into a new folder.
+        """Distill the tuned model into a smaller student, and write the student to a new folder.
 
-        Guarantee: the run's own; where `texts` have a card of synthetic ones, with the epsilon of its runs added to it.
+        Guarantee: the run's own; if `texts` have a card of synthetic records, the epsilon of the runs behind them is
+        added.
 
         Args:
             to: the new folder.
-            texts: a file of public or synthetic texts, a line or a record each.
-            student: "half" of the base's layers, or how many of the lowest stay; or another base.
-            **options: as `fedtune.export.distillation.distil` has them.
+            texts: a file of public or synthetic texts, one line or record each.
+            student: "half" of the base's layers, the number of lowest layers to keep, or another base model.
+            **options: passed to `fedtune.export.distillation.distil`.
 
         Raises:
             ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
@@ -364,7 +379,7 @@ class Run:
 
     @cached_property
     def _model(self) -> SavedModel:
-        """The base with this run's adapter in it; kept, since loading takes seconds."""
+        """The base model with this run's adapter, cached because loading takes seconds."""
         from fedtune.runs.saved_model import SavedModel
 
         model = SavedModel(self.config, {"tuned": self.adapter})
@@ -372,30 +387,30 @@ class Run:
         return model
 
     def report(self) -> Report:
-        """The privacy report, derived anew from the run's folder."""
+        """Build the privacy report anew from the run's folder."""
         from fedtune.report import from_run
 
         return from_run.build(self.folder)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row for each round: seconds, bytes, sites, scores on the validation file."""
+        """Return one row per round: seconds, number of sites, bytes, and scores on the validation file."""
         columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
         return _frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})
 
 
 class Ledger:
-    """A site's ledger, read and verified; nothing is written into it.
+    """A site's ledger, read and verified; nothing is written to it.
 
-    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  That none is missing at
-    the end takes an anchor: `fedtune ledger verify --anchor`.
+    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  Only an anchor shows
+    that no event is missing at the end: `fedtune ledger verify --anchor`.
 
     Args:
-        path: the ledger.db.
-        site_key: the site's public key in hex, from a source you trust; None: the one that the ledger names.
+        path: the ledger.db file.
+        site_key: the site's public key in hex, from a trusted source; None: the key that the ledger names.
 
     Raises:
         ValueError: there is no such file.
-        RunError: says what does not fit.
+        RunError: the verification failed; the message says which check.
     """
 
     def __init__(self, path: str | Path, *, site_key: str | None = None) -> None:
@@ -406,19 +421,19 @@ class Ledger:
 
     @property
     def spending(self) -> Lifetime:
-        """The epsilon spent over the ledger's life, in the current period and by each run, derived from its events."""
+        """Epsilon spent over the ledger's lifetime, in the current period and by each run, derived from its events."""
         from fedtune.report.from_ledger import lifetime_of
 
         return lifetime_of(self.verified)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row for each event: when, what kind, of which run and round."""
+        """Return one row per event: time, kind, run and round."""
         columns = ("sequence", "time", "kind", "run", "round")
         return _frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
 
 
 def _frame(rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]) -> pandas.DataFrame:
-    """A row for each of `rows`, by the first of its `columns`, with what `other` says of it."""
+    """Build a data frame with one row per item, indexed by the first of `columns`; `other` adds more cells to a row."""
     require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
     import pandas
 

@@ -1,4 +1,4 @@
-"""What conf/ and a file of the user's own say, composed by Hydra; a file of the user's own is an experiment, too."""
+"""Hydra composition of conf/ and of users' own files; a user's file is an experiment, too."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _SEAL = "\ufdd0"  # stands before a sealed map, and in no text
 
 
 class _Settings(ConfigSource):
-    """conf/, and a file of the user's own where the experiment that is chosen is the path of one.
+    """Hydra config source: conf/, and a user's file if the experiment is given as a path.
 
-    A map whose keys are the user's own is sealed as one text while Hydra composes: OmegaConf merges maps, and of two
-    files the later one's columns count whole.
+    A map with user-defined keys is sealed as one string during composition: OmegaConf would merge such maps, but the
+    map of the later file must replace the earlier one entirely.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class _Settings(ConfigSource):
 
 
 class _OurPath(SearchPathPlugin):
-    """Puts conf/ on Hydra's search path while fedtune composes, and on no other application's."""
+    """Search path plugin that adds conf/ while fedtune composes, and never in other Hydra applications."""
 
     composes = False
 
@@ -87,7 +87,7 @@ for _plugin in (_Settings, _OurPath):
 
 @contextmanager
 def our_hydra() -> Iterator[None]:
-    """Hydra over conf/ and files of the user's own; what another application has begun is put back."""
+    """Initialize Hydra over conf/ and users' files, and restore another application's Hydra state on exit."""
     other, base = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
     _OurPath.composes = True
@@ -101,13 +101,13 @@ def our_hydra() -> Iterator[None]:
 
 
 def composed(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
-    """Compose a run's settings from overrides in Hydra's grammar, with maps of the user's own keys as they are.
+    """Compose a run's settings from overrides in Hydra's grammar; maps with user-defined keys stay unmerged.
 
-    `name` is the file of conf/ that composition begins with.
+    `name` is the file in conf/ at which composition starts.
 
     Raises:
-        HydraException: an override or a file is none that Hydra can use.
-        OmegaConfBaseException: an interpolation is none.
+        HydraException: an override or a file is invalid.
+        OmegaConfBaseException: an interpolation is invalid.
     """
     with our_hydra():
         config = compose(name, overrides=[*words])
@@ -120,14 +120,14 @@ def composed(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
 
 
 def hydra_node(words: Sequence[str]) -> dict[str, Any]:
-    """What Hydra itself is set to while it composes these overrides; what only a job of its own has is open."""
+    """Return Hydra's own configuration for these overrides; values that only a Hydra job has stay missing."""
     with our_hydra():
         node = compose("config", overrides=[*words], return_hydra_config=True).hydra
     return OmegaConf.to_container(node)  # type: ignore[return-value]
 
 
 def composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
-    """The files that Hydra composes, in their order: each with its package and the file that names it."""
+    """List the files that Hydra composes, in order: (file, package, parent that includes it)."""
     with our_hydra():
         files = GlobalHydra.instance().config_loader().compute_defaults_list("config", [*words], RunMode.RUN).defaults
     ours = [one for one in files if not str(one.package).startswith("hydra") and one.parent != "<root>"]
@@ -141,7 +141,7 @@ def default_settings() -> Mapping[str, Any]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Settings with every interpolation resolved; what is open is `OPEN`."""
+    """Resolve every interpolation; a setting without a value becomes `OPEN`."""
     return _opened(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
 
 
@@ -152,12 +152,12 @@ def _opened(value: Any) -> Any:
 
 
 def is_path(option: object) -> bool:
-    """Whether an experiment is named by the path of its file."""
+    """Return True if the experiment is given as a file path and not by name."""
     return isinstance(option, str) and (option.endswith((".yaml", ".yml")) or "/" in option)
 
 
 def own_settings(path: Path) -> dict[str, Any]:
-    """What a file of the user's own says, with data files that lie beside it named by their paths."""
+    """Read a user's experiment file; relative data files next to it become paths."""
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = plain_yaml(path, key="experiment")
@@ -171,7 +171,11 @@ def own_settings(path: Path) -> dict[str, Any]:
 
 
 def check_nothing_open(settings: Mapping[str, Any]) -> None:
-    """Require a value for whatever an experiment leaves open; all that lacks one is named together."""
+    """Require a value for every setting that the experiment leaves open.
+
+    Raises:
+        ConfigError: settings without a value; the message lists all of them.
+    """
     if left := [*_left_open(settings)]:
         key, *others = left
         bound = "write it where the file has ???" if "[" in key else f"give it as {key}=VALUE"
@@ -180,7 +184,7 @@ def check_nothing_open(settings: Mapping[str, Any]) -> None:
 
 
 def _left_open(value: Any, key: str = "") -> Iterator[str]:
-    """The keys of settings without a value; an entry of a list is called by its columns, where it has any."""
+    """Yield the keys of settings without a value; a list entry is named by its columns, if it has any."""
     if value == OPEN:
         yield key
     for name, inner in value.items() if isinstance(value, dict) else ():
@@ -199,7 +203,7 @@ def settings_of(group: str, option: str) -> dict[str, Any]:
 
 
 def no_option(group: str, option: Any, *, key: str | None = None) -> ConfigError:
-    """The error about an option that a group has not; `key` chose it, by default the group's own."""
+    """Build the error about an unknown option of a group; `key` is the setting that chose it (default: the group)."""
     choices = options_of(group)
     meant = experiment_meant(str(option)) if group == "experiment" else ""
     bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is no group of settings"
@@ -207,7 +211,7 @@ def no_option(group: str, option: Any, *, key: str | None = None) -> ConfigError
 
 
 def _file_of(config_path: str) -> tuple[str, Path | None]:
-    """Return the group of a config that Hydra asks for, and its file; None where there is none."""
+    """Return the group and file of a config that Hydra requests; the file is None if it does not exist."""
     group, _, option = config_path.rpartition("/")
     if config_path.startswith("experiment/"):
         group, option = "experiment", config_path.removeprefix("experiment/")
@@ -219,8 +223,10 @@ def _file_of(config_path: str) -> tuple[str, Path | None]:
 
 
 def _sealed(settings: Any, *, within: str) -> Any:
-    """The same with each map in `FREE_MAPS` as one text, and what is open as another: OmegaConf would keep the value
-    that it replaces.  `within`: the key of these settings.
+    """Replace each map in `FREE_MAPS` by a sealed string, and each open value by a sealed placeholder.
+
+    OmegaConf would merge the maps, and would keep a value that an open one replaces.  `within` is the key of these
+    settings.
     """
     if not isinstance(settings, dict):
         return _SEAL + OPEN if settings == OPEN else settings
@@ -234,7 +240,7 @@ def _sealed(settings: Any, *, within: str) -> Any:
 
 
 def _find_files_beside(group: Any, folder: Path) -> None:
-    """Name each relative data file that lies beside the file of its settings by its path."""
+    """Turn each relative data file that exists next to its settings file into a path."""
     for key in ("train_file", "validation_file", "test_file"):
         name = group.get(key) if isinstance(group, dict) else None
         if isinstance(name, str) and name.strip():

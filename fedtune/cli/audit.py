@@ -1,4 +1,4 @@
-"""`fedtune audit`: attacks a run on this machine, and says what that shows of its guarantee."""
+"""`fedtune audit`: attack a run on this machine, and compare the result with its guarantee."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ _SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 
 
 def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
-    """Attack a run on this machine, and compare what the attack shows with the epsilon that the run claims.
+    """Attack a run on this machine, and compare the resulting lower bound with the epsilon that the run claims.
 
-    An independent coin puts each of many made-up records (canaries) into the training data or leaves it out.  An
-    attacker who sees what training releases then guesses which are in.  The share of right guesses gives a lower bound
-    on epsilon.  Bounds that refute the claim end with exit code 1: the implementation or the claim is wrong.
+    For each of many artificial records (canaries), an independent coin toss decides whether it is in the training
+    data. An attacker who sees what training releases then guesses which canaries are in. The share of correct
+    guesses gives a lower bound on epsilon. If a bound refutes the claim, the exit code is 1: the implementation or
+    the claim is wrong.
 
       fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every step is seen
       fedtune audit experiment=debug audit.kind=records          made-up texts; the final model alone is seen
@@ -50,8 +51,8 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
       audit.never_used  share kept to compare with (0.3)
       audit.tries       cases of a search for sensitivity (200)
 
-    Other overrides are those of `fedtune simulate`.  The run folder is marked, since its adapter holds canaries; real
-    sites and ledgers that are kept are never audited.  docs/audit.md says what each figure means.
+    Other overrides are those of `fedtune simulate`. The run folder is marked, since its adapter was trained on
+    canaries; real sites and existing ledgers are never audited. See docs/audit.md for the meaning of each figure.
     """
     spec = audit_spec([one for one in overrides if one.lstrip("+").startswith(_PREFIX)])
     config = compose_run([one for one in overrides if not one.lstrip("+").startswith(_PREFIX)])
@@ -81,7 +82,12 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
 
 
 def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
-    """Look for a case that breaks the bound on one unit's influence, and say what came of it."""
+    """Search for a violation of the sensitivity bound, and print the result.
+
+    Raises:
+        RunError: a violation was found.
+        ConfigError: the run has no privacy to audit.
+    """
     from fedtune.lab.audit import sensitivity
 
     if not config.privacy.private:
@@ -99,7 +105,7 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
 
 
 def audit_spec(overrides: Sequence[str]) -> AuditSpec:
-    """The audit's own settings, from overrides such as `audit.canaries=500`."""
+    """Build the audit's own settings from overrides such as `audit.canaries=500`."""
     given = {key_of(override): value_of(override) for override in overrides}
     for key, value in given.items():
         if isinstance(value, bool):
@@ -108,7 +114,7 @@ def audit_spec(overrides: Sequence[str]) -> AuditSpec:
 
 
 def show_findings(console: Console, result: Audit, folder: Path) -> None:
-    """Lower bounds beside claims, the membership baselines, and both in plain words."""
+    """Print lower bounds next to the claims, the membership baselines, and an explanation in plain words."""
     show([_bounds(result), _membership(result)], console=console)
     say(_meaning(result), style="red" if result.exceeded else "", console=console)
     canaries = "The adapter in this folder holds canaries: use it for nothing else (AUDIT.txt says so)."
@@ -149,7 +155,7 @@ def _meaning(result: Audit) -> str:
 
 
 def place(site: str | None) -> str:
-    """A site's name, or what the aggregated model is called."""
+    """Return a site's name, or "aggregated" for the aggregated model."""
     return "aggregated" if site is None else site
 
 

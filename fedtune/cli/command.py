@@ -1,8 +1,8 @@
-"""How a command is declared: a typed function whose parameters say what they are on the command line.
+"""Declaration of commands: a command is a typed function, and annotations describe its parameters.
 
-`path: Annotated[Path, Argument("PATH")]` is an argument, `last: Annotated[int | None, Option()] = None` an option
-`--last`; click makes values of these types, and mypy checks what the function does with them.  Typer, which does the
-same, loses the help of arguments with click 8.5.  Nothing slow is imported here.
+`path: Annotated[Path, Argument("PATH")]` declares an argument, `last: Annotated[int | None, Option()] = None` an option
+`--last`.  click converts the values to these types, and mypy checks their use.  Typer does the same, but loses the help
+of arguments with click 8.5.  This module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 
 class InterruptTold(KeyboardInterrupt):
-    """Ctrl-C, of which the person at the keyboard was told already, with how to go on."""
+    """Ctrl-C, already reported to the user together with how to resume."""
 
 
 _LARGE = 100  # modules: this many new ones were a large library, whose objects stay for good
@@ -45,7 +45,7 @@ _LARGE = 100  # modules: this many new ones were a large library, whose objects 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """While large libraries are imported, and ever after: no search for garbage among what they make."""
+    """Disable garbage collection while large libraries are imported, and exempt their objects from it afterwards."""
     was_on, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
@@ -59,7 +59,7 @@ def importing() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A parameter that is told by its place."""
+    """A positional argument."""
 
     metavar: str
     help: str = ""
@@ -67,9 +67,9 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A parameter that is told by its name: that of the function's parameter, unless `names` are given.
+    """A command-line option; its flag is the parameter's name unless `names` is given.
 
-    Of a parameter for any other names (`**options`) these are `names`, without the marks before them.
+    For a keyword parameter (`**options`), `names` lists its options without the leading dashes.
     """
 
     help: str = ""
@@ -78,7 +78,7 @@ class Option:
 
 
 class SettingsArgument(Argument):
-    """Settings in Hydra's grammar: their command also has Hydra's options, which print the settings and run nothing."""
+    """Settings in Hydra's grammar; the command also gets Hydra's options that print the settings and run nothing."""
 
 
 Overrides = Annotated[tuple[str, ...], SettingsArgument("KEY=VALUE", help="settings to change")]
@@ -95,7 +95,7 @@ HealthAnywhere = Annotated[bool, Option("--health may be reached from other mach
 
 
 def answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
-    """Print figures as JSON, or else a heading and sections for people, which may be worked out as they are printed."""
+    """Print figures as JSON, or print a heading and sections for people; sections may be computed lazily."""
     from fedtune.show.terminal_tables import print_json, say, show  # rich takes a while to import
 
     if as_json:
@@ -113,7 +113,7 @@ def same_command(command: str, *words: str, name: str, options: Sequence[str]) -
 
 
 class _Argument(click.Argument):
-    """An argument with a line in the help."""
+    """A click argument with its own help text."""
 
     def __init__(self, *declared: Any, about: Argument, **options: Any) -> None:
         super().__init__(*declared, **options)
@@ -121,7 +121,7 @@ class _Argument(click.Argument):
 
 
 class Command(click.Command):
-    """Help with examples, which stay commands to type; arguments are listed, too."""
+    """A click command whose help keeps examples copyable and lists the arguments."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         said: list[str] = []
@@ -151,7 +151,7 @@ def _prose(lines: Iterable[str], width: int) -> Iterator[str]:
 
 
 def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
-    """Each command with what it does: beside it where all have room there, else below."""
+    """Lay out example commands with their descriptions next to them or, without room for all, below."""
     rows: list[list[str]] = []
     for line in lines:
         if rows and len(line) - len(line.lstrip()) >= _FURTHER:
@@ -190,7 +190,7 @@ HYDRA_OPTIONS = (
 
 
 class _ComposedCommand(Command):
-    """A command over composed settings: options of Hydra's that print them, and the groups in the help."""
+    """A command on composed settings; adds Hydra's printing options, and the groups to the help."""
 
     def invoke(self, ctx: click.Context) -> Any:
         folder, cfg, resolve, package, info = (ctx.params.pop(str(option.name)) for option in HYDRA_OPTIONS)
@@ -217,7 +217,7 @@ class _ComposedCommand(Command):
 
 
 class Group(Command, click.Group):
-    """A command of commands, which its help lists in the order of the file."""
+    """A command with subcommands, listed in the order of the file."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -228,12 +228,16 @@ class Group(Command, click.Group):
 
 
 def group(help: str, *, cls: type[Group] = Group) -> Group:
-    """A command of several commands, which `command` adds; its help is the docstring of their module."""
+    """Create a command group; `help` is its module's docstring, and `command` adds its subcommands."""
     return cls(help=help, context_settings=SETTINGS, no_args_is_help=False)
 
 
 def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[Function], Function]:
-    """Add a function to a group: its parameters are the arguments, its docstring is the help, `summary` is listed."""
+    """Return a decorator that adds a function to a group as a subcommand.
+
+    The function's parameters become arguments and options, and its docstring becomes the help; the group's help lists
+    `summary`.
+    """
 
     def add(function: Function) -> Function:
         app.add_command(single(function, name=name, summary=summary))
@@ -243,7 +247,7 @@ def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[F
 
 
 def single(function: Callable[..., None], *, name: str | None = None, summary: str = "") -> Command:
-    """A function as a command."""
+    """Turn a function into a click command."""
     params = list(_parameters(function))
     is_composed = any(isinstance(one, _Argument) and isinstance(one.about, SettingsArgument) for one in params)
     return (_ComposedCommand if is_composed else Command)(
@@ -296,7 +300,7 @@ def _click_type(hint: Any) -> Any:
 
 
 class _HomePath(click.Path):
-    """A path, with the home folder in place of ~: a shell puts it there for `--out ~/x`, and not for `--out=~/x`."""
+    """A path parameter that expands ~, since a shell expands it in `--out ~/x` but not in `--out=~/x`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         key = param.human_readable_name if param is not None else "path"

@@ -1,4 +1,6 @@
-"""`fedtune compare`: whether the shared model beats the alternatives, for whom, by how much, and at what price."""
+"""`fedtune compare`: whether the shared model beats the alternatives, for which sites, by how much and at what
+price.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,9 @@ def compare(
       fedtune compare experiment=hospitals_abstracts --by label        also by group
       fedtune compare runs/a runs/b --data test.jsonl                  runs that are there already
 
-    The same records are scored under every model. Intervals (95 %) come from drawing these records anew, the same ones
-    for all models; what they do not tell apart is said in words. The same command again goes on where it stopped.
+    The same records are scored under every model. Intervals (95 %) come from resampling these records, with the
+    same samples for all models; the verdict names the models that they cannot distinguish. Repeat the same command
+    to resume an interrupted comparison.
     """
     check_at_least("--smallest", smallest, FEWEST_UNITS)
     console, folders, written = Console(stderr=as_json), _run_folders(words), list[Path]()
@@ -95,7 +98,7 @@ def compare(
 
 
 def _run_folders(words: Sequence[str]) -> list[Path]:
-    """The words as folders of runs; empty if they are settings."""
+    """Return the arguments as run folders; empty if they are settings."""
     folders = [word for word in words if RunFolder(Path(word)).config.is_file()]
     for word in words:
         if word not in folders and (folders or "=" not in word):
@@ -105,7 +108,7 @@ def _run_folders(words: Sequence[str]) -> list[Path]:
 
 
 def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
-    """Runs named after their folders; by the whole path where two names are equal."""
+    """Name runs after their folders, or by their whole paths if two folder names are equal."""
     from fedtune.tasks.saved import SavedAdapter
 
     lines, names = [], [folder.absolute().name for folder in folders]
@@ -122,7 +125,7 @@ def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
 
 
 def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
-    """Check the records to be scored before the first run, as far as possible without a model."""
+    """Check the records to be scored before the first run starts, as far as possible without a model."""
     data = config.data
     if file is None and data.test_file is None and not data.test_fraction:
         raise no_test_records()
@@ -135,10 +138,10 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
 
 
 def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
-    """Run what is not finished yet, and make own adapters where they are asked for; the first error ends it.
+    """Run every unfinished line and, if requested, train personalized adapters; the first error ends the comparison.
 
-    A run beside the first one that is refused is left out: the plan of its one site was used up before any round had a
-    result.
+    A refused run is skipped if an earlier run succeeded: its single site's budget was used up before any round
+    finished.
     """
     done: list[Line] = []
     try:

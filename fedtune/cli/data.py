@@ -6,7 +6,7 @@
   fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl   write a new file with more columns
   fedtune data copies made.jsonl tickets.csv         say where synthetic texts repeat your own
 
-Nothing of it leaves this machine, and no run reads any of it but a file that you choose to use.
+Nothing here leaves this machine, and no run reads the results unless you choose to use a written file.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def init(
     ranges: Annotated[str | None, Option("LOW,HIGH for all numbers, or a file by column", metavar="RANGE")] = None,
     **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
 ) -> None:
-    """Look at a file of records, say what it is, and write an experiment with a comment on each line.
+    """Inspect a file of records, report what it contains, and write an experiment with a comment on each line.
 
     fedtune data init tickets.csv                        tickets.yaml, and the next line to type
     fedtune data init posts.csv --text body --label team  classification by these columns
@@ -85,7 +85,7 @@ def init(
     fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
     fedtune data init trial.csv --time months --event died  when an event comes, by a table, a text or an image
 
-    Without an option a column is found by its name or its values, and shown with the option that chooses another.
+    Columns without an option are detected by name or values, and listed with the option that selects another.
     """
     target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
     chosen = {option: name for option in OPTIONS if (name := columns[option.replace("-", "_")]) is not None}
@@ -126,7 +126,7 @@ def init(
 
 
 def _ranges(given: str, found: Found) -> dict[str, tuple[float, float]]:
-    """By column of numbers the range that a person declares: one for all of them, or each by a line of a file."""
+    """Return the declared range of each numeric column: one range for all columns, or one per line of a file."""
     numbers = [name for name in found.features if not found.columns[name].is_category]
     bound = "must be LOW,HIGH, or a file with the columns column, low and high, for a table's numbers"
     lines = [(name, *given.split(",")) for name in numbers]
@@ -151,15 +151,15 @@ def check(
     site: Annotated[Path | None, Option(metavar="site.toml", help="look at this site's own file instead")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at each record of an experiment's files as a run would, and say what is wrong or odd.
+    """Check each record of an experiment's files as a run would read it, and report errors and oddities.
 
     fedtune data check tickets.yaml                             what tickets.yaml names
     fedtune data check tickets.yaml data.max_length=64          with another setting
     fedtune data check tickets.yaml --site site.toml            a real site's own file, as this run would read it
 
-    Errors; records that are cut or teach nothing; duplicates, near-duplicates, and records of the test that are among
-    those trained on; labels, lengths; likely personal identifiers; damaged encodings; declared sizes.
-    It shows counts and lines, and no record's text.  Nothing is dropped or changed.
+    Reports errors, truncated records and records that teach nothing, duplicates, near-duplicates, test records that
+    are also in the training data, labels, lengths, likely personal identifiers, damaged encodings and declared
+    sizes. It shows counts and line numbers, never a record's text. Nothing is dropped or changed.
     """
     config = _experiment(settings, site)
     reader = _reader(config.data, config.model, key="model.path", other="model=NAME")
@@ -177,16 +177,16 @@ def clean(
     mask: Annotated[Literal["nothing", "personal"], Option("what to put the name of its kind in place of")] = "nothing",
     of: Annotated[Literal["train", "validation", "test"], Option("which of the experiment's files")] = "train",
 ) -> None:
-    """Write what is to be kept of an experiment's file to a new one, row by row, under the names of its columns.
+    """Write the rows of an experiment's file that you want to keep to a new file, with the same column names.
 
     fedtune data clean tickets.yaml --out kept.jsonl                         without rows that a run cannot use
     fedtune data clean tickets.yaml --out kept.jsonl --drop unusable,duplicates,near-duplicates
     fedtune data clean tickets.yaml --out kept.jsonl --mask personal         identifiers become [e-mail], [IBAN], ...
     fedtune simulate experiment=./tickets.yaml data.train_file=kept.jsonl    use it
 
-    The old file stays as it is.  To drop duplicates couples records: whether one is kept goes by those before it.  So
-    do it before you declare the size of your data and before the first run.  The guarantee is then about the records
-    of the new file, not about those that were dropped.
+    The old file is not changed. Dropping duplicates couples records: whether one is kept depends on earlier ones.
+    Therefore clean before you declare the size of your data and before the first run. The guarantee then covers the
+    records of the new file, and not those that were dropped.
     """
     config, key = _experiment(settings, None), f"data.{of}_file"
     if (name := getattr(config.data, f"{of}_file")) is None:
@@ -221,13 +221,13 @@ def codes(
     lengths: Annotated[str | None, Option("the most words of each class but the last", metavar="WORDS,...")] = None,
     columns: Annotated[str, Option("the texts' roles, and their columns", metavar="ROLES")] = "{text: text}",
 ) -> None:
-    """Write a site's file anew with a column topic, length or both, for a language model to be tuned on.
+    """Copy a site's file and add a topic column, a length column or both, as prompts for tuning a language model.
 
     fedtune data codes tickets.csv --topics topics.csv --out coded.jsonl    topic: the nearest of topics.csv
     fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl        length: up to 15 words, 16 to 60 words, ...
 
-    A record's codes follow from its own texts alone: no other record can change them.  All sites of a run need the
-    same list, model and bounds, so compare the hashes that are shown.  docs/synthetic_texts.md says more.
+    A record's codes depend only on its own texts: no other record can change them. All sites of a run need the same
+    list, model and bounds, so compare the hashes that are shown. See docs/synthetic_texts.md.
     """
     source, roles = resolve_file(file, shipped_folders(), key="FILE"), roles_of(columns)
     require_no_card(file, key="FILE", kind="a site's own")
@@ -273,13 +273,14 @@ def copies(
     out: Annotated[Path | None, Option("a new file for all of it, for its owner alone", metavar="FILE.json")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for words, near-duplicates and personal details of a site's own records that come up in synthetic ones.
+    """Search synthetic records for words, near-duplicates and personal details from a site's own records.
 
     fedtune data copies made.jsonl tickets.csv --own-columns '{text: body}'
     fedtune data copies made.jsonl --site site.toml       the columns of its own file are those of its policy
 
-    Some own records are set beside the others, too: people use the same phrases.  What is shown quotes private records
-    and has no guarantee: it must not leave the site.  It is a warning, and changes nothing.
+    As a baseline, some of the site's own records are compared with the others, since people use the same phrases.
+    The output quotes private records without any guarantee: it must not leave the site. It is only a warning, and
+    changes nothing.
     """
     roles, own_roles = roles_of(columns), roles_of(own_columns or columns)
     if not roles or roles.keys() != own_roles.keys() or not all(map(is_written, roles)):
@@ -308,7 +309,11 @@ def copies(
 
 
 def _read(files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, LeftOut]) -> Iterator[Record]:
-    """The usable records of files with the columns of their roles; of each there must be one.  Notes the other rows."""
+    """Yield the usable records of several files, and store the skipped rows of each file in `left_out`.
+
+    Raises:
+        DataError: a file has no usable record.
+    """
     with columns_by_option():
         for path, its in files:
             faults, number, shared = Faults(), 0, format_of(path) == ".json"  # whose rows may share a line
@@ -322,7 +327,7 @@ def _read(files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, L
 
 
 def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
-    """The experiment, whose name or file may stand without `experiment=`; with a site's own file in place of its."""
+    """Compose the experiment, named with or without `experiment=`; `site` replaces its files by a real site's own."""
     if not settings:
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
     names = [word for word in settings if "=" not in word or Path(word).is_file()]
@@ -341,7 +346,11 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
 
 
 def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
-    """A recipe, with a model that a person names: that of the recipe, or of a name from conf/model, is its own."""
+    """Compose a recipe, optionally with another model: a name from conf/model, a folder or a hub id.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     names = options_of("model")
     known = model is None or model in names
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
@@ -362,12 +371,14 @@ def _reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
 
 
 def _num_ids(tokenizer: Any) -> int:
-    """Ids that a model of this tokenizer has an embedding for, at least: there may be gaps among them."""
+    """Return the least number of token ids that a model of this tokenizer embeds; ids may have gaps."""
     return 1 + int(max(tokenizer.get_vocab().values(), default=0))
 
 
 def _require_new(target: Path, *suffixes: str, force: bool = False) -> None:
-    """Require a new file, or with `force` any file, before the work: what cannot be written is said when it is."""
+    """Require that `target` can be written as a new file (with `force`, also an existing one), before the work
+    starts.
+    """
     is_there, option = os.path.lexists(target), ", or use --force" if suffixes == (".yaml", ".yml") else ""
     for is_wrong, bound in (
         (suffixes and target.suffix not in suffixes, f"must end in {' or '.join(suffixes)}"),

@@ -1,4 +1,4 @@
-"""Sections of `fedtune data`: a file before there is an experiment, an experiment's records, a new file."""
+"""Tables of `fedtune data`: a file before there is an experiment, an experiment's records, and a new file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BAR = 40
 
 
 def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
-    """The kind of the file, its columns, its first rows and its labels."""
+    """Yield tables of a file's kind, columns, first rows and labels."""
     unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
     yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]})
     headings: tuple[str, ...] = ("role", "column", "why", "another by")
@@ -80,7 +80,7 @@ def _shortened(
 
 
 def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
-    """A table's columns with what the file holds, which stands in no file that is written; else tokens of records."""
+    """Build the table of a file's features, shown only on the terminal, or of its records' token counts."""
     if found.features:
         rows = []
         for one in (found.columns[name] for name in found.features):
@@ -102,7 +102,7 @@ def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
 
 
 def check_sections(checked: Checked) -> Iterator[Section]:
-    """Findings in an experiment's files."""
+    """Yield tables of the findings in an experiment's files."""
     for file in checked.files:
         yield from _file_check(file, checked.max_length)
     rows, far = list[tuple[str, ...]](), dict[int, str]()
@@ -165,7 +165,7 @@ def _histogram(found: Lengths, max_length: int) -> Section:
 
 
 def clean_sections(done: Cleaned) -> Iterator[Section]:
-    """Rows that were kept, dropped and masked."""
+    """Yield tables of the kept, dropped and masked rows."""
     dropped = done.dropped.total()
     yield pairs({"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"})
     why = {**RULES, UNREADABLE: "the row cannot be read"}
@@ -177,7 +177,7 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
 
 
 def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]) -> Iterator[Section]:
-    """Records by code, and the hashes of what must be the same at every site."""
+    """Yield tables of the records by code, and the hashes that must agree between all sites."""
     yield from clean_sections(replace(done, masked=Counter()))
     for column, names in codes.items():
         yield _labels({name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column)
@@ -186,7 +186,7 @@ def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapp
 
 
 def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, LeftOut]) -> Iterator[Section]:
-    """Show how close synthetic records are to a site's own, next to how close its own are to each other."""
+    """Yield tables of how close synthetic records are to a site's own, compared with the own records' similarity."""
     counts, rows, warned = Counter(what for one in usual for what in _of_another(one)), list[tuple[str, ...]](), {}
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
     for one in near:

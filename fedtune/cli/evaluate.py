@@ -1,4 +1,4 @@
-"""`fedtune evaluate`: score a saved adapter beside the model before training."""
+"""`fedtune evaluate`: score a saved adapter and the model before training on a file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's saved adapter on a file of your own, beside the model as it was before training.
+    """Score a run's saved adapter on a file of your own, next to the model before training.
 
-    The file has the columns that the run's configuration names. Scores are exact and not covered by any guarantee.
-    Intervals come from drawing the records anew (users with all their records, where the run's unit is the user).
+    The file must have the columns that the run's configuration names. Scores are exact and not covered by any
+    guarantee. Intervals come from resampling the records (whole users with all their records, if the run protects
+    users).
     """
     config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
     from fedtune.runs.model_comparison import side_by_side

@@ -1,4 +1,4 @@
-"""`fedtune export` and `distil`: a run's model, or a smaller one that answers as it does, for others to load."""
+"""`fedtune export` and `distil`: a run's model, or a smaller student of it, for others to load."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def export(
       fedtune export runs/tighter --to FOLDER --format onnx    the whole model, for ONNX runtimes
       fedtune export runs/tighter --to FOLDER --format onnx --int8     also a quarter of it, with what that costs
 
-    What is written is loaded again and must compute what the run's model computes. docs/using_the_result.md shows how
-    to load and serve each of them.
+    The written model is loaded again, and must compute what the run's model computes. See docs/using_the_result.md
+    for how to load and serve each format.
     """
     config, adapter = finished_run(run)
     if merge and format is not None:
@@ -91,14 +91,15 @@ def distil(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Teach a smaller model the answers of a finished run's, and write it for others to load.
+    """Distill a finished run's model into a smaller one, and write that for others to load.
 
       fedtune distil runs/tighter --texts public.txt --to FOLDER       the lower half of the run's own base
       fedtune distil runs/tighter --texts public.txt --to FOLDER --student 2                    its lowest two layers
       fedtune distil runs/tighter --texts public.txt --to FOLDER --student package:own/model    another base
 
-    Of a run whose head answers to a text by labels or a number. The sites' records are not read, so nothing is charged.
-    Texts without a card are taken as public, and epsilon stays the run's; that of a card's runs is added to it.
+    For runs whose head predicts labels or a number from a text. The sites' records are not read, so nothing is
+    charged. Texts without a card are assumed to be public, and the student has the run's epsilon; with a card, the
+    epsilon of the card's runs is added.
     """
     config, adapter = finished_run(run, device=device)
     named = roles_of(columns, known=config.data.columns) if columns is not None else None

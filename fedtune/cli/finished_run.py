@@ -1,4 +1,4 @@
-"""Finished runs as arguments of commands that use their models: the folder, the configuration, adapters by name."""
+"""Finished runs as command arguments: the run's folder, its configuration, and adapters by name."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Seed = Annotated[int, Option("of the draws")]
 def finished_run(
     run: Path, *, device: str = "auto", columns: str | None = None, generate: int | None = None
 ) -> tuple[RunConfig, Path]:
-    """The configuration of a finished run, whose folder or `adapter` is given, and the folder of its adapter.
+    """Return the configuration and the adapter folder of a finished run, given its folder or its `adapter`.
 
-    `columns` is `{role: column}` as typed, for a file whose columns are named otherwise than the run's; scoring writes
-    texts for `generate` prompts, or else as the run did.
+    `columns` is a `{role: column}` mapping as entered by the user, for a file with other column names than the run's.
+    `generate` is the number of prompts for which scoring generates texts; None: as in the run.
     """
     loaded = load(run)
     config, settings = loaded.config, loaded.config.to_json()
@@ -54,7 +54,11 @@ def finished_run(
 
 
 def roles_of(columns: str, *, known: Collection[str] | None = None) -> dict[str, str]:
-    """Role to column, as a person types them; a ConfigError says if they are not as in `{text: body}` or `known`."""
+    """Parse a `{role: column}` mapping that the user entered.
+
+    Raises:
+        ConfigError: it does not look like `{text: body}`, or a role is not in `known`.
+    """
     try:
         named = yaml.safe_load(columns)
     except (yaml.YAMLError, ValueError, RecursionError):  # as of a day that no month has, or of 20,000 brackets
@@ -68,7 +72,10 @@ def roles_of(columns: str, *, known: Collection[str] | None = None) -> dict[str,
 
 
 def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
-    """The folders of adapters by name.  The run's own comes first, named after its folder unless `others` names it."""
+    """Return adapter folders by name, the run's own adapter first.
+
+    The own adapter is named after its folder unless `others` names it.
+    """
     named: dict[str, Path] = {}
     for word in others:  # NAME=RUN each
         name, given, folder = word.partition("=")
@@ -88,7 +95,7 @@ def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
 
 @contextmanager
 def columns_by_option() -> Iterator[None]:
-    """Let a message about a file's columns name --columns, in place of a run's setting."""
+    """Rewrite errors about a file's columns so that they name --columns instead of the run's setting."""
     try:
         yield
     except DataError as error:
@@ -97,13 +104,13 @@ def columns_by_option() -> Iterator[None]:
 
 
 def compared_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
-    """Each score of two models, its difference with the interval, and what that says of the second."""
+    """Build table rows: each score of two models, their difference with its interval, and the verdict on the second."""
     both = {name: (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}") for name, one in scores.items()}
     return [(name, *values, *changed(scores[name])) for name, values in both.items()]
 
 
 def warn_of_fixed_prompt(config: RunConfig) -> None:
-    """Warn if the prompt template ignores the prompt: the model was tuned to write from the same words each time."""
+    """Warn if the prompt template ignores the prompt, so that the model always continues the same words."""
     data = config.data
     if "prompt" in data.columns and "prompt" not in data.template_roles and config.bound_task.predicts_tokens:
         template = f"data.prompt_template = {data.prompt_template!r}"
@@ -111,12 +118,12 @@ def warn_of_fixed_prompt(config: RunConfig) -> None:
 
 
 def harmless(text: str) -> str:
-    """Strip control characters, which could steer a terminal, from a model's text; all other letters stay."""
+    """Remove control characters, which could steer a terminal, from a model's text."""
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
 
 
 def print_streamed(parts: Iterator[str]) -> bool:
-    """Print a text as it arrives; returns whether Ctrl-C ended it."""
+    """Print a text as it is generated; return True if Ctrl-C interrupted it."""
     stopped = False
     try:
         for part in parts:

@@ -1,7 +1,7 @@
-"""The lead's rounds as a ServerApp, where `flower-superexec` runs: on the lead's machine, or on the server's.
+"""The lead's rounds as a ServerApp, run by `flower-superexec` on the lead's machine or on the server's.
 
-`flwr run --run-config 'run="FILE"'` names a TOML file on that machine: `kit`, the folder of the lead's kit, and
-`settings`, a list of the words that `fedtune run` takes.
+`flwr run --run-config 'run="FILE"'` names a TOML file on that machine: `kit` is the folder of the lead's kit, and
+`settings` is a list of arguments of `fedtune run`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`fedtune generate`: what a finished run's model answers to a prompt, or to a file of prompts."""
+"""`fedtune generate`: a finished run's answers to a prompt or to a file of prompts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a finished run's answer to a prompt, or name its labels or its number.
+    """Print a finished run's answer to a prompt: a text, labels or a number.
 
       fedtune generate runs/chats --prompt "Where is my parcel?"
       fedtune generate runs/chats --file prompts.txt --json > answers.jsonl
       fedtune generate runs/chats --prompt "Hello" --base --adapter other=runs/other
 
-    Greedy, unless --temperature is above 0. With --file one line a record, or one JSON object with --json.
+    Decoding is greedy unless --temperature is above 0. With --file, each record gives one line, or one JSON object
+    with --json.
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config, own = runs.finished_run(run, device=device, columns=columns)
@@ -76,7 +77,7 @@ def generate(
             yield saved.answer(records[place])[0]
 
     def told(place: int) -> dict[str, object]:
-        """By adapter: the text, or what the task says instead."""
+        """Return the answers to a record by adapter: generated texts, or the task's predictions."""
         if writes:
             return {name: "".join(parts(place, name)) for name in names}
         answers = {}

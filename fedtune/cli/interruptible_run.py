@@ -1,4 +1,4 @@
-"""Run with progress on the terminal; if a signal ends the run, say how to continue it."""
+"""Interruptible runs with progress on the terminal; after a signal, print how to resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from fedtune.system import send_signal
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
-    """Run in a folder and show it; `again` is what continues it, `began` the command's start by `time.monotonic`."""
+    """Run in a folder and show the progress and result.
+
+    `again` is the command that resumes the run, and `began` the command's start by `time.monotonic`.
+    """
     from fedtune.show.run_progress import Display, show_result
 
     display = Display(console, config, shown=config.tracking.progress)
@@ -66,7 +69,9 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 def run_simulation(
     config: RunConfig, folder: Path, console: Console, *, session: Session | None = None, again: str | None = None
 ) -> RunResult:
-    """Run a simulation in its folder, new or begun, and show it; `again`: what continues it, if not resume= alone."""
+    """Start or resume a simulation in its folder, and show it; `again`: the command that resumes it (default:
+    resume=).
+    """
     began = time.monotonic()
     # Imported here, because torch and Flower take seconds, and a mistake in an override should not wait for them.
     with importing():
@@ -80,7 +85,10 @@ def run_simulation(
 
 
 def after_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
-    """As `after_public_stage`, with the stage shown; `again`: the command's words, which go on with it."""
+    """Run a pending public stage with its progress shown; return the configuration that starts from its result.
+
+    `again`: the command's arguments that resume it.
+    """
     named = [] if any(word.startswith("name=") for word in again) else [f"name={config.name}"]
 
     def train(stage: RunConfig, folder: Path) -> None:
@@ -93,7 +101,7 @@ def after_shown_public_stage(config: RunConfig, console: Console, *, again: Sequ
 
 
 def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
-    """Return `fits`, the configuration within the sites' budgets, after saying how it differs from `asked`."""
+    """Print how `fits`, the configuration within the sites' budgets, differs from `asked`; return `fits`."""
     if fits != asked:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
         console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
@@ -101,9 +109,9 @@ def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig
 
 
 def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session) -> RunResult:
-    """Do one of several runs, and print its result in one line; its folder has the details.
+    """Run one of several trials, and print its result in one line; its folder contains the details.
 
-    On a terminal the newest line of the run's own progress stands below.
+    On a terminal, the latest line of the run's own progress is shown below.
     """
     began = time.monotonic()
     with console.status(f"{name} ...") as status:
@@ -139,7 +147,7 @@ def several_runs(trials: Trials, console: Console, *, again: Sequence[str], as_j
 
 
 def show_trials(console: Console, trials: Trials, *, again: str) -> None:
-    """Print the table of several runs, the paths of the best one and of the table, and how to continue."""
+    """Print the table of several runs, the paths of the best run and of the table, and how to resume."""
     show([table := trials.section()], console=console)
     if (best := trials.best) is not None:
         say(f"{'picked:' if table.title == 'Trials' else 'best: '} {best.folder}", console=console)
@@ -151,9 +159,9 @@ def show_trials(console: Console, trials: Trials, *, again: str) -> None:
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, and SIGINT also in the background, where shells have it ignored.
+    """Let SIGTERM end a run like Ctrl-C, and SIGINT also in the background, where shells ignore it.
 
-    Python drops what is raised inside a `__del__` or a weak reference's callback: then the signal comes once more.
+    Python drops exceptions raised in `__del__` or weak reference callbacks, so a dropped interrupt is sent again.
     """
 
     def interrupt(number: int, frame: object) -> None:

@@ -1,10 +1,10 @@
-"""Read a site's ledger, which records for ever what was done to the records of one population.
+"""Read a site's ledger, the permanent record of everything done with the records of one population.
 
   fedtune ledger show ledger.db --last 20                 each entry: rounds, refusals, changes of the policy
   fedtune ledger spent ledger.db                          what was spent, in all and by each run, and what is left
   fedtune ledger verify ledger.db --anchor anchor.json    was it changed, or an older copy put back?
   fedtune ledger export ledger.db --output ledger.json    everything, for an auditor
-These write nothing into the ledger. PATH is the file, or a folder with a ledger.db in it.
+These commands do not change the ledger. PATH is the file, or a folder that contains a ledger.db.
 
   fedtune ledger anchor ledger.db --key site_key.pem --output anchor.json
   fedtune ledger restore --policy site.toml --anchor anchor.json
@@ -74,10 +74,10 @@ def show_events(
 
 @command(app, "what was spent and what is left")
 def spent(path: LedgerPath, as_json: AsJson = False) -> None:
-    """Show what a ledger has spent: for its whole life, for the current period and for each run.
+    """Show a ledger's spending: over its whole lifetime, in the current period and for each run.
 
-    The filter's figure holds even when every next run was chosen after seeing earlier results; caps use it.
-    The PLD figure is smaller and a proof for each run alone. Every epsilon shown is rounded up.
+    The filter's figure holds even if each run was chosen after seeing earlier results; caps use it. The PLD figure
+    is smaller, and proven only for each run alone. Every epsilon is rounded up.
     """
     from fedtune.report.from_ledger import lifetime_of  # what other commands can do without
 
@@ -93,7 +93,8 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
 def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None, as_json: AsJson = False) -> None:
     """Check that nobody without the site's key changed, deleted, inserted or reordered an event.
 
-    An anchor, kept on another disk, also shows that none is missing at the end. Exit code 1 if anything does not fit.
+    With an anchor, kept on another disk, also check that no event is missing at the end. Exit code 1 if a check
+    fails.
     """
     file, verified = _verified(path, anchor=anchor, site_key=site_key)
     if as_json:
@@ -132,7 +133,7 @@ def write_anchor(
     key: Annotated[Path, Option(metavar="FILE", help="the site's private key: site_key.pem, or site.toml")],
     output: Annotated[Path, Option(metavar="FILE", help="where the anchor is kept")],
 ) -> None:
-    """Write the ledger's newest head, signed, into an anchor file: keep it on another disk or machine.
+    """Write the ledger's newest head, signed, to an anchor file; keep it on another disk or machine.
 
     If the file exists, the ledger must contain its anchor; otherwise an older ledger was put back.
     """
@@ -148,9 +149,9 @@ def restore(
     policy: PolicyFile,
     anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,
 ) -> None:
-    """Charge what the anchor knows and a restored backup lacks.
+    """Charge everything that the anchor covers and a restored backup lacks.
 
-    Stop training, copy the backup to the place that the policy names, run this, start again.
+    Stop training, copy the backup to the path in the policy, run this command, and start training again.
     """
     site = _own_site(policy)
     anchors = anchors_at_hand(site, anchor)
@@ -165,7 +166,7 @@ def restore(
 def freeze(
     policy: PolicyFile, why: Annotated[str, Option(metavar="TEXT", help="the reason; the ledger keeps it")]
 ) -> None:
-    """Take the population of a ledger out of all training, for ever. There is no way back.
+    """Permanently exclude a ledger's population from all training. This cannot be undone.
 
     It does not undo earlier releases.
     """
@@ -179,11 +180,11 @@ def freeze(
 
 @command(app, "say that this machine's date is right", name="confirm-date")
 def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] = False) -> None:
-    """Let the period of the budget begin that this machine's date is in.
+    """Start the budget period that contains this machine's date.
 
-    A clock that was set forward would open a new period, whose budget is unspent. So a site opens only the next one by
-    itself, and only if the server's time is in it too; any other waits for this command. Compare the date with a clock
-    that neither this machine nor the federation sets.
+    A clock that was set forward would open a new period with an unspent budget. A site therefore opens only the
+    next period by itself, and only if the server's time is in it too; any other period waits for this command.
+    Compare the date with a clock that neither this machine nor the federation sets.
     """
     site = _own_site(policy)
     history = verify(site.ledger).history
@@ -196,7 +197,11 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
 
 
 def ledger_file(name: str) -> Path:
-    """The ledger that a person means by PATH; a ConfigError says if there is none."""
+    """Return the ledger file for the argument PATH.
+
+    Raises:
+        ConfigError: there is no ledger.
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -224,14 +229,14 @@ def _verified(path: str, *, anchor: Path | None = None, site_key: str | None = N
 
 
 def show_identity(path: Path, verified: Verified) -> None:
-    """Print whose ledger it is, and how far it goes."""
+    """Print a ledger's site and population, its number of events and its newest one."""
     opened, last = verified.history.opened, verified.events[-1]
     say(f"Ledger of site {printable(opened.site)}, population {printable(opened.population)}", style="bold")
     say(f"{path}: {counted(last.sequence, 'event')}, newest {moment(last)}")
 
 
 def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
-    """The chosen events, a line each."""
+    """Build the table of the chosen events, one per row."""
     unit = verified.history.opened.unit
     rows = []
     for event in chosen:
@@ -251,7 +256,7 @@ def _state(run: LifetimeRun, history: History) -> str:
 
 
 def show_spent(history: History, figures: Lifetime) -> None:
-    """Print what a ledger spent: the one thing to know, tables, and what to say of backups and of caps that moved."""
+    """Print a ledger's spending: a summary, tables, and remarks on restored backups and changed caps."""
     unit = history.opened.unit
     said = filled(
         "spent",
@@ -301,7 +306,7 @@ def _lifetime(history: History, figures: Lifetime) -> Section:
 
 
 def _by_arrival(figures: Lifetime) -> Section:
-    """The epsilon of people by when they came; nothing where one figure holds for everybody."""
+    """Build the table of epsilon by time of arrival; empty if one figure holds for everybody."""
     rows = []
     for one in figures.cohorts or ():
         spent = (epsilon_text(one.epsilon), epsilon_text(one.with_set_aside), rounded_down(unbounded(one.left)))
@@ -335,14 +340,14 @@ def _each_run(runs: Sequence[LifetimeRun], history: History) -> Section:
 
 
 def findings(verified: Verified) -> Iterator[Section]:
-    """Checks that hold, and checks that were not made."""
+    """Yield the list of checks that passed and the list of checks that were not made."""
     said = filled("ledger_check", verified=verified)
     for part, title in (("checked", "Checked, and right:"), ("unchecked", "Not checked:")):
         yield Section(title=title, notes=[f"- {text}" for text in said[part].split("\n")] if part in said else ())
 
 
 def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
-    """Print what a ledger that was put back lacked, and what it is charged for that."""
+    """Print what a restored ledger lacked, and what it is charged for the missing events."""
     if made_up.last is None:
         say(f"{path} lacks nothing that {' and '.join(map(str, anchors))} know. Nothing was charged.")
         return
@@ -358,13 +363,13 @@ def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> Non
 
 
 def show_other_policy(cap: float | None, *, time: str) -> None:
-    """Print that another policy than site.toml was in force at `time`, and its lifetime `cap`."""
+    """Print that a policy other than site.toml was in force at `time`, with its lifetime `cap`."""
     other = f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {cap_text(cap)})"
     say(f"{other}. Compare caps, leads and all else before you start the site.")
 
 
 def moment(event: Event) -> str:
-    """When it was written, to the second."""
+    """Format an event's time to the second."""
     return f"{event.time[:19].replace('T', ' ')} UTC"
 
 

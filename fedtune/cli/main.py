@@ -1,4 +1,4 @@
-"""The command `fedtune`: finds a command's module, calls it, and turns errors into messages and exit codes."""
+"""The command `fedtune`: looks up a command's module, runs it, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _LOADING_S = 0.5
 
 
 class _Fedtune(click.Group):
-    """The commands, of which only the one that is called is imported: torch, Hydra and the accountants take seconds."""
+    """The top-level command group; imports only the called command, since torch and Hydra take seconds to import."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -98,7 +98,7 @@ fedtune = click.option("--version", **_about, help="Show the version and exit.")
 
 
 def _tell(message: str) -> None:
-    """On a terminal in lines that it has room for; in the log of a service a message is one line."""
+    """Print a message to standard error: wrapped on a terminal, in one line for a service's log."""
     text = f"fedtune: {message}"
     lines = fold(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
     with suppress(OSError):  # there is nowhere else to say it
@@ -106,7 +106,7 @@ def _tell(message: str) -> None:
 
 
 def _writable(stream: TextIO | None) -> TextIO:
-    """A standard stream that takes any text: a letter that its encoding lacks is shown as a question mark."""
+    """Return a standard stream that accepts any text; characters missing in its encoding become question marks."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # None: the shell closed it

@@ -1,4 +1,4 @@
-"""`fedtune model-hash`: the hash by which a policy, a federation and a run name a base model."""
+"""`fedtune model-hash`: the hash that identifies a base model in policies, federations and runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ def model_hash(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the hash by which a policy, a federation and a run's settings name a base model, and the files it covers.
+    """Print the hash that identifies a base model in policies, federations and run settings, and the files it covers.
 
       fedtune model-hash models/minilm            a folder with safetensors, or with one GGUF file
       fedtune model-hash Small-Q4_1.gguf          a GGUF file; its hash is the one that sha256sum prints
       fedtune model-hash package:MODULE/FOLDER    a model in an installed Python package
 
-    Files that are not listed are never loaded. A model that a site would refuse is refused here, with the reason.
+    Files that are not listed are never loaded. A model that a site would refuse is refused here too, with the
+    reason.
     """
     if files and as_json:
         raise ConfigError("--json", NOT_GIVEN, "does not go with --files")

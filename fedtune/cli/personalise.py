@@ -1,4 +1,4 @@
-"""`fedtune personalise`: a site's own adapter, made from a simulated run's final one without noise."""
+"""`fedtune personalise`: a site's personalized adapter, trained from a simulated run's final adapter without noise."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def personalise(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Make the own adapter of simulated sites: each begins in the run's final one, and trains without noise.
+    """Train personalized adapters for simulated sites, from the run's final adapter and without noise.
 
       fedtune personalise runs/banks            RUN/private_to_SITE/ of each site, and scores beside the others
       fedtune personalise runs/banks bank_2     of one
 
-    Learning rate and end follow from records that the site holds out. What comes out is private to the site, without a
-    guarantee: no run begins in it, and `fedtune export` asks for --private. generate, chat, evaluate and compare take
-    its folder. A real site has `fedtune site personalise`. Nothing is charged. docs/own_adapter.md says more.
+    Records that the site holds out determine the learning rate and the stopping point. The result is private to the
+    site and has no guarantee: no run starts from it, and `fedtune export` requires --private. The commands
+    generate, chat, evaluate and compare accept its folder. For a real site, use `fedtune site personalise`. Nothing
+    is charged. See docs/own_adapter.md.
     """
     config, adapter = finished_run(run, device=device)
     finished = door.Run(folder=adapter.absolute().parent, config=config)
@@ -44,7 +45,7 @@ def shown_progress() -> Iterator[Callable[[door.Progress], None]]:
 
 
 def print_made(make: Callable[..., Mapping[str, Personalised]], *, as_json: bool) -> None:
-    """Make own adapters, which may tell a `progress`, and print what they are worth."""
+    """Train personalized adapters with `make`, and print their comparison with the other models."""
     with shown_progress() as progress:
         made = make(progress=progress)
     answer(to_json(made), sections(made), as_json=as_json)

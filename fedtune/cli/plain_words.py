@@ -1,4 +1,4 @@
-"""A site's policy and the events of its ledger in words, for people who did not write them."""
+"""A site's policy and ledger events in plain words, for readers who did not write them."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:  # it takes a while to import
 
 
 def reason_text(reason: str) -> str:
-    """Why a site refused, in the words that a report's page has for it."""
+    """Return the explanation of a site's refusal, worded as on a report's page."""
     return catalogue("en").texts["refusal"].get(reason, "for a reason that this version does not know")
 
 
 def promise_text(unit: str, *, epsilon: float, delta: float) -> str:
-    """The promise of (epsilon, delta) to one unit, in the sentence that a report's page has for it."""
+    """Return the explanation of (epsilon, delta) for one unit, worded as on a report's page."""
     texts = catalogue("en")
     factor, addition = texts.figure(epsilon, "factor"), texts.figure(delta, "exact")
     return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 
 
 def event_text(event: Event) -> str:
-    """One event of a ledger in words."""
+    """Describe a ledger event in words."""
     detail = event.detail
     match event.kind:
         case Kind.PLAN:
@@ -117,7 +117,11 @@ def _note_text(detail: dict[str, Any]) -> str:
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:
-    """Print what the policy in `file` means, and whether the ledger that it names fits it."""
+    """Print what the policy in `file` means, and whether the ledger that it names matches it.
+
+    Raises:
+        ConfigError: the ledger was made for other values than the policy's.
+    """
     files = SiteFiles.of(file, may_be_unanswered=True)
     policy, amount = files.policy, budget_text.amount_of(files.policy)
     cautions = tuple(budget_text.cautions_of(policy, amount, folder=file.parent))
@@ -160,7 +164,10 @@ def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
 
 
 def filled(page: str, **values: object) -> dict[str, str]:
-    """By name what a page of templates/ says: in a line each what is indented once; what is further in goes on."""
+    """Render a page of templates/ as a mapping from headings to texts.
+
+    A line indented once starts a new line of the text; a line indented further continues it.
+    """
     said: dict[str, str] = {}
     for line in _templates().get_template(f"{page}.j2").render(**values).split("\n"):
         if not line.startswith("  "):
@@ -212,7 +219,7 @@ def _show_beside(ledger: Path, verified: Verified | None, differences: Differenc
 
 
 def spending_json(verified: Verified) -> dict[str, Any]:
-    """What a ledger has spent, in keys that scripts may rely on, with what each run's plan says of noise and trust."""
+    """Return a ledger's spending under stable JSON keys, with each run's noise and trust assumptions."""
     from fedtune.report.from_ledger import lifetime_of  # what other commands can do without
 
     life, runs = lifetime_of(verified), verified.history.runs

@@ -1,4 +1,4 @@
-"""`fedtune plan`: what a run will cost in privacy, bytes and time, before any data is touched."""
+"""`fedtune plan`: the cost of a run in privacy, bytes and time, before any data is touched."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
-    """A run before any data is touched."""
+    """The forecast of a run before any data is touched."""
 
     config: RunConfig  # the run's settings; where something was solved for, `price.plan` has the answer.
     price: Price
@@ -63,22 +63,24 @@ class Outlook:
 
     @property
     def signal_to_noise(self) -> float | None:
-        """See `planner.signal_to_noise`; None: no model was loaded, so nobody counted what is trained."""
+        """The ratio by `planner.signal_to_noise`; None if no model was loaded, so that the parameter count is
+        unknown.
+        """
         sizes = {name: site.declared_size for name, site in self.price.sites.items()}
         return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
 
     @property
     def noise_of_sums(self) -> float | None:
-        """The noise in an average by `secure_sums`, over that of the plan; None: they are not offered.
+        """Noise in an average with secure aggregation (`secure_sums`), relative to the plan's; None if not offered.
 
-        Each site's noise has the same weight in the average, so the ratio of averages is that of the multipliers.  With
-        sums of all sites it is the noise of central training on all records.
+        Every site's noise has the same weight in the average, so the ratio is that of the noise multipliers.  If all
+        sites are summed, it is the noise of central training on all records.
         """
         return None if self.secure_sums is None else self.secure_sums.noise_multiplier / self.plan.noise_multiplier
 
     @property
     def strictest(self) -> Verdict | None:
-        """The verdict of the strictest site; None: no policy was given, or the run has no epsilon."""
+        """The dry run of the strictest site; None without policies, or if the run has no epsilon."""
         return strictest_of(self.verdicts) if self.verdicts and self.plan.private else None
 
     @property
@@ -90,7 +92,7 @@ class Outlook:
         return self.plan.private and not self.config.runtime.seeded_noise
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure as plain JSON; null stands for no bound."""
+        """Return every figure as plain JSON; null means unbounded."""
         config, price, plan = self.config, self.price, self.plan
         strictest, sums = self.strictest, self.secure_sums
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
@@ -129,7 +131,7 @@ class Outlook:
 
 
 def show_outlook(console: Console, outlook: Outlook) -> None:
-    """Print a run's outlook: its price, the policies' verdicts, other plans, bytes and time."""
+    """Print a run's price, the outcome under each site's policy, alternative plans, and bytes and time."""
     say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
     plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
     promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
@@ -336,8 +338,8 @@ def plan(
     trials: Annotated[int | None, Option("also the price of a search over K runs like this", metavar="K")] = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
 ) -> None:
-    """Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, what sites'
-    policies would say, and what other plans would cost; with --time also bytes and time.
+    """Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, whether sites'
+    policies would allow it, and what other plans would cost; with --time also bytes and time.
 
     Overrides are those of `fedtune simulate`, for instance
       fedtune plan                                       the default experiment
@@ -393,7 +395,7 @@ def plan(
 
 
 def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
-    """The plan of secure sums in place of a plain run; None: they are planned, or the settings exclude them."""
+    """Plan the same run with secure aggregation; None if it is used already, or the settings exclude it."""
     if not planned.private or planned.shared is not None:
         return None
     settings = config.to_json()
@@ -430,7 +432,7 @@ def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) 
 
 
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
-    """Bytes and time, and the kind of device that they hold for."""
+    """Forecast bytes and time; return them with the type of device that they hold for."""
     # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
     from fedtune.federation.forecast import forecast
     from fedtune.ops.round_bytes import round_bytes

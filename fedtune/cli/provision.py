@@ -1,4 +1,4 @@
-"""Make a federation of real sites: its authority, the startup kits of server and lead, and its sites.
+"""Create and manage a federation of real sites: its authority, the startup kits of server and lead, and its sites.
 
   fedtune provision init federation.toml                  a folder with everything, named after the federation
   fedtune provision add-site join_request.json            let a site in, during a call: its kit, to be sent to it
@@ -7,9 +7,9 @@
   fedtune provision renew-server; ... renew-lead          new certificates for these
   fedtune provision list                                  the members, and when their certificates end
   fedtune provision backup | restore FILE                 the whole folder, with its keys, in one file; put it back
-Run these where the federation's folder is, or name it with --federation. A change for one site changes nothing at the
-others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead, then
-renew-site for each site.
+Run these commands in the federation's folder, or name it with --federation. A change for one site does not
+affect the others. After editing the folder's federation.toml (address, further names, base models), run
+renew-server, renew-lead, then renew-site for each site.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def init(
     file: Annotated[Path, Argument("FILE", help="a federation.toml")],
     out: Annotated[Path | None, Option(metavar="DIR", help="the new folder (default: the federation's name)")] = None,
 ) -> None:
-    """Make a federation's folder from its federation.toml: authority, server's kit, lead's kit.
+    """Create a federation's folder from its federation.toml: the authority, the server's kit and the lead's kit.
 
-    The folder must not exist. It holds secret keys; keep authority/ca_key.pem offline when it is not needed.
+    The folder must not exist yet. It contains secret keys; keep authority/ca_key.pem offline when it is not needed.
     """
     made = provisioning.init(file, out=out, now=datetime.now(UTC))
     say(f"Federation {made.settings.name} is in {made.folder}/.", style="bold")
@@ -73,10 +73,10 @@ def add_site(
     days: Days = None,
     compared: Compared = False,
 ) -> None:
-    """Let a site in, by the join_request.json that `fedtune site init` made there.
+    """Admit a site by the join_request.json that `fedtune site init` created there.
 
-    Run this while you telephone with the site. It shows whose keys to compare and asks whether they are the same; until
-    you say so nothing is changed. Then it says which file to send to whom.
+    Run this command during a phone call with the site. It shows the keys to compare and asks whether they agree;
+    nothing is changed until you confirm. Then it says which file to send to whom.
     """
     asked, let_in = provisioning.ask_to_add(federation, request=request, days=days, now=datetime.now(UTC))
     _require_compared(federation, asked, already=compared)
@@ -97,11 +97,11 @@ def renew_site(
     ] = False,
     compared: Compared = False,
 ) -> None:
-    """Make a new certificate and kit for a site. Nothing changes at the others.
+    """Create a new certificate and kit for a site. Other sites are not affected.
 
-    Without REQUEST everything but the expiry date stays. With a new request of the same site, its connection key or its
-    declared data sets may change; telephone with the site, as for add-site. The site key must stay the same, because it
-    is its ledger's.
+    Without REQUEST, only the expiry date changes. A new request of the same site may change its connection key or
+    its declared data sets; compare keys by phone, as for add-site. The site key must stay the same, because it
+    belongs to the site's ledger.
     """
     now = datetime.now(UTC)
     if request is None:
@@ -122,9 +122,9 @@ def renew_site(
 
 @command(app, "shut a site out", name="revoke-site")
 def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
-    """Revoke a site. The server never accepts its connection key again; nothing changes at the others.
+    """Revoke a site. The server never accepts its connection key again; other sites are not affected.
 
-    It takes effect when the server has the new roster: within seconds of its being copied into the server's kit.
+    The revocation takes effect within seconds after the new roster is copied into the server's kit.
     """
     member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
     say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
@@ -134,13 +134,13 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
 
 @command(app, "a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
-    """Make a new certificate for the server's key, for the names that federation.toml now gives it."""
+    """Create a new certificate for the server's key, for the server names now in federation.toml."""
     _renew("server", federation, days)
 
 
 @command(app, "a new certificate for the lead", name="renew-lead")
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
-    """Make a new certificate for the lead's connection key. The key that signs requests stays."""
+    """Create a new certificate for the lead's connection key. The key that signs requests stays the same."""
     _renew("lead", federation, days)
 
 
@@ -165,7 +165,9 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
 
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], federation: Federation = Path(".")) -> None:
-    """Back up the federation's folder. The file holds every key of authority, lead and server: keep it offline."""
+    """Back up the federation's folder. The file contains every key of the authority, lead and server: keep it
+    offline.
+    """
     from fedtune.ops.backup import back_up_federation
 
     back_up_federation(file, federation=federation)
@@ -177,7 +179,7 @@ def restore(
     file: Annotated[Path, Argument("FILE", help="what `fedtune provision backup` wrote")],
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
 ) -> None:
-    """Write the federation's folder anew from a backup."""
+    """Restore the federation's folder from a backup."""
     from fedtune.ops.backup import put_back_federation
 
     put_back_federation(file, out=out)
@@ -192,7 +194,12 @@ def _copy_the_roster(folder: Path) -> str:
 
 
 def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
-    """Show the keys of both sides, and have a person say that the site has the same, unless that was said `already`."""
+    """Show the keys of both sides, and ask a person to confirm that the site has the same ones, unless `already`
+    confirmed.
+
+    Raises:
+        RunError: the person did not confirm; nothing was changed.
+    """
     made = FederationFolder.open(folder)
     for name, declared_size in request.datasets.items():
         say(f"Data set {name}: declared size {declared_size:,}.")
@@ -246,7 +253,7 @@ def _left(certificate: Certificate, now: datetime) -> str:
 
 
 def _warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
-    """The certificates that are about to expire, or have, each with the command that renews it."""
+    """Yield a warning for each certificate that has expired or is about to, with the command that renews it."""
     members = [one for one in made.roster.sites if not one.revoked]
     found = [(f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}") for one in members]
     own = made.certificates

@@ -1,13 +1,13 @@
-"""Write the privacy report of a run, or of a site's ledger: what was promised, what is spent, what it means.
+"""Write the privacy report of a run or of a site's ledger: the guarantee, the spending, and what both mean.
 
   fedtune report runs/tighter                        the lead's view of a run
   fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
   fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
   fedtune report schema                              the JSON schema of report.json
 
-It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
-report.pdf too, with --label a privacy label to show around, with --registry an entry for a public registry. A run's
-report lies in its folder, a ledger's in a folder beside it that ends in .report.
+Writes report.html, which needs no network and prints well, and report.json with every figure; with --pdf also
+report.pdf, with --label a privacy label to publish, with --registry an entry for a public registry. A run's
+report is written to its folder, a ledger's to a folder next to it whose name ends in .report.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fedtune.spec import ConfigError, RunError
 
 
 class _Report(Group):
-    """`report PATH` is `report build PATH`."""
+    """The group `report`; `report PATH` is short for `report build PATH`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "-h", "--help"):
@@ -83,11 +83,11 @@ def build(
         Path | None, Option(metavar="FILE", help="of a ledger: its anchor, which shows that no event is missing")
     ] = None,
 ) -> None:
-    """Write report.html and report.json of a run folder or a ledger; the word `build` may be left out.
+    """Write report.html and report.json for a run folder or a ledger; the word `build` is optional.
 
-    A run's report takes in what sites released, as site_reports/NAME.json in the run's folder. A ledger is verified
-    first, with a site.toml also against the site's key and anchor. Nothing is written into it, and the report reveals
-    no more about the records than what was released.
+    A run's report includes the reports that sites released, as site_reports/NAME.json in the run's folder. A ledger
+    is verified first; with a site.toml, also against the site's key and anchor. The ledger is not changed, and the
+    report reveals no more about the records than earlier releases did.
     """
     key = None if sign is None else read_signing_key(sign)
     of_policy = path.suffix == ".toml"
@@ -157,11 +157,12 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a report: signatures, form, every epsilon again from what sites signed, verdict, settings and model.
+    """Check a report: signatures, format, verdict, settings, model, and every epsilon, recomputed from what sites
+    signed.
 
-    Exit code 1 if anything differs, or was asked for and could not be compared. The report of real sites is compared
-    with the keys that you give (--key, or --roster with the sites' keys), and with the run's config.yaml and model
-    beside it; what is not there is not compared.
+    Exit code 1 if anything differs, or if a requested comparison is not possible. The report of real sites is
+    compared with the keys that you give (--key, or --roster with the sites' keys), and with config.yaml and the
+    model in the run's folder; missing files are not compared.
     """
     if key is not None:
         check_public_key("--key", key)
@@ -195,14 +196,18 @@ def verify(
 
 @command(app, "the JSON schema of report.json")
 def schema() -> None:
-    """Print the JSON schema that every report.json of this version fits."""
+    """Print the JSON schema of this version's report.json."""
     sys.stdout.write(schema_text())
 
 
 def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
-    """The key that must have signed, and those of the sites, by a roster.
+    """Return the key that must have signed the report, the sites' keys, and the check of the roster.
 
-    A ledger's report is signed by its site, and a run's by the lead, who signed the roster too.
+    A ledger's report is signed by its site; a run's report by the lead, who also signed the roster.
+
+    Raises:
+        ConfigError: the roster does not list the ledger's site.
+        RunError: the report's key did not sign the roster.
     """
     from fedtune.ops.kits.members import Roster
 
@@ -225,7 +230,7 @@ def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, M
 
 
 def verdict_line(report: Report) -> tuple[str, str]:
-    """The verdict with the figure behind it, and its style."""
+    """Return the verdict with its epsilon and delta, and the style to print it in."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     style, facts = _NO_ROOM if room_of(report) else _STYLES[report.verdict.state], report.facts
     said = catalogue("en").texts["verdict"][outcome_of(report)]

@@ -1,4 +1,4 @@
-"""`fedtune run`: start, look at, stop and resume a run over real sites."""
+"""`fedtune run`: start, inspect, stop and resume a run over real sites."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def run(
       fedtune run --kit LEAD --or-resume name=trial ...                        begin or go on by the same words
       fedtune run --kit LEAD --renew runs/spring name=autumn                       begin where a run ended, next period
 
-    Settings are key=value as for `fedtune simulate`; files, columns and devices are each site's own.
-    docs/adding_a_site.md says how a site joins.
+    Settings are key=value as for `fedtune simulate`; each site sets its own files, columns and devices. See
+    docs/adding_a_site.md for how a site joins.
     """
     words = words if renew is None else (*words, f"renew={quoted(str(renew))}")
     first, *rest = words or ("",)
@@ -118,14 +118,14 @@ def _lead_kit(folder: Path | None) -> Kit:
 def start_run(
     words: Sequence[str], *, kit: Kit, metrics: str | None = None, over: Callable[..., Any] | None = None
 ) -> None:
-    """Begin a run or go on with it, over our own connection or, where Flower started this process, `over` its Grid."""
+    """Start or resume a run, over fedtune's own connection or over Flower's Grid (`over`)."""
     # Before torch and Flower are imported, which takes seconds: a mistake in a setting is told of at once.
     again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     _start(compose_for_sites(words, kit=kit), again, kit=kit, metrics=metrics, over=over)
 
 
 def _start_each(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
-    """Begin each run of a sweep, or go on with it, one after the other, after saying what all of them spend."""
+    """Print the total price of a sweep, then start or resume its runs one after the other."""
     trials = Trials.of_sweep(words, partial(compose_for_sites, kit=kit))
     again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
     with several_runs(trials, Console(), again=again):
@@ -197,7 +197,7 @@ def _end(run: str, federation: FederationSpec, *, kit: Kit) -> None:
 
 
 def show_status(folder: Path, *, as_json: bool) -> None:
-    """Print how far a run is, and what each site has spent."""
+    """Print the progress of a run, and the privacy spending of each site."""
     config = saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     plan, answers, sites, rows = config.plan(), latest_answers(folder), dict[str, dict[str, Any]](), []

@@ -1,4 +1,4 @@
-"""From a command's words to a run's settings, at real sites too; and what `--cfg` and `--info` print of them."""
+"""From a command's arguments to a run's settings, also for real sites; and the output of `--cfg` and `--info`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _OURS = ("federation.num_sites", "federation.site_names", "federation.participan
 
 
 def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
-    """The run's configuration, with the sites that `sites=[a,b]` names, and their sizes from the roster."""
+    """Compose a run's configuration for the sites in `sites=[a,b]`, with their sizes from the roster.
+
+    Raises:
+        ConfigError: a setting is for simulations only, or a site did not declare the data set.
+    """
     wanted = [word for word in words if word.startswith("sites=")]
     others = [word for word in words if not word.startswith("sites=")]
     typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
@@ -70,7 +74,9 @@ def _of_sites(names: Sequence[str]) -> list[str]:
 
 
 def _in_experiment(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
-    """The sites that an experiment file names, as `federation.participants`; none: all of the roster take part."""
+    """Return the sites that an experiment file names in `federation.participants`; empty: the whole roster takes
+    part.
+    """
     others = [word for word in words if not word.startswith("data.declared_sizes=")]
     known = _of_sites([member.site for member in members(kit, ())])
     return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
@@ -88,7 +94,7 @@ def _names(override: str) -> list[str]:
 def show_config(
     words: Sequence[str], *, kit: Path | None, cfg: str | None, package: str | None, resolve: bool, info: str | None
 ) -> None:
-    """Print what these overrides come to, and run nothing."""
+    """Print the composed settings, or where they come from, and run nothing."""
     words = [word for word in words if not word.lstrip("+").startswith("audit.")]
     config = compose_run(words) if kit is None else compose_for_sites(words, kit=Kit.read(kit, kind="lead"))
     ours = [word for word in words if not (kit and word.startswith("sites="))]

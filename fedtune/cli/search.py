@@ -1,4 +1,4 @@
-"""`fedtune search`: trials of several settings, whose whole price is known and has room before the first one begins."""
+"""`fedtune search`: trials of several settings, priced and checked against the budgets before the first one starts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def search(
     trials: Annotated[int | None, Option("how many runs (a grid has as many as it has)", metavar="K")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Try several settings on this machine, and pick the run with the best score on data.validation_file.
+    """Try several settings on this machine, and select the run with the best score on data.validation_file.
 
-    Settings with several values are searched: values with commas, interval(LOW,HIGH), log(LOW,HIGH) for numbers that
-    are drawn by their logarithm, int(...) of these for whole numbers. Others are those of `fedtune simulate`:
+    Settings with several values are searched: comma-separated values, interval(LOW,HIGH), log(LOW,HIGH) for numbers
+    drawn on a log scale, and int(...) around either for whole numbers. Other settings are those of `fedtune
+    simulate`:
       fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8
       fedtune search experiment=banks_intents name=s lora.rank=4,8 lora.alpha=8,16 --method grid
       fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8 --method tpe
-    Every trial is charged to the same ledgers. The price of all of them is told before the first, and where a site of
-    runtime.sites_dir has no room for it, nothing begins (fedtune plan --trials 8 tells the price alone). The same
-    command again goes on where it stopped. docs/search.md says what is promised.
+    Every trial is charged to the same ledgers. The total price is printed before the first trial, and nothing
+    starts if a site of runtime.sites_dir has no budget for it (fedtune plan --trials 8 only prints the price).
+    Repeat the same command to resume the search. See docs/search.md for the guarantee.
     """
     console = Console(stderr=as_json)
     found = Search.of(overrides, method, trials=trials)

@@ -1,4 +1,4 @@
-"""A federation's server: it keeps messages between lead and sites until they are fetched."""
+"""A federation's server, which stores messages between lead and sites until they are fetched."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def start(
     metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
-    """A federation's server: it keeps messages between lead and sites until they are fetched.
+    """Run a federation's server, which stores messages between lead and sites until they are fetched.
 
       fedtune server start --kit federation/server
 
-    It holds neither the lead's key nor a model, and runs no code that anybody sends. Every connection needs a
-    certificate of the federation. A new roster.json or certificate that is copied into the kit is used within seconds.
+    The server has neither the lead's key nor a model, and never runs code that it receives. Every connection needs
+    a certificate of the federation. A new roster.json or certificate copied into the kit is used within seconds.
     """
     from fedtune.ops.health import Health as Endpoint
     from fedtune.ops.health import serve_health
@@ -51,7 +51,7 @@ def start(
 
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, data: Data = None) -> None:
-    """Back up the server's messages and its audit log, also while it runs. No key is in it."""
+    """Back up the server's messages and its audit log, even while it runs. The backup contains no key."""
     from fedtune.ops.backup import back_up_server
 
     os.umask(0o077)
@@ -65,8 +65,8 @@ def restore(
     kit: KitFolder,
     data: Data = None,
 ) -> None:
-    """Put the messages back where there are none. Messages that came after the backup are lost; sites and lead send
-    again what is still wanted.
+    """Restore the messages of a server that has none. Messages that arrived after the backup are lost; sites and lead
+    send again what is still needed.
     """
     from fedtune.ops.backup import put_back_server
 

@@ -1,4 +1,4 @@
-"""`fedtune simulate`: one run on this machine, or a sweep of them."""
+"""`fedtune simulate`: one run on this machine, or a sweep of runs."""
 
 from __future__ import annotations
 

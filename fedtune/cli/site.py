@@ -1,4 +1,4 @@
-"""A site of a federation: its policy, its keys, and the process that answers for it.
+"""Set up and run a site of a federation: its policy, its keys, and the process that answers requests.
 
   fedtune site template > site.toml                       a policy to start from, with every key explained
   fedtune site check-policy site.toml                     what a policy means, in plain words
@@ -12,7 +12,7 @@
   fedtune site personalise RUN --kit kit --site site.toml  the site's own model, which stays here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
   fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
-docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
+See docs/adding_a_site.md for a walkthrough, and docs/site_policy.md for how to choose a policy's numbers.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter the sit
 
 @command(app, "what a policy means, in plain words", name="check-policy")
 def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.toml")], as_json: AsJson = False) -> None:
-    """Read a policy strictly, and say what it means: who may ask, for what, how much may be spent, what leaves.
+    """Read a policy strictly, and explain it: who may send requests, for what, how much may be spent, what leaves the
+    site.
 
-    Warnings do not change the exit code. A key that is wrong, or a ledger that does not fit, is exit code 2.
+    Warnings do not change the exit code. A wrong key or a ledger that does not match the policy gives exit code 2.
     """
     from fedtune.cli import plain_words  # the accountants take most of a second to import
 
@@ -67,7 +68,7 @@ def init(
     site: PolicyFile,
     out: Annotated[Path | None, Option(metavar="DIR", help="folder to make (default: kit, beside site.toml)")] = None,
 ) -> None:
-    """Make the site's keys, and a request to join. Keys are made here and never leave."""
+    """Create the site's keys and a request to join. The keys are created here and never leave the site."""
     folder = (out or site).absolute().parent
     _as_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
     from fedtune.ops.kits.members import next_steps, site_init
@@ -84,15 +85,15 @@ def doctor(
     import_model: Annotated[str | None, Option(_IMPORT, metavar="PATH")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check everything that a site needs before it starts, one line for each check: clock, kit, connection, disk,
-    memory, GPU, base models, data, policy, ledger. Each failed check says what to do. Nothing is trained or charged.
+    """Check everything that a site needs before it starts, one line per check: clock, kit, connection, disk, memory,
+    GPU, base models, data, policy, ledger. Each failed check says what to do. Nothing is trained or charged.
 
       fedtune site doctor --kit kit --site site.toml
       fedtune site doctor --kit kit --site site.toml --import-model ~/MiniLM        install a base model first
       fedtune site doctor --kit kit --site site.toml experiment=banks_intents       would this run be accepted?
 
-    The lines hold no record, no count of records and no path of their files, so that they can be shown to others.
-    Exit codes: 0 nothing failed, 2 something at the site, 3 the run would be refused, 1 the server cannot be reached.
+    The output contains no record, no count of records and no path to data files, so it can be shown to others. Exit
+    codes: 0 no check failed, 2 a problem at the site, 3 the run would be refused, 1 the server cannot be reached.
     """
     from fedtune.ops.files import act_as_owner
 
@@ -112,12 +113,12 @@ def start(
     metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
-    """Take part in the federation: poll its server, answer what policy and budget allow, keep the model loaded.
+    """Take part in the federation: poll its server, answer requests within policy and budget, keep the model loaded.
 
-    It opens no port, except with --health and --metrics. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it
-    after its current round; a second one ends it at once, and the round stays charged.
+    The process opens no port, except with --health and --metrics. Logs are JSON lines on stderr. SIGTERM or Ctrl-C
+    stops the process after its current round; a second signal stops it immediately, and the round stays charged.
 
-    A new certificate that is copied into the kit is used within seconds.
+    A new certificate copied into the kit is used within seconds.
     """
     own = _own_kit(kit)
     from fedtune.ops.health import Health as Endpoint
@@ -144,9 +145,9 @@ def approve(
     reason: Annotated[str | None, Option("why, for ledger and report", metavar="TEXT")] = None,
     as_json: Annotated[bool, Option("without RUN: for machines", names=("--json",))] = False,
 ) -> None:
-    """Show the runs that wait for approval and what they would cost, or let one start.
+    """List the runs that wait for approval with their costs, or approve one.
 
-    Needed where site.toml says approval = "manual". The site does nothing for a run before it is approved.
+    Required if site.toml contains approval = "manual". The site does nothing for a run before it is approved.
     """
     if run is None:
         _at_site(kit, site).show_waiting(as_json=as_json)
@@ -165,13 +166,13 @@ def deny(
     by: By = None,
     ticket: Ticket = None,
 ) -> None:
-    """Refuse a run for good, and note that in the ledger. A run that waits for approval is charged nothing.
+    """Permanently refuse a run, and record that in the ledger. A run that waits for approval is charged nothing.
 
-    A run that has begun ends at this site alone: what it was charged stays charged, no further round is charged, and no
-    reply leaves, not even that of a round in progress. Other runs go on.
+    A run that has begun ends at this site only: what it was charged stays charged, no further round is charged, and
+    no reply leaves the site, not even for a round in progress. Other runs continue.
 
-    The lead is told 'denied', and no more: the reason stays at the site. A run with other settings is another run,
-    which waits for approval anew.
+    The lead only receives 'denied': the reason stays at the site. A run with other settings is a new run, which
+    waits for approval again.
     """
     _at_site(kit, site).deny(run, reason, by=by, ticket=ticket)
 
@@ -183,10 +184,11 @@ def members(
     site: PolicyFile,
     as_json: AsJson = False,
 ) -> None:
-    """Check the lead's signature of a roster, and show its sites beside [trust].members of site.toml.
+    """Check the lead's signature on a roster, and compare its sites with [trust].members in site.toml.
 
-    Nothing is changed: with whom this site sums is for its people to say, in site.toml, once they have compared the
-    other's key with that site itself. An older roster cannot be told from the newest: ask the lead for its number.
+    Nothing is changed: the site's staff decide in site.toml with which sites this one sums, after comparing each
+    key with that site directly. The command cannot tell an older roster from the newest: ask the lead for its
+    number.
     """
     _at_site(kit, site).show_members(roster, as_json=as_json)
 
@@ -200,27 +202,27 @@ def score(
     smallest: Annotated[int, Option("merge groups with fewer records (users, where they are protected)")] = SMALLEST,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's final adapter on the records that this site held out from it, beside the model before training.
+    """Score a run's final adapter and the model before training on the records that this site held out from the run.
 
-    For a site with final_adapter = "keep", and a run with data.heldout_fraction above 0. The scores are exact. They are
-    printed here alone: nothing is charged, and nothing leaves the site.
+    Requires final_adapter = "keep" at the site, and data.heldout_fraction above 0 in the run. The scores are exact.
+    They are only printed here: nothing is charged, and nothing leaves the site.
     """
     _at_site(kit, site).score(run, by=by, smallest=smallest, as_json=as_json)
 
 
 @command(app, "the site's own model, which stays here")
 def personalise(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
-    """Begin in a run's final adapter and train on with this site's records, without noise, for this site alone.
+    """Train a run's final adapter further on this site's records, without noise, for this site only.
 
-    For a site with final_adapter = "keep". Nothing leaves the site and nothing is charged. What comes out has no
-    guarantee for the site's records: keep its folder, KIT/private_to_SITE/RUN, here. No run begins in it.
+    Requires final_adapter = "keep". Nothing leaves the site, and nothing is charged. The result has no guarantee
+    for the site's records: keep its folder, KIT/private_to_SITE/RUN, here. No run starts from it.
     """
     _at_site(kit, site).personalise(run, as_json=as_json)
 
 
 @command(app, "pause")
 def pause(kit: KitFolder) -> None:
-    """Stop taking part for now. The site answers every request with 'paused' until resume."""
+    """Pause the site. It answers every request with 'paused' until `fedtune site resume`."""
     _site_state(kit).set_paused(True)
     sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
 
@@ -234,9 +236,9 @@ def resume(kit: KitFolder) -> None:
 
 @command(app, "leave the federation")
 def leave(kit: KitFolder, site: PolicyFile) -> None:
-    """Leave the federation: end all open runs, and prevent a new start.
+    """Leave the federation: end all open runs, and prevent the site from starting again.
 
-    The ledger keeps what was spent.
+    The ledger keeps its spending.
     """
     own, state = _own_kit(kit), _site_state(kit)
     files = own.site_files(site)
@@ -257,9 +259,10 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
 
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, site: PolicyFile) -> None:
-    """Back up the policy, the ledger, kept adapters, and whether the site is paused or has left. The site may run.
+    """Back up the policy, the ledger, kept adapters, and whether the site is paused or has left, even while the site
+    runs.
 
-    No key is in it: keep site_key.pem apart, since anybody who has both could go on with the ledger.
+    The backup contains no key: keep site_key.pem apart from it, since anybody with both could continue the ledger.
     """
     _own_kit(kit)
     from fedtune.ops.backup import back_up_site
@@ -275,10 +278,11 @@ def restore(
     site: PolicyFile,
     anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,
 ) -> None:
-    """Put back what is missing of a site that does not run; the site's key must be in its place.
+    """Restore the missing files of a stopped site; the site's key must already be in its place.
 
-    Nothing that exists is replaced but a ledger that is damaged, which is kept beside it. The backup's ledger is
-    charged what an anchor knows and it lacks, before it takes its place: a ledger never falls behind its anchor.
+    Existing files are not replaced, except a damaged ledger, which is kept under another name. Before the backup's
+    ledger is used, it is charged everything that an anchor covers and it lacks: a ledger never falls behind its
+    anchor.
     """
     _as_owner(kit, *site.absolute().parents)
     from fedtune.cli.ledger import show_made_up, show_other_policy
@@ -295,7 +299,7 @@ def restore(
 
 
 def _at_site(kit: Path, site: Path) -> AtSite:
-    """The actions at the site, imported once root's rights are given up and the model hub is closed."""
+    """Load the site's actions, after giving up root's rights and disabling access to the model hub."""
     own = _own_kit(kit)
     from fedtune.cli.site_actions import AtSite
 
@@ -310,7 +314,7 @@ def _site_state(kit: Path) -> SiteState:
 
 
 def _own_kit(folder: Path) -> Kit:
-    """The site's kit, read as the account that the site's process runs as."""
+    """Read the site's kit as the account that runs the site's process."""
     _as_owner(folder / "connection_key.pem", folder)
     from fedtune.ops.kits.kit_file import Kit
 
@@ -318,7 +322,7 @@ def _own_kit(folder: Path) -> Kit:
 
 
 def _as_owner(*places: Path) -> None:
-    """Act as the account that `places` belong to, and let no library ask a hub."""
+    """Switch to the account that owns `places`, and forbid libraries to access a model hub."""
     from fedtune.ops.files import act_as_owner
 
     act_as_owner(*places)

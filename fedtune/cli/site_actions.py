@@ -1,4 +1,4 @@
-"""The work of commands of `fedtune site`, imported once root's rights are given up and the model hub is closed."""
+"""Implementation of the `fedtune site` commands, imported after giving up root's rights and closing the model hub."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MOST_REASON = 300
 
 
 class AtSite:
-    """The actions of people at a site on the runs that ask for it, by its kit and its policy."""
+    """Actions of a site's staff on runs that were requested, with the site's kit and policy."""
 
     def __init__(self, kit: Kit, site_toml: Path) -> None:
         self.kit, self.site_toml, self.files = kit, site_toml, kit.site_files(site_toml)
@@ -58,7 +58,7 @@ class AtSite:
         return SiteState.of(self.kit.folder)
 
     def show_waiting(self, *, as_json: bool) -> None:
-        """List the runs that wait, with what each would cost; null: it promises nothing."""
+        """List the runs that wait for approval and their epsilon; null in JSON means no guarantee."""
         told, rows = [], []
         for pending in self.state.waiting():
             asked, since = pending.proposal, pending.since
@@ -156,7 +156,11 @@ class AtSite:
         print_made(lambda progress: {site: own(progress=progress)}, as_json=as_json)
 
     def _kept(self, run: str) -> Path:
-        """The folder of a run whose final adapter the site keeps, by its name or as a path."""
+        """Return the folder of a kept final adapter's run, given by name or path.
+
+        Raises:
+            ConfigError: the site keeps no such run.
+        """
         kept = self.kit.folder / "adapters"
         for folder in (kept / run, Path(run)):
             if RunFolder(folder).config.is_file():
@@ -166,7 +170,7 @@ class AtSite:
 
 
 def _state(member: Member, trusted: str | None) -> str:
-    """A site of the roster by the key that the policy has for it, and what to do about it."""
+    """Describe whether the policy lists a roster's site with the same key, and what to do if not."""
     revoked = f"revoked {member.revoked[:10]}" if member.revoked else ""
     if trusted is None:
         return revoked or "not in [trust].members"
@@ -178,7 +182,11 @@ def _state(member: Member, trusted: str | None) -> str:
 
 
 def _decision(by: str | None, ticket: str | None, reason: str | None) -> dict[str, str]:
-    """Check what a person says of a decision, and return the fields that the ledger notes of it."""
+    """Validate the details of a decision, and return the fields to record in the ledger.
+
+    Raises:
+        ConfigError: a detail is not one short printable line.
+    """
     by = by or person()
     for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
         if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MOST_REASON):
@@ -187,7 +195,11 @@ def _decision(by: str | None, ticket: str | None, reason: str | None) -> dict[st
 
 
 def _chosen(proposals: list[Proposal], run: str, state: str) -> Proposal:
-    """The run with this name, or with a proposal whose digest begins so: two leads may use one name."""
+    """Return the run with this name or digest prefix (at least 12 characters): two leads may use one name.
+
+    Raises:
+        ConfigError: no run matches, or several proposals have this name.
+    """
     if not (found := [p for p in proposals if p.run == run or (len(run) >= 12 and p.digest().startswith(run))]):
         names = ", ".join(printable(one.run) for one in proposals) or "none"
         raise ConfigError("RUN", run, f"must be a run that {state}: {names}")
@@ -198,7 +210,7 @@ def _chosen(proposals: list[Proposal], run: str, state: str) -> Proposal:
 
 
 def _epsilon(asked: Proposal) -> float | None:
-    """Epsilon of the whole run by PLD; None: the run has no guarantee."""
+    """Return the epsilon of the whole run by PLD; None if the run has no guarantee."""
     if asked.seeded_noise or not asked.plan.private:
         return None
     return epsilon_pld([asked.plan.whole], asked.plan.delta)
@@ -226,20 +238,24 @@ def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
 
 
 class SomethingFailed(FedtuneError):
-    """A check of something at the site failed."""
+    """An error at the site that a check found."""
 
     exit_code = 2
 
 
 def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequence[str], as_json: bool) -> None:
-    """Make every check, after installing `model`, and print a line for each; `run`: settings of a run to try out."""
+    """Run every check, after installing `model` if given, and print a line for each; `run`: settings of a run to try
+    out.
+    """
     asked = partial(compose_run, run, for_real_sites=True) if run else None
     checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).checks()
     finish(print_checks(checks, as_json=as_json))
 
 
 def print_checks(checks: Iterable[Check], *, as_json: bool) -> list[Check]:
-    """Print each check when it is made, and how many there were of each kind; or all of them as one JSON object."""
+    """Print each check as it finishes, then the number of checks by outcome; or print all of them as one JSON
+    object.
+    """
     console, made = Console(highlight=False), []
     for check in checks:
         made.append(check)
@@ -254,7 +270,7 @@ def print_checks(checks: Iterable[Check], *, as_json: bool) -> list[Check]:
 
 
 def finish(checks: Sequence[Check]) -> None:
-    """Raise what the checks' failures come to; nothing where none failed."""
+    """Raise the error that corresponds to the failed checks, if any."""
     names = [check.name for check in checks if check.status == "failed"]
     if code := exit_code_of(checks):
         message = f"{counted(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"

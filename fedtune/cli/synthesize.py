@@ -1,4 +1,4 @@
-"""`fedtune synthesize` and `choose`: synthetic records of a finished run's model, in a new file with a card."""
+"""`fedtune synthesize` and `choose`: synthetic records of a finished run's model, written with a card."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MOST_ROWS = 100_000
 
 
 class SyntheticFile:
-    """A new file of synthetic records of a run, with its card."""
+    """A new file of synthetic records from a run, with its card."""
 
     def __init__(
         self,
@@ -45,7 +45,10 @@ class SyntheticFile:
         ballot: Path | None = None,
         device: str = "auto",
     ) -> None:
-        """Check what takes no model; `others`: by option, the runs beside the writer's that the records owe to."""
+        """Validate everything that needs no model.
+
+        `others`: by option, further runs whose privacy loss the records inherit.
+        """
         if rows is not None:
             check_at_least("--rows", rows, 1)
             check_at_most("--rows", rows, _MOST_ROWS)
@@ -75,7 +78,9 @@ class SyntheticFile:
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
-        """Records that the writer wrote, with their labels, and their card; what is made of them owes to its runs."""
+        """Read records that the writer's run generated, with their labels and card; later output inherits the card's
+        runs.
+        """
         from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
 
         place = resolve_file(str(file), shipped_folders(), key=option)
@@ -88,14 +93,16 @@ class SyntheticFile:
         return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
 
     def opened(self) -> AbstractContextManager[dict[Path, str]]:
-        """The new files for `fill`, the records behind their card: without it they would pass for public ones."""
+        """Open the new files for `fill`, card first: records without a card would count as public."""
         places = [("--to", path) for path in (*self.card.values(), self.to)]
         return new_files(*places, *([("--ballot", self.ballot)] if self.ballot else []))
 
     def fill(
         self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Sequence[Section]]:
-        """Put records and card, with how they were `made`, into the texts of new files, and tell what is shown."""
+        """Fill the texts of the new files with records and card, including how they were `made`; return card and
+        sections.
+        """
         from fedtune.evaluation.generation import shared_pairs, variety
         from fedtune.report import synthetic_card
 
@@ -146,15 +153,15 @@ def synthesize(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write synthetic records with a finished run's model, for people who may not read the real ones.
+    """Generate synthetic records with a finished run's model, for people who may not read the real ones.
 
       fedtune synthesize runs/writer --codes intents.csv --rows 2000 --to texts.jsonl
       fedtune synthesize runs/writer --votes runs/shares --rows 2000 --to texts.jsonl
       fedtune synthesize runs/writer --beginnings best.jsonl --rows 2000 --to more.jsonl
 
-    A code is what the model is asked with, such as a label's name. A text that does not end, is broken, comes twice or
-    does not match is drawn again. FILE.card.md and FILE.card.json say how the records were made, what the runs promise
-    of them, and what they are not for. Nothing is charged. docs/synthetic_texts.md says more.
+    A code is the prompt for a record, such as a label's name. A text that is unfinished, broken, repeated or does
+    not match the pattern is drawn again. FILE.card.md and FILE.card.json state how the records were generated, the
+    guarantee of the runs behind them, and unsuitable uses. Nothing is charged. See docs/synthetic_texts.md.
     """
     spec = WritingSpec(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
@@ -184,14 +191,14 @@ def choose(
     beside: Beside = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep synthetic records that most of the sites' own are nearest to, or label them by a classifier of the sites.
+    """Select synthetic records by the sites' votes, or relabel them with a classifier trained at the sites.
 
       fedtune choose runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
       fedtune choose runs/writer --candidates texts.jsonl --labels runs/classifier --to labelled.jsonl
 
-    RUN wrote them with fedtune synthesize, whose --ballot is the experiment of the votes. FILE.card.md and
-    FILE.card.json say how the records were made and chosen, and what all runs behind them promise together. Nothing is
-    charged. docs/synthetic_texts.md says more.
+    RUN must have generated them with fedtune synthesize, whose --ballot option writes the experiment for the votes.
+    FILE.card.md and FILE.card.json state how the records were generated and selected, and the joint guarantee of
+    all runs behind them. Nothing is charged. See docs/synthetic_texts.md.
     """
     if votes is None and labels is None:
         raise ConfigError("--votes", None, "must be given, or --labels: what records are chosen or labelled by")

@@ -1,7 +1,7 @@
-"""conf/ for a Hydra application of one's own: `pkg://fedtune.conf` on its search path, and a schema in its store.
+"""conf/ for your own Hydra application: `pkg://fedtune.conf` on the search path, and a schema in the config store.
 
-A configuration whose defaults list begins with `fedtune_schema` has the type of each setting checked by Hydra; what
-values mean, and which go together, `fedtune.simulate` checks in any case.
+If a configuration's defaults list begins with `fedtune_schema`, Hydra checks the type of each setting.
+`fedtune.simulate` always checks values and their combinations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, str)
 
 
 class _Reader:
-    """Resources of this package are the files of conf/, as importlib.resources asks for them."""
+    """Resource reader that exposes the files of conf/ to importlib.resources."""
 
     def get_resource_reader(self, name: str) -> Any:
         return self
@@ -31,7 +31,9 @@ class _Reader:
 
 
 def schema(cls: type = RunConfig) -> type:
-    """Return a dataclass with the fields of `cls`, all of them open, in types that OmegaConf knows; others are Any."""
+    """Return a dataclass with the fields of `cls`, all without values, in types that OmegaConf supports; others are
+    Any.
+    """
     hints = typing.get_type_hints(cls)
     fields = [
         (one.name, _known(hints[one.name]), dataclasses.field(default=MISSING)) for one in dataclasses.fields(cls)

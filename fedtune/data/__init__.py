@@ -1,7 +1,7 @@
-"""Reading, partitioning, tokenising and collating text, each record by itself.
+"""Reading, partitioning, tokenizing and collating records, each record independently of the others.
 
-Nothing here lets one record change another's place: whether a record is used, held out or given to
-a site, and what its tokens are, is a function of that record, or of its user, alone (and of public settings).
+Whether a record is used, held out or assigned to a site, and how it is tokenized, depends only on that record (or its
+user) and on public settings, so no record can change the treatment of another.
 """
 
 from fedtune.data.batching import Batch, collate

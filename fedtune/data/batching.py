@@ -1,4 +1,4 @@
-"""Padded batches of tokenised examples, and how a logical batch is cut into micro-batches."""
+"""Padded batches of tokenized examples, and the cutting of a data set into micro-batches for scoring."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Computed = TypeVar("Computed")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Examples padded on the right to t tokens; empty rows come last, with one attended token.
+    """Examples padded on the right to t tokens; empty rows come last, each with one attended token.
 
-    A text is a row.  An example of several texts has one row for each, in order, but one loss and one gradient.  A
-    missing example leaves as many rows empty.
+    A row holds one text.  An example of several texts has one row for each, in order, but one loss and one gradient, so
+    a missing example leaves that many rows empty.
     """
 
     # (n, t) int64; or (n, t, w) float32: of a vector, which takes one place, or of an image's patches
@@ -43,7 +43,7 @@ class Batch:
     texts: int = 1  # texts per example
 
     def __len__(self) -> int:
-        """Examples, without the empty rows."""
+        """Return the number of examples, without the empty rows."""
         return (len(self.input_ids) - self.empty_rows) // self.texts
 
     def to(self, device: torch.device | str) -> Batch:
@@ -61,9 +61,9 @@ def collate(
 ) -> Batch:
     """Pad the chosen examples into one batch.
 
-    Each example's length tells its padding, never `pad_id`, which in many chat models is also
-    the end-of-text token.  No indices give a batch of shape (0, 1) with the same dtypes.  `shape` is the (examples,
-    tokens) that the batch has room for, at least what is needed; None: exactly that.
+    Padding is determined by each example's length, never by `pad_id`, which in many chat models is also the end-of-text
+    token.  Empty `indices` give a batch of shape (0, 1) with the same dtypes.  `shape` is the number of examples and
+    tokens for which the batch has room, at least the required numbers; None: exactly the required numbers.
     """
     chosen = np.asarray(indices, dtype=np.int64)
     lengths = dataset.text_lengths[chosen].ravel()
@@ -91,7 +91,7 @@ def collate(
 
 
 def alone(batch: Batch, place: int | None) -> Batch:
-    """A batch of the same shape with one example of `batch` in its first place, or none; all other rows are empty."""
+    """Return a batch of the same shape that contains one example, in its first row, or no example at all."""
     num_rows, taken = len(batch.input_ids), 0 if place is None else 1
 
     def only(values: torch.Tensor) -> torch.Tensor:
@@ -108,11 +108,14 @@ def alone(batch: Batch, place: int | None) -> Batch:
 
 
 def one_at_a_time(compute: Callable[[Batch], Computed], batch: Batch) -> tuple[Computed, Iterator[Computed | None]]:
-    """Apply `compute` to no example, and to each example of a batch on which it failed, all in the batch's shape.
+    """Recompute a failed batch one example at a time, in the shape of the batch, after a trial without any example.
 
-    An example that cannot be computed gives None, and does not affect the others.  If the machine fails, and not an
-    example, the empty batch fails as well, and its error is raised.  Every token of its rows has a target, so that it
-    needs as much memory as any example (`alone`).  An example's result is in the first row.
+    An example that cannot be computed yields None and does not affect the others.  If the machine is at fault, and not
+    an example, the computation without examples fails too, and its error is raised.  All tokens of its rows have a
+    target, so it needs as much memory as any example (`alone`).  The result of an example is in the first row.
+
+    Returns:
+        The result without examples, and an iterator over the result of each example.
     """
     return compute(alone(batch, None)), (_computed(compute, alone(batch, row)) for row in range(len(batch)))
 
@@ -129,11 +132,12 @@ def _computed(compute: Callable[[Batch], Computed], batch: Batch) -> Computed | 
 def micro_batches(
     indices: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.integer], *, max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Cut examples to be scored into micro-batches of similar lengths, within a budget of padded tokens.
+    """Cut examples into micro-batches of similar lengths for scoring, with a limit on padded tokens.
 
-    Training uses `fedtune.data.shapes`.  Every index comes back exactly once: cutting changes what is computed
-    together, never what is sampled.  Sorting keeps padding to a few per cent.  An example longer than the budget gets
-    a micro-batch of its own; an empty logical batch gives none.  `lengths` are those of every example of the dataset.
+    Training uses `fedtune.data.shapes` instead.  Every index is returned exactly once: cutting changes what is computed
+    together, never what is sampled.  Sorting by length keeps padding to a few percent.  An example longer than the
+    limit gets a micro-batch of its own; an empty logical batch gives no micro-batch.  `lengths` covers the whole data
+    set.
 
     >>> micro_batches([0, 1, 2, 3], np.array([5, 1, 2, 6]), max_tokens=6)
     [array([1, 2]), array([0]), array([3])]

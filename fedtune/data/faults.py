@@ -1,4 +1,4 @@
-"""Rows that cannot be used, counted by what is wrong with them; nothing of a record is kept or said."""
+"""Unusable rows, counted by reason; no content of a record is stored or reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_REASONS, _MOST_LINES = 3, 5  # shown of them in a message
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOut:
-    """The rows of files that cannot be used."""
+    """The number of rows in data files, and the number of unusable rows by reason."""
 
     rows: int = 0  # that the files have in all
     # how many cannot be used, by what a run needs of a row, most first
@@ -34,7 +34,9 @@ class LeftOut:
         return LeftOut(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
 
     def __str__(self) -> str:
-        """`30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 must be there (role label)`."""
+        """Format as `30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 must be there (role
+        label)`.
+        """
         rows = f"{self.count:,} of {counted(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
         said = f"A LARGE PART, {rows}," if self.is_much else rows
         return f"{said} cannot be used: {_listed(self.reasons)}"
@@ -44,7 +46,7 @@ NONE_LEFT_OUT = LeftOut()
 
 
 class Faults:
-    """Counts rows that cannot be used, as they are read."""
+    """A counter of unusable rows, filled while a file is read."""
 
     def __init__(self) -> None:
         self._first: DataError | None = None
@@ -62,11 +64,13 @@ class Faults:
             self._lines.append(line)
 
     def left_out(self, *, used: int) -> LeftOut:
-        """The rows that were counted, beside those that can be used."""
+        """Return the counts so far; `used` is the number of usable rows."""
         return LeftOut(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
 
     def require_none(self) -> None:
-        """Raise DataError about the first one, with the number of all, their first lines, and what is wrong."""
+        """Raise a DataError if any row is unusable: about the first one, with the total, the first line numbers and the
+        reasons.
+        """
         if self._first is None:
             return
         first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MOST_LINES else ""

@@ -1,7 +1,8 @@
-"""Columns of numbers and categories as one vector for each record, scaled by what was declared and by nothing else.
+"""Columns of numbers and categories as a feature vector per record, scaled only by declared ranges.
 
-A vector's norm is at most 1: each number lies in [-1, 1] by its declared range, each category is a 1 among zeros, and
-all is divided by the root of how many numbers and categories there are.  No value of a record changes another's.
+A vector's norm is at most 1: each number is scaled to [-1, 1] by its declared range, each category is one-hot, and the
+vector is divided by the square root of the number of numbers and categories.  No value of a record changes the vector
+of another.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ as which an exported graph takes it, is scaled to within 0.001."""
 
 @spec
 class FeatureSpec:
-    """Columns of the files that become values of a record's vector, all in one way.
+    """Columns of the data files that become values of the feature vector, all encoded in the same way.
 
-    Ranges and categories are public.  They must come from knowledge of what is measured, never from the records.
+    Ranges and categories are public.  They must come from domain knowledge, never from the records.
 
     Attributes:
-        columns: the names of the columns, in their order in the vector.  A file that calls one otherwise says so in
-            `data.columns`, or a site in its `columns`, under the role "feature:NAME".
-        range: the least and the largest number: a value beyond them counts as the nearer one; null: categories.
-        categories: the declared values of a column of names; any other one counts as "other".
-        size: how many numbers the list in each row holds, where the column is one of lists; null: one number.
-        missing: what a row without a value does: "unusable" (the record cannot be used), or "indicator" (the middle of
-            the range, or no category, and a 1 in a value that says so).
+        columns: the names of the columns, in their order in the vector.  If a file uses another name, `data.columns`,
+            or a site's `columns`, maps the role "feature:NAME" to it.
+        range: the smallest and the largest number; values outside are clipped; null: categories.
+        categories: the declared values of a categorical column; every other value is encoded as "other".
+        size: the length of the list in each row, for a column of lists; null: a single number.
+        missing: how a row without a value is treated: "unusable" (the record cannot be used), or "indicator" (the
+            middle of the range, or no category, and a 1 in an additional indicator value).
     """
 
     columns: tuple[str, ...]
@@ -70,7 +71,7 @@ class FeatureSpec:
 
     @property
     def numbers(self) -> int:
-        """How many numbers or categories a row has: what each column can add to the square of a vector's norm."""
+        """The number of values or categories per row: an upper bound on the squared norm before scaling."""
         return len(self.columns) * (self.size or 1)
 
     @property
@@ -79,7 +80,7 @@ class FeatureSpec:
         return len(self.columns) * (of_each + (self.missing == "indicator"))
 
     def values(self) -> Iterator[str]:
-        """A name for each value of the vector."""
+        """Yield a name for each value of the vector."""
         low, high = self.range or (0.0, 0.0)
         for column in self.columns:
             if self.categories:
@@ -93,7 +94,11 @@ class FeatureSpec:
                 yield f"{column}: missing"
 
     def raw(self, text: str, *, at: str) -> list[float]:
-        """The values of one column, by its field in a record: a name by its place, NaN for nothing; or a DataError."""
+        """Parse one column's field of a record: numbers, or the index of a category; NaN if the value is missing.
+
+        Raises:
+            DataError: the field is not as declared, or is missing although `missing` is "unusable".
+        """
         if not text or (text in NO_NAME and text not in self.categories):
             if self.missing == "unusable":
                 raise DataError(at, "nothing", "must have a value, or missing = indicator in data.features")
@@ -106,7 +111,11 @@ class FeatureSpec:
         return numbers
 
     def read(self, text: str, *, at: str) -> NDArray[np.float64]:
-        """The values of a vector for one column, from the same; DataError likewise."""
+        """Encode one column's field of a record as values of the vector.
+
+        Raises:
+            DataError: as in `raw`.
+        """
         found, raw = np.zeros(self.width // len(self.columns)), self.raw(text, at=at)
         if math.isnan(raw[0]):
             found[-1] = 1.0
@@ -118,7 +127,7 @@ class FeatureSpec:
         return found
 
     def odd(self, text: str) -> str | None:
-        """The oddity of a field that can be used: "missing", "not declared", "beyond its range"; None: as usual."""
+        """Describe an unusual but usable field as "missing", "not declared" or "beyond its range", or return None."""
         raw = self.raw(text, at="")
         if math.isnan(raw[0]):
             return "missing"
@@ -127,7 +136,7 @@ class FeatureSpec:
         return "beyond its range" if any(not self.range[0] <= one <= self.range[1] for one in raw) else None
 
     def made_up(self, draw: Callable[[int], int]) -> str:
-        """An invented field; `draw(n)` takes one of n."""
+        """Generate a random field; `draw(n)` returns a random integer below n."""
         if self.categories:
             return self.categories[draw(len(self.categories))]
         assert self.range is not None, "as in the settings"
@@ -137,7 +146,11 @@ class FeatureSpec:
 
 
 def vector_of(record: Record, features: Sequence[FeatureSpec]) -> NDArray[np.float32]:
-    """Return a record's vector, of the features' widths together; raise DataError if a column is not as declared."""
+    """Encode a record's features as one vector, of the features' total width.
+
+    Raises:
+        DataError: a column is not as declared.
+    """
     found = [
         one.read(record.fields[FEATURE + column], at=record.at(FEATURE + column))
         for one in features
@@ -147,7 +160,12 @@ def vector_of(record: Record, features: Sequence[FeatureSpec]) -> NDArray[np.flo
 
 
 def check_range(key: str, bounds: tuple[float, float]) -> None:
-    """Require two numbers, the lower one first, with a width: to divide by one of 0 would fail for records in it."""
+    """Require a range of two numbers in ascending order that is not too narrow, because features are divided by its
+    width.
+
+    Raises:
+        ConfigError: for `key`.
+    """
     low, high = bounds
     largest = max(abs(low), abs(high))
     if not (largest <= _LARGEST and high - low >= max(_LEAST_WIDTH, _LEAST_SHARE * largest)):
@@ -159,7 +177,11 @@ def check_range(key: str, bounds: tuple[float, float]) -> None:
 
 
 def check_names(key: str, names: Sequence[str]) -> None:
-    """Require names of something, each once; none is fine."""
+    """Require distinct names without surrounding spaces; an empty list is allowed.
+
+    Raises:
+        ConfigError: for `key`.
+    """
     if len(names) > _MOST_NAMES:
         raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MOST_NAMES}")
     for name, times in Counter(names).items():
@@ -170,6 +192,6 @@ def check_names(key: str, names: Sequence[str]) -> None:
 
 
 def columns_of(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:
-    """Role to column of every feature; `named` are those that the files call otherwise."""
+    """Map the role of every feature to its column; `named` overrides the names of columns."""
     roles = (FEATURE + column for one in features for column in one.columns)
     return {role: named.get(role, role.removeprefix(FEATURE)) for role in roles}

@@ -1,6 +1,6 @@
-"""Rows of data files of every format, each parsed by itself: a row that cannot be used is one fault among whole rows.
+"""Rows of data files in all supported formats; each row is parsed separately, so that an unusable row affects no other.
 
-Error messages name file, line and column but never quote what a row holds: they end up in logs.
+Error messages name file, line and column but never quote the content of a row, because messages end up in logs.
 """
 
 from __future__ import annotations
@@ -48,26 +48,27 @@ _BATCH_ROWS = 256  # of Parquet, in memory at once
 
 
 def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: bool = False) -> RawRows:
-    """(place, columns and values) of each row of a file, or in their place what is wrong with that row alone.
+    """Yield (position, row) for each row of a file; an unusable row is replaced by a DataError that describes it.
 
     Text is UTF-8, with or without a byte order mark.  JSON lines hold one object each, `.json` one array of objects;
-    CSV and TSV have a header and double quotes (RFC 4180, so a quoted cell may span lines), and CSV has semicolons if
-    the header has them and no other mark.  Blank lines are no rows.
-    A label that a Hugging Face set stores as a number is given by its name.
+    CSV and TSV have a header and double quotes (RFC 4180, so a quoted cell may span lines).  CSV may use semicolons if
+    the header contains no other separator.  Blank lines are skipped.  Labels that a Hugging Face data set stores as
+    numbers are replaced by their names.
 
     Args:
-        path: `.jsonl`, `.json`, `.csv`, `.tsv`, `.conll`, `.pubtator` or `.bioc`, each also with `.gz` behind;
-            `.parquet`; a folder that `save_to_disk` of Hugging Face `datasets` wrote; one of brat's; or one that has a
-            folder of images for each class.
-        columns: role to column: what the header of a table must have, and all that is read of one.  None: everything.
-        lenient: the end of a JSON array that breaks off is the fault of a row and not of the file, as at a real site.
+        path: `.jsonl`, `.json`, `.csv`, `.tsv`, `.conll`, `.pubtator` or `.bioc`, each optionally followed by `.gz`;
+            `.parquet`; a folder written by `save_to_disk` of Hugging Face `datasets`; a folder in brat's format; or a
+            folder with a subfolder of images for each class.
+        columns: role to column: the columns that a table's header must have, and the only ones read; None: all columns.
+        lenient: treat a truncated JSON array as an unusable row, as real sites do, instead of an unusable file.
 
     Yields:
-        The line on which a row starts, or in Parquet and saved sets its number, counted from 1; and the row.
+        The position of a row, which is its first line, or its number in Parquet files and saved sets (from 1); and the
+        row.
 
     Raises:
-        DataError: for what is a fault of the file and of no row: it cannot be opened, is no whole gzip, Parquet or
-            Arrow file, holds no (whole) JSON array where it should, or its header cannot be read or lacks a column.
+        DataError: the file as a whole is unusable: it cannot be opened, is no complete gzip, Parquet or Arrow file,
+            holds no complete JSON array where one is required, or its header is unreadable or lacks a column.
         ConfigError: the package that reads the format is not installed.
     """
     if format_of(path) not in (_BRAT, _CLASSES):
@@ -102,7 +103,9 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
 
 
 def format_of(path: Path) -> str:
-    """The suffix that says the format, without `.gz`; or "folder" of a saved set, "classes" of images, or "brat"."""
+    """Return the suffix that determines the format, without `.gz`, or "folder" (saved set), "classes" (images) or
+    "brat".
+    """
     if path.is_dir():  # that there are no records yet, or no more, changes nothing: then brat's has none, either
         others = _CLASSES if image_files(path) else _BRAT
         return "folder" if any(next(path.glob(name), None) for name in _OF_A_SET) else others
@@ -110,7 +113,11 @@ def format_of(path: Path) -> str:
 
 
 def require_reader(path: Path) -> None:
-    """Require the extra that reads a Parquet file or a saved set; files of other formats need none."""
+    """Require the optional dependency for a Parquet file or a saved set; other formats need none.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     if format_of(path) in (".parquet", "folder"):
         require_extra(str(path), NOT_GIVEN, "data", "pyarrow")
 
@@ -119,7 +126,7 @@ def require_reader(path: Path) -> None:
 
 
 def what_is(path: Path) -> str | None:
-    """Name what lies there in place of a data file; None for a file, or a folder of a saved set or of brat's."""
+    """Describe what a path is, or return None for a data file, a saved set, or a folder of brat files or images."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -137,9 +144,13 @@ def what_is(path: Path) -> str | None:
 
 
 def require_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
-    """Refuse what is no data file, before it is opened: a pipe would wait for ever.
+    """Require a data file before it is opened, because opening a pipe would block forever.
 
-    `key` is the setting that named it, by `value`.  Of a folder of several saved sets it says which paths to give.
+    `key` and `value` are the setting that named the file.  For a folder of several saved sets, the message lists the
+    paths of the sets.
+
+    Raises:
+        DataError: the path is not a data file.
     """
     if (found := what_is(path)) is None:
         return
@@ -155,7 +166,9 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a data set: the file itself, or those of the folder of a saved set, which must not lie outside."""
+    """List the files of a data set: the file itself, or the files in the folder of a saved set, none of them outside
+    it.
+    """
     if not path.is_dir():
         return [path]
     if format_of(path) in (_BRAT, _CLASSES):
@@ -176,19 +189,21 @@ def files_of(path: Path) -> list[Path]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder that has a folder for each class, by class and name; none beside other records."""
+    """List the images of a folder with one subfolder per class, sorted by class and name; empty if it holds other
+    records.
+    """
     if any(file.suffix.lower() in OF_RECORDS for file in folder.glob("*")):
         return []
     return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in images.SUFFIXES)
 
 
 def _of_class(folder: Path, _: int, file: Path) -> Row:
-    """The row of an image, whose label is the name of its folder; a path as a table in `folder`'s place would have."""
+    """Return the row of an image: its folder's name as the label, and a path relative to the parent of `folder`."""
     return {"image": str(file.relative_to(folder.parent)), "label": file.parent.name}
 
 
 def version_of(path: Path) -> list[object]:
-    """Another list whenever the files of a data set change; that one cannot be looked at is a part of it."""
+    """Return a fingerprint that changes whenever a file of the data set changes; unreadable files are part of it."""
     found: list[object] = []
     for file in files_of(path):
         about = or_fault("", file.stat)
@@ -212,9 +227,10 @@ def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[
 
 
 def _plain_footer(path: Path) -> Any:
-    """A Parquet file's metadata, without the Arrow types that its writer had.
+    """Read a Parquet file's metadata without the writer's Arrow types.
 
-    Into dictionaries its reader takes no text that is not UTF-8: one such record would be a fault of the whole file.
+    With these types, dictionary columns reject text that is not UTF-8, so that one bad record would make the whole file
+    unusable.
     """
     from pyarrow import parquet
 
@@ -248,7 +264,7 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
 
 @contextlib.contextmanager
 def _whole(path: Path, kind: str) -> Iterator[None]:
-    """Turn Arrow's errors about a damaged file into ours: its own may quote the file."""
+    """Turn Arrow's errors about a damaged file into a DataError, because Arrow's own messages may quote the file."""
     import pyarrow
 
     try:
@@ -260,7 +276,7 @@ def _whole(path: Path, kind: str) -> Iterator[None]:
 
 
 def _as_bytes(array: Any) -> Any:
-    """The same memory with bytes for text, also within lists and structs; nothing of it is looked at."""
+    """Reinterpret text as bytes, also within lists and structs, without copying or inspecting the values."""
     import pyarrow
 
     texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
@@ -269,7 +285,7 @@ def _as_bytes(array: Any) -> Any:
 
 
 def _replaced(kind: Any, others: Mapping[Any, Any], *, decode: bool = False) -> Any:
-    """A type with others in the place of some, also within lists and structs; `decode`: without dictionaries."""
+    """Substitute some types within an Arrow type, also within lists and structs; `decode` also removes dictionaries."""
     import pyarrow
     from pyarrow import types
 
@@ -303,7 +319,9 @@ def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
 
 @lru_cache(maxsize=4)
 def _kinds_alone(schema: Any) -> list[Any]:
-    """The types that hold the same values in memory of their own, column by column."""
+    """Return each column's type without dictionaries and views, so that a row's values do not share memory with other
+    rows.
+    """
     import pyarrow
 
     views = {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}
@@ -333,7 +351,7 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
 
 
 def _plain(value: Any) -> Any:
-    """A database's decimals as numbers, and its bytes as the text that they are, if they are one."""
+    """Convert a database's decimals to numbers, and its bytes to text if they are valid UTF-8."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
     if isinstance(value, Decimal):
@@ -345,7 +363,7 @@ def _plain(value: Any) -> Any:
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:
-    """The name of a label that is stored as a number, also within lists; -1 stands for null, as nobody labelled it."""
+    """Replace a label's number by its name, also within lists; -1 means null, an example without a label."""
     if isinstance(value, list):
         return [_named(one, names) for one in value]
     if type(value) is not int or value >= len(names):
@@ -354,7 +372,9 @@ def _named(value: Any, names: Sequence[str]) -> Any:
 
 
 def _label_names(schema: Any) -> dict[str, Sequence[str]]:
-    """The names of labels that Hugging Face `datasets` stores as numbers, by column, as it notes them in the schema."""
+    """Read the names of labels that Hugging Face `datasets` stores as numbers, by column, from the schema's
+    metadata.
+    """
     try:
         found: dict[str, Sequence[str]] = {}
         for name, feature in json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items():

@@ -1,7 +1,7 @@
-"""Images as patches of pixels: in a file beside their record's, or within it; decoded within bounds, each by itself.
+"""Images as patches of pixels, from files next to a record's file or from the record itself, each decoded separately.
 
-What a decoder makes of a file decides about memory and time before anybody has looked at it.  So a file's size, its
-format, its number of pixels and its form are bounded, by what its header says, and only then it is decoded.
+Decoding an untrusted image can take any amount of memory and time.  The size of the file, its format, its number of
+pixels and its aspect ratio are therefore checked, from the header, before the image is decoded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ _BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of a
 
 
 def image_of(value: object, at: str) -> str:
-    """The field of an image: a path as it is, or the image's bytes as text, which count first in {bytes, path}."""
+    """Read the field of an image: a path unchanged, or the image's bytes as text; {bytes, path} prefers the bytes.
+
+    Raises:
+        DataError: the value is neither a path nor bytes.
+    """
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
     if isinstance(value, bytes):
@@ -42,11 +46,18 @@ def image_of(value: object, at: str) -> str:
 
 
 def decoded(field: str, *, file: str, at: str) -> Any:
-    """A record's image, in three colours (`PIL.Image.Image`), turned as its EXIF orientation says; or a DataError.
+    """Decode a record's image to RGB (`PIL.Image.Image`), rotated by its EXIF orientation.
 
-    Of 16 bits for each grey pixel the upper 8 are taken; transparency is dropped, as transformers does it; of several
-    frames the first counts.  `field` is as `image_of` makes it; the image lies in the folder of the record's `file` or
-    below (empty: anywhere); `at` names the field in messages.
+    16-bit gray images are reduced to their upper 8 bits, transparency is dropped, as in transformers, and only the
+    first frame counts.
+
+    Args:
+        field: the field from `image_of`.
+        file: the record's file; image paths must stay below its folder.  Empty: any path is allowed.
+        at: the name of the field in messages.
+
+    Raises:
+        DataError: the image is missing, too large or cannot be decoded.
     """
     require_pillow()
     from PIL import Image, ImageFile, ImageOps
@@ -81,7 +92,7 @@ def decoded(field: str, *, file: str, at: str) -> Any:
 
 
 def _content(field: str, file: str, *, at: str) -> bytes:
-    """The bytes of an image file.  Of a record in a file it lies in that file's folder or below."""
+    """Return the bytes of an image file.  Relative paths must stay below the folder of the data file."""
     is_within = field.startswith(WITHIN)
     try:
         if is_within:
@@ -106,7 +117,7 @@ def _content(field: str, file: str, *, at: str) -> bytes:
 
 
 def _why_missing(path: Path, field: str) -> str:
-    """The bound that a path without a file breaks, in the form that is likeliest to be meant."""
+    """Return the message for a missing image file, with a hint at the likeliest mistake."""
     if "\\" in field:
         return "must have / between its folders, and not \\ as in Windows"
     spelt = {path.name.lower(), path.name.upper(), path.stem + path.suffix.lower(), path.stem + path.suffix.upper()}
@@ -115,7 +126,7 @@ def _why_missing(path: Path, field: str) -> str:
 
 
 def noise(draw: Callable[[int], int]) -> str:
-    """The field of an invented image; `draw(n)` takes one of n."""
+    """Generate the field of a random image; `draw(n)` returns a random integer below n."""
     from PIL import Image
 
     stream, pixels = io.BytesIO(), bytes(int(draw(256)) for _ in range(3 * 8 * 8))
@@ -124,5 +135,9 @@ def noise(draw: Callable[[int], int]) -> str:
 
 
 def require_pillow() -> None:
-    """Raise ConfigError where Pillow is not installed, so that no image can be decoded."""
+    """Require Pillow, which decodes images.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+    """
     require_extra("data.input", "image", "images", "PIL")

@@ -1,4 +1,4 @@
-"""Lists in cells of data files: as JSON, as Python prints them, and as objects that hold a list under each name."""
+"""Lists in cells of data files: as JSON, as Python prints them, or as objects with a list under each name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _PRINTED_LIST = re.compile(
 
 
 def listed_in(value: object) -> list[Any] | None:
-    """A value as the list that it is, or stands for; None: it is a text that is none, and not blank."""
+    """Parse a value as a list (blank text is an empty list); return None for text that is not a list.
+
+    A value that is neither a text nor a list becomes a list of one item.
+    """
     try:
         listed = json_list(value.strip() or "[]") if isinstance(value, str) else value
     except RecursionError:
@@ -35,7 +38,7 @@ def listed_in(value: object) -> list[Any] | None:
 
 
 def json_list(text: str) -> list[Any] | None:
-    """A text as the JSON list that it is; None: it is none."""
+    """Parse a text as a JSON list; return None for any other text."""
     if not text.startswith("["):
         return None
     try:
@@ -46,9 +49,10 @@ def json_list(text: str) -> list[Any] | None:
 
 
 def rows_of(value: object) -> object:
-    """The objects of one that holds a list under each name, as Hugging Face writes a list of objects; others stay.
+    """Convert an object with a list under each name, Hugging Face's form of a list of objects, to that list of objects.
 
-    So do those of an object of turns, as OpenAI writes what is asked, where no tools are beside them.
+    OpenAI's object of messages is converted to the messages, unless it also has tools.  Other values are returned
+    unchanged.
     """
     if isinstance(value, dict) and "messages" in value and not value.get("tools"):
         return value["messages"]
@@ -60,5 +64,5 @@ def rows_of(value: object) -> object:
 
 
 def as_json(values: Sequence[object]) -> str:
-    """A list as the text of a record's field: JSON without spaces."""
+    """Format a list as a record's field: JSON without spaces."""
     return json.dumps(values, separators=(",", ":"), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""From settings to records: the sites' in a simulation, a real site's, and the lead's own."""
+"""Loading of records by the settings: for simulated sites, for a real site, and for the lead."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ _ROWS_KEY = b"fedtune rows"  # one for all runs, so that a score on some rows of
 
 
 def is_far(true: int, declared: int) -> bool:
-    """A declared size is far from the true one."""
+    """Whether a declared size differs from the true one by a factor of 1.5 or more."""
     return not 1 / 1.5 < true / declared < 1.5
 
 
 def split_key(seed: int) -> bytes:
-    """The key of a simulation's hashes.  A real site has its own, which never leaves it."""
+    """Return the key for a simulation's hashes.
+
+    A real site has its own secret key, which never leaves the site.
+    """
     return hashlib.sha256(f"fedtune split {seed}".encode()).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class SiteRecords:
-    """One site's records: those it trains on, those held out, and what is left out, for its own people alone."""
+    """A site's records, for training and held out, and its count of skipped rows, which only the site itself may
+    see.
+    """
 
     training: list[Record]
     heldout: list[Record]
@@ -41,7 +46,7 @@ class SiteRecords:
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """A simulation's training files, dealt out."""
+    """The partition of a simulation's training files."""
 
     sites: tuple[SiteRecords, ...]  # the records of each site, in the order of the sites
     validation: list[Record]  # those that are the lead's instead, by `validation_fraction`
@@ -60,10 +65,18 @@ def deal(
     unit: Unit = "record",
     fault: Fault = lambda record: None,
 ) -> Dealt:
-    """Read a simulation's files, and give each record to the lead or to a site by its own hash, or its user's.
+    """Read a simulation's files, and assign each record to the lead or to a site by its hash, or by its user's.
 
-    `columns` are role to column, with what the partition goes by; with unit "user" no user is parted.  A DataError says
-    if a file is missing or malformed, a site would have no record, or a user would be at two.
+    Args:
+        spec: the settings of the data.
+        columns: role to column, including the role on which the partition depends.
+        names: the sites' names.
+        seed: the seed of the partition.
+        unit: "user" keeps all records of a user at one site.
+        fault: returns why the task cannot use a record, or None.
+
+    Raises:
+        DataError: a file is missing or malformed, a site would get no record, or a user would be at two sites.
     """
     key = split_key(seed)
     lead: dict[str, list[Record]] = {"validation": [], "test": []}
@@ -103,7 +116,9 @@ def deal(
 
 
 def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:
-    """Of a record of a simulation's training file "validation" or "test", if it is the lead's; None: a site's."""
+    """Return "validation" or "test" if a record of a simulation's training file belongs to the lead, or None for a
+    site.
+    """
     if spec.test_fraction and unit_hash(record, purpose="test", key=key, unit=unit) < spec.test_fraction:
         return "test"
     # Of what the test leaves, so that the shares are those of the whole file.
@@ -116,11 +131,12 @@ def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str 
 def own_records(
     spec: DataSpec, *, columns: Mapping[str, str], fault: Fault, key: bytes, unit: Unit = "record"
 ) -> SiteRecords:
-    """A real site's records; `key` is its own secret, and decides by each record's (or user's) hash what is held out.
+    """Read a real site's records; the held-out records are chosen by a hash of each record (or user) with the secret
+    `key`.
 
-    A record that a run has no use for (no value, or a `fault`, or with unit "user" not exactly one user) is left
-    out by itself, and no record at all is fine: what a lead asks for must not make the answer depend on whether some
-    record fits it.
+    A record that the run cannot use (a missing value, a `fault`, or with unit "user" not exactly one user) is skipped
+    by itself, and a file without any usable record is allowed: otherwise a lead's request could make the site's answer
+    depend on whether some record satisfies it.
     """
     faults = Faults()
     records = usable_records(Path(spec.train_file), columns, fault=fault, faults=faults)
@@ -131,9 +147,10 @@ def own_records(
 def lead_records(
     name: str, *, columns: Mapping[str, str], key: str, fault: Fault = lambda record: None, leave_out: bool = False
 ) -> tuple[list[Record], LeftOut]:
-    """The lead's own records from file `name`, which the setting `key` gave, and what was left out.
+    """Read the lead's own records from the file `name`, which the setting `key` names, and count the skipped rows.
 
-    There must be one that can be used; without `leave_out`, all can.
+    Raises:
+        DataError: no record is usable; or, without `leave_out`, some record is not.
     """
     path, faults = resolve_file(name, shipped_folders(), key=key), Faults()
     records = list(usable_records(path, columns, fault=fault, faults=faults, lenient=False))
@@ -145,7 +162,7 @@ def lead_records(
 
 
 def chosen_rows(records: Sequence[Record], rows: int | None) -> list[Record]:
-    """`rows` of the lead's records, or all of them for None: those of the smallest hash, in their order."""
+    """Select the `rows` records with the smallest hashes, in their order, or all records if `rows` is None."""
     if rows is None or rows >= len(records):
         return list(records)
     hashes = [unit_hash(record, purpose="rows", key=_ROWS_KEY) for record in records]

@@ -1,6 +1,6 @@
-"""Texts whose parts are marked: tokens with a tag each, or a text with spans; the files that other programs write.
+"""Annotated texts: tokens with a tag each, or a text with spans, in the file formats of other programs.
 
-Files are cut into pieces before any is read, so that a piece that cannot be read is one fault among whole records.
+Files are cut into records before any of them is parsed, so that an unreadable record affects no other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
 
 def words_of(value: object, at: str, role: str = "tokens") -> str:
-    """The tokens of a record, or their tags, one a line, out of a list, which may also be text, as for `labels_of`."""
+    """Read the tokens of a record, or their tags, from a list or its text form (as in `labels_of`); one per line."""
     listed = listed_in(value)
     if role == "tags" and listed and any(type(one) is int for one in listed):
         raise DataError(at, "numbers", "must be the names of tags, such as B-PER and O, which numbers lack (role tags)")
@@ -45,11 +45,14 @@ def words_of(value: object, at: str, role: str = "tokens") -> str:
 
 
 def spans_of(value: object, at: str) -> str:
-    """The marked parts of a text as a JSON list of [first, end, label], `end` exclusive; none is fine.
+    """Read the spans of a text as a JSON list of [start, end, label], `end` exclusive; an empty list is allowed.
 
-    They are such lists (doccano), or objects with the first, the end and the label under one of the names of `_PARTS`
-    (Prodigy, doccano, spaCy, pipelines of transformers); or what Label Studio exports, whole or as its JSON_MIN: with a
-    list `labels`.  Its offsets count the units of UTF-16, and a fourth value says so.  A label may be a whole number.
+    Accepted are such lists (doccano); objects with start, end and label under one of the names in `_PARTS` (Prodigy,
+    doccano, spaCy, pipelines of transformers); and Label Studio's exports, in full or as JSON_MIN, with a list
+    `labels`. Label Studio's offsets count UTF-16 code units, which a fourth value records.  A label may be an integer.
+
+    Raises:
+        DataError: the value has another form.
     """
     listed = listed_in(rows_of(value))
     if listed is None:
@@ -72,9 +75,10 @@ def spans_of(value: object, at: str) -> str:
 
 
 def names_in(value: object, at: str) -> object:
-    """The labels that a value names in the form of another program, as a list; any other value as it is.
+    """Convert the labels of another annotation program to a list; return any other value unchanged.
 
-    They are spaCy's `cats`, an object of names with 1 or 0; Label Studio's choices; or doccano's objects with a label.
+    Converted are spaCy's `cats` (an object of names with 1 or 0), Label Studio's choices, and doccano's objects with a
+    label.
     """
     if isinstance(value, dict):
         of_cats = value and all(isinstance(one, int | float) and one in (0, 1) for one in value.values())
@@ -89,9 +93,10 @@ def names_in(value: object, at: str) -> object:
 
 
 def _annotated(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
-    """The values of Label Studio's first annotation that nobody skipped; None: `listed` has no annotations.
+    """Return the values of Label Studio's first annotation that was not skipped, or None if there are no annotations.
 
-    A text that nobody annotated is a fault.
+    Raises:
+        DataError: all annotations were skipped.
     """
     annotations = [one for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
     if not annotations:
@@ -103,9 +108,9 @@ def _annotated(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, A
 
 
 def read_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
-    """The letter of a token's tag, which is empty where it has no scheme, and the type: ("O", "") outside entities.
+    """Split a token's tag into the letter of its scheme (empty without one) and its type; "O" gives ("O", "").
 
-    A tag that is one of the declared `types` has no scheme, whatever it begins with.
+    A tag that is one of the declared `types` has no scheme, whatever its first letter.
 
     >>> read_tag("S-protein"), read_tag("S-protein", ["S-protein"])
     (('S', 'protein'), ('', 'S-protein'))
@@ -117,7 +122,9 @@ def read_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
 
 
 def entities_of(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
-    """The entities of tokens, (first, end, type), by their tags; and whether one goes on that none before it began."""
+    """Decode tags into entities (first token, end, type); the second value is True if a tag continues no open
+    entity.
+    """
     found: list[tuple[int, int, str]] = []
     is_open = is_broken = False
     for place, tag in enumerate(tags):
@@ -133,7 +140,7 @@ def entities_of(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[
 
 
 def entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
-    """The types that a record's tags or spans name, in their order, with how many entities are of each."""
+    """Count a record's entities by type, in the order of their first appearance, from its tags or spans."""
     if "tags" in fields:
         return dict(Counter(name for *_, name in entities_of(fields["tags"].split("\n"), types)[0]))
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
@@ -143,11 +150,10 @@ def entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict
 
 
 def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
-    """A sentence of CoNLL, with a token and its tag on each line (`_tagged`).
+    """Parse a CoNLL sentence, with a token and its tag on each line (`_tagged`).
 
-    Columns are separated by tabs, or by spaces.  Lines -DOCSTART- belong to no sentence, nor do comments: # and a
-    space, in another number of columns than the sentence's other lines have, or without a tag of a scheme where those
-    have one.
+    Columns are separated by tabs or spaces.  Lines -DOCSTART- and comments are skipped.  A comment starts with # and a
+    space, and its number of columns differs from the other lines', or it lacks a tag where those all have one.
     """
     lines = [one for one in _lines_of(raw, at=at_line(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
     others = [one for one in lines if not one.startswith("# ")]
@@ -206,7 +212,7 @@ def _counts(column: Sequence[str], *, of: int) -> bool:
 
 
 def document(path: Path, line: int, raw: bytes | None) -> Row:
-    """A document of PubTator: a title and an abstract, with a line for each span behind them."""
+    """Parse a PubTator document: a title and an abstract, followed by a line for each span."""
     at, parts, spans = at_line(path, line), {}, []
     for one in _lines_of(raw, at=at):
         number, mark, rest = one.partition("|")
@@ -223,7 +229,9 @@ def document(path: Path, line: int, raw: bytes | None) -> Row:
 
 
 def of_passages(path: Path, line: int, document: Row | DataError) -> Row:
-    """A document of BioC as JSON; its offsets count from its beginning, with any number of spaces between passages."""
+    """Convert a BioC JSON document; its offsets are relative to the document, with any number of spaces between
+    passages.
+    """
     if isinstance(document, DataError):
         raise document
     at, text, spans, begins = at_line(path, line), "", [], []
@@ -248,13 +256,13 @@ def of_passages(path: Path, line: int, document: Row | DataError) -> Row:
 
 
 def brat_files(folder: Path) -> list[Path]:
-    """The texts of a folder, each with its spans behind it, in the order of their names."""
+    """List the text files of a folder in brat's format, each followed by its annotation file, sorted by name."""
     found = sorted(folder.glob("*.ann"))
     return [file for one in found for file in (one.with_suffix(".txt"), one)]
 
 
 def of_two_files(_: int, marks: Path) -> Row:
-    """A document of brat: a text in a file of its own, with its spans in another beside it."""
+    """Read a brat document: a text file, and an annotation file with the same name."""
     at, texts = str(marks), []
     with suppress(OSError, UnicodeDecodeError):
         for file in (marks.with_suffix(".txt"), marks):
@@ -273,14 +281,14 @@ def of_two_files(_: int, marks: Path) -> Row:
 
 
 def _marked(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
-    """A row of spans, of which each names again what it marks."""
+    """Build a row with spans, after checking that each span's text matches its position."""
     if any(text[start:end] != said for start, end, _, said in spans):
         raise DataError(at, "a span beside what it names", "must count characters, and name what stands there")
     return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
 
 
 def between_blank_lines(path: Path) -> Cut:
-    """(first line, bytes) of what stands between blank lines; None for the bytes of what is too long."""
+    """Yield (first line, bytes) for each block between blank lines; the bytes are None if a block is too long."""
     kept: list[bytes] = []
     first = size = 0
     for number, raw in chain(cut_rows(path), [(0, b"")]):

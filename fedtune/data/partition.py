@@ -1,9 +1,8 @@
-"""Which site a record belongs to, and which records are held out: functions of each privacy unit alone.
+"""Assignment of records to sites and to the held-out set: a function of each privacy unit alone.
 
-Each decision compares a keyed hash of the unit with fixed bounds.  The unit is the record, or its user, whose
-records then stay together.  So adding or removing a unit moves no other unit.  The privacy guarantee needs
-this, and a shuffled, stratified or balanced split cannot promise it.  Equal records always fall on the same
-side.
+Each decision compares a keyed hash of the unit with fixed bounds.  The unit is the record, or its user, whose records
+then stay together.  Adding or removing a unit therefore moves no other unit.  The privacy guarantee requires this, and
+a shuffled, stratified or balanced split does not provide it.  Equal records are always assigned together.
 """
 
 from __future__ import annotations
@@ -27,15 +26,14 @@ from fedtune.words import counted
 
 @spec
 class PartitionSpec:
-    """How a simulation deals one file's records out to its sites.
+    """How a simulation partitions the records of one file over its sites.
 
     Attributes:
         kind: "iid" (by hash alone), "dirichlet" (each label has its own shares of the sites), "column" (by the record's
-            `site` role), or "file" (each site has a file of its own: `data.train_file` with the site's name for
-            `{site}`).
-        alpha: concentration for "dirichlet"; small is skewed (0.1: most labels sit at one site),
-            large approaches "iid".
-        proportions: relative sizes of the sites, for "iid" and "dirichlet"; empty for equal ones.
+            `site` role), or "file" (each site has its own file: `data.train_file` with the site's name for `{site}`).
+        alpha: concentration for "dirichlet"; small values are skewed (0.1: most labels are at a single site), large
+            values approach "iid".
+        proportions: relative sizes of the sites, for "iid" and "dirichlet"; empty: equal sizes.
         sites: site index of each value of the `site` role, for "column".
     """
 
@@ -55,7 +53,11 @@ class PartitionSpec:
             raise ConfigError("proportions", self.proportions, f'must be empty for kind "{self.kind}"')
 
     def check_sites(self, num_sites: int) -> None:
-        """Check the settings that depend on how many sites there are; errors name keys of this spec."""
+        """Check the settings that depend on the number of sites.
+
+        Raises:
+            ConfigError: for a key of this spec.
+        """
         if self.proportions and len(self.proportions) != num_sites:
             raise ConfigError("proportions", self.proportions, f"must have one number for each of {num_sites} sites")
         if self.sites and set(self.sites.values()) != set(range(num_sites)):
@@ -64,9 +66,9 @@ class PartitionSpec:
 
 
 def unit_hash(record: Record, *, purpose: str, key: bytes, unit: Unit = "record") -> float:
-    """A number in [0, 1) from the record, or its user, alone: the top 53 bits of HMAC-SHA256 of purpose and unit.
+    """Hash a record, or its user, to a number in [0, 1): the top 53 bits of HMAC-SHA256 of purpose and unit.
 
-    Different purposes give independent numbers, so that one decision says nothing about another.
+    Different purposes give independent numbers, so that one decision reveals nothing about another.
     """
     whole = record if unit == "record" else Record({"user": record.fields["user"]})
     digest = hmac.digest(key, purpose.encode() + b"\0" + record_key(whole), "sha256")
@@ -74,19 +76,19 @@ def unit_hash(record: Record, *, purpose: str, key: bytes, unit: Unit = "record"
 
 
 def is_heldout(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """The record's unit is among the `fraction` (in expectation) that is kept from training."""
+    """Whether the record's unit belongs to the `fraction` (in expectation) that is held out from training."""
     return unit_hash(record, purpose="heldout", key=key, unit=unit) < fraction
 
 
 def is_selected(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """The record's unit is among the `fraction` (in expectation) that a smaller run uses at all."""
+    """Whether the record's unit belongs to the `fraction` (in expectation) that a smaller run uses."""
     return unit_hash(record, purpose="selected", key=key, unit=unit) < fraction
 
 
 def split_heldout(
     records: Iterable[Record], *, fraction: float, key: bytes, unit: Unit = "record"
 ) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) records, each in the order given."""
+    """Split records into training and held-out records, each in the given order."""
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
         sides[is_heldout(record, fraction=fraction, key=key, unit=unit)].append(record)
@@ -96,7 +98,11 @@ def split_heldout(
 def partition_records(
     records: Iterable[Record], spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record"
 ) -> tuple[list[Record], ...]:
-    """The records of each site, in the order given; a site may end up with none, but no user at two."""
+    """Partition records over the sites, in the given order; a site may get no record.
+
+    Raises:
+        DataError: with unit "user", a user's records would be at two sites.
+    """
     sites: tuple[list[Record], ...] = tuple([] for _ in range(num_sites))
     site_of, torn = dict[str, int](), dict[str, Record]()
     for record in records:
@@ -117,7 +123,7 @@ def partition_records(
 
 
 def users_of(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
-    """For each user, in the order of their first records, the places of all their records, ascending."""
+    """Return the ascending indices of each user's records, for the users in the order of their first records."""
     places: dict[str, list[int]] = {}
     for place, record in enumerate(records):
         places.setdefault(record.fields["user"], []).append(place)
@@ -125,7 +131,11 @@ def users_of(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
 
 
 def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record") -> int:
-    """The site, in [0, num_sites), of one record; with unit "user", of its user; its name must be in `spec.sites`."""
+    """Return the site index, in [0, num_sites), of a record, or with unit "user" of its user.
+
+    Raises:
+        DataError: with kind "column", the record's value is not in `spec.sites`.
+    """
     if spec.kind == "column":
         value = record.fields["site"]
         if value not in spec.sites:
@@ -141,11 +151,11 @@ def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: byt
 
 @lru_cache(maxsize=4096)
 def _dirichlet_bounds(label: str, *, alpha: float, proportions: tuple[float, ...], key: bytes) -> tuple[float, ...]:
-    """Where each site's share of one label ends, drawn from Dirichlet(alpha x sites x proportions).
+    """Return the upper bounds of the sites' shares of one label, drawn from Dirichlet(alpha x sites x proportions).
 
-    The generator is seeded from key and label, never from the data: the shares are fixed before any
-    record is read.  Scaling the concentration keeps each site's expected share at its proportion
-    (Hsu et al. 2019, arXiv 1909.06335, with the prior over sites instead of labels).
+    The generator is seeded from key and label, never from the data: the shares are fixed before any record is read.
+    Scaling the concentration keeps each site's expected share at its proportion (Hsu et al. 2019, arXiv 1909.06335,
+    with the prior over sites instead of labels).
     """
     seed = hmac.digest(key, b"dirichlet\0" + label.encode(), "sha256")
     prior = np.array(proportions) / sum(proportions)
@@ -155,6 +165,8 @@ def _dirichlet_bounds(label: str, *, alpha: float, proportions: tuple[float, ...
 
 @lru_cache(maxsize=64)
 def _bounds(shares: tuple[float, ...]) -> tuple[float, ...]:
-    """Where each site's part of [0, 1) ends; the last is open-ended, whatever the rounding."""
+    """Return the upper bounds of the sites' parts of [0, 1), without the last bound, so that rounding cannot exclude a
+    hash.
+    """
     total = sum(shares)
     return tuple(end / total for end in accumulate(shares[:-1]))

@@ -1,7 +1,7 @@
-"""Records out of the rows of data files, each checked by itself.
+"""Conversion of data rows to records, each checked separately.
 
-There is no step over a whole file (no shuffling, balancing or duplicate removal), so no record changes what becomes of
-another.  Error messages name file, line and column but never quote a record's text: they end up in logs.
+There is no step over a whole file (no shuffling, balancing or duplicate removal), so no record affects another.  Error
+messages name file, line and column but never quote a record's text, because messages end up in logs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reaso
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example as it was read."""
+    """One example, as read from a data file."""
 
     # role (`text`, `label`, `prompt`, ...) to text; no repr shows it, nor one of what holds records
     fields: Mapping[str, str] = field(repr=False)
@@ -35,17 +35,17 @@ class Record:
     line: int = field(default=0, compare=False)  # the line on which it starts, counted from 1
 
     def at(self, role: str) -> str:
-        """Name one field in a message: `train.jsonl:12, label`."""
+        """Format the position of a field for messages: `train.jsonl:12, label`."""
         return f"{at_line(self.file, self.line)}, {role}" if self.file else role
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """The record's texts with their roles; a conversation gives one for each turn."""
+        """Yield the record's texts with their roles; a conversation yields one text per turn."""
         for role, text in self.fields.items():
             yield from ((role, one) for one in texts_of(role, text))
 
     @property
     def said(self) -> str:
-        """All its texts as one, or, where it has none, its features or its image."""
+        """All texts of the record joined into one, or its features or image if it has no text."""
         found = [text for _, text in self.texts()]
         if not found:  # as JSON: which of two features has no value is told by its place
             found = [json.dumps([text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))])]
@@ -53,17 +53,21 @@ class Record:
 
     @property
     def answer(self) -> str:
-        """All that is learnt of it beside its texts, by role; two records that differ in it are not the same."""
+        """The record's targets other than text, as JSON by role; records with different targets are not duplicates."""
         return json.dumps({role: text for role, text in self.fields.items() if role in ANSWERS}, sort_keys=True)
 
 
 def record_key(record: Record) -> bytes:
-    """Canonical bytes of a record: the same for two records if and only if their fields agree."""
+    """Return a record's canonical bytes, which are equal for two records if and only if their fields are equal."""
     return json.dumps(dict(record.fields), sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
-    """Find a data file: as given from the working directory, else under the first of `roots` that has it."""
+    """Find a data file: relative to the working directory, or else below the first of `roots` that contains it.
+
+    Raises:
+        DataError: there is no such data file.
+    """
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
     found = {folder / name: what_is(folder / name) for folder in folders}
     for path, other in found.items():
@@ -76,7 +80,7 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
 
 
 def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Some records at a time."""
+    """Group records into lists of at most 256."""
     iterator = iter(records)
     while chunk := list(islice(iterator, _CHUNK_ROWS)):
         yield chunk
@@ -86,9 +90,10 @@ NO_VALUE = "(none)"  # the value of a record that has none in a column, or that 
 
 
 def column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
-    """The values of a column for records that were read before, as text; `NO_VALUE` where there is none.
+    """Read the values of one more column, as text, for records that were already read; `NO_VALUE` if a value is
+    missing.
 
-    It is read in its `role`, so that a user has the same id as in a run; without one any number is taken, too.
+    With a `role`, values are read as in a run, so that a user has the same id; without one, any number is accepted too.
     """
     values: dict[tuple[str, int], str] = {}
     for file in dict.fromkeys(record.file for record in records):
@@ -110,16 +115,19 @@ def column_values(records: Sequence[Record], column: str, *, key: str, role: str
 
 
 def without_records(path: Path) -> DataError:
-    """The error about a file that holds no record."""
+    """Return the error for a file without records."""
     found = "an empty file" if path.is_file() and not path.stat().st_size else "no records"
     return DataError(str(path), found, "must hold at least one record")
 
 
 def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """Stream the records of a file, as `fedtune.data.formats.raw_rows` takes it, with the `columns` (role to column).
+    """Yield the records of a file that `fedtune.data.formats.raw_rows` can read, with the given `columns` (role to
+    column).
 
-    It is a DataError if the file or a row cannot be read, or a value is absent, blank, or neither text nor (a label, a
-    site or a user) an integer, nor (messages) a conversation: about the first such row, with a count of the rest.
+    Raises:
+        DataError: the file or a row cannot be read, or a value is missing, blank, or of the wrong type: neither text
+            nor (for a label, a site or a user) an integer, nor (for messages) a conversation.  The error describes the
+            first such row and counts the others.
     """
     faults = Faults()
     for record in usable_records(path, columns, faults=faults, lenient=False):
@@ -136,19 +144,27 @@ def usable_records(
     faults: Faults | None = None,
     lenient: bool = True,
 ) -> Iterator[Record]:
-    """As `iter_records`, but skips records that cannot be used, so that no record's content ends the reading.
+    """Yield the records of a file like `iter_records`, but skip unusable records, so that no record's content stops
+    reading.
 
-    A row is left out if it lacks a value, has more than 16 MiB, is not UTF-8, is no JSON object, has a number or depth
-    that Python does not read, is a table's row with broken quotes or another number of cells than the header, or a
-    conversation whose turns are not as `messages_of` wants them.
+    A row is skipped if it lacks a value, has more than 16 MiB, is not UTF-8, is not a JSON object, has a number or a
+    nesting depth that Python cannot parse, has broken quotes or another number of cells than its table's header, or has
+    a conversation that `messages_of` rejects.
 
-    Each record is judged by itself, so that one more or less changes nothing about the others.  A row is cut out before
-    it is judged: a table's ends at the first line end outside quotes, an array's element at the comma behind it.  Only
-    a quote or bracket that is never closed can take other rows along; no text of a record does that in a file whose
-    writer doubles quotes (RFC 4180) or escapes them (JSON), and where the writer does not, rows cannot be told apart.
+    Each record is judged separately, so that adding or removing one changes nothing for the others.  Rows are cut
+    before they are judged: a table's row ends at the first line end outside quotes, an array's element at the comma
+    after it. Only a quote or bracket that is never closed can swallow other rows.  No record's text does that in a file
+    whose writer doubles quotes (RFC 4180) or escapes them (JSON); without such quoting, rows cannot be told apart.
 
-    `fault` tells why a task cannot use a record, and `faults` counts the rows that are left out.  A DataError is about
-    the file and not a record, as in `raw_rows`.
+    Args:
+        path: the file.
+        columns: role to column.
+        fault: returns why the task cannot use a record, or None.
+        faults: counts the skipped rows.
+        lenient: as in `raw_rows`.
+
+    Raises:
+        DataError: the file as a whole is unusable, as in `raw_rows`.
     """
     for line, found in judged(path, columns, fault=fault, lenient=lenient):
         if isinstance(found, Record):
@@ -160,7 +176,7 @@ def usable_records(
 def judged(
     path: Path, columns: Mapping[str, str], *, fault: Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
-    """(line, record) of each row of a file, or (line, error) if the row cannot be used; see `usable_records`."""
+    """Yield (line, record) for each row of a file, or (line, error) if the row is unusable; see `usable_records`."""
     for line, row in raw_rows(path, columns, lenient=lenient):
         if isinstance(row, DataError):
             yield line, row
@@ -180,7 +196,11 @@ def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError |
 
 
 def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
-    """One row as a record, with the `columns` (role to column); DataError where a value is not what its role needs."""
+    """Convert a row to a record, with the `columns` (role to column).
+
+    Raises:
+        DataError: a value is missing or does not suit its role.
+    """
     at, fields = at_line(file, line), {}
     for role, column in columns.items():
         if role in OPTIONAL_ROLES and is_missing(row.get(column)):

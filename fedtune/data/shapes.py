@@ -1,7 +1,7 @@
-"""The few shapes that a micro-batch may have, fixed by public settings, so that no record changes another's kernels.
+"""A small set of micro-batch shapes, fixed by public settings, so that no record changes the kernels used for another.
 
-How a machine rounds depends on the shapes that it computes with.  So a record is padded to a length that follows from
-its own number of tokens alone, and a micro-batch always has one of a few numbers of rows, filled up with empty ones.
+Rounding depends on the shapes of a computation.  So a record is padded to a length that follows only from its own
+number of tokens, and each micro-batch has one of a few numbers of rows, filled up with empty rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TOKENS_OF_A_CALL = 100  # what each micro-batch costs beside its tokens: gives 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Records that are computed together, and the shape of their micro-batch."""
+    """A micro-batch: the records that are computed together, and its shape."""
 
     places: npt.NDArray[np.int64]  # of the records, in the order of the rows; at most `rows` of them
     rows: int  # of the micro-batch, one per record, the rest empty.  A row holds all texts of its record.
@@ -33,10 +33,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The shapes of a run's micro-batches.
+    """The allowed shapes of a run's micro-batches.
 
-    At least one token of every micro-batch is padding.  Attention takes another code path where there is none, and a
-    record would then be computed differently beside shorter ones.
+    Every micro-batch contains at least one padding token.  Attention without padding takes another code path, so a
+    record would otherwise be computed differently in a batch with shorter records.
     """
 
     lengths: tuple[int, ...]  # the padded lengths, ascending.  The last one holds the longest record.
@@ -51,7 +51,10 @@ class Shapes:
 
     @classmethod
     def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None, fixed: bool = False) -> Shapes:
-        """The shapes for records of at most (`fixed`: just) `max_length` tokens, on a model that has `positions`."""
+        """Choose the shapes for records of at most `max_length` tokens, on a model with `positions` positions.
+
+        With `fixed`, every record has exactly `max_length` tokens.
+        """
         if fixed:
             return cls(lengths=(max_length,), max_tokens=max_tokens, full=max_length, fixed=True)
         roomy = 8 * (max_length // 8 + 1)  # room for at least one token of padding
@@ -63,32 +66,34 @@ class Shapes:
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
     def most_tokens(self, length: int) -> int:
-        """Tokens of the longest record that is padded to `length`."""
+        """Return the number of tokens of the longest record that is padded to `length`."""
         return length - (length != self.full)
 
     def rows(self, length: int) -> tuple[int, ...]:
-        """The numbers of rows that a micro-batch of this length may have, descending."""
+        """Return the allowed numbers of rows of a micro-batch of this length, descending."""
         fewest, most = self.fewest_rows(length), self.max_tokens // length
         if self.most_rows:
             most = min(most, self.most_rows[self.lengths.index(length)])
         return tuple(sorted({max(fewest, most // share) for share in self.row_shares}, reverse=True))
 
     def fewest_rows(self, length: int) -> int:
-        """The rows of the smallest micro-batch of this length."""
+        """Return the number of rows of the smallest micro-batch of this length."""
         return 1 + self._spare(length)
 
     def room(self, length: int, rows: int) -> int:
-        """How many records fit a micro-batch of this shape."""
+        """Return the number of records that fit a micro-batch of this shape."""
         return rows - self._spare(length)
 
     def _spare(self, length: int) -> int:
-        """Rows of a micro-batch that stay empty, for their padding."""
+        """Return the number of rows that stay empty to provide padding."""
         return int(length == self.full and not self.fixed)
 
     def cut(self, places: npt.NDArray[np.int64], num_tokens: npt.NDArray[np.integer]) -> Iterator[Part]:
-        """Cut a logical batch into micro-batches; every place comes back exactly once, one length's in their order.
+        """Cut a logical batch into micro-batches; every index is returned exactly once, in order within each length.
 
-        `places` are in the data set, `num_tokens` are of the longest text of each record in it.
+        Args:
+            places: indices of records in the data set.
+            num_tokens: the number of tokens of the longest text of each record in the data set.
         """
         bucket = np.searchsorted([self.most_tokens(length) for length in self.lengths], num_tokens[places])
         assert (bucket < len(self.lengths)).all(), "a record is longer than tokenising may leave it"
@@ -109,7 +114,7 @@ class Shapes:
 
 @cache
 def _least_work(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
-    """The rows of the micro-batches that hold `count` records with the least work, the largest first."""
+    """Return the numbers of rows of the cheapest micro-batches for `count` records, the largest first."""
     if count <= 0:
         return ()
     ways = ((rows, *_least_work(shapes, length, count - shapes.room(length, rows))) for rows in shapes.rows(length))

@@ -1,4 +1,4 @@
-"""The settings of a run's data."""
+"""Settings of a run's data."""
 
 from __future__ import annotations
 
@@ -165,13 +165,17 @@ class DataSpec:
 
     @property
     def skips_unusable(self) -> bool:
-        """The lead's and simulated files may have what cannot be used, which is left out."""
+        """Whether unusable records in the lead's and in simulated files are skipped."""
         return self.unusable == "leave_out"
 
     def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
-        """Check that records can be dealt out and counted by `unit`; errors name keys of this spec.
+        """Check that records can be partitioned and counted by `unit`.
 
-        Users need a column (with `arrivals` also for these), and no partition by what differs between a user's records.
+        For users, the files need a user column (and with `arrivals` an arrival column), and the partition must not
+        depend on values that differ between a user's records.
+
+        Raises:
+            ConfigError: for a key of this spec.
         """
         if unit == "user" and "user" not in self.columns:
             bound = "must name the column for role 'user', as privacy.unit is user"
@@ -184,7 +188,12 @@ class DataSpec:
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
     def check_may_decide(self) -> None:
-        """Require validation scores that may decide something: exact, in the open, of a file of the lead's own."""
+        """Require a validation file of the lead's own, whose exact scores may decide early stopping, checkpoints or a
+        search.
+
+        Raises:
+            ConfigError: for `validation_file`.
+        """
         if self.validation_file is None:
             bound = (
                 "must be a file of the lead's own where its scores decide (federation.stop_after, keep_round=best, "
@@ -193,7 +202,12 @@ class DataSpec:
             raise ConfigError("validation_file", self.validation_file, bound)
 
     def check_lead_has_files(self) -> None:
-        """Require that the lead's records come from files of its own: where sites are real, it has none of theirs."""
+        """Require that validation and test records come from the lead's own files: the lead has no access to real
+        sites' files.
+
+        Raises:
+            ConfigError: for `validation_fraction` or `test_fraction`.
+        """
         for key in ("validation_fraction", "test_fraction"):
             if getattr(self, key):
                 bound = f"must be 0 with real sites, whose files the lead has not: give data.{key[:-9]}_file"
@@ -202,7 +216,9 @@ class DataSpec:
     def needed_columns(
         self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
     ) -> dict[str, str]:
-        """Role to column of what a file must have: `roles`, the unit, what the partition goes by, and all features."""
+        """Map each required role to its column: `roles`, the privacy unit, the role for the partition, and all
+        features.
+        """
         needed = {*roles, *(("user", "arrival") if unit == "user" else ())}
         if partition and self.partition.kind in _ROLE_OF_PARTITION:
             needed.add(_ROLE_OF_PARTITION[self.partition.kind])
@@ -210,15 +226,15 @@ class DataSpec:
         return own | columns_of(self.features, self.columns)
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
-        """These settings as sites are sent them: columns by `roles`, all their records, nothing of the lead's files."""
+        """Return the settings that are sent to sites: columns by `roles`, all records, and none of the lead's files."""
         unsaid: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_THE_LEAD}
         return replace(self, **unsaid, train_file=AT_SITE, columns={role: role for role in roles})
 
     def at_site(self, dataset: Dataset, *, folder: Path) -> DataSpec:
-        """These settings as they were sent, over a site's own file; paths of its policy start in `folder`.
+        """Apply the settings to a site's own file, whose path in the policy is relative to `folder`.
 
-        ConfigError where the file has no column for a role of the run: without one of two texts, say, its records would
-        be of another kind.
+        Raises:
+            ConfigError: the site has no column for a role of the run; records without it would be of another kind.
         """
         # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
         columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}
@@ -228,7 +244,11 @@ class DataSpec:
         return replace(self, train_file=str(folder / dataset.path), columns=columns)
 
     def sizes(self, num_sites: int) -> tuple[int, ...]:
-        """The declared size of each site; errors name keys of this spec, which is for another number of sites."""
+        """Return the declared size of each site.
+
+        Raises:
+            ConfigError: for a key of this spec: the settings are for another number of sites.
+        """
         try:
             self.partition.check_sites(num_sites)
         except ConfigError as error:
@@ -243,7 +263,12 @@ class DataSpec:
 
 @lru_cache(maxsize=64)
 def template_roles(template: str) -> tuple[str, ...]:
-    """The roles that a template names, in plain braces: more of `str.format` would reach into attributes."""
+    """Return the roles in a template, which must be in plain braces, because `str.format` fields could access
+    attributes.
+
+    Raises:
+        ConfigError: for `prompt_template`.
+    """
     if len(template) > _MOST_TEMPLATE:
         raise ConfigError("prompt_template", f"{len(template)} characters", f"must have at most {_MOST_TEMPLATE}")
     try:

@@ -1,6 +1,6 @@
-"""Rows of text files: JSON lines, JSON arrays, CSV and TSV, cut out of the bytes before any is read.
+"""Rows of text files (JSON lines, JSON arrays, CSV and TSV), cut from the bytes before any row is parsed.
 
-Where a row ends does not go by whether it can be read, so that a row that cannot be used is one fault among whole rows.
+The end of a row does not depend on whether the row can be parsed, so that an unusable row affects no other.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ _BLOCK_BYTES = 1 << 20  # read at once: a few kilobytes of gzip can hold a line 
 
 
 def at_line(file: Path | str, line: int) -> str:
-    """A place in a file, as messages name it."""
+    """Format a position in a file for messages."""
     return f"{file}:{line}"
 
 
 def absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
-    """The error about a column that is not among those `present`."""
+    """Return the error for a column that is not among the columns `present`."""
     names = ", ".join(repr(name) for name in islice(present, 10)) or "none"
     bound = f"must be there (role {role}); set data.columns.{role} to one of {names}"
     return DataError(f"{at}, column {column!r}", "absent", bound)
 
 
 def or_fault(at: str, read: Callable[Given, Made], /, *args: Given.args, **options: Given.kwargs) -> Made | DataError:
-    """The result of `read` on one row or record; whatever it raises is a fault of that one alone.
+    """Return the result of `read` on one row or record, or a DataError for whatever it raises.
 
-    What is no DataError would be our own mistake.  Were it to end the reading, a site's answer would tell of a record.
+    An exception other than a DataError would be a bug in fedtune.  If it stopped the reading, a site's answer would
+    reveal something about a record.
     """
     try:
         return read(*args, **options)
@@ -69,7 +70,7 @@ def or_fault(at: str, read: Callable[Given, Made], /, *args: Given.args, **optio
 
 
 def parsed(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callable[[int, Piece], Row | None]) -> RawRows:
-    """The row of each piece of a file, or its fault; none for a piece that `parse` makes None of."""
+    """Yield the parsed row of each piece of a file, or its error; a piece that `parse` turns into None is skipped."""
     for line, piece in pieces:
         row = or_fault(at_line(path, line), parse, line, piece)
         if row is not None:
@@ -77,7 +78,11 @@ def parsed(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callable[[int
 
 
 def text_of(raw: bytes | None, *, at: str) -> str:
-    """The text of a row; a DataError for one that is too long, or not UTF-8."""
+    """Decode the text of a row.
+
+    Raises:
+        DataError: the row is too long, or not UTF-8.
+    """
     if raw is None:
         raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
     try:
@@ -89,7 +94,7 @@ def text_of(raw: bytes | None, *, at: str) -> str:
 
 
 def line_rows(path: Path) -> RawRows:
-    """The rows of a file of JSON lines; blank lines are none."""
+    """Yield the rows of a JSON lines file; blank lines are skipped."""
 
     def parse(line: int, raw: bytes | None) -> Row | None:
         text, bound = text_of(raw, at=at_line(path, line)).rstrip(), "must be one whole JSON object on a line"
@@ -101,7 +106,9 @@ def line_rows(path: Path) -> RawRows:
 
 
 def _once(pairs: list[tuple[str, object]]) -> Row:
-    """The object of these keys; KeyError where one comes twice, of which a reader would keep the last in silence."""
+    """Build an object from JSON's key-value pairs; raise KeyError for a duplicate key, which json would silently
+    overwrite.
+    """
     if len(row := dict(pairs)) < len(pairs):
         raise KeyError
     return row
@@ -123,7 +130,7 @@ def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
 
 
 def json_type(value: object) -> str:
-    """The type of a value, as JSON calls it."""
+    """Return the JSON name of a value's type."""
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
     return (names | {bytes: "bytes", datetime: "date", date: "date"}).get(type(value), "object")
 
@@ -132,9 +139,9 @@ def json_type(value: object) -> str:
 
 
 def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> RawRows:
-    """The rows of a table with a header, which must have the `columns` (role to column) and `comma` between cells.
+    """Yield the rows of a table whose header has the `columns` (role to column), with `comma` as the separator.
 
-    In place of commas there may be semicolons, as spreadsheets write them where decimals have a comma.
+    Semicolons are accepted instead of commas, because spreadsheets write them in locales with decimal commas.
     """
     if comma == ",":  # or a semicolon, where it parts the first line that is not blank into most cells
         lines = (raw for _, raw in cut_rows(path) if raw is None or raw.strip(_BLANK))
@@ -164,7 +171,7 @@ def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str
 
 
 def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) -> Sequence[str]:
-    """The names in the first row that is not blank; a fault of it is one of the whole file."""
+    """Return the names in the first row that is not blank; an error in this row is an error of the whole file."""
     for line, raw in rows:
         at = at_line(path, line)
         if cells := _cells(text_of(raw, at=at), comma=comma, at=at):
@@ -180,7 +187,9 @@ def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) ->
 
 
 def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
-    """Refuse a header of one cell that another mark parts, and one that is no text or a note for Excel."""
+    """Refuse a header of one cell that contains another separator, and one with null bytes or a `sep=` line for
+    Excel.
+    """
     if any("\0" in name for name in header):  # every other byte of UTF-16 that does not say so
         raise DataError(at, "null bytes", _UTF_8)
     if header[0].lower().startswith("sep="):
@@ -194,7 +203,11 @@ def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
 
 
 def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) -> None:
-    """Require each of the `columns` (role to column) in a header, once."""
+    """Require that a header contains each of the `columns` (role to column) exactly once.
+
+    Raises:
+        DataError: a column is missing or duplicated.
+    """
     for role, column in columns.items():
         if column not in header:
             raise absent(header, column, role=role, at=at)
@@ -203,7 +216,7 @@ def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) 
 
 
 def _cells(text: str, *, comma: str, at: str) -> list[str]:
-    """The cells of one row; none for a blank line, and for a row of empty cells."""
+    """Split a row into cells; a blank line, or a row of empty cells, gives none."""
     # The csv module's own bound on a cell is 131,072 characters, and belongs to the whole process: anybody may have set
     # it.  A record is bounded already, so it is raised out of the way, and never lowered for others.
     csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
@@ -223,7 +236,7 @@ def _cells(text: str, *, comma: str, at: str) -> list[str]:
 
 
 class _Growing:
-    """A row on its way: the line on which it began, and its bytes as far as they are kept."""
+    """A row under construction: its first line, and its bytes unless there are too many."""
 
     def __init__(self) -> None:
         self.first = self.line = 1
@@ -239,7 +252,7 @@ class _Growing:
             self.kept.clear()
 
     def taken(self) -> tuple[int, bytes | None]:
-        """The row; the next one begins."""
+        """Return the finished row, and start the next one."""
         row = self.first, bytes(self.kept) if self.size <= MOST_BYTES else None
         self.first, self.size = self.line, 0
         self.kept.clear()
@@ -250,7 +263,9 @@ _LINES = re.compile(rb"[^\n]*\n|[^\n]+")  # the lines of a block, or what it has
 
 
 def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
-    """The rows of a text file, blank ones too; `comma` separates a table's cells, whose quoted ones may span lines."""
+    """Cut a text file into rows, including blank ones; `comma` separates a table's cells, and quoted cells may span
+    lines.
+    """
     row, begins = _Growing(), comma or b""
     quoted, state = begins + b'"', begins
     for block in _blocks(path):
@@ -266,11 +281,11 @@ def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
 
 
 def table_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
-    """Where in a row `piece` ends: each state is the shortest text that leads there from a row's beginning.
+    """Return the parser state after `piece`: the shortest text that leads to the same state from the start of a row.
 
-    At a cell's beginning (a comma), in a cell without quotes (x), in a quoted one (comma, quote), or behind a quote in
-    that (comma, two quotes).  A quote opens a cell only at its beginning, and a doubled one does not close it, as the
-    csv module reads them.
+    The states are: start of a cell (a comma), in an unquoted cell (x), in a quoted cell (comma, quote), and after a
+    quote in a quoted cell (comma, two quotes).  A quote opens a cell only at its start, and a doubled quote does not
+    close it, as in the csv module.
     """
     text, place, quoted = before + piece, 0, comma + b'"'
     while (place := text.find(quoted, place) + 2) > 1:
@@ -293,12 +308,13 @@ _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 
 
 def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator[tuple[int, bytes | None, bytes]]:
-    """(first line, bytes, what ended it) of each element of a JSON array: `,` or `]`, and nothing for what is left.
+    """Yield (first line, bytes, terminator) for each element of a JSON array.
 
-    The array is all of the file, or begins behind what `opens` finds.
+    The terminator is `,` or `]`, or empty for the rest of the file.  The array is the whole file, or starts after the
+    match of `opens`.
 
-    Strings are told from marks, and opening brackets from closing ones, without a look at what else is there.  Only a
-    string or bracket that is never closed takes other elements along, which no writer of JSON makes of a record's text.
+    Only strings and brackets are recognized; nothing else is inspected.  Only a string or bracket that is never closed
+    can swallow other elements, and no JSON writer produces one from a record's text.
     """
     row, depth, in_string, escaped = _Growing(), 1, False, False
     for block in _in_array(path, row) if opens is None else _in_object(path, row, opens):
@@ -325,7 +341,7 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
 
 
 def _in_array(path: Path, row: _Growing) -> Iterator[bytes]:
-    """The blocks of a file behind the bracket that opens its array; none of an empty file."""
+    """Yield the blocks of a file after the bracket that opens its array; none for an empty file."""
     opened = False
     for block in _blocks(path):
         text = block if opened else block.lstrip()
@@ -340,7 +356,9 @@ def _in_array(path: Path, row: _Growing) -> Iterator[bytes]:
 
 
 def _in_object(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[bytes]:
-    """The blocks of a file behind what opens an array within an object, near its beginning; none of an empty file."""
+    """Yield the blocks of a file after the match of `opens`, which must be near its beginning; none for an empty
+    file.
+    """
     before, found = b"", None
     for block in _blocks(path):
         if found is None:
@@ -357,9 +375,9 @@ def _in_object(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[
 
 
 def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = None) -> RawRows:
-    """The elements of a JSON array; of one that breaks off, `lenient`: those that are whole.
+    """Yield the elements of a JSON array; `lenient` accepts a truncated array and yields its complete elements.
 
-    What is behind the array is no element where it is a part of an object (`opens`).
+    If the array is part of an object (`opens`), the rest of the object is ignored.
     """
     before = b""
     for line, raw, mark in cut_elements(path, opens):
@@ -378,7 +396,7 @@ def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = N
 
 
 def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, bytes]) -> Row | None:
-    """An element of an array; None for the nothing that is in an empty array, and behind any."""
+    """Parse an element of an array; return None for the blank text in an empty array or after an array's end."""
     (before, behind), at, bound = between, at_line(path, line), "must be one array of objects"
     if raw == b"" and (before == b"]" or (before == b"" and behind != b",")):
         return None
@@ -395,7 +413,7 @@ def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, 
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, some at a time; without a byte order mark."""
+    """Yield the bytes of a file in blocks, decompressed and without a byte order mark."""
     line = 1
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Token ids of texts, each encoded by itself; `fedtune.tasks` says which texts, and what the targets are."""
+"""Tokenization of texts, each independently of the others; `fedtune.tasks` chooses the texts and the targets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | NDArray[np.int8] 
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer (`PreTrainedTokenizerBase`) that is used."""
+    """The part of Hugging Face's tokenizer interface (`PreTrainedTokenizerBase`) that fedtune uses."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextDataset:
-    """Tokenised examples, unpadded, in the order of their records."""
+    """Tokenized examples, unpadded, in the order of their records."""
 
     # (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.  Of a
     # vector (1, w) its values in float32, of an image (t_i, w) the pixels of its patches.
@@ -85,19 +85,19 @@ class TextDataset:
         return int(self.text_lengths.sum())
 
     def texts_of(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
-        """Where the texts of the examples at these places stand among all texts."""
+        """Return the indices of these examples' texts among the texts of the data set."""
         of_each = np.asarray(places, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
         return of_each.ravel()
 
     def chosen(self, places: Sequence[int] | NDArray[np.integer]) -> TextDataset:
-        """The examples at these places, in this order; one may be taken more than once."""
+        """Return the examples at these indices, in this order; an index may be repeated."""
         targets, texts = self.targets, self.texts_of(places)
         taken = tuple(targets[i] for i in texts) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]
         return TextDataset(tuple(self.input_ids[text] for text in texts), taken, self.texts)
 
 
 def most_characters(max_length: int) -> int:
-    """How many characters of a text are encoded at all, for an example of `max_length` tokens."""
+    """Return the maximum number of characters of a text that are encoded for an example of `max_length` tokens."""
     return _CHARACTERS_A_TOKEN * max_length
 
 
@@ -109,11 +109,12 @@ def encode(
     max_length: int | None = None,
     within: int | None = None,
 ) -> Iterator[list[int]]:
-    """Token ids of each text or pair of texts, encoded in chunks without padding, so that none depends on another.
+    """Yield the token ids of each text or pair of texts, encoded in chunks without padding, so that no text affects
+    another.
 
-    With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids; nor has one that the
-    tokenizer's normaliser makes many times as long, which nothing could catch: its library ends the process where
-    memory does.
+    With `within`, the ids are empty for a text that cannot be encoded or has an id of `within` or above.  They are also
+    empty for a text that the tokenizer's normalizer would lengthen many times, because the tokenizers library aborts
+    the whole process when memory runs out.
     """
 
     def encoded(some: Sequence[Text]) -> list[Encoded]:
@@ -161,8 +162,11 @@ def whole_texts(
 def encode_words(
     texts: Sequence[str], tokenizer: Tokenizer, *, max_length: int, within: int | None = None
 ) -> Iterator[Encoded]:
-    """The same without special tokens, and for each token the characters of the word, as the tokenizer has them, that
-    begins with it; (0, 0) where none does.
+    """Yield each text's token ids, without special tokens, and for each token the character span of the word that it
+    starts.
+
+    Words are those of the tokenizer; a token that starts no word has (0, 0).  The other arguments are those of
+    `encode`.
     """
 
     def encoded(some: Sequence[str]) -> list[Encoded]:
@@ -197,9 +201,9 @@ def _words_by_token(encoding: Any, text: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MarkedTokenizer:
-    """A copy of a tokenizer in which some tokens, its marks, go by names that are drawn anew in each process.
+    """A copy of a tokenizer in which some tokens, its marks, have random names that change with each process.
 
-    What a text says is then text: it cannot hold a mark, whatever the mark is called in the tokenizer's own file.
+    A text can then never contain a mark, whatever the mark is called in the tokenizer's own file.
     """
 
     names: Mapping[int, str]  # what stands for each mark in a text that is encoded, by its id
@@ -207,7 +211,7 @@ class MarkedTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, marks: Collection[int]) -> MarkedTokenizer:
-        """The copy with these marks, and with all special tokens as marks."""
+        """Copy a tokenizer with these tokens, and all special tokens, as marks."""
         from tokenizers import Tokenizer as Backend
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -234,7 +238,7 @@ class MarkedTokenizer:
         return cls(names, Backend.from_str(json.dumps(state)))
 
     def encode(self, texts: Sequence[str], *, within: int | None = None) -> Iterator[Encoded]:
-        """Of each text the token ids, and the characters that each token stands for; `within`: as for `encode`."""
+        """Yield each text's token ids and the character span of each token; `within` is that of `encode`."""
 
         def encoded(some: Sequence[str]) -> list[Encoded]:
             found = self._backend.encode_batch(list(some), add_special_tokens=False)
@@ -263,7 +267,9 @@ def _each(
 
 
 def _stays_short(text: str, normalizer: Any) -> bool:
-    """A tokenizer's normaliser (None: it has none) leaves a text about as long as it is."""
+    """Whether a tokenizer's normalizer lengthens a text only within fixed limits; None means that there is no
+    normalizer.
+    """
     if normalizer is None:
         return True
     made = or_fault("", panics_as_errors()(normalizer.normalize_str), text)
@@ -275,7 +281,7 @@ def _parts(text: Text) -> tuple[str, ...]:
 
 
 def _chunks(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
-    """The texts in order, a few at a time, so that a tokenizer's memory is bounded."""
+    """Yield the texts in order, in chunks, to bound the tokenizer's memory."""
     first, characters = 0, 0
     for place, text in enumerate(texts):
         length = sum(map(len, _parts(text)))

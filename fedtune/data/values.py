@@ -1,7 +1,7 @@
-"""One value of a data file as a role needs it: the reader of runs, and of those who look at what a file is.
+"""Conversion of one value of a data file to the form that its role requires, for runs and for data inspection.
 
-Each value is read alone, and a DataError says that it is not what its role needs.  Error messages name a place and
-never quote what stands there: they end up in logs.
+Each value is read separately, and a DataError reports a value that does not suit its role.  Error messages name the
+position and never quote the value, because messages end up in logs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ _WRITTEN_TURNS = '[{"role":"'  # the same as this file writes them
 
 
 def read_value(value: object, role: str, *, at: str) -> str:
-    """The checked text of a value as the file has it; a number that is none (NaN) is null."""
+    """Check a value and convert it to text, as its role requires; NaN counts as null.
+
+    Raises:
+        DataError: the value does not suit the role.
+    """
     if role.startswith(FEATURE):
         text = feature_of(value, at)
     elif is_null(value):
@@ -85,12 +89,12 @@ def read_value(value: object, role: str, *, at: str) -> str:
 
 
 def is_written(role: str) -> bool:
-    """A role's values are texts that somebody wrote: they may hold names, and may be masked."""
+    """Whether a role's values are texts that a person wrote, which may contain names and may be masked."""
     return role not in _NO_TEXT and not role.startswith(FEATURE)
 
 
 def texts_of(role: str, text: str) -> list[str]:
-    """The texts in a record's field: a conversation has one for each turn, and an answer or a feature none."""
+    """Return the texts in a record's field: one per turn of a conversation, and none for an answer or a feature."""
     turns = json.loads(text) if role == "messages" else turns_said(text) if role in SAID else None
     if turns is not None:
         return [turn["content"] for turn in turns]
@@ -98,27 +102,27 @@ def texts_of(role: str, text: str) -> list[str]:
 
 
 def is_null(value: object) -> bool:
-    """A file has nothing there: null, or in a column of numbers one that is none (NaN)."""
+    """Return True if a value is null, or NaN in a column of numbers."""
     return value is None or value != value
 
 
 def is_missing(value: object) -> bool:
-    """There is nothing, or a blank text."""
+    """Return True if the value is missing or blank."""
     return is_null(value) or (isinstance(value, str) and not value.strip())
 
 
 def is_whole(value: object) -> TypeGuard[float]:
-    """A decimal is a whole number: tables turn all of a column's into decimals where one record has none.
+    """Return True if a float is an integer: tables store an integer column as floats if a value is missing.
 
-    Those beyond 2**53 are not taken: two names may have become one there.
+    Values of 2**53 or more are rejected, because two different ids may have been rounded to the same float.
     """
     return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
 def one_form(text: str) -> str:
-    """A name in one form: composed (NFC), without invisible letters, with one space where there are several.
+    r"""Normalize a name: composed (NFC), without invisible characters, with single spaces.
 
-    >>> one_form("Jose\\u0301\\u200b ") == "Jos\\u00e9"
+    >>> one_form("Jose\u0301\u200b ") == "Jos\u00e9"
     True
     """
     return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
@@ -135,7 +139,7 @@ def _text(value: object, role: str, *, accepted: str, at: str) -> str:
 
 
 def _name(value: object, role: str, *, at: str) -> str:
-    """A label, a site or a user; an id is in the one form in which ids are compared, so that no person is several."""
+    """Read a label, a site or a user; user ids are normalized, so that no person counts as several users."""
     if role == "user" and (isinstance(value, list) or (isinstance(value, str) and set(_BETWEEN_NAMES) & set(value))):
         # It would count for one of them, and the others would not be protected.
         marks = " ".join(_BETWEEN_NAMES)
@@ -162,11 +166,14 @@ _JSON_TURNS = "must be a JSON list of turns, as Python's json.dumps writes it an
 
 
 def messages_of(value: object, *, at: str) -> str:
-    """A conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
+    """Read a conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
 
-    An answer that is not to be learnt also has "train": false.  Turns have `role` and `content` (OpenAI) or
-    `from` and `value` (ShareGPT); or are one object with a list of each (Hugging Face), or the same as JSON text.  A
-    first turn of the system may lead; then user and assistant take turns.
+    An answer that is excluded from training also has "train": false.  Accepted are turns with `role` and `content`
+    (OpenAI) or `from` and `value` (ShareGPT), an object with a list of each (Hugging Face), and the JSON text of any of
+    these.  An optional system turn comes first; then user and assistant turns alternate.
+
+    Raises:
+        DataError: the value is not such a conversation.
     """
     if isinstance(value, str):
         try:
@@ -188,7 +195,9 @@ def messages_of(value: object, *, at: str) -> str:
 
 
 def said_of(value: object, at: str) -> str:
-    """Read what follows a prompt or a conversation: a text as it is, or turns (also one alone) as canonical JSON."""
+    """Read the continuation of a prompt or a conversation: a text unchanged, or turns (also a single one) as canonical
+    JSON.
+    """
     value = rows_of(value)
     if isinstance(value, dict):
         value = [value]
@@ -208,7 +217,9 @@ def said_of(value: object, at: str) -> str:
 
 
 def turns_said(text: str) -> list[dict[str, Any]] | None:
-    """The turns in a field of the roles `chosen` and `rejected`, as `said_of` wrote it; None: it is a text."""
+    """Parse the turns in a field of role `chosen` or `rejected`, as written by `said_of`; return None if it is a
+    text.
+    """
     if not text.startswith(_WRITTEN_TURNS):
         return None
     with suppress(RecursionError):  # turns that were written once are not deep
@@ -217,7 +228,9 @@ def turns_said(text: str) -> list[dict[str, Any]] | None:
 
 
 def turns_like(value: object) -> list[dict[str, Any]]:
-    """The turns that a value is meant to be, readable or not, also as JSON text; none where it is something else."""
+    """Return the turns that a value seems to contain, valid or not, also as JSON text; empty if it is something
+    else.
+    """
     if isinstance(value, str) and _PRINTED_TURNS.match(value):
         return [{"role": "printed"}]  # a run says what is wrong with it
     if isinstance(value, str) and _LIKE_TURNS.match(value):
@@ -230,7 +243,9 @@ def turns_like(value: object) -> list[dict[str, Any]]:
 
 
 def speaker_of(name: object) -> str:
-    """The role of a speaker by a file's name for it: `system`, `user`, `assistant` or the name itself."""
+    """Map a file's name for a speaker to its role: `system`, `user`, `assistant`, or the name itself if it is
+    unknown.
+    """
     said = str(name).strip().lower()
     return _SPEAKERS.get(said, said)
 
@@ -286,11 +301,11 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
 
 
 def labels_of(value: object, at: str) -> str:
-    """The labels of a record that may have several: a list as JSON, or the text as it is.
+    """Read the labels of a record that may have several: a list as JSON, or a text unchanged.
 
-    No label is `[]` or a blank text; null would be a record of which nobody said.  Lists are written anew, flat: how
-    deep one may be depends on who reads it, and `split_labels` must find what was found here.  A list may also be text,
-    as JSON has it or as Python prints it, or have the form of another program (`names_in`).
+    No label is `[]` or a blank text; null is an error, because it means that the record was not labeled.  A list may
+    also be text, as JSON or as Python prints it, or have the form of another program (`names_in`).  It is rewritten as
+    a flat list: the maximum nesting depth depends on the parser, and `split_labels` must find the same labels.
     """
     value = names_in(value, at)
     listed = listed_in(value)
@@ -306,7 +321,7 @@ def labels_of(value: object, at: str) -> str:
 
 
 def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
-    """The labels of a field of the role `labels`, as a record has it.
+    """Split a field of the role `labels` into its labels.
 
     >>> split_labels("late; damaged", separator=";")
     ('late', 'damaged')
@@ -318,7 +333,7 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
 
 
 def number_of(value: object, at: str, *, role: str = "target") -> str:
-    """The number in a role, as Python writes it."""
+    """Read a finite number, and return it as Python prints it."""
     number = math.nan
     if type(value) in (int, float) or (isinstance(value, str) and _is_number(value.strip())):
         with suppress(OverflowError):
@@ -330,7 +345,9 @@ def number_of(value: object, at: str, *, role: str = "target") -> str:
 
 
 def arrival_of(value: object, at: str) -> str:
-    """The month of an ISO date, "2026-03"; "" for what is none: a round is charged by then, so no record may fail.
+    """Return the month of an ISO date, such as "2026-03", or "" for any other value.
+
+    Nothing is raised: when dates are read, the round is already charged, so no record may stop it.
 
     >>> arrival_of("2026-03-14 09:30", ""), arrival_of("2026-03", ""), arrival_of("14.3.2026", "")
     ('2026-03', '2026-03', '')
@@ -344,7 +361,7 @@ def arrival_of(value: object, at: str) -> str:
 
 
 def feature_of(value: object, at: str) -> str:
-    """A column that is a value of a record's vector: a number, a name, a list of numbers as JSON, or "" for nothing."""
+    """Read the field of a feature: a number, a name, a list of numbers as JSON, or "" if the value is missing."""
     if is_missing(value):
         return ""
     if isinstance(value, list):
@@ -357,12 +374,16 @@ def feature_of(value: object, at: str) -> str:
 
 
 def category_of(text: str) -> str:
-    """A category's name as JSON writes its value: a program may have written 1 as 1.0, and true as True or TRUE."""
+    """Normalize a category's name to its JSON form: a program may have written 1 as 1.0, and true as True or TRUE."""
     return text.lower() if text.lower() in ("true", "false") else _WHOLE_DECIMAL.sub(r"\1", text)
 
 
 def numbers_of(text: str, at: str) -> list[float]:
-    """The numbers of a column of lists, by its field in a record; a DataError where it is no JSON list of such."""
+    """Parse the numbers in a record's field for a column of lists.
+
+    Raises:
+        DataError: the field is not a list of numbers.
+    """
     listed = listed_in(text)
     if listed is None:
         raise DataError(at, "no list", "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)")
@@ -376,7 +397,7 @@ def _is_number(text: str) -> bool:
 
 
 def is_number_in_another_form(value: object) -> bool:
-    """A text that is no number to a run is one to people: 3,5 or $1,200 or 50%."""
+    """Whether a text is a number for people but not for fedtune: 3,5 or $1,200 or 50%."""
     return isinstance(value, str) and not _is_number(value.strip()) and bool(_OTHER_NUMBER.fullmatch(value.strip()))
 
 

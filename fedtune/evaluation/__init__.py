@@ -1,4 +1,3 @@
-"""Scores of a task model (`scoring`), by group (`groups`), with intervals (`bootstrap`); `spec` has the settings.
-
-Texts that a model writes are scored as well (`generation`).
+"""Evaluation of a task model: scores (`scoring`), scores by group (`groups`), confidence intervals (`bootstrap`), text
+generation with BLEU and ROUGE-L (`generation`), and the settings (`spec`).
 """

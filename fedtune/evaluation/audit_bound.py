@@ -1,14 +1,15 @@
-"""How far a count of right guesses refutes an (epsilon, delta): privacy auditing with one training run.
+"""Lower bounds on epsilon from correct membership guesses: privacy auditing with one training run.
 
-Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846).  Of m canaries each is put into the training data or left out by a
-fair coin of its own.  After training, an attacker who sees what was released says of r of them whether they were in.
-If training is (epsilon, delta)-differentially private, the attacker can hardly be right more often than somebody who
-tosses r coins of bias e^epsilon / (1 + e^epsilon).  Pure numpy, so that it can be read and checked alone.
+Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846).  Each of m canaries is included in the training data or left out,
+by its own fair coin toss.  After training, an attacker who sees the released model guesses the membership of r of the
+canaries.  If training is (epsilon, delta)-differentially private, the attacker is hardly more often right than r tosses
+of a coin with bias e^epsilon / (1 + e^epsilon).  The module needs only numpy, so that it can be audited alone.
 
-The number of guesses r has to be fixed before anything is looked at; which r canaries are guessed, and how, may depend
-on everything that was released.  fedtune takes one r for an audit (`audit.guesses`), so nothing is corrected for having
-tried several.  Who computes bounds for k values of r and keeps the largest has to ask each for the confidence
-1 - (1 - confidence) / k (Bonferroni); so has who judges a run by the worst of its k sites (`allowed_errors`).
+The number of guesses r must be fixed before anybody looks at the results; the choice of the r canaries and of the
+guesses may depend on everything that was released.  fedtune uses one r per audit (`audit.guesses`), so no correction
+for multiple tests is needed.  A caller who computes bounds for k values of r and keeps the largest must ask for
+confidence 1 - (1 - confidence) / k each time (Bonferroni), and so must a caller who judges a run by the worst of its k
+sites (`allowed_errors`).
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ _SHARE_OF_SITES = 0.9
 
 
 def p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: float) -> float:
-    """The chance, at most, of so many right guesses or more if training is (epsilon, delta)-DP.
+    """Bound the probability of `right` or more correct guesses if training is (epsilon, delta)-DP.
 
-    Theorem 5.2 of the paper, in the form with abstentions (Corollary 5.4).  Let W be Binomial(r, q) with
-    q = e^epsilon / (1 + e^epsilon).  With delta = 0, each guess is right with a chance of at most q whatever the other
-    coins were, so the number of right guesses is stochastically at most W.  With delta > 0, the theorem gives at most
-    W + F, where F is a whole number, independent of W for any one outcome of training, that counts coins on which
-    training failed to be epsilon-DP.  Each of the m coins fails with a chance of at most delta on either of its sides,
-    so the mean of F is at most 2 m delta; all m coins count, guessed or not.  Hence
+    Theorem 5.2 of the paper, in the form with abstentions (Corollary 5.4).  Let W be Binomial(r, q) with q = e^epsilon
+    / (1 + e^epsilon).  With delta = 0, each guess is right with probability at most q, whatever the other coins were,
+    so the number of right guesses is stochastically dominated by W.  With delta > 0, the theorem gives the bound W + F.
+    Here F counts the coins on which training failed to be epsilon-DP; for any fixed outcome of training, F is an
+    integer independent of W.  Each of the m coins fails with probability at most delta on either of its sides, so the
+    mean of F is at most 2 m delta; all m coins count, guessed or not.  Hence
 
         P[right >= v]  <=  P[W + F >= v]  =  P[W >= v] + sum_i P[F = i] P[v > W >= v - i]
                        <=  beta + E[F] max_i P[v > W >= v - i] / i  <=  beta + 2 m delta alpha
 
-    with beta = P[W >= v] and alpha the maximum over i = 1 ... v: all of F's mean goes where a failure helps most.
+    with beta = P[W >= v] and alpha the maximum over i = 1 ... v, the worst case for a given mean of F.
 
     Args:
-        canaries: m, each in or out by a fair coin of its own.
-        guesses: r, the number of canaries that were not abstained from.
-        right: v of them.
-        epsilon: that is doubted.
-        delta: beside it.
+        canaries: m, the number of canaries, each included by its own fair coin toss.
+        guesses: r, the number of canaries for which the attacker did not abstain.
+        right: v, the number of correct guesses.
+        epsilon: the epsilon under test.
+        delta: the delta under test.
     """
     assert 0 <= right <= guesses <= canaries
     chances = binomial(guesses, log_odds=epsilon)
@@ -54,9 +55,9 @@ def p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: f
 
 
 def epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
-    """The largest epsilon that so many right guesses refute, or 0.
+    """Return the largest epsilon that this number of correct guesses rejects, or 0.
 
-    Guarantee: if training is (epsilon, delta)-DP, the bound is above epsilon with a chance of at most 1 - confidence.
+    Guarantee: if training is (epsilon, delta)-DP, the bound exceeds epsilon with probability at most 1 - confidence.
 
     >>> round(epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
     0.673
@@ -78,10 +79,10 @@ def epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float
 
 
 def allowed_errors(confidence: float, sites: Sequence[str | None]) -> list[float]:
-    """How often each bound may be wrong by chance, so that with `confidence` none of them is (Bonferroni).
+    """Split the error probability 1 - `confidence` over several bounds, so that all of them hold together (Bonferroni).
 
-    What is seen at a site is most of what there is to see, so sites share nine tenths of the errors, and the average
-    (None) has the rest.  Fixed before anything is looked at.
+    An attacker at a site sees most of what there is to see, so the sites share nine tenths of the error probability,
+    and the averaged adapter (None) gets the rest.  The split does not depend on any result.
 
     >>> [round(error, 4) for error in allowed_errors(0.95, ["a", "b", None])]
     [0.0225, 0.0225, 0.005]
@@ -93,7 +94,7 @@ def allowed_errors(confidence: float, sites: Sequence[str | None]) -> list[float
 
 
 def best_possible(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
-    """The bound with every guess right: no audit of so many canaries can show more, whatever is broken.
+    """Return the bound for an attacker whose guesses are all correct: the most that an audit with `canaries` can show.
 
     >>> [round(best_possible(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
     [5.78, 7.28, 8.08]
@@ -103,7 +104,10 @@ def best_possible(canaries: int, *, delta: float, confidence: float, guesses: in
 
 
 def binomial(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
-    """(count + 1,) chances of so many hits in `count` trials, each by its logarithm."""
+    """Return the binomial probabilities of 0 to `count` hits, shape (count + 1,).
+
+    They are computed through logarithms; the success probability is 1 / (1 + e^-log_odds).
+    """
     log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     hits = np.arange(count + 1)
     log_hit, log_miss = -np.logaddexp(0.0, -log_odds), -np.logaddexp(0.0, log_odds)

@@ -1,13 +1,14 @@
-"""How sure a comparison of models is: percentile bootstrap intervals of scores and of their paired differences.
+"""Percentile bootstrap confidence intervals for scores and for the paired differences between models.
 
-Efron 1979; Efron and Tibshirani 1993, chapter 13.  The units (records, or users with all their records) are drawn with
-replacement, the same ones for all models, and each time the scores are computed anew: so a score need not be a mean.
-An interval says how far another sample of such units may move the score.  It says nothing about another training run.
+Efron 1979; Efron and Tibshirani 1993, chapter 13.  The units (records, or users with all their records) are resampled
+with replacement, with the same draws for all models, and the scores are computed anew from each draw, so a score need
+not be a mean.  An interval shows how much a score would vary with another sample of units.  It does not cover the
+variation between training runs.
 
-Macro-F1 comes out too low on a sample with few records of a class.  Draws then lie below the sample as the sample lies
-below the truth, so its interval is moved back by twice that distance (chapter 10).  In a difference of two models this
-cancels, and other scores are left as they are: of ECE, which has a bias too, it made verdicts wrong.
-simulations/intervals measures how often the intervals hold the truth.
+Macro F1 is biased downwards on a sample with few records of a class.  The bootstrap draws are below the sample's score
+by about as much as the sample's score is below the true one, so the interval is shifted up by twice that bias (chapter
+10).  The bias cancels in the difference of two models.  Other scores are not corrected: for ECE, which is biased as
+well, the correction led to wrong verdicts.  simulations/intervals measures the coverage of the intervals.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _LOWER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "mae", "rmse", "integ
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A score and its interval at `LEVEL`; the ends are NaN where the score cannot be computed."""
+    """A score and its confidence interval at `LEVEL`; the ends are NaN if the interval cannot be computed."""
 
     value: float
     low: float
@@ -49,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One score of two models on the same units."""
+    """The comparison of two models by one score, on the same units."""
 
     base: Estimate  # of the model before
     tuned: Estimate  # of the model after
@@ -59,14 +60,14 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Scores of several models under the same draws of units."""
+    """Scores of several models on the same bootstrap draws of units."""
 
     values: Mapping[str, Mapping[str, float]]  # by model and score, on the records as they are
     draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]  # likewise, (draws,) each
     num_units: int  # that were drawn from
 
     def estimate(self, model: str, score: str) -> Estimate:
-        """A model's score with its interval."""
+        """Return a model's score with its confidence interval."""
         value, draws = self.values[model][score], self.draws[model][score]
         found = _estimate(value, draws)
         if score not in _TOO_LOW:
@@ -77,13 +78,13 @@ class Drawn:
         return Estimate(value, min(low, value), max(high, value))
 
     def comparison(self, base: str, tuned: str, score: str, *, judged: str | None = None) -> Comparison:
-        """One score of two models.
+        """Compare two models by one score.
 
         Args:
-            base: the one model.
-            tuned: the other.
-            score: by name.
-            judged: the score whose direction says which is better; None: `score` itself.
+            base: name of the model before.
+            tuned: name of the model after.
+            score: name of the score.
+            judged: name of the score that decides whether higher or lower is better; None: `score` itself.
         """
         values = [self.values[model][score] for model in (base, tuned)]
         draws = [self.draws[model][score] for model in (base, tuned)]
@@ -99,7 +100,7 @@ class Drawn:
         return Comparison(one, other, difference, verdict)
 
     def with_mean(self, name: str, models: Sequence[str]) -> Drawn:
-        """The same with one more model, whose scores are the means of those of `models`."""
+        """Return a copy with one more model, `name`, whose scores are the means over `models`."""
         scores = self.values[models[0]]
         values = {score: float(np.mean([self.values[model][score] for model in models])) for score in scores}
         draws = {score: np.mean([self.draws[model][score] for model in models], axis=0) for score in scores}
@@ -113,15 +114,15 @@ def drawn(
     units: Sequence[npt.NDArray[np.int64]] | None = None,
     resamples: int = RESAMPLES,
 ) -> Drawn:
-    """Score models on the same draws of units.
+    """Score models on the same bootstrap draws of units.
 
-    The draws are the same whenever the number of units is: the same files give the same intervals.
+    The draws depend only on the number of units, so the same files give the same intervals.
 
     Args:
-        models: figures of the same n records, in the same order, under each model.
-        scores: from figures to scores by name; what it raises as DataError leaves a draw out.
-        units: for each unit the places of its records, at least one; None: each record is one.
-        resamples: how often the units are drawn.
+        models: per-record inputs of the scores, by model: the same n records in the same order.
+        scores: computes scores by name from these inputs; a draw for which it raises DataError is skipped.
+        units: the indices of each unit's records, at least one per unit; None: each record is a unit.
+        resamples: the number of draws.
     """
     observed = {model: scores(figures) for model, figures in models.items()}
     num_records = len(next(iter(next(iter(models.values())).values())))
@@ -155,7 +156,7 @@ def compared(
     units: Sequence[npt.NDArray[np.int64]] | None = None,
     resamples: int = RESAMPLES,
 ) -> dict[str, Comparison]:
-    """Compare two models by each of their scores; see `drawn`."""
+    """Compare two models by every score; the arguments are those of `drawn`."""
     found = drawn({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
     return {score: found.comparison("base", "tuned", score) for score in found.values["base"]}
 
@@ -168,7 +169,10 @@ def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
 
 
 def constant_words(model: str, found: Estimate, constant: float, *, score: str, num_units: int) -> str:
-    """What a model's interval says of it beside a constant answer, whose score on the same units counts as known."""
+    """Describe how a model compares with the best constant answer, by the model's confidence interval.
+
+    The score of the constant answer, on the same units, is treated as known exactly.
+    """
     ends = sorted(direction(score) * (end - constant) for end in (found.low, found.high))
     is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)
     what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
@@ -177,5 +181,5 @@ def constant_words(model: str, found: Estimate, constant: float, *, score: str, 
 
 
 def direction(name: str) -> int:
-    """1 for a score of which more is better, and -1 for one of which less is."""
+    """Return 1 if higher values of a score are better, and -1 if lower values are."""
     return -1 if name in _LOWER_IS_BETTER else 1

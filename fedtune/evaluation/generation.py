@@ -1,4 +1,4 @@
-"""Text generation: one text for a person, token by token; many at once, greedily, with BLEU and ROUGE-L."""
+"""Text generation: token by token for one prompt, or in batches, with BLEU and ROUGE-L as scores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEAVE = 3 / 4  # rows whose texts have ended leave their batch when this share 
 
 
 def greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
-    """(n,) the likeliest token of each row."""
+    """Return the likeliest token of each row, (n,)."""
     return logits.argmax(dim=-1)
 
 
@@ -39,14 +39,20 @@ def write(
 ) -> Iterator[int]:
     """Continue one prompt, token by token, until one of `end_ids`, `spec.max_new_tokens` or the model's last position.
 
-    With a key-value cache, so that each token costs one pass over one position.  The same seed gives the same text on
-    the same machine.  The model's own generation settings are not used, as in `generate`.
+    A key-value cache lets each token cost a forward pass over a single position.  The same seed gives the same text on
+    the same machine.  As in `generate`, the model's own generation settings are ignored.
 
     Args:
-        task_model: one whose task writes text; between two tokens, its adapter must stay as it is.
+        task_model: a model whose task writes text; its adapter must not change between two tokens.
         prompt: (t,) token ids, t at least 1.
-        end_ids: tokens that end the text, which are not part of it.
+        end_ids: tokens that end the text; they are not part of it.
         spec: how the next token is chosen.
+
+    Yields:
+        The new token ids.
+
+    Raises:
+        ConfigError: for `adapter`: the logits are not finite, so its training diverged.
     """
     positions = usable_positions(task_model.base.get_base_model())
     room = spec.max_new_tokens if positions is None else min(spec.max_new_tokens, positions - len(prompt))
@@ -65,10 +71,10 @@ def write(
 
 
 def as_text(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The text that each token adds, without special tokens and surrounding space.
+    """Yield the text that each token adds, without special tokens and surrounding space.
 
-    A character of several tokens comes whole with its last one, and space with what follows it: the parts together are
-    what the tokenizer makes of all tokens at once.
+    A character that takes several tokens appears with the last of them, and a space with the text that follows it.  The
+    parts together equal the decoding of all tokens at once.
     """
     kept: list[int] = []
     shown = ""
@@ -94,7 +100,9 @@ def _decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def _chosen(
     logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator, *, against: torch.Tensor | None = None
 ) -> int:
-    """The next token by its logits, (vocabulary,), and by those that another prompt gives after the same text."""
+    """Choose the next token from its logits, (vocabulary,); `against` has the logits for another prompt and the same
+    text.
+    """
     if not logits.max().isfinite():
         raise ConfigError("adapter", float(logits.max()), "must give numbers for the next token: its training diverged")
     if spec.temperature == 0:
@@ -120,18 +128,18 @@ def _chosen(
 def by_prompt(
     prompts: Sequence[np.ndarray], references: Sequence[str], *, rows: int | None = None
 ) -> tuple[list[np.ndarray], list[list[str]]]:
-    """Group n references by their prompt's tokens.
+    """Group n references by the token ids of their prompts.
 
     Args:
-        prompts: of each reference; those that their cutting made equal are one.
-        references: the texts.
-        rows: keep this many distinct prompts, the first ones, with all their references.
+        prompts: the prompt of each reference; prompts that truncation made equal are merged.
+        references: the reference texts.
+        rows: keep only the first `rows` distinct prompts, with all their references.
 
     Returns:
-        The (t,) token ids of each distinct prompt, in file order, and every reference text of each.
+        The (t,) token ids of each distinct prompt, in file order, and the list of reference texts of each.
 
     Raises:
-        DataError: when there is no prompt.
+        DataError: there is no prompt.
     """
     groups: dict[tuple[int, ...], list[str]] = {}
     for prompt, reference in zip(prompts, references, strict=True):
@@ -153,23 +161,23 @@ def generate(
 ) -> list[str]:
     """Continue each prompt greedily until a token of `end_ids` or `max_new_tokens`.
 
-    Prompts are batched by length and padded on the left, so a text does not depend on its
-    neighbours beyond rounding (two tokens that tie to the last bit may swap).  The model's own
-    generation settings (temperature, penalties) are not used.
+    Prompts are batched by length and padded on the left, so a text does not depend on the other prompts of its batch
+    beyond rounding (two tokens that tie to the last bit may swap).  The model's own generation settings (temperature,
+    penalties) are ignored.
 
     Args:
-        task_model: one whose task writes text.
-        prompts: (t,) token ids each, t at least 1.
-        tokenizer: decodes.
-        end_ids: what ends a text, as training has it.
-        max_new_tokens: longest text, in tokens.
-        max_tokens: padded tokens of a batch, prompt and text together.
+        task_model: a model whose task writes text.
+        prompts: the (t,) token ids of each prompt, t at least 1.
+        tokenizer: decodes the new tokens.
+        end_ids: tokens that end a text, as in training.
+        max_new_tokens: the longest text, in tokens.
+        max_tokens: padded tokens per batch, prompt and text together.
 
     Returns:
-        One text a prompt, in the order given, without special tokens and surrounding space.
+        One text per prompt, in order, without special tokens and surrounding space.
 
     Raises:
-        ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
+        ConfigError: a prompt and its text exceed the model's positions, or a batch exceeds the device's memory.
     """
     written = write_batches(
         task_model,
@@ -195,24 +203,25 @@ def draw(
     against: Sequence[np.ndarray] = (),
     begun: Sequence[np.ndarray] = (),
 ) -> Iterator[tuple[int, str | None]]:
-    """Draw a text for each prompt, in batches; each has draws of its own.
+    """Sample a text for each prompt, in batches; each text has its own random generator.
 
     Args:
-        task_model: one whose task writes text.
-        prompts: (t,) token ids each, t at least 1.
-        tokenizer: decodes.
-        end_ids: what ends a text.
+        task_model: a model whose task writes text.
+        prompts: the (t,) token ids of each prompt, t at least 1.
+        tokenizer: decodes the new tokens.
+        end_ids: tokens that end a text.
         spec: how the next token is chosen.
-        first: the number of the first text, which sets its draws apart from those of other numbers.
-        max_tokens: padded tokens of a batch, prompt and text together.
-        against: for `spec.guidance`, a prompt beside each, that of another text; none: without guidance.
-        begun: the tokens that each text begins with; none: all of it is drawn.
+        first: the number of the first text; together with `spec.seed`, a text's number seeds its generator.
+        max_tokens: padded tokens per batch, prompt and text together.
+        against: one contrasting prompt per prompt, for `spec.guidance`; empty: no guidance.
+        begun: the tokens with which each text begins; empty: the whole text is sampled.
 
     Yields:
-        (place of the prompt, its text; None: it did not end within `spec.max_new_tokens`), in no order.
+        (index of the prompt, text), in no particular order; the text is None if it did not end within
+        `spec.max_new_tokens`.
 
     Raises:
-        ConfigError: as `generate`.
+        ConfigError: as in `generate`.
     """
     streams = [torch.Generator() for _ in prompts]
     for number, stream in enumerate(streams, first):
@@ -253,10 +262,13 @@ def write_batches(
     against: Sequence[np.ndarray] = (),
     begun: Sequence[np.ndarray] = (),
 ) -> Iterator[tuple[int, str, bool]]:
-    """The place of each prompt, its text with its beginning, and whether that ended; prompts of a length together.
+    """Write a text for each prompt, in batches of similar length.
+
+    Yields:
+        (index of the prompt, text with its given beginning, whether the text ended).
 
     Raises:
-        ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
+        ConfigError: a prompt and its text exceed the model's positions, or a batch exceeds the device's memory.
     """
     if begun:
         pairs = (zip(them, begun, strict=False) for them in (prompts, against))
@@ -291,17 +303,18 @@ def write_batches(
 
 
 def text_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[np.float64]]:
-    """The figures of each text for `text_scores`: one hypothesis a prompt, against all of the prompt's references.
+    """Compute the inputs of `text_scores` for each text: one hypothesis per prompt, against all references of that
+    prompt.
 
     Args:
         hypotheses: n texts.
         references: n groups of one or more texts; the groups may differ in size.
 
     Returns:
-        `bleu`: (n, 10) matched n-grams of order 1 to 4, n-grams of order 1 to 4, length, length of the nearest
-            reference, by sacrebleu with its defaults (case kept, tokeniser 13a).
+        `bleu`: (n, 10) matched n-grams of orders 1 to 4, n-grams of orders 1 to 4, length, and length of the closest
+            reference, by sacrebleu with its defaults (case-sensitive, tokenizer 13a).
         `rouge_l`: (n,) by rouge-score, in [0, 1]: F1 of the longest common subsequence with the best reference.  Its
-            tokeniser lower-cases and keeps only a-z and 0-9, without stemming: use it for English.
+            tokenizer lower-cases and keeps only a-z and 0-9, without stemming: use it for English.
     """
     # Imported here: only a run that generates needs the two libraries, and rouge-score loads nltk.
     from rouge_score.rouge_scorer import RougeScorer
@@ -317,10 +330,13 @@ def text_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
-    """`bleu`, of the whole corpus with exponential smoothing, in [0, 100]; `rouge_l`, the mean over texts, in [0, 1].
+    """Compute corpus BLEU with exponential smoothing, in [0, 100], and mean ROUGE-L, in [0, 1].
 
     Args:
-        figures: of n texts, n at least 1, see `text_figures`.
+        figures: the values that `text_figures` returns for n texts, n at least 1.
+
+    Returns:
+        The scores `bleu` and `rouge_l`.
     """
     from sacrebleu.metrics.bleu import BLEU
 
@@ -340,24 +356,24 @@ def write_batch(
     choose: Choose,
     against: Sequence[np.ndarray] = (),
 ) -> list[list[int]]:
-    """Append a token to each prompt until all have one of `end_ids`, or `max_new_tokens`.
+    """Append tokens to each prompt until each text has one of `end_ids`, or `max_new_tokens`.
 
-    Transformers' own `generate` would mix in the sampling settings and penalties that a checkpoint
-    ships, also under an explicit greedy configuration; this loop has none.
+    Transformers' own `generate` would apply the sampling settings and penalties that a checkpoint ships, even under an
+    explicit greedy configuration; this loop ignores them.
 
     Args:
         model: the base with its adapter.
-        prompts: (t,) token ids each.
+        prompts: the (t,) token ids of each prompt.
         end_ids: tokens that end a text.
-        pad_id: fills up shorter prompts.
-        max_new_tokens: longest text.
-        device: of the model.
-        choose: from (n, vocabulary) scores of rows, and their places among the prompts, to the next token of each; with
-            `against`, (2n, vocabulary): those of the prompts, then those of the others after the same text.
-        against: none, or another prompt for each.
+        pad_id: pads shorter prompts.
+        max_new_tokens: the longest text, in tokens.
+        device: the model's device.
+        choose: chooses each row's next token from (n, vocabulary) logits and the rows' indices among the prompts.  With
+            `against`, it gets (2n, vocabulary) logits: those of the prompts, then those of the contrasting prompts.
+        against: empty, or one contrasting prompt per prompt.
 
     Returns:
-        The new token ids of each prompt, with the one that ends them and whatever follows it.
+        The new token ids of each prompt, including the token that ends the text and any tokens after it.
     """
     begun, halves = [*prompts, *against], 2 if against else 1  # both write the same text
     # Right-aligned, (n, longest), so that every row's last token is real.
@@ -394,7 +410,7 @@ def write_batch(
 
 
 def variety(texts: Sequence[str]) -> dict[str, Any]:
-    """How alike at least one texts are, as the card of synthetic records has it; words end at spaces."""
+    """Measure the variety of one or more texts, for the card of synthetic records; words are split at whitespace."""
     times, lengths = Counter(texts), [len(text.split()) for text in texts]
     cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
     pairs = [pair for text in texts for pair in pairwise(text.lower().split())]
@@ -407,7 +423,7 @@ def variety(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def shared_pairs(texts: Sequence[str], others: Sequence[str]) -> float:
-    """The share of the pairs of words in `others`, each as often as it comes, that come in `texts` too."""
+    """Return the share of the word pairs in `others`, counted with repetition, that also occur in `texts`."""
     known = {pair for text in texts for pair in pairwise(text.lower().split())}
     found = [pair in known for text in others for pair in pairwise(text.lower().split())]
     return sum(found) / len(found) if found else 0.0

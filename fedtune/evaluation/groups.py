@@ -1,11 +1,11 @@
-"""Scores by group: of a site, a hospital's ward, an age band, whatever a column of the test file says of a record.
+"""Scores by group: by site, hospital ward, age band, or any other column of the test file.
 
-For each group: its score, and its gap to all others, which is the score in the group less the score outside it.  The
-gap of the best group to the worst is not used: the more groups there are and the smaller they are, the larger it is by
-chance alone, and no interval that treats the two as chosen beforehand is true of it.
+Each group gets its score, and its gap: the score inside the group minus the score of all records outside it.  The gap
+between the best and the worst group is not used.  It grows by chance alone with the number of groups and with their
+smallness, and an interval that treats the two groups as chosen in advance would be wrong.
 
-Small groups are merged by a rule that looks at their sizes and at no score (`merged`), so that nobody chooses the
-groups by what came out.
+Small groups are merged by a rule that depends on their sizes and on no score (`merged`), so that nobody can choose the
+groups by the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GROUP = "group"  # beside a model's figures: the number of each record's group
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Groups:
-    """Which group each record is in."""
+    """The assignment of records to groups."""
 
     names: tuple[str, ...]  # of the groups, the largest first and `OTHERS` last
     codes: npt.NDArray[np.int64]  # (records,) the place of each record's group in `names`
@@ -41,7 +41,7 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupScores:
-    """One score of models in each group."""
+    """One score of several models, by group."""
 
     groups: Groups  # that they were scored in
     scores: Mapping[str, Mapping[str, Estimate]]  # by group and model
@@ -51,15 +51,15 @@ class GroupScores:
 
 
 def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[np.int64]] | None = None) -> Groups:
-    """Groups of at least `smallest` units, where there are that many units.
+    """Form groups of at least `smallest` units, if there are that many units.
 
-    Each value with fewer units goes to `OTHERS`; while that has too few itself, the next smallest group joins it.  The
-    sizes alone decide, and among equal sizes the names.
+    Each value with fewer units joins `OTHERS`; while `OTHERS` itself is too small, the next smallest group joins it.
+    The rule depends only on the sizes, and between groups of equal size on their names.
 
     Args:
-        values: of each record.
-        smallest: units of a group.
-        units: for each unit the places of its records; None: each record is one.
+        values: the group value of each record.
+        smallest: the minimum number of units of a group.
+        units: the indices of each unit's records; None: each record is a unit.
     """
     own_values = [{value} for value in values] if units is None else [{values[i] for i in places} for places in units]
 
@@ -92,19 +92,19 @@ def by_group(
     pairs: Sequence[tuple[str, str]],
     units: Sequence[npt.NDArray[np.int64]] | None = None,
 ) -> GroupScores:
-    """Score models in each group, with intervals from the same draws of units for all.
+    """Score models in each group, with confidence intervals from the same draws of units for all groups and models.
 
     Args:
-        models: figures of the same records under each model.
-        groups: of the records, at least two.
-        score: the one that counts.
-        scores: from figures to scores by name.
-        pairs: models to compare in each group.
-        units: for each unit the places of its records; None: each record is one.
+        models: per-record inputs of the scores, by model, for the same records.
+        groups: at least two groups of these records.
+        score: the name of the score to compare.
+        scores: computes scores by name from the inputs.
+        pairs: pairs of models to compare in each group.
+        units: the indices of each unit's records; None: each record is a unit.
     """
 
     def in_each(figures: Figures) -> dict[str, float]:
-        """From figures to the score in each group, and its gap to the records outside it."""
+        """Compute the score inside each group, and its gap to the records outside the group."""
         codes, own = figures[_GROUP], {name: values for name, values in figures.items() if name != _GROUP}
         found: dict[str, float] = {}
         for number in range(len(groups.names)):

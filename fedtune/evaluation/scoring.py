@@ -1,4 +1,4 @@
-"""Scores of a task model: over data that the lead may look at, and of each held-out unit at a site."""
+"""Scores of a task model: over data that the lead may see, and for each held-out record or person at a site."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ KeptBatches = dict[int, Batch]
 def figures_of(
     task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None = None
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """(examples, ...) each, by name: what `Task.scores` needs of every example of `dataset`.
+    """Compute the inputs of `Task.scores` for every example of `dataset`: arrays of shape (examples, ...), by name.
 
-    Without gradients; the model's training flags end as they were.  The figures are exact and not covered by any
-    privacy guarantee, as are the scores: they must not leave a site when the data is private.
+    No gradients are computed, and the model's training flags are restored.  The values are exact and not covered by any
+    privacy guarantee, and neither are the scores: they must not leave a site if the data is private.
 
     Args:
-        task_model: says itself what is scored (`Task.figures`, `Task.scores`).
-        dataset: the tokenised examples, at least one.
-        pad_id: a valid token id.
-        max_tokens: padded tokens of a batch.
-        kept: what the model's frozen base made of `dataset`, from one scoring to the next; empty before the first.
+        task_model: the model; its task defines the outputs and the scores (`Task.figures`, `Task.scores`).
+        dataset: the tokenized examples, at least one.
+        pad_id: any valid token id.
+        max_tokens: padded tokens per batch.
+        kept: a cache of the frozen base's outputs for `dataset`, shared between evaluations; empty before the first.
 
     Raises:
-        DataError: when there is nothing to score.
-        ConfigError: for `evaluation.max_tokens`: the device has no room for so many.
+        DataError: there is nothing to score.
+        ConfigError: for `evaluation.max_tokens`: a batch does not fit into the device's memory.
     """
     figures: dict[str, npt.NDArray[np.float64]] = {}
     with scoring(task_model), batches_within_memory(max_tokens):
@@ -55,10 +55,11 @@ def figures_of(
 
 
 def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
-    """(records,) scores in [0, 1], see `Task.unit_score`.
+    """Score each record in [0, 1], shape (records,); see `Task.unit_score`.
 
-    Each record goes through the model alone.  In a shared batch, one unit's length would move the others' logits by
-    rounding, and a prediction on the edge could flip: one unit would then change more than its own score.
+    Each record is passed through the model alone.  In a shared batch, the length of one record would change the others'
+    logits by rounding, and a prediction at the decision boundary could flip, so that one record would change more than
+    its own score.  A record whose computation fails gets score 0.
 
     The scores themselves are exact and must not leave the site.
     """
@@ -73,13 +74,14 @@ def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> 
 
 
 def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
-    """(users,) scores in [0, 1] of users as units: the mean over all of a user's records; 0 for one that is not finite.
+    """Score each user in [0, 1] by the mean over all of the user's records, shape (users,); scores that are not finite
+    are 0.
 
-    However many records a user has, it adds one score in [0, 1] and counts once, as `mechanism.noised_scores` needs.
+    However many records a user has, the user contributes one score in [0, 1], as `mechanism.noised_scores` requires.
 
     Args:
-        scores: one for each record.
-        users: for each user the places of its records, at least one.
+        scores: one score per record.
+        users: the indices of each user's records, at least one per user.
     """
     usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)
     return np.array([usable[places].mean() for places in users], dtype=np.float64)
@@ -87,13 +89,13 @@ def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode without gradients, then restore each one's flag.
+    """Put every module of `model` into evaluation mode without gradients, and restore each module's flag on exit.
 
-    The flags are set and restored one by one, not by `eval()` and `train()`: the trainable leaves of
-    a task model stay in training mode inside a frozen base on purpose, which those two calls would
-    lose.  Hooks for per-example gradients see a module in evaluation mode and keep nothing.
-    `no_grad` rather than `inference_mode`: a buffer that a model makes lazily in its first forward
-    pass would be an inference tensor, and the next training step could not differentiate through it.
+    The flags are set and restored one by one, and not by `eval()` and `train()`: the trainable leaves of a task model
+    stay in training mode inside a frozen base on purpose, and those two calls would lose that state.  Hooks for
+    per-example gradients ignore a module in evaluation mode.  `no_grad` is used instead of `inference_mode`: a buffer
+    that a model creates in its first forward pass would be an inference tensor, and the next training step could not
+    differentiate through it.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
@@ -108,7 +110,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batches_within_memory(max_tokens: int) -> Iterator[None]:
-    """A batch for which an accelerator has no room becomes a mistake in `evaluation.max_tokens`."""
+    """Turn an out-of-memory error of the accelerator into a ConfigError for `evaluation.max_tokens`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -117,10 +119,11 @@ def batches_within_memory(max_tokens: int) -> Iterator[None]:
 
 
 def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield (indices, batch) over all of `dataset`, sorted by length, each batch within `max_tokens`.
+    """Yield (indices, batch) over all of `dataset`, sorted by length, with at most `max_tokens` padded tokens per
+    batch.
 
     Raises:
-        DataError: when there is nothing to score.
+        DataError: there is nothing to score.
     """
     if len(dataset) == 0:
         raise DataError("evaluation data", 0, "must hold at least one example")
@@ -131,14 +134,14 @@ def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> 
 def batches_to_score(
     model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """The same on the model's device, with what the frozen base made of a batch where that is `kept`.
+    """Yield (indices, batch) like `batches_by_length`, on the model's device, with cached outputs of the frozen base.
 
     Args:
-        model: the one that `kept` was filled by.
-        dataset: always the same for one `kept`, as are the other arguments.
-        pad_id: a valid token id.
-        max_tokens: of a batch; a CPU gets fewer at a time.
-        kept: filled in the first pass; None keeps nothing.
+        model: the model; a cache belongs to one model.
+        dataset: the examples; a cache belongs to one data set, and to fixed values of the other arguments.
+        pad_id: any valid token id.
+        max_tokens: padded tokens per batch; a CPU uses at most 2048.
+        kept: the cache, filled in the first pass; None: no cache.
     """
     most = min(max_tokens, _MOST_ON_CPU) if model.device.type == "cpu" else max_tokens
     for indices, plain in batches_by_length(dataset, pad_id=pad_id, max_tokens=most):

@@ -1,4 +1,4 @@
-"""The settings of one evaluation, and of one text that is written."""
+"""Settings of an evaluation, and of the writing of a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SMALLEST = 20  # units of the smallest group that is scored by itself, unless so
 
 
 def no_test_records() -> ConfigError:
-    """The mistake of who compares runs that keep no records for a test, and gives no others."""
+    """Return the error for a comparison without test records: the runs hold none out, and no data file is given."""
     bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
     return ConfigError("data.test_file", None, bound)
 
@@ -18,16 +18,16 @@ def no_test_records() -> ConfigError:
 class EvaluationSpec:
     """How the lead's own data is scored.
 
-    None of these settings touches a private record; `max_tokens` affects speed and memory, and
-    changes no score beyond rounding.
+    None of these settings touches a private record; `max_tokens` affects speed and memory, and changes scores by no
+    more than rounding.
 
     Attributes:
-        max_tokens: the most padded tokens in a forward pass (rows times longest row); a longer
-            example still runs, alone.  Without writing texts, a CPU takes 2048 at most.
-        generate: true lets a model whose task writes text also write texts, which BLEU and ROUGE-L score (the extra
+        max_tokens: the maximum of padded tokens in a forward pass (rows times longest row); a longer example still
+            runs, alone.  Except for generation, a CPU uses at most 2048.
+        generate: true also writes texts, if the model's task can, and scores them with BLEU and ROUGE-L (the extra
             `text`).
         max_new_tokens: the longest text to write, in tokens.
-        generation_rows: write texts for the first distinct prompts only, this many, each with all of its
+        generation_rows: write texts for this many distinct prompts only, the first ones, each with all of its
             references; null: for every prompt.
     """
 
@@ -46,16 +46,17 @@ class EvaluationSpec:
 
 @spec
 class WritingSpec:
-    """How one text is written for a person; its keys are options of the command line.
+    """How a text is written; the fields are also command-line options.
 
     Attributes:
         max_new_tokens: the longest text, in tokens.
-        temperature: the logits are divided by it before a token is drawn; 0 takes the likeliest token.
-        top_p: draw from the likeliest tokens that have this probability together (Holtzman et al. 2020, arXiv
-            1904.09751); 1: from all.
-        guidance: of many texts, prefer tokens that another one's prompt makes less likely: its difference of
-            log-probabilities is added to the likeliest ones' this many times (Sanchez et al. 2023, arXiv 2306.17806).
-        seed: of the draws.
+        temperature: divides the logits before a token is drawn; 0 takes the likeliest token.
+        top_p: draw from the smallest set of likeliest tokens with this total probability (Holtzman et al. 2020, arXiv
+            1904.09751); 1: from all tokens.
+        guidance: above 0, when many texts are written, prefer tokens that another text's prompt makes less likely: the
+            difference of the log-probabilities, times this factor, is added to the likeliest tokens' log-probabilities
+            (Sanchez et al. 2023, arXiv 2306.17806).
+        seed: the seed of the random draws.
     """
 
     max_new_tokens: int = 200

@@ -1,1 +1,1 @@
-"""A finished run's model in forms that others load without fedtune."""
+"""Exports of a finished run's model in formats that load without fedtune."""

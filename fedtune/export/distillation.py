@@ -1,7 +1,7 @@
-"""A smaller model, the student, that answers as a run's tuned model does, its teacher.
+"""Distillation of a run's tuned model (the teacher) into a smaller model (the student).
 
-It is taught by the teacher's answers to texts that are no site's records.  Nothing else is read, so that the run's
-guarantee holds for it as for the teacher (post-processing).  All of its weights learn, without privacy, by AdamW.
+The student learns the teacher's outputs on texts that are not records of any site.  No other data is read, so the run's
+guarantee also holds for the student (post-processing).  All of its weights are trained without noise, by AdamW.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _BATCH, _RATE, _HEAD_RATE = 32, 6e-4, 6e-3
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """A student that was written, beside its teacher."""
+    """A student that was written, compared with its teacher."""
 
     # the teacher and the student, in float32 by torch, and then the student's graphs if one is in int8
     served: Sequence[Served]
@@ -71,26 +71,27 @@ def distil(
     passes: int = 10,
     progress: Progress = silent,
 ) -> Distilled:
-    """Teach a student, and write it into a new folder that its library loads without fedtune.
+    """Distill a run's model into a student, and write it to a new folder that its library loads without fedtune.
 
-    Guarantee: the run's own, if the texts are public: those without a card are taken as such.  Where synthetic ones
-    have a card, the epsilon of the runs behind them is added to it.
+    Guarantee: the run's own, if the texts are public; texts without a card are assumed to be.  If synthetic texts have
+    a card, the epsilon of the runs behind them is added.
 
     Args:
-        config: of a finished run.
-        adapter: the folder of its adapter.
+        config: the configuration of a finished run.
+        adapter: the folder of the run's adapter.
         to: the new folder.
-        student: `HALF` of the base's layers, or how many of the lowest stay; or another base, as `model.path`.
-        texts: a file of at least `FEWEST` lines of text, or of records, whose answers are not read.
-        columns: by role, those that are named otherwise there than in the run's own files.
+        student: `HALF` of the base's layers, the number of lowest layers to keep, or another base as `model.path`.
+        texts: a file with at least `FEWEST` lines of text, or with records, whose labels are not read.
+        columns: role to column, for columns named differently than in the run's own files.
         format: "sentence-transformers" or "onnx".
-        int8: beside an ONNX graph another one, with its weights in int8.
-        seed: of the order of the texts; the same one gives the same student on the same machine.
-        passes: through the texts.
-        progress: is told how many steps are done.
+        int8: also write an ONNX graph with int8 weights.
+        seed: the seed of the texts' order; the same seed gives the same student on the same machine.
+        passes: the number of passes over the texts.
+        progress: called with the number of finished steps.
 
     Raises:
-        ConfigError: the run, student, folder or the texts' card cannot be used, or the run itself reads the texts.
+        ConfigError: the run, the student, the folder or the texts' card cannot be used, or the run itself reads the
+            texts.
         DataError: the texts cannot be read, or are too few.
     """
     task = config.bound_task
@@ -138,7 +139,13 @@ def distil(
 
 
 def _owed(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]:
-    """A student's debt to the runs behind its texts, by their card, and these; none where they were declared public."""
+    """Return the privacy statement that a student inherits from its texts' card, and the runs behind them.
+
+    Returns an empty text and no runs if the texts have no card, because they then count as public.
+
+    Raises:
+        ConfigError: the card's runs have no finite epsilon, or protect another unit than the teacher's run.
+    """
     if not os.path.lexists(card_of(texts.resolve(), ".json")):
         return "", ()
     runs = read_card(texts, option="--texts")["runs"]
@@ -154,7 +161,11 @@ def _owed(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]
 
 
 def _lower(layers: str, teacher: Source) -> Source:
-    """The teacher's base without its upper layers."""
+    """Copy the teacher's base without its upper layers.
+
+    Raises:
+        ConfigError: `layers` does not leave at least one layer and remove at least one.
+    """
     base = copy.deepcopy(teacher.base)
     stack, settings = layer_stack(base)[1], base.config.get_text_config()
     kept, count = len(stack) // 2 if layers == HALF else int(layers), len(stack)
@@ -170,13 +181,15 @@ def _lower(layers: str, teacher: Source) -> Source:
 def _taught(
     student: Source, teacher: Source, records: LeadRecords, *, seed: int, passes: int, progress: Progress
 ) -> Source:
-    """The student with weights that answer as the teacher does: by mean squares, in units of the teacher's own."""
+    """Train the student to match the teacher's outputs: mean squared error, relative to the variance of these
+    outputs.
+    """
     device, sides = device_for(student.config.runtime.device), (teacher, student)
     nets = [one.scores(one.base).to(device) for one in sides]
     rows = [LeadData.of(records, one.config, one.tokenizer).examples for one in sides]
 
     def answers(side: int, places: np.ndarray) -> torch.Tensor:
-        """(rows, outputs) of the texts at these places."""
+        """Return the (rows, outputs) of one model for the texts at `places`; `side` 0 is the teacher, 1 the student."""
         batch = collate(rows[side], places, pad_id=sides[side].tokenizer.pad_token_id).to(device)
         found: torch.Tensor = nets[side](batch.input_ids, batch.attention_mask)
         return found
@@ -205,7 +218,7 @@ def _taught(
 def _card(
     found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None, owed: str
 ) -> Mapping[str, bytes]:
-    """The run's card with the student's scores, and how it was taught; `base`: its own."""
+    """Build the student's model card from the run's card, with the student's scores; `base` is a student's own base."""
     run, score, scores = teacher.adapter.absolute().parent, teacher.task.judged_by, ""
     record, report = from_run.read_run(run), (of_run := from_run.build(run))
     kept, count = (len(layer_stack(one.base)[1]) for one in (student, teacher))

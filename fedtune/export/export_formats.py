@@ -1,7 +1,7 @@
-"""Exports for others: a run's adapter, its merged model, a sentence-transformers folder, ONNX.
+"""Export formats: a run's adapter, the merged model, a sentence-transformers folder, ONNX.
 
-Each form is written beside its place, loaded again by the library that it is for, and compared with the run's own
-model on made-up tokens; only then the folder appears.
+Each format is written to a temporary folder, loaded again with its target library, and compared with the run's own
+model on artificial tokens.  The target folder appears only if the outputs agree.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _MOST_APART = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A run's model on its way out."""
+    """A run's model, prepared for export."""
 
     config: RunConfig  # the run's
     adapter: Path  # the folder of the run's adapter
@@ -67,7 +67,9 @@ class Source:
     def of(
         cls, model: TaskModel, config: RunConfig, adapter: Path, *, private_to: str | None
     ) -> tuple[Source, Reference]:
-        """Note what a model makes of made-up tokens, and merge its adapter into its base, which it then shares."""
+        """Record a model's outputs on artificial tokens, then merge the adapter into its base; both share the merged
+        base.
+        """
         reference = Reference.of(model)
         readout = model.task.readout(model)
         with quiet():
@@ -93,14 +95,16 @@ class Source:
         return source, reference
 
     def scores(self, base: PreTrainedModel | PeftModel) -> Scores:
-        """The run's model around a base that was loaded anew."""
+        """Wrap a newly loaded base with the run's readout."""
         pooled = own.pooled if (own := input_of(self.config.data)).is_fixed else None
         return Scores(base, self.readout, reads_tokens=self.task.reads_tokens, pooled=pooled)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A run's own model on made-up tokens: `logits` of `input_ids` (2, t), of which the last are padding."""
+    """Outputs of a run's own model on artificial tokens: `logits` of `input_ids` (2, t), the last of which are
+    padding.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -108,7 +112,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: TaskModel) -> Reference:
-        """With the same tokens for every model of one vocabulary."""
+        """Compute the reference outputs; models with the same vocabulary get the same tokens."""
         draws = np.random.default_rng(0)
         rows = torch.from_numpy(np.stack(model.made_up([9, 9], draws)))
         input_ids = rows if rows.is_floating_point() else rows.long()
@@ -121,10 +125,10 @@ class Reference:
         return cls(input_ids, mask, logits)
 
     def require(self, found: torch.Tensor, *, form: str) -> None:
-        """Check the logits that another library computed.
+        """Check logits that another library computed against the reference.
 
         Raises:
-            RunError: they differ by more than rounding.
+            RunError: they differ by more than rounding errors.
         """
         attended = self.attention_mask.bool() if self.logits.dim() > 2 else slice(None)
         ours, theirs = self.logits[attended], found[attended]
@@ -134,7 +138,9 @@ class Reference:
 
 
 class Scores(nn.Module):
-    """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits or embeddings."""
+    """A plain base followed by the task's readout: token ids and attention mask, both (n, t), to logits or
+    embeddings.
+    """
 
     def __init__(
         self, base: PreTrainedModel | PeftModel, readout: Readout, *, reads_tokens: bool, pooled: Any = None
@@ -148,7 +154,7 @@ class Scores(nn.Module):
             self.register_buffer(f"bias_{place}", bias)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits."""
+        """Return the logits or embeddings of (n, t) token ids."""
         if self.pooled is not None:
             return self.read_out(self.pooled(self.base, input_ids, attention_mask))
         cache = {"use_cache": False} if self.predicts_tokens else {}
@@ -162,7 +168,7 @@ class Scores(nn.Module):
         return self.read_out(values)
 
     def read_out(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits of (n, h) pooled states."""
+        """Return the logits of (n, h) pooled states."""
         for place in range(self.depth):
             weight, bias = self.get_buffer(f"weight_{place}"), getattr(self, f"bias_{place}")
             values = nn.functional.linear(nn.functional.normalize(values, dim=-1), weight, bias)
@@ -172,22 +178,22 @@ class Scores(nn.Module):
 def export(
     adapter: Path, config: RunConfig, target: Path, *, format: str, private: bool = False, int8: bool = False
 ) -> list[Path]:
-    """Write a finished run's model into a new folder, with its card and tokenizer.
+    """Write a finished run's model to a new folder, with its card and tokenizer.
 
     Args:
-        adapter: the folder of the adapter, in that of its run.
-        config: of the run.
+        adapter: the adapter's folder, inside its run's folder.
+        config: the run's configuration.
         target: the new folder.
-        format: one of the task's.
-        private: also an adapter that is private to a site, with its own card.
-        int8: beside an ONNX graph another one, with its weights in int8.
+        format: one of the task's formats.
+        private: also accept an adapter that is private to a site; its own card is used.
+        int8: also write an ONNX graph with int8 weights.
 
     Returns:
-        The files.
+        The written files.
 
     Raises:
         ConfigError: a library is missing, the model cannot be loaded, or the folder cannot be written.
-        RunError: what was written computes something else than the run's model.
+        RunError: the written model does not compute what the run's model computes.
     """
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
@@ -212,7 +218,11 @@ def export(
 
 @contextmanager
 def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, int8: bool) -> Iterator[Path]:
-    """A folder to fill with a model, which becomes `target` when the card, the labels and a graph in int8 are there."""
+    """Yield a folder to fill with a model; at the end it gets the card, labels and int8 graph, and becomes `target`.
+
+    Raises:
+        ConfigError: `target` exists already, or cannot be written.
+    """
     if os.path.lexists(target):
         raise ConfigError("--to", str(target), "must be a new folder; there is something of that name")
     target = target.absolute()
@@ -256,7 +266,7 @@ def _write_merged(source: Source, reference: Reference, folder: Path) -> None:
 
 
 def _plain(source: Source, folder: Path) -> PreTrainedModel:
-    """Save the merged base, and load it as anybody would."""
+    """Save the merged base, and load it again with transformers alone."""
     with quiet():
         save_plain(source.task.whole(source.base, source.readout), folder)
         loaded: PreTrainedModel = getattr(transformers, source.task.auto).from_pretrained(folder, local_files_only=True)
@@ -299,10 +309,10 @@ def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
 
 
 class RawScores(nn.Module):
-    """A run's scores of raw values, (rows, columns) to (rows, outputs).
+    """Scores of a run on raw values: (rows, columns) to (rows, outputs).
 
-    Of each column in its declared order these are a number, the numbers of a list, or the place of a category in its
-    declared list (behind the last one: another); NaN where there is nothing.
+    In declared order, a column holds a number, the numbers of a list, or the index of a category in its declared list
+    (one past the end for an unknown category); NaN where a value is missing.
     """
 
     def __init__(self, model: TaskModel, features: Sequence[FeatureSpec]) -> None:
@@ -313,7 +323,7 @@ class RawScores(nn.Module):
         self.norm = sum(one.numbers for one in features) ** 0.5
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits, or of a regression the number."""
+        """Return the logits, or the predicted number for a regression."""
         parts, first = [], 0
         for one in self.features:
             for _ in one.columns:
@@ -334,7 +344,7 @@ class RawScores(nn.Module):
 
 
 def _made_up(one: FeatureSpec, draw: Callable[[int], int]) -> str:
-    """An invented field, now and then beyond what was declared, or nothing."""
+    """Generate a random field; occasionally it is missing or outside the declared values."""
     match int(draw(8)):
         case 0 if one.missing == "indicator":
             return ""
@@ -346,11 +356,11 @@ def _made_up(one: FeatureSpec, draw: Callable[[int], int]) -> str:
 
 
 def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: str, private_to: str | None) -> None:
-    """Write the layers of a model of features, or a graph of it, and check what was written on made-up rows.
+    """Write a feature model as layers or as an ONNX graph, and check the result on artificial rows.
 
     Raises:
         ConfigError: the adapter cannot be loaded.
-        RunError: what was written computes something else than the run's model.
+        RunError: the written model does not compute what the run's model computes.
     """
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
@@ -375,7 +385,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
 
 
 def _write_whole(source: Source, reference: Reference, folder: Path) -> None:
-    """The merged base as transformers has it, and the head and its settings beside it."""
+    """Write the merged base in transformers' format, with the head and its settings as separate files."""
     _write_merged(source, reference, folder)
     with TemporaryDirectory() as scratch:
         _write_adapter(source, reference, Path(scratch))
@@ -439,7 +449,7 @@ print(model.similarity(embeddings, embeddings))
 
 
 def form_of(format: str, config: RunConfig) -> Form:
-    """The words of a run's model card about a format."""
+    """Return the wording of a run's model card for a format."""
     own = input_of(config.data)
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
         loading = loading_of(config, base="folder", folder="folder")

@@ -1,4 +1,4 @@
-"""ONNX graphs of a model: whole, and with weights in int8 beside what that costs in scores."""
+"""ONNX graphs of a model: in full precision, and with int8 weights and their effect on the scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Run = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A graph, or another form of a model, as it would serve."""
+    """Size, latency and scores of a graph, or of a model in another form."""
 
     file: str  # its name
     bytes: int  # of that file; of a model in memory those of its weights
@@ -47,13 +47,13 @@ class Served:
 def write_graph(
     model: nn.Module, given: Mapping[str, tuple[torch.Tensor, Mapping[int, Any]]], output: str, file: Path
 ) -> None:
-    """Write a model's forward pass as a graph.
+    """Write a model's forward pass as an ONNX graph.
 
     Args:
-        model: in evaluation mode.
-        given: its arguments in order, by name: an example of each, and which of its axes may have another size.
-        output: the name of what it returns.
-        file: to write.
+        model: the module, in evaluation mode.
+        given: the module's arguments by name, in order: an example of each, and its dynamic axes.
+        output: the name of the output.
+        file: the path to write.
 
     Raises:
         ConfigError: a library that writes or runs graphs is missing.
@@ -76,9 +76,9 @@ def write_graph(
 
 
 def quantise(whole: Path, to: Path) -> None:
-    """Write a graph whose matrices are int8, with a scale for each output channel, by onnxruntime's own quantisation.
+    """Write a graph with int8 matrices and one scale per output channel, by onnxruntime's own quantization.
 
-    Activations are scaled for each input as it comes, so that no records are needed to calibrate them.
+    Activations are scaled dynamically per input, so that no calibration records are needed.
     """
     import onnx
 
@@ -96,9 +96,9 @@ def served(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords)
     """Score and time both graphs of an exported folder.
 
     Args:
-        folder: with both graphs.
+        folder: the folder with both graphs.
         adapter: the folder of the run's adapter, private or not.
-        config: of the run.
+        config: the run's configuration.
         records: the run's test records, which never leave this machine.
     """
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=True)
@@ -107,7 +107,7 @@ def served(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords)
 
 
 def graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, reader: Any) -> list[Served]:
-    """The same of graphs that answer for a run's model, whatever its own weights are."""
+    """Score and time both graphs of a folder as the source of a loaded model's logits."""
     files = (folder / WHOLE, folder / INT8)
     return [scored(load_graph(file), model, data, config, reader, file.name, file.stat().st_size)[1] for file in files]
 
@@ -115,7 +115,13 @@ def graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, re
 def scored(
     run: Run, model: TaskModel, data: LeadData, config: RunConfig, reader: Any, name: str, size: int
 ) -> tuple[Figures, Served]:
-    """A run's figures of records where what `run` computes, of so many bytes, answers for its model."""
+    """Evaluate a model with `run` computing its logits, and time `run` for single texts on one CPU thread.
+
+    `name` and `size` (in bytes) are copied into the result.
+
+    Returns:
+        (the figures of the records, the scores and times).
+    """
     zero, one = (model.task.read_out(torch.tensor(logit), spec=model.spec) for logit in (0.0, 1.0))
 
     def logits(batch: Batch) -> torch.Tensor:
@@ -141,7 +147,7 @@ def scored(
 
 
 def load_graph(file: Path) -> Run:
-    """A function that computes a graph's output from its inputs by name, on one thread."""
+    """Return a function that computes a graph's output from its inputs, passed by name, on one thread."""
     onnxruntime = importlib.import_module("onnxruntime")  # has no types
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

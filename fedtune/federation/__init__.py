@@ -1,1 +1,1 @@
-"""One round of a federation as plain functions, without a word of the network."""
+"""One round of a federation as plain functions that are independent of the network."""

@@ -1,8 +1,8 @@
-"""Runs over years under one budget: what each run of a calendar costs the people whom it admits.
+"""A calendar of runs over years under one privacy budget, and the epsilon that each run costs the people it admits.
 
-The rule has no state: where `privacy.runs` is R, each run has the noise at which R runs like it come to
-`privacy.epsilon`.  Whoever is in at most R of them keeps within it, whichever these are.  That nobody is in more is for
-the sites' caps to see to, which hold for each cohort.
+The rule is stateless: if `privacy.runs` is R, each run gets the noise at which R runs like it add up to
+`privacy.epsilon`.  A person who takes part in at most R runs stays within that epsilon, whichever runs these are.  The
+caps of the sites, which apply per cohort, ensure that nobody takes part in more than R runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MOST_SHOWN = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalendarRun:
-    """One run of a calendar."""
+    """One run of a calendar, with the people it admits and the epsilon that they have reached after it."""
 
     number: int  # 1 for the first run of all
     cohorts: Cohorts | None  # that it admits; None: everybody
@@ -31,7 +31,11 @@ class CalendarRun:
 
 
 def most_of_one(plan: Plan) -> int | None:
-    """In how many runs somebody can be if the window moves on by one period each run; None: in all that there are."""
+    """Return the largest number of runs that a person can take part in if the cohort window moves by one period per
+    run.
+
+    Returns None without cohorts, or if their window has no first cohort: then a person can take part in every run.
+    """
     if plan.cohorts is None or plan.cohorts.first is None:
         return None
     first, last = plan.cohorts.span
@@ -39,16 +43,19 @@ def most_of_one(plan: Plan) -> int | None:
 
 
 def epsilon_of(plan: Plan, *, runs: int) -> float:
-    """Epsilon by PLD of so many runs like this one, for somebody who is in all of them."""
+    """Compute the PLD epsilon of `runs` runs with this plan for a person who takes part in all of them."""
     return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds * runs)], plan.delta)
 
 
 def calendar_of(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
-    """The next `plan.runs` runs or, where a window has no beginning, those that are left; of many the first ones.
+    """List the next `plan.runs` runs of the calendar, at most 24.
+
+    Without cohorts, or if their window has no first cohort, the list holds only the runs that are left.  Empty for a
+    plan without privacy, or with a single run.
 
     Args:
-        plan: of the run that comes next.
-        before: how many runs of the calendar came before it.
+        plan: the plan of the next run.
+        before: how many runs of the calendar are already over.
     """
     if not plan.private or plan.runs == 1:
         return ()
@@ -62,7 +69,9 @@ def calendar_of(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
 
 
 def calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str, ...]]:
-    """Number, whom it admits, epsilon of this run alone, and of the oldest and the newest after it."""
+    """Yield a table row for each run: its number, the cohorts it admits, its own epsilon, and the epsilon of the oldest
+    and the newest cohort after it.
+    """
     for one in runs:
         admits = "everybody"
         if one.cohorts is not None:
@@ -71,14 +80,14 @@ def calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str
 
 
 def runs_words(plan: Plan) -> str:
-    """Behind the noise of a run that is one of several: the rule by which they share an epsilon."""
+    """Return the clause that follows a plan's noise and says how many runs share an epsilon; empty for a single run."""
     if plan.runs == 1 or not plan.private:
         return ""
     return f", so that {plan.runs} runs like this one come to epsilon {epsilon_text(epsilon_of(plan, runs=plan.runs))}"
 
 
 def about_calendar(plan: Plan) -> Iterator[str]:
-    """The calendar of a plan with several runs in sentences, of which the first says it all."""
+    """Yield sentences that describe the calendar of a plan with several runs; the first sentence is a summary."""
     window = most_of_one(plan)
     most = plan.runs if window is None else min(window, plan.runs)
     often = _OFTEN[plan.cohorts.period] if plan.cohorts else counted(plan.runs, "run")

@@ -1,10 +1,10 @@
-"""Energy and carbon of a run, as codecarbon measures or estimates them.
+"""Energy use and carbon emissions of a run, measured or estimated by codecarbon.
 
-codecarbon (MIT licence; the extra `cost`) only returns numbers here: it writes no file and makes no network call,
-whatever its configuration files and environment variables say.  It reads the machine's counters if it can (RAPL, NVML),
-and otherwise estimates from the processor's load and model.
+codecarbon (MIT license; the extra `cost`) only returns numbers here: it writes no file and makes no network call,
+regardless of its configuration files and environment variables say.  It reads the hardware counters of the machine if
+it can (RAPL, NVML), and otherwise estimates from the load and the model of the processor.
 
-Only this machine is measured: the whole run in a simulation, the lead's part with real sites.
+Only the local machine is measured: the whole run in a simulation, the lead's part with real sites.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from fedtune.spec import ConfigError, spec
 
 @spec
 class CostSpec:
-    """What a run's cost is told in; it changes no result.
+    """Settings for measuring the energy use of a run; they change no result.
 
     Attributes:
         energy: measure the energy that this machine uses, with codecarbon (the extra `cost`).
-        country: whose electricity it is, as a code of three letters (DEU, FRA, USA), for the carbon; null: no carbon.
+        country: three-letter code (DEU, FRA, USA) of the country that supplies the electricity, used to compute the
+            carbon emissions; null: no carbon figure.
     """
 
     energy: bool = False
@@ -38,7 +39,7 @@ class CostSpec:
             raise ConfigError("country", self.country, "needs cost.energy=true")
 
     def check_can_measure(self) -> None:
-        """Check, before a run begins, that codecarbon can measure what is asked.
+        """Check, before a run begins, that codecarbon can measure what the settings ask for.
 
         Raises:
             ConfigError: codecarbon is not installed, or does not know the country.
@@ -59,9 +60,9 @@ class Energy:
     """The energy that a run used on this machine.
 
     Attributes:
-        kwh: of processor, memory and GPUs.
-        carbon_kg: CO2 equivalent; None: no country was given.
-        seconds: the measured time; of a resumed run, since it was resumed.
+        kwh: kilowatt-hours of processor, memory and GPUs together.
+        carbon_kg: kilograms of CO2 equivalent; None if no country was given.
+        seconds: the measured time; for a resumed run, the time since it was resumed.
     """
 
     kwh: float
@@ -70,7 +71,10 @@ class Energy:
 
 
 class Meter:
-    """Measures energy from construction on, if the settings ask for it.  Call `check_can_measure` first."""
+    """An energy meter that runs from its construction on, if the settings ask for it.
+
+    Call `CostSpec.check_can_measure` first.
+    """
 
     def __init__(self, spec: CostSpec) -> None:
         self._country, self._began = spec.country, time.monotonic()
@@ -83,7 +87,7 @@ class Meter:
         self.stop()
 
     def stop(self) -> Energy | None:
-        """Stop measuring, and return the energy used; None: nothing was being measured, or measuring failed."""
+        """Stop the measurement and return the energy used; None if nothing was measured or the measurement failed."""
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return None
@@ -99,7 +103,7 @@ class Meter:
 
 
 def _tracker(country: str | None) -> Any:
-    """A started tracker of codecarbon that reports to nobody."""
+    """Start a codecarbon tracker that neither writes files nor sends anything."""
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").disabled = True

@@ -1,6 +1,7 @@
-"""Does the model do worse on the records of now?  Noised held-out scores of the sites, over the runs that renew it.
+"""Drift detection: whether the model does worse on recent records, from the sites' noised held-out scores over a series
+of renewals.
 
-Guarantee: post-processing of what left the sites with noise, and was paid for by their runs; it costs nothing more.
+Guarantee: post-processing of noised releases that the runs have already paid for, so it has no further privacy cost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ FELL = "held_out_fell"  # a finding's code
 
 @spec
 class HeldOut:
-    """Mean score of the sites' held-out units in a run, from noised sums, and its standard deviation."""
+    """The mean score of the sites' held-out records in one run, computed from noised sums, and its standard
+    deviation.
+    """
 
     run: str
     date: str
@@ -32,7 +35,10 @@ class HeldOut:
 
 @spec
 class Fall:
-    """From the mean of all runs before to that of the newest two; a fall of `smallest` is found 8 times in 10."""
+    """The change from the mean score of all earlier runs to the mean of the newest two.
+
+    `smallest` is the drop that the test detects with 80 % power.
+    """
 
     change: float
     found: bool
@@ -40,9 +46,10 @@ class Fall:
 
 
 def held_out_of(rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, noise: float, run: str) -> HeldOut | None:
-    """The scores of all rounds and sites of a run together; None: there are none, or too few for so much noise.
+    """Pool the noised held-out scores of all rounds and sites of a run into one mean.
 
-    Sites' noised figures are shares of the held-out sizes that they declare; `noise` is the multiplier of each release.
+    The noised figures of a site are shares of the held-out size that it declares; `noise` is the noise multiplier of
+    each release.  Returns None if there are no scores, or too few records for the amount of noise.
     """
     parts = [(sizes[site], *shares) for one in rounds for site, shares in one.site_scores.items()]
     scores, units = sum(size * score for size, score, _ in parts), sum(size * count for size, _, count in parts)
@@ -56,9 +63,10 @@ def held_out_of(rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, no
 
 
 def fall_of(line: Sequence[HeldOut]) -> Fall | None:
-    """The change of the newest two runs (of two, the newest) from those before, oldest first; None: there are none.
+    """Test whether the score dropped in the newest two runs, compared with all runs before (with two runs: the newest).
 
-    A test on normal means, with 5 % of false alarms, or fewer, as runs have held-out units in common.
+    A one-sided z-test on means, at a false alarm rate of 5 %, or less if runs share held-out records.  `line` is
+    ordered from the oldest run to the newest.  Returns None for fewer than two runs.
     """
     if len(line) < 2:
         return None

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ProposedRun:
-    """A run that sites are asked about."""
+    """A run that the lead proposes to the sites."""
 
     proposal: Proposal  # what every site is asked to take part in
     key: SigningKey  # the lead's, which signs each question and request
@@ -32,7 +32,9 @@ class ProposedRun:
     site_keys: Mapping[str, str] = field(default_factory=dict)
 
     def without_foreign_receipt(self, site: str, reply: Reply) -> Reply:
-        """A site's reply, without a receipt under a foreign key."""
+        """Return a site's reply, with the receipt removed if it is signed with a key other than the site's known
+        key.
+        """
         if reply.receipt and reply.receipt.site_key != self.site_keys.get(site, reply.receipt.site_key):
             log.warning("%s: its receipt is signed with a key that the roster does not know", site)
             return replace(reply, receipt=None)
@@ -48,11 +50,11 @@ class Answers:
     silent: Mapping[str, str]  # site -> why it counts as silent
 
     def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
-        """Check that `least_sites` sites make an offer that `takes_part` accepts.
+        """Check that at least `least_sites` sites made an offer that `takes_part` accepts.
 
         Raises:
             RefusedError: policies and budgets leave fewer sites than that.
-            RunError: too few have answered so far.
+            RunError: too few sites have answered so far.
         """
         ready = [site for site, offer in self.offers.items() if takes_part(offer)]
         if len(ready) >= federation.least_sites:
@@ -67,12 +69,12 @@ class Answers:
 
 
 def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> Answers:
-    """Ask every site about a run, and sort out what they say; no site is charged.
+    """Invite every site to a run, and sort the answers into offers, refusals and silent sites; no site is charged.
 
     Args:
-        transport: reaches them.
-        asked: who, about what.
-        less: whether a site without room for all of it is to say how much it has room for.
+        transport: the connection to the sites.
+        asked: the proposed run, with the sites to invite.
+        less: whether a site without room for the whole plan should offer as much as its budget has room for.
     """
     timeout_s, nonce = asked.federation.round_timeout_s, secrets.token_hex(16)
     expires, questions = time.time() + timeout_s, []

@@ -1,8 +1,9 @@
-"""Which round's adapter a run keeps, and whether its scores end it: by the lead's own validation file alone.
+"""Checkpoint selection and early stopping, from scores on the lead's own validation file.
 
-Guarantee: what is decided here follows from adapters, which the sites released, and from a file that holds no record of
-a site.  So it costs no privacy, and the whole plan's epsilon holds whatever is decided.  The epsilon of the rounds that
-were charged is no proof for a run that its scores ended: they picked the moment (docs/guarantee.md).
+Guarantee: the decision depends only on adapters that the sites have released and on a file without any site's records.
+It therefore has no privacy cost, and the epsilon of the whole plan holds regardless of the decision.  If the scores
+ended the run, the epsilon of the charged rounds alone is not proved, because the scores chose when to stop
+(docs/guarantee.md).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ if TYPE_CHECKING:  # importing it loads adapter code, which a reader of reports 
 
 @spec
 class Kept:
-    """The decision of a run's validation scores.
+    """The round that checkpoint selection chose.
 
     Attributes:
-        round: whose adapter is the run's.
-        judged_by: the score that decided.
-        score: of that round on the lead's validation file; None: it is no finite number.
-        ended_early: `federation.stop_after` rounds brought no better score, and others were still to come.
+        round: the round that produced the run's adapter.
+        judged_by: the name of the score that decided.
+        score: the score of that round on the lead's validation file; None if it is not finite.
+        ended_early: whether early stopping (`federation.stop_after` rounds without a better score) ended the run before
+            its last round.
     """
 
     round: int
@@ -38,7 +40,10 @@ class Kept:
 
 
 def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> Kept | None:
-    """The decision of the finished `rounds`' scores; None: nothing, by the settings, or no round is finished."""
+    """Choose the round to keep, and decide on early stopping, from the scores of the finished rounds.
+
+    Returns None if the settings use neither, or no round is finished.
+    """
     if not federation.chooses or not rounds:
         return None
     sign = direction(judged_by)
@@ -61,12 +66,12 @@ def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged
 
 
 def rounds_in_all(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
-    """How many rounds a run takes as things stand: spare ones replace rounds without a usable update."""
+    """Count the rounds of a run as things stand; spare rounds replace rounds without a usable update."""
     return federation.num_rounds + min(federation.spare_rounds, sum(not one.sites for one in rounds))
 
 
 def is_over(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> bool:
-    """A run with these finished rounds has no other to come."""
+    """Return True if a run with these finished rounds has no further round."""
     if is_used_up(rounds):
         return True
     kept = kept_of(rounds, federation, judged_by=judged_by)
@@ -74,16 +79,18 @@ def is_over(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged
 
 
 def is_used_up(rounds: Sequence[RoundResult]) -> bool:
-    """The newest round brought nothing, because too few sites had a round of the run's plan left.
+    """Return True if the newest round failed because too few sites had a round of the plan left.
 
-    A site charges a round before it trains, so a round that was interrupted counts, and is charged again when it is
-    trained again.  The plan's last round is then missing, unless it has a spare one.
+    A site charges a round before it trains, so an interrupted round counts, and is charged again when it is repeated.
+    The last round of the plan is then missing, unless the plan has a spare round.
     """
     return bool(rounds) and not rounds[-1].sites and Reason.PLAN_EXHAUSTED in rounds[-1].failed_sites.values()
 
 
 def used_up_text(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
-    """Which round of a run is missing because its plan was used up, and what would have kept it; empty if none is."""
+    """Explain which round is missing because the plan was used up, and which setting would have kept it; empty if none
+    is missing.
+    """
     if not is_used_up(rounds):
         return ""
     missing, spare = rounds[-1], federation.spare_rounds
@@ -96,7 +103,7 @@ def used_up_text(rounds: Sequence[RoundResult], federation: FederationSpec) -> s
 
 
 def again_text(round: int) -> str:
-    """What a run that is resumed says of a round that was asked for and is not over."""
+    """Return the warning that a resumed run prints about an interrupted round."""
     return (
         f"Round {round} was interrupted: a site that was charged for it and had no answer yet is charged again. If no "
         "spare round is left (federation.spare_rounds), the last round of its plan will be missing."

@@ -40,17 +40,20 @@ Scores = Mapping[str, float | None]
 
 @spec
 class RoundResult:
-    """The outcome of one round, as `run.json` shows it.
+    """The outcome of one round, as stored in `run.json`.
 
     Attributes:
-        seconds: from the first request to the score of the aggregated adapter.
-        failed_sites: site -> reason.
-        metrics: of the aggregated adapter on the lead's validation file.
-        site_scores: with `privacy.metrics=noised`, site -> the noised score of its held-out units and their noised
-            share of the declared number, for the adapter that the round began with.
-        ended: UTC, when the round was aggregated and scored.
-        diverged: the average, or its score, was not finite; the run went back to the adapter before, whose `metrics`
-            these are.  The round is charged all the same.
+        round: the number of the round, from 1.
+        seconds: the time from the first request to the score of the aggregated adapter.
+        sites: the sites that contributed an update.
+        failed_sites: site -> the reason why it contributed none.
+        bytes_down, bytes_up: the payload sent to the sites and received from them.
+        metrics: the scores of the aggregated adapter on the lead's validation file.
+        site_scores: with `privacy.metrics=noised`, site -> the noised score of its held-out records and their noised
+            count, both as shares of the declared size, for the adapter that the round started from.
+        ended: the UTC time at which the round was aggregated and scored.
+        diverged: whether the average, or its score, was not finite.  The run then went back to the adapter before the
+            round, and `metrics` are the scores of that adapter.  The round is charged all the same.
     """
 
     round: int
@@ -65,13 +68,15 @@ class RoundResult:
     diverged: bool = False
 
     def has_update_of(self, site: str) -> bool:
-        """An update left the site, which its ledger charged, even if the lead did not use it."""
+        """Return True if the site sent an update in this round, and so was charged, even if the lead rejected the
+        update.
+        """
         return site in self.sites or self.failed_sites.get(site) in (INVALID_UPDATE, BEYOND_PLAN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeadState:
-    """A run between two rounds; everything that a resumed run continues from."""
+    """The state of a run between two rounds: everything that a resumed run needs."""
 
     round: int  # rounds finished so far
     adapter: Adapter  # aggregated after that round
@@ -88,14 +93,14 @@ class LeadState:
 
     @property
     def kept(self) -> Adapter:
-        """The run's adapter, if it ended now."""
+        """The adapter that the run would keep if it ended now."""
         return self.adapter if self.best is None else self.best
 
     @property
     def pace_s(self) -> float | None:
-        """Seconds of a further round with its scores; None: too few are known.
+        """The expected time for another round with its scores, in seconds; None after fewer than two rounds.
 
-        The first round tells nothing, since it has work that is done once.  The median leaves out interruptions.
+        The first round is ignored because it includes one-time work.  The median leaves out interruptions.
         """
         ends = [datetime.fromisoformat(one.ended) for one in self.rounds]
         if len(ends) < 2:
@@ -104,18 +109,20 @@ class LeadState:
         return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
 
     def asked(self, sites: Sequence[str]) -> LeadState:
-        """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
+        """Return the state after a round was requested from `sites`: each of them may be charged until it answers."""
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
 
     def with_receipt(
         self, site: str, receipt: Receipt | None, *, run: str, plan: Plan, update: bool = False
     ) -> LeadState | None:
-        """The state with a site's receipt, which says what was really charged; None: it says nothing about this run.
+        """Return the state with a site's new receipt, which shows what the site was charged; None if the receipt is
+        invalid.
 
-        A receipt of another run or site says nothing about this one; one that is not signed, or by another key than
-        before, is nobody's word; one of more rounds than the plan has is wrong; and one that went backwards comes of a
-        ledger that was lost or put back.  Such a site counts as silent, and an `update` that came with it as none.
+        A receipt is invalid if it belongs to another run or site, if it is unsigned or signed with a new key, if it
+        counts more rounds than the plan has or fewer than the updates that the site sent, or if its counters went
+        backwards because the ledger was lost or restored from a backup.  The site then counts as silent, and an
+        `update` that came with the receipt is discarded.
         """
         if receipt is None or (receipt.run, receipt.site) != (run, site):
             return None
@@ -133,7 +140,10 @@ class LeadState:
 
 
 def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
-    """Of each site, the receipt that knows more of its ledger; `other`'s where the keys, and so the ledgers, differ."""
+    """Merge two sets of receipts, and keep the newer receipt of each site.
+
+    If the keys differ, the ledgers differ too, and the receipt in `other` is kept.
+    """
     newest = dict(one)
     for site, receipt in other.items():
         known = newest.get(site)
@@ -143,9 +153,10 @@ def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[
 
 
 def read_receipts(path: Path) -> dict[str, Receipt]:
-    """Read the newest receipt of each site from a JSON file; none where it is missing.
+    """Read the newest receipt of each site from a JSON file; empty if the file does not exist.
 
-    Sent back with the next request, a receipt shows a site that its ledger was lost or put back.
+    The next request sends each receipt back to its site, which can thus detect that its ledger was lost or restored
+    from a backup.
 
     Raises:
         RunError: the file is damaged.
@@ -160,7 +171,7 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
 
 
 def keep_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
-    """Write receipts that are newer than those in the file."""
+    """Merge `receipts` into the file, and keep the newer receipt of each site."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):  # two runs of a lead may end at once
         newest = {site: receipt.to_json() for site, receipt in newest_of(read_receipts(path), receipts).items()}
@@ -169,7 +180,10 @@ def keep_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteCharge:
-    """A site's spending in one run, from its receipts, with the plan's numbers; nothing bounds an epsilon of None."""
+    """The privacy cost of a run at one site, derived from the site's receipts and the numbers of the plan.
+
+    An epsilon of None means that no finite bound exists.
+    """
 
     epsilon: float | None = None  # by PLD, at the plan's delta; `epsilon_rdp` by RDP
     epsilon_rdp: float | None = None
@@ -185,15 +199,16 @@ class SiteCharge:
 
     @property
     def claim(self) -> float | None:
-        """The epsilon that is proved, whatever ended the run: the whole plan's, unless nothing was charged."""
+        """The proven epsilon, valid however the run ended: that of the whole plan, or 0 if no round was charged."""
         return self.planned_epsilon if self.rounds else self.epsilon
 
 
 def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
-    """The spending of `site` in this run, derived from charged rounds; `planned_epsilon` alone is the whole plan's.
+    """Derive the privacy cost of this run at `site` from its charged rounds; only `planned_epsilon` covers the whole
+    plan.
 
-    A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
-    rounds than its plan: its ledger grants none.
+    A silent site may have been charged for every round requested since its last receipt, but never for more rounds than
+    the plan has, because its ledger grants no more.
     """
     receipt = state.receipts.get(site)
     silent = state.unanswered.get(site, 0)
@@ -215,7 +230,7 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
 
 @lru_cache(maxsize=256)
 def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
-    """Epsilon of `rounds` charged rounds of a plan, by PLD and by RDP."""
+    """Compute the epsilon of `rounds` charged rounds of a plan, by PLD and by RDP."""
     # Cached: sites mostly stand at the same count, and composing takes a moment.
     if rounds == 0:
         return 0.0, 0.0
@@ -227,11 +242,11 @@ _KEPT = 2  # checkpoints
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: `round-0003.safetensors` and the journal of rounds that were asked for.
+    """The folder `checkpoints/` of a run: `round-0003.safetensors`, and the journal of requested rounds.
 
     Args:
-        folder: made when missing.
-        config_sha256: digest of the configuration; a checkpoint of another one is refused.
+        folder: the folder; created if it does not exist.
+        config_sha256: the digest of the configuration; a checkpoint with another digest is rejected.
     """
 
     def __init__(self, folder: Path, config_sha256: str) -> None:
@@ -240,24 +255,28 @@ class Checkpoints:
 
     @property
     def arrived(self) -> Path:
-        """The folder of a round's updates until they are averaged."""
+        """The folder that holds the updates of a round until they are averaged."""
         return self._folder / "arrived"
 
     def keep_session(self, session: bytes) -> None:
-        """Keep what the lead knows of the secure sums: the session that goes on, and whose shares were wrong."""
+        """Store the state of secure aggregation: the current session, and the sites accused of wrong shares."""
         write_durably(self._session, session)
 
     def session(self) -> bytes:
-        """The last content of `keep_session`; empty: nothing."""
+        """Read the session stored last by `keep_session`; empty if none was stored."""
         return self._session.read_bytes() if self._session.exists() else b""
 
     def ask(self, round: int, sites: list[str]) -> None:
-        """Note, before a request is sent, that `sites` may be charged for `round`."""
+        """Record in the journal, before a request is sent, that `sites` may be charged for `round`."""
         line = json.dumps([round, sites]).encode() + b"\n"
         write_durably(self._asked, b"".join(self._whole_lines()) + line)
 
     def asked(self, *, after: int) -> list[tuple[int, tuple[str, ...]]]:
-        """Each later round that was asked for, with its sites; raises RunError where the journal is damaged."""
+        """List the requested rounds later than `after`, each with its sites.
+
+        Raises:
+            RunError: the journal is damaged.
+        """
         try:
             lines = map(json.loads, self._whole_lines())
             rounds = [decode_value("asked", line, tuple[int, tuple[str, ...]]) for line in lines]
@@ -266,7 +285,7 @@ class Checkpoints:
             raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
 
     def save(self, state: LeadState) -> None:
-        """Write `state`; a crash leaves the checkpoint before it."""
+        """Write a checkpoint of `state`; after a crash, the previous checkpoint is still intact."""
         best = None if state.best is None else state.best.tensors
         arrays = {"adapter": state.adapter.tensors, "best": best or {}, "strategy": state.strategy}
         tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
@@ -280,7 +299,7 @@ class Checkpoints:
             old.unlink()
 
     def load(self) -> LeadState:
-        """The newest state, with every round that was asked for after it counted as unanswered.
+        """Load the newest checkpoint, and count every round requested after it as unanswered.
 
         Raises:
             ConfigError: there is no checkpoint, or it belongs to another configuration.
@@ -314,20 +333,26 @@ class Checkpoints:
         return state
 
     def _whole_lines(self) -> list[bytes]:
-        """A line without its end was cut short by a crash, before any request of its round was sent."""
+        """Return the complete lines of the journal.
+
+        An incomplete last line was cut short by a crash, before any request of its round was sent.
+        """
         lines = self._asked.read_bytes().splitlines(keepends=True) if self._asked.exists() else []
         return [line for line in lines if line.endswith(b"\n")]
 
 
 def _way_on(found: Sequence[Path]) -> str:
-    """How to go on from the newest checkpoint: rounds after the one before it are asked again, and charged no more."""
+    """Say how to continue when the newest checkpoint is damaged.
+
+    A run resumed from the checkpoint before it repeats the requests of the later rounds, which are not charged again.
+    """
     if len(found) < 2:
         return "no other is left: start a new run under another name"
     return f"move it away, and resume the run from {found[-2].name}"
 
 
 def _plain_fields() -> Mapping[str, Any]:
-    """The fields of a state that are no arrays, with their types."""
+    """Return the fields of `LeadState` that hold no arrays, with their types."""
     hints = get_type_hints(LeadState)
     return {name: hint for name, hint in hints.items() if name not in ("adapter", "best", "strategy")}
 

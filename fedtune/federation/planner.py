@@ -29,7 +29,9 @@ MOST_ROUNDS = 1_000_000  # the search for rounds ends here
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SitePrice:
-    """The cost of a plan at one site, without epsilon: that is the same at every site that takes part in all rounds."""
+    """The cost of a plan at one site, without epsilon, which is the same at every site that takes part in all
+    rounds.
+    """
 
     declared_size: int
     weight: float  # of the site in the average
@@ -42,7 +44,7 @@ class SitePrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPrice:
-    """Epsilon of all rounds up to this one, by each accountant."""
+    """The epsilon of all rounds up to this one, by each accountant."""
 
     round: int
     steps: int
@@ -54,7 +56,7 @@ class RoundPrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """The price of a plan; the defaults are those of a plan that adds no noise."""
+    """The price of a plan; the default values apply to a plan without noise."""
 
     plan: Plan
     sites: Mapping[str, SitePrice]  # name -> figures
@@ -75,13 +77,13 @@ class Price:
 
     @property
     def steps(self) -> int:
-        """Noisy steps that each site may be charged for."""
+        """The number of noisy steps that each site may be charged for."""
         return self.plan.local_steps * self.plan.most_rounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """The price of another plan."""
+    """A changed plan, and its price."""
 
     what: str  # the change in words
     plan: Plan  # the changed plan, at the noise of the original one
@@ -92,9 +94,14 @@ class Change:
 
 
 def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Price:
-    """The price of `plan` for sites of these declared sizes; `before`: runs of its calendar that are over.
+    """Compute the price of `plan` for sites with these declared sizes.
 
     Guarantee: every epsilon is an upper bound, except `epsilon_of_one_round`, which bounds a single round only.
+
+    Args:
+        plan: the plan of one run.
+        declared_sizes: site -> its declared size in records or persons.
+        before: how many runs of the plan's calendar are already over.
     """
     sites = {site: _site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
@@ -126,10 +133,10 @@ LEAST_SIGNAL = 0.5
 
 
 def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> None:
-    """Refuse a run that is unlikely to learn anything, by public numbers alone, before anything is charged.
+    """Reject a plan that is unlikely to learn anything, from public numbers alone and before any site is charged.
 
     Raises:
-        ConfigError: its `signal_to_noise` is below `LEAST_SIGNAL`.
+        ConfigError: `signal_to_noise` is below `LEAST_SIGNAL`.
     """
     ratio = signal_to_noise(plan, declared_sizes, values=values)
     if ratio < LEAST_SIGNAL:
@@ -142,13 +149,14 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) 
 
 
 def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:
-    """The furthest that clipped records can move the adapter, over how far noise moves it; infinite without noise.
+    """Compute how far clipped records can move the adapter at most, relative to how far the noise moves it; infinite
+    without noise.
 
-    In gradients, averaged over all sites and steps.  The signal is at most the clip norm C, where all records agree.
-    Each of K sites has weight n / N, so each of the `values` coordinates has noise of standard deviation
-    z C sqrt(K) / (q N) in a step, and 1 / sqrt(T) of that in the mean of T steps.
+    Both are measured in gradients, averaged over all sites and steps.  The signal is at most the clipping norm C,
+    reached if all records agree.  Each of K sites has weight n / N, so each of the `values` coordinates has noise of
+    standard deviation z C sqrt(K) / (q N) in a step, and 1 / sqrt(T) times that in the mean of T steps.
 
-    It is an upper bound and no forecast: records seldom agree.
+    The ratio is an upper bound, not a forecast: records seldom agree.
     """
     if not plan.private:
         return math.inf
@@ -157,13 +165,14 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
 
 
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
-    """The price of more rounds, a smaller delta, larger batches and half of `epsilon`, over all `plan.runs`.
+    """Price alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`, over all
+    `plan.runs`.
 
-    A change for which no epsilon can be computed is left out.
+    Alternatives for which no epsilon can be computed are left out.
 
     Args:
         plan: a plan with privacy.
-        epsilon: the target of its noise, or its own epsilon.
+        epsilon: the target epsilon of the plan's noise, or the plan's own epsilon.
     """
     changes: list[tuple[str, dict[str, Any], float]] = [
         (f"{rounds} rounds", {"num_rounds": rounds}, epsilon)
@@ -219,18 +228,18 @@ def _round(plan: Plan, number: int, order: float) -> RoundPrice:
 
 @lru_cache(maxsize=1024)
 def target_epsilon(plan: Plan) -> float:
-    """PLD epsilon of all `plan.runs`, which `privacy.epsilon` bounds.
+    """Compute the PLD epsilon of all `plan.runs` runs, which `privacy.epsilon` limits.
 
-    On the coarse grid that calibration uses: never far above the fine one's.
+    Uses the coarse grid of the calibration, which is never far above the fine grid.
     """
     return accountant.epsilon_pld([plan.of_all_runs], plan.delta, interval=accountant.COARSE)
 
 
 def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
-    """`plan` with the most rounds, beside its spare ones, that stay within `epsilon`.
+    """Return `plan` with the largest number of rounds, spare rounds not counted, that stays within `epsilon`.
 
     Raises:
-        ConfigError: not even one round does.
+        ConfigError: even a single round exceeds `epsilon`.
     """
 
     def within(count: int) -> bool:
@@ -250,10 +259,10 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
 
 
 def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
-    """`plan` with the largest sampling rate, rounded down to four digits, that stays within `epsilon`.
+    """Return `plan` with the largest sampling rate, rounded down to four digits, that stays within `epsilon`.
 
     Raises:
-        ConfigError: no rate from `least` upwards does.
+        ConfigError: every rate from `least` upwards exceeds `epsilon`.
     """
 
     def at(rate: float) -> Plan:
@@ -274,9 +283,10 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
 
 
 def least_noise(plan: Plan, *, epsilon: float) -> float | None:
-    """The least noise multiplier, rounded up to four digits, that keeps `plan` within `epsilon`; None: no noise does.
+    """Find the smallest noise multiplier, rounded up to four digits, that keeps `plan` within `epsilon`; None if no
+    noise is enough.
 
-    As `accountant.calibrate_noise`, but the search starts near the answer, at the noise of `plan`.
+    Works like `accountant.calibrate_noise`, but starts the search near the answer, at the noise of `plan`.
     """
     most = plan.with_noise(accountant.MOST_NOISE)
     if plan.releases_metrics and target_epsilon(most) > epsilon:

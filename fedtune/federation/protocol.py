@@ -1,4 +1,4 @@
-"""The words between server and site: questions, signed by the lead, and a site's answers."""
+"""The messages between lead and site: questions signed by the lead, and the answers of a site."""
 
 from __future__ import annotations
 
@@ -29,23 +29,25 @@ OTHER_PROTOCOL = re.compile(r"protocol \d{1,10} \(fedtune [\w.+-]{1,80}\): upgra
 
 
 def upgrade_needed(*, site: int, lead: int) -> str:
-    """Say who must be upgraded for a site and a lead to understand each other; empty where both speak one protocol.
+    """Say which side must be upgraded before a site and a lead can communicate; empty if both use the same protocol
+    version.
 
-    The protocol's number alone decides: versions and builds of one number go on with each other's runs.
+    Only the protocol version matters: different versions and builds of fedtune with the same protocol version can
+    continue each other's runs.
     """
     return "" if site == lead else f"upgrade the {'site' if site < lead else 'lead'}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signed:
-    """A text and a lead's signature on it, as they travel."""
+    """A message text with a lead's signature, in the form in which both are sent."""
 
     text: str
     signature: str
 
 
 class _Word(ABC):
-    """Something that a lead says, under a signature for its purpose."""
+    """A message from a lead that is signed for a single purpose."""
 
     __slots__ = ()
     purpose: ClassVar[str]
@@ -53,29 +55,30 @@ class _Word(ABC):
     @property
     @abstractmethod
     def speaker(self) -> str:
-        """The public key of the lead whose word it is."""
+        """The public key of the lead that signed the message."""
 
     @abstractmethod
     def _to_json(self) -> dict[str, Any]:
-        """The fields as they are signed."""
+        """Return the fields as a JSON object, in the form that is signed."""
 
     @classmethod
     @abstractmethod
     def _from_json(cls, fields: dict[str, Any]) -> Self:
-        """The inverse; raises ConfigError for anything else."""
+        """Build the message from the object that `_to_json` returns; raises ConfigError for anything else."""
 
     def signed(self, lead: SigningKey) -> Signed:
-        """The words as they are sent."""
+        """Return the message as it is sent, with the lead's signature."""
         text = json.dumps(self._to_json(), sort_keys=True)
         return Signed(text=text, signature=lead.sign(self.purpose, text.encode()))
 
     @classmethod
     def of(cls, signed: Signed) -> Self:
-        """The word that was signed, by the lead that it names.
+        """Read a signed message and verify the signature of the lead that it names.
 
         Raises:
-            ConfigError: the text is nothing that is signed for this purpose.
-            Refused: the signature is not that of the lead that it names, or it is of another version's protocol.
+            ConfigError: the text is not a message of this kind.
+            Refused: the signature is not from the lead that the message names, or the message uses another protocol
+                version.
         """
         try:
             _require("text", len(signed.text) <= _MOST_CHARACTERS)
@@ -90,7 +93,7 @@ class _Word(ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Question(_Word):
-    """A question about a run."""
+    """A question from the lead about a run."""
 
     proposal: Proposal  # of the run
     site: str  # who is asked
@@ -99,7 +102,7 @@ class _Question(_Word):
 
     @property
     def run(self) -> str:
-        """The run that is asked about."""
+        """The name of the run that the question is about."""
         return self.proposal.run
 
     @property
@@ -107,7 +110,7 @@ class _Question(_Word):
         return self.proposal.lead
 
     def digest(self) -> str:
-        """SHA-256, in hex, of what is asked; when it expires is no part of it."""
+        """Return the SHA-256, in hex, of the proposal; the expiry is not included."""
         return self.proposal.digest()
 
     def _to_json(self) -> dict[str, Any]:
@@ -131,12 +134,12 @@ class _Question(_Word):
 
     @abstractmethod
     def _check(self) -> None:
-        """Require fields in range; raises ConfigError."""
+        """Check that all fields are within their limits; raises ConfigError."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Invitation(_Question):
-    """The lead's question whether a site would take part in a run, before any site is charged for it."""
+    """The lead's question whether a site would take part in a run, asked before any site is charged."""
 
     purpose: ClassVar[str] = "invitation"
     round: ClassVar[int] = 0  # it is charged to none
@@ -149,7 +152,7 @@ class Invitation(_Question):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundRequest(_Question):
-    """The server's proposal for one round at one site."""
+    """The lead's request to one site for one round of training."""
 
     purpose: ClassVar[str] = "round request"
     round: int  # from 1
@@ -168,9 +171,10 @@ class RoundRequest(_Question):
         _require("session", _NONCE.fullmatch(self.session) if secure else self.session == "")
 
     def digest(self) -> str:
-        """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing.
+        """Return the SHA-256, in hex, of the request's content: two requests with equal digests ask for the same round.
 
-        Receipt, expiry and the lead's version are no part of it, and may differ when the lead asks again.
+        The receipt, the expiry and the lead's software version are not included, and may differ when the lead asks
+        again.
         """
         asked = self._to_json() | dict.fromkeys(("protocol", "receipt", "expires"))
         del asked["software"]
@@ -181,12 +185,12 @@ ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"
 
 
 def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> Terms:
-    """The terms of a run's secure sums; its lead and each of its sites make the same.
+    """Build the terms of a run's secure aggregation; the lead and every site derive identical terms.
 
     Args:
-        proposal: of the run.
-        members: site -> public identity key.
-        length: values of an adapter.
+        proposal: the proposal of the run.
+        members: site -> its public identity key.
+        length: the number of values in an adapter.
     """
     sums = proposal.plan.sums
     return Terms(
@@ -201,7 +205,7 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SumRequest(_Question):
-    """The lead's question for a step of a run's secure sums beside the upload, which is a round's update."""
+    """The lead's request for a step of secure aggregation, other than the upload, which is the update of a round."""
 
     purpose: ClassVar[str] = "step of a secure sum"
     round: ClassVar[int] = 0  # it is charged to none
@@ -218,13 +222,13 @@ class SumRequest(_Question):
 
 
 def digest_of_parts(parts: Iterable[bytes]) -> str:
-    """SHA-256, in hex, of the messages that travel with a `SumRequest`, in their order."""
+    """Return the SHA-256, in hex, of the messages sent with a `SumRequest`, in their order."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndOfRun(_Word):
-    """The lead's word that a run is over, so that a site need not hold budget for it any longer."""
+    """The lead's notice that a run is over, so that a site can release the budget it reserved for the run."""
 
     purpose: ClassVar[str] = "end of run"
     run: str
@@ -252,15 +256,15 @@ def _require(key: str, right: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """A site's answer: what it releases, and a receipt of what its ledger has charged so far."""
+    """A site's answer: its release or refusal, and a receipt of what its ledger has charged so far."""
 
     body: Answer
     receipt: Receipt | None  # None where the site cannot read its ledger, or tells a stranger nothing of it
 
     def is_signed(self) -> bool:
-        """The receipt is signed, and was given with exactly this answer, to the bit.
+        """Return True if the receipt is signed and covers exactly this answer, bit for bit.
 
-        So nobody who carries an answer, not even the federation's server, can change it.
+        Nobody who relays an answer, the federation's server included, can therefore change it.
         """
         try:
             return self.receipt is not None and self.receipt.reply == digest_of(self.body) and self.receipt.is_signed()
@@ -269,10 +273,12 @@ class Reply:
 
     @property
     def about(self) -> tuple[str, str, int]:
-        """Site, run and round (0: before the run) that the answer says it is about; its own word if `is_signed`."""
+        """The site, run and round (0: before the run) named in the answer; authentic only if `is_signed`."""
         return self.body.site, self.body.run, self.body.round
 
 
 def digest_of(body: Answer) -> str:
-    """SHA-256, in hex, of an answer's canonical bytes; of an update it is what the site's ledger has noted, too."""
+    """Return the SHA-256, in hex, of an answer's canonical bytes; for an update, the site's ledger records the same
+    digest.
+    """
     return hashlib.sha256(body.to_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""A round's answers at the lead: when it stops waiting for them, and which of them may be averaged."""
+"""A round's replies at the lead: when to stop waiting for them, and which of them enter the average."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ BEYOND_PLAN = "beyond_plan"  # of an update that moves the adapter further than 
 
 @dataclass
 class Closing:
-    """A rule on when an exchange with the sites may end before its time is up: on who answered, and not what.
+    """A stopping rule for waiting on sites; it depends on who has answered, never on the content of an answer.
 
-    Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites`
-    are, and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It
-    ends at once when nobody is at work and too many sites have refused for `least_sites` good answers to come.
+    The wait ends `grace_s` seconds after `enough_sites` usable answers have arrived, or `grace_s` seconds after
+    `least_sites` usable answers have arrived and no other site is working, because every other site is offline, paused,
+    waiting for a person or has refused.  It ends at once when no site is working and too many sites have refused for
+    `least_sites` usable answers to be possible.
     """
 
     spec: FederationSpec
@@ -46,13 +47,14 @@ class Closing:
     _since: float | None = field(default=None, init=False)
 
     def is_over(self, *, good: int, at_work: int, others: int) -> bool:
-        """True if it is time to stop waiting; to be asked again and again.
+        """Return True if it is time to stop waiting; call it repeatedly during an exchange.
 
         Args:
-            good: sites with an answer of the kind that was hoped for.
-            at_work: sites that are online, were asked and have not answered; before a run begins also those where a
-                person is yet to approve it.
-            others: sites that are offline, paused or, in a round, not approved yet: an answer may still come.
+            good: the number of sites with a usable answer.
+            at_work: the number of sites that are online, were asked and have not answered; before a run begins, it
+                includes sites where a person has yet to approve the run.
+            others: the number of sites that are offline, paused or, during a round, not approved yet; an answer may
+                still come from them.
         """
         if not at_work and good + others < self.spec.least_sites:
             return True
@@ -67,7 +69,10 @@ class Closing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Outcome:
-    """The outcome of a site's reply: `failure` says why it brought no usable update, and is empty where it did."""
+    """The outcome of a site's reply.
+
+    `failure` is the reason why the reply brought no usable update; it is empty for a usable update.
+    """
 
     failure: str = ""
     scores: tuple[float, float] | None = None
@@ -76,7 +81,10 @@ class _Outcome:
 
 @dataclass(kw_only=True)
 class RoundReplies:
-    """A round's replies, each judged as it comes: which updates their sites signed and training can have made."""
+    """The replies to a round, each validated on arrival.
+
+    An update is valid if its site signed it and if the plan's training can have produced it.
+    """
 
     proposal: Proposal  # of the run
     round: int  # of the run
@@ -90,7 +98,10 @@ class RoundReplies:
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
     def take(self, site: str, reply: Reply) -> None:
-        """Judge an asked site's reply, and keep its update if it is valid; a later reply of its replaces it."""
+        """Validate a reply from a site that was asked, and store its update if it is valid.
+
+        A later reply from the same site replaces the earlier one.
+        """
         if site not in self.reaches or site in self.left_out:
             return
         outcome, found = self._judge(site, reply)
@@ -102,22 +113,22 @@ class RoundReplies:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites with a valid update, in their order, so that a sum over them always rounds alike."""
+        """The sites with a valid update, in a fixed order, so that floating-point sums are reproducible."""
         return tuple(site for site, outcome in self._in_order() if not outcome.failure)
 
     @property
     def scores(self) -> dict[str, tuple[float, float]]:
-        """Site -> noised score and count of its held-out units, where the plan releases them."""
+        """The noised score and count of each site's held-out records, by site, if the plan releases them."""
         return {site: outcome.scores for site, outcome in self._in_order() if outcome.scores is not None}
 
     @property
     def failures(self) -> dict[str, str]:
-        """Site -> reason, for every asked site without a usable update."""
+        """The reason for each site that was asked and has no usable update, by site."""
         return {site: outcome.failure for site, outcome in self._in_order() if outcome.failure}
 
     @property
     def refusals(self) -> dict[str, Refusal]:
-        """The failures that are refusals under their site's signature, with what was asked and what is allowed."""
+        """The signed refusals, by site, with the requested and the allowed value."""
         return {site: outcome.refusal for site, outcome in self._in_order() if outcome.refusal is not None}
 
     def _in_order(self) -> list[tuple[str, _Outcome]]:
@@ -125,7 +136,7 @@ class RoundReplies:
         return [(site, self._outcomes.get(site, why)) for site, why in silent.items()]
 
     def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
-        """The outcome of a reply, and the adapter that a valid update is, or the upload to a secure sum."""
+        """Return the outcome of a reply, with the adapter of a valid update or the upload to secure aggregation."""
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
         if isinstance(body, Refusal):
@@ -151,14 +162,18 @@ class RoundReplies:
 
 
 def _are_scores_of(plan: Plan, scores: tuple[float, float] | None) -> bool:
-    """Scores came if the plan has them, of a size with which one can reckon: shares of a declared number."""
+    """Return True if scores are present exactly when the plan releases them, and are within a plausible range.
+
+    Scores and counts are shares of the declared size.
+    """
     return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
 def _tensors_of(came: Tensors | Difference | Masked, sent: Adapter) -> Tensors | None:
-    """The adapter that an update is, with the names, order, shapes, type of `sent` and finite values; None: it is none.
+    """Return the adapter of an update; None if its names, order, shapes or dtype differ from `sent`, or a value is not
+    finite.
 
-    A difference is added here, once, so that bounds and averages see the adapter that arrived.
+    A bfloat16 difference is added to `sent` here, once, so that bounds and averages see the resulting adapter.
     """
     if isinstance(came, Masked):
         return None

@@ -1,6 +1,7 @@
-"""An update in bfloat16: rounded once at its site, and added to the adapter that was sent once at the lead.
+"""Updates in bfloat16: the site rounds the difference to the adapter that it received, and the lead adds it back.
 
-Guarantee: post-processing.  A site rounds what its noised training released, by the adapter that it was sent.
+Guarantee: post-processing.  The site rounds the release of its noised training, relative to the adapter that it
+received.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ MOST_ROUNDING = 2.0**-8
 
 
 def rounded_difference(trained: Tensors, sent: Tensors) -> Difference:
-    """`trained` minus `sent`, each value the nearest bfloat16, ties to even; NaN stays NaN."""
+    """Subtract `sent` from `trained` and round each value to the nearest bfloat16, ties to even; NaN stays NaN."""
     halves = {}
     for name, value in trained.items():
         moved = value - sent[name]
@@ -25,7 +26,7 @@ def rounded_difference(trained: Tensors, sent: Tensors) -> Difference:
 
 
 def add_difference(sent: Tensors, difference: Difference) -> Tensors:
-    """The adapter that arrived, in float32; names and shapes must be those of `sent`."""
+    """Add a difference to `sent` and return the adapter in float32; the names and shapes must match."""
     with np.errstate(over="ignore", invalid="ignore"):  # a lead refuses values that are not finite
         return {
             name: sent[name] + (half.astype(np.uint32) << 16).view(np.float32)

@@ -1,6 +1,7 @@
-"""The lead's loop over a run: invite the sites, train and aggregate round by round, announce the end.
+"""The lead's main loop: invite the sites, train and aggregate round by round, and announce the end of the run.
 
-Inviting charges nothing: each site says whether it would take part, or why not.  Every round ends in a checkpoint.
+An invitation charges nothing: each site answers whether it would take part, and why not.  Every round ends with a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ _END_TIMEOUT_S = 60.0
 
 
 def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
-    """Run the rounds that `state` has not seen yet.
+    """Run the remaining rounds of a run, and return its final state.
 
     Raises:
-        RunError: fewer than `min_sites` sites would take part, or sent an update in a round; the checkpoint before it
+        RunError: fewer than `min_sites` sites would take part, or sent an update in a round; the previous checkpoint
             can be resumed.
-        RefusedError: too many sites refuse, or have used up their plan, for any round to succeed.
+        RefusedError: so many sites refuse, or have used up their plan, that no round can succeed.
         StuckError: two rounds in a row diverged; a resumed run would fail again.
     """
     there = transport.reach(lead.declared_sizes, timeout_s=lead.asked.federation.round_timeout_s)
@@ -69,7 +70,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
 
 
 def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: Aggregation) -> LeadState:
-    """The state after one more round."""
+    """Run one more round and return the new state."""
     round, started = state.round + 1, time.monotonic()
     sites = list(aggregation.prepare())
     lead.checkpoints.ask(round, sites)
@@ -141,10 +142,11 @@ def _is_sound(adapter: Adapter, metrics: Scores) -> bool:
 
 
 def _back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores) -> tuple[Adapter, Scores]:
-    """Undo a round that diverged: the adapter before it, with its scores; also restores the server optimizer.
+    """Roll back a round that diverged: return the adapter before the round, with its scores, and restore the server
+    optimizer.
 
     Raises:
-        RunError: the round before diverged as well.
+        StuckError: the round before diverged as well.
     """
     shown = ", ".join(f"{name} {score:g}" for name, score in scores.items())
     text = f"round {state.round + 1} diverged ({shown or 'the average is not finite'})"
@@ -180,7 +182,7 @@ def _requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str
 
 
 def _is_spent(replies: RoundReplies, lead: Lead) -> bool:
-    """So many sites have used up the run's plan that no further round can succeed."""
+    """Return True if so many sites have used up the run's plan that no further round can succeed."""
     spent = sum(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
     return len(lead.declared_sizes) - spent < lead.asked.federation.least_sites
 
@@ -200,7 +202,10 @@ def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
 
 
 def _ended(transport: Transport, lead: Lead, state: LeadState, *, adapter: Adapter | None) -> LeadState:
-    """Tell every site that the run is over, and add the answers' receipts; other sites let the run expire."""
+    """Notify every site that the run is over, and add the receipts from their answers to the state.
+
+    Sites that miss the notice let the run expire.
+    """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.asked.key.public, adapter_digest=given.digest() if given else "")
     signed = notice.signed(lead.asked.key)

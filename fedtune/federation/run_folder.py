@@ -1,6 +1,6 @@
-"""A run folder, `runs/<name>/`: which file lies where, who runs it, and what is logged there meanwhile.
+"""The run folder `runs/<name>/`: the layout of its files, its lock, and its log.
 
-It imports next to nothing, so that a command that only looks for a file waits for no torch.
+This module imports almost nothing, so that a command that only looks up a file does not wait for torch.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ ASKED = "asked.jsonl"  # the journal of rounds that were asked for, in the folde
 
 
 def checkpoint_name(round: int | None = None) -> str:
-    """The name of a round's checkpoint, `round-0003.safetensors`; without a round, the pattern of all."""
+    """Return the file name of a round's checkpoint, `round-0003.safetensors`; without a round, a glob pattern for all
+    checkpoints.
+    """
     return f"round-{'*' if round is None else f'{round:04d}'}.safetensors"
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in the folder of a run's checkpoints, oldest first."""
+    """List the files in a run's checkpoint folder, oldest first."""
     # By length first: after round 9999 come names with a digit more.
     return sorted(folder.glob(checkpoint_name()), key=lambda path: (len(path.name), path.name))
 
 
 def run_folders_near(folder: Path) -> str:
-    """The end of a message about a folder that holds no run: the one that may be meant, or those that there are.
+    """Return the end of an error message about a folder without a run: the run that was probably meant, or the existing
+    runs.
 
-    They are looked for beside it, in it, and in runs/; empty where there are none.
+    Searches the parent of `folder`, `folder` itself and runs/; empty if there are no runs.
     """
     for place in filter(os.path.isdir, (folder.parent, folder, Path("runs"))):
         named = {path.parent.name: str(path.parent) for path in sorted(place.glob("*/config.yaml"))}
@@ -51,7 +54,7 @@ def run_folders_near(folder: Path) -> str:
 
 
 def _digest_in(file: Path) -> str | None:
-    """Of the adapter that a file names; None: it names none, or cannot be read."""
+    """Read the adapter digest from a JSON file; None if the file has none or cannot be read."""
     with contextlib.suppress(OSError, ConfigError):
         found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest")
         return found if isinstance(found, str) else None
@@ -60,10 +63,10 @@ def _digest_in(file: Path) -> str | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; wait where another holds it.
+    """Lock `folder` for this process; wait while another process holds the lock.
 
     Raises:
-        ConfigError: the folder, or its file system, does not allow that.
+        ConfigError: the folder, or its file system, does not support locks.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -76,7 +79,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that tolerates a full disk: an error in logging must not end a run, or print."""
+    """A log file that tolerates a full disk: a logging error must not end a run or print anything."""
 
     full: str | None = None  # the full-disk error of a simulated site, which tells the lead only that it failed
 
@@ -93,24 +96,25 @@ class _LogFile(logging.FileHandler):
 
 
 class RunFolder:
-    """The files of one run; none of them needs to be there.
+    """The paths of one run's files; none of the files needs to exist.
 
     Attributes:
-        path: of the folder.
+        path: the run folder.
         config: the composed configuration, as YAML.
-        result: what the run came to (`fedtune.runs.results`).
-        log: locked by the process that runs the folder.
-        adapter: the folder of the final adapter, with the task head beside it.
-        checkpoints: the folder of what a resumed run needs (`fedtune.federation.lead.Checkpoints`).
-        asked: the journal of rounds that were asked for.
-        sites: the folder of a simulation's sites, unless they are kept elsewhere.
-        environment: what the run was made on and with.
-        answers: what each real site answered last.
+        result: the result of the run (`fedtune.runs.results`).
+        log: the log, locked by the process that runs the folder.
+        adapter: the folder of the final adapter, including the task head.
+        checkpoints: the folder of the files that a resumed run needs (`fedtune.federation.lead.Checkpoints`).
+        asked: the journal of requested rounds.
+        sites: the folder of a simulation's sites, unless they are stored elsewhere.
+        environment: the hardware and software of the run.
+        answers: the latest answer from each real site.
         site_reports: the folder of the reports that sites released.
-        selection: of which search the run is a trial (`fedtune.privacy.selection`); beside trials, what each owes.
-        audit: what an audit of the run found.
-        exports: what `fedtune export` wrote: file -> its SHA-256.
-        audit_mark: there from before an audit trains: canaries are among the training data.
+        selection: the search that the run is a trial of (`fedtune.privacy.selection`); in a folder of trials, the cost
+            of the search to each trial.
+        audit: the findings of an audit of the run.
+        exports: the files written by `fedtune export`: file -> its SHA-256.
+        audit_mark: a marker file, written before an audit trains: the training data contain canaries.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,10 +135,11 @@ class RunFolder:
         self.audit_mark = path / "AUDIT.txt"
 
     def create(self, config: bytes) -> list[Path]:
-        """Make the folder, with its configuration as YAML; returns the new folders, the run's first, then its parents.
+        """Create the folder and write its configuration as YAML; return the newly created folders, the run's own first
+        and then its parents.
 
         Raises:
-            ConfigError: it is there, or cannot be made.
+            ConfigError: the folder exists already, or cannot be created.
         """
         new = [each for each in (self.path, *self.path.parents) if not each.exists()]
         try:
@@ -151,17 +156,18 @@ class RunFolder:
         return new
 
     def remove(self, new: Sequence[Path]) -> None:
-        """Undo `create`: remove the folder with its content, and each new parent that is empty."""
+        """Undo `create`: delete the folder with its content, and each new parent that is empty."""
         shutil.rmtree(self.path, ignore_errors=True)  # without a checkpoint no site was asked, so no ledger has begun
         with contextlib.suppress(OSError):
             for parent in new[1:]:
                 parent.rmdir()
 
     def finished_adapter(self) -> Path:
-        """`adapter`, where the run has finished and anybody may use it.
+        """Return the path `adapter`, after checking that the run has finished and its adapter may be used.
 
         Raises:
-            ConfigError: it has not, or is an audit's, or the adapter is another than run.json tells of.
+            ConfigError: the run has not finished, belongs to an audit, or holds an adapter with another digest than in
+                run.json.
         """
         if not self.adapter.is_dir():
             raise ConfigError("run folder", str(self.path), "must hold a finished adapter/; resume the run first")
@@ -169,20 +175,24 @@ class RunFolder:
         return self.adapter
 
     def exported(self) -> dict[str, str]:
-        """File of each export, below its folder's name -> its SHA-256."""
+        """Read the record of exports: file name, relative to the parent of its export folder -> SHA-256."""
         if not self.exports.is_file():
             return {}
         noted = parse_json(self.exports.read_bytes(), key=str(self.exports), bound="must be an object")
         return {str(name): str(digest) for name, digest in noted.items()}
 
     def note_export(self, target: Path) -> None:
-        """Note the hashes of an export's files, so that the run's report names them."""
+        """Record the hashes of an export's files, so that the run's report can list them."""
         new = hashes(target, besides=(CARD, LABEL))
         noted = self.exported() | {f"{target.name}/{name}": digest for name, digest in new.items()}
         write_durably(self.exports, json.dumps(noted, indent=1).encode() + b"\n")
 
     def require_own(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
-        """Raise ConfigError for an audit's adapter, and for one that run.json does not name."""
+        """Check that the adapter with this digest is the result of this run.
+
+        Raises:
+            ConfigError: the adapter comes from an audit, or run.json has another digest.
+        """
         bound, mark, named = "", self.audit_mark.name, _digest_in(self.result)
         if self.audit_mark.exists():
             bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
@@ -196,11 +206,15 @@ class RunFolder:
 
     @property
     def saved_checkpoints(self) -> list[Path]:
-        """The checkpoints that are there, oldest first."""
+        """The existing checkpoints, oldest first."""
         return saved_checkpoints(self.checkpoints)
 
     def has_begun(self) -> bool:
-        """True if a run has begun here; where none is running, removes the rest of one that was killed before."""
+        """Return True if the folder holds a run with a checkpoint or a result.
+
+        If the folder was left by a process that was killed before the first checkpoint, and none is running, it is
+        deleted.
+        """
         if self.saved_checkpoints or self.result.exists():
             return True
         if self.config.is_file() and self.log.is_file():  # whatever has no log was no run
@@ -210,10 +224,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep two processes from running the folder: their ledgers and checkpoints would mix.
+        """Hold the lock of the folder, because two processes that run it would mix their ledgers and checkpoints.
 
         Raises:
-            ConfigError: another process runs it.
+            ConfigError: another process is running the folder.
         """
         with self.log.open("a") as held:  # the lock ends with the process, even if that is killed
             try:
@@ -224,7 +238,7 @@ class RunFolder:
 
     @property
     def is_running(self) -> bool:
-        """True if a process holds the folder; changes nothing in it."""
+        """True if a process holds the lock of the folder; checking it changes nothing."""
         if not self.log.is_file():
             return False
         with self.log.open() as held:
@@ -236,7 +250,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def logged(self, level: str) -> Iterator[None]:
-        """Send fedtune's and Flower's log to a file; the terminal shows the run's progress only."""
+        """Send the logs of fedtune and Flower to a file, so that the terminal shows only the progress of the run."""
         handler = _LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]

@@ -1,4 +1,6 @@
-"""Secure sums, the lead's half: a session of all sites, and one sum of their noisy gradient sums in each round."""
+"""The lead's side of secure aggregation: a session of all sites, and in each round one sum of their noisy gradient
+sums.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +38,16 @@ MOST_LOST = 5
 
 
 class SecureSums:
-    """The aggregation of a run whose plan has secure sums.
+    """The aggregation of a run that uses secure aggregation.
 
     Args:
-        transport: reaches the sites.
-        lead: of the run; its checkpoints keep the session for a lead that is started again.
-        state: the run's, for the length of its adapter.
+        transport: the connection to the sites.
+        lead: the lead of the run; its checkpoints store the session for a lead that is restarted.
+        state: the state of the run, which gives the length of its adapter.
 
     Attributes:
-        session: the lead's name for the session that goes on; empty: none has begun.
-        left_out: sites that no round is asked of any more.
+        session: the lead's name for the current session; empty before the first one.
+        left_out: the sites excluded from all further rounds.
     """
 
     def __init__(self, transport: Transport, lead: Lead, state: LeadState) -> None:
@@ -62,7 +64,7 @@ class SecureSums:
             self._go_on(kept)
 
     def _go_on(self, kept: bytes) -> None:
-        """Take over what an earlier lead kept; without its session where that is none of these terms."""
+        """Restore the state that an earlier lead stored; its session is dropped if it does not match the terms."""
         try:
             fields = parse_json(kept, key="session", bound="must be JSON")
             self.left_out = frozenset(map(str, fields["left_out"]))
@@ -74,7 +76,7 @@ class SecureSums:
             log.warning("no session of the secure sum to go on in: %s", error)
 
     def _keep(self) -> None:
-        """Keep what is known for the run's next lead: all of it is public."""
+        """Store the state, all of it public, for a lead that is restarted."""
         fields = {
             "left_out": sorted(self.left_out),
             "accused": sorted(map(sorted, self._accused)),
@@ -84,9 +86,9 @@ class SecureSums:
         self._lead.checkpoints.keep_session(json.dumps(fields).encode())
 
     def resume(self, state: LeadState) -> LeadState:
-        """The state after every round that a lead before this one asked for: none of these releases is begun again.
+        """Count every round that an earlier lead requested as lost; none of these releases is restarted.
 
-        A site confirms only the survivors that it was asked about first, and this lead does not know them.
+        A site confirms only the survivors that it was first asked about, and a restarted lead does not know them.
         """
         lead = self._lead
         for round, sites in sorted(dict(lead.checkpoints.asked(after=state.round)).items()):
@@ -105,10 +107,15 @@ class SecureSums:
         return state
 
     def restore(self, strategy: Arrays) -> None:
-        """Nothing: the optimizer's state is that of the run alone."""
+        """Do nothing: the optimizer's state is part of the run's state."""
 
     def combine(self, state: LeadState, replies: RoundReplies) -> Made:
-        """The adapter after a step with the sum of a round's uploads; the one before where it cannot be read."""
+        """Apply an optimizer step with the sum of a round's uploads; if the sum cannot be computed, keep the previous
+        adapter.
+
+        Raises:
+            RunError: two rounds in a row, or `MOST_LOST` rounds in all, had no sum.
+        """
         lead, adapter, strategy = self._lead, state.adapter, state.strategy
         sites: tuple[str, ...] = ()
         try:
@@ -137,13 +144,13 @@ class SecureSums:
         return Made(adapter, sites, {**replies.failures, **failures}, strategy)
 
     def prepare(self) -> tuple[str, ...]:
-        """The members that a round may be asked of: in one session, before anybody pays.
+        """Return the members that can take part in a round, all in one session, before any site is charged.
 
-        A session begins where there is none, or where a member has no part in it any more: it was started again.  Where
-        some member does not come into a new one, the old one goes on without it.
+        A new session begins if there is none yet, or if a restarted member has lost its part in the current one.  If a
+        member does not join the new session, the old session continues without that member.
 
         Raises:
-            RunError: fewer than the threshold are ready.
+            RunError: fewer members than the threshold are ready.
         """
         failed: Mapping[str, str] = {}
         here, missing = self._rejoin()
@@ -162,7 +169,9 @@ class SecureSums:
         return ready
 
     def _rejoin(self) -> tuple[list[str], dict[str, Refusal | None]]:
-        """The sites in the session, and why others are not: they do not answer, or have lost their part in it."""
+        """Return the sites in the session, and the reasons for the others: they do not answer, or have lost their part
+        in it.
+        """
         if self._begun is None:
             return [], {}
         joined, missing = self._ask(JOIN, self.session, dict.fromkeys(self._terms.sites, self._announced))
@@ -170,7 +179,9 @@ class SecureSums:
         return right, missing
 
     def _begin(self) -> dict[str, str]:
-        """Begin a session with keys of all members; which sites keep it from that, and why: empty where it began."""
+        """Begin a session with keys from all members; return the sites that prevented it, with reasons (empty on
+        success).
+        """
         why: dict[str, str] = {}
         for _ in range(_SESSIONS):
             name = secrets.token_hex(16)
@@ -198,10 +209,10 @@ class SecureSums:
         return why
 
     def total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-        """The sum of a round's uploads, (values,), and the sites that are in it.
+        """Compute the sum of a round's uploads, shape (values,), and return it with the sites that it includes.
 
         Raises:
-            Unreadable: too few sites took the steps that it needs; the next round may go on.
+            Unreadable: too few sites completed the protocol; the next round may succeed.
         """
         assert self._begun is not None, "prepare first"
         release = Summation(self._begun, release=round)
@@ -225,11 +236,11 @@ class SecureSums:
                 log.warning("secure sum: a wrong share of %s's, by %s", dealer, holder)
 
     def _suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
-        """Leave out the site that made a sum unreadable, if that can be told.
+        """Exclude the site that made a sum unreadable, if it can be identified.
 
-        Either the holder or the dealer of a wrong share is at fault.  A site is left out if it has part in wrong shares
-        with more other sites than can collude, and with more than any other site has.  Pairs with a site that was left
-        out earlier do not count.
+        Either the holder or the dealer of a wrong share is at fault.  A site is excluded if it is involved in wrong
+        shares with more other sites than can collude, and with more than any other site is.  Pairs with an already
+        excluded site do not count.
         """
         self._accused |= {frozenset(pair) for pair in wrong_shares}
         pairs = [pair for pair in self._accused if len(pair) > 1 and not pair & self.left_out]
@@ -245,7 +256,11 @@ class SecureSums:
     def _ask(
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
     ) -> tuple[dict[str, bytes], dict[str, Refusal | None]]:
-        """The answers by site, in the members' order, and why others gave none; None: they did not answer."""
+        """Send one step's request to the sites; return their answers, in the members' order, and the refusals of the
+        others.
+
+        A refusal of None means that the site did not answer.
+        """
         run = self._lead.asked
         timeout_s = run.federation.round_timeout_s
         expires, questions = time.time() + timeout_s, []

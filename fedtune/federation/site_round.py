@@ -1,4 +1,6 @@
-"""One round at a site: check, reserve, train, commit, reply.  The site decides; nothing here trusts the server."""
+"""One round at a site: check, reserve, train, commit, reply.  The site makes every decision and does not trust the
+server.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """The result of a round at a site."""
+    """The result of training a round at a site."""
 
     adapter: Adapter | None = None  # after the plan's noisy steps; None where the plan has secure sums
     share: npt.NDArray[np.int64] | None = None  # of a secure sum: the site's noisy gradient sum in integers, (values,)
@@ -60,7 +62,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run that policy and budget allow, as the site itself reads the lead's configuration."""
+    """A run that policy and budget allow, derived by the site itself from the lead's configuration."""
 
     proposal: Proposal  # derived from the configuration; a request with another one is refused
     template: Adapter  # an adapter with the names and shapes that this run trains
@@ -70,11 +72,11 @@ class Prepared:
 
 
 class Site(ABC):
-    """A site as a round sees it, opened for one request.  Methods with an empty body are optional.
+    """The interface of a site during a round, opened for one request; methods with an empty body are optional.
 
     Args:
         ledger: the site's own record of what was charged, under its own policy.
-        sums: the site's state in secure sums; None: it takes part in none.
+        sums: the site's state in secure aggregation; None if it takes part in none.
     """
 
     def __init__(self, ledger: Ledger, *, sums: SumsAtSite | None = None) -> None:
@@ -82,64 +84,73 @@ class Site(ABC):
 
     @property
     def paused(self) -> bool:
-        """A person at the site wants it to pause."""
+        """Whether a person at the site has paused it."""
         return False
 
     def check_settings(self, proposal: Proposal) -> None:  # noqa: B027
-        """Read the lead's settings of the run, before a person is asked to approve it; may raise Refused."""
+        """Check the lead's settings of the run, before a person is asked to approve it.
+
+        Raises:
+            Refused: the site does not accept the settings.
+        """
 
     @abstractmethod
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Prepare for a run that policy, budget and person allow; may raise Refused, and may take long.
+        """Prepare a run that policy, budget and person allow; this may take long.
 
-        It opens no record: otherwise a request that is refused in the end would reveal something of them.
+        No record is read here: otherwise a request that is refused later would reveal something about the records.
+
+        Raises:
+            Refused: the site cannot take part in the run.
         """
 
     def store(self, proposal: Proposal) -> None:  # noqa: B027
-        """Write the run's files before a round is charged, so that a failure to write charges nothing."""
+        """Write the run's files before a round is charged, so that a failed write charges nothing."""
 
     def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
-        """Read each user's cohort by the user's own records, for a run that is limited to cohorts."""
+        """Determine each user's cohort from the user's own records, for a run that is limited to cohorts."""
         raise NotImplementedError
 
     @abstractmethod
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
-        """Train the adapter for a prepared run's round and the given attempt.
+        """Train the adapter in a round of a prepared run; `attempt` numbers the tries of the round.
 
-        No step but this one and `arrivals` reads records.  It uses those of users that are `admitted`; None: all.
+        Only this method and `arrivals` read records.  Training uses the records of the users in `admitted`; None: of
+        all users.
         """
 
     def keep(self, run: str, adapter: Adapter) -> None:  # noqa: B027
-        """Store a run's final adapter."""
+        """Store the final adapter of a run."""
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:  # noqa: B027
-        """Ask a person at the site to approve a run, which a lead with this version of fedtune proposes."""
+        """Ask a person at the site to approve a run; `software` is the version of fedtune at the lead."""
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
-    """Answer a request with an update, or with a reason from the closed list.
+    """Answer a round request with an update, or with a refusal for a reason from the closed list.
 
-    Guarantee: records are trained on only after the ledger has durably charged the round, and no text of an exception
-    leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.  A sender that is not an
-    allowed lead learns nothing of the ledger.
+    Guarantee: the site trains on records only after its ledger has durably charged the round, and no exception text
+    leaves the site: an unexpected failure becomes `site_error`, and its details stay in the site's log.  A sender that
+    is not an allowed lead learns nothing about the ledger.
     """
     return _reply(site, signed, RoundRequest.of, lambda request: _update(site, request, adapter))
 
 
 def consider(site: Site, signed: Signed) -> Reply:
-    """Say whether the site would take part in a run as things stand: an offer, or a reason from the closed list.
+    """Answer an invitation with an offer, or with a refusal for a reason from the closed list.
 
-    Guarantee: as for `answer`, and nothing is charged or set aside.
+    Guarantee: as for `answer`, and nothing is charged or reserved.
     """
     return _reply(site, signed, Invitation.of, lambda asked: _offer(site, asked))
 
 
 def take_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
-    """Take a step of a run's secure sums: the protocol's own message, or a reason from the closed list.
+    """Perform a step of secure aggregation, and return a protocol message or a refusal for a reason from the closed
+    list.
 
-    Guarantee: nothing is charged, and no record is read; what is said follows from keys, seeds and the lead's messages
+    Guarantee: nothing is charged and no record is read; the answer depends only on keys, seeds and the lead's messages
     (`fedtune.federation.secure`).
     """
     return _attempt(site, signed, SumRequest.of, lambda request: _step(site, request, parts))[1]
@@ -191,7 +202,9 @@ def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: C
 def _attempt(
     site: Site, signed: Signed, read: Callable[[Signed], _R], work: Callable[[_R], _T]
 ) -> tuple[_R | None, _T | Refusal]:
-    """The request, unless it cannot be read, and what `work` makes of it, or a reason from the closed list."""
+    """Read a request and run `work` on it; return the request (None if unreadable) and the result, or a refusal for a
+    reason from the closed list.
+    """
     request: _R | None = None
     try:
         with panics_as_errors():
@@ -210,15 +223,19 @@ def _attempt(
 
 
 def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | None:
-    """Release the budget that an ended run set aside and did not spend; only its own lead can end a run.
+    """Release the budget that a finished run reserved and did not spend; only the run's own lead can end it.
 
     Args:
         site: the site that received the notice.
         signed: the lead's notice.
-        adapter: the final adapter, if it came with the notice; kept if the policy says so.
+        adapter: the final adapter, if the notice came with one; stored if the policy says so.
 
     Returns:
-        A receipt for all that the run was charged, and that it is over; None if the site was never asked.
+        A receipt for everything that the run was charged, which also records its end; None if the site was never asked
+        about the run, or cannot read its ledger.
+
+    Raises:
+        Refused: the sender is not the run's lead, or the adapter does not match the notice.
     """
     notice = EndOfRun.of(signed)
     known = site.ledger.history.runs.get(notice.run)
@@ -255,7 +272,7 @@ def _offer(site: Site, asked: Invitation) -> Offer:
 
 
 def _prepared(site: Site, request: Request) -> Prepared:
-    """Prepare for a run that the site may take part in; raises Refused for any other.  Charges nothing."""
+    """Prepare a run that the site may take part in, without charging anything; raises Refused if the site may not."""
     _check_asker(site, request)
     if site.paused:
         raise Refused(Reason.PAUSED)
@@ -331,7 +348,11 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
 def _protect(
     site: Site, request: RoundRequest, trained: Trained, *, sent: Adapter, dtype: str
 ) -> Tensors | Difference | Masked:
-    """An update leaves with its site's noise, rounded if the run says so; a share leaves under the session's masks."""
+    """Protect the result of training before it leaves the site.
+
+    A plain update already has the site's own noise, and is rounded to bfloat16 if the run says so; a share for secure
+    aggregation gets the masks of the session.
+    """
     if request.session:  # set if and only if the plan has secure sums
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
@@ -352,7 +373,7 @@ def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter
 
 
 def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
-    """Note the refusal in the log and the ledger, and make it a reply."""
+    """Record a refusal in the log and the ledger, and build the reply."""
     if request and refused.reason in (Reason.SETTINGS, Reason.PLAN_CHANGED) and request.software != build():
         asked = f"{refused.asked or 'these settings'} (fedtune {request.software})"
         refused = Refused(refused.reason, asked=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
@@ -392,9 +413,10 @@ def _refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
 
 @contextmanager
 def _held_to_a_schedule(every_s: float) -> Iterator[None]:
-    """Pad work on records to a multiple of `every_s`, even if it fails, because its time reveals their number.
+    """Pad the time spent on records to a multiple of `every_s`, even on failure, because the duration reveals how many
+    there are.
 
-    Nothing before it opens a record, so a refusal need not wait.
+    A refusal before this point need not wait, because no record was read.
     """
     began = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""Settings of a federation: who takes part, for how long, and how updates become one adapter."""
+"""Settings of a federation: the sites, the number of rounds, and the rule that combines updates into one adapter."""
 
 from __future__ import annotations
 
@@ -25,42 +25,46 @@ MOST_SITES = 10_000  # each has a name and a declared size, and settings also co
 
 @spec
 class FederationSpec:
-    """The rounds, the sites and the rule for averaging.
+    """The rounds, the sites and the aggregation rule of a federation.
 
     Attributes:
         num_rounds: the number of exchanges between server and sites.
         num_sites: the number of sites in a simulation.
-        site_names: a name for each site of a simulation; empty: site-1, site-2, ...
+        site_names: the names of the sites in a simulation; empty: site-1, site-2, ...
         participants: the names of the sites that take part in a simulation; empty: all of them.
         min_sites: the fewest updates that a round needs; with fewer the run ends.
         if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
-        spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried, and
-            a secure sum that could not be read made up for by another release.
-        stop_after: end the run after this many rounds without a better score on the lead's own validation file; null:
-            run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
-        keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
-        aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up a noisy gradient
-            sum of each site, of which the lead learns the total alone, and the lead takes the optimizer's step.
-            With "secure", rounds, steps, threshold and rates that nobody gives are chosen (docs/secure_aggregation.md).
-        update_dtype: the number format of a plain update on its way to the lead: "bfloat16", which rounds the
-            difference to the adapter that was sent, or "float32", which takes twice the bytes.  Without effect on
-            secure sums, which travel in integers.
-        threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server, or
-            `enough_sites`, or else all sites, where training.local_steps is not given either.
-        colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
-        strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
-            "fedmedian"); the weights are declared sizes.
+        spare_rounds: additional rounds covered by the noise calibration, so that an interrupted round can be retried,
+            and an unreadable sum of secure aggregation can be replaced by another release.
+        stop_after: early stopping: end the run after this many rounds without a better score on the lead's own
+            validation file; null: run all rounds.  The unused budget of the sites is released; the run still claims the
+            planned epsilon.
+        keep_round: checkpoint selection: the run keeps the adapter of the "last" round, or of the "best" round by the
+            score on that file.
+        aggregation: "plain" averages the sites' updates, each with its own noise; "secure" sums the sites' noisy
+            gradient sums so that the lead learns only the total, and the lead applies the optimizer step.  With
+            "secure", rounds, steps, threshold and rates that are not set are chosen automatically
+            (docs/secure_aggregation.md).
+        update_dtype: the number format of a plain update on its way to the lead: "bfloat16" sends the rounded
+            difference to the adapter that the site received, "float32" takes twice the bytes.  Has no effect on secure
+            aggregation, which sends integers.
+        threshold: the fewest sites that a sum of secure aggregation may include; null: as many as withstand a malicious
+            server, or `enough_sites`, or else all sites, where training.local_steps is not given either.
+        colluders: the number of sites that may reveal their noise to the server; in secure aggregation, the noise of
+            the other sites must suffice.
+        strategy: Flower's aggregation strategy ("fedavg", "fedadam", "fedavgm" or "fedmedian"); updates are weighted by
+            declared size.
         server_learning_rate: the server's learning rate in FedAdam and FedAvgM.
-        server_momentum: FedAvgM's momentum, and FedAdam's beta_1.
-        server_beta_2: FedAdam's second moment decay.
-        server_tau: FedAdam's degree of adaptivity.
-        renewal: how many runs came before this one, each of which renewed the one before; `--renew` counts them.
-        round_timeout_s: how long the server waits for a round's replies.
-        enough_sites: the number of updates after which a round waits only `grace_s` for more; null: a round waits for
-            every site that is at work.
-        grace_s: how much longer a round waits once it has enough updates, or once it has `min_sites` updates and all
-            other sites are offline, paused, waiting for a person or have refused.
+        server_momentum: the momentum of FedAvgM, and beta_1 of FedAdam.
+        server_beta_2: the second moment decay of FedAdam.
+        server_tau: the degree of adaptivity of FedAdam.
+        renewal: the number of earlier runs in this series of renewals; `--renew` increments it.
+        round_timeout_s: how long the server waits for the replies of a round, in seconds.
+        enough_sites: the number of updates after which a round waits only `grace_s` for stragglers; null: a round waits
+            for every site that is working.
+        grace_s: how much longer, in seconds, a round waits once it has enough updates, or once it has `min_sites`
+            updates and all other sites are offline, paused, waiting for a person or have refused.
     """
 
     num_rounds: int = 5
@@ -138,13 +142,13 @@ class FederationSpec:
 
     @property
     def least_sites(self) -> int:
-        """The fewest sites with which a round comes to anything."""
+        """The fewest sites with which a round can succeed."""
         together = self.together
         return self.min_sites if together is None else max(self.min_sites, together.threshold)
 
     @property
     def together(self) -> Together | None:
-        """The makers of the noise of secure sums, together; None: every site has noise of its own."""
+        """The joint noise parameters of secure aggregation; None if every site adds its own noise."""
         if self.aggregation == "plain":
             return None
         sites, threshold = len(self.active), self.threshold
@@ -154,22 +158,24 @@ class FederationSpec:
 
     @property
     def chooses(self) -> bool:
-        """Validation scores decide when the run ends, or whose adapter it keeps."""
+        """Whether validation scores decide when the run ends, or which adapter it keeps."""
         return self.stop_after is not None or self.keep_round == "best"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All sites' names in their fixed order."""
+        """The names of all sites, in a fixed order."""
         return self.site_names or tuple(f"site-{number}" for number in range(1, self.num_sites + 1))
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The sites that take part, in the order of `names`."""
+        """The participating sites, in the order of `names`."""
         chosen = set(self.participants or self.names)
         return tuple(name for name in self.names if name in chosen)
 
     def too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
-        """The words for fewer than `least_sites` sites that did something, with the reasons of the others."""
+        """Return an error text saying that fewer than `least_sites` sites did something, with the reasons of the other
+        sites.
+        """
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
         key = "min_sites" if self.least_sites == self.min_sites else "threshold"
         needed = f"federation.{key} = {self.least_sites} are needed"
@@ -178,19 +184,21 @@ class FederationSpec:
 
 @spec
 class PublicSpec:
-    """A stage before round 1: the lead alone trains on public records, without privacy, and the sites begin in that.
+    """A warm start before round 1: the lead trains on public records, without privacy, and the sites start from the
+    result.
 
-    What is null is chosen when the run is composed (docs/warm_start.md).
+    A value of null is chosen when the run is composed (docs/warm_start.md).
 
     Attributes:
-        train_file: its records, labelled as those of the sites.  Whoever names it declares that they are public.  Null:
-            there is no such stage.
-        columns: the column for each role in this file, as `data.columns`; null: as there.  A language model may read
-            plain texts here ({text: body}) and other records at the sites.
-        num_rounds: of this stage; null: `federation.num_rounds`.
-        local_steps: optimizer steps in each; null: `training.local_steps`.
-        learning_rate: of the LoRA tensors in this stage; null: a third of what it is without privacy.
-        head_learning_rate: of the task head in this stage; null: likewise.
+        train_file: the public records, labeled like the sites' records.  Whoever sets this file declares that it is
+            public.  Null: no warm start.
+        columns: the column for each role in this file, as in `data.columns`; null: the same columns.  A language model
+            may read plain texts here ({text: body}) and other records at the sites.
+        num_rounds: the number of rounds in the warm start; null: `federation.num_rounds`.
+        local_steps: the number of optimizer steps in each round; null: `training.local_steps`.
+        learning_rate: the learning rate of the LoRA tensors in the warm start; null: a third of the rate without
+            privacy.
+        head_learning_rate: the learning rate of the task head in the warm start; null: likewise.
     """
 
     train_file: str | None = None

@@ -1,4 +1,6 @@
-"""How a lead's questions reach its sites and their answers come back: all that rounds need of whatever carries them."""
+"""The interface between the round logic and the network: how the lead's questions reach the sites, and the answers come
+back.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from fedtune.privacy.release import Receipt, Refusal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A lead's signed word for one site, with what travels beside it."""
+    """A lead's signed question for one site, with its attachments."""
 
     site: str
     signed: Signed
@@ -24,26 +26,28 @@ class Question:
 
 
 class Transport(Protocol):
-    """Carries questions to sites, and yields each answer as it comes, so that memory need not hold two.
+    """A connection that sends questions to sites and yields each answer as it arrives, so that memory holds one answer
+    at a time.
 
-    An exchange ends when all have answered or `timeout_s` is over; with real sites sooner, as `Closing` has it.  A site
-    with an answer of another kind counts as silent.  Nothing that comes is believed without a site's signature.
+    An exchange ends when all sites have answered or `timeout_s` is over; with real sites it can end sooner, by the rule
+    in `Closing`.  A site that answers with a message of another type counts as silent.  No message is trusted without a
+    site's signature.
     """
 
     def reach(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
-        """The sites that can be asked; `sites` are waited for."""
+        """Wait for `sites`, and return all sites that can be asked."""
 
     def invite(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        """Ask whether sites would take part in a run."""
+        """Ask sites whether they would take part in a run."""
 
     def train(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        """Ask for updates."""
+        """Request updates from sites."""
 
     def sum_up(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, bytes | Refusal]]:
-        """Ask for a step of a secure sum."""
+        """Request a step of secure aggregation from sites."""
 
     def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:
-        """Tell that a run is over; the answers say what it was charged."""
+        """Notify sites that a run is over; each answer is a receipt of what the run was charged."""
 
     def traffic(self) -> tuple[int, int]:
-        """Payload to the sites and from them since the last call, in bytes."""
+        """Return the payload sent to the sites and received from them since the last call, in bytes."""

@@ -1,4 +1,6 @@
-"""A round's valid updates on disk, from when each came until all are averaged: memory holds one of them."""
+"""A disk store for a round's valid updates, from their arrival until they are averaged, so that memory holds one update
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,14 @@ from fedtune.spec import RunError
 
 
 class Arrived:
-    """Updates with the names and shapes of `sent`, each kept as one vector of its values.
+    """Updates with the names and shapes of `sent`, each stored as one flat vector.
 
-    Used as a context manager, which leaves nothing behind; what a killed process left is removed by the next one.
-    The lead sees every update anyway, so a folder that only its own user can read keeps nothing new.
+    A context manager, which deletes the store on exit; files left by a killed process are removed by the next one.  The
+    lead sees every update anyway, so a folder that only its own user can read reveals nothing new.
 
     Args:
-        folder: this round's own; made, and emptied before.
+        folder: the folder of this round; created, and emptied first.
+        sent: the adapter that the round started from.
     """
 
     def __init__(self, folder: Path, sent: Adapter) -> None:
@@ -36,10 +39,10 @@ class Arrived:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def put(self, site: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Keep a site's update.
+        """Store a site's update.
 
         Raises:
-            RunError: the disk does not take it.
+            RunError: the update cannot be written to disk.
         """
         try:
             with self._path(site).open("wb") as file:
@@ -50,11 +53,11 @@ class Arrived:
             raise RunError(f"{self._folder} takes no more of a round ({error.strerror}): it needs {needed}") from error
 
     def values(self, site: str, *, start: int, count: int) -> npt.NDArray[np.float32]:
-        """`count` values of a site's update, from the `start`-th on; shape (count,)."""
+        """Read `count` values of a site's update, starting at index `start`; shape (count,)."""
         return np.fromfile(self._path(site), dtype="<f4", count=count, offset=4 * start)
 
     def adapter(self, values: npt.NDArray[np.float32]) -> Adapter:
-        """The adapter whose values, in the order in which updates are kept, are these; shape (num_values,)."""
+        """Build an adapter from a flat vector of all values, in the storage order; shape (num_values,)."""
         ends = np.cumsum([value.size for value in self.sent.tensors.values()])
         parts = np.split(values, ends[:-1])
         named = zip(self.sent.tensors.items(), parts, strict=True)

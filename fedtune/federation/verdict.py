@@ -1,6 +1,6 @@
-"""A dry run of a site's policy and budget against a proposed run; it decides nothing.
+"""A dry run of a proposed run against a site's policy and budget; nothing is binding.
 
-The site itself decides when the run's first request arrives, and its ledger may have changed by then.
+The site decides when the first request of the run arrives, and its ledger may have changed by then.
 """
 
 from __future__ import annotations
@@ -33,23 +33,25 @@ _LESS_NOISE = 0.97  # of the least noise that is accepted: so much less that the
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """The answer to expect from one site to a run that it does not know yet.
+    """The expected answer of one site to a run that the site does not know yet.
 
     Attributes:
-        policy: the file that was read.
+        policy: the path of the policy file.
+        site: the name of the site.
         lead: the lead's public key.
-        broken: every broken rule, the budget's included; empty: the site would accept.
-        ledger: "read", "new" where the file is missing and the site would begin one, or "in doubt".
-        taken: epsilon that was charged or is set aside for open runs, by the filter.
-        would_be: the same with this run's whole plan.
-        max_epsilon: the lifetime cap; infinite: none.
-        runs_left: runs like this one that still fit the lifetime cap one after another; None without a cap.
-        most_rounds: the most rounds, up to the run's own, that would be accepted.
-        least_noise: the least noise, from the run's own upwards, that would be; None: more noise alone does not help.
+        broken: every broken rule, including those of the budget; empty: the site would accept.
+        ledger: "read", "new" (there is no file, and the site would create one), or "in doubt".
+        taken: the epsilon already charged or reserved for open runs, by the filter.
+        would_be: the same epsilon including the whole plan of this run.
+        max_epsilon: the lifetime cap; infinite: no cap.
+        runs_left: how many runs like this one still fit the lifetime cap, one after another; None without a cap.
+        most_rounds: the largest number of rounds, up to the run's own, that the site would accept.
+        least_noise: the smallest noise multiplier, from the run's own upwards, that the site would accept; None: more
+            noise alone does not help.
         note: a further remark, in one sentence.
-        most_epsilon: the largest `privacy.epsilon`, up to `MOST_EPSILON`, that would be accepted, all else as planned;
-            None: no epsilon would, or it was not searched for.
-        limit: the rule that refuses a larger epsilon; None: no rule does.
+        most_epsilon: the largest `privacy.epsilon`, up to `MOST_EPSILON`, that the site would accept, everything else
+            as planned; None: the site accepts no epsilon, or none was searched for.
+        limit: the rule that a larger epsilon breaks; None: no rule.
     """
 
     policy: str
@@ -69,30 +71,30 @@ class Verdict:
 
     @property
     def allowed(self) -> bool:
-        """The site would accept the run as it is planned."""
+        """Whether the site would accept the run as planned."""
         return not self.broken
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, with each broken rule by its name."""
+        """Return the fields as plain JSON, with each broken rule by its name."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         limit = self.limit and self.limit.to_json()
         return fields | {"broken": [one.to_json() for one in self.broken], "limit": limit, "allowed": self.allowed}
 
 
 def strictest_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict with the smallest `most_epsilon`: at that epsilon every site accepts the run."""
+    """Return the verdict with the smallest `most_epsilon`, an epsilon at which every site accepts the run."""
     return min(verdicts, key=lambda one: 0.0 if one.most_epsilon is None else one.most_epsilon)
 
 
 def ask(
     path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int], find_most_epsilon: bool = False
 ) -> Verdict:
-    """Check `proposal` against the policy in the file `path`; the ledger is read if it exists, and never written.
+    """Check a proposal against the policy file at `path`; the ledger is read if it exists, and never written.
 
     Args:
         path: a site.toml.
-        proposal: the run.
-        declared_sizes: the sites' sizes according to the run.
+        proposal: the proposal of the run.
+        declared_sizes: site -> its size according to the run.
         find_most_epsilon: whether to search for the largest epsilon that the site accepts; takes some seconds.
 
     Raises:
@@ -134,7 +136,7 @@ def ask(
 
 
 class _Budget:
-    """A policy and what is left of its budget at one moment."""
+    """A policy and the rest of its budget at one moment."""
 
     def __init__(self, policy: Policy, history: History) -> None:
         self._now = history.now()
@@ -145,7 +147,7 @@ class _Budget:
         self._rules = dataclasses.replace(policy, budget=uncapped)
 
     def refusals(self, proposal: Proposal) -> Iterator[Refused]:
-        """The ledger's reasons to refuse `proposal`."""
+        """Yield the ledger's reasons to refuse `proposal`."""
         try:
             spending.require_usable(self._history)
         except Refused as refused:
@@ -156,17 +158,17 @@ class _Budget:
             yield refused
 
     def accepts(self, proposal: Proposal) -> bool:
-        """Rules and budget accept `proposal`; conservative for a plan just below a cap."""
+        """Return True if rules and budget accept `proposal`; conservative for a plan just below a cap."""
         if next(self.refusals(proposal), None) or self._rules.broken_rules(proposal):
             return False
         most = self._policy.budget.max_epsilon_per_run
         return most is None or target_epsilon(dataclasses.replace(proposal.plan, runs=1)) <= most
 
     def most_epsilon(self, proposal: Proposal) -> tuple[float | None, Refused | None]:
-        """Find the largest epsilon of a run like `proposal` that is accepted, and the rule that refuses a larger one.
+        """Find the largest acceptable epsilon for a run like `proposal`, and the rule that a larger epsilon breaks.
 
-        The result is rounded down to four digits, or to the three digits nearby that are accepted, too: a cap is mostly
-        an even number, and the search for noise stops just short of it.
+        The result is rounded down to four digits, or to the nearest three digits if that is accepted as well: a cap is
+        usually a round number, and the noise search stops just short of it.
         """
 
         def at(noise: float) -> Proposal:
@@ -190,17 +192,19 @@ class _Budget:
         return found, next(chain(self._policy.broken_rules(less), self.refusals(less)), None)
 
     def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
-        """Epsilon of all that is taken and of what is `asked`, by the ledger's filter; of the plan's dearest cohort."""
+        """Compute the epsilon of everything charged or reserved plus `asked`, by the ledger's filter, for the plan's
+        cohort with the highest spending.
+        """
         cohorts = self._history.cohorts(plan.cohorts)
         return max(self._history.epsilon(self._history.taken(self._now, cohort) + asked) for cohort in cohorts)
 
     def runs_left(self, plan: Plan) -> int | None:
-        """How many runs with this plan still fit the lifetime cap; None: there is none."""
+        """Count how many runs with this plan still fit the lifetime cap; None without a cap."""
         return spending.runs_left(self._history, self._policy, plan.whole, self._now, admitted=plan.cohorts)
 
 
 def history_of(files: SiteFiles) -> History:
-    """The history of a site's ledger, with every event checked; empty if there is no ledger yet.
+    """Load the history of a site's ledger, with every event verified; empty if there is no ledger yet.
 
     Raises:
         RunError: the ledger is inconsistent, or was made for another policy.
@@ -214,7 +218,9 @@ def history_of(files: SiteFiles) -> History:
 
 
 def _wrong_size(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
-    """The refusal of a run that takes the site for another size than it declares; both publish it."""
+    """Return a refusal if the run's size for the site differs from the size that the site declares; both sizes are
+    public.
+    """
     own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)
     asked = declared_sizes.get(policy.site)
     return [] if None in (own, asked) or own == asked else [Refused(Reason.DECLARED_SIZE, asked=asked, allowed=own)]

@@ -1,4 +1,4 @@
-"""The only layer that knows Flower: apps, strategies, grids, and the simulation."""
+"""The only layer that depends on Flower: apps, strategies, grids, and the simulation."""
 
 import os
 

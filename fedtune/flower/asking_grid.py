@@ -1,10 +1,11 @@
-"""The lead's questions to its sites, each open until it is answered or its time is up: over any server of Flower's.
+"""The lead's questions to its sites, each open until it is answered or times out, over any of Flower's servers.
 
-A question is asked again when its site comes back, when its answer was lost on the way, or when a person at the site
-has not decided yet.  That is safe, because a site answers the same request twice with the same bytes, charged once.
+A question is repeated when its site comes back online, when its answer was lost in transit, or when a person at the
+site has not decided yet.  Repeating it is safe, because a site answers the same request twice with the same bytes and
+charges it once.
 
-`AskingGrid` is the rule; its subclasses carry the messages.  `FlowerGrid` uses Flower's public Grid alone, in a
-ServerApp that a SuperExec starts (`bundle.py`).  `fedtune.ops.wire.remote_grid` is our own wire.
+`AskingGrid` implements the rule; its subclasses transport the messages.  `FlowerGrid` uses only Flower's public Grid,
+in a ServerApp that a SuperExec starts (`bundle.py`).  `fedtune.ops.wire.remote_grid` is fedtune's own wire protocol.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Heard:
 
 @dataclass
 class OpenQuestion:
-    """The question to one site, until it has answered."""
+    """The question to one site, open until the site has answered."""
 
     question: Message
     message_ids: set[str]  # under which it was asked; an answer to any of them will do
@@ -56,7 +57,9 @@ class OpenQuestion:
 
     @property
     def has_begun(self) -> bool:
-        """The site, asked again, has not said the same again: it works, and may be charged by now."""
+        """True if the site has not answered within `_SAYS_SO_AGAIN_S` seconds of the last request: it is working, and
+        may already be charged.
+        """
         return bool(self.message_ids) and time.monotonic() - self.asked >= _SAYS_SO_AGAIN_S
 
 
@@ -67,12 +70,12 @@ it is lost, and who sent it can send it again."""
 
 
 class AskingGrid(ABC):
-    """The lead's open questions.  Nodes are numbered 1, 2, ... in the order of `sites`, online or not.
+    """The lead's open questions; nodes are numbered 1, 2, ... in the order of `sites`, online or not.
 
     Args:
-        sites: name -> PEM of its connection key's public half, as the roster has them.
-        hear: says of a node, what it was asked and its answer what the answer means.
-        closing: makes the rule by which one exchange ends before its time is up.
+        sites: name -> the public part of the site's connection key, as PEM, from the roster.
+        hear: interprets an answer, given the node, the question and the answer.
+        closing: creates the rule that may end an exchange before its timeout.
     """
 
     troubles: tuple[type[Exception], ...]
@@ -90,29 +93,33 @@ class AskingGrid(ABC):
 
     @abstractmethod
     def _nodes(self) -> Mapping[int, Any]:
-        """Return Flower's information on the nodes that are online, by number."""
+        """Return Flower's information about the nodes that are online, by number."""
 
     @abstractmethod
     def _push(self, message: Message) -> str | None:
-        """Ask; return the question's id, empty if its node is gone, None if the server takes none of its size."""
+        """Send a question; return its id, an empty id if the node is gone, or None if the message is too large for the
+        server.
+        """
 
     @abstractmethod
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
-        """Yield the answers that are there."""
+        """Yield the answers that have arrived."""
 
     @abstractmethod
     def _mend(self, trouble: Exception, questions: Questions) -> None:
-        """Wait, or connect anew, after one of `troubles`; raise an error if no waiting helps."""
+        """Wait or reconnect after one of `troubles`; raise an error if waiting cannot help."""
 
     def get_node_ids(self) -> Sequence[int]:
         return list(self._numbers.values())
 
     def online(self) -> list[int]:
-        """Return the nodes that the server hears now."""
+        """Return the nodes that are connected to the server now."""
         return sorted(self._nodes())
 
     def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """The answers that come within `timeout` seconds, or until the rule closes, each from the node asked."""
+        """Yield the answers that arrive within `timeout` seconds, or until the stopping rule ends the exchange; each
+        from its own node.
+        """
         open_ = {message.metadata.dst_node_id: OpenQuestion(message, set()) for message in messages}
         closing, good = self._closing(), 0
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
@@ -132,7 +139,9 @@ class AskingGrid(ABC):
         yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
 
     def _ask(self, questions: Questions, *, ttl: float) -> Mapping[int, Any]:
-        """Send what was not sent yet, or may have been forgotten, to the sites that are online; returns these."""
+        """Send each question that was not sent yet, or may have been forgotten, to its site if that is online; return
+        the online nodes.
+        """
         online, now = self._nodes(), time.monotonic()
         for number, node in online.items():
             question = questions.get(number)
@@ -155,7 +164,7 @@ class AskingGrid(ABC):
         return online
 
     def _collect(self, questions: dict[int, OpenQuestion], *, left_s: float) -> Iterator[tuple[Message, Heard]]:
-        """The final answers that are there, one after the other; the question of each is closed before it is given."""
+        """Yield the final answers that have arrived; each question is closed before its answer is yielded."""
         asked = {id: number for number, question in questions.items() for id in question.message_ids}
         if not asked:
             return
@@ -198,11 +207,11 @@ class AskingGrid(ABC):
 
 
 class _Away(Exception):
-    """The SuperLink cannot be reached, or its answer cannot be read."""
+    """The SuperLink is unreachable, or its answer is unreadable."""
 
 
 class FlowerGrid(AskingGrid):
-    """Sites behind stock SuperNodes, asked over the public Grid that Flower gives a ServerApp."""
+    """A grid of sites behind unmodified SuperNodes, over the public Grid that Flower passes to a ServerApp."""
 
     troubles = (_Away,)
 
@@ -214,7 +223,7 @@ class FlowerGrid(AskingGrid):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The connection is Flower's own."""
+        """Do nothing: the connection belongs to Flower."""
 
     def _nodes(self) -> Mapping[int, Any]:
         with _read():
@@ -241,7 +250,7 @@ class FlowerGrid(AskingGrid):
 
 @contextmanager
 def _read() -> Iterator[None]:
-    """Turn all errors of Flower's client, whose classes are not public, into one."""
+    """Turn every error of Flower's client, which has no public error classes, into `_Away`."""
     try:
         yield
     except Exception as error:

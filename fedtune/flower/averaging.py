@@ -1,4 +1,4 @@
-"""Averages of a round's updates by Flower's strategies, and their state for a checkpoint."""
+"""Averages of a round's updates, computed by Flower's strategies, and the strategies' state for a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PIECE_BYTES = 1 << 27  # of all sites' values that are averaged at once
 
 
 class Average:
-    """The aggregation of plain updates, weighed by declared `sizes`; whom to ask is fedtune's own rule."""
+    """The aggregation of plain updates, weighted by the declared `sizes`; fedtune itself chooses which sites to ask."""
 
     session = ""
     left_out = ()
@@ -51,10 +51,11 @@ class Average:
         return Made(adapter, replies.sites, replies.failures, self.state)
 
     def average(self, round: int, arrived: Arrived, weights: Mapping[str, float]) -> Adapter:
-        """The strategy's adapter of the updates, computed piece by piece: the same bits as of all at once.
+        """Aggregate updates with the strategy, piece by piece; the result is bit-identical to aggregating all values at
+        once.
 
-        Mean and median take each value by itself.  A server optimizer follows a mean, and is given that as one update.
-        `weights` are in the order in which a sum adds them.
+        Mean and median treat each value separately.  A server optimizer works on the mean, which it receives as a
+        single update.  `weights` are in the order of summation.
         """
         strategy = self._strategy
         optimizer = strategy if isinstance(strategy, FedAdam | FedAvgM) else None
@@ -81,7 +82,7 @@ class Average:
 
     @property
     def state(self) -> Arrays:
-        """The server optimizer's arrays, under names that `restore` knows; empty where it has none."""
+        """The server optimizer's arrays, named as `restore` expects; empty for a strategy without state."""
         strategy = self._strategy
         if isinstance(strategy, FedAdam) and strategy.m_t is not None and strategy.v_t is not None:
             moments = {"m": strategy.m_t, "v": strategy.v_t}
@@ -91,7 +92,7 @@ class Average:
         return {}
 
     def restore(self, strategy: Arrays) -> None:
-        """Continue from what `state` was, whatever has been seen since."""
+        """Restore the server optimizer to an earlier `state`, discarding everything since."""
 
         def part(moment: str) -> dict[str, npt.NDArray[np.float32]]:
             return {name.removeprefix(moment + "/"): v for name, v in strategy.items() if name.startswith(moment + "/")}

@@ -45,10 +45,10 @@ run = ""
 
 
 def write_bundle(folder: Path) -> Path:
-    """Write the bundle into a new or empty folder; return its file.
+    """Write the app bundle into a new or empty folder, and return the path of its file.
 
     Raises:
-        ConfigError: something is in the folder, which Flower would send along.
+        ConfigError: the folder is not empty, and Flower would send its content along.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("DIR", str(folder), "must be a new folder, or an empty one")
@@ -69,7 +69,7 @@ Lead = Callable[[Path, Sequence[str], Callable[..., FlowerGrid]], None]
 
 
 def make_server_app(lead: Lead) -> ServerApp:
-    """Return a ServerApp that calls `lead` with what the file says that `--run-config 'run="FILE"'` names."""
+    """Return a ServerApp that reads the file given by `--run-config 'run="FILE"'` and calls `lead` with its content."""
     app = ServerApp()
 
     @app.main()
@@ -109,7 +109,7 @@ def relay(grid: Grid, line: Connection) -> None:
 
 
 def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder of the lead's kit and the settings of a run.
+    """Read the folder of the lead's kit and the settings of a run from a TOML file.
 
     Raises:
         ConfigError: names the file, the key, its value and what would be accepted.

@@ -1,4 +1,6 @@
-"""A site's answers to the lead's messages: the same functions for a real site, a simulated one, and one at a socket."""
+"""A site's answers to the lead's messages: the same functions serve a real site, a simulated site, and a site behind a
+socket.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,16 @@ _Answer = Callable[[Site], RecordDict]
 
 
 def context_of(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Context:
-    """Flower's own words to a node's app about itself."""
+    """Build the Flower context that describes a node to its app."""
     return Context(run_id, node_id, dict(node_config), state=RecordDict(), run_config={})
 
 
 def answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
-    """Return the function that answers as the site `name`, which `site_of` opens.
+    """Return a function that answers messages for the site `name`, which `site_of` opens.
 
-    `site_of` opens the site with its ledger, for a run with these settings (JSON, unchecked; empty where a site has
-    them already), and may fail.  The function raises nothing, whatever it is asked: Flower would send an exception's
-    type and text to the server.
+    `site_of` opens the site with its ledger for a run with the given settings (unvalidated JSON; empty if the site
+    already has them), and may fail.  The returned function never raises, regardless of the message, because Flower
+    would send the type and text of an exception to the server.
     """
 
     def reply(kind: str, created_at: float, content: RecordDict) -> RecordDict:
@@ -54,20 +56,20 @@ def answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
 
 
 class SiteApp:
-    """The answers of a real site, which `site_of` opens, as messages of Flower's."""
+    """A real site, opened by `site_of`, that answers Flower messages."""
 
     def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
         self.answering = answering(site_of, name=name)
 
     def answer(self, message: Message) -> Message:
-        """Answer a message, whatever it holds; nothing is raised but for a kind that has no answer in Flower."""
+        """Answer a message, regardless of its content; raises only for a message type to which Flower has no reply."""
         about = message.metadata
         content = message.content if message.has_content() else RecordDict()
         return Message(self.answering(about.message_type, about.created_at, content), reply_to=message)
 
     @staticmethod
     def answer_in(content: RecordDict) -> Update | Refusal | Offer | None:
-        """Return the answer to a round or an invitation that a reply holds; None: it is of another kind."""
+        """Return the answer to a round or an invitation in a reply; None if the reply is of another type."""
         try:
             return flower_records.to_reply(content).body
         except ConfigError:

@@ -1,11 +1,11 @@
-"""fedtune's own types to and from Flower's records; the only file that knows the keys on the wire.
+"""Conversion of fedtune's own types to and from Flower's records; the only file with the keys of the wire format.
 
-A function `to_...` is the inverse of `from_...`, and raises ConfigError for anything else: anybody may send anything.
-Nothing that it returns is checked further.
+A function `to_...` is the inverse of `from_...`, and raises ConfigError for anything else, because messages are
+untrusted.  The values that it returns are not validated further.
 
-An update travels as its canonical bytes (`Update.to_bytes` in `fedtune/privacy/release.py`), over which its receipt is
-signed and which the ledger stores; an adapter as safetensors.  Each is one array of bytes: Flower sends every array by
-several calls of its own.
+An update is sent as its canonical bytes (`Update.to_bytes` in `fedtune/privacy/release.py`), which its receipt signs
+and the ledger stores; an adapter is sent as safetensors.  Each is a single array of bytes, because Flower sends every
+array in several calls of its own.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ WEIGHT_KEY = "num-examples"  # Flower's name for an average's weight.  Here it a
 
 
 def to_arrays(tensors: Mapping[str, npt.NDArray[np.float32]]) -> ArrayRecord:
-    """An `ArrayRecord` with the same names, order and values."""
+    """Convert tensors to an `ArrayRecord` with the same names, order and values."""
     return ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in tensors.items()})
 
 
 def from_arrays(arrays: ArrayRecord) -> dict[str, npt.NDArray[np.float32]]:
-    """The inverse of `to_arrays`."""
+    """Convert an `ArrayRecord` back to tensors; the inverse of `to_arrays`."""
     return {name: array.numpy() for name, array in arrays.items()}
 
 
 def num_bytes(content: RecordDict) -> int:
-    """Payload of a message: array bytes, other bytes, and texts."""
+    """Return the payload of a message in bytes: array data, other bytes, and texts."""
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
     others = [value for record in content.config_records.values() for value in record.values()]
     return arrays + sum(len(value if isinstance(value, bytes) else str(value).encode()) for value in others)
@@ -57,7 +57,7 @@ def num_bytes(content: RecordDict) -> int:
 
 @contextmanager
 def _reading(content: RecordDict, key: str, bound: str) -> Iterator[None]:
-    """One error for all that Flower's records, JSON, safetensors and our readers raise."""
+    """Turn every error raised by Flower's records, JSON, safetensors or fedtune's readers into a ConfigError."""
     try:
         yield
     except Exception as error:
@@ -65,18 +65,20 @@ def _reading(content: RecordDict, key: str, bound: str) -> Iterator[None]:
 
 
 def from_adapter(adapter: Adapter) -> ArrayRecord:
-    """An adapter as it travels; one record serves all messages that bring it."""
+    """Encode an adapter; the record can be used in several messages."""
     return record_of(adapter.to_bytes())
 
 
 def to_adapter(content: RecordDict) -> Adapter:
-    """The adapter in a message."""
+    """Decode the adapter in a message."""
     with _reading(content, "message", "must hold an adapter"):
         return Adapter.from_bytes(bytes_of(content.array_records[ADAPTER]))
 
 
 def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict:
-    """Content of a message with a lead's signed word, and the adapter that it speaks of as `from_adapter` makes it."""
+    """Build a message with a lead's signed question, its settings and attachments; `adapter` is the result of
+    `from_adapter`.
+    """
     signed = question.signed
     content = RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
     if question.settings:
@@ -89,14 +91,14 @@ def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict
 
 
 def to_signed(content: RecordDict) -> Signed:
-    """A lead's signed word."""
+    """Decode the lead's signed question in a message."""
     with _reading(content, "message", "must hold a signed request"):
         record = content.config_records[REQUEST]
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
 
 
 def to_settings(content: RecordDict) -> str:
-    """JSON of the run's configuration; empty where there is none."""
+    """Return the JSON text of the run's configuration in a message; empty if there is none."""
     if SETTINGS not in content:
         return ""
     with _reading(content, "message", "must hold settings as text"):
@@ -104,7 +106,7 @@ def to_settings(content: RecordDict) -> str:
 
 
 def to_parts(content: RecordDict) -> list[bytes]:
-    """The messages in the question for a step of a secure sum."""
+    """Decode the protocol messages attached to a request for a step of secure aggregation."""
     parts: list[bytes] = []
     with _reading(content, "message", "must hold messages of a secure sum"):
         for _, part in sorted(content.config_records[PARTS].items()):
@@ -115,14 +117,14 @@ def to_parts(content: RecordDict) -> list[bytes]:
 
 
 def from_step(answer: bytes | Refusal) -> RecordDict:
-    """Content of the answer to the question for a step."""
+    """Encode a site's answer to a step of secure aggregation."""
     if isinstance(answer, bytes):
         return RecordDict({PARTS: ConfigRecord({"000": answer})})
     return from_reply(Reply(body=answer, receipt=None))
 
 
 def to_step(content: RecordDict) -> bytes | Refusal:
-    """The answer to the question for a step."""
+    """Decode a site's answer to a step of secure aggregation."""
     if PARTS not in content:
         body = to_reply(content).body
         if isinstance(body, Refusal):
@@ -134,20 +136,20 @@ def to_step(content: RecordDict) -> bytes | Refusal:
 
 
 def from_receipt(receipt: Receipt | None) -> RecordDict:
-    """Content of a site's answer to the end of a run."""
+    """Encode a site's answer to the end of a run."""
     text = json.dumps(None if receipt is None else receipt.to_json())
     return RecordDict({RECEIPT: ConfigRecord({"json": text})})
 
 
 def to_receipt(content: RecordDict) -> Receipt | None:
-    """A site's answer to the end of a run."""
+    """Decode a site's answer to the end of a run; None if the site has no receipt to give."""
     with _reading(content, "receipt", "must be a site's receipt"):
         fields = json.loads(str(content.config_records[RECEIPT]["json"]))
         return None if fields is None else Receipt.from_json(fields)
 
 
 def from_reply(reply: Reply) -> RecordDict:
-    """Content of a site's answer: an update's own bytes, or a JSON of another release type's fields; and a receipt."""
+    """Encode a site's answer: an update as its own bytes, any other answer as JSON, each with its receipt."""
     body, receipt = reply.body, None if reply.receipt is None else reply.receipt.to_json()
     if isinstance(body, Update):
         text = json.dumps({"kind": UPDATE, "receipt": receipt})
@@ -157,7 +159,7 @@ def from_reply(reply: Reply) -> RecordDict:
 
 
 def to_reply(content: RecordDict) -> Reply:
-    """A site's answer to a round or an invitation."""
+    """Decode a site's answer to a round or an invitation."""
     with _reading(content, "reply", "must be a site's answer"):
         fields = json.loads(str(content.config_records[REPLY]["json"]))
         kind, receipt = fields.pop("kind"), fields.pop("receipt")
@@ -170,5 +172,5 @@ def to_reply(content: RecordDict) -> Reply:
 
 
 def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
-    """The input of Flower's strategies: an update, or a part of one, and its public weight."""
+    """Build the input for Flower's strategies: an update, or a part of an update, with its public weight."""
     return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: weight})})

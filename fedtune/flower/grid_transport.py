@@ -25,16 +25,19 @@ _POLL_S = 0.2
 
 
 class StreamingGrid(Protocol):
-    """A grid of fedtune's, which yields each answer as it comes."""
+    """The interface of fedtune's own grids, which yield each answer as it arrives."""
 
     def get_node_ids(self) -> Iterable[int]: ...
 
     def receive(self, messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:
-        """Send `messages`, and yield the answers that come within `timeout` seconds."""
+        """Send `messages`, and yield the answers that arrive within `timeout` seconds."""
 
 
 class GridTransport:
-    """Sites as nodes of a grid, by node id; without `nodes` each is asked for its name."""
+    """A transport to sites that are nodes of a grid; `nodes` maps node ids to site names.
+
+    Without `nodes`, each node is asked for its name.
+    """
 
     def __init__(self, grid: StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
         self._grid, self._nodes = grid, dict(nodes or {})
@@ -72,7 +75,9 @@ class GridTransport:
 
     @contextmanager
     def one_protocol(self) -> Iterator[None]:
-        """Turn a run's end for want of sites into a ConfigError where sites speak another protocol; it names them."""
+        """Turn a RunError for too few sites into a ConfigError that names the sites, if they use another protocol
+        version.
+        """
         try:
             yield
         except RunError as error:

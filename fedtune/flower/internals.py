@@ -39,23 +39,23 @@ if TYPE_CHECKING:
 
 
 def identify(**numbers: int) -> None:
-    """Set `run_id`, `node_id`, `task_id` of the sender of this process's messages; Flower's constructor reads them."""
+    """Set the `run_id`, `node_id` or `task_id` that Flower's message constructor uses as the sender in this process."""
     for name, number in numbers.items():
         setattr(TaskIdentity, name, number)
 
 
 def set_metadata(message: Message, **values: str | int) -> None:
-    """Set `message_id`, which an answer refers to, or `src_node_id`, the sender; Flower lets nobody set them."""
+    """Set the `message_id` that an answer refers to, or the sender `src_node_id`; Flower has no setters for them."""
     message.metadata.__dict__.update({f"_{name}": value for name, value in values.items()})
 
 
 def http_client(client: rpc.ProtobufClient) -> httpx.Client:
-    """The client of httpx's that makes its calls."""
+    """Return the httpx client inside a Flower client."""
     return client._client
 
 
 class RunStarter(RuntimeHttpClient):
-    """Flower's Runtime API, and the one call of its Control API that the lead needs."""
+    """A client for Flower's Runtime API, and for the single call of its Control API that the lead needs."""
 
     def start_run(self, request: control_pb2.StartRunRequest) -> control_pb2.StartRunResponse:
         return self._unary_unary(
@@ -67,7 +67,7 @@ class RunStarter(RuntimeHttpClient):
 
 
 def http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
-    """Flower's grid over `client`; the one that it would make by itself shows no certificate."""
+    """Return Flower's grid over `client`, because the client that the grid creates itself presents no certificate."""
     from flwr.superlink.grid import HttpGrid
 
     grid = HttpGrid(server, token=token)
@@ -78,7 +78,7 @@ def http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
 def node_authentication(
     private: ec.EllipticCurvePrivateKey, public: ec.EllipticCurvePublicKey
 ) -> rpc.ProtobufClientInterceptor:
-    """Signs each of a node's calls, as Flower checks it."""
+    """Return an interceptor that signs each call of a node, as Flower's server requires."""
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     return NodeAuthHttpInterceptor(private, public)
@@ -87,9 +87,10 @@ def node_authentication(
 def superlink_app(
     *, ca: Path, certificate: Path, key: Path, host: str, port: int, database: Path
 ) -> tuple[Any, SqlLinkState]:
-    """Flower's SuperLink as an ASGI application, and its state.
+    """Create Flower's SuperLink as an ASGI application, and return it with its state.
 
-    Nodes are authenticated, apps are run elsewhere, nothing is installed.  All but a node's calls are open to anybody.
+    Nodes are authenticated, apps run in other processes, and nothing is installed.  All endpoints except the nodes'
+    calls are open to anybody who can connect.
     """
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan

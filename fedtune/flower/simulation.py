@@ -35,10 +35,11 @@ def simulate(
     session: Session | None = None,
     everyone: Participants | None = None,
 ) -> RunResult:
-    """Run `config` to its end, or from its newest checkpoint on, write the run folder, and return `run.json`'s content.
+    """Run `config` from the start or from its newest checkpoint, write the run folder, and return the content of
+    `run.json`.
 
-    A `session` keeps the model, and what it makes of records, from run to run.  `everyone` are those who take part,
-    where they are made already, in place of the session's; not on Ray.  What does not fit is refused before training.
+    A `session` caches the model and its results on records between runs.  `everyone` are participants created earlier,
+    used instead of new ones with the session (not with Ray).  Incompatible settings are rejected before training.
     """
     if everyone is None:
         everyone = Participants(config, folder, progress=listener.preparing, session=session)
@@ -85,10 +86,11 @@ def _client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:
 
 
 class InProcessGrid:
-    """Runs `num_nodes` virtual nodes, with ids 1, 2, ..., by calling `client_app` here and now; it must never raise.
+    """A grid of `num_nodes` virtual nodes, with ids 1, 2, ..., that calls `client_app` directly; `client_app` must
+    never raise.
 
-    One frozen base model serves all sites, which take their turns, each with all threads, so that results do not depend
-    on scheduling.  `replied` gets the number of replies so far in a round of training.
+    All sites share one frozen base model and take turns, each with all threads, so that results do not depend on
+    scheduling.  `replied` is called with the number of replies so far in a round of training.
     """
 
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:

@@ -20,14 +20,15 @@ SOCKET = "/run/fedtune/site.sock"
 
 
 class SiteAway(Exception):
-    """The site's process gave no answer; the lead asks again."""
+    """The site's process gave no answer; the lead will ask again."""
 
 
 def hand_over(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
-    """Return the answer of the site's process.
+    """Forward a message to the site's process and return its answer.
 
     Raises:
-        SiteAway: there is none.  Flower sends the text to its server, so it is the name of a class alone.
+        SiteAway: there is no answer.  Flower sends the text to its server, so the text is only the name of an error
+            class.
     """
     if (ray := sys.modules.get("ray")) and ray.is_initialized():
         from fedtune.flower.local_engine import simulated_site  # slow to import, and needs all of fedtune

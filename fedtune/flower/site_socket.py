@@ -1,14 +1,14 @@
-"""The Unix socket between Flower's processes at a site and the process with the records.
+"""The Unix socket between Flower's processes at a site and the process that holds the records.
 
-Flower starts an app for each message (`site_app.py`), under a user of its own, who can open no record, no model and no
-key.  The app hands the message over at this socket and waits for the answer.  The process behind the socket needs no
-network.
+Flower starts an app for each message (`site_app.py`), under a separate user who cannot open any record, model or key.
+The app sends the message to this socket and waits for the answer.  The process behind the socket needs no network.
 
-Guarantee: only the same user and members of the socket's group are heard; a message has bounds in size and time; and
-whatever else arrives ends in one closed connection and one line in the log, which holds nothing of what arrived.
+Guarantee: only the same user and members of the socket's group are accepted; a message has limits on size and time; and
+any invalid message results in one closed connection and one log line, which contains nothing of the message.
 
-Each connection carries one message and its answer.  A message is its two lengths, a head in JSON, and a body: the bytes
-of its records, one after the other.  A record is an array of bytes, or named texts and bytes; nothing else crosses.
+Each connection carries one message and its answer.  A message consists of two lengths, a JSON header, and a body with
+the bytes of its records, one after the other.  A record is an array of bytes, or named texts and bytes; nothing else is
+transmitted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def record_of(data: bytes) -> ArrayRecord:
 
 
 def bytes_of(record: ArrayRecord) -> bytes:
-    """Invert `record_of`; raise ValueError for every other record."""
+    """Return the bytes in a record made by `record_of`; raise ValueError for any other record."""
     (array,) = record.values()
     if (list(record), array.stype, array.dtype, array.shape) != ([_BYTES], _BYTES, "uint8", (len(array.data),)):
         raise ValueError("not bytes")  # whatever else it says would be no part of what is signed
@@ -64,7 +64,9 @@ def bytes_of(record: ArrayRecord) -> bytes:
 
 
 def make_client_app(answer: Callable[[Context, str, float, RecordDict], RecordDict]) -> ClientApp:
-    """Return a ClientApp that gives every kind of message to `answer`, whose errors must hold no text of the site's."""
+    """Return a ClientApp that passes every type of message to `answer`; errors of `answer` must contain no text from
+    the site.
+    """
     app = ClientApp()
 
     def reply(message: Message, context: Context) -> Message:
@@ -79,10 +81,10 @@ def make_client_app(answer: Callable[[Context, str, float, RecordDict], RecordDi
 
 
 def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
-    """Return a message as the bytes that cross the socket.
+    """Encode a message as the bytes that are sent over the socket.
 
     Raises:
-        ValueError: the content has another form than fedtune's own, or is too large.
+        ValueError: the content does not have fedtune's own format, or is too large.
     """
     records: dict[str, Any] = {}
     body: list[bytes] = []
@@ -105,7 +107,7 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
 
 
 def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float, RecordDict]:
-    """Invert `pack`; raise an error of some kind for bytes that `pack` does not write."""
+    """Decode the output of `pack`; raises an error of varying type for any other bytes."""
     said = parse_json(bytes(head), key="message", bound="must be JSON")
     rest, taken, content = memoryview(body), 0, RecordDict()
 
@@ -134,11 +136,11 @@ def unpack_whole(packed: bytes) -> tuple[str, float, RecordDict]:
 
 
 def ask(path: str, kind: str, created_at: float, content: RecordDict) -> RecordDict:
-    """Return the answer of the site's process at the socket `path`, however long it trains.
+    """Send a message to the site's process at the socket `path`, and return its answer, however long training takes.
 
     Raises:
-        OSError, EOFError: the process is away, hears others alone, or closed the connection.
-        ValueError: the content is none of fedtune's.
+        OSError, EOFError: the process is not running, does not accept this user, or closed the connection.
+        ValueError: the content does not have fedtune's own format.
     """
     with socket.socket(UNIX_SOCKETS) as line:
         line.connect(path)
@@ -151,7 +153,8 @@ def listening(path: Path) -> Iterator[socket.socket]:
     """Listen at `path` while the block runs, for the same user and the group of the process.
 
     Raises:
-        ConfigError: something else is there, another process listens there, or the folder is missing or closed.
+        ConfigError: `path` is another kind of file, another process listens there, or the folder is missing or not
+            writable.
     """
     with socket.socket(UNIX_SOCKETS) as server:
         bind_socket(server, path, key="socket", backlog=_WAITING)
@@ -162,7 +165,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 
 def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> None:
-    """Answer one message, if one comes within `wait_s` seconds."""
+    """Answer one message, if one arrives within `wait_s` seconds."""
     server.settimeout(wait_s)
     try:
         line, _ = server.accept()
@@ -184,7 +187,9 @@ def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> Non
 
 
 def _check_peer(line: socket.socket, *, group: int) -> None:
-    """Raise PermissionError for a process of another user that is in another group than the socket."""
+    """Check that the connected process has the same user, or is in the socket's group; raises PermissionError
+    otherwise.
+    """
     credentials = line.getsockopt(socket.SOL_SOCKET, PEER_CREDENTIALS, _CREDENTIALS.size)
     _, user, first = _CREDENTIALS.unpack(credentials)
     groups = array("I")
@@ -195,7 +200,7 @@ def _check_peer(line: socket.socket, *, group: int) -> None:
 
 
 def _receive(line: socket.socket, *, most_s: float | None) -> tuple[bytearray, bytearray]:
-    """Return head and body of a message that comes within `most_s` seconds."""
+    """Receive a message within `most_s` seconds (None: no limit), and return its header and body."""
     until = None if most_s is None else time.monotonic() + most_s
 
     def exactly(size: int) -> bytearray:

@@ -1,4 +1,4 @@
-"""Unix sockets of this account: the site's own, and that of its health.  Nothing slow is imported here."""
+"""Unix sockets of this account: the socket of the site and its health socket.  This module imports nothing slow."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fedtune.system import UNIX_SOCKETS
 
 
 def bind_socket(server: socket.socket, path: Path, *, key: str, backlog: int) -> None:
-    """Listen at `path`, for the same user and the group of the process; a killed process's socket makes room.
+    """Listen at `path` for the same user and the group of the process; the socket of a killed process is replaced.
 
-    At most `backlog` connections wait to be taken.
+    At most `backlog` connections wait to be accepted.
 
     Raises:
-        ConfigError: about `key`: something else is there, another process listens there, or the folder is missing or
-            closed.
+        ConfigError: about `key`: `path` is another kind of file, another process listens there, or the folder is
+            missing or not writable.
     """
     with suppress(OSError), socket.socket(UNIX_SOCKETS) as other:
         other.connect(str(path))

@@ -1,1 +1,1 @@
-"""The model layer: a frozen base, LoRA adapters by PEFT, and the adapter that travels."""
+"""The model layer: a frozen base, adapters by PEFT, and the adapter file that sites exchange."""

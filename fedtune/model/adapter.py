@@ -1,4 +1,4 @@
-"""The adapter: the trained tensors alone, as arrays that can be hashed, sent and loaded."""
+"""The adapter: only the trained tensors, as arrays that can be hashed, sent and loaded."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:  # a lead's `run status` and `run stop` read adapters, and nee
 
 
 class _Trained(Protocol):
-    """A model, of which the trained tensors alone are used: `fedtune.tasks.TaskModel`."""
+    """The protocol of a model with trainable tensors, such as `fedtune.tasks.TaskModel`."""
 
     def trainable(self) -> dict[str, nn.Parameter]: ...
 
 
 class AdapterError(FedtuneError, ValueError):
-    """An adapter is malformed, or does not fit the model it is to be loaded into."""
+    """An adapter is malformed, or does not fit the model that should load it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """Float32 arrays by name, in the order of their names; neither can be changed.
+    """An immutable set of float32 arrays by name, sorted by name.
 
     Attributes:
-        tensors: read-only arrays.  What is given is copied.
+        tensors: read-only copies of the given arrays.
 
     Raises:
-        AdapterError: for anything that is not a float32 array.
+        AdapterError: a value is not a float32 array.
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -55,36 +55,36 @@ class Adapter:
 
     @classmethod
     def of(cls, model: _Trained) -> Adapter:
-        """The model's trainable tensors as they are now."""
+        """Copy the model's current trainable tensors."""
         return cls({name: parameter.detach().cpu().numpy() for name, parameter in model.trainable().items()})
 
     @property
     def num_values(self) -> int:
-        """In all tensors together."""
+        """The number of values in all tensors together."""
         return sum(value.size for value in self.tensors.values())
 
     def load_into(self, model: _Trained) -> None:
-        """Copy into the model's trainable tensors; the base stays in memory as it is.
+        """Copy the tensors into the model's trainable parameters; the frozen base is not touched.
 
         Raises:
-            AdapterError: unless names and shapes are exactly the model's; nothing is copied then.
+            AdapterError: the names or shapes differ from the model's; nothing is copied then.
         """
         copy_tensors(self.tensors, model.trainable())
 
     def within(self, most: float) -> Adapter:
-        """The same with every value brought into [-most, most]; what is not a number stays so."""
+        """Return a copy with every value clipped to [-most, most]; NaN stays NaN."""
         return Adapter({name: np.clip(value, -most, most) for name, value in self.tensors.items()})
 
     def same_shapes(self, other: Adapter) -> bool:
-        """Both have the same names and shapes."""
+        """Return True if both adapters have the same names and shapes."""
         return {n: value.shape for n, value in self.tensors.items()} == {n: v.shape for n, v in other.tensors.items()}
 
     def digest(self) -> str:
-        """The SHA-256, in hexadecimal, that names this adapter in requests and receipts.
+        """The SHA-256 of the adapter, in hexadecimal, which identifies it in requests and receipts.
 
-        Over each tensor in the order of the names (by code point): one line of JSON, `["name", "float32", [shape]]`
-        without spaces and ASCII only, a newline, then the values as little-endian float32 in row-major order.
-        It depends on nothing but names, shapes and values.
+        The tensors are hashed in the order of their names (by code point): for each, one line of JSON, `["name",
+        "float32", [shape]]` without spaces and ASCII only, a newline, then the values as little-endian float32 in
+        row-major order.  The digest depends only on names, shapes and values.
         """
         digest = hashlib.sha256()
         for name, array in self.tensors.items():
@@ -94,15 +94,15 @@ class Adapter:
         return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """In safetensors form."""
+        """Serialize the adapter in safetensors format."""
         return save(dict(self.tensors))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Adapter:
-        """Read what `to_bytes` wrote.
+        """Parse an adapter that `to_bytes` wrote.
 
         Raises:
-            AdapterError: for anything else.
+            AdapterError: the bytes are anything else.
         """
         try:
             return cls(load(data))
@@ -111,10 +111,10 @@ class Adapter:
 
 
 def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, torch.Tensor]) -> None:
-    """Copy arrays into the parameters of the same names.
+    """Copy arrays into the parameters with the same names.
 
     Raises:
-        AdapterError: unless names and shapes agree exactly; nothing is copied then.
+        AdapterError: the names or shapes differ; nothing is copied then.
     """
     for name in sorted(set(parameters) ^ set(tensors)):
         raise AdapterError(f"the adapter {'lacks' if name in parameters else 'has no place for'} the tensor {name}")

@@ -1,8 +1,7 @@
-"""The frozen base model and its tokenizer: from pinned files, from GGUF that is expanded once, or random and tiny.
+"""The frozen base model and its tokenizer: from pinned files, from a GGUF file (expanded once), or random and tiny.
 
-What is loaded has the hash `model.sha256`, which is checked first.
-A GGUF file's values stay those of the quantised file, written as float32: logits are bitwise equal.  Its expanded
-folder loads a hundred times faster.
+Loading first checks the files against `model.sha256`.  A GGUF file is dequantized to float32, and the logits are
+bitwise equal to those of the quantized file.  The expanded copy loads a hundred times faster.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ _OWN = {"local_files_only": True, "trust_remote_code": False}  # nothing is fetc
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, always with a padding token.
+    """Load the base's tokenizer, always with a padding token.
 
-    A padding token only fills the rectangle of a batch: what is padding is said by the attention mask
-    alone, for in many chat models the padding token is also the end-of-turn token.
+    A padding token only fills up the rows of a batch.  Only the attention mask marks padding, because in many chat
+    models the padding token is also the end-of-turn token.
 
     Raises:
-        ConfigError: for `model.path` when there is none, or `model.sha256`.
+        ConfigError: for `model.path`, if it has no usable tokenizer, or for `model.sha256`.
     """
     if spec.path.startswith(RANDOM):
         return tiny_tokenizer(spec.path)
@@ -79,15 +78,15 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
-    """Load the image processor in the base's folder, of transformers' kind for PIL.
+    """Load the image processor in the base's folder, in transformers' PIL version.
 
     Returns:
-        The processor, the side of the square images that it makes, the side of a patch, and how many places of its own
-        the model has before those of the patches.
+        The processor, the side length of its square output images, the side length of a patch, and the number of
+        special tokens that the model puts before the patch tokens.
 
     Raises:
-        ConfigError: for `model.path` when there is none that makes square images of three colours and whole patches, or
-            `model.sha256`.
+        ConfigError: for `model.path`, if it has no processor whose output is square three-channel images of whole
+            patches, or for `model.sha256`.
     """
     with _pinned_files(spec, with_weights=False) as folder, _loading(spec):
         config = AutoConfig.from_pretrained(folder, **_OWN)
@@ -111,13 +110,13 @@ def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
 def load_base(
     spec: ModelSpec, *, predicts_tokens: bool = False, images: bool | None = None, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The base model: frozen, in evaluation mode, in `spec.dtype`, on `device`.
+    """Load the base model: frozen, in evaluation mode, in `spec.dtype`, on `device`.
 
     Args:
-        spec: which model.
-        predicts_tokens: with the output layer; otherwise the bare encoder or decoder.
-        images: whether it must be a model of images, or of texts; None: either.
-        device: where it goes before any adapter is attached (opacus#820).
+        spec: the model's settings.
+        predicts_tokens: True loads the output layer too; False only the bare encoder or decoder.
+        images: True requires an image model, False a text model; None accepts either.
+        device: the device to which the base is moved before any adapter is attached (opacus#820).
 
     Raises:
         ConfigError: for `model.path`, `model.sha256` or `model.dtype`.
@@ -142,9 +141,10 @@ def load_base(
 
 
 def model_sha256(spec: ModelSpec) -> str:
-    """The model's hash: of its manifest, see `fedtune.model.manifest`, or for a GGUF file the one `sha256sum` prints.
+    """Compute the model's hash: of its manifest (see `fedtune.model.manifest`), or the `sha256sum` of its GGUF file.
 
-    For a random model it is that of its tensors' bytes in the order of their names; where there is no base, of none.
+    A random model is hashed over its tensors' bytes, in the order of their names.  Without a base, the hash is that of
+    no bytes.
     """
     if not spec.built_in:
         return manifest_of(model_folder(spec), gguf_file=spec.gguf_file).sha256
@@ -156,7 +156,7 @@ def model_sha256(spec: ModelSpec) -> str:
 
 @contextmanager
 def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
-    """The folder to load from: the files of the manifest, whose hash is `spec.sha256`, and no others."""
+    """Provide a folder that holds exactly the files of the manifest, after checking its hash against `spec.sha256`."""
     if spec.gguf_file is not None:
         require_extra("model.gguf_file", spec.gguf_file, "gguf")
     reads_weights = with_weights or bool(spec.gguf_file)
@@ -205,15 +205,16 @@ _log = logging.getLogger(__name__)
 
 
 def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
-    """The folder with `file`'s model and tokenizer in safetensors form; makes it when the cache has none.
+    """Return the folder with the model and tokenizer of a GGUF file in safetensors format, from the cache or newly
+    expanded.
 
     Args:
-        file: the GGUF file, in a folder without others: transformers looks at what lies beside it.
-        sha256: its hash, which names the cache entry.
+        file: the GGUF file, alone in its folder, because transformers also reads other files there.
+        sha256: the file's hash, which names the cache entry.
         cache: fedtune's cache folder.
 
     Raises:
-        ConfigError: when the file cannot be read as a causal language model, or the cache not be written.
+        ConfigError: the file is not a readable causal language model, or the cache is not writable.
     """
     # Another release of transformers may read the same file differently.
     target = cache / "gguf" / f"{sha256}-transformers-{transformers.__version__}"
@@ -237,15 +238,15 @@ def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
 
 
 def load_gguf(file: Path) -> PreTrainedModel:
-    """Load the causal language model in `file`, expanded to float32 in memory."""
+    """Load the causal language model in `file`, dequantized to float32 in memory."""
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **_OWN)
 
 
 def save_plain(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model as one of its class whose weights were never anything else, for others to load.
+    """Save a model as an ordinary instance of its class, for other programs to load.
 
-    One that came from GGUF counts as quantised, which its own `save_pretrained` refuses; a frozen base has activations
-    of ours, and writes no key-value cache unless it is asked to.
+    Transformers treats a model from a GGUF file as quantized, and its `save_pretrained` refuses it.  A frozen base has
+    fedtune's own activations, and its key-value cache is switched off in the config; both are undone in the saved copy.
     """
     config = copy.deepcopy(model.config)
     config.use_cache = True
@@ -283,7 +284,7 @@ _LLAMA_SPECIAL = ("<s>", "</s>")
 
 
 def tiny_base(path: str, *, predicts_tokens: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model that `path` ("random:bert" or "random:llama") stands for: the same weights in every call."""
+    """Build the tiny random model for `path` ("random:bert" or "random:llama"), with the same weights in every call."""
     auto = AutoModelForCausalLM if predicts_tokens else AutoModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -291,7 +292,10 @@ def tiny_base(path: str, *, predicts_tokens: bool = False, dtype: torch.dtype = 
 
 
 def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """One token a byte.  As in many chat models, the llama's padding token is its end-of-text token."""
+    """Build a tokenizer with one token per byte.
+
+    As in many chat models, the padding token of `random:llama` is its end-of-text token.
+    """
     special = _BERT_SPECIAL if path == "random:bert" else _LLAMA_SPECIAL
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate((*special, *alphabet))}

@@ -1,4 +1,6 @@
-"""Checks that a loaded model's parts fit each other, and that it keeps examples apart, as clipping needs."""
+"""Compatibility checks for a loaded model: its parts fit together, and it keeps examples apart, as clipping
+requires.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ _POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embe
 
 
 def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) -> None:
-    """Require the model that `config` describes to be about as large as its weights; it is built without memory.
+    """Require the weights files to be about as large as the model in `config`, which is built without allocating
+    memory.
 
-    Transformers makes tensors that a checkpoint lacks, or has in other shapes, before it says so.
+    Transformers allocates tensors that a checkpoint lacks, or has in other shapes, before it reports them.
 
     Raises:
         ConfigError: for `model.path`.
@@ -40,10 +43,11 @@ def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) 
 
 
 def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
-    """Require that nothing in the built model looks at a batch's length, whatever the config called it.
+    """Require that no rotary embedding of the built model depends on a batch's length, whatever its config calls the
+    type.
 
-    Training pads to fixed lengths, but such a model may keep what the longest batch so far led to, and scoring pads to
-    the longest example: one record would change what the model makes of the others.
+    Training pads to fixed lengths, but such a model may keep state from the longest batch so far, and scoring pads to
+    the longest example.  One record would then change the model's output for the others.
 
     Raises:
         ConfigError: for `model.path`.
@@ -56,9 +60,9 @@ def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, *, path: str) -> None:
-    """Require a row of the embedding for every id that the tokenizer may give.
+    """Require an embedding row for every id that the tokenizer can produce.
 
-    Otherwise a record with such a token makes the site fail, and the lead learns that it is there.
+    Otherwise a record with such a token would make the site fail, and the lead would learn that the record exists.
 
     Raises:
         ConfigError: for `model.path`.
@@ -75,10 +79,10 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedMod
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, path: str, max_length: int | None = None) -> list[int]:
-    """Token ids of a public text; a tokenizer that cannot encode it is refused.
+    """Tokenize a public text.
 
     Raises:
-        ConfigError: for `model.path`.
+        ConfigError: for `model.path`, if the tokenizer cannot encode the text.
     """
     with loading("model.path", path, "its tokenizer cannot encode a text: {}"):
         ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
@@ -86,10 +90,10 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, path: str, max_leng
 
 
 def usable_positions(base: nn.Module) -> int | None:
-    """How many tokens an example may have; None where nothing bounds it.
+    """Return the maximum number of tokens of an example, or None if there is no limit.
 
-    A table of positions that has a padding row counts from behind it (RoBERTa: 514 rows, 512 positions), as does one
-    with an offset (OPT).
+    A position table with a padding row starts after that row (RoBERTa: 514 rows, 512 positions), and one with an offset
+    starts after the offset (OPT).
     """
     config = getattr(base, "config", None)
     text = config.get_text_config() if config is not None else None
@@ -108,16 +112,16 @@ _TOKEN_IDS = ((1, 2, 3), (3, 2, 1))  # two examples of three tokens, which every
 
 
 def check_examples_apart(base: nn.Module, run: Callable[[], Any] | None = None, *, places: int = 3) -> None:
-    """Require each trainable module to run, on inputs whose first axis is the example.
+    """Require that every trainable module runs, on inputs whose first axis is the example.
 
-    A module that flattens (examples x tokens), as some feed-forward blocks and all routed experts do, hides
-    whose token is whose: hooks would clip tokens, not examples, and the guarantee would be void.
+    A module that flattens (examples x tokens), as some feed-forward blocks and all routed experts do, loses track of
+    which token belongs to which example: hooks would clip tokens instead of examples, and the guarantee would be void.
     A trainable module that never runs has no gradient to clip.
 
     Args:
-        base: with its adapters.
-        run: runs it on two examples; None: on two of three tokens.
-        places: that each of these has.
+        base: the model with its adapters.
+        run: runs the model on two examples; None: on two examples of three tokens.
+        places: the number of positions of each of these examples.
 
     Raises:
         ConfigError: for `lora.target_modules`.
@@ -149,11 +153,11 @@ def check_examples_apart(base: nn.Module, run: Callable[[], Any] | None = None, 
 def check_causal(base: PreTrainedModel, *, path: str) -> None:
     """Require that a token's logits do not depend on later tokens, which the model learns to predict.
 
-    An encoder that says of itself that it is a decoder is refused as well: its head computes GELU in a function, which
-    cannot be made to round by row (`fedtune.model.layers`).
+    An encoder that is configured as a decoder is refused as well: its head calls GELU as a function, which cannot be
+    replaced by an activation that rounds row by row (`fedtune.model.layers`).
 
     Raises:
-        ConfigError: for `model.path`: an encoder loads as a causal language model without complaint.
+        ConfigError: for `model.path`; transformers loads an encoder as a causal language model without complaint.
     """
     require_decoder(base.config, path=path)
     token_ids = torch.tensor(_TOKEN_IDS)
@@ -166,7 +170,7 @@ def check_causal(base: PreTrainedModel, *, path: str) -> None:
 
 
 def require_kind(config: PreTrainedConfig, *, images: bool, path: str) -> None:
-    """Refuse a model of texts where records are images, and the other way round.
+    """Require an image model for image records, and a text model for all others.
 
     Raises:
         ConfigError: for `model.path`.
@@ -180,7 +184,7 @@ def require_kind(config: PreTrainedConfig, *, images: bool, path: str) -> None:
 
 
 def require_decoder(config: PreTrainedConfig, *, path: str) -> None:
-    """Refuse an encoder where tokens are predicted.
+    """Require that a model for token prediction is not an encoder.
 
     Raises:
         ConfigError: for `model.path`.

@@ -1,10 +1,11 @@
-"""Adapters that scale: IA3, one factor for each output of a module, and DoRA, one for each row of a LoRA module.
+"""Adapters that scale: IA3, one factor per output of a module, and DoRA, one factor per row of a LoRA module.
 
-PEFT keeps such a factor where the adapted module's forward pass reads it, so that there is no module of whose output it
-is the parameter, and whose gradient could be found by example.  Here each gets a `Scales` of its own, which holds the
-factor's offset from where PEFT starts it, as a share of that: like LoRA's B it starts at zero, zero changes nothing,
-and a site's bound on values, a decay towards zero and a mean over sites mean the same for every kind of adapter.
-PEFT's own tensor stays at its start; times 1 + the offset it is what PEFT reads in a saved adapter, and merges.
+PEFT keeps these factors inside the adapted module's forward pass.  They are not the parameters of a module of their
+own, so their per-example gradients cannot be computed by hooks.  Here each adapted module gets a `Scales` module.  It
+trains the relative offset of the factor from PEFT's initial value.  Like LoRA's B the offset starts at zero, and zero
+changes nothing, so that a site's bound on values, weight decay and averaging over sites have the same meaning for every
+kind of adapter.  PEFT's own tensor keeps its initial value; multiplied by 1 + the offset, it is the tensor that PEFT
+reads from a saved adapter and merges.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ PEFT_SCALES = (".ia3_l", ".lora_magnitude_vector")
 
 
 class Scales(nn.Module):
-    """Multiplies the last axis by 1 + `offset`, which is all that trains of it.
+    """A module that multiplies the last axis by 1 + `offset`, its only trainable parameter.
 
     Args:
-        start: PEFT's own tensor, for its number of values and its device.
+        start: PEFT's own tensor, which determines the number of values and the device.
     """
 
     def __init__(self, start: torch.Tensor) -> None:
@@ -37,15 +38,15 @@ class Scales(nn.Module):
         self.offset = nn.Parameter(torch.zeros(start.numel(), dtype=torch.float32, device=start.device))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` (n, t, k) in float32."""
+        """Scale `values`, (n, t, k) in float32."""
         return values * (1 + self.offset)
 
 
 def scale_modules(model: PeftModel) -> None:
-    """Let each of PEFT's IA3 and DoRA modules be scaled by `Scales`, in float32 whatever the base's number format.
+    """Attach a `Scales` module to each of PEFT's IA3 and DoRA modules, in float32 whatever the base's dtype.
 
     Raises:
-        ConfigError: for `lora.kind`: a row of zeros has no direction.
+        ConfigError: for `lora.kind`: the weights of a DoRA module have a row of zeros, which has no direction.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, ia3.Linear):
@@ -64,7 +65,7 @@ def scale_modules(model: PeftModel) -> None:
 
 
 def as_peft(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """PEFT's own scales: the name in a saved adapter, the tensor, and the values that it stands for now."""
+    """Yield PEFT's own scales: the name in a saved adapter, the tensor, and the current values."""
     for name, layer in model.named_modules():
         if isinstance(scales := getattr(layer, "scales", None), Scales):
             start, scale = _start(layer), 1 + scales.offset.detach()
@@ -73,7 +74,9 @@ def as_peft(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]
 
 
 def merged(model: PeftModel) -> Any:
-    """The plain base with the adapter merged into its weights by PEFT; `model` is used up."""
+    """Merge the adapter into the base's weights by PEFT and return the plain base; `model` must not be used
+    afterwards.
+    """
     with torch.no_grad():
         for _, start, values in as_peft(model):
             start.copy_(values)
@@ -81,7 +84,7 @@ def merged(model: PeftModel) -> Any:
 
 
 def _start(layer: Any) -> nn.Parameter:
-    """PEFT's own tensor: of IA3 ones, of DoRA the lengths of the base's rows."""
+    """Return PEFT's own tensor: ones for IA3, and the norms of the base's rows for DoRA."""
     own: nn.Parameter = (
         layer.ia3_l["default"] if isinstance(layer, ia3.Linear) else layer.lora_magnitude_vector["default"].weight
     )
@@ -89,16 +92,16 @@ def _start(layer: Any) -> nn.Parameter:
 
 
 def _scaled(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """IA3's forward pass, Liu et al. 2022, arXiv 2205.05638."""
+    """Run the IA3 forward pass (Liu et al. 2022, arXiv 2205.05638)."""
     output: torch.Tensor = layer.base_layer(inputs)
     return output if layer.disable_adapters else layer.scales(output.float()).to(output.dtype)
 
 
 class _Dora(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
-    """DoRA's forward pass, Liu et al. 2024, arXiv 2402.09353: (W + s B A) x, each row of the sum at a trained length.
+    """The DoRA forward pass (Liu et al. 2024, arXiv 2402.09353): W + s B A with each row rescaled to a trained norm.
 
-    The row's own length, by which it is divided, follows from parameters alone.  As in PEFT and the paper (section 4.3)
-    no gradient goes through it, so that those of A and B are LoRA's.
+    The current row norm, the divisor, depends only on parameters.  As in PEFT and the paper (section 4.3), no gradient
+    flows through it, so that the gradients of A and B have the same form as in LoRA.
     """
 
     @staticmethod
@@ -112,7 +115,7 @@ class _Dora(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
 
 
 def _row_lengths(module: lora.Linear) -> torch.Tensor:
-    """(outputs,) the L2 norms of the rows of W + s B A."""
+    """Compute the L2 norms of the rows of W + s B A, (outputs,)."""
     with torch.no_grad():
         low_rank = module.lora_B["default"].weight @ module.lora_A["default"].weight
         weight = module.get_base_layer().weight.float()

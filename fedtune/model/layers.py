@@ -1,21 +1,22 @@
-"""A base's layers: adapted, skipped where they are frozen, recomputed, computed row by row, and the last one.
+"""The base's layers: adapters, the frozen prefix, the output layer, gradient checkpointing, and row-wise activations.
 
-**Adapters** by PEFT, on the linear modules of chosen layers.
+**Adapters** are attached by PEFT, to the linear modules of chosen layers.
 
-**The frozen prefix.**  An adapter on the last layers of a base leaves the layers before them as they are.  What they
-make of a record depends on that record and the public base alone, so a site may compute it once and start every later
-pass there.
+**The frozen prefix.**  Adapters on the last layers of a base leave the earlier layers unchanged.  The output of those
+layers depends only on the record and the public base, so a site can compute it once and start every later pass there.
 
-**The output layer** of a language model costs as much as eight of SmolLM2's layers, and training needs it only where a
-token is learnt.  Where those are is the record's own affair, so they are computed for each record by itself.
+**The output layer** of a language model costs as much as eight of SmolLM2's layers, and training needs it only at
+positions with a target token.  These positions depend on the private record, so they are computed separately for each
+record.
 
-**Gradient checkpointing.**  A checkpointed layer stores its input alone and runs a second time in the backward pass
-(Chen et al. 2016, arXiv 1604.06174).  Re-entrant checkpointing runs the first pass without gradients, in which those of
-single examples are not looked for, and the second one inside the backward pass as an ordinary forward and backward.
+**Gradient checkpointing.**  A checkpointed layer stores only its input and is recomputed in the backward pass (Chen et
+al. 2016, arXiv 1604.06174).  Re-entrant checkpointing runs the first pass without gradients, so no per-example
+gradients are collected there, and the second one inside the backward pass as an ordinary forward and backward pass.
 
-**Activations, row by row.**  On a CPU torch computes most elements of a tensor in vectors, and the last few of each
-thread's share by a scalar function that rounds some values otherwise (3 in 100 for sigmoid, 35 in 100 for GELU).  So
-the place of a record would decide its bits, and a model's weights can enlarge a last bit as they like.
+**Row-wise activations.**  On a CPU, torch computes most elements of a tensor with vector instructions, and the last few
+elements of each thread's share by a scalar function that rounds some values differently (3 in 100 for sigmoid, 35 in
+100 for GELU).  The bits of a record's activations would then depend on its position in the batch, and a model's weights
+could amplify a difference in the last bit arbitrarily.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ from fedtune.spec import ConfigError
 
 
 def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool, seed: int) -> PeftModel:
-    """Wrap `base`, which already lies on its device, in float32 adapters: A random, B and what scales zero.
+    """Wrap `base`, already on its device, in float32 adapters: A is random, B and the scales are zero.
 
     Args:
         base: the frozen model; changed in place.
-        spec: which modules, and how.
-        predicts_tokens: chooses PEFT's wrapper.
-        seed: of A's start.  It is drawn on the CPU, so that it is the same for every device.
+        spec: the kind of adapter and the target modules.
+        predicts_tokens: selects PEFT's wrapper for causal language models.
+        seed: the seed of A's initial values, which are drawn on the CPU, so that they are the same for every device.
 
     Raises:
-        ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have, or a `lora.rank` that none
-            of its modules can use.
+        ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have, or a `lora.rank` above that
+            of all adapted modules.
     """
     config = _peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -107,10 +108,10 @@ def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
 
 
 def layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the base's transformer layers.
+    """Return the name of the base's transformer layers, and the layers.
 
     Raises:
-        ConfigError: for `model.path` when the base is not a plain stack of layers.
+        ConfigError: for `model.path`: the base is not a plain stack of layers.
     """
     count = base.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
     for name, module in base.named_modules():
@@ -121,7 +122,7 @@ def layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
 
 @contextmanager
 def without_adapters(base: PeftModel) -> Iterator[None]:
-    """The base as it was before adapters were attached; what trains stays as it is."""
+    """Disable the adapters inside the block; which parameters train does not change."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     try:
         for layer in layers:
@@ -134,13 +135,13 @@ def without_adapters(base: PeftModel) -> Iterator[None]:
 
 
 class FrozenPrefix:
-    """Lets a base start behind its first `depth` layers.
+    """The frozen first layers of a base, which a forward pass can skip if their output is already known.
 
     Args:
-        layers: the base's stack of layers; those before the first one that trains are made skippable.
+        layers: the base's stack of layers; the layers before the first trainable one become skippable.
 
     Attributes:
-        depth: how many layers can be skipped; 0 when the first one trains.
+        depth: the number of skippable layers; 0 if the first layer trains.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -154,7 +155,7 @@ class FrozenPrefix:
 
     @contextmanager
     def given(self, states: torch.Tensor | None) -> Iterator[None]:
-        """Take `states`, (n, t, h), for the output of the skipped layers; None skips nothing."""
+        """Use a cached output, (n, t, h), of the skippable layers inside the block; None skips nothing."""
         before, self._given = self._given, states
         try:
             yield
@@ -162,9 +163,10 @@ class FrozenPrefix:
             self._given = before
 
     def states(self, run: Callable[[], object]) -> torch.Tensor | None:
-        """The output of the skipped layers, (n, t, h), while `run` calls the base; the rest of the base does not run.
+        """Compute the output of the skippable layers, (n, t, h), by calling the base with `run` and stopping after
+        them.
 
-        None when there is nothing to skip, or when the layers hand on more than one tensor.
+        Return None if no layer can be skipped, or if the layers return more than one tensor.
         """
         if not self.depth:
             return None
@@ -188,10 +190,11 @@ class FrozenPrefix:
 
 
 class OutputLayer:
-    """A language model's last layer, which scores every token of the vocabulary, run where a token is learnt.
+    """A language model's output layer, which scores every token of the vocabulary, computed only at chosen positions.
 
     Args:
-        base: one that changes the scores afterwards, by a cap or a scale, is run whole; one without such a layer, too.
+        base: the language model.  A base that changes the scores afterwards (by a cap or a scale), or that has no such
+            layer, is always run as a whole.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -199,7 +202,9 @@ class OutputLayer:
         self._apart = isinstance(self._layer, nn.Linear) and self._is_last(base)
 
     def inputs(self, run: Callable[[], Any]) -> torch.Tensor:
-        """The layer's input while `run` calls the base, (n, t, h); of a base run whole its scores."""
+        """Compute the layer's input, (n, t, h), by calling the base with `run`; if the base runs as a whole, return its
+        scores.
+        """
         if not self._apart:
             return run().logits  # type: ignore[no-any-return]
 
@@ -216,11 +221,11 @@ class OutputLayer:
         raise AssertionError("the base did not come to its output layer")
 
     def scores(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Float32 scores (p, vocabulary) of p places of `inputs`."""
+        """Compute float32 scores, (p, vocabulary), from p positions of the layer's input."""
         return (self._layer(inputs) if self._apart else inputs).float()
 
     def _is_last(self, base: PreTrainedModel) -> bool:
-        """The layer's output is what the base gives out, and not changed in place either."""
+        """Whether the base returns this layer's output as it is, without changing it in place."""
         seen: list[tuple[torch.Tensor, int]] = []
         hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append((output, output._version)))
         try:
@@ -232,7 +237,7 @@ class OutputLayer:
 
 
 class _Reached(Exception):
-    """Ends a forward pass where nothing more of it is wanted."""
+    """Raised to stop a forward pass at a given layer; carries that layer's input or output."""
 
     def __init__(self, output: object) -> None:
         super().__init__()
@@ -240,7 +245,7 @@ class _Reached(Exception):
 
 
 def checkpoint_layers(layers: nn.ModuleList) -> None:
-    """Make every layer from the first one with trainable parameters on recompute itself in the backward pass."""
+    """Make each layer from the first trainable one onwards recompute its forward pass during the backward pass."""
     for layer in layers:
         if "forward" not in vars(layer):
             trains = any(parameter.requires_grad for parameter in layer.parameters())
@@ -266,9 +271,10 @@ _HOMES = ("torch.nn.modules.activation", "transformers.activations")
 
 
 class RowByRow(nn.Module):
-    """An activation whose value for a row is the same, bit for bit, in every row of every batch of that length.
+    """An activation whose value for a row has the same bits in every position of every batch of the same length.
 
-    Where vectors end with the rows it works on all at once, else on one after the other.
+    If vector instructions never cross the boundary of a row, all rows are computed at once; otherwise one after the
+    other.
     """
 
     def __init__(self, activation: nn.Module) -> None:
@@ -276,7 +282,7 @@ class RowByRow(nn.Module):
         self.activation = activation
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` (rows, ...), and what is returned has their shape."""
+        """Apply the activation to `values`, (rows, ...); the shape is kept."""
         # Whether each row begins and ends with a vector, however many rows there are and threads that share them.
         shares, row = math.lcm(*range(1, torch.get_num_threads() + 1)), values.shape[1:].numel()
         whole = values.is_contiguous() and values.shape[-1] % _LANES == 0 and row % (_LANES * shares) == 0
@@ -286,7 +292,7 @@ class RowByRow(nn.Module):
 
 
 def compute_by_row(base: nn.Module) -> None:
-    """Make every activation in `base` one that rounds by row."""
+    """Wrap every activation in `base` in `RowByRow`."""
     for module in list(base.modules()):
         for name, child in module.named_children():
             if type(child).__module__ in _HOMES and not list(child.parameters()):

@@ -1,8 +1,8 @@
-"""A model is pinned whole: the files that loading may read, one hash over all of them, and nothing else beside them.
+"""Pinning of a model by one hash over all files that loading may read; other files in the folder are never read.
 
-The hash of a GGUF file is the one that `sha256sum` prints.  Of a folder with safetensors it is the SHA-256 of a text:
-a first line that says what it is, with an image processor a second one that says which kind is used, then `sha256sum`'s
-line for each file, in the order of the names.
+The hash of a GGUF file is the output of `sha256sum`.  The hash of a folder with safetensors is the SHA-256 of a text: a
+first line that identifies the format, a second line for the kind of image processor if there is one, then the line that
+`sha256sum` prints for each file, in the order of the names.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ _PROCESSOR_LINE = "images are processed by transformers' classes for PIL\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The files that a model's hash covers."""
+    """The names and hashes of the files that a model's hash covers."""
 
     files: tuple[tuple[str, str], ...]  # name and SHA-256 of each file, in the order of the names
 
     @property
     def text(self) -> str:
-        """The text that is hashed; for a GGUF file just its own line."""
+        """The text whose SHA-256 is the model's hash; for a GGUF file, only its own line."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files)
         second = _PROCESSOR_LINE if PROCESSOR in dict(self.files) else ""
         return lines if self._gguf else _FIRST_LINE + second + lines
 
     @property
     def sha256(self) -> str:
-        """The model's hash."""
+        """The model's hash, in hexadecimal."""
         return self.files[0][1] if self._gguf else hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
@@ -66,23 +66,23 @@ class Manifest:
 
 @contextmanager
 def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = True) -> Iterator[tuple[Path, Manifest]]:
-    """Put exactly the files of a model's manifest into a folder of their own, until the block ends, and hash them.
+    """Put exactly the files of a model's manifest into a temporary folder for the duration of the block, and hash them.
 
-    All but the weights are read once: the bytes that are checked and hashed are the bytes that are loaded.  Weights are
-    linked, since a copy of gigabytes in each run is too much; that they are still the file that was hashed is looked at
-    when the block ends.  What remains: torch may map the file into memory, so somebody who may write to it can change
-    weights later, or set the clock back in between.  That is the site's own account or its administrator, against whom
-    nothing here protects.
+    All files except the weights are read once: the bytes that are checked and hashed are the bytes that are loaded.
+    Weights are linked, because copying gigabytes in every run is too slow; on exit the block checks that the linked
+    files are unchanged since they were hashed.  One gap remains.  Torch may map the file into memory, so a user with
+    write access could change the weights later, or reset the clock in between.  Only the site's own account and its
+    administrator have such access, and this function does not protect against them.
 
     Args:
-        folder: the model's.
-        gguf_file: the file in it that is the model; None: its safetensors.
-        with_weights: False for the tokenizer alone.  Weights are not linked then, and their hash may be one that this
-            process computed before, of a file with the same number, size and times.
+        folder: the model's folder.
+        gguf_file: the GGUF file in it that holds the model; None: its safetensors files.
+        with_weights: False for the tokenizer alone.  Weights are not linked then, and their hash may come from an
+            earlier call in this process, for a file with the same inode, size and times.
 
     Raises:
         ConfigError: for `model.path`: files are missing, lead out of the folder, are refused, or changed meanwhile.
-        RunError: the folder for temporary files is full, or cannot be written.
+        RunError: the folder for temporary files is full, or not writable.
     """
     try:
         made = TemporaryDirectory(prefix="fedtune-model-")
@@ -121,17 +121,17 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
 
 
 def manifest_of(folder: Path, *, gguf_file: str | None = None) -> Manifest:
-    """The manifest of a folder's model; every file is read and checked.
+    """Return the manifest of the model in a folder; every file is read and checked.
 
     Raises:
-        ConfigError: as `staged`.
+        ConfigError: as in `staged`.
     """
     with staged(folder, gguf_file=gguf_file) as (_, manifest):
         return manifest
 
 
 def _settings_names(folder: Path) -> list[str]:
-    """The files beside the weights; the folder's listing is checked."""
+    """List the files next to the weights, after checking the folder's listing."""
     try:
         listed = sorted(os.listdir(folder))
     except OSError as error:
@@ -152,7 +152,7 @@ def _settings_names(folder: Path) -> list[str]:
 
 
 def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:
-    """The files with the weights, by the index that was staged."""
+    """Return the names of the weights files, from the staged index if there is one."""
     index = place / SHARD_INDEX
     if not index.exists():
         return (WEIGHTS,)
@@ -178,7 +178,7 @@ def _read(folder: Path, name: str) -> bytes:
 
 
 def _own_file(folder: Path, name: str) -> Path:
-    """Where a file really lies: in the folder, or in the hub's cache that the folder is a snapshot of."""
+    """Resolve a file's path, which must be in the folder, or in the hub's cache if the folder is a snapshot of it."""
     inside = folder.resolve()
     if inside.parent.name == "snapshots" and (inside.parent.parent / "blobs").is_dir():
         inside = inside.parent.parent
@@ -198,7 +198,7 @@ _hashed: dict[tuple[Path, tuple[int, ...]], str] = {}  # of weights, by what `_a
 
 
 def _about(file: Path) -> tuple[int, ...]:
-    """File number, size, and when its content and its record were last changed."""
+    """Return a file's device, inode, size, and modification and change times; empty if it does not exist."""
     try:
         found = file.stat()
     except OSError:

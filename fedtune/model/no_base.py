@@ -1,4 +1,4 @@
-"""A stand-in for a base where there is none: it gives a record's vector to the head as it is."""
+"""A stand-in for a base model: passes a record's feature vector to the head unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class NoBase(nn.Module):
-    """A base without layers: the hidden state of a vector's one place is the vector, of `width` values."""
+    """A base without layers: the feature vector, of `width` values, is the hidden state of the only position."""
 
     dtype = torch.float32
 
@@ -21,9 +21,9 @@ class NoBase(nn.Module):
         self.register_buffer("place", torch.zeros(0, device=device), persistent=False)  # says where it is
 
     def get_base_model(self) -> NoBase:
-        """Itself, which nothing wraps."""
+        """Return the module itself, because no adapter wraps it."""
         return self
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        """(n, 1, width) as they came."""
+        """Return the vectors, (n, 1, width), unchanged."""
         return SimpleNamespace(last_hidden_state=input_ids)

@@ -1,17 +1,17 @@
-"""Products with frozen weights, most of what a step computes: in float32 by oneDNN on a CPU, or in bfloat16.
+"""Matrix products with frozen weights, most of the cost of a step: in float32 by oneDNN on a CPU, or in bfloat16.
 
-torch multiplies float32 matrices by the library that it was built with, on x86 MKL.  Beside it torch carries oneDNN,
-which does the same work in float32 more than twice as fast on AMD's CPUs (simulations/benchmarks).  torch's own way to
-it is an operator that its compiler uses, without a gradient; so the gradient is here, and none is computed for weights.
+On x86, torch multiplies float32 matrices by MKL.  It also ships oneDNN, which is more than twice as fast in float32 on
+AMD CPUs (simulations/benchmarks).  Torch exposes oneDNN by an operator of its compiler that has no gradient, so this
+module implements the gradient, and computes none for the weights.
 
-A row's product is the same, bit for bit, in every number of rows but one; `fedtune.training.preflight` tries that.
-In bfloat16 Intel's AMX parts long products by the number of rows; the trial finds that, and then all micro-batches of a
-length have one number of rows.
+A row's product has the same bits for every number of rows except one; `fedtune.training.preflight` tests this.  In
+bfloat16, Intel's AMX splits long products by the number of rows.  The test detects this, and all micro-batches of a
+length then get the same number of rows.
 
-With `model.dtype=mixed` weights and what they multiply are rounded to bfloat16, products are added up in float32, and
-each sum is rounded once; forward and on the way back.  A CPU with instructions for bfloat16 does so in half the time
-(simulations/benchmarks).  Every other computes the same from rounded numbers in float32, where a product of two of them
-is exact: sums differ by the order in which they are added up alone.
+With `model.dtype=mixed`, weights and inputs are rounded to bfloat16, products are accumulated in float32, and each sum
+is rounded once, in the forward and in the backward pass.  A CPU with bfloat16 instructions takes half the time
+(simulations/benchmarks).  Every other CPU computes the same products in float32 from the rounded numbers.  The product
+of two of these numbers is exact in float32, so results differ only by the order of summation.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ _HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", 
 
 
 def is_slow_on_cpu(dtype: str) -> bool:
-    """Whether the CPU lacks the instructions of a number format, so that rounding costs time and saves none."""
+    """Whether the CPU lacks instructions for a dtype, so that rounding costs time instead of saving it."""
     has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() or not _HAS_ONEDNN
     return dtype in ("mixed", "bfloat16", "nf4") and not has_bfloat16
 
 
 def goes_by_rows(dtype: str, device: torch.device) -> bool:
-    """A row's product hangs on the number of rows: AMX parts long products in bfloat16 by it, a GPU all."""
+    """Whether a row's product depends on the number of rows, as with AMX in bfloat16, and on every GPU."""
     amx = dtype in ("mixed", "bfloat16", "nf4") and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     return amx or device.type == "cuda"  # in every number format that was tried (simulations/gpu)
 
 
 class _Product(torch.autograd.Function):
-    """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,), in float32; only values get a gradient."""
+    """The float32 product of `values` (..., k) and `weight` (n, k) transposed, plus `bias` (n,).
+
+    Only `values` gets a gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -62,21 +65,21 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types for it
-    """The same with its weights transposed, as GPT-2 has them."""
+    """A frozen linear module with transposed weights, as in GPT-2."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return product(values, self.weight.t(), self.bias)
 
 
 class RoundedLinear(nn.Linear):
-    """A linear module whose weights never train, in bfloat16, between values in float32."""
+    """A frozen linear module that computes in bfloat16, with float32 inputs and outputs."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return rounded_product(values, self.weight, self.bias)
 
 
 class RoundedConv1D(Conv1D):  # type: ignore[misc]  # as above
-    """The same with its weights transposed."""
+    """A frozen bfloat16 linear module with transposed weights, as in GPT-2."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return rounded_product(values, self.weight.t(), self.bias)
@@ -87,9 +90,9 @@ _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RoundedLinear, Co
 
 
 def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`values` (..., k) times bfloat16 `weight` (n, k) transposed, plus bfloat16 `bias` (n,), in the values' format.
+    """Multiply `values` (..., k) by bfloat16 `weight` (n, k) transposed, and add bfloat16 `bias` (n,).
 
-    Each of the values is rounded by itself, so that none of a row depends on another row.
+    The result has the dtype of `values`.  Each value is rounded separately, so that no row depends on another.
     """
     rounded = values.bfloat16()
     if values.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -100,7 +103,7 @@ def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def round_products(layers: nn.Module) -> None:
-    """Keep every frozen linear module of `layers` in bfloat16, and let it multiply so."""
+    """Convert every frozen linear module of `layers` to bfloat16 weights and products."""
     for module in layers.modules():
         if (kind := _ROUNDED.get(type(module))) is not None:
             assert not any(parameter.requires_grad for parameter in module.parameters()), "it is yet to get its adapter"
@@ -109,7 +112,9 @@ def round_products(layers: nn.Module) -> None:
 
 
 def product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,): torch's own but for rounding."""
+    """Multiply `values` (..., k) by `weight` (n, k) transposed, and add `bias` (n,); equals torch's product up to
+    rounding.
+    """
     float32 = weight.dtype == values.dtype == torch.float32
     if weight.requires_grad or not float32 or not values.numel() or not _HAS_ONEDNN:
         return nn.functional.linear(values, weight, bias)
@@ -117,9 +122,9 @@ def product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def multiply_by_onednn(base: nn.Module) -> None:
-    """Let every frozen linear module of `base` multiply by oneDNN, where this torch has it and the CPU is x86.
+    """Make every frozen linear module of `base` multiply by oneDNN, if torch has it and the CPU is x86.
 
-    Elsewhere nothing changes: nobody has tried whether a row's product depends on its neighbours there.
+    On other machines nothing changes, because it is untested there whether a row's product depends on the other rows.
     """
     if not _HAS_ONEDNN:
         return
@@ -131,7 +136,7 @@ def multiply_by_onednn(base: nn.Module) -> None:
 
 
 def uses_onednn(model: nn.Module) -> bool:
-    """True if `multiply_by_onednn` has changed anything in it."""
+    """Return True if `multiply_by_onednn` has changed any module of `model`."""
     return any(isinstance(module, FrozenLinear | FrozenConv1D) for module in model.modules())
 
 

@@ -1,15 +1,15 @@
-"""Frozen linear layers in four bits a weight (nf4: Dettmers et al. 2023, QLoRA, arXiv 2305.14314).
+"""Frozen linear layers with four bits per weight (nf4: Dettmers et al. 2023, QLoRA, arXiv 2305.14314).
 
-Each 64 weights that lie side by side are a block with one scale, the largest absolute value among them.  Of a weight
-is kept which of 16 levels is nearest to weight / scale.  With float32 scales that is 4.5 bits a weight.
+Every 64 adjacent weights form a block with one scale, their largest absolute value.  Each weight is stored as the index
+of the level, of 16, that is closest to weight / scale.  With float32 scales that is 4.5 bits per weight.
 
-A product makes the layer's weights of these anew, in bfloat16, and lets go of them: forward, and on the way back.  They
-multiply as those of a bfloat16 base do.  What a code stands for depends on nothing but the layer, so four bits couple
-no two rows; whether the products do is for `fedtune.training.preflight` to try, as with every base.
+Every product, in the forward and in the backward pass, dequantizes the layer's weights to bfloat16 and discards them
+afterwards.  It is computed as in a bfloat16 base.  Dequantization depends only on the layer, so quantization does not
+couple rows; `fedtune.training.preflight` tests whether the products do, as for every base.
 
-Codes, scales and weights are bitsandbytes' own, bit for bit, and come out the same on every device, since each value
-is found by a few float32 operations that IEEE 754 rounds alike everywhere.  bitsandbytes itself is not used: on a CPU
-the product of its release 0.50.2 for models in evaluation gives its input no gradient.
+Codes, scales and weights equal those of bitsandbytes bit for bit, on every device, because each value results from a
+few float32 operations that IEEE 754 rounds identically everywhere.  bitsandbytes itself is not used: on a CPU, its
+release 0.50.2 computes no gradient for the input of a model in evaluation mode.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEVELS = (
 
 
 def to_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes (weights / 2,), two in a byte, and the float32 scales (weights / 64,) of a tensor of weights."""
+    """Quantize weights: return the codes (weights / 2,), two per byte, and the float32 scales (weights / 64,)."""
     blocks = weight.detach().float().reshape(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
     shares = blocks * (1 / scales.clamp(min=torch.finfo(torch.float32).tiny)).unsqueeze(1)
@@ -49,28 +49,28 @@ def to_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """(weights,) in bfloat16: each level times its block's scale, rounded once."""
+    """Dequantize to bfloat16 (weights,): each level times its block's scale, rounded once."""
     pairs = _pairs(codes.device).index_select(0, codes.int()).view(torch.float32)
     return pairs.view(-1, BLOCK).mul_(scales.unsqueeze(1)).flatten().bfloat16()
 
 
 @cache
 def _pairs(device: torch.device) -> torch.Tensor:
-    """(256,) both levels of a byte, in one word of memory, which is read at once."""
+    """Return a lookup table, (256,), with both levels of each byte in one 64-bit word, for a single memory access."""
     levels = torch.tensor(LEVELS)
     both = torch.stack([levels.repeat_interleave(len(levels)), levels.repeat(len(levels))], dim=1)
     return both.view(torch.int64).flatten().to(device)
 
 
 class FourBit(nn.Module):
-    """A frozen linear module that keeps codes and scales of its weights, see `to_codes`, and makes `weight` anew.
+    """A frozen linear module that stores quantized weights (see `to_codes`), and dequantizes `weight` on access.
 
     Args:
-        module: the module that it replaces, which must be frozen; its bias is kept as it is.
-        device: where the weights are quantized and kept.
+        module: the frozen module to replace; its bias is kept unquantized.
+        device: where the weights are quantized and stored.
 
     Raises:
-        ConfigError: for `model.dtype`: the weights are not a whole number of blocks.
+        ConfigError: for `model.dtype`: the number of weights is not a multiple of the block size.
     """
 
     codes: torch.Tensor
@@ -98,34 +98,34 @@ class FourBit(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights that the codes stand for, as a new tensor: what is written into it is lost."""
+        """The dequantized weights, as a new tensor: changes to it have no effect on the module."""
         return to_weights(self.codes, self.scales).view(self.shape)
 
     def by_output(self) -> torch.Tensor:
-        """Return the weights as (out, in); GPT-2's kind has them transposed."""
+        """Return the weights as (out, in); GPT-2's Conv1D stores them transposed."""
         return self.weight if isinstance(self, nn.Linear) else self.weight.t()
 
     def keep(self, weight: torch.Tensor) -> None:
-        """Replace the weights by others of the same shape."""
+        """Quantize and store new weights of the same shape."""
         codes, scales = to_codes(weight)
         self.codes.copy_(codes)
         self.scales.copy_(scales)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
+        """Apply the layer, (..., in) -> (..., out)."""
         return _Product.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class FourBitLinear(FourBit, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
-    """For torch's own kind."""
+    """A four-bit `nn.Linear`."""
 
 
 class FourBitConv1D(FourBit, Conv1D):  # type: ignore[misc]  # transformers has no types for it
-    """For GPT-2's kind, whose weights are (in, out)."""
+    """A four-bit version of GPT-2's Conv1D, whose weights are (in, out)."""
 
 
 class _Product(torch.autograd.Function):
-    """`values` (..., in) times a layer's weights, plus its bias, in the values' number format."""
+    """The product of `values` (..., in) and a layer's weights, plus its bias, in the dtype of `values`."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: FourBit) -> torch.Tensor:
@@ -141,12 +141,12 @@ class _Product(torch.autograd.Function):
 
 
 def keep_in_four_bits(layers: nn.Module, *, device: torch.device | str) -> None:
-    """Keep the weights of every frozen linear module of `layers` in four bits, on `device`.
+    """Replace every frozen linear module of `layers` by a four-bit version on `device`.
 
-    Modules move to the device one after the other, so the device never holds the whole of the unquantized weights.
+    The modules are moved one after the other, so that the device never holds all of the unquantized weights.
 
     Raises:
-        ConfigError: for `model.dtype`: a module's weights are not a whole number of blocks.
+        ConfigError: for `model.dtype`: a module's number of weights is not a multiple of the block size.
     """
     kinds = {nn.Linear: FourBitLinear, Conv1D: FourBitConv1D}
     for parent in list(layers.modules()):

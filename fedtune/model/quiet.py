@@ -1,4 +1,4 @@
-"""The one place that keeps transformers' messages short: no bars or advice while it loads, an error in one line."""
+"""Control of transformers' output: no progress bars or advice while a model loads, and errors in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedtune.spec import ConfigError, panics_as_errors
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show only transformers' errors inside the block, and none of its deprecations that PEFT runs into."""
+    """Suppress transformers' messages below errors inside the block, and a deprecation warning that PEFT triggers."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -32,7 +32,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def loading(key: str, value: object, bound: str) -> Iterator[None]:
-    """The same; whatever a library raises is a ConfigError, whose `bound` has the error's first line in place of {}."""
+    """Like `quiet`, and turn any library error into a ConfigError; `{}` in `bound` becomes its first line."""
     try:
         with quiet(), panics_as_errors():
             yield
@@ -43,5 +43,5 @@ def loading(key: str, value: object, bound: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, without the paragraphs of advice that follow."""
+    """Return the first line of an error's message, without the advice that follows."""
     return next(iter(str(error).splitlines()), type(error).__name__)

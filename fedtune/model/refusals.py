@@ -1,7 +1,7 @@
-"""Refusals of a model's files: they redirect loading, exhaust a machine, or let examples see each other.
+"""Refusals of model files that redirect loading, exhaust a machine's resources, or let examples influence each other.
 
-Each file is checked as the bytes that will be loaded, before a library parses them.  The keys that files may have are
-lists, since transformers takes any other as well and acts on some.
+Each file is checked as the bytes that will be loaded, before a library parses them.  The allowed keys are listed,
+because transformers accepts any other key as well and acts on some of them.
 """
 
 from __future__ import annotations
@@ -128,15 +128,15 @@ STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional"
 
 
 def most_bytes(name: str) -> int:
-    """The largest size of a file that is not weights."""
+    """Return the maximum size, in bytes, of a file other than weights."""
     return _MOST_BYTES.get(name, _MOST_BYTES_ELSE)
 
 
 def check_content(name: str, content: bytes, *, folder: str) -> None:
-    """Check one of a model's files other than its weights, by its name and its bytes.
+    """Check the content of one of a model's files other than its weights.
 
     Raises:
-        ConfigError: for `model.path`; the bound names the file and the reason.
+        ConfigError: for `model.path`; the message names the file and the reason.
     """
     if len(content) > most_bytes(name):
         raise _refused(folder, name, f"is larger than {most_bytes(name) >> 20} MiB")
@@ -155,7 +155,7 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
 
 
 def config_refusal(fields: dict[str, Any]) -> str | None:
-    """Why a config is refused, as the end of a sentence about it; None for a good one."""
+    """Return the reason for refusing a config, as the end of a sentence, or None if the config is acceptable."""
     if (site := fields.get(PRIVATE_TO)) is not None:
         return f"is of a model that is private to {short(site)}, without a guarantee: no run begins in it"
     layers = 0
@@ -192,7 +192,7 @@ def _architecture_refusal(fields: dict[str, Any]) -> str | None:
 
 
 def rotary_refusal(rope_type: object) -> str | None:
-    """Why a rope type is refused, as the end of a sentence; None for a static one."""
+    """Return the reason for refusing a rope type, as the end of a sentence, or None for a static type."""
     if rope_type is None or (isinstance(rope_type, str) and rope_type in STATIC_ROTARY):
         return None
     if rope_type in ("longrope", "su") or "dynamic" in str(rope_type):
@@ -204,7 +204,7 @@ def rotary_refusal(rope_type: object) -> str | None:
 
 
 def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
-    """Of a known architecture."""
+    """Return the reason for refusing a key that is not a setting of this (known) architecture, or None."""
     # Here, so that who reads settings does not wait for it.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -220,7 +220,9 @@ def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
 
 
 def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None:
-    """Looks into nested configs, and into rope settings for each type of layer."""
+    """Return the reason for refusing a rope type anywhere in a config, including nested configs and per-layer
+    settings.
+    """
     for key, value in fields.items():
         is_type = key == "rope_type" or (inside and key == "type")
         reason = rotary_refusal(value) if is_type else None
@@ -281,7 +283,7 @@ def _is_token(value: Any) -> bool:
 
 
 class _NotPlain(ValueError):
-    """JSON that two readers may read differently, or that no number stands for."""
+    """JSON with duplicate keys, numbers that are not finite, or too deep nesting."""
 
 
 def _parsed(content: bytes) -> Any:
@@ -309,7 +311,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _entries(fields: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth; an item of a list counts under the list's key."""
+    """Yield every key and value at any depth; a list's items count under the key of the list."""
     for key, value in fields.items():
         yield key, value
         for part in value if isinstance(value, list) else (value,):

@@ -1,4 +1,4 @@
-"""Where a base model's files lie."""
+"""The location of a base model's files: a local folder, an installed package, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _HUB_TIMEOUT_S = 5.0
 
 
 def model_folder(spec: ModelSpec) -> Path:
-    """The local folder with the model's files; fetches them from the hub when they are not cached.
+    """Return the local folder with the model's files; download them from the hub if they are not cached.
 
     Raises:
-        ConfigError: for `model.path` or `model.gguf_file` when there is no such model or no safetensors
-            weights in it.  Pickled weights are never read, for reading them runs code.
+        ConfigError: for `model.path` or `model.gguf_file`: there is no such model, or it has no safetensors weights.
+            Pickled weights are never read, because reading them executes code.
     """
     local = Path(expand_home(spec.path, key="model.path"))
     if spec.path.startswith(PACKAGE):
@@ -42,13 +42,15 @@ def model_folder(spec: ModelSpec) -> Path:
 
 
 def public_place(spec: ModelSpec) -> str:
-    """The base's place for plain transformers: its public id, a folder or id as it was named, a package's folder."""
+    """Return the path or id for loading the base with plain transformers: its public id, its path, or its package's
+    folder.
+    """
     inside = spec.public_id is None and spec.path.startswith(PACKAGE)
     return str(model_folder(spec)) if inside else spec.public_id or spec.path
 
 
 def locate(path: str) -> ModelSpec:
-    """The model that a person means by a path: a folder, one with a single GGUF file, such a file, or any `model.path`.
+    """Resolve a path that a person gave: a folder, a folder with a single GGUF file, a GGUF file, or any `model.path`.
 
     Raises:
         ConfigError: for `model.path` or `model.gguf_file`: there is no such model.
@@ -64,10 +66,11 @@ def locate(path: str) -> ModelSpec:
 
 
 def only_gguf(folder: Path) -> str | None:
-    """The name of a folder's one GGUF file; None where it holds safetensors, which come first.
+    """Return the name of a folder's only GGUF file, or None if the folder holds safetensors weights, which take
+    precedence.
 
     Raises:
-        ConfigError: for `model.path`: it holds neither.
+        ConfigError: for `model.path`: it holds neither safetensors weights nor exactly one GGUF file.
     """
     if any((folder / name).is_file() for name in (WEIGHTS, SHARD_INDEX)):
         return None
@@ -79,7 +82,7 @@ def only_gguf(folder: Path) -> str | None:
 
 
 def cache_folder(spec: ModelSpec) -> Path:
-    """Where fedtune keeps what it derives from downloads."""
+    """Return the folder in which fedtune caches files that it derives from downloads."""
     return Path(expand_home(spec.cache_dir or os.getenv("FEDTUNE_CACHE") or "~/.cache/fedtune", key="model.cache_dir"))
 
 
@@ -98,7 +101,10 @@ def _package_folder(path: str) -> Path:
 
 
 def _hub_folder(spec: ModelSpec) -> Path:
-    """Look in the cache first, so that a cached model works without network and without telling the hub."""
+    """Return the model's folder in the hub's cache, downloading it if needed.
+
+    The cache is searched first, so that a cached model works offline and without contacting the hub.
+    """
     problem: Exception | None = None
     for fetch in (False, True):
         try:

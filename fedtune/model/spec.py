@@ -1,7 +1,7 @@
-"""The settings of a task model: which base, which adapters, which head.
+"""Settings of a task model: the base, the adapters and the head.
 
-Plain data without torch, so that reading a configuration takes milliseconds, not the seconds that
-transformers and PEFT need to be imported.
+They are plain data without torch, so that reading a configuration takes milliseconds instead of the seconds that
+importing transformers and PEFT takes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _NOT_PROVEN = {
 
 
 def fastest_dtype(device: str) -> Literal["float32", "mixed"]:
-    """The fastest number format here that costs no accuracy: mixed on a CPU with AMX, float32 elsewhere.
+    """Return the fastest dtype of this machine that costs no accuracy: mixed on a CPU with AMX, float32 otherwise.
 
-    By simulations/benchmarks and simulations/mixed_products.  Linux names the CPU's instructions, since torch takes
-    seconds to import.
+    The choice is based on simulations/benchmarks and simulations/mixed_products.  The CPU's features are read from
+    /proc/cpuinfo on Linux, because importing torch takes seconds.
 
     Args:
-        device: as `runtime.device`.
+        device: the setting `runtime.device`.
     """
     if device != "cpu" and (device != "auto" or any(gpu.exists() for gpu in _GPUS)):
         return "float32"
@@ -49,24 +49,24 @@ class ModelSpec:
     """The frozen base model.
 
     Attributes:
-        path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an
-            installed Python package, `random:bert` / `random:llama` for a tiny untrained model, or `none`: the head is
-            all of the model (data.input=features).
-        sha256: the hash that the model must have, as `fedtune model-hash` prints it; null accepts any model.
+        path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an installed Python
+            package, `random:bert` / `random:llama` for a tiny untrained model, or `none`: the model consists of the
+            head alone (data.input=features).
+        sha256: the required hash of the model, as `fedtune model-hash` prints it; null accepts any model.
         gguf_file: a GGUF file inside `path` (the extra `gguf`); it is expanded to fp32 once and cached.
         revision: the branch, tag or commit at the hub.
-        dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which multiplies in bfloat16
-            inside its layers and leaves all else in float32; "nf4", bfloat16 with the weights of its layers kept in
-            four bits (not for a GGUF file); or "auto", mixed if the machine that reads it has AMX and else float32
-            (`fastest_dtype`).  Adapter, head and losses are float32.
-        cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
-            `FEDTUNE_CACHE` or `~/.cache/fedtune`.
-        licence: the licence of the weights, which reports show.
-        public_id: the weights' id at the Hugging Face hub, where `path` is another place: saved adapters and model
-            cards name it, so that others can load the base.
-        adapter: the folder of an adapter tuned before, in which this run begins: a run folder, or its `adapter/`.  It
-            must be of the same base, task and LoRA settings; null: a new adapter that changes nothing yet.
-        adapter_sha256: the digest that this adapter must have; null: noted when the run begins.
+        dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which computes products inside its
+            layers in bfloat16 and everything else in float32; "nf4", bfloat16 with the weights of its layers quantized
+            to four bits (not for a GGUF file); or "auto", mixed if the machine that reads the setting has AMX, and
+            float32 otherwise (`fastest_dtype`).  Adapter, head and losses are float32.
+        cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and `FEDTUNE_CACHE` or
+            `~/.cache/fedtune`.
+        licence: the license of the weights, for reports.
+        public_id: the weights' id at the Hugging Face hub, if `path` is not that id: saved adapters and model cards
+            name it, so that others can load the base.
+        adapter: the folder of a trained adapter with which this run starts: a run folder, or its `adapter/`.  Base,
+            task and LoRA settings must be the same; null: a new adapter that changes nothing yet.
+        adapter_sha256: the required digest of this adapter; null: recorded when the run starts.
     """
 
     path: str
@@ -100,12 +100,12 @@ class ModelSpec:
 
     @property
     def built_in(self) -> bool:
-        """The model is made from these settings alone: no file of it is read, and nobody chose its weights."""
+        """Whether the model is built from these settings alone: no file is read, and nobody chose its weights."""
         return self.path == NO_BASE or self.path.startswith(RANDOM)
 
     @property
     def shown_path(self) -> str:
-        """The path as others may see it: of a folder its last name, not where it lies on this machine."""
+        """The path for publication: the last name of a local folder, without its location on this machine."""
         return Path(self.path).name if self.path.startswith(("/", "~", ".")) else self.path
 
 
@@ -114,21 +114,19 @@ class LoraSpec:
     """Low-rank adapters W + (alpha / rank) B A, Hu et al. 2021, arXiv 2106.09685, or another kind on the same modules.
 
     Attributes:
-        kind: "lora"; "dora", which trains a length for each row of the sum as well (Liu et al. 2024, arXiv
-            2402.09353); or "ia3", which trains one factor for each output of a module and nothing else (Liu et al.
-            2022, arXiv 2205.05638): rank, alpha, rslora and train_a are then of no effect; or "none", where there is
-            no base to adapt.
+        kind: "lora"; "dora", which also trains a norm for each row of the sum (Liu et al. 2024, arXiv 2402.09353);
+            "ia3", which only trains one factor for each output of a module (Liu et al. 2022, arXiv 2205.05638) and
+            ignores rank, alpha, rslora and train_a; or "none", if there is no base to adapt.
         rank: the number of rows of A and of columns of B.
         alpha: the numerator of the scale.
-        target_modules: last names of the linear modules to adapt ("q_proj"), or "all-linear".
-            Only modules inside the stack of transformer layers are adapted, so tied
-            embeddings, output layers and poolers stay frozen.
+        target_modules: last names of the linear modules to adapt ("q_proj"), or "all-linear". Only modules inside the
+            stack of transformer layers are adapted, so tied embeddings, output layers and poolers stay frozen.
         layers: the transformer layers to adapt; negative numbers count from the end; null: all.
         rslora: true scales by alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732.
-        train_a: false freezes every A at its random start (FFA-LoRA, Sun et al. 2024,
-            arXiv 2403.12313): averaging over sites is then exact, and noise enters B only.
-        alternate: true trains every B in odd rounds and every A in even ones (Chen et al. 2025, arXiv 2502.01755):
-            averaging is exact in each, and each has half of the noise.
+        train_a: false freezes every A at its random initial value (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313):
+            averaging over sites is then exact, and noise enters B only.
+        alternate: true trains every B in odd rounds and every A in even rounds (Chen et al. 2025, arXiv 2502.01755):
+            averaging is exact in each round, and each matrix gets half of the noise.
     """
 
     kind: str = "lora"
@@ -141,26 +139,26 @@ class LoraSpec:
     alternate: bool = False
 
     def rests_in(self, round: int) -> str | None:
-        """The part of the names of tensors that rest in a round, from 1; None: all are trained.
+        """Return the part of a tensor name that marks tensors frozen in a round (from 1), or None if all tensors train.
 
-        B comes first: as long as it is zero, A has no gradient.
+        B trains first, because A has no gradient while B is zero.
         """
         return (".lora_B.", ".lora_A.")[round % 2] if self.alternate else None
 
     @property
     def scale(self) -> float:
-        """The factor of the product of the two matrices; 1 where there are none."""
+        """The factor of the product B A; 1 for adapters without these matrices."""
         without = self.kind in ("ia3", NO_ADAPTER)
         return 1.0 if without else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def matrices(self) -> int:
-        """The rank as a site sees it: 1 where there are no matrices."""
+        """The rank for a site's limits; 1 for adapters without low-rank matrices."""
         return 1 if self.kind in ("ia3", NO_ADAPTER) else self.rank
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that get an adapter, as a site is asked to allow them."""
+        """The names of the adapted modules, as in the request to a site; empty without adapters."""
         named = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         return () if self.kind == NO_ADAPTER else named
 
@@ -183,21 +181,21 @@ class LoraSpec:
 
 @spec
 class HeadSpec:
-    """The bias-free head of tasks that answer by labels or a number: scale * W x, with x mean pooled and of norm 1.
+    """The bias-free head of tasks that predict labels or a number: scale * W x, where x is mean-pooled with L2 norm 1.
 
-    Of features, x is a record's vector, and each layer has a bias.
+    For features, x is the record's vector, and each layer has a bias.
 
     Attributes:
         scale: the scale of the logits (an inverse temperature).
-        centre: true subtracts from x the mean embedding of the labels' texts and scales it back to norm 1.  Sentence
-            embeddings share a large common part that says nothing about the class; this estimate of it is public.
-        init: "zero", or "label_names": each row starts as the frozen base's embedding of the label's
-            text.  Label names are declared and public, so this costs no privacy.
-        train: false leaves the head as it starts.
-        label_texts: a description for each label, in the order of the labels, that "label_names"
-            embeds in place of the label's name.
-        hidden: of features, the widths of layers before the last one, each with a ReLU behind it; they start at random,
-            by the run's seed.
+        centre: true subtracts the mean embedding of the labels' texts from x and normalizes the result again.  Sentence
+            embeddings share a large common part that does not depend on the class; this estimate of it is public.
+        init: "zero", or "label_names": each row starts as the frozen base's embedding of the label's text.  Label names
+            are declared and public, so this costs no privacy.
+        train: false freezes the head at its initial values.
+        label_texts: a description for each label, in the order of the labels; "label_names" then embeds it instead of
+            the label's name.
+        hidden: for features, the widths of hidden layers, each followed by a ReLU; their initial values are random,
+            from the run's seed.
     """
 
     scale: float = 20.0

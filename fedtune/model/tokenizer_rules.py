@@ -1,8 +1,8 @@
-"""Rules for tokenizers: known steps, which take linear time and let no text grow without bound.
+"""Rules for tokenizers: only known steps are allowed, which take linear time and lengthen a text only up to a limit.
 
-Somebody who may choose a regular expression, or a chain of rules that each make a text longer, can pick words for
-which a tokenizer takes minutes, fills the memory or gives up.  Whether a site still answers would then say whether one
-of its records has those words.
+An attacker who may choose a regular expression, or a chain of rules that each lengthen a text, could pick words for
+which a tokenizer takes minutes, exhausts the memory or fails.  The mere answer of a site would then reveal whether one
+of its records contains those words.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ _SIMPLE = re.compile(rf"(?:{_ATOM}\?)?{_ATOM}(?:\+|\{{(?P<least>[1-9]\d?)(?P<ran
 
 
 class _Unknown(ValueError):
-    """Why a tokenizer is refused, as the end of a sentence about its file."""
+    """The reason for refusing a tokenizer, as the end of a sentence about its file."""
 
 
 def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
-    """Why a tokenizer is refused, by its tokenizer.json, as the end of a sentence about it; None for a good one.
+    """Return the reason for refusing a tokenizer.json, as the end of a sentence, or None if the file is acceptable.
 
-    Decoders are not looked at, since they never see a record; nor are settings of padding and truncation, which each
-    call sets anew.
+    Decoders are not checked, because they never process a record, and neither are the settings for padding and
+    truncation, because each call sets them anew.
     """
     try:
         growth = _normalizers_growth(fields.get("normalizer"))
@@ -115,13 +115,15 @@ def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
 
 
 def short(value: object) -> str:
-    """Shorten a value of a file for a message: it may be long, or hold what cannot be printed."""
+    """Shorten a value from a file for an error message, because such values can be long or contain unprintable
+    characters.
+    """
     text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else shown(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
-    """A part's steps one after another, whatever sequences they stand in; `inner`: where a sequence keeps them."""
+    """Flatten a part of a tokenizer into its steps; `inner` is the key under which a sequence stores its steps."""
     steps, waiting = [], [part] if part is not None else []
     while waiting:
         step = waiting.pop(0)
@@ -137,7 +139,7 @@ def _steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
 
 
 def _normalizers_growth(normalizer: Any) -> int:
-    """The most characters that normalizers make of one."""
+    """Return the maximum number of characters into which the normalizers can turn one character."""
     growth, chosen = 1, False
     for step in _steps(normalizer, "normalizers", known=_NORMALIZERS):
         kind = step["type"]
@@ -155,9 +157,10 @@ def _normalizers_growth(normalizer: Any) -> int:
 
 
 def _table_growth(encoded: str) -> int:
-    """The longest replacement in a SentencePiece table: four bytes with the size of an index, it, texts that end in 0.
+    """Return the length of the longest replacement in a SentencePiece table.
 
-    The index may point into the middle of a text, but no replacement reaches over its end.
+    The table consists of the size of an index (four bytes), the index, and texts that end in 0.  The index may point
+    into the middle of a text, but no replacement extends beyond the end of its text.
     """
     table = base64.b64decode(encoded, validate=True)
     texts = table[4 + int.from_bytes(table[:4], "little") :]
@@ -170,7 +173,7 @@ def _table_growth(encoded: str) -> int:
 
 
 def _least_match(pattern: Any) -> int:
-    """The fewest characters that a pattern matches."""
+    """Return the minimum number of characters that a pattern matches."""
     ((kind, text),) = pattern.items()
     if kind == "String" and 0 < len(text) <= _MOST_PATTERN:
         return len(text)

@@ -1,7 +1,8 @@
-"""Backups: one file with what cannot be made again, written while the process runs, and put back where it is missing.
+"""Backups of a site, a server or a federation: one zip file with the files that cannot be recreated.
 
-A backup is a zip with a list of its files and their hashes.  Databases are copied by SQLite itself, which waits for a
-transaction that is under way; all other files are only ever replaced as a whole.  Putting back replaces nothing.
+A backup can be written while the process runs; restoring fills in missing files and never replaces an existing one.
+The zip contains a list of its files and their hashes.  SQLite copies the databases itself, and waits for a transaction
+that is in progress; all other files are only ever replaced as a whole.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ _STATE = ("state/paused", "state/left")
 
 
 def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None:
-    """Write a new file, readable by its owner alone.
+    """Write a backup into a new file that only its owner can read.
 
     Args:
-        target: the file.
-        kind: whose it is.
-        files: name in the backup -> file; one that ends in `.db` is an SQLite database, which may be in use.
+        target: the file to write.
+        kind: whether the backup belongs to a site, a server or a lead.
+        files: name in the backup -> file; a file that ends in `.db` is an SQLite database, which may be in use.
 
     Raises:
-        ConfigError: `target` exists, or cannot be written; or a file cannot be read.
+        ConfigError: `target` exists or cannot be written, or a file cannot be read.
     """
     if os.path.lexists(target):
         raise ConfigError("FILE", str(target), "exists already; choose a new file")
@@ -79,10 +80,10 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copy an SQLite database that others may write, as it was between two transactions.
+    """Copy an SQLite database that other processes may be writing, in its state between two transactions.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the database cannot be read.
     """
     # Only who may write can take back what a crash cut short, and until then nobody can read.
     address = f"{source.resolve().as_uri()}?mode=rw"
@@ -98,10 +99,10 @@ def copy_database(source: Path, target: Path) -> None:
 
 
 def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
-    """Write one file of a backup where there is none, whole or not at all.
+    """Restore one file of a backup, completely or not at all; an existing file is left alone.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     if os.path.lexists(target):
         return
@@ -124,10 +125,10 @@ def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
 
 @contextmanager
 def opened_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, list[str]]]:
-    """Open a backup whose files are all there, as they were; gives the archive and the names of its files.
+    """Open a backup after checking the hash of every file; yield the archive and the names of its files.
 
     Raises:
-        ConfigError: the file is none, is another's, or was damaged.
+        ConfigError: the file is not a backup, is a backup of another kind, or is damaged.
     """
     try:
         archive = zipfile.ZipFile(source)
@@ -152,13 +153,15 @@ def opened_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile
 
 
 def tree(folder: Path, *, under: str) -> dict[str, Path]:
-    """Every file of a folder, by its name in a backup; links are left out, and files that are being written."""
+    """Map the name that each file of a folder has in a backup to its path; symbolic links and partial files are
+    skipped.
+    """
     found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
     return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in found if ".partial" not in path.name}
 
 
 def _copied(source: IO[bytes], target: IO[bytes] | None) -> str:
-    """Copy to the end; SHA-256 of what was read, in hex."""
+    """Copy a stream to its end and return the SHA-256 of the data in hex; without `target`, only hash the stream."""
     sha256 = hashlib.sha256()
     while part := source.read(_CHUNK):
         sha256.update(part)
@@ -171,11 +174,11 @@ def _copied(source: IO[bytes], target: IO[bytes] | None) -> str:
 
 
 def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
-    """Back up a site's policy, ledger, kept adapters and whether it is paused or has left; no key.
+    """Back up a site's policy, ledger, personalized adapters, and whether the site is paused or has left; no keys.
 
     Raises:
-        ConfigError: the policy is none, there is no ledger, or `target` cannot be written.
-        RunError: the ledger does not fit together, or is older than its anchor.
+        ConfigError: the policy is invalid, the ledger is missing, or `target` cannot be written.
+        RunError: the ledger is inconsistent, or older than its anchor.
     """
     files = SiteFiles.of(site_toml)
     if files.verified() is None:
@@ -187,7 +190,7 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp:
-    """A ledger that was brought up to what anchors know."""
+    """A restored ledger that has been charged for the events that only the anchors know."""
 
     ledger: Ledger
     gap: Counter[DpEvent]  # what was charged for that
@@ -195,7 +198,7 @@ class MadeUp:
     since: Head | None  # the newest such anchor, where it knows another policy than site.toml; that one was in force.
 
     def require_sure(self) -> None:
-        """Raise RunError where a receipt still shows that events are missing, to this ledger or to a lost one."""
+        """Raise RunError if a receipt still proves that events are missing from the ledger."""
         if (doubt := self.ledger.history.in_doubt) is not None:
             raise RunError(
                 f"the ledger is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
@@ -204,10 +207,10 @@ class MadeUp:
 
 
 def anchors_at_hand(site: SiteFiles, given: Path | None) -> list[Path]:
-    """The anchors that a ledger to be put back is measured by.
+    """List the anchors against which a restored ledger is checked: the given anchor and the policy's own.
 
     Raises:
-        ConfigError: there is none, so nobody could say what was charged after the backup.
+        ConfigError: there is no anchor, so charges made after the backup cannot be detected.
     """
     found = [given] if given else []
     if site.anchor is not None and (site.anchor.is_file() or not found):
@@ -218,11 +221,11 @@ def anchors_at_hand(site: SiteFiles, given: Path | None) -> list[Path]:
 
 
 def make_up_for(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
-    """Charge the ledger at `path` what the anchors know and it lacks.
+    """Charge the ledger at `path` for the events that the anchors know and the ledger lacks.
 
     Raises:
-        ConfigError: a file is no anchor, or the site's key is missing.
-        RunError: the ledger was changed, or an anchor is of another one.
+        ConfigError: a file is not an anchor, or the site's key is missing.
+        RunError: the ledger was altered, or an anchor belongs to another ledger.
     """
     verify(path)  # an older ledger is what is expected here; one that was changed is not
     ledger = Ledger(path, site.policy, site.key())
@@ -237,14 +240,17 @@ def make_up_for(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
 
 
 def put_back_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:
-    """Put back what a site lacks; its ledger only once it is charged what an anchor knows and the backup lacks.
+    """Restore a site's missing files from a backup.
+
+    The ledger is only restored after it has been charged for the events that an anchor knows and the backup lacks.
 
     Returns:
-        The site's files, and what was made up for; None where the ledger was there and is whole.
+        The site's files, and the ledger with its extra charges; None if an intact ledger was already there.
 
     Raises:
-        ConfigError: the backup, the policy, an anchor or the site's key is missing or wrong, or the site runs.
-        RunError: the backup's ledger cannot be trusted, or another one is in its place.
+        ConfigError: the backup, the policy, an anchor or the site's key is missing or invalid, the site is running, or
+            the existing ledger is another ledger or older than the backup's.
+        RunError: the backup's ledger cannot be trusted.
     """
     with opened_backup(source, kind="site") as (archive, names):
         _put("site.toml", archive, site_toml)
@@ -298,7 +304,7 @@ def back_up_server(target: Path, *, data: Path) -> None:
     """Back up a server's database and its audit log.
 
     Raises:
-        ConfigError: there is no database, or `target` cannot be written.
+        ConfigError: the database is missing, or `target` cannot be written.
     """
     if not (data / DATABASE).is_file():
         raise ConfigError("--data", str(data), f"must be the server's folder; it has no {DATABASE}")
@@ -307,10 +313,10 @@ def back_up_server(target: Path, *, data: Path) -> None:
 
 
 def put_back_server(source: Path, *, data: Path) -> None:
-    """Put a server's database back where there is none, with its audit log.
+    """Restore a server's database and its audit log, if there is no database yet.
 
     Raises:
-        ConfigError: there is one already, or `source` is no server's backup.
+        ConfigError: a database exists already, or `source` is not a server's backup.
     """
     with opened_backup(source, kind="server") as (archive, names):
         for part in (DATABASE, f"{DATABASE}-wal"):
@@ -321,20 +327,20 @@ def put_back_server(source: Path, *, data: Path) -> None:
 
 
 def back_up_federation(target: Path, *, federation: Path) -> None:
-    """Back up a federation's whole folder: authority, kits, roster, receipts, and every key of the lead's.
+    """Back up a federation's whole folder: authority, kits, roster, receipts, and all keys of the lead.
 
     Raises:
-        ConfigError: the folder is no federation's, or `target` cannot be written.
+        ConfigError: the folder is not a federation folder, or `target` cannot be written.
     """
     with FederationFolder.held(federation) as held:
         write_backup(target, kind="lead", files=tree(held.folder, under="federation"))
 
 
 def put_back_federation(source: Path, *, out: Path) -> None:
-    """Write a federation's folder anew.
+    """Restore a federation's folder from a backup, as the new folder `out`.
 
     Raises:
-        ConfigError: `out` exists, or `source` is no lead's backup.
+        ConfigError: `out` exists, or `source` is not a lead's backup.
     """
     with opened_backup(source, kind="lead") as (archive, names), new_folder(out, key="--out") as folder:
         for name in names:

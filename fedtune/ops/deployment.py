@@ -1,4 +1,4 @@
-"""A run over real sites: the lead's side of it, through the federation's server."""
+"""The lead's side of a run over real sites, which it reaches through the federation's server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ASK_AGAIN_S = 5.0  # how soon to ask a site again that waits for a person there
 
 @dataclass(frozen=True, kw_only=True)
 class LeadService:
-    """A lead and the sites of a run, by the lead's kit."""
+    """The lead of a run and its connection to the run's sites, started from the lead's kit."""
 
     kit: Kit
     federation: FederationSpec  # the run's; it names the sites
@@ -53,28 +53,29 @@ class LeadService:
 
     @cached_property
     def metrics(self) -> LeadMetrics:
-        """Figures of how the run is doing."""
+        """Metrics of the run's progress."""
         return LeadMetrics(kit=self.kit)
 
     @cached_property
     def sites(self) -> tuple[Member, ...]:
-        """The sites as the roster has them, in the order of `federation.site_names`."""
+        """The roster's entries of the run's sites, in the order of `federation.site_names`."""
         return members(self.kit, self.federation.active)
 
     @cached_property
     def key(self) -> SigningKey:
-        """The key that signs requests and calls."""
+        """The lead's key, which signs requests and calls to the server."""
         return self.kit.load_key()
 
     def run(self, config: RunConfig, folder: Path, listener: Listener) -> RunResult:
-        """Run `config` at its sites to its end, or from its newest checkpoint on, and write the run folder.
+        """Run `config` at its sites from the newest checkpoint to the end, and write the run folder.
 
         Returns:
             The content of `run.json`.
 
         Raises:
-            ConfigError: kit, roster, data, model or checkpoint don't fit the settings, which is raised before any site
-                is asked; or too few sites speak this lead's protocol.
+            ConfigError: kit, roster, data, model or checkpoint do not match the settings, which is raised before any
+            site
+                is contacted; or too few sites speak this lead's protocol.
             RunError: the server cannot be reached, or too few sites replied.
             RefusedError: too many sites' policies or budgets refuse the run.
         """
@@ -106,14 +107,17 @@ class LeadService:
             ).to_its_end(noted)
 
     def fitted(self, config: RunConfig) -> RunConfig:
-        """`config`, with as many rounds or as little noise as the sites' budgets have room for, where it asks for that.
+        """Return `config` with as many rounds or as little noise as the sites' budgets allow, if its settings ask for
+        that.
 
-        Nothing is charged.  A site that is away, paused or waits for a person is left to answer by itself later.
+        Nothing is charged.  A site that is offline, paused or waiting for a person's approval is not considered; it
+        answers
+        the run itself later.
 
         Raises:
-            ConfigError: the model cannot be had, or too few sites speak this lead's protocol.
+            ConfigError: the model is not available, or too few sites speak this lead's protocol.
             RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
-            RefusedError: too few sites have room for anything.
+            RefusedError: too few sites have any budget left.
         """
         if not config.may_be_fitted:
             return config
@@ -124,10 +128,10 @@ class LeadService:
         return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
 
     def end(self, run: str, *, timeout_s: float) -> list[str]:
-        """Tell the sites that a run is over for good, without a final adapter; returns those that heard it.
+        """Tell the sites that a run has ended for good, without a final adapter; return the sites that confirmed it.
 
         Args:
-            run: its whole name, as its sites have it; nothing else of the run is needed.
+            run: the full name of the run, as its sites know it; nothing else of the run is needed.
             timeout_s: how long to wait for sites.
         """
         notice = EndOfRun(run=run, lead=self.key.public).signed(self.key)
@@ -136,7 +140,7 @@ class LeadService:
             return [site for site, _ in self._transport(grid).end(questions, timeout_s=timeout_s)]
 
     def online(self) -> dict[str, bool]:
-        """Site -> whether it has a line to the server now."""
+        """Return for each site whether it is connected to the server now."""
         with self.grid() as grid:
             found = grid.online()
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
@@ -144,9 +148,11 @@ class LeadService:
     def grid(
         self, listener: Listener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
     ) -> AbstractContextManager[AskingGrid]:
-        """Return the connection to the sites.  Our own picks up a renewed certificate of the kit while it is open.
+        """Return the connection to the sites.
 
-        A server of our own that is away is waited for `patience_s` seconds.
+        The lead's own connection picks up a renewed certificate of the kit while it is open, and waits up to
+        `patience_s`
+        seconds for a server that is down.
         """
         sites = {member.site: member.node_key for member in self.sites}
         ears, closing = _Ears(self.sites, listener, most_rounds=most_rounds), partial(Closing, self.federation)
@@ -169,7 +175,7 @@ class LeadService:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
     def _invited(self, config: RunConfig) -> ProposedRun:
-        """Every site, about the run as it is sent to them."""
+        """Build the run's proposal for all sites, with the settings that are sent to them."""
         sent = for_sites(config)
         settings = text_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
@@ -185,7 +191,9 @@ class LeadService:
 
 
 class _Noted:
-    """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
+    """A listener that forwards every event, and stores each site's latest answer in the run folder for `fedtune run
+    status`.
+    """
 
     def __init__(self, listener: Listener, folder: Path, metrics: LeadMetrics) -> None:
         self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
@@ -210,14 +218,14 @@ class _Noted:
 
 
 class _Ears:
-    """Reads each answer as it comes: tells the listener, and says what it means for the exchange.
+    """The callback for each incoming answer: it notifies the listener and rates the answer for the exchange.
 
-    What a server or a site may have made up counts for nothing: an answer is good, and its charge is told, under the
-    site's signature alone.
+    A server or a site may have forged an answer.  Only the site's signature makes an answer valid and its charge worth
+    reporting.
 
     Args:
-        sites: in the order of the grid's numbers, from 1.
-        most_rounds: that a site may be charged for.
+        sites: the sites in the order of the grid's numbers, which start at 1.
+        most_rounds: the largest number of rounds that a site can have been charged for.
     """
 
     def __init__(self, sites: Sequence[Member], listener: Listener | None, *, most_rounds: int) -> None:
@@ -259,7 +267,7 @@ class _Ears:
 
 
 def _answers(question: Message, reply: Reply, *, site: str) -> bool:
-    """A reply is of the kind that was hoped for, and about what was asked."""
+    """Whether a reply answers the question: it has the expected kind, and names the same site, run and round."""
     signed = flower_records.to_signed(question.content)
     if question.metadata.message_type == f"query.{flower_records.INVITE}":
         invitation = Invitation.of(signed)

@@ -1,4 +1,4 @@
-"""Files of a kit or a federation, written whole or not at all, and the account and the signals of who writes them."""
+"""Atomic writing of files in a kit or a federation folder, plus accounts, permissions and signal handlers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PAGE_BYTES = 4096
 
 @contextmanager
 def new_folder(target: Path, *, key: str) -> Iterator[Path]:
-    """A folder to fill, readable by its owner alone; it becomes `target` when the block ends without an error.
+    """Create a folder that only its owner can read; it is renamed to `target` if the block ends without an error.
 
     Args:
-        target: the folder to be.
-        key: what a person calls it, for an error.
+        target: the final path of the folder.
+        key: the name of the setting or option that an error mentions.
 
     Raises:
         ConfigError: `target` exists, or cannot be written.
@@ -49,7 +49,7 @@ def new_folder(target: Path, *, key: str) -> Iterator[Path]:
 
 @contextmanager
 def writing(target: Path, *, key: str) -> Iterator[None]:
-    """Turn the operating system's refusals into an error for people."""
+    """Turn an OSError inside the block into a ConfigError that names `key` and `target`."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def writing(target: Path, *, key: str) -> Iterator[None]:
 
 
 def write_secret(path: Path, data: bytes) -> None:
-    """Write a new file that its owner alone can read."""
+    """Write a new file that only its owner can read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
@@ -67,9 +67,11 @@ def write_secret(path: Path, data: bytes) -> None:
 
 
 def trouble_of(*files: Path) -> str:
-    """Why a ledger or its anchor cannot be written now, with file and disk; empty if all can.
+    """Say why a ledger or its anchor cannot be written now, with file and disk; empty if all files can be written.
 
-    A page is written and synced beside each: a disk that is full, read-only or over a quota says so only then.
+    The check writes and syncs a page next to each file, because a disk that is full, read-only or over quota only
+    reports
+    the error then.
     """
     for file in files:
         try:
@@ -85,7 +87,7 @@ def trouble_of(*files: Path) -> str:
 
 
 def zip_of(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
-    """A zip archive, the same bytes for the same files; each is dated `moment` and readable by all."""
+    """Return a reproducible zip archive of `files`, in which every file is dated `moment` and readable by everyone."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(files.items()):
@@ -98,10 +100,14 @@ def zip_of(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
 
 
 def act_as_owner(*places: Path) -> None:
-    """Become the owner of the first of these that exists, for good, where root runs this and it is not root's.
+    """Switch permanently to the account that owns the first existing path, if this process runs as root and the owner
+    is not
+    root.
 
     Raises:
-        ConfigError: this root may not, as in some containers; or that account cannot read this Python.
+        ConfigError: this root account may not switch users, as in some containers; or the other account cannot read
+        this
+            Python installation.
     """
     place = next((place for place in places if os.path.lexists(place)), None)
     if place is None or effective_user() != 0:
@@ -128,14 +134,14 @@ def act_as_owner(*places: Path) -> None:
 
 
 def name_of(uid: int) -> str:
-    """The account's name; its number where it has none."""
+    """Return the name of the account `uid`, or its number if it has no name."""
     known = _known(uid)
     return known.pw_name if known else str(uid)
 
 
 @contextmanager
 def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT call `handler` while the block runs."""
+    """Call `handler` on SIGTERM and SIGINT while the block runs."""
     before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -145,12 +151,12 @@ def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def person() -> str:
-    """The account of whoever runs this command: with sudo, the one that called it."""
+    """Return the account of the person who runs this command: under sudo, the calling account."""
     return os.environ.get("SUDO_USER") or (name_of(os.getuid()) if pwd else getpass.getuser())
 
 
 def own_group(uid: int) -> int | None:
-    """The account's own group; None for an account without a name."""
+    """Return the primary group of the account `uid`; None for an account without a name."""
     known = _known(uid)
     return known.pw_gid if known else None
 

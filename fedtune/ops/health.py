@@ -1,15 +1,16 @@
-"""Health endpoint of a process, for the site's own monitoring; by default on this machine only.
+"""Health endpoint of a process, for the site's own monitoring; by default it only listens on loopback.
 
-`GET /health` answers 200 as long as the process runs; `GET /ready` answers 200 if a round that came now would be
-answered (state "connected" or "training"), else 503.  Both give the same five values, and no data on any record.
+`GET /health` answers 200 as long as the process runs.  `GET /ready` answers 200 if a round that came now would be
+answered (state "connected" or "training"), else 503.  Both return the same five values, and no data on any record.
 Still, the time that a site spends in state "training" reveals roughly how many records it has, like the time of a reply
-(docs/site_policy.md, `reply_after_s`).  So an address that other machines can reach needs an explicit option.
+(docs/site_policy.md, `reply_after_s`).  Therefore an address that other machines can reach needs an explicit option.
 
-A process without a network answers at a Unix socket: `unix:/run/fedtune/health.sock`.
+A process without a network listens on a Unix socket: `unix:/run/fedtune/health.sock`.
 
     python -m fedtune.ops.health 127.0.0.1:8089 [/health | /ready]
 
-asks, prints the answer and ends with 0 for 200, else with 1: a probe for containers without any other client in them.
+sends one request, prints the answer, and exits with 0 for a 200 and with 1 otherwise: a probe for containers that
+contain no other HTTP client.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]  # path of a GET ->
 
 
 class Snapshot(TypedDict):
-    """The endpoint's answer; times are UTC, in ISO 8601."""
+    """The JSON content of the endpoint's answer; times are UTC, in ISO 8601."""
 
     state: State
     since: str  # when the state was entered
@@ -58,7 +59,7 @@ class Snapshot(TypedDict):
 
 
 class Health:
-    """The state of a process; any thread may update or read it."""
+    """The health state of a process, which any thread may update or read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,12 +70,12 @@ class Health:
     def update(
         self, *, state: State | None = None, last_contact: datetime | None = None, rounds_answered: int | None = None
     ) -> None:
-        """Set the given values together; None leaves a value as it is.
+        """Set the given values in one step; None leaves a value unchanged.
 
         Args:
             state: "starting", then mostly "connected" (a server: it listens) or "disconnected".
-            last_contact: with a time zone.
-            rounds_answered: since the process started.
+            last_contact: time of the last contact, with a time zone.
+            rounds_answered: number of rounds answered since the process started.
         """
         check_one_of("state", state, (None, *get_args(State)))
         with self._lock:
@@ -86,7 +87,7 @@ class Health:
                 self._told["rounds_answered"] = rounds_answered
 
     def snapshot(self) -> Snapshot:
-        """All values at one moment."""
+        """Return a consistent snapshot of all values."""
         with self._lock:
             return self._told.copy()
 
@@ -96,10 +97,12 @@ def _spelt(moment: datetime) -> str:
 
 
 def serve_health(address: str | None, health: Health, *, anywhere: bool = False) -> AbstractContextManager[str]:
-    """Answer at `address` while the block runs; yields the address, with its port where 0 was asked for.
+    """Serve the health endpoint at `address` while the block runs; yield the address, with the actual port if 0 was
+    given.
 
     Args:
-        address: host:port; an IP address (an IPv6 one in brackets) or localhost; or unix:PATH; None: nowhere.
+        address: host:port, where host is an IP address (IPv6 in brackets) or localhost; or unix:PATH; None: no
+        endpoint.
         health: the state to report.
         anywhere: also accept an address that other machines can reach.
 
@@ -121,15 +124,15 @@ def serve_health(address: str | None, health: Health, *, anywhere: bool = False)
 
 @contextmanager
 def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, far: str | None) -> Iterator[str]:
-    """Answer GET at `address` while the block runs; yields the address, with its port where 0 was asked for.
+    """Serve GET requests at `address` while the block runs; yield the address, with the actual port if 0 was given.
 
     Args:
-        address: host:port; an IP address (an IPv6 one in brackets) or localhost; or unix:PATH, a socket for the same
-            user and group.
-        respond: makes the answer.
-        key: the option that named the address.
-        most_s: longest duration of a connection, so that a slow caller cannot hold a place.
-        far: the error for an address that other machines can reach; None: it is accepted.
+        address: host:port, where host is an IP address (IPv6 in brackets) or localhost; or unix:PATH, a socket for the
+            same user and group.
+        respond: returns the answer for a path.
+        key: the option that contains the address.
+        most_s: maximum duration of a connection in seconds, so that a slow caller cannot occupy a slot.
+        far: the error message for an address that other machines can reach; None: such an address is accepted.
 
     Raises:
         ConfigError: the address is invalid, is refused, or cannot be bound.
@@ -182,7 +185,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
 
 
 def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, str]:
-    """A socket that listens at an address, and the address with its port."""
+    """Open a listening socket; return it, and its address with the actual port."""
     if not address.startswith(_UNIX):
         host, port = _parse(address, key=key, far=far)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -199,7 +202,7 @@ def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, 
 
 
 async def _answer(head: bytes, respond: Respond) -> bytes:
-    """The HTTP answer to a request's head; a known path answers GET alone."""
+    """Return the HTTP answer to a request's head; known paths only accept GET."""
     asked = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
     status, kind, content = 400, "application/json", b"{}\n"
     if asked is not None:
@@ -218,7 +221,7 @@ async def _answer(head: bytes, respond: Respond) -> bytes:
 
 
 def ask(address: str, path: str = "/health") -> tuple[int, str]:
-    """Send one request, without a proxy; returns status and body.
+    """Send one request without a proxy; return status and body.
 
     Raises:
         OSError: nothing answers.
@@ -255,7 +258,7 @@ def _parse(address: str, *, key: str, far: str | None) -> tuple[str, int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Ask once; 0 for 200, 1 for anything else, 2 for arguments that are wrong."""
+    """Probe an endpoint once; return 0 for a 200, 1 for any other result, 2 for invalid arguments."""
     try:
         address, path = (*arguments, "/health")[:2] if 1 <= len(arguments) <= 2 else ("", "")
         status, body = ask(address, path)

@@ -1,19 +1,20 @@
-"""Logs of processes that run for months: JSON lines on stderr, and no line holds anything of a record.
+"""Logging for long-running processes: JSON lines on stderr that never contain data of a record.
 
-An exception's own text may quote a record (`int("a cell")`, a label that is not declared), and so may a library's
-message.  Who speaks decides what is written:
+An exception's own text may quote a record (`int("a cell")`, an undeclared label), and so may a library's message.  The
+logger therefore decides what is written:
 
-- fedtune itself: the message with its plain arguments (texts, numbers, paths) and extra fields; of any other object
+- fedtune itself: the message with its plain arguments (texts, numbers, paths) and extra fields; for any other object
   only its type.
-- The libraries that carry messages between organisations (`CARRIERS`) and see no record: their message, likewise.
-- Everybody else, torch, transformers, tokenizers, peft, opacus and numpy among them: that there was a warning or an
-  error, and where in the library.  Its text is withheld: a fixed text looks like one that a record went into.
-- Exceptions, whoever logs them: type and frames (file:line function), and those of the cause.  The text only where
-  it is made of settings and of fedtune's own files: `ConfigError` without `DataError`, `RefusedError`, `RunError`.
+- The libraries that carry messages between organizations (`CARRIERS`) and see no record: their message, likewise.
+- Every other library, including torch, transformers, tokenizers, peft, opacus and numpy: that there was a warning or an
+  error, and where in the library.  The text is withheld, because a fixed text cannot be told from one that quotes a
+  record.
+- Exceptions from any logger: type and frames (file:line function), and those of the cause.  The text is only written
+  if it consists of settings and of fedtune's own files: `ConfigError` without `DataError`, `RefusedError`, `RunError`.
 
-What fedtune's own messages say is in the hands of who writes them: never a value that was read from a data file.
-Nothing goes around these lines: handlers of other libraries, uncaught exceptions and warnings are taken over.  What a
-library prints to stdout or stderr by itself is not covered.
+Authors of fedtune's own messages must never include a value that was read from a data file.  Other libraries' handlers,
+uncaught exceptions and warnings are all redirected here.  What a library prints directly to stdout or stderr is not
+covered.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ _log = logging.getLogger(__name__)
 
 
 def configure_logs(level: Level) -> None:
-    """Send everything that this process logs to stderr as JSON lines; a second call replaces the first.
+    """Send all logs of this process to stderr as JSON lines; a second call replaces the first.
 
-    fedtune's own messages are kept from `level` on, other libraries' from warnings on; at "debug" also what the
-    libraries that carry messages say from "info" on.  It takes over for good: the handlers of other libraries (also of
-    those that are imported later), warnings, and the uncaught exceptions of every thread.
+    fedtune's own messages are kept from `level` on, and other libraries' messages from warnings on; at "debug", the
+    libraries that carry messages are kept from "info" on.  The takeover is permanent, and includes the handlers of
+    other
+    libraries (also of those imported later), warnings, and uncaught exceptions in all threads.
 
     Raises:
         ConfigError: there is no such level.
@@ -74,9 +76,11 @@ def configure_logs(level: Level) -> None:
     handler.addFilter(lambda record: _is_kept(record, lowest))
 
     def made(name: str, *rest: Any, **more: Any) -> logging.LogRecord:
-        """A record, after every handler was taken from its way that would write it in full.
+        """Create a log record, after removing every handler that would write the record in full.
 
-        It is done here because libraries add theirs when they are first imported, long after logs were configured.
+        Record creation is the right moment, because libraries add their handlers when they are first imported, long
+        after logs
+        were configured.
         """
         logger: logging.Logger | None = logging.getLogger(name)
         while logger is not None:
@@ -93,13 +97,17 @@ def configure_logs(level: Level) -> None:
 
 
 class _Lines(logging.StreamHandler[TextIO]):
-    """One JSON object a line: time, level, logger, event, then extra fields and `error` where there is one."""
+    """A handler that writes each record as one JSON object per line: time, level, logger, event, extra fields, and
+    any `error`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(_fields(record))  # ASCII, and so one line, whatever it holds
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drop what cannot be written; the library's own way shows the message and its arguments."""
+        """Drop a record that cannot be written; the default implementation would print the message and its
+        arguments.
+        """
 
 
 def _adopt(logger: logging.Logger, handler: logging.Handler) -> None:
@@ -138,18 +146,21 @@ def _unraisable(found: Any) -> None:
 def _warned(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
-    """In place of `warnings.showwarning`, whose parameters these are."""
+    """Replacement for `warnings.showwarning`, with the same parameters."""
     where = f"{_short(filename)}:{lineno}"
     _log.warning("%s: %s", category.__name__, WITHHELD, extra={"where": where})
 
 
 def _owner_of(record: logging.LogRecord) -> str:
-    """The package that speaks: the first part of the logger's name."""
+    """Return the package that logged the record: the first part of the logger's name."""
     return record.name.partition(".")[0]
 
 
 def _short(file: str) -> str:
-    """A source file from its package on; only its name where it is of no package, since folders are the site's own."""
+    """Shorten a source file's path to start at its package.
+
+    A file outside any package keeps only its name, because folder names are the site's own business.
+    """
     if file.startswith(_PACKAGE):
         return f"{OWN}/{file.removeprefix(_PACKAGE)}"
     root = next((root for root in _ROOTS if file.startswith(root)), None)
@@ -187,7 +198,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _plain(value: object) -> object:
-    """`value` where it is plain; of anything else its type."""
+    """Return `value` if it is a text, a number, a path or None, and otherwise the name of its type."""
     if isinstance(value, BaseException):
         return str(value) if _is_of_settings(value) else _type_name(value)
     return value if value is None or isinstance(value, str | numbers.Number | os.PathLike) else f"<{_type_name(value)}>"
@@ -205,7 +216,7 @@ def _bounded(text: str) -> str:
 
 
 def _described(error: BaseException, seen: set[int]) -> dict[str, Any]:
-    """Describe an exception by type, frames and cause; its text only where that is made of settings."""
+    """Describe an exception by type, frames and cause; its text is only included if it consists of settings."""
     seen.add(id(error))
     fields: dict[str, Any] = {"type": _type_name(error), **_codes(error)}
     if _is_of_settings(error):
@@ -227,7 +238,9 @@ def _is_of_settings(error: BaseException) -> bool:
 
 
 def _codes(error: BaseException) -> dict[str, str]:
-    """The system's and OpenSSL's own names of what went wrong, and the file that a full disk has no room for."""
+    """Return the symbolic error names of the operating system and OpenSSL, and for a full disk the file that did not
+    fit.
+    """
     fields = {}
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         fields["errno"] = errno.errorcode[error.errno]

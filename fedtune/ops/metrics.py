@@ -1,9 +1,9 @@
-"""Figures for a monitoring system: `GET /metrics` in Prometheus's text format, on this machine alone.
+"""Metrics for a monitoring system: `GET /metrics` in Prometheus's text format, on loopback only.
 
-A figure follows from settings, the policy, the ledger's charges, and the times at which messages came and went; nothing
-here is computed from a record.  A round counts as answered when its reply is ready to leave, after the schedule of
-`reply_after_s`, and contact is noted while a round is trained: so figures that are read often tell no more of how long
-training took than the replies do.  The library's own figures of CPU and memory, which would tell, are left out.
+All metrics are derived from settings, the policy, the ledger's charges, and the times at which messages came and went;
+none is computed from a record.  A round counts as answered when its reply is ready to leave, after the schedule of
+`reply_after_s`, and contact is updated while a round is trained: frequent readings reveal no more about the duration of
+training than the replies do.  The Prometheus library's own metrics of CPU and memory would reveal it, and are left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ANSWER_S = 20.0  # a scrape may take so long: a ledger that has changed is veri
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure of a process."""
+    """The definition of one metric of a process."""
 
     says: str  # what it is, for people
     label: str = ""  # what tells several values apart; empty: there is one
@@ -84,13 +84,13 @@ Values = Iterable[tuple[str, float | Mapping[str, float]]]
 
 
 def serve_metrics(address: str | None, values: Callable[[], Values]) -> AbstractContextManager[str]:
-    """Answer `GET /metrics` at `address` while the block runs; yields the address, with its port where 0 was asked for.
+    """Serve `GET /metrics` at `address` while the block runs; yield the address, with the actual port if 0 was given.
 
-    Nothing is served where the address is None.  A name that ends in .prom is a file, written again and again, which
-    node_exporter reads: a process without a network shows its figures so.
+    Nothing is served if the address is None.  An address that ends in .prom is a file that is rewritten regularly for
+    node_exporter, which lets a process without a network publish its metrics.
 
     Raises:
-        ConfigError: the address is none, is not loopback, or cannot be had; or prometheus-client is not installed.
+        ConfigError: the address is invalid, is not loopback, or cannot be bound; or prometheus-client is not installed.
     """
     if address is None:
         return nullcontext("")
@@ -112,7 +112,7 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
 
 @contextmanager
 def _written(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
-    """Write figures into a file now and every few seconds, each time whole; remove it at the end."""
+    """Write the metrics into a file now and every few seconds, atomically; remove the file at the end."""
     stop, new = threading.Event(), file.with_name(f"{file.name}.new")
 
     def write() -> None:
@@ -140,7 +140,7 @@ def _written(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
 
 
 class _Collector:
-    """Figures as the library's own types."""
+    """A Prometheus collector that converts the metrics into the library's own types."""
 
     def __init__(self, values: Callable[[], Values]) -> None:
         self._values = values
@@ -158,7 +158,7 @@ class _Collector:
 
 
 class SiteMetrics:
-    """A site's figures: its budget, its certificate, its answers and its contact."""
+    """A site's metrics: its budget, its certificate, its answers and its last contact."""
 
     def __init__(self, *, kit: Kit, site_toml: Path, health: Health) -> None:
         self._kit, self._site_toml, self._health = kit, site_toml, health
@@ -167,11 +167,11 @@ class SiteMetrics:
         self._read: tuple[object, History | None] = (None, None)
 
     def answered(self, answer: str) -> None:
-        """Count an answer: "update", or the reason for none."""
+        """Count an answer: "update", or the reason why there was none."""
         self._answers[answer] += 1
 
     def figures(self) -> Values:
-        """All of them, now."""
+        """Yield the current values of all metrics."""
         last = self._health.snapshot()["last_contact"]
         silent = datetime.now(UTC) - (datetime.fromisoformat(last) if last else self._began)
         yield from _of_certificate(self._kit)
@@ -184,7 +184,9 @@ class SiteMetrics:
             yield from _of_budget(history)
 
     def _history(self) -> History | None:
-        """The verified ledger; None for one that cannot be trusted.  Read again when file or anchor have changed."""
+        """Return the verified ledger's history, read again if ledger or anchor have changed; None if it cannot be
+        trusted.
+        """
         try:
             files = self._kit.site_files(self._site_toml)
             places = [files.ledger, *([files.anchor] if files.anchor else [])]
@@ -207,7 +209,7 @@ def _of_budget(history: History) -> Values:
 
 
 class ServerMetrics:
-    """A server's figures: its certificate, its sites and its traffic."""
+    """A server's metrics: its certificate, its sites and its traffic."""
 
     def __init__(self, *, kit: Kit) -> None:
         self._kit = kit
@@ -216,7 +218,7 @@ class ServerMetrics:
         """As the roster was read last."""
 
     def figures(self) -> Values:
-        """All of them, now; before the server begins, its certificate's alone."""
+        """Yield the current values of all metrics; before the server starts, only those of its certificate."""
         yield from _of_certificate(self._kit)
         if (traffic := self.traffic) is None:
             return
@@ -231,7 +233,7 @@ class ServerMetrics:
 
 
 class LeadMetrics:
-    """A lead's figures: its certificate and how far its run is."""
+    """A lead's metrics: its certificate and the progress of its run."""
 
     def __init__(self, *, kit: Kit) -> None:
         self._kit = kit
@@ -240,23 +242,23 @@ class LeadMetrics:
         self._sites: frozenset[str] = frozenset()
 
     def began(self, state: LeadState, *, num_rounds: int) -> None:
-        """Training is about to begin, or goes on."""
+        """Record that training starts or resumes."""
         self._num_rounds = num_rounds
         self.finished(state)
 
     def answered(self, site: str, what: str) -> None:
-        """A site's answer came in: "update", or why there is none."""
+        """Record a site's answer: "update", or the reason why there was none."""
         self._answers[what] += 1
         if what == "update":
             self._sites |= {site}
 
     def finished(self, state: LeadState) -> None:
-        """A round is over."""
+        """Record that a round has finished."""
         self._round, self._sites = state.round, frozenset()
         self._seconds = state.rounds[-1].seconds if state.rounds else 0.0
 
     def figures(self) -> Values:
-        """All of them, now."""
+        """Yield the current values of all metrics."""
         yield from _of_certificate(self._kit)
         yield "fedtune_lead_rounds", {"finished": self._round, "planned": self._num_rounds}
         yield "fedtune_lead_sites_answered", len(self._sites)
@@ -265,7 +267,7 @@ class LeadMetrics:
 
 
 def _of_certificate(kit: Kit) -> Values:
-    """None while a new certificate is being copied."""
+    """Yield the number of days until the kit's certificate expires; nothing while a new certificate is being copied."""
     try:
         certificate = Certificate.of(read_certificate(kit.certificate))
     except ConfigError:

@@ -1,4 +1,4 @@
-"""The bytes of one round of a run over real sites, before it runs: its own messages, with values made up."""
+"""The traffic of one round over real sites, estimated before the run from messages with placeholder values."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ _FRACTION = 1 / 3  # with as many digits as noise and clocks have
 
 
 def round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, int]:
-    """Compute the payload of a round to one site and from it, as run.json counts both.
+    """Compute the payload of one round to a site and from a site in bytes, as run.json counts both.
 
-    A secure round has four exchanges; its session is taken to have begun, and no site to drop out.  HTTP, TLS and
-    Flower's own records of a message are left out.
+    A round of secure aggregation has four exchanges; the estimate assumes that its session has begun and that no site
+    drops
+    out.  HTTP, TLS and Flower's own message records are not included.
 
     Args:
-        config: of the run.
-        plan: the run's.
-        model: whose adapter is trained.
+        config: the run's settings.
+        plan: the run's plan.
+        model: the model whose adapter is trained.
 
     Raises:
-        ConfigError: the model cannot be had, so that it cannot be named by its hash.
+        ConfigError: the model is not available, so its hash is unknown.
     """
     sent, key, sites = for_sites(config), SigningKey(Ed25519PrivateKey.generate()), config.federation.active
     adapter, site, proposal = Adapter.of(model), max(sites, key=len), sent.proposal(lead=key.public, plan=plan)
@@ -64,7 +65,7 @@ def round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, i
 
 
 def _tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
-    """The values of an update, all of them 0."""
+    """Return an update's payload with all values 0."""
     if (shared := plan.shared) is not None:
         bits = bits_needed(shared.num_sites, shared.largest_value)
         return Masked(messages.upload_bytes(shared.num_sites, length=adapter.num_values, bits=bits))
@@ -74,7 +75,9 @@ def _tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Diffe
 
 
 def _steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
-    """A secure sum's steps beside the upload: name, the lead's messages to a site, its answer."""
+    """Yield the steps of secure aggregation other than the upload: name, the lead's messages to a site, the site's
+    answer.
+    """
     asked = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
     own = {**asdict(asked), "site": site, "signature": _SIGNATURE}
     announced = [Announcement(site=one, terms=_DIGEST, key=_DIGEST, signature=_SIGNATURE) for one in sites]

@@ -1,16 +1,17 @@
-"""The privacy core: what one step costs, what a site allows, what it has spent, and what may leave it.
+"""The privacy core: the cost of a training step, the limits and the spending of a site, and everything that may leave
+it.
 
-docs/privacy_review.md says in which order to read it, and which test shows what.  In short:
+docs/privacy_review.md suggests a reading order and names the test behind each claim.  In short:
 
-    events accountant filter            what happened, and what that comes to as epsilon
-    randomness mechanism                noise and samples
-    distributed_noise threshold trust   the noise of a secure sum, how many sites must help, whom a site relies on
-    run_plan selection                  the numbers of a run, and the price of a search over runs
-    site_policy policy_file             a site's own limits, and their file
-    proposal release about              what a lead asks for, all that may leave, and what it is for
-    ledger/                             decisions, each one transaction within every cap, and the file of signed events
-    keys durable site_files             keys and signatures, files that a crash leaves whole, where a site's files lie
+    events accountant filter            privacy events, and the epsilon that they add up to
+    randomness mechanism                noise and sampling
+    distributed_noise threshold trust   shared noise for secure aggregation, its threshold, and a site's trust in others
+    run_plan selection                  the parameters of a run, and the price of a search over several runs
+    site_policy policy_file             a site's own limits, and the file that holds them
+    proposal release about              a lead's proposal, everything that may leave a site, and its purpose
+    ledger/                             the signed event log of a site, and its decisions: one transaction each
+    keys durable site_files             keys and signatures, crash-safe files, and the paths of a site's files
 
-It needs only the standard library, numpy, scipy, dp-accounting, cryptography and mpmath, so that it can be audited
-alone.
+The package needs only the standard library, numpy, scipy, dp-accounting, cryptography and mpmath, so that it can be
+audited alone.
 """

@@ -1,4 +1,4 @@
-"""The purpose and the owner of a release, which no record of a run shows and public registries ask for."""
+"""Purpose and owner of a release: facts that public registries require and that no training record contains."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from fedtune.spec import spec
 
 @spec
 class AboutSpec:
-    """Facts for a public registry that only a person can give; "": not given.  No run depends on them.
+    """Facts about a release for a public registry, supplied by a person.
+
+    An empty string means "not given".  No run depends on these facts.
 
     Attributes:
-        curator: the organisation that answers for the release.
-        description: what was trained, for readers who know nothing of it.
+        curator: the organization that is responsible for the release.
+        description: what was trained, for readers without background knowledge.
         intended_use: what the model is for.
         sector: such as health, banking, public administration.
-        published: when the model was or will be released.
-        access: who gets what is released: everybody, some by contract, or nobody outside.
-        dynamics: whether the records are static, or dynamic: added to or changed between runs.
-        preprocessing: what was done to the records before fedtune read them.
-        tuning: how the settings were chosen, and on which records, where no search of fedtune's did it.
-        justification: why this unit, this epsilon and this delta.
+        published: the release date, past or planned.
+        access: who receives the release: everybody, some organizations by contract, or nobody outside.
+        dynamics: whether the records are static, or dynamic (added to or changed between runs).
+        preprocessing: how the records were processed before fedtune read them.
+        tuning: how the settings were chosen, and on which records, unless a fedtune search chose them.
+        justification: the reason for this privacy unit, this epsilon and this delta.
     """
 
     curator: str = ""
@@ -35,5 +37,5 @@ class AboutSpec:
 
     @property
     def purpose(self) -> str | None:
-        """The purpose of the training: the intended use, else the description; None: nobody gave either."""
+        """The purpose of the training: the intended use, or else the description; None if neither was given."""
         return self.intended_use or self.description or None

@@ -1,8 +1,8 @@
-"""From events to epsilon, and from a target epsilon to the least noise.
+"""Privacy accounting: epsilon from events, and the smallest noise for a target epsilon.
 
-Two accountants read the same events: PLD gives a run's figures, and dp-accounting's RDP checks them.
-Both are upper bounds.  The GDP/CLT accountant is absent on purpose: it under-reports
-(0.29 for a true 1.21 at rate .001, noise .6, 500 steps).
+Two accountants read the same events: PLD computes the epsilon of a run, and dp-accounting's RDP accountant checks it.
+Both are upper bounds.  The GDP/CLT accountant is left out on purpose, because it under-reports epsilon (0.29 instead of
+1.21 at sampling rate 0.001, noise multiplier 0.6 and 500 steps).
 """
 
 from __future__ import annotations
@@ -51,17 +51,21 @@ logging.getLogger("absl").addFilter(lambda note: "_compute_log_a_frac failed to 
 
 
 def check_noise(key: str, value: float, *, none: bool = False) -> None:
-    """Require a noise multiplier whose epsilon can be computed, or 0 where `none` allows it."""
+    """Require a noise multiplier for which epsilon can be computed (0.01 to 10,000); `none` also allows 0.
+
+    Raises:
+        ConfigError: the noise multiplier is out of range.
+    """
     right = LEAST_NOISE <= value <= MOST_NOISE or (none and value == 0)
     require(key, value, right, f"must lie in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
 
 
 def check_delta(key: str, value: float, *, steps: int) -> None:
-    """Require a delta at which epsilon can be computed for this many steps.
+    """Require a delta at which epsilon can be computed for `steps` steps.
 
     Raises:
-        ConfigError: it is not between 0 and 1, or so small that the truncation error of each step would matter; or
-            there are more steps than epsilon can be computed for in memory.
+        ConfigError: delta is not between 0 and 1, or is so small that the truncation error of each step would matter,
+            or the number of steps exceeds what the accountant can handle in memory.
     """
     check_fraction(key, value)
     require("steps", steps, steps <= MOST_STEPS, f"must be at most {MOST_STEPS:,} in all rounds together")
@@ -71,13 +75,15 @@ def check_delta(key: str, value: float, *, steps: int) -> None:
 
 
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
-    """Epsilon at `delta` of everything in `spent` by privacy loss distributions; infinite without noise.
+    """Return the epsilon of all events in `spent` at `delta`, by privacy loss distributions; infinite without noise.
 
-    On the `FINE` grid it is the smaller figure of both grids: losses lie closer there, but rounding weighs more.
-    A search, and a figure that is shown for each round, asks for the `COARSE` grid alone, which is fast.
+    With `interval=FINE` the result is the smaller of the epsilons on the fine and the coarse grid: the fine grid has
+    smaller discretization error, but more rounding error.  Searches and per-round figures use `COARSE` alone, which is
+    fast.
 
-    Guarantee: an upper bound, since losses are rounded up to multiples of `interval` and the rounding of all floats is
-    added to delta (`loss_distribution`), for a plan that was fixed before its first output was seen.
+    Guarantee: an upper bound under add-or-remove-one-unit adjacency, for a plan that was fixed before its first output
+    was seen.  Losses are rounded up to multiples of `interval`, and all floating-point error is added to delta
+    (`loss_distribution`).
     """
     return _epsilon_pld(tuple(events.grouped(spent).items()), delta, interval)
 
@@ -90,10 +96,10 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
 
 
 def composed_pld(counted: Counted, interval: float) -> Composition:
-    """Privacy loss distributions of all mechanisms together, in buckets of width `interval`.
+    """Compose the privacy loss distributions of all mechanisms on a grid of width `interval`.
 
     Raises:
-        TypeError: an event is of a kind that fedtune never makes.
+        TypeError: an event has a type that fedtune never produces.
     """
     mechanisms = []
     for event, count in counted:
@@ -110,10 +116,10 @@ def composed_pld(counted: Counted, interval: float) -> Composition:
 
 
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
-    """Epsilon by PLD where it is above `limit`, else None.
+    """Return the PLD epsilon if it is above `limit`, else None.
 
-    The slower fine grid is asked only for a close call: the coarse one overestimates by about its width at the most,
-    and the square of its width for each step.
+    The slower fine grid is used only near the limit: the coarse grid overestimates epsilon by at most about its width,
+    plus the square of its width for each step.
     """
     epsilon, steps = epsilon_pld(spent, delta, interval=COARSE), sum(events.grouped(spent).values())
     if limit < epsilon < max(1.01 * limit, limit + COARSE + COARSE**2 * steps):
@@ -122,7 +128,7 @@ def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float |
 
 
 def epsilon_rdp(spent: events.Spent, delta: float) -> float:
-    """Epsilon at `delta` by Renyi differential privacy: looser than PLD, an independent check beside it.
+    """Return epsilon at `delta` by Renyi differential privacy: a looser bound than PLD, and an independent check of it.
 
     Guarantee: an upper bound (Mironov 2017, arXiv 1702.07476; the best of dp-accounting's default orders).
     """
@@ -131,7 +137,7 @@ def epsilon_rdp(spent: events.Spent, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def composed_rdp(counted: Counted) -> Callable[[float], float]:
-    """A function from delta to epsilon, by the summed Renyi divergences of all mechanisms."""
+    """Sum the Renyi divergences of all mechanisms, and return the resulting function from delta to epsilon."""
     orders = RdpAccountant().orders
     divergences = np.zeros_like(orders)
     for event, count in counted:
@@ -141,12 +147,12 @@ def composed_rdp(counted: Counted) -> Callable[[float], float]:
 
 @lru_cache(maxsize=16384)
 def renyi_divergence(event: DpEvent, order: float) -> float:
-    """Upper bound on the Renyi divergence of one mechanism, in nats; infinite for one without a guarantee.
+    """Return an upper bound on the Renyi divergence of one mechanism, in nats; infinite if it has no guarantee.
 
-    dp-accounting computes log A = (order - 1) times the divergence.  `_RDP_ROUNDING` covers what its floats lose.
+    dp-accounting computes log A = (order - 1) * divergence.  `_RDP_ROUNDING` covers its floating-point error.
 
-    Where its series does not converge, at fractional orders, the bound is the chord between the two whole orders
-    around `order`: log A is a convex function of the order, and 0 at order 1 (docs/guarantee.md).
+    Where the series for a fractional order does not converge, the bound is the chord between the two neighboring
+    integer orders: log A is a convex function of the order, and is 0 at order 1 (docs/guarantee.md).
     """
     assert not isinstance(event, ComposedDpEvent | SelfComposedDpEvent), "each mechanism has rounding of its own"
     accounted = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
@@ -162,15 +168,16 @@ def renyi_divergence(event: DpEvent, order: float) -> float:
 def calibrate_noise(
     *, epsilon: float, delta: float, sampling_rate: float, steps: int, also: Sequence[DpEvent] = ()
 ) -> float:
-    """The least noise multiplier, to four decimals, at which `steps` DP-SGD steps stay within (epsilon, delta).
+    """Return the smallest noise multiplier with which `steps` DP-SGD steps stay within (epsilon, delta), to four
+    decimals.
 
-    `also` are other events that the same epsilon must cover.
+    `also` lists other events that the same epsilon must cover.
 
-    Guarantee: `epsilon_pld` of the result never exceeds `epsilon`: the search ends on the side of more noise, on the
-    coarse grid, rounds the noise up, and checks the result.
+    Guarantee: `epsilon_pld` of the result never exceeds `epsilon`.  The search runs on the coarse grid, ends on the
+    side of more noise, rounds the noise up, and checks the result.
 
     Raises:
-        ConfigError: no noise multiplier up to 10,000 reaches the target.
+        ConfigError: the events in `also` alone exceed `epsilon`, or no noise multiplier up to 10,000 reaches it.
     """
     tried: dict[float, float] = {}
 
@@ -211,10 +218,11 @@ def calibrate_noise(
 def last_within(
     epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
 ) -> float | None:
-    """The largest value, or the smallest where epsilon is not `rising`, at which `epsilon_at` is at most `epsilon`.
+    """Find the boundary value at which `epsilon_at` is still at most `epsilon`; None if no value in `bounds` qualifies.
 
-    None if no value in `bounds` qualifies.  Steps in log-log coordinates until the boundary is bracketed, then regula
-    falsi with the Illinois rule.  The returned value was itself evaluated.
+    The result is the largest such value if epsilon rises with the value (`rising`), else the smallest.  The search
+    steps in log-log coordinates until it has bracketed the boundary, then applies regula falsi with the Illinois rule.
+    `epsilon_at` was evaluated at the returned value itself.
     """
     lowest, highest = map(math.log, bounds)
 
@@ -247,7 +255,7 @@ def last_within(
 
 
 def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float:
-    """Where the chord through both ends crosses the boundary, kept off the ends themselves."""
+    """Return the point where the chord between both ends crosses the boundary, kept away from the ends themselves."""
     width = outside[0] - inside[0]
     least = _TOLERANCE / 2 / abs(width)
     share = inside[1] / (inside[1] - outside[1])
@@ -255,12 +263,12 @@ def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float
 
 
 def _halved(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
-    """The Illinois rule: an end kept twice in a row has its weight halved, to pull the next point towards it."""
+    """Apply the Illinois rule: halve the weight of an end that was kept twice in a row."""
     return (end[0], end[1] / 2) if again and end is not None else end
 
 
 def epsilon_text(epsilon: float | None) -> str:
-    """Epsilon to three decimals, rounded up: the shown value never understates the derived one."""
+    """Format epsilon with three decimals, rounded up so that the text never understates it."""
     if epsilon is None or not math.isfinite(epsilon):
         return "unbounded"
     shown = Decimal(repr(float(epsilon)))  # the digits that a person would see, so that 1.1 stays 1.100
@@ -268,7 +276,7 @@ def epsilon_text(epsilon: float | None) -> str:
 
 
 def factor_text(epsilon: float | None) -> str:
-    """The largest ratio of two probabilities, e to the power of `epsilon`: three digits or an integer, rounded up.
+    """Format e to the power of `epsilon`, the largest ratio of two probabilities, rounded up.
 
     >>> [factor_text(epsilon) for epsilon in (0.0, 0.1, 3.0, 8.0, 50.0, None)]
     ['1.00', '1.11', '20.1', '2,981', '10^22', 'unbounded']

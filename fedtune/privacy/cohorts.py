@@ -1,7 +1,7 @@
-"""Arrival cohorts: the people of a population by the calendar period in which they came.
+"""Arrival cohorts: the people of a population, grouped by the calendar period in which they joined.
 
-A run names the cohorts that it admits, and only these are charged for it.  Cohorts are numbered by `period_of`, so the
-next period has the next number, and number 0 stands for everybody without a date.
+A run names the cohorts that it admits, and only these are charged for it.  `period_of` numbers the cohorts, so that
+consecutive periods have consecutive numbers; cohort 0 holds everybody without a date.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ _EXAMPLES = {"month": "2026-03", "quarter": "2026-Q1", "year": "2026"}
 
 
 def period_of(moment: date, period: str) -> int:
-    """The number of the calendar period that a UTC `moment` lies in; the next period has the next number."""
+    """Return the number of the calendar period that contains the UTC `moment`; consecutive periods are numbered in
+    order.
+    """
     return (12 * moment.year + moment.month - 1) // MONTHS[period]
 
 
 def cohort_of(month: str, period: str) -> int:
-    """The cohort of somebody who came in `month`, as "2026-03"; "": nobody knows when."""
+    """Return the cohort of a person who joined in `month`, such as "2026-03"; an empty `month` means an unknown
+    date.
+    """
     return period_of(date.fromisoformat(f"{month}-01"), period) if month else OLDEST
 
 
 def cohort_name(cohort: int, period: str) -> str:
-    """As a plan writes it: "2026", "2026-Q1", "2026-03"; "before" for the oldest.
+    """Return a cohort's name as a plan writes it: "2026", "2026-Q1" or "2026-03"; "before" for the oldest cohort.
 
     >>> cohort_name(cohort_of("2026-03", "quarter"), "quarter")
     '2026-Q1'
@@ -55,12 +59,13 @@ def _number(key: str, name: str, period: str) -> int:
 
 @spec
 class Cohorts:
-    """The arrival cohorts that a run admits: one charge for each of them, whether it has members or not.
+    """The arrival cohorts that a run admits.  Each of these cohorts is charged, whether or not it has members.
 
     Attributes:
-        period: the calendar by which the population's people arrive: "month", "quarter" or "year".
-        first: the first cohort, such as "2026", "2026-Q1" or "2026-03"; null: the oldest, with people without a date.
-        last: the last cohort, written likewise.
+        period: the calendar by which people join the population: "month", "quarter" or "year".
+        first: the first cohort, such as "2026", "2026-Q1" or "2026-03"; null: the oldest cohort, which includes people
+            without a date.
+        last: the last cohort, in the same form.
     """
 
     period: Calendar
@@ -82,20 +87,25 @@ class Cohorts:
         return first <= cohort <= last
 
     def __str__(self) -> str:
-        """As a ledger's entry says it: `..2026`, `2025..2026`."""
+        """Format the range as ledger entries store it: `..2026`, `2025..2026`."""
         return f"{self.first or ''}..{self.last}"
 
     @classmethod
     def of(cls, said: str, period: str) -> Cohorts:
-        """The cohorts that `str` wrote; raises ConfigError for anything else."""
+        """Parse the text that `str` produced.
+
+        Raises:
+            ConfigError: the text has another form.
+        """
         first, _, last = said.partition("..")
         return decode(cls, {"period": period, "first": first or None, "last": last})
 
 
 def groups(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) -> list[int]:
-    """The first cohort of each group that takes part in the same of these `admissions` (None: everybody), ascending.
+    """Return the first cohort of each group of cohorts that take part in the same `admissions`, in ascending order.
 
-    With `oldest_apart` the oldest cohort owes what it took no part in, so that nobody else is in its group.
+    An admission of None admits everybody.  With `oldest_apart` the oldest cohort gets a group of its own, because it
+    may also owe charges of runs that did not admit it.
 
     >>> year = [Cohorts(period="year", first=None, last="2025"), Cohorts(period="year", first="2025", last="2026")]
     >>> groups(year), groups([None])
@@ -110,7 +120,7 @@ def groups(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) 
 
 
 def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
-    """The window so many periods later, as long as before; one that begins with the oldest cohort grows instead.
+    """Shift the window by `by` periods and keep its length; a window that begins with the oldest cohort grows instead.
 
     >>> str(moved(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
     '2026-Q1..2026-Q4'
@@ -122,9 +132,13 @@ def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
 
 
 def next_window(before: Cohorts, *, real: bool) -> Cohorts:
-    """The window moved on by one period; at `real` sites only into one that has begun.
+    """Shift the window by one period; at `real` sites, only into a period that has already begun.
 
-    Whoever wants to charge people of a later period names the window, so that nobody does so by a command given twice.
+    To charge people of a later period, the lead has to name the window, so that repeating a command never does it by
+    accident.
+
+    Raises:
+        ConfigError: the sites are real, and the next period has not begun.
     """
     after = moved(before)
     if real and after.span[1] > period_of(datetime.now(UTC), after.period):

@@ -1,24 +1,23 @@
-"""Distributed noise: each site adds a share of it, and a secure sum shows the server only the total.
+"""Distributed noise: each site adds a share of the noise, and secure aggregation reveals only the total to the server.
 
-Each site adds its share of the noise to its own sum, in integers, before it masks the result.  Whoever learns only the
+Each site adds its share of the noise to its own sum, in integers, before it masks the result.  An observer of only the
 total of h honest sites sees the Gaussian mechanism with the noise of all h shares, even though each share was rounded
-separately.  Theorem: let site k have y_k = g_k + Z_k, Z_k normal with a standard deviation of s cells, and send
-R(y_k) = floor(y_k + 1/2), all in cells.  With V_k = y_k + 1/2 - R(y_k), in [0, 1), and Y = y_1 + ... + y_h
+separately.  Theorem: let site k have y_k = g_k + Z_k, where Z_k is normal with a standard deviation of s cells, and let
+it send R(y_k) = floor(y_k + 1/2), all in cells.  With V_k = y_k + 1/2 - R(y_k), in [0, 1), and Y = y_1 + ... + y_h
 
     R(y_1) + ... + R(y_h) = floor(Y + h/2 - V_1 - ... - V_(h-1)),
 
-since R(y_h) is what is left of Y once the others' whole numbers are taken away.  Given Y and y_1, ..., y_(k-1), the
-value y_k is normal with a variance of (1 - 1/n) s^2, n = h - k + 1 sites being left: at least s^2 / 2.  A normal value
-of variance v, wrapped around a circle of length 1, is uniform but for a total variation of exp(-2 pi^2 v), by its
-Fourier series.  So V_1, ..., V_(h-1) are uniform and independent of Y, whatever the g_k are, but for a total
-variation of
+since R(y_h) is the remainder of Y after subtracting the integers of the other sites.  Given Y and y_1, ..., y_(k-1),
+the value y_k is normal with variance (1 - 1/n) s^2, where n = h - k + 1 sites remain: at least s^2 / 2.  A normal value
+of variance v, wrapped around a circle of length 1, is uniform up to a total variation of exp(-2 pi^2 v), by its Fourier
+series.  So V_1, ..., V_(h-1) are uniform and independent of Y, for any g_k, up to a total variation of
 
     (h - 1) exp(-pi^2 s^2)
 
-a value.  If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
-the sum of the g_k, with random numbers that depend on no record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60 values
-of 2^10 sites all gaps together stay below 1e-250, a part of eta in docs/guarantee.md.  Hence a release is an event of
-the plain kind, with the noise of the honest shares, and all that is proved of those events holds for it.
+per value.  If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
+the sum of the g_k, with random numbers that do not depend on any record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60
+values of 2^10 sites the total variation stays below 1e-250 altogether, and is part of eta in docs/guarantee.md.  Hence
+a release is an ordinary Gaussian event with the noise of the honest shares, and every proof about such events applies.
 """
 
 from __future__ import annotations
@@ -49,15 +48,17 @@ _TAIL = 16  # standard deviations; a value of a share exceeds them with probabil
 
 @spec
 class Together:
-    """The sites that add noise to a run's secure sums; `with_share` sets how much each adds.
+    """The sites that add noise in a run with secure aggregation; `with_share` sets the amount that each site adds.
 
     Attributes:
-        num_sites: sites of the run, K.
-        threshold: the fewest sites in a sum, t; a sum of fewer is never unmasked.
-        colluders: sites whose noise the server may know, c; the guarantee counts the noise of t - c sites.
+        num_sites: K, the number of sites in the run.
+        threshold: t, the smallest number of sites in a sum; a sum of fewer sites is never unmasked.
+        colluders: c, the number of sites that may reveal their noise to the server; the guarantee counts the noise of t
+            - c sites.
 
     Raises:
-        ConfigError: 2t is not above K + c: a server could read two sums of one release that differ by one site.
+        ConfigError: 2t is not above K + c, so that a server could unmask two sums of one release that differ by one
+            site.
     """
 
     num_sites: int
@@ -74,7 +75,9 @@ class Together:
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_of(self, total: float) -> float:
-        """The smallest noise multiplier of a share, to four digits, that gives every sum at least the noise `total`."""
+        """Return the smallest noise multiplier of a share that gives every sum at least `total` noise, to four
+        decimals.
+        """
         honest = self.threshold - self.colluders
         share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
         while noise_of_shares(share, honest) < total:
@@ -82,7 +85,7 @@ class Together:
         return share
 
     def with_share(self, noise_multiplier: float, *, bound: int = USUAL_BOUND) -> SharedNoise:
-        """The same sites, each adding a share with this noise multiplier to values within `bound`."""
+        """Let each of these sites add a share with this noise multiplier to values within `bound` clip norms."""
         return SharedNoise(
             num_sites=self.num_sites,
             threshold=self.threshold,
@@ -95,12 +98,13 @@ class Together:
 
 @spec
 class SharedNoise(Together):
-    """How the sites of a run share the noise of each sum.
+    """The division of each sum's noise among the sites of a run.
 
     Attributes:
-        noise_multiplier: of one share: the standard deviation of what each site adds, over the clip norm.
+        noise_multiplier: of one share: the standard deviation of the noise that one site adds, divided by the clip
+            norm.
         cell_bits: values are sent in cells of 2**-cell_bits of the clip norm.
-        bound: largest value of a site's sum, in clip norms; larger ones are clipped before the noise.
+        bound: largest value in a site's sum, in clip norms; larger values are clipped before noise is added.
     """
 
     noise_multiplier: float
@@ -118,23 +122,28 @@ class SharedNoise(Together):
 
     @property
     def largest_value(self) -> int:
-        """Bound on a value of one site's vector, in cells as sent; exceeded with probability below 1e-56.
+        """Bound on the values of one site's vector, in cells as sent; exceeded with probability below 1e-56.
 
-        A modulus above 2 * num_sites * largest_value holds each sum; privacy does not depend on it.
+        A modulus above 2 * num_sites * largest_value can hold each sum.  Privacy does not depend on this bound.
         """
         return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
 
     @property
     def noise_of_fewest(self) -> float:
-        """Noise multiplier of the shares that hide a site in the smallest sum that may be read."""
+        """Noise multiplier of the honest shares in the smallest sum that may be unmasked."""
         return self.noise_against(self.colluders)
 
     def noise_against(self, colluders: int) -> float:
-        """The same if `colluders` sites of that sum collude; if all others do, it is the site's own share."""
+        """Return the noise multiplier of the honest shares in the smallest sum if `colluders` of its sites collude.
+
+        If all other sites collude, only the site's own share is left.
+        """
         return noise_of_shares(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
 
     def honest(self, *, survivors: int, colluders: int) -> int:
-        """Number of noise shares that hide a site's records in a sum of `survivors` sites: at least its own."""
+        """Return the number of noise shares that hide a site's records in a sum of `survivors` sites: at least its
+        own.
+        """
         assert 1 <= survivors <= self.num_sites
         return max(1, survivors - colluders)
 
@@ -145,31 +154,35 @@ def _check_within(key: str, value: int, least: int, most: int) -> None:
 
 
 def least_cell_bits(noise_multiplier: float) -> int:
-    """The fewest `cell_bits` for shares of this noise.  The rounding then adds a thousandth to its variance."""
+    """Return the smallest `cell_bits` for shares with this noise.
+
+    Rounding to these cells then adds a thousandth to the variance of the noise.
+    """
     return next(bits for bits in range(GRID_BITS + 1) if _cells(noise_multiplier, bits) >= LEAST_CELLS)
 
 
 def _cells(noise_multiplier: float, bits: int) -> float:
-    """The standard deviation of a share, in cells as sent."""
+    """Return the standard deviation of a share, in cells as sent."""
     return noise_multiplier * 2.0**bits
 
 
 def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
-    """Add a site's share of the noise to its own sum, and round to the cells in which it is sent.
+    """Add a site's share of the noise to its own sum, and round to the cells in which the sum is sent.
 
     Args:
-        sums: tensors in cells of 2**-24 of the clip norm (`mechanism.cell`) that together are the sum, over the sampled
-            units, of vectors of L2 norm at most the clip norm, in exact arithmetic.
-        shared: how the noise is shared.
-        stream: fresh for each release, even a repeated one; drawn from once for each value, in the order of `sums`.
+        sums: tensors in cells of 2**-24 of the clip norm (`mechanism.cell`): in exact arithmetic, the sum over the
+            sampled units of vectors whose joint L2 norm is at most the clip norm.
+        shared: how the sites share the noise.
+        stream: a fresh stream for each release, even a repeated one; drawn from once per value, in the order of `sums`.
 
     Returns:
-        The same tensors in cells of 2**-cell_bits of the clip norm.
+        The noised tensors in cells of 2**-cell_bits of the clip norm.
 
-    Guarantee: whoever learns only the total of the honest sites' results learns at most what `release` gives for that
-    many honest sites, up to the gap above.  Clipping values moves no two sums further apart, so one unit still moves a
-    sum by at most the clip norm.  Rounding to fine cells, and then half up to cells a whole number of times as wide,
-    equals rounding once, with a slightly larger shift than the theorem's 1/2, which is one for all values of a site.
+    Guarantee: an observer of only the total over the honest sites learns at most what the event of `release` allows for
+    that many honest sites, up to the total variation in the module docstring.  Clipping values never moves two sums
+    further apart, so one unit still moves a sum by at most the clip norm.  Rounding first to fine cells, and then half
+    up to cells whose width is a multiple, equals rounding once with a slightly larger offset than the theorem's 1/2;
+    the offset is the same for all values of a site.
     """
     most, width = shared.bound << GRID_BITS, 1 << (GRID_BITS - shared.cell_bits)
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
@@ -178,24 +191,25 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
 
 
 def release(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
-    """The privacy event of one secure sum for a site's data, against anyone who knows all but `honest` noise shares.
+    """Return the privacy event of one secure sum, against an adversary who knows all but `honest` of the noise shares.
 
     Args:
-        sampling_rate: probability with which each unit joins a step, by its site's own secret coin.
+        sampling_rate: probability with which each unit joins a step, drawn secretly by its own site.
         noise_multiplier: of one share.
         honest: number of sites in the sum whose noise is secret, this site included.
 
-    Guarantee: under add-or-remove-one of a unit of one site, the sum of clipped gradients at adapters that follow from
-    earlier releases is as private as this event: given what the other sites added, which does not depend on the unit,
-    it is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample (module docstring).  Each
-    site takes one step: what it sent after several would depend on a state that only its own share hides.
+    Guarantee: under add-or-remove-one adjacency for a unit of one site, the sum of clipped gradients, at adapters that
+    depend on earlier releases only, is as private as this event.  Given the contributions of the other sites, which do
+    not depend on the unit, the sum is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample
+    (module docstring).  Each site takes one step per sum: after several local steps, its contribution would depend on a
+    state that only its own share hides.
     """
     noise = noise_of_shares(noise_multiplier, honest)
     return events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=noise, steps=1)
 
 
 def noise_of_shares(noise_multiplier: float, shares: int) -> float:
-    """The noise multiplier of the sum of `shares` equal shares: variances add up.  Never rounded up."""
+    """Return the noise multiplier of the sum of `shares` equal shares, rounded down; variances add up."""
     total = noise_multiplier * math.sqrt(shares)
     while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:
         total = math.nextafter(total, 0.0)
@@ -204,12 +218,12 @@ def noise_of_shares(noise_multiplier: float, shares: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epsilons:
-    """Epsilon of a site's unit, by adversary; None: nothing bounds it.
+    """Epsilon of a site's unit against three adversaries; None means unbounded.
 
     Attributes:
         server_alone: against the server, if every site is honest.
-        with_colluders: if as many sites as the plan assumes tell the server what they added.
-        with_all_others: if every other site does.
+        with_colluders: against the server and as many colluding sites as the plan assumes.
+        with_all_others: against the server and all other sites.
     """
 
     server_alone: float | None
@@ -225,18 +239,18 @@ def epsilons(
     delta: float,
     also: Sequence[DpEvent] = (),
 ) -> Epsilons:
-    """Epsilon of a site's unit against each adversary, by PLD on the coarse grid; each sum is of one step.
+    """Return the epsilon of a site's unit against each adversary, by PLD on the coarse grid; each sum is one step.
 
     Args:
-        shared: how the noise is shared.
+        shared: how the sites share the noise.
         survivors: number of sites in a sum -> number of such sums.
         sampling_rate: probability with which each unit joins a step.
-        delta: at which epsilon is stated.
-        also: events that the site releases by itself; all three figures count them.
+        delta: the delta of all three epsilons.
+        also: events that the site releases by itself; all three epsilons include them.
 
-    Guarantee: upper bounds if the survivors of each sum do not depend on what was released.  Those of
-    `{threshold: releases}` are upper bounds for any survivors of at least the threshold, whoever chose them and when: a
-    sum with more noise can be computed from the same sum with less.
+    Guarantee: upper bounds, provided that the survivors of each sum do not depend on earlier releases.  The epsilons
+    for `{threshold: releases}` are upper bounds for any survivors of at least the threshold, whoever chose them and
+    when: a sum with more noise can be computed from the same sum with less.
     """
 
     def epsilon(colluding: int) -> float:

@@ -1,4 +1,4 @@
-"""Writing a file so that a crash or a power cut leaves it whole."""
+"""Durable writes: files stay whole after a crash or a power cut."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from fedtune.spec import ConfigError
 
 
 def require_room(folder: Path, num_bytes: int) -> None:
-    """Raise the error of a full disk, unless a file of `num_bytes` has room in `folder`, with a MiB to spare."""
+    """Raise a disk-full error unless `folder` has room for a file of `num_bytes`, plus 1 MiB.
+
+    Raises:
+        OSError: with errno ENOSPC.
+    """
     if shutil.disk_usage(folder).free < num_bytes + (1 << 20):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves the old bytes or the new ones, never a mixture.
+    """Replace the content of `path` with `data` atomically: after a crash, the file has the old bytes or the new ones.
 
-    A file that is replaced keeps its owner, group and mode, as far as this account may say; what root makes anew
-    belongs to its folder's owner.
+    An existing file keeps its owner, group and mode, as far as the current account may set them; a new file that root
+    creates gets the owner of its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
@@ -47,7 +51,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def keep_owner(descriptor: int, path: Path) -> None:
-    """Give the file that is to replace `path` the owner, group and mode that `path` has."""
+    """Give the open file that will replace `path` the owner, group and mode of `path`."""
     try:
         before = path.lstat()
     except FileNotFoundError:
@@ -63,10 +67,10 @@ def keep_owner(descriptor: int, path: Path) -> None:
 
 
 def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
-    """File in `folder`, or below it -> its SHA-256, in hex; without those of the names `besides`.
+    """Hash every file in `folder` and below, except those named in `besides`: relative path -> SHA-256 in hex.
 
     Raises:
-        ConfigError: a link is there, which may lead to any secret, and to another one later.
+        ConfigError: the folder contains a symbolic link, which could point to any secret file and be changed later.
     """
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):

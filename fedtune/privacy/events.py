@@ -1,7 +1,7 @@
-"""Privacy events as data: what ran on private records, never how much epsilon that was.
+"""Privacy events as data: the mechanisms that ran on private records, independent of any epsilon.
 
-An event is one of dp-accounting's `DpEvent`s.  Only the kinds that fedtune's mechanisms produce can be
-written down; anything else raises, so that no event is ever approximated by a smaller one.
+Each event is one of dp-accounting's `DpEvent`s.  Only the types that fedtune's mechanisms produce can be serialized;
+every other type raises, so that no event is ever approximated by a weaker one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Json = dict[str, object]
 
 @spec
 class Charge:
-    """A mechanism as `privacy.events` writes it, and how often it ran."""
+    """A mechanism in the JSON form of `to_json`, and how often it ran."""
 
     event: Mapping[str, Any]
     count: int
@@ -38,15 +38,15 @@ Spent = Iterable[DpEvent] | Mapping[DpEvent, int]  # events, each alone or with 
 
 
 def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
-    """`steps` steps of DP-SGD: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
+    """Return the event of `steps` DP-SGD steps: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
 
     Args:
         sampling_rate: probability with which each unit joins a step, in (0, 1].
         noise_multiplier: standard deviation of the noise divided by the clip norm; 0 means no guarantee.
         steps: number of noisy steps, at least 0.
 
-    Guarantee: under add-or-remove-one of a unit whose clipped contribution has L2 norm at most the clip norm,
-    the joint output of the steps is as private as this event (Abadi et al. 2016, arXiv 1607.00133).
+    Guarantee: under add-or-remove-one adjacency for a unit whose clipped contribution has L2 norm at most the clip
+    norm, the joint output of the steps is as private as this event (Abadi et al. 2016, arXiv 1607.00133).
     """
     if noise_multiplier == 0:
         return NonPrivateDpEvent() if steps else ComposedDpEvent(())
@@ -54,9 +54,9 @@ def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEv
 
 
 def grouped(spent: Spent) -> Counter[DpEvent]:
-    """How often each single mechanism ran: the same events, equal ones counted instead of listed.
+    """Flatten the events into single mechanisms, and count equal ones.
 
-    Compositions are taken apart; what composing adds up does not depend on order or grouping.
+    The total privacy loss of a composition does not depend on order or grouping.
     """
     counts: Counter[DpEvent] = Counter()
     for event, count in spent.items() if isinstance(spent, Mapping) else ((event, 1) for event in spent):
@@ -73,7 +73,11 @@ def grouped(spent: Spent) -> Counter[DpEvent]:
 
 
 def to_json(event: DpEvent) -> Json:
-    """Plain JSON for `event`; raises TypeError for an event that fedtune never makes."""
+    """Serialize `event` as plain JSON.
+
+    Raises:
+        TypeError: fedtune never produces events of this type.
+    """
     match event:
         case GaussianDpEvent():
             return {"kind": "gaussian", "noise_multiplier": event.noise_multiplier}
@@ -93,10 +97,10 @@ def to_json(event: DpEvent) -> Json:
 
 
 def from_json(data: object) -> DpEvent:
-    """The event that `to_json` wrote.
+    """Deserialize an event that `to_json` wrote.
 
     Raises:
-        ConfigError: the data is not an event of a known kind with values in their range.
+        ConfigError: the data is not an event of a known type, or a value is out of range.
     """
     match data:
         case {"kind": "gaussian", "noise_multiplier": int() | float() as sigma} if (
@@ -119,6 +123,6 @@ def from_json(data: object) -> DpEvent:
 
 
 def counted(spent: Spent) -> list[tuple[Json, int]]:
-    """Counted mechanisms as JSON, in a fixed order."""
+    """Return the distinct mechanisms as JSON with their counts, in a fixed order."""
     pairs = [(to_json(event), count) for event, count in grouped(spent).items()]
     return sorted(pairs, key=lambda pair: json.dumps(pair[0], sort_keys=True))

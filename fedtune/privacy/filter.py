@@ -1,9 +1,10 @@
 """Renyi filter: bounds a population's total privacy loss, even if each run is chosen after seeing earlier releases.
 
 The epsilon of one plan is computed by PLD, which is a proof because the plan is fixed before anything is released.
-Over the life of a ledger that fails: the rate, noise and steps of the next run may depend on earlier releases.  A Renyi
-filter remains a proof (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 3.1): fix one order before the first event,
-add up each event's Renyi divergence at that order, and stop before the sum exceeds a bound that was fixed beforehand.
+Over the life of a ledger this does not hold: the rate, noise and steps of the next run may depend on earlier releases.
+A Renyi filter remains a proof (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 3.1): fix one order before the first
+event, add up each event's Renyi divergence at that order, and stop before the sum exceeds a bound that was fixed in
+advance.
 """
 
 from __future__ import annotations
@@ -27,41 +28,43 @@ _MOST_DIGITS = 12  # of a cap
 
 
 def divergence(event: DpEvent, order: float) -> float:
-    """Renyi divergence of `order` that one mechanism can cause, in nats; infinite for one without a guarantee."""
+    """Return the Renyi divergence of `order` of one mechanism, in nats; infinite for a mechanism without a
+    guarantee.
+    """
     return accountant.renyi_divergence(event, order)
 
 
 def total_divergence(spent: Spent, order: float) -> float:
-    """Sum of the divergences of all events in `spent`, equal ones computed once."""
+    """Return the sum of the Renyi divergences of all events in `spent`, in nats; equal events are evaluated once."""
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
     return math.fsum(count * divergence(event, order) for event, count in grouped(spent).items())
 
 
 def surcharge(order: float, delta: float) -> float:
-    """The term that converts a divergence of `order` into epsilon at `delta`.
+    """Return the term that converts a divergence of `order` into epsilon at `delta`.
 
-    Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
+    Source: Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
     """
     return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
 
 
 def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
-    """Epsilon at `delta` of everything in `spent`; 0 if nothing was spent.
+    """Return the epsilon of all events in `spent` at `delta`; 0 if nothing was spent.
 
     Guarantee: an upper bound even if each event was chosen after seeing the outputs of earlier ones, provided that
-    `order` was fixed before the first, and that a cap on this figure is fixed and never exceeded.
+    `order` was fixed before the first event, and that a cap on this epsilon was fixed in advance and is never exceeded.
     """
     divergence_sum = total_divergence(spent, order)
     return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + surcharge(order, delta))
 
 
 def most_divergence(epsilon: float, *, order: float, delta: float) -> float:
-    """The divergence of `order` that a cap of (`epsilon`, `delta`) leaves room for; below 0 where it leaves none."""
+    """Return the divergence of `order` that a cap of (`epsilon`, `delta`) allows; negative if it allows none."""
     return epsilon - surcharge(order, delta)
 
 
 def most_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
-    """How often `event` fits into a divergence of `room`; None: any number of times."""
+    """Return how often `event` fits into a divergence of `room`; None if `room` is infinite."""
     if math.isinf(room):
         return None
     count = max(0, math.floor(room / total_divergence([event], order)))
@@ -70,13 +73,14 @@ def most_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
 
 @lru_cache(maxsize=256)  # a ledger asks for it with each of its notes of the policy
 def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
-    """The order at which `reference` takes the smallest share of the cap (`epsilon`, `delta`).
+    """Return the order at which `reference` takes the smallest share of the cap (`epsilon`, `delta`).
 
-    Where `reference` just fits the cap this is the order of the smallest epsilon.  A smaller reference plan gets the
-    order that lets most repetitions of it fit, rather than the order of its own epsilon, which would waste the rest.
+    If `reference` just fits the cap, this is the order of the smallest epsilon.  For a smaller reference plan it is the
+    order that allows the most repetitions, and not the order of the plan's own epsilon, which would waste the rest of
+    the cap.
 
     Raises:
-        ConfigError: the cap leaves room for nothing at any order.
+        ConfigError: the cap leaves no room at any order.
     """
     if math.isinf(epsilon):  # there is no cap to take a share of: minimise the reference's own epsilon
         return cheapest(reference, delta=delta)[1]
@@ -88,14 +92,15 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
 
 
 def cheapest(plan: DpEvent, *, delta: float) -> tuple[float, float]:
-    """The smallest cap that the whole of `plan` fits under, and the order at which it does."""
+    """Return the smallest cap that covers the whole of `plan`, and the order at which it does."""
     return _least(plan, ORDERS, lambda order, divergence: divergence + surcharge(order, delta))
 
 
 def least_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
-    """The least cap under which `spent` fits, and `more` besides it does not, in a ledger made for `reference`.
+    """Return the smallest cap that admits `spent`, but not `more` in addition, in a ledger created for `reference`.
 
-    It has `digits` decimals, or as many more as it takes to keep `more` out: a ledger counts runs by its cap alone.
+    The cap has `digits` decimals, or as many more as needed to exclude `more`: a ledger limits the number of runs by
+    its cap alone.
     """
     cap, least, both = math.inf, cheapest(spent, delta=delta)[0], ComposedDpEvent((spent, more))
 
@@ -113,10 +118,10 @@ def least_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float
 
 
 def _least(plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]) -> tuple[float, float]:
-    """Minimise `cost(order, divergence)` over `orders`: the cost and its order, on a tie the smallest order.
+    """Minimize `cost(order, divergence)` over `orders`; return the cost and its order (the smallest order on a tie).
 
-    `cost` rises with the divergence, and the divergence with the order.  Integer orders are quick to compute, and each
-    is a lower bound that rules out most of the fractional orders above it.
+    `cost` must rise with the divergence, and the divergence rises with the order.  Integer orders are cheap to
+    evaluate, and give lower bounds that rule out most of the fractional orders above them.
     """
     whole = {order: total_divergence([plan], order) for order in orders if order.is_integer()}
     least = min(((cost(order, divergence), order) for order, divergence in whole.items()), default=(math.inf, math.inf))

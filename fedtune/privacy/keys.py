@@ -1,6 +1,7 @@
-"""Ed25519 keys: a site's, under which it signs its ledger and its receipts, and a lead's, for its requests.
+"""Ed25519 keys: a site signs its ledger and receipts with one, a lead its requests.
 
-Every private key that signs is read here: from a PEM file, which may be encrypted, or from a command that prints it.
+All private signing keys are read by this module: from a PEM file, which may be encrypted, or from the output of a
+command.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _SMALL_ORDER = {
 
 
 class SigningKey:
-    """A private key and the secrets derived from it; none of them ever leaves the machine that made it."""
+    """A private key and secrets derived from it.  None of them ever leaves the machine."""
 
     def __init__(self, private: Ed25519PrivateKey) -> None:
         self._private = private
@@ -48,9 +49,9 @@ class SigningKey:
 
     @classmethod
     def load_or_make(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
-        """Load a key as `load` does; without a command, make the file when it is missing, for its owner alone to read.
+        """Load a key as `load` does; without a command, create a missing key file that only its owner can read.
 
-        A new key is encrypted with the passphrase in the file that `PASSPHRASE_FILE` names, if it names one.
+        A new key is encrypted if the environment variable in `PASSPHRASE_FILE` names a file with a passphrase.
         """
         if not command and not path.exists():
             _write_new(path, Ed25519PrivateKey.generate())
@@ -58,14 +59,14 @@ class SigningKey:
 
     @classmethod
     def load(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
-        """Load the key in the PEM file `path`; with a `command`, the PEM that it prints, which is written nowhere.
+        """Load the key from the PEM file `path`, or from the PEM output of `command`, which is never written to disk.
 
-        Guarantee: a command runs as the account that the file `named_in`, which names it, belongs to, and only if
-        nobody else may write that file.
+        Guarantee: the command runs only if the file `named_in`, which configures it, belongs to the current account,
+        and nobody else can write that file.
 
         Raises:
-            ConfigError: there is no Ed25519 key, or its passphrase is missing or wrong.  The message has neither the
-                key nor the passphrase.
+            ConfigError: the key is not an Ed25519 key, or its passphrase is missing or wrong.  The message contains
+                neither the key nor the passphrase.
         """
         key, value = ("key_command", command[0]) if command else ("key", str(path))
         bound, passphrase = "must give an Ed25519 private key in PEM form", None
@@ -94,16 +95,21 @@ class SigningKey:
         return self._private.public_key().public_bytes_raw().hex()
 
     def sign(self, purpose: str, message: bytes) -> str:
-        """Signature, in hex, of `message`; one made for another purpose does not pass for it."""
+        """Sign `message` for `purpose`, and return the signature in hex; it is not valid for any other purpose."""
         return self._private.sign(_framed(purpose, message)).hex()
 
     def secret(self, purpose: str) -> bytes:
-        """32 secret bytes for `purpose`: who does not hold the key cannot test a guess of what they were used on."""
+        """Derive 32 secret bytes for `purpose`; without the key, nobody can test guesses about values hashed with
+        them.
+        """
         return hmac.digest(self._raw, b"fedtune secret\0" + purpose.encode(), hashlib.sha256)
 
 
 def is_signed(public: str, purpose: str, message: bytes, signature: str) -> bool:
-    """`signature` is the holder's of `public` on `message`, for `purpose`; each has one spelling."""
+    """Whether `signature` is the signature of `public` on `message` for `purpose`.
+
+    Key and signature must be in lower-case hex, so that each has only one spelling.
+    """
     if not (is_public_key(public) and _is_hex(signature, 128)):
         return False
     try:
@@ -115,15 +121,19 @@ def is_signed(public: str, purpose: str, message: bytes, signature: str) -> bool
 
 
 def is_public_key(text: str) -> bool:
-    """`text` can be a public key: 64 lower-case hex digits, and no point of small order.
+    """Whether `text` is a valid public key: 64 lower-case hex digits that do not encode a point of small order.
 
-    Under a point of small order (all zeros among them) anybody can make signatures that pass.
+    Anybody can make valid signatures under a point of small order (the all-zero key is one).
     """
     return _is_hex(text, 64) and text[:62] + f"{int(text[62:], 16) & 0x7F:02x}" not in _SMALL_ORDER
 
 
 def check_public_key(key: str, text: str) -> None:
-    """Require `text` to be what `is_public_key` takes for one."""
+    """Require `text` to be a public key as `is_public_key` defines it.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if not is_public_key(text):
         raise ConfigError(key, text, "must be a public key of 64 lower-case hex digits")
 
@@ -147,9 +157,9 @@ def _check_command(command: Sequence[str], named_in: Path | None) -> None:
 
 @cache
 def _printed_by(command: tuple[str, ...]) -> bytes:
-    """Run a command without a shell, and return what it prints, once in a process.
+    """Run a command without a shell, once per process, and return its output.
 
-    Messages show the program alone, since an argument may be a secret.
+    Error messages show only the program, because its arguments may be secret.
     """
     try:
         ran = run(command, stdin=DEVNULL, capture_output=True, timeout=_COMMAND_S, check=False)
@@ -163,7 +173,7 @@ def _printed_by(command: tuple[str, ...]) -> bytes:
 
 
 def _passphrase_in_file() -> bytes | None:
-    """Read the passphrase from the file that the environment names; None: it names none."""
+    """Read the passphrase from the file that the environment variable names; None if the variable is not set."""
     if not (name := os.environ.get(PASSPHRASE_FILE)):
         return None
     try:

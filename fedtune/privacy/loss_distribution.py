@@ -1,11 +1,11 @@
-"""Privacy loss distributions: delta at every epsilon of many Gaussian mechanisms together, rounding included.
+"""Privacy loss distributions: delta at every epsilon of a composition of Gaussian mechanisms, rounding included.
 
 Each mechanism becomes a distribution of losses on a grid that dominates it ("connect the dots", Doroshenko et al. 2022,
-arXiv 2207.04380).  A Fourier transform composes them.  Its rounding is about as large as the largest probability,
-everywhere; a delta is a tail and may be far smaller.  So each distribution is tilted first: probabilities are
-multiplied by e^(tilt x loss), which moves what composing adds up to the epsilon in question.  Taken back, the rounding
-is small beside e^(log moment - tilt x epsilon), Chernoff's bound on the tail.  Each delta here has that rounding added:
-docs/guarantee.md has the proof.
+arXiv 2207.04380).  A Fourier transform composes the distributions.  Its rounding error is about as large as the largest
+probability at every point, while delta is a tail probability and may be far smaller.  So each distribution is tilted
+first: probabilities are multiplied by e^(tilt x loss), which moves the mass of the composition to the epsilon of
+interest.  After the tilt is undone, the rounding error is small compared with e^(log moment - tilt x epsilon),
+Chernoff's bound on the tail.  Each delta returned here includes that rounding error; docs/guarantee.md has the proof.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ _MOST_ROUNDING = 0.1  # beyond, products of errors matter
 
 @dataclass(frozen=True)
 class Step:
-    """Losses of one run of a mechanism, in one order of the two neighbours.
+    """Loss distribution of one run of a mechanism, for one order of the two neighbors.
 
     Args:
-        lowest: the least loss, in widths of the grid.
-        log_probabilities: of it and of the losses after it.
+        lowest: the smallest loss, in units of the grid width.
+        log_probabilities: log probabilities of the losses from `lowest` upwards.
         infinite: probability of an infinite loss.
-        rounding: delta is too small by at most this share of the probability of a larger loss, at each epsilon.
+        rounding: relative error: delta is too small by at most this fraction of the probability of a larger loss, at
+            each epsilon.
     """
 
     lowest: int
@@ -53,7 +54,10 @@ class Step:
 
 @lru_cache(maxsize=8)  # with next to no noise, one may take 500 MB
 def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -> Step:
-    """Of a Gaussian mechanism on a Poisson sample, for a unit that is left out, or is one more (`adding`)."""
+    """Return the losses of a Gaussian mechanism on a Poisson sample, for removing a unit or (`adding`) adding one.
+
+    `rate` is the sampling rate, `noise` the noise multiplier, and `width` the width of the loss grid.
+    """
     reach = (2 * _REACH * noise + (-1 if adding else 1)) / (2 * noise**2), -(2 * _REACH * noise + 1) / (2 * noise**2)
     # The loss of a unit that is there at the largest and least noise that counts: log(1 - rate + rate e^gain).
     stays = math.log1p(-rate) if rate < 1 else -math.inf
@@ -82,10 +86,10 @@ def _grid(lowest: int, size: int, width: float) -> Floats:
 
 
 def hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -> Floats:
-    """Delta of one sampled Gaussian mechanism at each epsilon, which may be below 0.
+    """Return delta of one sampled Gaussian mechanism at each epsilon, which may be negative.
 
-    P - e^epsilon Q is share x (N(1) - ratio N(0)), with N(0) and N(1) exchanged where a unit is added: delta is a share
-    of what the Gaussian mechanism without sampling has at log(ratio).
+    P - e^epsilon Q equals share x (N(1) - ratio N(0)), with N(0) and N(1) exchanged when a unit is added: delta is a
+    fraction of the delta of the Gaussian mechanism without sampling at log(ratio).
     """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # at losses that no noise gives, set below
         growth = np.expm1(epsilons)
@@ -99,9 +103,11 @@ def hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -
 
 
 def _gaussian(noise: float, epsilons: Floats) -> Floats:
-    """Delta of a Gaussian mechanism: Q(u) - e^epsilon Q(v), Q being the normal upper tail (Balle and Wang 2018).
+    """Return delta of a Gaussian mechanism: Q(u) - e^epsilon Q(v), where Q is the normal upper tail.
 
-    In a tail both terms are e^(-u^2/2) times a scaled one, so that no digits are lost in exponents of either.
+    Source: Balle and Wang 2018.
+
+    In the tails both terms are computed as e^(-u^2/2) times a scaled term, so that the exponents lose no digits.
     """
     u, v = noise * epsilons - 0.5 / noise, noise * epsilons + 0.5 / noise
     scale = np.exp(-(u**2) / 2) / 2
@@ -116,13 +122,16 @@ def _gaussian(noise: float, epsilons: Floats) -> Floats:
 
 
 class Composition:
-    """Mechanisms together, for both orders of two neighbours that differ in one unit.
+    """A composition of sampled Gaussian mechanisms, for both orders of two neighbors that differ in one unit.
 
     Guarantee: `epsilon` and `delta` are upper bounds, rounding included, for mechanisms that were fixed beforehand.
     """
 
     def __init__(self, mechanisms: Iterable[tuple[float, float, int]], width: float) -> None:
-        """Of `mechanisms` (sampling rate, noise multiplier, how often), on a grid of `width`; no noise, no bound."""
+        """Compose `mechanisms`, given as (sampling rate, noise multiplier, count), on a grid of `width`.
+
+        A mechanism without noise makes the composition unbounded.
+        """
         told = list(mechanisms)
         self._bounded = all(noise > 0 for _, noise, _ in told)
         self._orders = [
@@ -134,23 +143,23 @@ class Composition:
         ]
 
     def epsilon(self, delta: float) -> float:
-        """The least epsilon at `delta` that is proved; infinite where `delta` is below what the arithmetic carries."""
+        """Return the smallest provable epsilon at `delta`; infinite if `delta` is below the arithmetic precision."""
         return max((order.epsilon(delta) for order in self._orders), default=0.0 if self._bounded else math.inf)
 
     def delta(self, epsilon: float) -> float:
-        """The least delta at `epsilon`, 0 or above, that is proved."""
+        """Return the smallest provable delta at `epsilon`, which must be 0 or above."""
         return max((order.tail(0.0).delta(epsilon) for order in self._orders), default=0.0 if self._bounded else 1.0)
 
 
 @dataclass(frozen=True)
 class _Tail:
-    """Of everything together, how much lies at and above each loss.
+    """Tail of the composed loss distribution at each loss of the grid.
 
     Args:
-        losses: 0 and above, on the grid.
+        losses: grid losses, 0 and above.
         mass: the probability of at least each loss.
-        weighted: the same, each loss l' above l weighted with e^(l - l').
-        rounding: what delta may have lost, from each loss up to the next.
+        weighted: the same probability, with each loss l' above l weighted by e^(l - l').
+        rounding: bound on the error of delta, from each loss up to the next.
         infinite: probability of an infinite loss.
     """
 
@@ -183,7 +192,7 @@ class _Tail:
 
 
 class _OneOrder:
-    """Mechanisms together, in one order of the two neighbours."""
+    """Composition of the mechanisms, for one order of the two neighbors."""
 
     def __init__(self, steps: list[tuple[Step, int]], width: float) -> None:
         self._steps, self._width = steps, width
@@ -210,7 +219,7 @@ class _OneOrder:
         return self._at_zero
 
     def _log_moments(self, order: float) -> list[float]:
-        """Log of the mean of e^(order x loss), of each mechanism by itself; infinite losses do not count."""
+        """Return the log of E[e^(order x loss)] for each mechanism; infinite losses are ignored."""
         if order not in self._moments:
             self._moments[order] = [
                 _log_sum_exp(order * step.losses(self._width) + step.log_probabilities) for step, _ in self._steps
@@ -221,7 +230,7 @@ class _OneOrder:
         return math.fsum(count * one for (_, count), one in zip(self._steps, self._log_moments(order), strict=True))
 
     def _best(self, bound: Callable[[float], float]) -> float:
-        """The order, a power of the root of 2, of the least `bound`, which falls and then rises."""
+        """Return the order, among powers of the square root of 2, that minimizes the unimodal function `bound`."""
         most = math.floor(2 * math.log2(1 / self._width))
         place, least = 4, bound(4.0)
         for direction in (1, -1):
@@ -230,7 +239,11 @@ class _OneOrder:
         return float(2.0 ** (place / 2))
 
     def _window(self, tilt: float) -> tuple[int, int]:
-        """Between which losses, in widths, the tilted distribution lies but for `_TAIL` at either side (Chernoff)."""
+        """Return the range of losses, in grid widths, outside which the tilted distribution has at most `_TAIL` on
+        either side.
+
+        The range follows from Chernoff's bound.
+        """
         here, to_spare = self._log_moment(tilt), -math.log(_TAIL)
 
         def reach(sign: int) -> float:
@@ -267,7 +280,10 @@ class _OneOrder:
         return self._untilted(tilt, low, composed, 1.1 * (composing + going_back + before + _TAIL + 4 * length * UNIT))
 
     def _untilted(self, tilt: float, low: int, tilted: Floats, rounding: float) -> _Tail:
-        """The tail at losses of 0 and above, from the `tilted` probabilities from loss `low` on."""
+        """Undo the tilt, and return the tail at losses of 0 and above.
+
+        `tilted` holds the tilted probabilities from loss `low` upwards, and `rounding` their error.
+        """
         log_moment = self._log_moment(tilt)
         # Of losses that are far too small the factor is no number; epsilon is never there.
         first = max(0, math.ceil((log_moment - _LARGEST_EXPONENT) / (tilt * self._width))) if tilt else 0
@@ -298,7 +314,7 @@ def _log_sum_exp(exponents: Floats) -> float:
 
 
 def _power(base: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:
-    """`base` to the power of `count` by squaring: each factor adds the error of one product at most."""
+    """Raise `base` to the power of `count` by squaring; each factor adds the error of at most one product."""
     result = base
     for bit in f"{count:b}"[1:]:
         result = result * result

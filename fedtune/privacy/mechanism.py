@@ -1,4 +1,4 @@
-"""Sampling and noise, for sums and scores: the random steps on which the guarantee rests."""
+"""Sampling and noise for sums and scores: the random steps on which the privacy guarantee rests."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ MOST_RUNS = 120
 
 @spec
 class PrivacySpec:
-    """What a run promises each privacy unit, and how.
+    """The privacy promise of a run to each privacy unit, and the parameters that provide it.
 
     Attributes:
         mechanism: "dp_sgd", or "none" for training without a guarantee.
-        unit: what one (epsilon, delta) protects: "record", or "user": a person, named by the role `user`, with all of
-            their records at a site.  Every size, rate and denominator then counts users.
+        unit: what one (epsilon, delta) protects: "record", or "user": a person, identified by the role `user`, with all
+            of their records at a site.  With "user" every size, rate and denominator counts users.
         records_per_user: with unit "user", the most records of one user in a step, drawn anew for each step.
         epsilon: the target over all rounds and steps of the run, and of all `runs`, at every site.
-        runs: how many runs like this one may use the same person's records; they share `epsilon`, and one spends less.
+        runs: how many runs like this one may use the same person's records; together they spend `epsilon`, and a single
+            run spends less.
         delta: the delta of the promise; it must stay below one over every site's declared size.
         noise_multiplier: the noise's standard deviation divided by the clip norm; null: calibrated to the target.
         max_grad_norm: the clip norm C, over all trainable tensors of one unit together.
         sampling_rate: the probability with which a unit joins a step.
         metrics: "noised": in each round each site also releases noised scores of its held-out records
-            (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases none.
-        metrics_noise_multiplier: the standard deviation of those scores' noise, in units of what one privacy unit can
-            change.
-        cohorts: which arrival cohorts the run admits and charges, as `{period: year, first: null, last: "2026"}`, where
+            (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases no scores.
+        metrics_noise_multiplier: the standard deviation of the noise on these scores, divided by their sensitivity to
+            one privacy unit.
+        cohorts: the arrival cohorts that the run admits and charges, as `{period: year, first: null, last: "2026"}`, if
             the sites' populations have arrivals; null: everybody.
     """
 
@@ -81,22 +82,22 @@ class PrivacySpec:
 
     @property
     def private(self) -> bool:
-        """The run protects records."""
+        """Whether the run trains with differential privacy."""
         return self.mechanism == "dp_sgd"
 
     @property
     def contribution(self) -> int:
-        """The most records of one unit in a step."""
+        """The maximum number of records of one unit in a step."""
         return self.records_per_user if self.unit == "user" else 1
 
     @property
     def metrics_noise(self) -> float:
-        """Noise multiplier of the released scores; 0 where none are released."""
+        """Noise multiplier of the released scores; 0 if none are released."""
         return self.metrics_noise_multiplier if self.metrics != "none" else 0.0
 
 
 def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
-    """Indices of the units that join a step: each joins on its own, with probability `sampling_rate`.
+    """Draw the indices of the units that join a step: each joins independently with probability `sampling_rate`.
 
     The size of the sample is random and may be zero; an empty step still adds noise and counts.
     """
@@ -104,16 +105,16 @@ def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -
 
 
 def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDArray[np.int64]:
-    """The records of a sampled user that join a step: all of them, or `most` drawn at random, anew for each step.
+    """Draw the records of a sampled user that join a step: all of them, or a random subset of `most`.
 
-    Fresh draws let the model learn from every record over a run; a fixed choice would never use the others.  They cost
-    no privacy.  A user's draws depend on that user's records alone, and the user's clipped mean has at most the clip
-    norm, whatever is drawn.  So given all draws, the step is the Gaussian mechanism on a Poisson sample.  The weights
-    of this mixture are the same with and without one user, and the hockey-stick divergence is jointly convex; so the
-    mixture is at most as revealing as its worst component.
+    Fresh draws in each step let the model learn from every record over a run; a fixed choice would never use the
+    others.  Fresh draws cost no privacy.  A user's draws depend on that user's records alone, and the user's clipped
+    mean has at most the clip norm for any draw.  So, conditioned on all draws, the step is the Gaussian mechanism on a
+    Poisson sample.  The weights of this mixture are the same with and without one user, and the hockey-stick divergence
+    is jointly convex, so the mixture reveals at most as much as its worst component.
 
     Returns:
-        Ascending places in [0, num_records).
+        Ascending indices in [0, num_records).
     """
     if num_records <= most:
         return np.arange(num_records, dtype=np.int64)
@@ -130,7 +131,7 @@ Sums = Mapping[str, npt.NDArray[np.int64]]
 
 
 def cell(max_grad_norm: float) -> float:
-    """The width of the grid that a clip norm C fixes: C * 2**-24."""
+    """Return the cell width of the integer grid for clip norm C: C * 2**-24."""
     return max_grad_norm * 2.0**-GRID_BITS
 
 
@@ -140,18 +141,18 @@ def add_gaussian_noise(
     """Add Gaussian noise to an integer sum, once for each logical batch.
 
     Args:
-        sums: tensors in cells that together are the sum, over the sampled units, of vectors of L2 norm at most
-            `sensitivity * 2**GRID_BITS`, in exact arithmetic.
-        noise_multiplier: noise standard deviation over the sensitivity.
-        stream: drawn from once for each value, in the order of `sums`.
+        sums: tensors in cells: in exact arithmetic, the sum over the sampled units of vectors whose joint L2 norm is at
+            most `sensitivity * 2**GRID_BITS`.
+        noise_multiplier: noise standard deviation divided by the sensitivity.
+        stream: drawn from once per value, in the order of `sums`.
         sensitivity: L2 sensitivity of the sum, in clip norms.
 
     Returns:
-        The same tensors with noise, in cells.
+        The tensors with noise, in cells.
 
     Guarantee: one event `GaussianDpEvent(noise_multiplier)` for the sampled units.  The noise is a normal value rounded
-    to an integer.  The sum is an integer too, so sum + round(noise) = round(sum + noise): the Gaussian mechanism, and
-    then rounding, which is post-processing.
+    to an integer.  The sum is an integer too, so sum + round(noise) = round(sum + noise): the Gaussian mechanism,
+    followed by rounding, which is post-processing.
     """
     deviation = noise_multiplier * sensitivity * 2.0**GRID_BITS
     return {
@@ -162,16 +163,18 @@ def add_gaussian_noise(
 def noised_scores(
     scores: npt.NDArray[np.float64], *, declared_size: float, noise_multiplier: float, stream: RandomStream
 ) -> tuple[float, float]:
-    """Mean score and count of held-out units, each as a share of the declared held-out size, by one Gaussian mechanism.
+    """Release the mean score and the count of held-out units by one Gaussian mechanism.
+
+    Both are fractions of the declared held-out size.
 
     Args:
         scores: (units,), one score per unit; clamped to [0, 1], and 0 if not finite.
-        declared_size: the held-out size that the site publishes: the public denominator of both.
-        noise_multiplier: noise standard deviation over the sensitivity.
+        declared_size: the held-out size that the site publishes: the public denominator of both values.
+        noise_multiplier: noise standard deviation divided by the sensitivity.
         stream: source of the noise.
 
     Returns:
-        (noised sum of scores, noised number of units), both over `declared_size`; not clamped.
+        (noised sum of scores, noised number of units), both divided by `declared_size`; not clamped.
 
     Guarantee: one `GaussianDpEvent(noise_multiplier)`, since one unit adds (score, 1), the score rounded down to the
     grid, with an L2 norm of at most sqrt(2).

@@ -1,4 +1,4 @@
-"""`site.toml` to a `Policy` and back."""
+"""Conversion between `site.toml` and `Policy`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fedtune.words import unbounded
 
 
 def read_policy(path: Path) -> Policy:
-    """The policy in the file `path`.
+    """Read the policy in the file `path`.
 
     Raises:
-        ConfigError: names the file, the key, its value and what would be accepted.
+        ConfigError: names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="policy")
     with errors_in(path):
@@ -27,10 +27,10 @@ def read_policy(path: Path) -> Policy:
 
 
 def policy_of(fields: object) -> Policy:
-    """The policy that `Policy.to_json` wrote.
+    """Decode a policy that `Policy.to_json` wrote.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the fields are not those of a policy.
     """
     match fields:
         case {"budget": {"max_epsilon": None, **budget}, **rest}:  # JSON has no infinity
@@ -39,7 +39,11 @@ def policy_of(fields: object) -> Policy:
 
 
 def marks_of(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
-    """What a policy that a ledger notes marks it with for good; `before`: the last budget, if anything was charged."""
+    """Yield the permanent marks that a policy leaves on a ledger.
+
+    `before` is the budget of the previous policy if anything has been charged, else None; `time` is the time of the
+    event that records the policy.
+    """
     kinds = {"inexact_gradients": policy.allow.inexact_gradients, "simulated": policy.simulated}
     yield from ((kind, "") for kind, is_so in kinds.items() if is_so)
     if before is not None:
@@ -51,10 +55,10 @@ def marks_of(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tu
 
 
 def never(run: str, lead: str) -> tuple[str, str]:
-    """The mark of a run that its lead ended before this ledger accepted it."""
+    """Return the mark for a run that its lead ended before this ledger accepted it."""
     return "never", f"{run} of {lead}"
 
 
 def write_policy(policy: Policy, path: Path) -> None:
-    """Write `policy` so that `read_policy` gives it back."""
+    """Write `policy` to `path` so that `read_policy` reads it back unchanged."""
     write_durably(path, to_toml(dataclasses.asdict(policy)).encode())

@@ -21,25 +21,25 @@ UNVERIFIED = "unverified"  # stands for the base model's SHA-256 where a run nam
 
 @spec
 class Proposal:
-    """One run, as a site judges it.
+    """A proposed run, on which a site decides.
 
     Attributes:
-        run: identifies the run.
-        lead: public key of who proposes it, in hex.
+        run: the run's identifier.
+        lead: public key of the lead that proposes the run, in hex.
         dataset: id of the site's data set to train on.
-        task: what is learnt.
-        base_model: SHA-256 of the base model's weights; "unverified" where the run names none.
-        target_modules: modules that get an adapter.
-        rank: of the LoRA matrices; 1 where the adapter has none.
+        task: name of the training task.
+        base_model: SHA-256 of the base model's weights; "unverified" if the run names none.
+        target_modules: modules that receive an adapter.
+        rank: of the LoRA matrices; 1 for adapters without a rank.
         train_head: whether a task head is trained and released too.
-        seeded_noise: noise from a seed: a study without a guarantee.
+        seeded_noise: whether the noise comes from a seed: a study without a guarantee.
         dtype: number format of the frozen weights.
-        lora_scale: what an adapter's product of matrices is multiplied by; `head_scale` the head's scores.  Rounding,
-            which the accounting does not cover, grows with both.
-        num_sites: how many sites the lead says take part.  A claim, shown as such; nothing relies on it.
-        plan: what the releases cost.
+        lora_scale: the factor of an adapter's product of matrices; `head_scale` is the factor of the head's scores.
+            Rounding error, which the accounting does not cover, grows with both.
+        num_sites: the number of participating sites according to the lead: an unverified claim, shown as such.
+        plan: the parameters that determine the cost of the releases.
         adapter: the kind of adapter, such as "lora".
-        start_adapter: digest of an adapter tuned before, in which the run begins; "": in a new one.
+        start_adapter: digest of the earlier adapter from which the run starts; "" for a new adapter.
     """
 
     run: str
@@ -76,7 +76,7 @@ class Proposal:
         require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, the canonical form that `digest` hashes; `codec.decode` reads it."""
+        """Return plain JSON in the canonical form that `digest` hashes; `codec.decode` reads it."""
         fields = dataclasses.asdict(self)
         for key, before in (("start_adapter", ""), ("adapter", "lora")):
             if fields[key] == before:
@@ -84,7 +84,7 @@ class Proposal:
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
 
     def digest(self) -> str:
-        """SHA-256 of the proposal's canonical JSON, in hex."""
+        """Return the SHA-256 of the proposal's canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Cryptographic randomness for noise and sampling: an AES-256-CTR keystream under a key of the operating system.
+"""Cryptographic randomness for noise and sampling: an AES-256-CTR keystream, keyed by the operating system's CSPRNG.
 
-torch's CPU generator keeps 32 bits of its seed and numpy's generators are no CSPRNG, so neither draws a noise value
-or a sampling bit here.  A stream serves one purpose, is used once, and is never stored.
+torch's CPU generator keeps only 32 bits of its seed, and numpy's generators are not cryptographically secure, so
+neither of them draws noise or samples here.  Each stream serves one purpose, is used once, and is never stored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _MOST_EXTENSIONS = 8
 
 
 class RandomStream:
-    """Uniform bits, Bernoulli bits and rounded Gaussian values from a cryptographic keystream.
+    """A cryptographic keystream that yields uniform bits, Bernoulli bits and rounded Gaussian values.
 
     Args:
-        key: 32 bytes.  Secret unless this is a marked study.
+        key: 32 bytes.  Secret, except in a marked study.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -34,26 +34,27 @@ class RandomStream:
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     def uniform64(self, count: int) -> npt.NDArray[np.uint64]:
-        """`count` integers, uniform over [0, 2**64)."""
+        """Draw `count` integers, uniform over [0, 2**64)."""
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
 
     def bernoulli(self, count: int, probability: float) -> npt.NDArray[np.bool_]:
-        """`count` independent bits, each set with `probability` (exact to 2**-64, rounded down)."""
+        """Draw `count` independent bits, each set with `probability` (exact to 2**-64, rounded down)."""
         if probability >= 1:  # 2**64 does not fit into 64 bits
             return np.ones(count, dtype=np.bool_)
         return self.uniform64(count) < np.uint64(int(probability * 2.0**64))
 
     def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        """`count` independent integers: normal values of standard deviation `deviation`, each rounded to the nearest.
+        """Draw `count` independent normal values of standard deviation `deviation`, each rounded to the nearest
+        integer.
 
-        Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers; the first 64 bits of each are
-        drawn.  The float64 result is used unless it lies so close to the midpoint of two integers that its error bound
-        could change the rounding.  Such a pair (a few in 10^6 where the noise is one clip norm) draws further bits, and
-        interval arithmetic decides once both ends round to the same integer.  So no gap and no float reveals a value
-        without noise (Mironov 2012), and the tails are complete.
+        Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers, and the first 64 bits of each
+        are drawn.  The float64 result is used unless it is so close to the midpoint of two integers that its error
+        bound could change the rounding.  Such a pair (a few in 10^6 at a noise of one clip norm) draws further bits,
+        and interval arithmetic decides once both ends round to the same integer.  So no gaps in the floating-point grid
+        reveal the value without noise (Mironov 2012), and the tails are complete.
 
-        Assumes that numpy's log, sqrt, sin and cos are right to the bound in `_box_muller`, which
-        tests/privacy/test_randomness.py measures, and that the keystream cannot be distinguished from random bits.
+        Assumptions: numpy's log, sqrt, sin and cos are accurate to the bound in `_box_muller`, which
+        tests/privacy/test_randomness.py measures, and the keystream cannot be distinguished from random bits.
         """
         pairs = -(-count // 2)
         radius_bits, angle_bits = self.uniform64(pairs), self.uniform64(pairs)
@@ -97,11 +98,11 @@ class RandomStream:
 def _box_muller(
     radius_bits: npt.NDArray[np.uint64], angle_bits: npt.NDArray[np.uint64], deviation: float
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Box-Muller in float64: the values, (2, pairs), and a bound on the error of each pair, (pairs,).
+    """Apply Box-Muller in float64; return the values, (2, pairs), and a bound on the error of each pair, (pairs,).
 
-    The exact uniform number lies within one unit of its 64 bits.  That and the conversion to float64 move its logarithm
-    by 1/bits + 2^-53, and so the radius r = sqrt(-2 log u) by that over r; the rest is a few units in the last place of
-    r and of a sine or cosine.  The bound at least doubles each term.
+    The exact uniform number is within one unit of its 64-bit prefix.  The prefix and the conversion to float64 change
+    its logarithm by 1/bits + 2^-53, and hence the radius r = sqrt(-2 log u) by that amount divided by r; the rest is a
+    few units in the last place of r and of a sine or cosine.  The bound at least doubles each term.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         # abs, not minus: bits that round to 1.0 would give a radius of -0.0 and an error of minus infinity.
@@ -113,31 +114,35 @@ def _box_muller(
 
 
 def _nearest(end: Any) -> int:
-    """The integer nearest to an end of an interval; exact, because mpmath stores the end as a binary fraction."""
+    """Return the integer nearest to an end of an interval; exact, because mpmath stores the end as a binary
+    fraction.
+    """
     numerator, denominator = to_rational(end)
     return int((2 * numerator + denominator) // (2 * denominator))
 
 
 class Randomness(Protocol):
-    """Hands out one stream for each purpose."""
+    """A source of random streams, one for each purpose."""
 
     @property
     def seeded(self) -> bool:
-        """Anyone who knows the seed can repeat the streams: a study without a guarantee."""
+        """Whether the streams come from a seed, so that anybody who knows it can repeat them; there is no guarantee
+        then.
+        """
         ...
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        """A fresh stream; `purpose` (site, round, attempt, what for) only matters to a seeded source."""
+        """Return a fresh stream; only seeded sources use `purpose` (site, round, attempt, use)."""
         ...
 
 
 class SystemRandomness:
-    """The only source at a real site: every stream has 256 fresh bits of the operating system's CSPRNG as its key."""
+    """The only source at real sites: every stream is keyed with 256 fresh bits from the operating system's CSPRNG."""
 
     seeded = False
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        """A stream that nobody can repeat."""
+        """Return a stream that nobody can repeat."""
         return RandomStream(os.urandom(32))
 
 
@@ -152,6 +157,6 @@ class SeededRandomness:
     seeded = True
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        """The stream for this seed and purpose; different purposes give independent streams."""
+        """Return the stream for this seed and purpose; different purposes give independent streams."""
         label = "\x1f".join(map(str, (self.seed, *purpose)))
         return RandomStream(hashlib.sha256(b"fedtune study without a guarantee\x00" + label.encode()).digest())

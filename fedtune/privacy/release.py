@@ -1,8 +1,7 @@
-"""Everything that may leave a site besides its name: updates, refusals, receipts and offers, and nothing else.
+"""Everything that may leave a site besides its name: updates, refusals, receipts and offers.
 
-Each field is either noised (the update's tensors and scores) or computed from the request, the plan, the ledger's
-own events and the files of fedtune itself.  No field holds an exact count, loss, gradient norm, file name or exception
-text.
+Each field is either noised (an update's tensors and scores) or computed from the request, the plan, the ledger's own
+events and fedtune's own files.  No field holds an exact count, loss, gradient norm, file name or exception text.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
 
 
 class Reason(StrEnum):
-    """Why a reply is not an update.  The list is closed, so that no free text leaves a site."""
+    """The reason why a reply is not an update.  The set is closed, so that no free text leaves a site."""
 
     # Rules of the site's policy, by the names they have in site.toml.
     LEADS = "leads"
@@ -94,22 +93,22 @@ class Reason(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Policy or budget refuses the run, so that asking again changes nothing."""
+        """Whether the run is refused for good, so that asking again will not help."""
         return self not in _ABOUT_ONE_REQUEST
 
     @property
     def is_of_a_stranger(self) -> bool:
-        """The sender was not proven to be an allowed lead."""
+        """Whether the sender did not prove to be an allowed lead."""
         return self in _OF_A_STRANGER
 
     @property
     def is_about_budget(self) -> bool:
-        """Fewer rounds or more noise might be accepted."""
+        """Whether fewer rounds or more noise might be accepted."""
         return self in _ABOUT_BUDGET
 
     @property
     def is_waiting(self) -> bool:
-        """A person at the site may change the answer: asking again later can help."""
+        """Whether a person at the site may change the answer, so that asking again later can help."""
         return self in _WAITING
 
 
@@ -149,7 +148,7 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A trained adapter minus the one that was sent, in bfloat16: name -> the upper 16 bits of each float32."""
+    """The change of an adapter by training, in bfloat16: name -> the upper 16 bits of each float32."""
 
     halves: Mapping[str, npt.NDArray[np.uint16]]
 
@@ -161,17 +160,17 @@ _MASKED, _BFLOAT16 = "masked", "bfloat16"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
+    """The adapter after a site's noisy steps, optionally with noised scores of the adapter before these steps.
 
     Attributes:
-        tensors: of the adapter, or how far it moved, or the masked vector of a secure sum.
-        scores: of held-out units, where the plan releases them: the noised mean score and the noised count, as
-            `mechanism.noised_scores` gives them.
+        tensors: the adapter, its change, or the masked vector for secure aggregation.
+        scores: noised mean score and noised count of the held-out units, as `mechanism.noised_scores` returns them;
+            None if the plan releases no scores.
 
-    Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
-    Rounding to bfloat16 is post-processing, too: it comes after the noise, and reads nothing but what the lead has.
-    For a masked vector this holds of the secure sum, over as many sites as the plan requires; alone it reveals nothing
-    (`fedtune.federation.secure`).
+    Guarantee: post-processing of the round's `DpEvent`, at the cost that the ledger reserved for the round.  Rounding
+    to bfloat16 is post-processing too: it comes after the noise, and depends only on values that the lead has.  For a
+    masked vector the guarantee applies to the secure sum over as many sites as the plan requires; the vector alone
+    reveals nothing (`fedtune.federation.secure`).
     """
 
     site: str
@@ -182,9 +181,9 @@ class Update:
     _bytes: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes: magic, header length, JSON header, then each tensor, or the masked vector.
+        """Encode canonically: magic, header length, JSON header, then each tensor or the masked vector.
 
-        Numbers are little-endian.  Encoded once, so that receipt, ledger and message hold the same bytes.
+        Numbers are little-endian.  The result is cached, so that receipt, ledger and message contain the same bytes.
         """
         if not self._bytes:
             header, following = self._encoded()
@@ -192,7 +191,7 @@ class Update:
         return self._bytes
 
     def _encoded(self) -> tuple[bytes, list[memoryview]]:
-        """The header, and what follows it."""
+        """Return the encoded header, and the buffers that follow it."""
         shapes: Any
         match self.tensors:
             case Masked(data):
@@ -237,7 +236,11 @@ class Update:
 
 
 def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
-    """The tensors after an update's header; raises ValueError, TypeError or KeyError if they do not match it."""
+    """Read the tensors after an update's header.
+
+    Raises:
+        ValueError, TypeError or KeyError: the data does not match the header.
+    """
     if shapes == _MASKED:
         return Masked(bytes(data))
     rounded = isinstance(shapes, dict)
@@ -255,22 +258,22 @@ def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
 
 
 class _Plain:
-    """A release of plain values.  People see its texts, so each must be one printable line."""
+    """A release of plain values.  Its texts are shown to people, so each must be one printable line."""
 
     __slots__ = ()
     _magic: ClassVar[bytes]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Return plain JSON."""
         return dict(asdict(self))  # type: ignore[call-overload]
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes of an answer, over which its receipt is signed."""
+        """Return the canonical bytes of an answer, over which its receipt is signed."""
         return self._magic + json.dumps(self.to_json(), sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, fields: object) -> Self:
-        """Decode the JSON of the fields.
+        """Decode a release from JSON.
 
         Raises:
             ConfigError: a field is missing or unknown, or has the wrong type or range.
@@ -288,22 +291,22 @@ class _Plain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt(_Plain):
-    """A site's signed statement of what its ledger has charged to a run; the lead derives the site's epsilon from it.
+    """A site's signed statement of the charges in its ledger for a run; the lead derives the site's epsilon from it.
 
-    `sequence` numbers all events of the ledger, so a lead can see that other runs were charged too.
+    `sequence` counts all events of the ledger, so a lead can see that other runs were charged too.
 
     Attributes:
-        charged_rounds: rounds reserved, whether or not a reply came of them.
-        ended: whether the ledger charges the run nothing more, whatever its lead asks.
+        charged_rounds: number of reserved rounds, with or without a reply.
+        ended: whether the ledger will never charge the run again, whatever its lead requests.
         plan: digest of the plan that the ledger accepted; empty for a run that it never accepted.
-        seeded_noise: whether that run takes its noise from a seed.
-        simulated: whether the site is one of a simulation's.
+        seeded_noise: whether the run takes its noise from a seed.
+        simulated: whether the site belongs to a simulation.
         sequence: number of the ledger's newest lasting event, which is a charge or a note.
-        head: that event's hash under a secret salt, so that nobody can test a guess of what the ledger holds.  The lead
-            returns the receipt with its next request; a ledger that does not contain it was rolled back.
+        head: that event's hash with a secret salt, so that nobody can test guesses about the ledger's content.  The
+            lead returns the receipt with its next request; a ledger that does not contain it was rolled back.
         site_key: the site's public key.
-        signature: by that key, on all other fields.
-        reply: SHA-256, in hex, of the answer's canonical bytes that the receipt came with; empty where it came alone.
+        signature: by `site_key`, on all other fields.
+        reply: SHA-256, in hex, of the canonical bytes of the accompanying answer; empty if the receipt came alone.
     """
 
     site: str
@@ -320,19 +323,19 @@ class Receipt(_Plain):
     reply: str = ""
 
     def message(self) -> bytes:
-        """The bytes that are signed."""
+        """Return the bytes that are signed."""
         fields = self.to_json()
         del fields["signature"]
         return json.dumps(fields, sort_keys=True).encode()
 
     def is_signed(self) -> bool:
-        """The signature is that of `site_key`."""
+        """Whether the signature is valid for `site_key`."""
         return is_signed(self.site_key, RECEIPT, self.message(), self.signature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal(_Plain):
-    """A reply without an update.  `asked` and `allowed` come from the request, the policy and the ledger only."""
+    """A reply without an update.  `asked` and `allowed` come only from the request, the policy and the ledger."""
 
     site: str
     run: str
@@ -345,19 +348,19 @@ class Refusal(_Plain):
 
     @property
     def in_words(self) -> str:
-        """The reason, with what was asked and what is allowed, where known."""
+        """The reason, with the requested and the allowed value if known."""
         return ", ".join(filter(None, (self.reason.value, asked_and_allowed(self.asked, self.allowed))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer(_Plain):
-    """How much of a proposed run a site would accept now, computed from proposal, policy and ledger only.
+    """The largest part of a proposed run that a site would accept now, computed only from proposal, policy and ledger.
 
     Attributes:
-        most_rounds: accepted at the proposal's noise; 0: none.
-        least_noise: the smallest noise multiplier accepted for the proposal's rounds; None: no noise suffices.
-        nonce: the invitation's, so that an old offer cannot answer a new invitation.
-        software: the site's fedtune, version and build.
+        most_rounds: the most rounds accepted at the proposal's noise; 0 if none.
+        least_noise: the smallest noise multiplier accepted for the proposal's rounds; None if no noise suffices.
+        nonce: the invitation's nonce, so that an old offer cannot answer a new invitation.
+        software: version and build of fedtune at the site.
     """
 
     site: str
@@ -374,7 +377,7 @@ Answer = Update | Refusal | Offer  # a site's answer; its receipt is signed over
 
 
 class Refused(RefusedError):
-    """Raised at a site to answer with a refusal."""
+    """Error that a site raises to answer a request with a refusal."""
 
     def __init__(self, reason: Reason, *, asked: object = None, allowed: object = None) -> None:
         self.reason = reason
@@ -384,11 +387,11 @@ class Refused(RefusedError):
         super().__init__(f"{reason}: {said}" if said else reason.value)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON: the rule, what was asked and what is allowed."""
+        """Return plain JSON: the rule, the requested value and the allowed value."""
         return {"rule": self.reason.value, "asked": self.asked, "allowed": self.allowed}
 
 
 def asked_and_allowed(asked: str | None, allowed: str | None) -> str:
-    """A refusal's two values in words; empty where neither is known."""
+    """Format the requested and the allowed value of a refusal; empty if neither is known."""
     values = {"asked": asked, "allowed": allowed}
     return ", ".join(f"{word} {value}" for word, value in values.items() if value is not None)

@@ -1,4 +1,6 @@
-"""The plan of a run: every number that decides what its releases cost, fixed before anything private is read."""
+"""The plan of a run: every parameter that determines the cost of its releases, fixed before any private data is
+read.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +26,23 @@ class Plan:
 
     Attributes:
         unit: the privacy unit.
-        delta: at which epsilon is stated.
+        delta: the delta of every epsilon of the run.
         sampling_rate: probability with which each unit joins a step.
-        noise_multiplier: noise standard deviation over clip norm that the site itself adds; 0 in a run without privacy.
+        noise_multiplier: standard deviation, over the clip norm, of the noise that the site itself adds; 0 in a run
+            without privacy.
         max_grad_norm: clip norm C.
-        local_steps: noisy steps in a round.
-        num_rounds: rounds that the run is meant to take.
-        spare_rounds: further rounds that are paid for beforehand, for retries of interrupted rounds.
-        metrics_noise_multiplier: noise of each round's held-out scores, as in `mechanism.noised_scores`; 0: a site
-            releases none.
-        records_per_user: most records of one unit in a step.  Its clipped mean has the clip norm however many they
-            are, so no epsilon depends on it; a site may bound it all the same.
-        shared: how sites make the noise of a secure sum together; each round is then one sum, of one clipped gradient
-            sum of each site.  None: each site has noise of its own.
-        cohorts: whom the run admits, and charges; None: everybody, in a population whose people have no arrivals.
-        runs: how many runs like this one may use the same person's records; the noise is for the epsilon of them all.
+        local_steps: noisy steps per round.
+        num_rounds: planned number of rounds.
+        spare_rounds: additional rounds that are budgeted for retries of interrupted rounds.
+        metrics_noise_multiplier: noise multiplier of each round's held-out scores, as in `mechanism.noised_scores`; 0:
+            no scores are released.
+        records_per_user: most records of one unit in a step.  The unit's clipped mean has at most the clip norm for any
+            number of records, so no epsilon depends on it; a site may limit it all the same.
+        shared: how the sites share the noise in secure aggregation; each round is then one sum, with one clipped
+            gradient sum from each site.  None: each site adds all of its noise itself.
+        cohorts: the arrival cohorts that the run admits and charges; None: everybody, in a population without arrivals.
+        runs: how many runs like this one may use the same person's records; the noise is calibrated to the epsilon of
+            all of them together.
     """
 
     unit: Unit
@@ -90,10 +94,13 @@ class Plan:
         together: Together | None = None,
         bound: int = USUAL_BOUND,
     ) -> Plan:
-        """The plan of a run, with noise calibrated once for all its rounds, spare ones included, and those of `runs`.
+        """Create the plan of a run; missing noise is calibrated for all rounds, spare rounds and `runs` together.
 
-        `together` says who makes the noise of a secure sum, and `bound` how large a value of a site's may be there, in
-        clip norms; a noise multiplier that is given is then each site's share.
+        `together` names the sites that share the noise in secure aggregation, and `bound` limits the values of a site's
+        sum there, in clip norms; an explicit noise multiplier is then that of each site's share.
+
+        Raises:
+            ConfigError: a value is out of range, or no noise multiplier reaches the target epsilon.
         """
         most = privacy.runs * (num_rounds + spare_rounds)
         noise = privacy.noise_multiplier
@@ -127,57 +134,62 @@ class Plan:
 
     @property
     def private(self) -> bool:
-        """The plan adds noise to training; without it nothing is promised."""
+        """Whether training adds noise; without noise there is no guarantee."""
         return self.noise_multiplier > 0
 
     @property
     def releases_metrics(self) -> bool:
-        """Each round also releases noised scores of held-out units."""
+        """Whether each round also releases noised scores of held-out units."""
         return self.metrics_noise_multiplier > 0
 
     @property
     def most_rounds(self) -> int:
-        """Rounds that a site may be charged for, retries included."""
+        """The maximum number of rounds that a site may be charged for, retries included."""
         return self.num_rounds + self.spare_rounds
 
     @property
     def whole(self) -> DpEvent:
-        """All rounds that may be charged, as one event."""
+        """The event of all rounds that may be charged."""
         return self.event(rounds=self.most_rounds)
 
     @property
     def of_all_runs(self) -> DpEvent:
-        """The same of all `runs`: what the epsilon is for that the noise was calibrated to."""
+        """The event of all `runs` together, for whose epsilon the noise was calibrated."""
         return self.event(rounds=self.most_rounds * self.runs)
 
     @property
     def noises(self) -> tuple[float, ...]:
-        """Every noise multiplier that the plan counts with."""
+        """All noise multipliers that the accounting uses: of training and, if released, of the scores."""
         return (self.counted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     @property
     def sums(self) -> SharedNoise:
-        """`shared`, of a plan that is known to have secure sums."""
+        """The shared noise of a plan with secure aggregation; the plan must have one."""
         assert self.shared is not None, "a plan of secure sums"
         return self.shared
 
     @property
     def counted_noise(self) -> float:
-        """Noise multiplier that each step counts with: the site's own; of a secure sum, that of the fewest shares."""
+        """The noise multiplier used in accounting: the site's own or, in a secure sum, that of the fewest honest
+        shares.
+        """
         return self.noise_multiplier if self.shared is None else self.shared.noise_of_fewest
 
     def with_noise(self, noise_multiplier: float) -> Plan:
-        """The same with another noise multiplier; of a secure sum, with another share."""
+        """Return a copy of the plan with another noise multiplier; with secure aggregation, with another share."""
         shared = None if self.shared is None else self.shared.with_share(noise_multiplier, bound=self.shared.bound)
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
     @property
     def by_own_noise_alone(self) -> Plan:
-        """The same where nothing but the site's own share hides it: what a run costs if all other sites collude."""
+        """The plan with only the site's own share of the noise: the cost of a run if all other sites collude."""
         return dataclasses.replace(self, shared=None)
 
     def by_trust(self, rounds: int) -> Epsilons | None:
-        """Epsilon of `rounds` rounds by who looks, of the smallest sums; None: each site makes its own noise."""
+        """Return the epsilon of `rounds` rounds against each adversary; None without secure aggregation.
+
+        Each sum is assumed to have as few sites as the plan allows.
+        """
         if self.shared is None:
             return None
         return epsilons(
@@ -189,10 +201,10 @@ class Plan:
         )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
-        """The privacy event of `rounds` rounds of this plan, released scores included; one unit more or less.
+        """Return the privacy event of `rounds` rounds of this plan, released scores included.
 
-        A secure sum counts as one of the fewest sites that the plan allows, less its colluders: of more it tells less
-        (`fedtune.privacy.distributed_noise`).
+        Guarantee: under add-or-remove-one-unit adjacency.  A secure sum counts as a sum over the fewest sites that the
+        plan allows, minus its colluders: a sum over more sites reveals less (`fedtune.privacy.distributed_noise`).
         """
         training = events.dp_sgd(
             sampling_rate=self.sampling_rate, noise_multiplier=self.counted_noise, steps=self.local_steps * rounds
@@ -201,7 +213,9 @@ class Plan:
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON, the canonical form that `digest` hashes: without what is None or usual, or only users have."""
+        """Return plain JSON in the canonical form that `digest` hashes, without defaults and fields that do not
+        apply.
+        """
         fields = dataclasses.asdict(self)
         if self.unit == "record":
             del fields["records_per_user"]
@@ -212,10 +226,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, fields: object) -> Plan:
-        """The plan that `to_json` wrote.
+        """Decode a plan that `to_json` wrote.
 
         Raises:
-            ConfigError: anything else.
+            ConfigError: the fields are not those of a plan, or contain a field that `to_json` leaves out.
         """
         plan = decode(cls, fields)
         for key, without in (("shared", "secure sums"), ("cohorts", "arrivals"), ("runs", "others to come")):
@@ -224,10 +238,12 @@ class Plan:
         return plan
 
     def digest(self) -> str:
-        """SHA-256 of the plan's canonical JSON, in hex."""
+        """Return the SHA-256 of the plan's canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def scores_of(noise_multiplier: float, rounds: int) -> list[DpEvent]:
-    """The scores that `rounds` rounds release; held-out records are charged like those trained on."""
+    """Return the event of the scores that `rounds` rounds release; held-out records are charged like training
+    records.
+    """
     return [SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), rounds)] if noise_multiplier > 0 and rounds else []

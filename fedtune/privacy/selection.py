@@ -1,10 +1,10 @@
-"""The price of a search: several trials on the same records, of which one is selected.
+"""The price of a search: several trials on the same records, one of which is selected.
 
-**What is charged.**  Each trial is a run, and the lead sees everything it releases: every adapter of every round.  So a
-site is charged for all trials.  Their number, and the cost of each, are fixed before the first one.  The settings of a
-trial may depend on earlier scores, since these are post-processing: they follow from released adapters and a file of
-the lead's that holds no record of a site.  So the PLD epsilon of all plans together bounds everything that the search
-releases, whichever trial is selected and by whatever rule.
+**What is charged.**  Each trial is a run, and the lead sees everything that it releases: every adapter of every round.
+So a site is charged for all trials.  The number of trials, and the cost of each, are fixed before the first one.  The
+settings of a trial may depend on earlier scores, because these are post-processing: they are computed from released
+adapters and a file of the lead's that contains no record of a site.  So the PLD epsilon of all plans together bounds
+everything that the search releases, whichever trial is selected, by any rule.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class SearchPrice:
 
     Attributes:
         trials: number of trials.
-        epsilon: of all trials together by PLD; `epsilon_rdp` is the same by RDP.
-        epsilon_filter: the smallest lifetime cap under which a new ledger accepts them all.
-        epsilon_of_one: of the most expensive trial alone, by PLD.
+        epsilon: PLD epsilon of all trials together; `epsilon_rdp` is their RDP epsilon.
+        epsilon_filter: the smallest lifetime cap under which a new ledger accepts all trials.
+        epsilon_of_one: PLD epsilon of the most expensive trial alone.
     """
 
     unit: Unit
@@ -47,12 +47,12 @@ class SearchPrice:
 
     @property
     def private(self) -> bool:
-        """The search has a guarantee."""
+        """Whether the search has a privacy guarantee."""
         return math.isfinite(self.epsilon)
 
 
 def price_of(plans: Sequence[Plan]) -> SearchPrice:
-    """The price of a search over these plans: at least one, all with the same unit and delta."""
+    """Compute the price of a search over these plans: at least one, all with the same unit and delta."""
     wholes, delta = [plan.whole for plan in plans], plans[0].delta
     return SearchPrice(
         unit=plans[0].unit,
@@ -67,11 +67,12 @@ def price_of(plans: Sequence[Plan]) -> SearchPrice:
 
 @spec
 class Selection:
-    """The search that a run is a trial of, and what the whole search may cost a site.
+    """The search that a run belongs to as a trial, and the cost of the whole search for a site.
 
     Attributes:
         search: name of the search.
-        judged_by: the validation score that decides; `score` is the run's own; None: the search did not pick it.
+        judged_by: the validation score by which the search selects; `score` is the run's own, or None if the search did
+            not select the run.
         trials: number of trials.
         epsilon: of all trials together; None: unbounded.
         charges: the privacy events of all trials.
@@ -88,7 +89,7 @@ class Selection:
 
     @classmethod
     def of(cls, price: SearchPrice, plans: Sequence[Plan], **told: Any) -> Selection:
-        """The record of a selection in a search of this price over these plans."""
+        """Create the record of a selection in a search with this price over these plans."""
         return cls(
             **told,
             trials=price.trials,
@@ -99,6 +100,9 @@ class Selection:
 
 
 def released(epsilon: float | None, delta: float, search: Selection | None) -> tuple[float | None, float]:
-    """What a finished run has cost its records, for a trial that of its whole search; None: unbounded."""
+    """Return the (epsilon, delta) that a finished run has cost its records; None for an unbounded epsilon.
+
+    For a trial of a search, the cost is at least that of the whole search.
+    """
     of_all, at = (search.epsilon, search.delta) if search else (epsilon, delta)
     return finite(max(unbounded(finite(one)) for one in (epsilon, of_all))), max(delta, at)

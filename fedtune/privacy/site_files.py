@@ -1,4 +1,4 @@
-"""A site's files: its policy, and the ledger, key and anchor that the policy names."""
+"""The files of a site: its policy, and the ledger, key and anchor that the policy names."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class SiteFiles:
 
     @classmethod
     def of(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:
-        """The files of the site whose policy is `site_toml`.
+        """Read the policy `site_toml`, and locate the site's files.
 
-        Guarantee: nothing trains, or opens a ledger, under a policy without the answers that a person owes; to look at
-        one that `may_be_unanswered` is all that is possible.
+        Guarantee: without the answers that a person has to give, a policy permits neither training nor opening a
+        ledger.  `may_be_unanswered` skips this check, for read-only use.
 
         Raises:
-            ConfigError: the file is no policy.
+            ConfigError: the file is not a valid policy, or lacks an answer.
         """
         policy = read_policy(site_toml)
         if not may_be_unanswered:
@@ -48,31 +48,31 @@ class SiteFiles:
 
     @property
     def public_key(self) -> str | None:
-        """The public key of the site's key file; None without one, or where a command has the key.
+        """The public key in the site's key file; None if there is no file, or if a command provides the key.
 
-        Guarantee: who only looks at a policy, which may be another's, runs no command that it names.
+        Guarantee: merely inspecting a policy, which may be a stranger's, never runs a command that it names.
         """
         return None if self.policy.key_command or not self.site_key.is_file() else self.key().public
 
     def key(self, *, make: bool = False) -> SigningKey:
-        """The site's signing key, from its file or its command; with `make`, a file that is missing is made.
+        """Load the site's signing key from its file or its command; with `make`, create a missing file.
 
         Raises:
-            ConfigError: the key is missing, or cannot be read.
+            ConfigError: the key is missing or cannot be read.
         """
         read = SigningKey.load_or_make if make else SigningKey.load
         command = () if self.policy.simulated else self.policy.key_command  # a run folder may be a stranger's
         return read(self.site_key, command=command, named_in=self.site_toml)
 
     def open(self) -> Ledger:
-        """The ledger, for training; ledger and key are made when missing."""
+        """Open the ledger for training; a missing ledger or key is created."""
         return Ledger(self.ledger, self.policy, self.key(make=True), anchor=self.anchor)
 
     def verified(self) -> Verified | None:
-        """The ledger as anybody can check it, against its anchor where that is at hand; None where there is none yet.
+        """Verify the ledger, against its anchor if there is one; None if the ledger does not exist yet.
 
         Raises:
-            RunError: it does not fit together, or is older than its anchor.
+            RunError: the ledger is inconsistent, or older than its anchor.
         """
         if not self.ledger.is_file():
             return None
@@ -80,7 +80,7 @@ class SiteFiles:
 
 
 def runs_of_sites(folder: str | None) -> int:
-    """The most runs that a ledger in the folder of simulated sites was charged for; 0 where none is here."""
+    """Return the most runs charged to any ledger in a folder of simulated sites; 0 if there are none."""
     verified = [SiteFiles.of(path).verified() for path in Path(folder).glob("*/site.toml")] if folder else []
     ledgers = [one.history for one in verified if one is not None]
     return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in ledgers), default=0)

@@ -1,7 +1,7 @@
-"""A site's own limits: what it lets happen to its records, whoever asks.
+"""A site's own limits: what may happen to its records, whoever asks.
 
-One class for each table of a `site.toml`, which `policy_file` reads and the template `conf/site.toml` explains.  A
-policy is checked inside the ledger's transaction, against what a lead proposes and what was spent before.
+There is one class for each table of a `site.toml`, which `policy_file` reads and the template `conf/site.toml`
+explains.  A policy is checked inside the ledger's transaction, against a lead's proposal and against earlier spending.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _MOST_DAYS = 36525.0
 
 @spec
 class Dataset:
-    """Records that a run may name.
+    """A data set that a run may name.
 
     Attributes:
-        id: what a run calls them.
-        declared_size: units that the site publishes as their number; a public choice, never the true count.
+        id: the name that runs use for it.
+        declared_size: the number of units that the site publishes; a public choice, never the true count.
         path: file or folder with the records; stays at the site.
         columns: role (such as "text" or "label") -> column of the file; stays at the site.
     """
@@ -66,13 +66,13 @@ class Dataset:
 
 @spec
 class Population:
-    """The people behind the data sets: all of these share one budget.
+    """The people behind the data sets, who share one budget.
 
     Attributes:
         name: of the population.
-        unit: what one (epsilon, delta) protects, "record" or "user"; fixed when the ledger is made.
-        arrivals: by which calendar people arrive over time, each charged only for runs that admit their cohort; fixed
-            when the ledger is made.  "": one budget for everybody.
+        unit: what one (epsilon, delta) protects, "record" or "user"; fixed when the ledger is created.
+        arrivals: the calendar by which people join over time, each person charged only for runs that admit their
+            cohort; fixed when the ledger is created.  "": one budget for everybody.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Population:
 
 @spec
 class Reference:
-    """A typical run, as the site expects it; the filter's order is chosen for it when the ledger is made."""
+    """A typical run, as the site expects it; the filter's order is chosen for it when the ledger is created."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -101,19 +101,19 @@ class Reference:
 
     @property
     def event(self) -> DpEvent:
-        """The whole run, as an event."""
+        """The privacy event of the whole run."""
         return events.dp_sgd(sampling_rate=self.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self.steps)
 
 
 @spec
 class Budget:
-    """How much these people may ever lose.
+    """The total privacy loss that these people may ever incur.
 
     Attributes:
-        delta: of every run and of the lifetime figure.
-        max_epsilon: over all runs, leads and years, by the Renyi filter.  Infinite: nothing is promised.
-        max_epsilon_per_run: of one run's whole plan, by PLD; null: no bound of its own.
-        max_epsilon_per_period: in one calendar period (UTC), by the filter; null: no bound of its own.
+        delta: the delta of every run and of the lifetime epsilon.
+        max_epsilon: cap over all runs, leads and years, by the Renyi filter.  Infinite: no promise.
+        max_epsilon_per_run: cap on the whole plan of one run, by PLD; null: no such cap.
+        max_epsilon_per_period: cap on one calendar period (UTC), by the Renyi filter; null: no such cap.
         period: "month", "quarter" or "year".
         reference: a typical run.
     """
@@ -134,30 +134,32 @@ class Budget:
         self.order()
 
     def order(self) -> float:
-        """The filter's order for a ledger that is made under this budget."""
+        """Return the filter's order for a ledger that is created under this budget."""
         return filter.best_order(self.reference.event, epsilon=self.max_epsilon, delta=self.delta)
 
 
 @spec
 class Limits:
-    """Bounds on every run.
+    """Limits that apply to every run.
 
     Attributes:
-        min_noise_multiplier: least noise of training and of released scores.
+        min_noise_multiplier: smallest noise multiplier of training and of released scores.
         max_sampling_rate: largest sampling rate.
         max_grad_norm: largest clip norm.
-        min_grad_norm: smallest clip norm that a run may ask for.  With tiny ones gradients are mostly rounding by the
-            time they are clipped; `training.dp_step` does not enlarge those below 0.001, whatever this says.
-        max_local_steps: most noisy steps in a round.
-        max_rounds: most rounds in a run, spare ones included.
-        max_adapter_value: largest absolute value in an adapter, divided by the root of its scale where that is above 1.
-            Larger values are brought down to it, in an adapter that is sent and after each training step; one that is
-            not finite is refused.  Rounding grows with the adapter (docs/threat_model.md); trained ones stay below 1.5.
+        min_grad_norm: smallest clip norm that a run may request.  With tiny clip norms, gradients are mostly rounding
+            error by the time they are clipped; `training.dp_step` scales every gradient as if its norm were at least
+            0.001, whatever this limit is.
+        max_local_steps: most noisy steps per round.
+        max_rounds: most rounds per run, spare rounds included.
+        max_adapter_value: largest absolute value in an adapter, divided by the square root of its scale if that is
+            above 1.  Larger values are clamped, in an adapter that the lead sends and after each training step;
+            adapters with non-finite values are refused.  Rounding error grows with the adapter (docs/threat_model.md);
+            trained adapters stay below 1.5.
         max_lora_scale: largest factor of an adapter's product of matrices.
         max_head_scale: largest factor of a task head's scores.
-        max_records_per_user: where the unit is "user", most records of one person in a step.  No epsilon depends on
-            it; time does, and how much of a person's data one step may look at.
-        run_expires_after_days: an accepted run holds its budget that long, unless it ends earlier.
+        max_records_per_user: with unit "user", most records of one person in a step.  No epsilon depends on it; run
+            time does, and so does how much of a person's data one step may use.
+        run_expires_after_days: an accepted run keeps its budget reserved for this long, unless it ends earlier.
     """
 
     min_noise_multiplier: float
@@ -187,28 +189,31 @@ class Limits:
 
 
 def adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
-    """The largest absolute value of an adapter; the product of its matrices is scaled, so each of them by the root."""
+    """Return the largest absolute value in an adapter of this scale.
+
+    The scale multiplies a product of two matrices, so the limit of each is divided by the square root of the scale.
+    """
     return max_adapter_value / math.sqrt(max(1.0, lora_scale))
 
 
 @spec
 class Allow:
-    """Limits on what a run may train, and on who may ask.
+    """Limits on what a run may train, and on who may request it.
 
     Attributes:
         leads: public keys of leads, 64 hex digits each.
         tasks: such as "classification".
-        base_models: SHA-256 of base models, with all files that loading reads.
-        target_modules: modules that may get an adapter.
+        base_models: SHA-256 of base models, over all files that loading reads.
+        target_modules: modules that may receive an adapter.
         max_rank: largest LoRA rank.
         train_head: whether a task head may be trained and released.
         adapters: kinds of adapters, such as "lora".
-        dtypes: number formats that the base model may be computed in; bfloat16 rounds far more coarsely than float32,
-            mixed does so only where layers multiply; nf4 is bfloat16 with weights of four bits.
-        seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
-            and marks the ledger for ever.
-        inexact_gradients: accept runs on a machine whose per-example gradients depend on the rest of the batch by
-            rounding.  Then the bound on one record's influence is measured, not proved, and reports say so.
+        dtypes: number formats in which the base model may be computed; bfloat16 rounds far more coarsely than float32,
+            mixed does so only in matrix products, and nf4 is bfloat16 with 4-bit weights.
+        seeded_noise: accept runs with noise from a seed.  Only for test federations: such a run has no guarantee and
+            marks the ledger for good.
+        inexact_gradients: accept runs on a machine on which per-example gradients depend on the rest of the batch by
+            rounding.  The bound on one record's influence is then measured, not proved, and reports say so.
     """
 
     leads: tuple[str, ...]
@@ -230,13 +235,13 @@ class Allow:
 
 @spec
 class Releases:
-    """Releases that may leave the site beside refusals and receipts.
+    """Releases that may leave the site in addition to refusals and receipts.
 
     Attributes:
         updates: noised adapters.
-        metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".
-        reply_after_s: an answer leaves at a whole multiple of this after its request came.  0: when it is ready, so
-            that the time of a reply tells roughly how many records there are.
+        metrics: "noised": noised scores of held-out records, if a run plans for them; "none".
+        reply_after_s: replies leave at a whole multiple of this many seconds after the request arrived.  0: as soon as
+            they are ready, so that the response time roughly reveals the number of records.
     """
 
     updates: bool = True
@@ -249,27 +254,32 @@ class Releases:
 
 @spec
 class Machine:
-    """The machine of a run or, in its policy, of a site, where 0 or "" stand for null.  It decides rounding alone.
+    """The machine of a run or of a site; in a site's policy 0 or "" stand for null.
+
+    These settings only affect rounding and speed.
 
     Attributes:
         device: "auto" (an accelerator if the torch build can use one), "cpu" or "cuda".
-        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
-            processes.  The result is the same, bit for bit.  A run without privacy uses one.  null: one; for
-            `fedtune simulate` on a CPU one for each core, at most 4, where the run has enough gradients for it to pay.
-        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
-            as many as OMP_NUM_THREADS says, if those are fewer.
-        micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 512 for
-            each thread of a CPU, at most 2,048, since more are no faster and take longer to try; 16,384 on a GPU.
-        step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
-            the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the
-            machine's memory, shared by the processes, or four fifths of a GPU's, both less the model.
-        kept_states_mib: the memory in MiB for keeping each record's output of the frozen layers below the adapters,
-            for all sites of a process together, and as much for each of the lead's data sets.  If the outputs do not
-            fit, `kept_states_folder` takes them; without it none are kept, which takes several times as long, and a run
-            says so at its start.  null: a quarter of what the machine has available.  0 keeps none there.
-        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of what is
-            free there.  Nobody can open what is written, which is gone with the process, however it ends.
-        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD's
+        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, the number
+            of processes.  The result is bit-identical.  A run without privacy uses one.  null: one; for `fedtune
+            simulate` on a CPU one per core, at most 4, if the run has enough gradients to make up for the start of the
+            processes.
+        num_threads: the number of torch threads in every process; null: one per core, divided among the processes, or
+            the value of OMP_NUM_THREADS if that is lower.
+        micro_batch_tokens: the most padded tokens in a micro-batch; it does not change a single bit of a private run.
+            null: 512 per CPU thread, at most 2,048, since larger micro-batches are no faster and take longer to test;
+            16,384 on a GPU.
+        step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the means of users.
+            Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of
+            the machine's memory, divided among the processes, or four fifths of a GPU's memory, both minus the model.
+        kept_states_mib: the memory in MiB for caching each record's output of the frozen layers below the adapters, for
+            all sites of a process together, and as much again for each of the lead's data sets.  If the outputs do not
+            fit, they go to `kept_states_folder`; without that folder nothing is cached, which takes several times as
+            long, and a run reports it at its start.  null: a quarter of the machine's available memory.  0 caches
+            nothing in memory.
+        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of its free
+            space.  Nobody can open the cached data, which disappears with the process, however it ends.
+        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD CPUs
             and as exact; false leaves it to torch.
         gradient_checkpointing: true recomputes activations in the backward pass, for large models.
     """
@@ -298,8 +308,8 @@ class Asserted:
     """Statements of the site that no software can check; reports show them as asserted.
 
     Attributes:
-        no_person_at_another_site: nobody of this population is among another site's records; null: nobody said so or
-            denied it.  A real site's policy has an answer; a simulation asks nobody.
+        no_person_at_another_site: nobody of this population is among another site's records; null: not answered.  A
+            real site's policy must answer; a simulation need not.
     """
 
     no_person_at_another_site: bool | None = None
@@ -307,28 +317,31 @@ class Asserted:
 
 @spec
 class Policy:
-    """One `site.toml`.
+    """The content of one `site.toml`.
 
     Attributes:
         site: name of the site.
-        population: whose records these are.
+        population: the people behind the records.
         dataset: the data sets of that population.
-        budget: how much may be spent.
-        limits: bounds on every run.
-        allow: what may be trained, and for whom.
-        releases: what may leave.
-        asserted: what the site states.
-        approval: "manual": a person at the site approves each run before anything is done for it; "automatic".
-        final_adapter: whether to "keep" a run's final adapter when the lead sends it, or "decline" it.
-        machine: what the site trains on.
-        trust: whom it relies on in a secure sum.
-        ledger: path of the ledger, beside the policy file unless absolute.
+        budget: caps on the spending.
+        limits: limits that apply to every run.
+        allow: what may be trained, and by which leads.
+        releases: what may leave the site.
+        asserted: statements of the site.
+        approval: "manual": a person at the site approves each run before it starts; "automatic".
+        final_adapter: whether to "keep" or "decline" a run's final adapter when the lead sends it.
+        machine: the machine on which the site trains.
+        trust: the other sites that this site relies on in secure aggregation.
+        ledger: path of the ledger, relative to the policy file unless absolute.
         site_key: path of the site's private key, likewise.
-        anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
-        simulated: the site is made up, on the machine of the person who simulates it; its ledger and reports say so.
-        about: what persons say of the site's records, for a public registry; in no digest, and in no ledger.
-        key_command: command that prints the private key in PEM, in place of `site_key`; empty: none.  Likewise in none.
-        socket: the Unix socket at which a stock SuperNode's app asks this site; empty: none.  In no digest or ledger.
+        anchor: path of a file, best on another disk, that always holds the newest signed head; empty: no anchor.
+        simulated: the site is simulated, on the machine of the person who runs the simulation; its ledger and reports
+            say so.
+        about: descriptions of the site's records for a public registry; part of no digest and no ledger.
+        key_command: command that prints the private key in PEM form, instead of `site_key`; empty: none.  Part of no
+            digest and no ledger.
+        socket: the Unix socket at which the app of a stock SuperNode reaches this site; empty: none.  Part of no digest
+            and no ledger.
     """
 
     site: str
@@ -373,40 +386,47 @@ class Policy:
         require("budget.delta", self.budget.delta, right, bound)
 
     def require_answers(self) -> None:
-        """Require what a person has to state, which the template leaves open; a simulation has nobody to ask."""
+        """Require the statements that the template leaves open for a person; a simulation needs none.
+
+        Raises:
+            ConfigError: a statement is missing.
+        """
         bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
         answered = self.simulated or self.asserted.no_person_at_another_site is not None
         require("asserted.no_person_at_another_site", NOT_GIVEN, answered, bound)
 
     @property
     def population_size(self) -> int:
-        """The declared sizes of all data sets added up; they share one budget, and one delta."""
+        """The sum of the declared sizes of all data sets, which share one budget and one delta."""
         return sum(dataset.declared_size for dataset in self.dataset)
 
     def check(self, proposal: Proposal) -> None:
-        """Check everything about a proposal that does not depend on what was spent.
+        """Check a proposal against every rule that does not depend on earlier spending.
 
         Raises:
-            Refused: names the rule, what was asked and what is allowed.
+            Refused: names the first broken rule, the requested value and the allowed value.
         """
         for refused in self.broken_rules(proposal):
             raise refused
 
     def broken_rules(self, proposal: Proposal) -> list[Refused]:
-        """List every rule that a proposal breaks, for a person who wants to mend it."""
+        """List every rule that a proposal breaks, so that a person can fix the proposal.
+
+        Caps on epsilon are checked only if no other rule is broken.
+        """
         broken = list(_broken_rules(self, proposal)) or list(_epsilons_above(self, proposal.plan))
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
     def declared_size(self, dataset: str) -> int:
-        """The size that the site publishes for one of its data sets."""
+        """Return the declared size of one of the site's data sets."""
         return next(declared.declared_size for declared in self.dataset if declared.id == dataset)
 
     def adapter_bound(self, lora_scale: float) -> float:
-        """The largest absolute value of an adapter at this site."""
+        """Return the largest absolute value that this site allows in an adapter."""
         return adapter_bound(self.limits.max_adapter_value, lora_scale)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; an infinite cap becomes null."""
+        """Return plain JSON; an infinite cap becomes null."""
         fields = dataclasses.asdict(self)
         if math.isinf(self.budget.max_epsilon):
             fields["budget"]["max_epsilon"] = None
@@ -419,7 +439,7 @@ class Policy:
         return dict(json.loads(json.dumps(fields)))
 
     def digest(self) -> str:
-        """SHA-256 of the policy's canonical JSON, in hex."""
+        """Return the SHA-256 of the policy's canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
@@ -474,9 +494,10 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
 
 
 def _epsilons_above(policy: Policy, plan: Plan) -> Iterator[Broken]:
-    """Caps on the epsilon of one run that a plan exceeds.
+    """Yield the per-run caps on epsilon that a plan exceeds.
 
-    These are the dearest rules: they are for a plan within all other limits, whose epsilon is computed in bounded time.
+    These rules are the most expensive ones, so they are checked only for plans within all other limits, for which
+    epsilon can be computed in bounded time.
     """
     alone = plan.by_own_noise_alone if plan.shared else None
     for reason, counted, most in (
@@ -489,5 +510,8 @@ def _epsilons_above(policy: Policy, plan: Plan) -> Iterator[Broken]:
 
 @lru_cache(maxsize=256)
 def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
-    """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen; None: within."""
+    """Return the PLD epsilon of a whole plan if it is above `limit`, else None.
+
+    PLD is a proof here, because a plan is fixed before any output is seen.
+    """
     return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)

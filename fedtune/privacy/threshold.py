@@ -1,4 +1,6 @@
-"""How many sites must help with a secure sum, so that a server cannot read two; sums and their noise go by it."""
+"""The threshold of secure aggregation: how many sites must help, so that a server cannot unmask two sums of one
+release.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,17 @@ from fedtune.spec import ConfigError
 
 
 def least_threshold(num_sites: int, *, colluders: int) -> int:
-    """Return the fewest sites that must help to unmask a release, so that no two sets of survivors can be unmasked.
+    """Return the smallest threshold at which no two sets of survivors of one release can both be unmasked.
 
-    The server may do what it likes.  Two sets would need 2t confirmations.  Each colluder confirms both sets and each
+    The server may be malicious.  Unmasking two sets takes 2t confirmations.  Each colluder confirms both sets and each
     other site one, K + c in all, so 2t > K + c keeps the second set from being confirmed.
 
     Args:
-        num_sites: K, of the run.
-        colluders: c, sites that tell the server everything and do what it says.
+        num_sites: K, the number of sites in the run.
+        colluders: c, the number of sites that tell the server everything and follow its orders.
 
     Raises:
-        ConfigError: no number of these sites withstands as many colluders.
+        ConfigError: no threshold withstands this many colluders.
     """
     least = (num_sites + colluders) // 2 + 1
     if least > num_sites:

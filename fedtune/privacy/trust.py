@@ -1,4 +1,4 @@
-"""Whom a site relies on where several sites make the noise together: the table `[trust]` of its policy."""
+"""The other sites that a site relies on when several sites share the noise: the table `[trust]` of its policy."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Broken = tuple[Reason, object, object]  # a rule that a proposal breaks, what it
 
 @spec
 class Trust:
-    """Whom the site relies on in a secure sum, where noise that several sites share hides its records.
+    """The conditions under which a site joins secure aggregation, in which shared noise hides its records.
 
     Attributes:
-        secure: whether it takes part in any.
-        least_sites: that take part in such a run.
-        least_threshold: the fewest sites that a sum may be of.
-        colluders: how many other sites may tell the server what they added without breaking the promise.
-        max_epsilon_if_all_collude: cap on what a run costs if all others do; null: none.
-        members: the sites it sums with -> the public keys by which it knows them, from these sites themselves.
+        secure: whether the site takes part in secure aggregation at all.
+        least_sites: the smallest number of sites in such a run.
+        least_threshold: the smallest number of sites in a sum.
+        colluders: how many other sites may reveal their contributions to the server without breaking the promise.
+        max_epsilon_if_all_collude: cap on the epsilon of a run if all other sites collude; null: none.
+        members: site -> public key of each site it aggregates with, obtained from these sites directly.
     """
 
     secure: bool = False
@@ -44,11 +44,11 @@ class Trust:
 
     @property
     def demands(self) -> dict[str, int]:
-        """What the site demands of a run's terms, beside whom it sums with."""
+        """The numeric conditions that a run's plan must meet."""
         return {"least_sites": self.least_sites, "least_threshold": self.least_threshold, "colluders": self.colluders}
 
     def broken_by(self, shared: SharedNoise) -> Iterator[Broken]:
-        """The rules that a plan of secure sums breaks."""
+        """Yield the rules that a plan with secure aggregation breaks."""
         if not self.secure:
             yield Reason.SECURE_SUMS, "yes", "no"
         for reason, asked, least in (

@@ -1,1 +1,1 @@
-"""The privacy report of a run."""
+"""The privacy report of a run or a ledger."""

@@ -1,4 +1,4 @@
-"""The checks of `fedtune report verify`, each with its result."""
+"""The checks of `fedtune report verify` and their results."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ State = Literal["right", "wrong", "missing", "not_checked"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check with its result in a sentence; `name` is what was checked, or the file drawn from the report.
+    """The result of one check, as a sentence; `name` is the subject of the check, or a file drawn from the report.
 
-    "missing": nobody compared it, although somebody asked for that, or the report speaks for real sites; so the report
-    as a whole is not shown to hold.
+    State "missing": the comparison was not made although somebody asked for it, or although the report is about real
+    sites;
+    then the report as a whole is not verified.
     """
 
     name: str
@@ -44,13 +45,13 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """What is known from elsewhere, and so is asked for; None: it is not.
+    """Trusted values from other sources, which the report must match; None: no such value was given.
 
     Attributes:
-        key: that must have signed the report.
+        key: public key that must have signed the report.
         site_keys: site -> its public key.
-        config_sha256: that the run's settings must have.
-        model: the folder of the run's model, or of an export of it.
+        config_sha256: digest that the run's settings must have.
+        model: folder with the run's model, or with an export of it.
     """
 
     key: str | None = None
@@ -60,7 +61,10 @@ class Known:
 
 
 def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
-    """All checks of a report that was read from `path`; settings, model, card and drawings may lie beside it."""
+    """Make all checks of a report that was read from `path`.
+
+    Settings, model, card and drawings are compared if they are in the same folder.
+    """
     facts, folder = report.facts, path.parent
     of_run = isinstance(facts, RunFacts) and RunFolder(folder).config.is_file()
     found = [
@@ -80,7 +84,9 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
 
 
 def _open(report: RunFacts | LedgerFacts, *asked: object) -> State:
-    """The state of what was not compared."""
+    """Return the state of a comparison that was not made: "missing" if somebody `asked` for it or the sites are
+    real.
+    """
     return "not_checked" if report.simulated and not any(asked) else "missing"
 
 
@@ -115,7 +121,9 @@ def _figures(report: Report) -> Iterator[Check]:
 
 
 def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
-    """Compare the figures of joined ledgers over all their runs with the sites' signed reports, where these are."""
+    """Compare the lifetime figures that the run's report repeats with the sites' signed reports, if these are
+    available.
+    """
     if not (joined := [site for site in facts.sites if site.statement]):
         return
     read = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
@@ -137,7 +145,7 @@ def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
 
 
 def _is_of(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
-    """The site signed the report, which agrees with itself, and gives what the run's report repeats of it."""
+    """Whether the site signed this consistent report, and it contains the statement that the run's report repeats."""
     from fedtune.report.from_run import statement_of
 
     try:
@@ -148,7 +156,10 @@ def _is_of(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
 
 
 def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
-    """Compare the keys of the receipts with those of the sites: anybody can make keys, and sign receipts with them."""
+    """Compare the keys that signed the receipts with the known keys of the sites, since anybody can sign with a key of
+    their
+    own.
+    """
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
         return Check(name, _open(facts, keys), "One machine held all keys: they show nothing of real sites.")
@@ -168,7 +179,9 @@ def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
 
 
 def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
-    """Compare the model's folder with one that the report names: the same files, by name and hash, and no other."""
+    """Compare the files in the model's folder with those that the report lists, by name and hash; extra files are
+    errors.
+    """
     if not (folder := model or own).is_dir():
         if facts.files:
             text = f"Nobody compared the model with the {counted(len(facts.files), 'file')} that the report names."
@@ -195,7 +208,7 @@ def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
 
 
 def _told(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
-    """Compare model card and registry entry with what fedtune writes of the report."""
+    """Compare model card and registry entry with what fedtune generates from the report."""
     from fedtune.report.registry_entry import REGISTRY, by_people, to_text
 
     written: dict[Path, bytes] = {}
@@ -222,7 +235,7 @@ def _differs(name: str, folder: Path, report: Report) -> Check:
 
 
 def _drawn(path: Path, report: Report) -> Iterator[Check]:
-    """Compare the page and the label beside a report with what is drawn from it: equal reports give equal bytes."""
+    """Compare the page and the label next to a report with new drawings; equal reports give equal bytes."""
     from fedtune.report.page.catalogue import LANGUAGES
     from fedtune.report.page.render import as_svg, render
 
@@ -238,11 +251,13 @@ def _drawn(path: Path, report: Report) -> Iterator[Check]:
 
 
 def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
-    """Every fact of a run that its settings deny.
+    """Yield every fact of a run that contradicts its settings.
 
-    Guarantee: where there is none, each number of the plan, and so each mechanism, is the one that the settings ask
-    for; what the report says of data, model and settings is what they say.  That they are the run's own shows their
-    digest.  What a base that an export wrote comes from, they do not say.
+    Guarantee: without a problem, each number of the plan, and so each mechanism, is the one that the settings ask for,
+    and
+    the report's statements on data, model and settings match them.  The digest shows that these are the run's own
+    settings.
+    The origin of an exported base model is not part of the settings and is not checked.
     """
     if config.digest() != facts.provenance.config_sha256:
         yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())
@@ -275,7 +290,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
 
 
 def _configuration(facts: RunFacts, sha256: str | None, config: RunConfig | None) -> Check:
-    """The run's settings against the report: their digest, and the plan that they give."""
+    """Compare the report with the run's settings: their digest, and the plan that follows from them."""
     name, said = "configuration", facts.provenance.config_sha256
     found = [Problem("provenance.config_sha256", said, sha256)] if sha256 not in (None, said) else []
     found += settings_problems(facts, config) if config is not None else ()

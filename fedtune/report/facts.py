@@ -1,7 +1,7 @@
-"""The facts of a report, each thing once; everything else in it follows (`derive`).
+"""The facts of a report, each stated once; everything else in a report is derived from them (`derive`).
 
-A builder reads facts in a run's folder or in a ledger.  They hold plans, counts, limits and days, never a record's
-contents.  Who checks a report derives everything else from them again; that they are true shows a signature alone.
+The builders read the facts from a run's folder or from a ledger.  Facts are plans, counts, limits and days, and never
+contain data of a record.  A verifier derives everything else again; only a signature shows that the facts are true.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST_CANARIES = 10**6  # at one place
 
 @spec
 class Verdict:
-    """Whether what was spent stays within what was approved; `reasons` are codes of the catalogue."""
+    """Whether the spent epsilon stays within the approved one; `reasons` are codes of the catalogue."""
 
     state: State
     reasons: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Verdict:
 
 @spec
 class Approved:
-    """What the site's policy allows; None: no bound of that kind."""
+    """The limits in the site's policy; None: no limit of that kind."""
 
     max_epsilon: float | None
     max_epsilon_per_run: float | None
@@ -56,7 +56,7 @@ class Approved:
 
 @spec
 class Cap:
-    """A lifetime cap, and from when on."""
+    """A lifetime cap, and when it came into force."""
 
     time: str
     max_epsilon: float | None
@@ -65,7 +65,7 @@ class Cap:
 
 @spec
 class LifetimeRun:
-    """One run in a ledger."""
+    """The figures of one run in a ledger."""
 
     run: str
     lead: str
@@ -81,7 +81,7 @@ class LifetimeRun:
 
 @spec
 class CohortFigures:
-    """Figures of people who arrived in the same periods; all but `people` as in `Lifetime`."""
+    """The figures of people who arrived in the same periods; the fields other than `people` are as in `Lifetime`."""
 
     people: Arrivals
     epsilon: float | None
@@ -91,7 +91,9 @@ class CohortFigures:
 
 @spec
 class Lifetime:
-    """A ledger's figures over all its runs; where its people arrive over time, the largest of `cohorts`."""
+    """A ledger's figures over all its runs; if people arrive over time, those of the cohort with the largest
+    figures.
+    """
 
     order: float
     epsilon: float | None
@@ -112,12 +114,12 @@ class Lifetime:
 
     @property
     def has_guarantee(self) -> bool:
-        """Anything at all can be promised for what was released."""
+        """Whether anything can be guaranteed for what was released."""
         return not self.seeded and self.epsilon is not None
 
     @property
     def cap_raised(self) -> bool:
-        """A lifetime cap was raised after something was charged, and so perhaps because of its release."""
+        """Whether a lifetime cap was raised after a charge, and so perhaps because of what that charge released."""
         return any(
             later.charges_before > 0
             and cap.max_epsilon is not None
@@ -126,14 +128,14 @@ class Lifetime:
         )
 
     def spent_without_cap(self, charges: int) -> bool:
-        """One of so many charges came while no lifetime cap was in force: no later cap bounds that."""
+        """Whether any of the `charges` came while no lifetime cap was in force: no later cap bounds it."""
         spans = zip(self.caps, [*(cap.charges_before for cap in self.caps[1:]), charges], strict=False)
         return any(cap.max_epsilon is None and cap.charges_before < end for cap, end in spans)  # () without caps
 
 
 @spec
 class Verification:
-    """What checking a ledger found."""
+    """The result of verifying a ledger."""
 
     num_events: int
     first: str  # hash of the ledger's first event, which no other ledger has
@@ -144,13 +146,13 @@ class Verification:
 
     @property
     def rollback_excluded(self) -> bool:
-        """An anchor shows that no event is missing, or none up to its own."""
+        """Whether an anchor covers the ledger's last event, so that no event up to the anchor can be missing."""
         return (self.anchor_sequence or 0) >= self.num_events
 
 
 @spec
 class Release:
-    """Something that left the site, or was refused; equal ones of one run are counted together."""
+    """Something that left the site, or a refusal; equal releases of one run are counted together."""
 
     kind: str  # "update", "refusal", "offer", "reservation_without_update"
     run: str
@@ -162,7 +164,9 @@ class Release:
 
 @spec
 class StartAdapter:
-    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it."""
+    """The adapter from which the run started; None: unknown, except that an epsilon of None with a delta means
+    unbounded.
+    """
 
     digest: str
     run: str | None
@@ -175,7 +179,9 @@ class StartAdapter:
 
 @spec
 class Provenance:
-    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one."""
+    """The origin of the run; None: unknown, except that a `start_adapter` of None means that the run started with a
+    new one.
+    """
 
     fedtune_version: str
     config_sha256: str | None = None
@@ -193,7 +199,7 @@ class Provenance:
 
 @spec
 class SiteStatement:
-    """What a site says in a signed report of its own ledger, as far as a run's report repeats it."""
+    """The parts of a site's signed report of its own ledger that a run's report repeats."""
 
     date: str | None  # day of the report
     same_plan: bool  # whether its ledger holds the plan that the run asked for, if it knows the run
@@ -208,7 +214,7 @@ class SiteStatement:
 
 @spec
 class AuditBound:
-    """An empirical lower bound on epsilon, and what `canaries` planted records could show at most."""
+    """An empirical lower bound on epsilon, and the best bound that `canaries` planted records could give."""
 
     site: str | None  # None: on the aggregated model, over all audited sites
     claimed_epsilon: float
@@ -227,7 +233,7 @@ class AuditBound:
 
 @spec
 class AuditHitRate:
-    """Share of the records trained on that an attack finds with a share of false alarms; None: too few to say."""
+    """The true positive rate of an attack at a false positive rate of `false_alarms`; None: too few records to say."""
 
     false_alarms: float
     found: float | None
@@ -237,7 +243,7 @@ class AuditHitRate:
 
 @spec
 class AuditMembership:
-    """How well a score tells real records that were trained on from others; `site` as in `AuditBound`."""
+    """How well a score separates real training records from records that were not used; `site` as in `AuditBound`."""
 
     site: str | None
     score: str
@@ -255,7 +261,7 @@ class AuditMembership:
 
 @spec
 class Audit:
-    """What an attempt to break the guarantee showed, each figure with `confidence` by itself."""
+    """The findings of an attempt to break the guarantee; each figure holds with `confidence` on its own."""
 
     method: str
     confidence: float
@@ -281,13 +287,13 @@ class SiteFacts:
 
     @property
     def final(self) -> bool:
-        """The site signed that the run is charged nothing more."""
+        """Whether the site's receipt says that the run has ended there and will be charged nothing more."""
         return self.receipt is not None and self.receipt.ended
 
 
 @spec
 class RunFacts:
-    """Of a run."""
+    """The facts of a run."""
 
     kind: Literal["run"]
     name: str
@@ -343,7 +349,7 @@ class RunFacts:
 
     @property
     def finished(self) -> bool:
-        """Every round was aggregated, or scores ended the run."""
+        """Whether every round was aggregated, or early stopping ended the run."""
         return is_over(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
@@ -352,12 +358,12 @@ class RunFacts:
 
     @property
     def kept(self) -> Kept | None:
-        """The decision of validation scores, where there was one."""
+        """The round that validation scores selected; None if they did not decide."""
         return kept_of(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
     def unchanged(self) -> bool:
-        """`config.yaml` is the one that the run had."""
+        """Whether `config.yaml` is still the one with which the run was made."""
         return self.config_file_sha256 == self.provenance.config_sha256
 
     @property
@@ -366,27 +372,28 @@ class RunFacts:
 
     @property
     def simulated(self) -> bool:
-        """All keys lie in one place, as the settings or any site's own signature say."""
+        """Whether one machine holds all keys, as the settings or any site's own signature say."""
         return not self.deployed or any(site.receipt and site.receipt.simulated for site in self.sites)
 
     def rounds_of(self, site: SiteFacts) -> int:
-        """Rounds that count as charged at a site, retries included.
+        """Return the number of rounds that count as charged at a site, including retries.
 
-        Guarantee: fewer than the whole plan only where the site signed that it charged no more, and that the run has
-        ended in its ledger.  What the lead says a site's own report says can only make them more.
+        Guarantee: it is less than the whole plan only if the site signed that it charged no more and that the run has
+        ended in
+        its ledger.  What the lead repeats from a site's own report can only increase it.
         """
         told = [run.rounds for run in site.statement.lifetime.runs if run.run == self.run] if site.statement else []
         signed = site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.most_rounds
         return max(signed, *told, 0)
 
     def is_upper_bound(self, site: SiteFacts) -> bool:
-        """The site may have charged fewer rounds: it did not sign that the run has ended there."""
+        """Whether the site may have charged fewer rounds, because it did not sign that the run has ended there."""
         return not site.final and (site.receipt is None or site.receipt.charged_rounds < self.plan.most_rounds)
 
 
 @spec
 class ChargedRounds:
-    """What entries of a ledger charged: rounds of one run in a row, or what a lost branch was charged."""
+    """The charges of one or more ledger entries: consecutive rounds of one run, or the charges of a lost branch."""
 
     run: str  # "" for a lost branch
     rounds: int
@@ -403,7 +410,7 @@ class ChargedRounds:
 
 @spec
 class RunInLedger:
-    """One run that a ledger accepted."""
+    """A run that a ledger accepted."""
 
     run: str
     lead: str
@@ -424,7 +431,7 @@ class RunInLedger:
 
 @spec
 class LedgerFacts:
-    """Of a ledger."""
+    """The facts of a ledger."""
 
     kind: Literal["ledger"]
     site: str

@@ -1,6 +1,6 @@
-"""The facts of a ledger: one site's own view over all runs and years, from events that were verified.
+"""The facts of a ledger: one site's own view of all its runs over the years, from verified events.
 
-Of a ledger that does not verify, the events are followed as far as they make sense.
+If the ledger does not verify, its events are used as far as they are consistent.
 """
 
 from __future__ import annotations
@@ -43,12 +43,17 @@ MOST_STEPS = 400  # charged rounds that a report shows by themselves; of more it
 
 
 def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
-    """The report of a ledger, as of its newest event.
+    """Build the report of a ledger, as of its newest event.
 
-    Guarantee: it holds nothing of the records but what was released; the records' fingerprints stay in the ledger.  A
-    ledger that does not verify gives a report that says so and promises nothing; one that cannot be read at all is a
-    RunError, and files that are missing, of another form or of different sites are a ConfigError.  Of a `site.toml` the
-    key and the anchor are used where they are at hand.
+    Guarantee: the report contains nothing about the records except what was released; the records' fingerprints stay in
+    the
+    ledger.  A ledger that does not verify gives a report that says so and guarantees nothing.  If a `site.toml` is
+    given,
+    its key and anchor are used when they are available.
+
+    Raises:
+        RunError: the ledger cannot be read at all.
+        ConfigError: a file is missing, invalid, or belongs to a different site.
     """
     files = SiteFiles.of(site_toml_or_ledger) if site_toml_or_ledger.suffix == ".toml" else None
     ledger = files.ledger if files else site_toml_or_ledger
@@ -70,7 +75,11 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
 
 
 def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
-    """The events up to the first that does not follow, unchecked; a RunError where not even the first two do."""
+    """Return the events up to the first inconsistent one, without verification.
+
+    Raises:
+        RunError: not even the first two events are consistent.
+    """
     with store.reading(ledger) as file:
         events = store.read_events(file)
     history = History()
@@ -87,13 +96,13 @@ def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
 
 
 def facts_by_now(verified: Verified) -> LedgerFacts:
-    """The facts of a ledger by now, and never before its newest event, with one charge for each run."""
+    """Return the facts of a ledger as of now, but not before its newest event, with one charge per run and month."""
     history = verified.history
     return facts_of(verified.events, history, verified=verified, most=0, now=history.now())
 
 
 def lifetime_of(verified: Verified) -> Lifetime:
-    """The figures over all runs, by now."""
+    """Compute the figures over all runs as of now."""
     return ledger_figures.lifetime(facts_by_now(verified))
 
 
@@ -107,11 +116,16 @@ def facts_of(
     most: int,
     now: datetime | None = None,
 ) -> LedgerFacts:
-    """The facts of a ledger from its events, as far as they could be followed, and the history that they add up to.
+    """Collect the facts of a ledger from its events, as far as these are consistent, and from the resulting history.
 
-    `verified` is None where it does not fit together, or is older than its anchor: the `problem` says how.  The `own`
-    policy is the one in force, where it was given; `most` is that of `charges`; without `now` they are of its newest
-    event, whenever it is read.
+    Args:
+        events: the events.
+        history: the history that follows from the events.
+        verified: the verified ledger; None: it is inconsistent, or older than its anchor.
+        problem: why the ledger does not verify; empty if it does.
+        own: the policy in force, if it was given.
+        most: the largest number of rounds to list one by one, as in `charges`.
+        now: the time of the facts; None: the time of the newest event, whenever the ledger is read.
     """
     now, noted = now or history.last_time, history.policy
     assert now is not None, "a ledger has events"
@@ -201,9 +215,9 @@ def facts_of(
 
 
 def _in_force(noted: Budget, own: Budget | None) -> Budget:
-    """The budget that the ledger noted, under the smaller of its caps and those of the policy in force.
+    """Return the budget that the ledger noted, with each cap lowered to that of the policy in force.
 
-    A site lowers a cap by writing it down, before the ledger has noted it.  None becomes larger so.
+    A site lowers a cap by editing its policy, before the ledger notes the change.  No cap is ever raised here.
     """
     if own is None:
         return noted
@@ -221,7 +235,7 @@ def _in_force(noted: Budget, own: Budget | None) -> Budget:
 
 
 def _run_caps(events: Sequence[Event]) -> dict[str, float | None]:
-    """Run -> the cap on one run that was in force when it was accepted."""
+    """Return run -> the cap per run that was in force when the run was accepted."""
     run_caps: dict[str, float | None] = {}
     budget = None
     for event in events:
@@ -233,12 +247,12 @@ def _run_caps(events: Sequence[Event]) -> dict[str, float | None]:
 
 
 def day_of(time: str) -> str:
-    """The day of an event: a policy may hide from everybody when exactly its site trained."""
+    """Return the day of an event without its time: a policy may hide when exactly its site trained."""
     return time[:10]
 
 
 def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
-    """The charges, in order: by round, or of more than `most` rounds those of one run and month together."""
+    """List the charges in order: one per round, or one per run and month if there are more than `most` rounds."""
     by_round = sum(event.kind is Kind.RESERVE for event in events) <= most
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
@@ -259,9 +273,9 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
 
 
 def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
-    """All that left the site or was refused by it, by run, kind and reason, in the order of the first of each.
+    """List everything that the site released or refused, grouped by run, kind and reason, in order of first occurrence.
 
-    Refusals of runs that the site never took part in are counted together: their names are whatever somebody asked for.
+    Refusals of runs in which the site never took part are counted together, because a requester may choose any name.
     """
     groups = defaultdict[tuple[str, str, str | None], list[str]](list)
     unanswered: dict[tuple[str, int, int], str] = {}

@@ -1,11 +1,11 @@
-"""The facts of a run: what its lead can show, from the run folder, and what sites chose to release beside it.
+"""The facts of a run: what its lead can show, from the run folder and from the reports that sites chose to release.
 
-A run that crashed, was killed or still goes on has no `run.json`, or one without final scores; its newest checkpoint
-says what was asked of whom and which receipts came.
+A run that crashed, was killed or is still in progress has no `run.json`, or one without final scores; then its newest
+checkpoint shows which sites were asked for what, and which receipts arrived.
 
-A site may sign a report of its own ledger and give it to the lead.  Its word is worth what its signature is, and no
-more than the receipts that it gave before.  Such a report is checked by itself before a part of it is taken over,
-because the figures over all runs do not follow from that part.
+A site may sign a report of its own ledger and give it to the lead.  Such a statement is as trustworthy as the site's
+signature, and no more than its earlier receipts.  The report is verified by itself before a part of it is used, because
+the figures over all runs do not follow from that part.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _RESULT = TypeAdapter(RunResult)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The record of a run."""
+    """The record of a run, as read from its folder."""
 
     config: RunConfig
     plan: Plan
@@ -64,18 +64,20 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Every round was aggregated, or validation scores ended the run."""
+        """Whether every round was aggregated, or early stopping ended the run."""
         return is_over(self.rounds, self.config.federation, judged_by=self.config.judged_by)
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
-        """Site -> its newest receipt of this run; any that is not the site's own word counts as none."""
+        """Site -> its newest receipt of this run; receipts that the site did not sign for this run and plan are left
+        out.
+        """
         stored = (self.state.receipts if self.state else {}).items()
         return {site: one for site, one in stored if not denied(one, site=site, run=self.run, plan=self.plan)}
 
     @cached_property
     def sent(self) -> RunConfig | None:
-        """The settings that real sites were sent; None for a simulation, and where they can't be computed."""
+        """The settings that were sent to real sites; None for a simulation, and if they cannot be reconstructed."""
         config = self.config
         sha256 = config.model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
         if not self.deployed or config.digest() != self.config_sha256 or sha256 is None:
@@ -84,7 +86,9 @@ class RunRecord:
 
     @cached_property
     def run(self) -> str:
-        """The run's name in the sites' ledgers; its own, where that can't be computed and no receipt says it."""
+        """The run's name in the sites' ledgers; if neither settings nor receipts reveal it, the name in the run's
+        settings.
+        """
         if not self.deployed:
             return f"{self.config.name}-{self.config_sha256[:32]}"
         if self.sent is not None:
@@ -102,16 +106,22 @@ class RunRecord:
 
 
 def sent_to_sites(config: RunConfig, plan: Plan, *, model_sha256: str) -> RunConfig:
-    """The settings that real sites were sent, with the noise that was calibrated then: it is not searched for again."""
+    """Return the settings as they were sent to real sites, with the noise of that time, so that it is not
+    recalibrated.
+    """
     noise = plan.noise_multiplier if plan.private else config.privacy.noise_multiplier
     privacy = replace(config.privacy, noise_multiplier=noise)
     return for_sites(replace(config, model=replace(config.model, sha256=model_sha256), privacy=privacy))
 
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
-    """The record of a run folder; a ConfigError if it is none, or of several runs, and a RunError if it is damaged.
+    """Read the record of a run folder.
 
-    With the `plan` of an earlier reading of the same folder, noise that is not on record is not searched for again.
+    With the `plan` of an earlier reading of the same folder, noise that is not on record is not calibrated again.
+
+    Raises:
+        ConfigError: the folder is not a run folder, or mixes several runs.
+        RunError: a file is damaged.
     """
     files, settings = RunFolder(folder), saved_settings(folder)
     with errors_in(files.config):
@@ -135,7 +145,9 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
 
 
 def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
-    """The policies of all simulated sites accept them, so that any machine was taken; None: not on file."""
+    """Whether all simulated sites' policies accept gradients that depend on the batch by rounding; None: not on
+    file.
+    """
     if config.runtime.kind == "deployment":
         return None
     sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites
@@ -147,7 +159,7 @@ def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
 
 
 def _result(folder: Path) -> RunResult | None:
-    """The content of `run.json`; a folder may come from anybody, so its form is checked."""
+    """Read and validate the content of `run.json`, since the folder may come from anybody."""
     path = RunFolder(folder).result
     if not path.is_file():
         return None
@@ -166,7 +178,7 @@ def _result(folder: Path) -> RunResult | None:
 
 
 def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
-    """The run's plan, with the noise that was calibrated then: searching for it again takes a second."""
+    """Return the run's plan with the noise that was calibrated then, because a new calibration takes a second."""
     if result is None:
         return config.plan()
     privacy = result.privacy
@@ -188,9 +200,14 @@ def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
 
 
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
-    """The report of the run in `folder`, finished or not; `site_reports` beside those in its `site_reports/`.
+    """Build the report of the run in `folder`, finished or not.
 
-    No run, files of different runs and a site report of another one are a ConfigError; damaged files are a RunError.
+    `site_reports` are used in addition to those in the folder `site_reports/`.
+
+    Raises:
+        ConfigError: the folder is not a run folder, its files belong to different runs, or a site report belongs to
+            another run.
+        RunError: a file is damaged.
     """
     record = read_run(folder)
     released = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
@@ -198,9 +215,12 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
 
 
 def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
-    """The facts of a run, which may be under way; `own` is site -> the report that it released, checked.
+    """Collect the facts of a run, which may still be in progress; `own` maps a site to its verified report.
 
-    Findings of an attack in the folder are added; damaged ones, or those of another run, are a RunError.
+    The findings of an audit in the folder are included.
+
+    Raises:
+        RunError: the audit's file is damaged, or belongs to another run.
     """
     config, plan, state = record.config, record.plan, record.state
     audit, noted = read_audit(folder), record.environments[-1] if record.environments else None
@@ -244,7 +264,11 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
 
 
 def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
-    """The line of the run before, as its report has it, and this run's scores; the first run has no place in it."""
+    """Return the held-out scores of the earlier runs in this line, from the previous run's report, followed by this
+    run's.
+
+    None for the first run, and for a run without noised scores.
+    """
     config, plan, start = record.config, record.plan, record.config.model.adapter
     if start is None or not plan.releases_metrics:
         return None
@@ -259,14 +283,14 @@ def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
 
 
 def files_of(folder: Path) -> Mapping[str, str]:
-    """File of a run's finished model, and of each export that the run's folder tells of -> its SHA-256."""
+    """Return the SHA-256 of each file of a run's finished model, and of each export that the run folder records."""
     run = RunFolder(folder)
     own = hashes(run.adapter, besides=(CARD, LABEL))
     return {**{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}, **run.exported()}
 
 
 def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
-    """A site as the lead knows it, and what it said in a report of its own, where it gave one."""
+    """Return a site as the lead knows it, with the statement from its own report if there is one."""
     return SiteFacts(
         site=site,
         declared_size=record.config.declared_sizes()[site],
@@ -276,7 +300,7 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
 
 
 def statement_of(report: Report, *, run: str, plan: Plan) -> SiteStatement:
-    """What a run's report repeats of a site's own one."""
+    """Extract the parts of a site's own report that a run's report repeats."""
     (own,), facts = report.sites, report.facts
     assert isinstance(facts, LedgerFacts)
     assert own.lifetime is not None
@@ -299,12 +323,14 @@ def statement_of(report: Report, *, run: str, plan: Plan) -> SiteStatement:
 
 
 def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:
-    """Site -> its report, each one checked.
+    """Check the sites' reports and return them by site.
 
-    Guarantee: each was made, and signed, by whoever holds the key under which the site gave this run its receipts, and
-    is about a ledger that knows the run, unless the receipts say that nothing was charged to it.  Its figures follow
-    from its own events, and it is no older than the run's newest receipt; whether there is a newer one, only the site
-    knows.  Any other report is a ConfigError.
+    Guarantee: each report was signed with the key under which the site signed its receipts of this run.  It is about a
+    ledger that knows the run, unless the receipts say that nothing was charged to it.  Its figures follow from its own
+    events, and it is no older than the run's newest receipt; only the site knows whether a newer report exists.
+
+    Raises:
+        ConfigError: a report does not meet these conditions.
     """
     found: dict[str, Report] = {}
     for report in reports:
@@ -355,7 +381,10 @@ def _provenance(record: RunRecord) -> Provenance:
 
 
 def _start_adapter(record: RunRecord) -> StartAdapter | None:
-    """As the run noted it, in files that anybody may have written: what has another form is not known."""
+    """Return the adapter that the run noted as its start; a field of the wrong type counts as unknown, since anybody
+    may have
+    written the files.
+    """
     made = record.state or (record.result and record.result.provenance)
     noted = made.start_adapter if made and isinstance(made.start_adapter, Mapping) else {}
     if not isinstance(digest := record.config.model.adapter_sha256 or noted.get("digest"), str):
@@ -368,9 +397,10 @@ def _start_adapter(record: RunRecord) -> StartAdapter | None:
 
 
 def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Epsilon and delta of an adapter, by what a run noted of it: of its training, and of what that began in.
+    """Sum epsilon and delta of an adapter and of the adapters from which its training started.
 
-    They may have learnt from the same unit, so both add up.  None: as `StartAdapter` says.
+    They may have been trained on the same record or person, so both add up.  None has the meanings given in
+    `StartAdapter`.
     """
     epsilon, delta = (finite(one) if isinstance(one := noted.get(key), float) else None for key in ("epsilon", "delta"))
     if not isinstance(before := noted.get("start_adapter"), Mapping) or before.get("public") is True:
@@ -382,5 +412,5 @@ def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None
 
 
 def _one(values: Iterable[str]) -> str | None:
-    """The value that all parts of a run had in common, or in order each that they had."""
+    """Return the value that all parts of a run have in common, or the different values in order."""
     return " / ".join(dict.fromkeys(values)) or None

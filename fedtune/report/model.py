@@ -1,7 +1,8 @@
-"""A privacy report as data: its facts, and what follows from them.  It is all that `report.json` and the pages show.
+"""A privacy report as data: the facts and everything that follows from them, which `report.json` and the pages show.
 
-It is the same in every language: codes, figures and names, no sentences.  Every epsilon is an upper bound; None says
-that nothing bounds it.  Times are UTC in ISO form, of the run or the ledger, so that one input gives one report.
+The report is the same in every language: it contains codes, figures and names, and no sentences.  Every epsilon is an
+upper bound; None means unbounded.  Times are UTC in ISO format, and come from the run or the ledger, so that equal
+inputs give equal reports.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 
 @spec
 class Spent:
-    """What is promised, and what was charged."""
+    """The guaranteed privacy loss, and what was charged."""
 
     # The figure that is proved, and that the verdict uses: of a run its whole plan's, unless nothing was charged, since
     # its end and a site's part in each round may depend on what it released; of a ledger that of the filter.
@@ -46,9 +47,9 @@ class Spent:
 
 @spec
 class Ceiling:
-    """The most that an attacker can reach: how sure to become, or which share of the used records to find.
+    """The most that an attacker can achieve: how sure to become, or which share of the used records to find.
 
-    A single outcome may make an attacker surer, with a small chance that can be many times delta.
+    A single outcome may make an attacker surer, with a small probability that can be many times delta.
     """
 
     given: float  # how sure the attacker was before, or the share of false alarms
@@ -58,9 +59,10 @@ class Ceiling:
 
 @spec
 class Meaning:
-    """What (epsilon, delta) means as frequencies.
+    """The meaning of (epsilon, delta), expressed as frequencies.
 
-    Of 100 guesses whether a record was used, half of which were, at most so many are right.
+    The fields `right_of_100_*` bound how many of 100 guesses about membership are right if half of the records were
+    used.
     """
 
     right_of_100_ceiling: float  # from (epsilon, delta) alone
@@ -75,7 +77,7 @@ class Meaning:
 
 @spec
 class Mechanism:
-    """What one run did at one site, and the events from which its epsilon can be computed again."""
+    """The mechanism of one run at one site, and the events from which its epsilon can be recomputed."""
 
     run: str
     sampling_run: str
@@ -92,7 +94,7 @@ class Mechanism:
 
 @spec
 class CurvePoint:
-    """Epsilon at a delta."""
+    """Epsilon at one value of delta."""
 
     delta: float
     epsilon_pld: float | None
@@ -101,7 +103,7 @@ class CurvePoint:
 
 @spec
 class Step:
-    """Epsilon after a round, or after a run, in order; by `cohorts`: of each line of `Lifetime.cohorts`."""
+    """Epsilon after a round or a run, in order; `cohorts` has one value for each entry of `Lifetime.cohorts`."""
 
     run: str
     round: int | None
@@ -112,7 +114,7 @@ class Step:
 
 @spec
 class SiteReport:
-    """One site: what follows from its facts."""
+    """The part of a report that is derived from one site's facts."""
 
     site: str
     source: Source  # where the figures come from
@@ -129,7 +131,7 @@ class SiteReport:
 
 @spec
 class Assumption:
-    """Something that the guarantee rests on."""
+    """An assumption on which the guarantee depends."""
 
     code: str
     status: Status  # derive/rules.py says what each means
@@ -138,7 +140,7 @@ class Assumption:
 
 @spec
 class Utility:
-    """What follows from a run's scores, which are exact and covered by no guarantee, and from those of its sites."""
+    """Results of a run's exact scores, which no guarantee covers, and of its sites' noised scores."""
 
     epsilons: tuple[float | None, ...]  # the largest of any site after each finished round
     kept: Kept | None  # what the scores of the rounds decided, where the settings let them
@@ -148,7 +150,7 @@ class Utility:
 
 @spec
 class Signature:
-    """An Ed25519 signature over everything else in the report."""
+    """An Ed25519 signature over the rest of the report."""
 
     key: str
     signature: str
@@ -156,7 +158,9 @@ class Signature:
 
 @spec
 class Report:
-    """A run as its lead knows it, or a ledger as its site does; `released` and the other tuples of texts are codes."""
+    """A report of a run, as its lead knows it, or of a ledger, as its site does; the tuples of strings contain
+    codes.
+    """
 
     schema_version: Annotated[int, Field(ge=REPORT_SCHEMA, le=REPORT_SCHEMA)]
     facts: Annotated[Facts, Field(discriminator="kind")]  # that everything else follows from
@@ -178,18 +182,18 @@ class Report:
 
     @property
     def known(self) -> Mapping[str, Value]:
-        """Every fact that a cell shows."""
+        """All facts that the cells show."""
         of_states = (facts for states in self.cells.values() for facts in states.values())
         return {name: value for facts in of_states for name, value in facts.items() if value is not None}
 
     @property
     def banners(self) -> tuple[str, ...]:
-        """Codes of what every page says first: that no real sites took part, or that noise came from a seed."""
+        """Codes of the warnings at the top of every page: no real sites took part, or the noise was seeded."""
         return (*(("simulation",) if self.facts.simulated else ()), *(("seeded",) if self.facts.seeded_noise else ()))
 
 
 class Problem(NamedTuple):
-    """A wrong figure of a report, and what was found in its place."""
+    """A wrong figure in a report, and the value that was found instead."""
 
     where: str
     said: object
@@ -200,12 +204,16 @@ _ADAPTER = TypeAdapter(Report)
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain JSON; `from_json` gives the report back."""
+    """Convert a report to plain JSON values; `from_json` is the inverse."""
     return dict(_ADAPTER.dump_python(report, mode="json"))
 
 
 def from_json(text: str | bytes) -> Report:
-    """The report in a `report.json`, or a ConfigError if the text is none of this schema version."""
+    """Parse the text of a `report.json`.
+
+    Raises:
+        ConfigError: the text is not a report of this schema version.
+    """
     fields = json.loads(text)
     if isinstance(fields, dict) and "schema_version" in fields:
         check_schema("schema_version", fields["schema_version"], REPORT_SCHEMA, of="report")
@@ -219,7 +227,7 @@ def from_json(text: str | bytes) -> Report:
 
 
 class _Described(GenerateJsonSchema):
-    """A field's description is the comment on its line."""
+    """A JSON schema generator that uses the comment on a field's line as its description."""
 
     def dataclass_schema(self, schema: DataclassSchema) -> JsonSchemaValue:
         made = super().dataclass_schema(schema)
@@ -229,7 +237,7 @@ class _Described(GenerateJsonSchema):
 
 
 def schema_text() -> str:
-    """The JSON schema of a report.json."""
+    """Return the JSON schema of report.json."""
     schema = _ADAPTER.json_schema(schema_generator=_Described)
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedtune report"}
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"

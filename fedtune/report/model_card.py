@@ -1,6 +1,6 @@
-"""The model card of an adapter: a README.md with the YAML front matter of the Hugging Face hub.
+"""Model cards: a README.md with YAML front matter for the Hugging Face Hub.
 
-Every figure, and the wording of the guarantee, comes from the run's report.
+All figures and the wording of the guarantee come from the run's report.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedtune.words import score_words
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """The form in which a folder holds the model."""
+    """The form of the model in a folder: what the card calls it, and how it is loaded."""
 
     what: str  # in words
     library: str  # as the hub names it
@@ -44,7 +44,7 @@ class Form:
 
     @classmethod
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:
-        """An adapter that is loaded on top of its base; `folder` is its path in the loading lines."""
+        """Describe an adapter that is loaded on top of its base model; `folder` is its path in the loading code."""
         base, needs_base = public_place(config.model), config.lora.kind != NO_ADAPTER
         loading = loading_of(config, base=base, folder=folder)
         what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
@@ -70,25 +70,30 @@ model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").
 
 
 def write_report_and_card(run: Path, *, language: str) -> None:
-    """Write a run's report into its folder, and into its adapter's the card with the label; errors as `build` has."""
+    """Write a run's report into its folder, and the model card with the privacy label into its adapter's folder.
+
+    Raises:
+        ConfigError: the folder is not a run folder, or its files belong to different runs.
+        RunError: a file is damaged.
+    """
     report = build(run)
     write_files(run, report, language=language, beside=card_of_adapter(run, report))
 
 
 def card_of_adapter(run: Path, report: Report) -> Mapping[str, bytes]:
-    """The card of the adapter in a run's folder, and its label, by the names of their files there."""
+    """Return the card and the label of the adapter in a run's folder (file name -> content)."""
     record, adapter = read_run(run), RunFolder(run).adapter.name
     files = card_files(record, report, Form.adapter(record.config, folder=adapter))
     return {f"{adapter}/{name}": data for name, data in files.items()}
 
 
 def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
-    """The card of a finished run's model, and the privacy label that lies beside it, by the names of their files."""
+    """Return the card of a finished run's model and its privacy label (file name -> content)."""
     return {CARD: card_text(record, report, form).encode(), LABEL: as_svg(report, language="en").encode()}
 
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
-    """The card of a finished run's model; equal runs give equal cards."""
+    """Return the card of a finished run's model; equal runs give equal cards."""
     model, made = record.config.model, record.result and record.result.provenance
     example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
     words, template = Words(report, catalogue("en")), made and made.template
@@ -139,14 +144,14 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
 
 
 def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
-    """Score -> before and after."""
+    """Return score -> its values before and after training."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a card is of a run's model"
     return {name: (facts.before.get(name), after) for name, after in facts.final.items()}
 
 
 def owed(epsilon: float | None, delta: float | None) -> str:
-    """The most that is lost, in words."""
+    """Format a privacy loss as "epsilon ... at delta ..."."""
     return "epsilon {} at delta {}".format(*map(catalogue("en").figure, (epsilon, delta), ("epsilon", "exact")))
 
 
@@ -156,7 +161,7 @@ def _score_text(value: float | None) -> str:
 
 
 def rendered(file: str, **values: object) -> str:
-    """A card by its template, whose values are escaped for Markdown."""
+    """Render a card from its template, escaping all values for Markdown."""
     # For Markdown, where autoescape would escape for HTML.
     markdown: dict[str, Any] = {"finalize": _escaped, "autoescape": False, "keep_trailing_newline": True}
     templates = environment().overlay(**markdown, lstrip_blocks=False)
@@ -165,7 +170,9 @@ def rendered(file: str, **values: object) -> str:
 
 
 def _escaped(value: object) -> str:
-    """A value for a line of Markdown, which it neither ends nor adds markup to; words of fedtune's own are Markup."""
+    """Escape a value as part of a line of Markdown, removing line breaks; Markup, fedtune's own wording, is not
+    escaped.
+    """
     if isinstance(value, Markup):
         return value.unescape()
     return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _one_line(str(value)))

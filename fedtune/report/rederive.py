@@ -1,7 +1,7 @@
-"""A report from its facts; whether one follows from its facts, and whether these can all be true at once.
+"""Deriving a report from its facts, and checking that a report follows from facts that are consistent with each other.
 
-Whatever is derived is derived again, by the same functions, and compared; an independent program computes the epsilons
-again in the tests.  A figure that another machine rounds otherwise may differ in its last digits.
+Everything derived is derived again by the same functions and compared; the tests also compute the epsilons with an
+independent program.  Figures that another machine rounds differently may differ in their last digits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Charges = Counter[DpEvent]
 
 
 def derive(facts: Facts) -> Report:
-    """The whole report; equal facts give equal bytes on one machine."""
+    """Derive the whole report; equal facts give equal bytes on one machine."""
     report = figures_of(facts)
     sites = (replace(site, meaning=profile.as_stated(site.meaning)) for site in report.sites)
     report = replace(report, sites=tuple(sites))
@@ -55,14 +55,15 @@ def derive(facts: Facts) -> Report:
 
 
 def figures_of(facts: Facts) -> Report:
-    """The same without cells, and with every digit of what its epsilons mean."""
+    """Derive the report without cells, and with unrounded figures of what its epsilons mean."""
     return run_figures.report_of(facts) if isinstance(facts, RunFacts) else ledger_figures.report_of(facts)
 
 
 def problems(report: Report) -> list[Problem]:
-    """Every contradiction between the report's facts; without one, everything in it that does not follow from them.
+    """List all contradictions between the report's facts, or else everything in the report that does not follow from
+    them.
 
-    An epsilon may be larger than what is found by a millionth, and never smaller.
+    A stated epsilon may be above the derived one by a millionth, but never below it.
     """
     facts = report.facts
     try:
@@ -86,7 +87,7 @@ def _of_settings(facts: Facts) -> Iterator[Problem]:
 
 
 def _too_much_work(facts: Facts) -> Iterator[Problem]:
-    """A small file can name so many different mechanisms that their distributions keep this machine busy for days."""
+    """Yield a problem if a report would take hours to check: a small file can name many different mechanisms."""
     if isinstance(facts, RunFacts):
         canaries = sum(bound.canaries for bound in facts.audit.bounds) if facts.audit else 0
         for count, most, what in (
@@ -119,7 +120,7 @@ def _too_much_work(facts: Facts) -> Iterator[Problem]:
 
 
 def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
-    """All that has to be composed, the width of its buckets, and how often."""
+    """Yield every composition to compute, with the width of its buckets and how often it is computed."""
     if isinstance(facts, RunFacts):
         # The whole plan, and what each site was charged, with what it came to after earlier rounds.
         most = facts.plan.most_rounds
@@ -134,7 +135,7 @@ def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
 
 
 def _buckets(event: DpEvent) -> float:
-    """Of a mechanism's distribution on the fine grid, about."""
+    """Estimate the number of buckets of a mechanism's loss distribution on the fine grid."""
     _, gaussian = profile.parts_of(event)
     if not isinstance(gaussian, GaussianDpEvent):
         return 0.0
@@ -194,7 +195,7 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
 
 
 def _of_sent(facts: RunFacts) -> Iterator[_Found]:
-    """Compare what a report says of sites, records and model with the settings that the run's name is the digest of."""
+    """Compare what a report says about sites, records and model with the settings whose digest is in the run's name."""
     digest = hashlib.sha256(facts.sent.encode()).hexdigest() if facts.deployed else facts.provenance.config_sha256 or ""
     if facts.sent and not facts.deployed:
         yield "sent", "settings", "none: a simulation sends them nowhere"
@@ -235,7 +236,7 @@ def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
 
 
 def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
-    """Of a ledger's figures over all its runs, that a lead took over: what they themselves deny."""
+    """Check the lifetime figures in a site's statement for contradictions."""
     life, plan = said.lifetime, facts.plan
     if not 1 < life.order < _MOST_ORDER:
         yield "lifetime.order", life.order, "a number above 1 that can be computed"
@@ -269,7 +270,9 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
 
 
 def _of_selection(facts: Facts) -> Iterator[Problem]:
-    """Compare the run's cost in sites' own reports with its plan, and the search's with all that it may do."""
+    """Compare the run's cost in the sites' own reports with its plan, and check the figures of the hyperparameter
+    search.
+    """
     if not isinstance(facts, RunFacts):
         return
     plan, told = facts.plan, facts.selection
@@ -334,7 +337,7 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
 
 
 def _of_any_ledger(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], charges: int) -> Iterator[_Found]:
-    """Check what a ledger says of its caps and of its entries, by itself or in a site's statement."""
+    """Check what a ledger, or a site's statement about it, says about its caps and its entries."""
     approved, found, places = ledger.approved, ledger.verification, [cap.charges_before for cap in caps]
     # It opens with two notes, and each charge is an entry.
     if found and (found.num_events < charges + 2 or (found.anchor_sequence or 0) > found.num_events):
@@ -348,7 +351,9 @@ def _of_any_ledger(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], cha
 
 
 def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGITS) -> Iterator[Problem]:
-    """The differences between two pieces of plain data; numbers with a fraction are upper bounds, but for `under`."""
+    """Yield the differences between two JSON values; floats are upper bounds, which may fall short by `under`
+    (relative).
+    """
     if isinstance(said, Mapping) and isinstance(found, Mapping) and said.keys() == found.keys():
         if "epsilon_pld" in said and "delta" in said:  # a point of a curve
             under = max(_LAST_DIGITS, _FFT_ROUNDING / max(found["delta"], min(profile.DELTAS)))
@@ -378,10 +383,10 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
 
 
 def _near(said: float, found: float) -> bool:
-    """A rest, or noise, may be a little less than found, but for the last digits no more; of 0 nothing is."""
+    """Whether a stated remainder or noise multiplier is at most slightly below the derived value, and not above it."""
     return -TOLERANCE * max(1.0, found) <= said - found <= _LAST_DIGITS * found
 
 
 def _at_most(epsilon: float | None, most: float | None) -> bool:
-    """None is unbounded."""
+    """Whether an epsilon is within a limit, up to rounding; None is unbounded."""
     return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))

@@ -1,7 +1,8 @@
-"""A run as an entry of a public registry of differential-privacy deployments: what such registries ask for.
+"""The entry of a run in a public registry of differential-privacy deployments.
 
-What a person alone can say comes from the run's `report.about`, or from `[about]` of a site's `site.toml`; where nobody
-has said it, it is empty and named as missing.  Everything else stands in report.json, whose SHA-256 the entry names.
+What only a person can say comes from the run's `report.about`, or from `[about]` in a site's `site.toml`; fields that
+nobody has filled in are empty and listed as missing.  Everything else is in report.json, whose SHA-256 the entry
+contains.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded",
 
 
 def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
-    """The fields of an entry, in English."""
+    """Return the fields of an entry, in English."""
     words, of_run = Words(report, catalogue("en")), isinstance(report.facts, RunFacts)
 
     def said(section: str, codes: Sequence[str]) -> list[str]:
@@ -95,7 +96,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
 
 
 def by_people(data: bytes) -> AboutSpec:
-    """What people said in an entry, by its file; nothing where it is none."""
+    """Read back the fields that people filled in from an entry's file; empty if the file is not an entry."""
     try:
         fields = json.loads(data)
         places = {**fields, **fields["data"], "access": fields["data_product"]["access"]}
@@ -105,5 +106,5 @@ def by_people(data: bytes) -> AboutSpec:
 
 
 def to_text(report: Report, about: AboutSpec) -> str:
-    """The content of registry.json; equal reports give equal bytes."""
+    """Return the content of registry.json; equal reports give equal bytes."""
     return json.dumps(entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

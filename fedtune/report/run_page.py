@@ -1,6 +1,6 @@
-"""`report.html` of a run that goes on: written anew after its rounds, marked as unfinished, and loaded again by itself.
+"""`report.html` of a run in progress: rewritten after its rounds, marked as unfinished, and reloading itself.
 
-Nobody signs it.  At the end of the run, the report itself takes its place.
+The page is not signed, and is replaced by the report itself at the end of the run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _FIRST_S = 1.0  # what the first page is thought to take
 
 
 class UnfinishedReport:
-    """Keeps the page of a run that goes on, which it never ends and hardly slows: a page that fails is left out.
+    """The page of a run in progress.  An error while writing the page is logged and never ends the run.
 
-    Making pages takes at most a twentieth of the run's time, so that short rounds share one.
+    Writing takes at most one twentieth of the run's time, so several short rounds may share one page.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
@@ -37,13 +37,15 @@ class UnfinishedReport:
         self._due = time.monotonic() + _SHARE * _FIRST_S
 
     def update(self, state: LeadState) -> None:
-        """Write the page of a state that lies in the run's newest checkpoint, if it is time for one."""
+        """Write the page for the state in the run's newest checkpoint, if enough time has passed since the last
+        page.
+        """
         self._state = state
         if state.round and time.monotonic() >= self._due:
             self._write(state, goes_on=True)
 
     def stop(self) -> None:
-        """Say that the run stopped before its end; a run that this process never worked on is left alone."""
+        """Mark the page as that of a stopped run; do nothing for a run that this process never worked on."""
         if self._state is not None:
             self._write(self._state, goes_on=False)
 

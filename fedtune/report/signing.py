@@ -1,4 +1,4 @@
-"""The canonical bytes of a report, its signature, and a strict reader, so that no digit can change unnoticed."""
+"""The canonical bytes of a report, its signature, and a strict reader that detects any changed digit."""
 
 from __future__ import annotations
 
@@ -21,27 +21,34 @@ MOST_BYTES = 64 << 20  # of a report's file
 
 
 def canonical(report: Report) -> bytes:
-    """Everything but the signature: JSON in UTF-8 with sorted keys, no spaces, and each float's shortest digits."""
+    """Serialize everything but the signature as UTF-8 JSON with sorted keys, no spaces, and the shortest digits of
+    floats.
+    """
     fields = to_json(report)
     del fields["signature"]
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def to_text(report: Report) -> str:
-    """The content of a `report.json`; `read` gives the report back."""
+    """Return the content of a `report.json`; `read` is the inverse."""
     return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def digest(report: Report) -> str:
-    """SHA-256 of the report's `report.json`, in hex."""
+    """Return the SHA-256 of the report's `report.json`, in hex."""
     return hashlib.sha256(to_text(report).encode()).hexdigest()
 
 
 def read(data: bytes) -> Report:
-    """The report in a `report.json`, which must be written as fedtune writes it, but for how its lines end.
+    """Read a report from the bytes of a `report.json`, which must be exactly as fedtune writes it, except for line
+    endings.
 
-    Otherwise a digit beyond a float's precision, or a second value of a key, could be changed without changing the
-    signed bytes.
+    Otherwise somebody could change a digit beyond a float's precision, or add a second value for a key, without
+    changing
+    the signed bytes.
+
+    Raises:
+        ConfigError: the bytes are not such a report.
     """
     try:
         json.loads(data, parse_int=_whole_number)
@@ -60,7 +67,11 @@ def read(data: bytes) -> Report:
 
 
 def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
-    """The content of a file of at most `MOST_BYTES`; key, name and bound are those of the ConfigError if it is none."""
+    """Read a file of at most `MOST_BYTES`.
+
+    Raises:
+        ConfigError: the file cannot be read or is too large; `key`, `name` and `bound` are the error's.
+    """
     try:
         file = path.stat()
         if not stat.S_ISREG(file.st_mode) or file.st_size > MOST_BYTES:  # a pipe would wait for ever
@@ -71,7 +82,7 @@ def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
 
 
 def read_report(name: str) -> tuple[Path, Report]:
-    """The report in a file, or in the report.json of a folder."""
+    """Read a report from a file, or from the report.json in a folder; return its path and the report."""
     path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
     data = read_file(path, key="report", name=name, bound="must be a report.json, or a folder with one")
     with errors_in(path):
@@ -79,16 +90,19 @@ def read_report(name: str) -> tuple[Path, Report]:
 
 
 def signed(report: Report, key: SigningKey) -> Report:
-    """The report with the signature of `key`, in place of any it had."""
+    """Return the report with a signature by `key`, which replaces any earlier signature."""
     signature = Signature(key=key.public, signature=key.sign(PURPOSE, canonical(report)))
     return dataclasses.replace(report, signature=signature)
 
 
 def check(report: Report, *, expected_key: str | None = None) -> str | None:
-    """Verify the signature, and return the public key that made it; None: the report is not signed.
+    """Verify the signature and return the public key that made it; None: the report is not signed.
 
     Guarantee: with an `expected_key`, known from a source other than the report, nobody without that key changed
-    anything in the report.  A RunError says that the signature is wrong, another's, or missing although expected.
+    anything in the report.
+
+    Raises:
+        RunError: the signature is wrong, was made with another key, or is missing although a key is expected.
     """
     if (signature := report.signature) is None:
         if expected_key is not None:

@@ -1,4 +1,4 @@
-"""The card of a file of synthetic records: how it was made, what that promises, and what it is not for."""
+"""The card of a file of synthetic records: how the records were made, their privacy guarantee, and their limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Told = Mapping[str, Any]  # what a card tells programs
 
 @spec
 class Behind:
-    """A run that records owe to: its adapter, what all that was released for it owes, and where it began."""
+    """A run whose data influenced the records: its adapter, the privacy loss of its releases, and its start adapter."""
 
     run: str
     adapter_digest: str
@@ -46,7 +46,7 @@ class Behind:
 
 @spec
 class Made(WritingSpec):
-    """How records were made: what was asked for, and what they were chosen and labelled by."""
+    """How the records were made: the request, and how they were selected and labelled."""
 
     rows: int
     codes: int
@@ -71,7 +71,7 @@ class Made(WritingSpec):
 
 @spec
 class Figures:
-    """How alike texts are."""
+    """Statistics on how similar the texts are to each other."""
 
     texts: int
     distinct: float  # the share that no other one equals
@@ -81,7 +81,7 @@ class Figures:
 
 @spec
 class Card:
-    """The card for programs; the first run wrote the records, and `figures` are by the name of a file."""
+    """The machine-readable card; the first run wrote the records, and the keys of `figures` are file names."""
 
     schema_version: int
     file: str
@@ -98,9 +98,10 @@ class Card:
 
 
 def together(runs: Sequence[Told]) -> tuple[float | None, float]:
-    """Epsilon and delta of all of a card's runs for one unit, at most: both add up (basic composition).
+    """Bound epsilon and delta of all of a card's runs for one record or person by basic composition: both add up.
 
-    So do those of adapters that runs began in and are not public: they may know the same unit.  None: without a bound.
+    Adapters from which runs started also count unless they are public, as they may have seen the same record or person.
+    None: unbounded.
     """
     starts = [run["start"] for run in runs if run["start"] is not None and not run["start"]["public"]]
     parts = [*once(runs), *once(starts)]
@@ -110,18 +111,20 @@ def together(runs: Sequence[Told]) -> tuple[float | None, float]:
 
 
 def once(told: Sequence[Told]) -> list[Told]:
-    """Each of these once: what the same adapter, by its digest, released owes once, however often that is used."""
+    """Remove duplicates: the releases of one adapter, identified by its digest, count once, however often it is
+    used.
+    """
     return [one for place, one in enumerate(told) if one not in told[:place]]
 
 
 def in_words(runs: Sequence[Told]) -> str | None:
-    """`together` for people."""
+    """Format the result of `together` for people; None: unbounded."""
     epsilon, delta = together(runs)
     return None if epsilon is None else owed(epsilon, delta)
 
 
 def run_of(report: Report, adapter_digest: str) -> dict[str, Any]:
-    """A run as a card tells it."""
+    """Return the fields of a run on a card."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a run wrote the records"
     own = report.epsilon if Words(report, catalogue("en")).promises else None
@@ -133,9 +136,11 @@ def run_of(report: Report, adapter_digest: str) -> dict[str, Any]:
 
 
 def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
-    """The card of records that a run wrote, as `as_json` made it: only they may be published under its promise.
+    """Read and check the card of records that a run wrote; only records with a valid card may carry the run's
+    guarantee.
 
-    A card that is missing, says what cannot be, or is of another file or another run than `writer` is a ConfigError.
+    Raises:
+        ConfigError: the card is missing or inconsistent, or belongs to another file or to another run than `writer`.
     """
     path, sha256 = card_of(file.resolve(), ".json"), file_sha256(file, key=option)
     of = " with this RUN" if writer else ""
@@ -153,7 +158,7 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
 
 
 def card(reports: Sequence[Report], told: Told) -> str:
-    """The card as Markdown, of the same reports as `told`, which is what `as_json` made."""
+    """Render the card as Markdown; `told` is the result of `as_json` for the same reports."""
     words = [Words(report, catalogue("en")) for report in reports]
     return rendered(
         "synthetic_card.md.j2",
@@ -171,7 +176,9 @@ def card(reports: Sequence[Report], told: Told) -> str:
 
 
 def as_json(file: Path, lines: bytes, runs: Sequence[Told], *, made: Told, figures: Told) -> dict[str, Any]:
-    """The card of `lines` for programs: `runs` are all behind them, first the one that wrote them."""
+    """Return the machine-readable card of `lines`; `runs` are all runs behind the records, the one that wrote them
+    first.
+    """
     return {
         "schema_version": RUN_SCHEMA,
         "file": file.name,

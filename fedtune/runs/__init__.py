@@ -1,1 +1,1 @@
-"""A lead's record of its runs: results, environment, provenance, finished models side by side."""
+"""A lead's records of its runs: results, environment, provenance, and comparisons of finished models."""

@@ -1,4 +1,4 @@
-"""Settings as plain data, and how a value is laid over them: one way, wherever it comes from."""
+"""Settings as plain data, and a single rule for overriding them, regardless of the source of the new value."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns", "task_set
 
 
 def merged(old: Any, new: Any, key: str = "") -> Any:
-    """A setting's new value over its old one: of a group, each of its settings."""
+    """Merge a new value over a setting's old value; groups are merged setting by setting."""
     if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
         return new
     return old | {name: merged(old.get(name), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()}
 
 
 def put(settings: dict[str, Any], key: str, value: Any) -> bool:
-    """Give a setting, by its dotted key, this value in place; False: there is no such setting."""
+    """Set a dotted key in place; return False if there is no such setting."""
     if free := next((name for name in FREE_MAPS if key.startswith(f"{name}.")), None):
         before, entry = _at(settings, free), {key.removeprefix(f"{free}."): value}
         key, value = free, before | entry if isinstance(before, dict) else entry

@@ -1,4 +1,6 @@
-"""What a run notes in its folder for later: machine and model, its search, and what its start and base owe."""
+"""Files that a run writes to its folder for later: environment, search, and the lineage of its start adapter and base
+model.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,19 @@ _NOTED = ("cryptography", "dp-accounting", "flwr", "numpy", "opacus", "peft", "s
 
 @spec
 class Environment:
-    """One process's; it is the lead's, and in a simulation the sites' too.
+    """The environment of one process: the lead's, which in a simulation also runs the sites.
 
     Attributes:
-        since: UTC; when the run was first started, or resumed, here.
-        machine: such as "x86_64", with the number of its cores.
-        device: that the model was on, and how it was set.
-        model_sha256: of the base model as it was loaded, see `fedtune.model.manifest`.
-        sampling: how units joined a step, where training took place in this process; None: elsewhere.
-        randomness: "operating_system" or "seeded", likewise.
+        since: the UTC time when the run was first started, or resumed, in this environment.
+        fedtune_version: the version of fedtune.
+        python: the version of Python.
+        system: the operating system.
+        machine: the architecture, such as "x86_64", with the number of cores.
+        device: the device of the model, with its numeric settings.
+        libraries: name -> version.
+        model_sha256: the digest of the loaded base model, see `fedtune.model.manifest`.
+        sampling: how units were sampled for a step, if this process trained; None: training took place elsewhere.
+        randomness: "operating_system" or "seeded", if this process trained; None: training took place elsewhere.
     """
 
     since: str
@@ -59,7 +65,7 @@ class Environment:
 
 
 def note_environment(folder: Path, shared: RunModel) -> None:
-    """Note what this process is, in the run folder, unless the newest note says just that."""
+    """Append the current environment to the run folder, unless the newest entry is identical."""
     known, here = read_environments(folder), _here(shared)
     if known and replace(here, since=known[-1].since) == known[-1]:
         return
@@ -68,10 +74,10 @@ def note_environment(folder: Path, shared: RunModel) -> None:
 
 
 def read_environments(folder: Path) -> tuple[Environment, ...]:
-    """The machines and versions of a run, oldest first; empty for a run that noted nothing.
+    """Read the environments of a run, oldest first; empty for a run without any.
 
     Raises:
-        RunError: the note is damaged.
+        RunError: the file is damaged.
     """
     path = RunFolder(folder).environment
     if not path.exists():
@@ -85,7 +91,11 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
 
 
 def read_selection(folder: Path) -> Selection | None:
-    """The search that the run is a trial of; None: not on file.  Raises RunError for a damaged note."""
+    """Read which search the run is a trial of; None if there is no such file.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     if not (path := RunFolder(folder).selection).is_file():
         return None
     try:
@@ -95,10 +105,11 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
-    """The provenance of what a run begins in, for `run.json`; None: in a new adapter, and nothing else owes.
+    """Return the lineage of a run's starting point for `run.json`; None for a new adapter without prior spending.
 
-    What its training spent is told by the run folder that an adapter lies in, of a base by the mark of its export, and
-    of synthetic records by their card.  It is "unknown" without; an epsilon of None bounds nothing.
+    Prior spending comes from the run folder around the start adapter, from the mark in an exported base model, and from
+    the card of synthetic records.  It is "unknown" if the source is missing; an epsilon of None means that no finite
+    bound exists.
     """
     of_base = debts_of_base(config.model)
     earlier = [*of_base, *_of_records(config)]
@@ -119,7 +130,7 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _of_records(config: RunConfig) -> Iterator[Debt]:
-    """What synthetic records among those that a run reads here owe."""
+    """Yield the prior spending of the synthetic records among the files that a run reads on this machine."""
     for file, key in RunRecords(config).files().items():
         path = resolve_file(file, shipped_folders(), key=key).resolve()
         if os.path.lexists(card := card_of(path, ".json")):
@@ -132,7 +143,9 @@ def _of_records(config: RunConfig) -> Iterator[Debt]:
 
 
 def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
-    """What the run of an adapter owes, by the folder that it lies in, and the records of one that owes nothing else."""
+    """Return the prior spending of an adapter's run, from its run folder, and the training file if the run has no
+    privacy and no lineage.
+    """
     owed: dict[str, Any] = dict.fromkeys(SPENT, UNKNOWN)
     try:
         folder = adapter.folder.resolve().parent
@@ -152,10 +165,10 @@ def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
 def mark(
     base: PreTrainedConfig, adapter: Path, *, private_to: str | None, texts: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Note in a model's settings, which become its config.json, what its training owes: that of a run's adapter.
+    """Write the prior spending of a run's adapter into a model's settings, which are saved as config.json.
 
-    `texts` are the runs behind texts that it learnt from as well, as their card tells them.  What is `private_to` a
-    site owes nothing that could be told, and is no base.
+    `texts` are the runs behind synthetic texts that the model also learned from, as listed in their card.  A model that
+    is `private_to` a site gets only that mark: its privacy loss cannot be stated, and it cannot serve as a base.
     """
     if private_to is not None:
         setattr(base, PRIVATE_TO, private_to)

@@ -1,4 +1,6 @@
-"""A run from the lead's side, whatever its sites run on: first state, rounds over a transport, result."""
+"""A run from the lead's side, independent of what its sites run on: initial state, rounds over a transport, and the
+result.
+"""
 
 from __future__ import annotations
 
@@ -32,29 +34,29 @@ from fedtune.tasks.saved import save_task_model
 
 
 class Listener(Protocol):
-    """Follows a run, to show it."""
+    """An observer that displays the progress of a run."""
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
+        """Report a preparation step, with how much of it is done and the total (0: unknown)."""
 
     def note(self, text: str) -> None:
-        """Something about the data that a person should know before training begins."""
+        """Report a remark about the data that a person should read before training begins."""
 
     def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
-        """Data and model are ready; training is about to begin."""
+        """Report that data and model are ready and training is about to begin."""
 
     def site_replied(self, number: int) -> None:
-        """The `number`-th reply of the current round came in."""
+        """Report that the `number`-th reply of the current round has arrived."""
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """A real site answered: "update", or why there is none, and what its receipt says was charged in all."""
 
     def round_finished(self, state: LeadState) -> None:
-        """A round was aggregated, scored and checkpointed."""
+        """Report that a round was aggregated, scored and checkpointed."""
 
 
 class Followed:
-    """A listener that first gives each state of the run, from the first on, to `updates`, such as a tracker."""
+    """A listener that passes each state of the run to `updates`, such as a tracker, before the wrapped listener."""
 
     def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
         self._listener, self._updates = listener, updates
@@ -80,7 +82,7 @@ Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
 
 @dataclass(frozen=True, kw_only=True)
 class FederationRun:
-    """The parts of a run that its runtime brings; the rest is the same for all of them."""
+    """A run with the parts that depend on its runtime; everything else is the same for all runtimes."""
 
     config: RunConfig
     folder: Path  # the run folder
@@ -99,10 +101,10 @@ class FederationRun:
         return Checkpoints(RunFolder(self.folder).checkpoints, self.config.digest())
 
     def to_its_end(self, listener: Listener) -> RunResult:
-        """Run from the start, or from the newest checkpoint on, write the run folder, and say what it came to.
+        """Run from the start or from the newest checkpoint to the end, write the run folder, and return the result.
 
         Raises:
-            ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
+            ConfigError: data, model or checkpoint do not match the configuration; raised before any training.
             RunError: too few sites replied.
         """
         with Meter(self.config.cost) as meter:
@@ -153,9 +155,10 @@ class FederationRun:
         return self._write_result(state, metrics=metrics, detail=detail, seconds=seconds, meter=meter, digest=digest)
 
     def _first_state(self, listener: Listener) -> LeadState:
-        """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
+        """Return the state to start from: the newest checkpoint, or the initial adapter with its scores on the test
+        file.
 
-        Every file is read and tokenised here: what cannot work ends before anything is charged.
+        All files are read and tokenized here, so that errors in them end the run before anything is charged.
         """
         if self.config.resume is not None:
             state = self._checkpoints.load()
@@ -193,7 +196,7 @@ class FederationRun:
         detail: Detail | None = None,
         digest: str | None = None,
     ) -> RunResult:
-        """Write `run.json`; `digest` is that of the final adapter, which is saved."""
+        """Write `run.json` and return its content; `digest` is the digest of the saved final adapter."""
         config, test = self.config, self.shared.test
         guess = config.bound_task.guess(test.examples) if test else None
         findings = findings_of(
@@ -224,7 +227,7 @@ class FederationRun:
         return result
 
     def _provenance(self, state: LeadState) -> RunProvenance:
-        """The origins of the adapter, with the model as it is loaded here."""
+        """Return the provenance of the adapter, including the model as loaded here."""
         data, shared, model = self.config.data, self.shared, self.config.model
         template = None
         if shared.model.task.predicts_tokens or "text" in data.template_roles:

@@ -1,4 +1,6 @@
-"""Several finished runs and their base without an adapter, scored on the same records: by score, by group, by site."""
+"""Comparison of finished runs and their base model without an adapter on the same records: by score, by group, by
+site.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ _MOST_GROUPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """Models on the same records."""
+    """Several models, evaluated on the same records."""
 
     records: Sequence[Record] = field(repr=False)  # that were scored
     users: list[npt.NDArray[np.int64]] | None  # for each user the places of its records; None: each record is a unit
@@ -43,12 +45,14 @@ class SideBySide:
 
     @property
     def unit(self) -> Unit:
-        """Which the intervals draw."""
+        """The unit that the bootstrap intervals resample."""
         return "record" if self.users is None else "user"
 
     @cached_property
     def _drawn(self) -> tuple[Drawn, ...]:
-        """Of the records, and where all models wrote texts for the same prompts, of these."""
+        """The bootstrap samples of the records and, if all models generated texts for the same prompts, of the
+        prompts.
+        """
         examples = {name: measured.examples for name, measured in self.measured.items()}
         sets = [drawn(examples, scores=self.score, units=self.users)]
         if len({len(measured.texts.get("rouge_l", ())) for measured in self.measured.values()} | {0}) == 2:
@@ -60,21 +64,21 @@ class SideBySide:
 
     @property
     def num_units(self) -> int:
-        """How many units the intervals draw from."""
+        """The number of units that the bootstrap intervals resample."""
         return self._drawn[0].num_units
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Their names, that which counts first."""
+        """The names of all scores, the primary score first."""
         names = [score for drawing in self._drawn for score in next(iter(drawing.values.values()))]
         return tuple(sorted(names, key=lambda name: name != self.judged_by))
 
     def estimate(self, model: str, score: str) -> Estimate:
-        """A model's score with its interval."""
+        """Return a model's score with its interval."""
         return self._with(score).estimate(model, score)
 
     def comparison(self, base: str, tuned: str, score: str | None = None) -> Comparison:
-        """A score of two models, by default the one that counts."""
+        """Compare two models by a score, by default the primary score."""
         score = score or self.judged_by
         return self._with(score).comparison(base, tuned, score)
 
@@ -83,15 +87,15 @@ class SideBySide:
         return next(drawing for drawing in self._drawn if score in next(iter(drawing.values.values())))
 
     def by(self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]) -> GroupScores | None:
-        """The score that counts by group; None where there are fewer than two groups of `smallest` units.
+        """Compute the primary score by group; None if there are fewer than two groups of at least `smallest` units.
 
         Args:
-            values: of the records, in their order.
-            smallest: units of a group; smaller ones are merged.
-            pairs: models to compare in each group.
+            values: the group of each record, in their order.
+            smallest: the minimum number of units in a group; smaller groups are merged.
+            pairs: the models to compare within each group.
 
         Raises:
-            ConfigError: there are more groups than anybody reads, and than are scored in a minute or two.
+            ConfigError: there are more than `_MOST_GROUPS` groups, too many to read or to score in a minute or two.
         """
         groups: Groups = merged(values, smallest=smallest, units=self.users)
         if len(groups.names) > _MOST_GROUPS:
@@ -178,13 +182,17 @@ def side_by_side(
 
 
 def _reading(config: RunConfig) -> Hashable:
-    """The settings by which a record becomes the model's input, beside the model."""
+    """Return the settings, other than the model, that determine how a record becomes the model's input."""
     data = config.data
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
 
 
 def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
-    """Refuse a run whose scores on the same records say nothing about those of the first."""
+    """Check that a run's scores on the same records are comparable with those of the first run.
+
+    Raises:
+        ConfigError: a setting differs that changes the meaning of the scores.
+    """
     task = own.bound_task
     for key, value, wanted in (
         ("task", own.task, first.task),

@@ -1,4 +1,4 @@
-"""Packages of extras that a run's settings need: asked for before anything is read, loaded or charged."""
+"""Checks that the optional packages for a run's settings are installed, before anything is read, loaded or charged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fedtune.extras import require_extra
 
 
 def require_for_run(config: RunConfig) -> None:
-    """Require the packages that a run needs on the machine that starts it.
+    """Check that the packages that a run needs are installed on the machine that starts it.
 
     Raises:
         ConfigError: a package is not installed.
@@ -24,7 +24,7 @@ def require_for_run(config: RunConfig) -> None:
 
 
 def require_to_score(config: RunConfig) -> None:
-    """Require the packages that score written texts, if a model with these settings writes any.
+    """Check that the packages for scoring generated texts are installed, if a model with these settings generates any.
 
     Raises:
         ConfigError: a package is not installed.

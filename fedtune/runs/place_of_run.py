@@ -1,4 +1,4 @@
-"""The folder that a run is made in, whether new or begun, whether the run in it is finished, and a name for one."""
+"""The folder of a run, new or resumed, whether the run in it is finished, and a default name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from fedtune.words import dotted
 
 
 def folder_of(config: RunConfig) -> Path:
-    """The run's folder; it must be new, or the one to resume with the same configuration."""
+    """Return the run's folder: a new folder, or the folder to resume if it has the same configuration.
+
+    Raises:
+        ConfigError: the name is taken, or the run cannot be resumed with this configuration.
+    """
     if config.resume is None:
         if awaits_public_stage(config):
             bound = "is for one fedtune simulate or fedtune run; others begin in its adapter: model.adapter=NAME-public"
@@ -38,7 +42,9 @@ def folder_of(config: RunConfig) -> Path:
 
 
 def going_on(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
-    """The run that goes on in `folder`; where that belongs to something else, `name` is taken."""
+    """Return the configuration that resumes the run in `folder`; raises ConfigError if the folder belongs to another
+    run.
+    """
     try:
         folder_of(resumed := replace(config, resume=str(folder)))
     except ConfigError as error:
@@ -47,7 +53,7 @@ def going_on(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
 
 
 def is_finished(folder: Path) -> bool:
-    """True if the adapter has its card, and no checkpoint says that rounds are left."""
+    """Return True if the adapter has its model card and no checkpoint has rounds left."""
     config, files = saved_config(folder), RunFolder(folder)
     has_card = (files.adapter / CARD).is_file()
     if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
@@ -57,5 +63,5 @@ def is_finished(folder: Path) -> bool:
 
 
 def time_stamp() -> str:
-    """The name of a run that is given none."""
+    """Return the default name of a run: the current local time."""
     return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

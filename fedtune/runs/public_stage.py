@@ -1,4 +1,6 @@
-"""A stage before a run: its lead alone trains on public records, without privacy, and the sites begin in that."""
+"""A warm start before a run: the lead alone trains on public records, without privacy, and the sites start from the
+result.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,25 @@ from fedtune.spec import ConfigError
 
 
 def awaits_public_stage(config: RunConfig) -> bool:
-    """The run is to begin in an adapter that is yet to be trained on public records."""
+    """Return True if the run starts from an adapter that is yet to be trained on public records."""
     return config.public.train_file is not None and config.model.adapter is None
 
 
 def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Container[str]) -> RunConfig:
-    """The same with numbers for what its public stage leaves open, and lower rates of its own.
+    """Fill in the open settings of the warm start, and lower the learning rates of the run.
 
-    The stage has a third of the rates without privacy, and the sites a third of theirs (simulations/warm_start).
+    The warm start uses a third of the rates without privacy, and the sites use a third of their own rates
+    (simulations/warm_start).
 
     Args:
-        config: of the run.
-        plain: its settings before secure sums changed rounds, steps and rates, and before a number stood for "auto".
-        keep: dotted keys whose rates stay, since a person gave them for this start; "auto" gives none.
+        config: the configuration of the run.
+        plain: its settings before secure aggregation changed rounds, steps and rates, and before "auto" was replaced by
+            a number.
+        keep: dotted keys of learning rates that a person set for this start, and that stay unchanged; "auto" does not
+            count.
 
     Raises:
-        ConfigError: the run has another start, or the stage cannot be had with these settings.
+        ConfigError: the run already has a start adapter, or the warm start is not possible with these settings.
     """
     public, adapter = config.public, config.model.adapter
     if adapter is not None:
@@ -50,13 +55,14 @@ def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Cont
 
 
 def public_stage_of(config: RunConfig) -> RunConfig:
-    """The stage as a run of its own: one site, all records of the public file, and no privacy.
+    """Return the warm start as a run of its own: one site, all records of the public file, and no privacy.
 
-    Its data set is called by the records' digest, so that no stage goes on with, or stands for, another file.
+    The name of its data set includes a digest of the records, so that a warm start on another file cannot be resumed or
+    used in its place.
 
     Raises:
-        ConfigError: the file cannot be used, or shares texts with the run's own files (those of real sites are not
-            here to be compared); the base comes from a run.
+        ConfigError: the file cannot be used, or shares texts with the run's own files (real sites' files are elsewhere
+            and are not compared); or the base model was exported by a run.
     """
     if debts_of_base(config.model):
         bound = "must owe nothing with public.train_file: its config.json tells of a run on other records"
@@ -75,7 +81,7 @@ def public_stage_of(config: RunConfig) -> RunConfig:
 
 
 def _alone(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
-    """The stage, yet without the number of its records."""
+    """Return the configuration of the warm start, before the number of its records is known."""
     settings, public = config.to_json(), config.public
     data: dict[str, Any] = dict.fromkeys(("heldout_fraction", "validation_fraction", "test_fraction"), 0.0)
     data |= {"dataset": f"{config.data.dataset}-public", "train_file": public.train_file, "declared_sizes": 1}

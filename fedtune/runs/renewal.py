@@ -1,4 +1,4 @@
-"""A run that begins in another's adapter, such as one that renews it for the people of the next period."""
+"""A run that starts from the adapter of another run, for example to renew it for the people of the next period."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 
 def with_start(config: RunConfig) -> RunConfig:
-    """The same with the digest of the adapter that it begins in, which must fit the run."""
+    """Return the configuration with the digest of its start adapter, after checking that the adapter fits the run.
+
+    Raises:
+        ConfigError: the adapter is missing, has another digest, or does not fit the run.
+    """
     name, expected = config.model.adapter, config.model.adapter_sha256
     if name is None and expected is None:
         return config
@@ -35,20 +39,20 @@ def with_start(config: RunConfig) -> RunConfig:
 
 
 def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
-    """The configuration of the run that comes after the one in `folder`.
+    """Return the configuration of the run that renews the run in `folder`.
 
-    It is that run's but for the start, which is its final adapter, and the window of cohorts, which moves on by one
-    period.  The seed stays, since simulated sites were dealt their records by it, and so do these sites' ledgers.
-    Where ledgers are here they say how many runs came before, whichever of these renewed which; of real sites the
-    chain of renewals does.
+    The configuration is copied except for the start, which is the final adapter of the run before, and the window of
+    cohorts, which moves on by one period.  The seed stays, because it determined how records were partitioned among
+    simulated sites, and the ledgers of those sites stay.  If the ledgers are on this machine, they show how many runs
+    came before, regardless of which run renewed which; for real sites, the chain of renewals does.
 
     Args:
-        folder: of a finished run.
-        said: a name, and settings by dotted key that take the place of these.
+        folder: the folder of a finished run.
+        said: overrides, by dotted key, such as a name.
 
     Raises:
-        ConfigError: it is no finished run, everybody was in as many runs as share the budget, a public stage is asked
-            for, or the window would move into a period that has not begun.
+        ConfigError: the run is not finished, everybody was already in as many runs as share the budget, a warm start is
+            requested, or the window would move into a period that has not begun.
     """
     if public := [key for key in said if key.partition(".")[0] == "public"]:
         raise ConfigError(public[0], said[public[0]], "cannot go with --renew: that run begins in the one before")
@@ -75,7 +79,12 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
 
 
 def _check_left(before: RunConfig, after: RunConfig, last: Path) -> None:
-    """Refuse another run for people who were in every run that shares their budget; of a window, ledgers judge."""
+    """Refuse another run for people who were in every run that shares their budget; a window of cohorts is left to the
+    ledgers.
+
+    Raises:
+        ConfigError: no run is left, or epsilon, delta or the number of runs changed.
+    """
     shared, cohorts = before.privacy, after.privacy.cohorts
     if not (shared.private and after.privacy.private) or (cohorts is not None and cohorts.first is not None):
         return

@@ -1,6 +1,6 @@
-"""`run.json`: what a run came to, as one value that the lead writes and every reader reads.
+"""The content of `run.json`: the result of a run as one value that the lead writes and every reader reads.
 
-Others rely on its keys, which are the fields below.  None stands for what is not finite: JSON has no word for it.
+Its keys, the fields below, are a public interface.  None represents a value that is not finite, because JSON cannot.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DATA_CHANGED = "data_changed"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinalResult:
-    """The finished run: scores on the test file before and after, whole wall time, peak memory of this process."""
+    """The finished run: test scores before and after training, total wall time, and peak memory of this process."""
 
     metrics: Scores
     metrics_before: Scores = field(default_factory=dict)
@@ -53,15 +53,15 @@ _LOST = 2.0  # a loss that has grown by this factor: noise and rates that suit t
 def findings_of(
     rounds: Sequence[RoundResult], before: Scores, after: Scores, *, judged_by: str, guess: float | None, rows: int
 ) -> tuple[str, ...]:
-    """Codes for what a run's scores say against its training.
+    """Return codes for problems that a run's scores reveal about its training.
 
     Args:
-        rounds: that were finished.
-        before: scores on the test file before training, and `after` it; empty without one.
-        after: likewise.
-        judged_by: the score that counts.
-        guess: that score for the best constant answer; None: it has none.
-        rows: of the test file.
+        rounds: the finished rounds.
+        before: the scores on the test file before training; empty without a test file.
+        after: the scores on the test file after training; empty without a test file.
+        judged_by: the name of the primary score.
+        guess: the primary score of the best constant answer; None if there is none.
+        rows: the number of records in the test file.
     """
     loss, was = after.get("loss"), before.get("loss")
     lost = bool(loss and was and loss > _LOST * was) or any(finite(score) is None for score in after.values())
@@ -85,9 +85,10 @@ def finite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | No
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyResult:
-    """The run's promise: `epsilon` is the largest of what its plan costs each site that was charged.
+    """The privacy guarantee of the run: `epsilon` is the largest epsilon that its plan costs any site that was charged.
 
-    If scores ended the run, it is that of the whole plan: they chose the moment, so nothing smaller is proved.
+    If scores ended the run, `epsilon` is that of the whole plan: the scores chose when to stop, so no smaller value is
+    proved.
     """
 
     unit: str = "record"
@@ -101,7 +102,7 @@ class PrivacyResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseModel:
-    """The frozen base."""
+    """The frozen base model."""
 
     path: str  # without the folder on the lead's machine
     public_id: str | None = None  # at the Hugging Face hub, where the settings name one
@@ -113,7 +114,7 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """The prompt before an answer: its text with roles in braces, and whose chat template makes turns of it."""
+    """The prompt before an answer: its text with roles in braces, and the chat template that turns it into messages."""
 
     prompt: str
     chat: str
@@ -122,7 +123,7 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProvenance:
-    """The provenance of the adapter."""
+    """The provenance of the adapter: data set, base model, start adapter and template."""
 
     dataset: str
     declared_sizes: Mapping[str, int]  # by site, in the units of `PrivacyResult`
@@ -136,7 +137,7 @@ class RunProvenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The content of `run.json`; the digest names the final adapter, and is None where the run is not at its end."""
+    """The content of `run.json`; the digest identifies the final adapter, and is None while the run is unfinished."""
 
     schema_version: int = RUN_SCHEMA
     fedtune_version: str
@@ -152,7 +153,9 @@ class RunResult:
     def of(
         cls, config: RunConfig, plan: Plan, state: LeadState, *, final: FinalResult, provenance: RunProvenance
     ) -> RunResult:
-        """The result of the run in `state`; every epsilon is derived here from charged rounds and the plan."""
+        """Build the result of the run in `state`; every epsilon is derived here from the charged rounds and the
+        plan.
+        """
         charges = {site: site_charge(state, site, plan) for site in config.federation.active}
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None

@@ -1,4 +1,6 @@
-"""A finished run's model in use: it writes texts, names labels, and is scored beside its start."""
+"""The model of a finished run, ready to use: it generates texts, predicts labels, and is scored next to its starting
+point.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,19 @@ _TIMES_AS_MANY = 4
 
 
 class SavedModel:
-    """A run's model with several adapters by name: one base in memory, into which one adapter at a time is put.
+    """A run's model with several named adapters: one base model in memory, into which one adapter at a time is loaded.
 
     Args:
-        config: of the run.
-        adapters: the folders of saved adapters by name, at least one; the first is the run's own.
+        config: the configuration of the run.
+        adapters: name -> the folder of a saved adapter, at least one; the first is the run's own.
 
     Attributes:
-        names: `BASE`, and those of the adapters.
-        positions: how many tokens the model takes in all; None where nothing bounds it.
+        names: `BASE`, and the names of the adapters.
+        positions: the maximum number of tokens that the model accepts in all; None if there is no limit.
 
     Raises:
-        ConfigError: an adapter cannot be read, or is of another model; a package that scores its texts is missing.
+        ConfigError: an adapter cannot be read, or belongs to another model; or a package for scoring its texts is
+            missing.
     """
 
     def __init__(self, config: RunConfig, adapters: Mapping[str, Path]) -> None:
@@ -69,26 +72,26 @@ class SavedModel:
 
     @cached_property
     def _end_ids(self) -> frozenset[int]:
-        """The tokens that end what a language model writes."""
+        """The tokens that end a generated text."""
         return self.model.task.end_ids(self.tokenizer, data=self.config.data)
 
     def use(self, name: str) -> None:
-        """Put an adapter into the model."""
+        """Load an adapter, by its name, into the model."""
         copy_tensors(self._tensors[name], _places_in(self.model))
 
     def fields_of(self, text: str, *, at: str) -> dict[str, str]:
-        """A text as the fields of a record to be answered; see `Task.prompt_fields`."""
+        """Convert a text to the fields of a record to be answered; see `Task.prompt_fields`."""
         return self.model.task.prompt_fields(text, self.config.data, at=at)
 
     def prompt_ids(self, fields: Mapping[str, str], *, at: str) -> npt.NDArray[np.int32]:
-        """The tokens from which an answer is written.
+        """Return the tokens of a prompt, from which an answer is generated.
 
         Args:
-            fields: role to text, without the role that is written.
-            at: names the prompt in a message.
+            fields: role -> text, without the role to be generated.
+            at: the name of the prompt in error messages.
 
         Raises:
-            DataError: there is no token to start from, or no position is left for the answer.
+            DataError: the prompt has no tokens, or leaves no position for the answer.
         """
         ids = self.model.task.prompt_ids(fields, self.tokenizer, data=self.config.data)
         if not len(ids):
@@ -99,14 +102,14 @@ class SavedModel:
         return ids
 
     def answer_ids(self, fields: Sequence[Mapping[str, str]]) -> list[npt.NDArray[np.int32]]:
-        """The tokens of records' answers, as training has them after the prompt's, without those that end them."""
+        """Return the tokens of each record's answer, as in training, without the prompt and the end tokens."""
         task, data = self.model.task, self.config.data
         examples = task.tokenise([Record(one) for one in fields], self.tokenizer, data=data)
         pairs = zip(examples.input_ids, examples.targets, strict=True)
         return [ids[(learnt != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learnt in pairs]
 
     def written(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
-        """The answer to a prompt by the adapter in use, as it is written; see `as_text`."""
+        """Generate the answer to a prompt with the current adapter, and yield it piece by piece; see `as_text`."""
         return as_text(write(self.model, prompt, end_ids=self._end_ids, spec=spec), self.tokenizer)
 
     def drawn(
@@ -118,7 +121,7 @@ class SavedModel:
         against: Sequence[npt.NDArray[np.int32]] = (),
         begun: Sequence[npt.NDArray[np.int32]] = (),
     ) -> Iterator[tuple[int, str | None]]:
-        """Texts of many prompts by the adapter in use; see `fedtune.evaluation.generation.draw`."""
+        """Sample texts for many prompts with the current adapter; see `fedtune.evaluation.generation.draw`."""
         return draw(
             self.model,
             prompts,
@@ -132,7 +135,7 @@ class SavedModel:
         )
 
     def measured(self, data: LeadData) -> dict[str, Measured]:
-        """Figures of the base and of each adapter, for their scores; the frozen layers run once for all."""
+        """Evaluate the base and each adapter on the data; the frozen layers run once for all of them."""
         num_tokens = data.examples.num_tokens
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
         data = replace(data, kept={} if keeps else None)
@@ -143,7 +146,7 @@ class SavedModel:
         return measured
 
     def answer(self, record: Record) -> tuple[str, object]:
-        """The adapter's answer to a record, which needs none of its own: as text, and as JSON."""
+        """Answer a record, which needs no answer of its own, and return the answer as text and as JSON."""
         task, data = self.model.task, self.config.data
         asked = task.as_asked(record, data)
         examples = task.tokenise([asked], self.tokenizer, data=data)
@@ -154,7 +157,7 @@ class SavedModel:
 
 
 def _places_in(model: TaskModel) -> dict[str, torch.Tensor]:
-    """Where a saved adapter's tensors lie in a model, public constants of its head among them."""
+    """Return the tensors of a model that a saved adapter overwrites, including the public constants of its head."""
     return {**model.adapter_parameters(), **dict(model.named_buffers(recurse=False))}
 
 

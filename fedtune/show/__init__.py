@@ -1,1 +1,1 @@
-"""One way to show a table, a chart, an amount and a line of text, on a terminal or a page."""
+"""Shared rendering of tables, charts, amounts and text lines, for the terminal and for pages."""

@@ -1,4 +1,4 @@
-"""A site's budget as figures and text: what its caps come to, what is left, and what to think twice about."""
+"""A site's budget in figures and text: the worth of its caps, what is left, and warnings about the policy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SMALL_NOISE = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amount:
-    """The worth of a policy's caps."""
+    """The worth of a policy's caps, in reference runs and in epsilon."""
 
     order: float  # of the filter, as a ledger made with this policy would fix it
     fixed_part: float  # epsilon at that order that is due with the first noisy step, once
@@ -48,7 +48,7 @@ class Amount:
 
 
 def amount_of(policy: Policy) -> Amount:
-    """The figures behind the caps."""
+    """Compute what a policy's caps are worth."""
     budget, limits = policy.budget, policy.limits
     typical, delta = budget.reference, budget.delta
     reference = typical.event
@@ -77,7 +77,7 @@ def amount_of(policy: Policy) -> Amount:
 
 
 def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
-    """Points of a policy to think twice about, most serious first; `folder` holds its file."""
+    """Yield warnings about a policy, most serious first; `folder` contains the policy file."""
     if not policy.simulated and policy.asserted.no_person_at_another_site is None:
         yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without one"
     yield from _cautions_of_promise(policy)
@@ -92,7 +92,7 @@ def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Cau
 
 
 def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
-    """Where little or nothing is promised."""
+    """Warn about settings under which the policy guarantees little or nothing."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
         text = "true: anybody who knows the seed can subtract the noise; for made-up records only"
@@ -121,7 +121,7 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
 
 
 def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
-    """Where every request would be refused, or more of them accepted than it seems."""
+    """Warn if every request would be refused, or if more requests would be accepted than the policy suggests."""
     allow = policy.allow
     for name in ("leads", "tasks", "base_models", "target_modules"):
         if not getattr(allow, name):
@@ -138,7 +138,7 @@ def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
 
 
 def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
-    """Where the caps do not go together."""
+    """Warn about caps that contradict each other or the reference run."""
     budget = policy.budget
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
         text = "left out, as is max_epsilon_per_period: one run may use up the whole lifetime budget"
@@ -153,7 +153,7 @@ def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
 
 
 def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
-    """Faults of the files that the policy names; nothing where they are yet to be made."""
+    """Warn about problems with the policy's key and anchor files; nothing before the ledger exists."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if not ledger.is_file():
         return
@@ -167,10 +167,10 @@ def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
 
 
 def beside_of(files: SiteFiles) -> tuple[Verified | None, Differences]:
-    """The ledger that the site's policy names, None where there is none yet, and what the policy says otherwise.
+    """Read the ledger that the policy names (None before it exists), and its differences from the policy.
 
     Raises:
-        RunError: it cannot be trusted.
+        RunError: the ledger cannot be trusted.
     """
     if (verified := files.verified()) is None:
         return None, []
@@ -182,19 +182,19 @@ def beside_of(files: SiteFiles) -> tuple[Verified | None, Differences]:
 
 
 def epsilon_left(history: History) -> float:
-    """Epsilon that the lifetime cap leaves for new runs, beside all that is set aside."""
+    """Return the epsilon that the lifetime cap leaves for new runs, after all reservations."""
     assert history.policy is not None
     return divergence_left(history, history.policy, history.now())
 
 
 def reference_runs_left(history: History) -> int | None:
-    """How many runs like the policy's reference still fit the lifetime cap; None: nothing bounds them."""
+    """Return how many runs like the policy's reference run still fit under the lifetime cap; None: no limit."""
     assert history.policy is not None
     return runs_left(history, history.policy, history.policy.budget.reference.event, history.now())
 
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
-    """Which ledger this is, in keys that scripts may rely on."""
+    """Return the ledger's identity under stable JSON keys."""
     opened, relation = verified.history.opened, NEIGHBOURING_RELATION.name.lower()
     whose = {key: getattr(opened, key) for key in ("ledger", "site", "population", "unit")}
     about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose, "neighbouring_relation": relation}
@@ -202,7 +202,7 @@ def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
 
 
 def verification_json(verified: Verified) -> dict[str, Any]:
-    """The findings of `verify`; it raises for a ledger that does not fit."""
+    """Return the result of a successful verification as JSON; `verify` itself raises if the ledger is inconsistent."""
     chain = {"unchanged": True, "head": verified.history.hash, "key_expected": verified.key_expected}
     sequence = verified.anchor_sequence
     return {**chain, "rollback_excluded": sequence is not None, "anchor_sequence": sequence}
@@ -213,17 +213,17 @@ SEEDED += "can subtract the noise."
 
 
 def rounded_down(epsilon: float) -> str:
-    """An epsilon that is left, in three decimals."""
+    """Format a remaining epsilon, rounded down to three decimals."""
     return "unbounded" if math.isinf(epsilon) else f"{math.floor(epsilon * 1000) / 1000:.3f}"
 
 
 def cap_text(cap: float | None) -> str:
-    """A cap as the policy has it."""
+    """Format a cap of a policy."""
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
 
 
 def noise_words(plan: Plan) -> str:
-    """The plan's noise; of secure sums each site's share, and with how many of them a step counts."""
+    """Describe a plan's noise: its multiplier and, for secure aggregation, each site's share and the threshold."""
     if (shared := plan.shared) is None:
         return f"multiplier {plan.noise_multiplier:g}{runs_words(plan)}"
     less = f", less {shared.colluders} that may collude" if shared.colluders else ""
@@ -233,7 +233,7 @@ def noise_words(plan: Plan) -> str:
 
 
 def trust_words(by_trust: Epsilons) -> str:
-    """Whom an epsilon relies on, where several sites make the noise together."""
+    """Describe which parties each epsilon assumes to be honest, if several sites add the noise together."""
     alone = f"epsilon {epsilon_text(by_trust.server_alone)} against the server alone"
     planned = f"{epsilon_text(by_trust.with_colluders)} with as many colluding sites as planned for"
     return f"{alone}, {planned}, {epsilon_text(by_trust.with_all_others)} if all other sites collude"
@@ -247,7 +247,7 @@ WEAK_SIGNAL = 1.0
 
 
 def signal_words(ratio: float, task: str) -> str:
-    """The meaning of a run's signal-to-noise ratio, `planner.signal_to_noise`, for a task."""
+    """Explain a run's signal-to-noise ratio (`planner.signal_to_noise`) for its task."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
     if ratio < LEAST_SIGNAL:
         return f"{times}: nothing is likely to be learnt; a run wants training.go_on_without_signal=true"
@@ -261,7 +261,7 @@ def signal_words(ratio: float, task: str) -> str:
 
 
 def contribution(plan: Plan) -> str:
-    """One user's part in a step of a plan whose unit is the user."""
+    """Describe how much one user contributes to a step, for a plan that protects users."""
     most = counted(plan.records_per_user, "record")
     whom = ""
     if (cohorts := plan.cohorts) is not None:
@@ -272,11 +272,11 @@ def contribution(plan: Plan) -> str:
 
 @spec
 class Arrivals:
-    """People who arrived from one period to another, as plans name them.
+    """A range of periods in which people arrived, as plans name them.
 
     Attributes:
-        first: None: with people without a date; "": from the first date on.
-        last: "before": no dates at all; None: to the newest.
+        first: the first period; None: includes people without a date; "": from the first date.
+        last: the last period; "before": only people without a date; None: up to the newest.
     """
 
     first: str | None
@@ -284,13 +284,13 @@ class Arrivals:
 
     @classmethod
     def of(cls, cohort: int, after: int | None, period: str) -> Arrivals:
-        """From a cohort to the one before `after`; None: to the newest."""
+        """Build the range from a cohort up to the one before `after`; None: up to the newest cohort."""
         first = None if cohort == OLDEST else "" if cohort == OLDEST + 1 else cohort_name(cohort, period)
         return cls(first=first, last=None if after is None else cohort_name(after - 1, period))
 
     @property
     def code(self) -> str:
-        """Of the words for them, in the section `arrivals` of the report's texts."""
+        """The key of this range's wording in the section `arrivals` of the report's texts."""
         if self.first is None:
             return "all" if self.last is None else "undated" if self.last == "before" else "undated_to"
         if not self.first:
@@ -299,12 +299,12 @@ class Arrivals:
 
     @property
     def dates(self) -> str:
-        """The same in any language, as short as beside a line of a chart."""
+        """The range in language-neutral notation, short enough for a chart label."""
         return "?" if self.code == "undated" else "–".join(dict.fromkeys((self.first or "…", self.last or "…")))  # noqa: RUF001
 
 
 def neighbours_together(people: Mapping[int, Arrivals]) -> list[Arrivals]:
-    """People by the places of their groups, in order, with groups that are next to each other as one."""
+    """Merge adjacent groups of arrivals into single ranges; `people` maps the groups' positions to their ranges."""
     found: list[Arrivals] = []
     for place, one in people.items():
         if place - 1 in people:
@@ -314,7 +314,7 @@ def neighbours_together(people: Mapping[int, Arrivals]) -> list[Arrivals]:
 
 
 def mechanism_text(event: DpEvent, count: int) -> str:
-    """`count` equal mechanisms, such as the noisy steps of a round."""
+    """Describe `count` identical mechanisms, such as the noisy steps of a round."""
     match event:
         case PoissonSampledDpEvent():
             rate, noise = event.sampling_probability, event.event.noise_multiplier

@@ -1,4 +1,4 @@
-"""Charts as SVG: axes, lines and intervals, with what a screen reader says of them."""
+"""SVG charts: axes, lines and intervals, with titles and descriptions for screen readers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line; `number` gives its colour, dashes and marker."""
+    """A line of a chart; `number` determines its color, dashes and marker."""
 
     points: Points
     number: int
@@ -46,7 +46,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """Axes and what is drawn on them."""
+    """A chart's axes and contents."""
 
     series: Sequence[Series]
     x: str = ""  # name of the axis, and `y` likewise
@@ -60,7 +60,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Axis:
-    """Where the values of an axis lie: `low` at `start`, and `high` so far from it that down is negative."""
+    """The mapping from values to coordinates: `low` maps to `start`; a negative `length` runs upward."""
 
     low: float
     high: float
@@ -72,13 +72,13 @@ class _Axis:
 
 
 def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[float], str]) -> Markup:
-    """Draw what a panel has.
+    """Draw a panel as SVG.
 
     Args:
-        code: for ids that no other chart has.
-        panel: the axes, and what is drawn on them.
+        code: a prefix for element ids, unique on the page.
+        panel: the axes and the series to draw.
         named: title and description, for screen readers.
-        number: how the language writes a figure.
+        number: formats a number in the page's language.
     """
     bottom, top = _span(panel)
     marks, ends, scale = [(tick, number(tick)) for tick in _ticks(bottom, top)], list(_ends(panel)), panel.scale
@@ -108,7 +108,7 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", more: str = "
 
 
 def _span(panel: Panel) -> tuple[float, float]:
-    """Lowest and highest value of y, with room for a marker."""
+    """Return the lowest and highest value of the y axis, with room for a marker."""
     values = [y for one in panel.series for _, y in one.points] + [height for height, _, _ in panel.levels]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
     if high - low < 1e-300:  # less has no parts that are floats
@@ -125,7 +125,7 @@ def _x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Round numbers between two others."""
+    """Return at most `most` round numbers between `low` and `high`."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(width * power for width in (1, 2, 2.5, 5, 10) if (high - low) / (width * power) <= most)
     first = math.ceil(low / step - 1e-9)
@@ -140,7 +140,7 @@ def _x_ticks(low: float, high: float, scale: str) -> list[float]:
 
 
 def _dates(low: float, high: float) -> list[tuple[float, str]]:
-    """First days of months or of years between two days, as many as there is room for; else the day between."""
+    """Return labeled first days of months or years between two days, as many as fit; otherwise the middle day."""
     first, last = date.fromordinal(math.floor(low)), date.fromordinal(math.floor(high))
     months = range(12 * first.year + first.month, 12 * last.year + last.month)
     step = next(step for step in chain((1, 2, 3, 6), count(12, 12)) if len(months) <= 5 * step)
@@ -204,7 +204,7 @@ def _levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
 
 
 def _ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
-    """Height, label and mark of what is named beside its right end; nothing where there is one thing alone."""
+    """Yield (height, label, marker) for each labeled right end; nothing if the panel has only one line."""
     if len(panel.series) + len(panel.levels) < 2:
         return
     for one in panel.series:
@@ -215,7 +215,7 @@ def _ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
 
 
 def _end_labels(ends: Sequence[tuple[float, str, str]], across: _Axis, down: _Axis) -> Iterator[str]:
-    """The labels at the right, moved apart where they would touch."""
+    """Draw the labels at the right edge, shifted apart so that they do not overlap."""
     sorted_ends = sorted((down.at(height) + 3, label, mark) for height, label, mark in ends)
     below = down.start + 3 - _LINE_HEIGHT * len(sorted_ends)  # so high that all fit above the axis
     y = -math.inf

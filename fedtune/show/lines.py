@@ -15,10 +15,10 @@ _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
 
 def fold(text: str, *, width: int) -> list[str]:
-    """A text in lines of whole words, the later ones as far in as the first.
+    """Wrap a text at word boundaries, with a hanging indent.
 
-    A path, key or hash is copied, and so never broken, whatever the width.  A command to type goes on after a
-    backslash, so that what is copied is the same command.
+    Paths, keys and hashes are never broken, whatever the width, because they are copied.  A command continues after a
+    backslash, so that the copied text is the same command.
     """
     lines: list[str] = []
     for part in text.split("\n"):
@@ -51,12 +51,12 @@ def _typed(command: str, *, indent: str, width: int) -> Iterator[str]:
 
 
 def harmless(text: str) -> str:
-    """A text without what could steer a terminal: names and words may come from others."""
+    """Replace control characters, which could steer a terminal: names and texts may come from others."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def printable(text: object, most: int = 200) -> str:
-    """A text from outside in one line of at most `most` letters, without what could steer a terminal."""
+    """Shorten an external text to one line of at most `most` characters, with control characters replaced."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 

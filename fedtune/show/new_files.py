@@ -1,4 +1,4 @@
-"""New files that a command makes: their places are tried before the work, and they appear whole at its end."""
+"""Output files of commands: paths are checked before the work, and complete files appear at its end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedtune.system import fsync_folder
 
 @contextmanager
 def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Path, str]]:
-    """Texts by path, for the block to fill in, which become files as in `new_streams`."""
+    """Yield a dict from path to text for the block to fill; the texts become files as in `new_streams`."""
     texts = dict[Path, str]()
     with new_streams(*places, mode=mode) as streams:
         yield texts
@@ -28,14 +28,14 @@ def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Pat
 
 @contextmanager
 def new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[BufferedWriter]]:
-    """Streams for the block to write; when it ends without an error, they become files, in this order.
+    """Yield open streams for the block to write; if it ends without an error, they become files, in this order.
 
     Args:
-        *places: the path of each, behind the option that names it.
-        mode: of the files.
+        *places: pairs of the option that names a file and the file's path.
+        mode: the permissions of the files.
 
     Raises:
-        ConfigError: before the block, or after it, something lies there, two are one file, or it cannot be written.
+        ConfigError: before or after the block, a path exists, two paths name the same file, or one is not writable.
     """
     token = token_hex(4)
     with ExitStack() as opened:
@@ -63,7 +63,7 @@ def new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[B
 
 
 def _appear(beside: Path, path: Path) -> None:
-    """Give a whole file its name, unless something has come meanwhile that has it."""
+    """Move a finished file to its name, unless that name has been taken meanwhile."""
     try:
         os.link(beside, path)
     except OSError as error:
@@ -75,7 +75,7 @@ def _appear(beside: Path, path: Path) -> None:
 
 @contextmanager
 def refused(path: Path, option: str) -> Iterator[None]:
-    """Turn the operating system's refusals into an error for people; what lies there is one."""
+    """Turn operating system errors, and an existing file at `path`, into a ConfigError that names the option."""
     try:
         if os.path.lexists(path):
             raise FileExistsError

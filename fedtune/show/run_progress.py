@@ -1,4 +1,4 @@
-"""A run on the terminal: settings, rounds as they finish, and the result."""
+"""A run on the terminal: its settings, each finished round, and the result."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ from fedtune.words import counted, size, unbounded
 
 
 class Display:
-    """Follows a run on the terminal: one line a round, and a bar with the time left where there is a terminal.
+    """A listener that shows a run on the terminal: one line per round and a progress bar with the time left.
+
+    Without a terminal, the bar is replaced by occasional lines.
 
     Args:
-        shown: False prints nothing until the result.
-        every_s: where there is no terminal, what takes long is told of no more often.
+        shown: False prints nothing before the result.
+        every_s: without a terminal, the least time in seconds between progress lines.
 
     Attributes:
-        earlier_s: how long the run had taken before it was resumed.
+        earlier_s: the run's duration in seconds before it was resumed.
     """
 
     def __init__(self, console: Console, config: RunConfig, *, shown: bool, every_s: float = 15.0) -> None:
@@ -62,14 +64,14 @@ class Display:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Say what begins, and keep the bar on the terminal until the run has ended."""
+        """Print the start message, and keep the progress bar on the terminal until the run ends."""
         if self._shown:
             self._console.print(f"[bold]fedtune[/bold] {self._config.name}: loading model and data ...")
         with self._progress:
             yield
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Show what takes long: on a terminal with a bar, elsewhere as a line now and then."""
+        """Show the progress of slow preparation: a bar on a terminal, otherwise an occasional line."""
         now, new = time.monotonic(), what != self._stage
         if new or not self._first:  # the first part has work that is done once, and tells nothing of the pace
             self._stage, self._stage_began, self._first = what, now, done
@@ -95,7 +97,7 @@ class Display:
             self._preparing = None
 
     def note(self, text: str) -> None:
-        """Say what is seldom meant."""
+        """Print a note about something that is rarely intended."""
         self._say(f"Note: {text}", style="yellow")
 
     def _say(self, text: str, *, style: str = "") -> None:
@@ -103,7 +105,7 @@ class Display:
             say(text, style=style, console=self._console)
 
     def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
-        """Show what is about to run."""
+        """Print the settings of the run that is about to start."""
         federation = self._config.federation
         self._plan, self._done = proposal.plan, state.round * len(federation.active)
         self.earlier_s = state.seconds
@@ -129,20 +131,20 @@ class Display:
         )
 
     def site_replied(self, number: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._task is not None:
             said = self._round_text(self._done // len(self._config.federation.active) + 1, number)
             self._progress.update(self._task, completed=self._done + number, description=said)
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
-        """Say what a real site answered, and what its receipt comes to."""
+        """Print a real site's answer, and the epsilon that its receipt amounts to."""
         text = f"{what}, {size(num_bytes)}" if what == "update" else what
         if charged_rounds is not None and self._plan is not None:
             text += f", epsilon {epsilon_text(charged_epsilons(self._plan, charged_rounds)[0])}"
         self._say(f"  {site}: {text}", style="" if what == "update" else "yellow")
 
     def round_finished(self, state: LeadState) -> None:
-        """Print the round's line; a part that has no room there begins a new line."""
+        """Print the round's line, broken between its parts where the terminal is too narrow."""
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
             said = self._round_text(state.round + 1, 0)
@@ -160,7 +162,7 @@ class Display:
         self._console.print(line, soft_wrap=True)
 
     def _round_parts(self, state: LeadState) -> Iterator[tuple[str, str]]:
-        """A round's line in parts, each with its style."""
+        """Yield the parts of a round's line, each with its style."""
         assert self._plan is not None
         federation, last = self._config.federation, state.rounds[-1]
         rounds = rounds_in_all(state.rounds, federation)
@@ -197,9 +199,9 @@ def _left(seconds: float | None) -> str:
 
 
 def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
-    """The table of sites, and the scores; `whole_s` is how long it took with what came before training.
+    """Print the table of sites and the scores; `whole_s` is the total time in seconds, including loading.
 
-    With `tracking.log_level=debug` it says what epsilon by RDP is.
+    With `tracking.log_level=debug`, explain epsilon by RDP.
     """
     say_here = partial(say, console=console)
     privacy, final = result.privacy, result.final
@@ -239,7 +241,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
 
 
 def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
-    """Which round the run kept by its validation scores, and what it means that they ended it."""
+    """Describe the round that checkpoint selection kept, and what early stopping by these scores means for epsilon."""
     score = _scores({kept.judged_by: kept.score})
     text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
     if not kept.ended_early:
@@ -254,7 +256,7 @@ def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
 
 
 def _finding(code: str, config: RunConfig) -> str:
-    """A finding that speaks against the training, and what to do about it."""
+    """Describe a problem that training ran into, and what to do about it."""
     rates = config.training.lower_rates(clipped=config.privacy.private)
     lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
     page, worse = "(docs/own_data.md, When scores are low)", "The model is worse than before training."
@@ -269,7 +271,7 @@ def _finding(code: str, config: RunConfig) -> str:
 
 
 def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
-    """A run that is about to begin, with what to think twice about in yellow."""
+    """Build the table of a run's settings; rows that need attention are yellow."""
     trained, warnings = shared.initial_adapter.num_values, set[str]()
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
     rows = {
@@ -309,7 +311,7 @@ def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
 
 
 def _start(about: Mapping[str, Any]) -> str:
-    """The adapter that a run builds on, and what its own training spent."""
+    """Describe the adapter that a run starts from, and its prior spending."""
     on = "" if about.get("dataset", UNKNOWN) == UNKNOWN else f" on {about['dataset']}"
     if about.get("public"):
         spent = "it was trained without privacy on records that are declared to be public"

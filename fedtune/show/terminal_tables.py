@@ -1,4 +1,4 @@
-"""Sections of a title, a table and notes on a terminal; questions; files and JSON that commands write."""
+"""Sections on a terminal, each with a title, a table and notes; also questions, output files and JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NARROWEST = 8  # column of words
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A table with what is to be said about it."""
+    """A titled table with notes."""
 
     title: str = ""
     headings: tuple[str, ...] = ()  # of the columns; empty: without headings
@@ -43,12 +43,12 @@ class Section:
 
 
 def pairs(rows: Mapping[str, str], *, title: str = "") -> Section:
-    """Names and what they say, in two columns."""
+    """Build a two-column section from names and their values."""
     return Section(title=title, rows=tuple(rows.items()), words={0, 1}, whole={0})
 
 
 def show(sections: Iterable[Section], *, console: Console | None = None) -> None:
-    """Print sections with a line between them; one without rows and notes is left out."""
+    """Print sections separated by blank lines; empty sections are skipped."""
     console = console or Console()
     for section in (one for one in sections if one.rows or one.notes):
         console.print()
@@ -61,10 +61,10 @@ def show(sections: Iterable[Section], *, console: Console | None = None) -> None
 
 
 def write_file(path: Path, content: str | bytes, *, option: str) -> None:
-    """Write what a command made to the file that an option names, whole or not at all; one that is there is replaced.
+    """Write a command's output atomically to the file that an option names; an existing file is replaced.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
         write_durably(path, content.encode() if isinstance(content, str) else content)
@@ -73,7 +73,7 @@ def write_file(path: Path, content: str | bytes, *, option: str) -> None:
 
 
 def _table(section: Section, width: int) -> Text:
-    """The rows in columns, `width` wide; what is copied and has no room there makes its line longer, and is whole."""
+    """Lay out the rows in columns within `width`; a line gets longer if it contains an unbreakable path or hash."""
     gap = 2 if width >= 100 else 1
     rows = [tuple(map(harmless, row)) for row in section.rows]
     headings = tuple(map(harmless, section.headings)) or ("",) * len(rows[0])
@@ -94,9 +94,9 @@ def _table(section: Section, width: int) -> Text:
 
 
 def _apart(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
-    """The cells of a row; what stands behind one that is wider than its column, and never broken, goes below it.
+    """Lay out a row's cells; cells to the right of one that is wider than its column move below it.
 
-    Otherwise the terminal breaks the line wherever it ends, in the middle of a figure.
+    Otherwise the terminal would break the line anywhere, even within a number.
     """
     for at, cell in enumerate(cells[:-1], start=1):
         beside = max(map(len, cells[at:]))
@@ -106,7 +106,7 @@ def _apart(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
 
 
 def _widths(section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int) -> list[int]:
-    """Of the columns: where `room` is scarce, headings are broken first, then words, then the headings' own words."""
+    """Choose the column widths; if `room` is scarce, break headings first, then words, then the headings' own words."""
     held = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
     widths = [max(most, *map(cell_len, heading.split("\n"))) for heading, most in zip(headings, held, strict=True)]
     in_heading = [max(map(cell_len, heading.split() or [""])) for heading in headings]
@@ -124,17 +124,17 @@ def _placed(text: str, width: int, *, left: bool) -> str:
 
 
 def say(text: str, *, style: str = "", console: Console | None = None) -> None:
-    """Print a text in lines that the terminal has room for: see `fold`."""
+    """Print a text wrapped to the terminal's width, as `fold` does."""
     console = console or Console()
     lines = fold(harmless(text), width=console.width)
     console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
 def require_agreed(question: str, *, otherwise: str) -> None:
-    """Ask a person; no answer, as of a script without an input, is no.
+    """Ask a person for confirmation; no answer, for example without an input, counts as no.
 
     Raises:
-        RunError: the answer is no; it says what is `otherwise`.
+        RunError: the answer is no; the message is `otherwise`.
     """
     sys.stdout.write(f"{question} [y/N] ")
     sys.stdout.flush()
@@ -144,10 +144,10 @@ def require_agreed(question: str, *, otherwise: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value for machines."""
+    """Print a value as JSON."""
     sys.stdout.write(json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """A value as JSON; null stands for what nothing bounds, since JSON has no infinity."""
+    """Serialize a value as JSON; an unbounded value becomes null because JSON has no infinity."""
     return json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n"

@@ -1,1 +1,1 @@
-"""A site, simulated or real, below any transport: its files, its records and its part of a round."""
+"""A site, simulated or real, without its transport: its files, its records, and its part of a round."""

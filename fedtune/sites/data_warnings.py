@@ -1,7 +1,7 @@
-"""Notes on a run's data before it begins: nothing here is wrong, but it is seldom meant.
+"""Warnings about a run's data, printed before it begins: nothing here is an error, but it is rarely intended.
 
-Only the lead's own records and those of simulated sites are looked at.  Figures about simulated sites' records are for
-the person at the keyboard; no guarantee covers them, and no run with real sites has them.
+Only the lead's own records and the records of simulated sites are inspected.  Figures about simulated sites' records
+are for the person at the keyboard; no privacy guarantee covers them, and runs with real sites do not have them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COMPARED: dict[tuple[object, ...], bool] = {}  # by a run and files as they are
 
 
 def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
-    """About the lead's own records."""
+    """Yield warnings about the lead's own records."""
     for key, data in (("validation", validation), ("test", test)):
         if data is not None:
             yield from _left_out(data.left_out, f"data.{key}_file")
@@ -42,10 +42,11 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
 
 
 def check_decides(config: RunConfig) -> None:
-    """Check that the scores which end a run, choose its round or pick a run of a search tell nothing of a site.
+    """Check that the scores used for early stopping, checkpoint selection or a search reveal nothing about a site's
+    records.
 
     Raises:
-        ConfigError: there is no validation file of the lead's, or it holds what simulated sites train on.
+        ConfigError: the lead has no validation file, or the file contains records that simulated sites train on.
     """
     try:
         config.data.check_may_decide()
@@ -60,7 +61,7 @@ def check_decides(config: RunConfig) -> None:
 
 
 def may_decide(config: RunConfig) -> bool:
-    """`check_decides` lets a run's scores decide."""
+    """Return True if `check_decides` accepts the run, so that its scores may be used for decisions."""
     try:
         check_decides(config)
     except ConfigError:
@@ -74,7 +75,10 @@ def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
 
 
 def is_training_file(config: RunConfig, file: str) -> bool:
-    """A file holds what simulated sites of a run train on, or a part of it; False where nothing tells it."""
+    """Return True if a file contains the training records of a run's simulated sites, or a part of them.
+
+    False if that cannot be determined.
+    """
     names = [name for name, key in RunRecords(config).files().items() if key == "data.train_file"]
     try:
         found = {name: resolve_file(name, shipped_folders(), key="data.train_file") for name in (*names, file)}
@@ -93,7 +97,9 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _has_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
-    """All records of `file` are among those of the others, or the other way round, as far as texts tell them apart."""
+    """Return True if all records of `file` are among those of the other files, or vice versa, as far as texts can
+    identify records.
+    """
     own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
     said, theirs = said_by_role(own), said_by_role(LeadRecords.read(file, config, key="data.train_file").records)
     # Not of fewer, such as features of two values: others have the same by chance.
@@ -102,7 +108,7 @@ def _has_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
 
 
 def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
-    """About the records of a simulation's sites."""
+    """Yield warnings about the records of a simulation's sites."""
     yield from _left_out(dealt.left_out, "data.train_file")
     if dealt.shared_users:
         yield (

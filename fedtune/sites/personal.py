@@ -1,7 +1,8 @@
-"""A site's own adapter: it begins in a run's final one and goes on with the site's records, without noise.
+"""A site's personalized adapter: it starts from a run's final adapter and continues on the site's records, without
+noise.
 
-What never leaves a site needs no noise and is charged to nobody.  So nothing that is made from it may leave, either:
-its folder says whose it is, and `SavedAdapter.read` refuses it wherever a run would begin in it.
+What never leaves a site needs no noise and charges no budget.  In return, nothing derived from it may leave the site
+either: its folder is marked as private to the site, and `SavedAdapter.read` rejects it as the start of a run.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ Made by `fedtune personalise` or `fedtune site personalise` on {day}.
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A site's records, by what each is for."""
+    """A site's records, split by purpose: training, selection and scoring."""
 
     training: list[Record]  # the own adapter trains on them
     choosing: list[Record]  # they choose the learning rate and when to stop
@@ -68,12 +69,12 @@ class Parts:
 
     @classmethod
     def of(cls, records: SiteRecords, *, key: bytes, unit: Unit) -> Parts:
-        """Part what the run held out in two; or, where it held nothing out, 30 % of all records.
+        """Split the records that the run held out into two halves; if the run held out none, split 30 % of all records.
 
         Args:
-            records: the site's.
-            key: the site's own secret: a record's hash under it (its user's, with unit "user") says where it goes.
-            unit: that is not parted.
+            records: the records of the site.
+            key: the site's own secret: a keyed hash of each record (of its user, with unit "user") determines the part.
+            unit: the privacy unit, which is never split between parts.
 
         Raises:
             DataError: a part has fewer than `FEWEST_RECORDS` records.
@@ -102,25 +103,26 @@ def personalise(
     lenient: bool = False,
     progress: Progress = silent,
 ) -> int:
-    """Make a site's own adapter, and write it into a folder that says so.
+    """Train a site's personalized adapter, and write it into a folder that is marked as private to the site.
 
-    Guarantee: none, to whoever sees the result, for the site's records.  Those of other sites have the guarantee of
-    the run, since this is post-processing of its adapter.  Nothing is charged, and the ledger is not touched.
+    Guarantee: none for this site's records against anyone who sees the result.  The records of other sites keep the
+    guarantee of the run, because this is post-processing of its adapter.  Nothing is charged, and the ledger is not
+    touched.
 
     Args:
-        config: of the run, with the site's files in it.
+        config: the configuration of the run, with the site's own files.
         adapter: the folder of the run's final adapter.
-        parts: the site's records.
-        site: its name.
-        into: the folder to write; what was there is replaced as a whole.
-        alone: a folder for the same without the federation: it begins where the run began.
-        beside_ledger: the folder of the site's ledger, in which `NOTE` says that this was made.
-        label: the SVG that its card shows, beside it.
-        lenient: no record may end the training, as at a real site.
-        progress: told how far it is.
+        parts: the records of the site.
+        site: the name of the site.
+        into: the folder to write; existing content is replaced as a whole.
+        alone: the folder for a baseline trained without the federation, from the starting point of the run.
+        beside_ledger: the folder of the site's ledger, where `NOTE` records that a personalized adapter was made.
+        label: the SVG image that the model card shows.
+        lenient: whether no record may make the training fail, as at a real site.
+        progress: called with the progress of the training.
 
     Returns:
-        Passes over the training records; 0: the run's own adapter was the best.
+        The number of passes over the training records; 0 if the run's own adapter was the best.
 
     Raises:
         ConfigError: the model or the adapter cannot be loaded.
@@ -154,10 +156,10 @@ def personalise(
 
 
 def note_made(folder: Path, *, run: str, day: str) -> None:
-    """Add to `NOTE` that an own adapter was made.
+    """Record in `NOTE` that a personalized adapter was made.
 
     Raises:
-        RunError: what is there is damaged.
+        RunError: the existing file is damaged.
     """
     made = [*_noted(folder / NOTE), {"run": run, "made": day}]
     write_durably(folder / NOTE, json.dumps(made, indent=1).encode() + b"\n")
@@ -174,16 +176,19 @@ def _noted(path: Path) -> list[Any]:
 
 
 class _Fit:
-    """Training without noise on some of `examples`; the loss on others chooses the rate and when to stop."""
+    """Training without noise on some of `examples`; the loss on the others selects the learning rate and the stopping
+    time.
+    """
 
     def __init__(self, shared: RunModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
         self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
 
     def best(self, start: Adapter, *, what: str) -> int:
-        """Leave in the model the adapter of the lowest mean loss on the records that choose; return its passes.
+        """Train, and leave the adapter with the lowest mean selection loss in the model; return its number of passes.
 
-        Passes are made at the highest rate as long as each lowers the loss, then from the best so far at the next one.
-        Records come in the same order for every start, which itself is left where nothing was lower.
+        Passes run at the highest learning rate while each of them lowers the loss, and then continue from the best
+        adapter at the next lower rate.  The order of the records is the same for every start.  If no pass lowers the
+        loss, the start itself is kept.
         """
         shared, order = self._shared, np.random.default_rng(self._shared.config.seed)
         start.load_into(shared.model)
@@ -202,7 +207,7 @@ class _Fit:
         return passes
 
     def _pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
-        """One step for each `_BATCH` records."""
+        """Make one pass over the records, with an optimizer step for each batch of `_BATCH` records."""
         model = self._shared.model
         for batch in np.array_split(records, max(1, len(records) // _BATCH)):
             mean_gradient(model, self._examples, self._examples.cut(batch), count=len(batch))
@@ -212,7 +217,7 @@ class _Fit:
             optimizer.step()
 
     def _loss(self) -> float:
-        """The mean of the losses that are numbers; infinite where none is."""
+        """Return the mean of the finite losses on the selection records; infinite if no loss is finite."""
         with scoring(self._shared.model):
             losses = [self._shared.model.losses(batch) for batch in self._examples.cut(self._choosing)]
         found = torch.cat(losses).double()

@@ -1,4 +1,4 @@
-"""A real site: its own files, records and models, and the runs that leads send it."""
+"""A real site: its own files, records and models, and the runs that leads send to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SiteProcess:
-    """A real site's process between requests: model and records of the newest run, and the places of its files."""
+    """The state of a real site's process between requests: model and records of the newest run, and the paths of its
+    files.
+    """
 
     site_toml: Path  # its policy
     installed: Callable[[str], Path]  # the folder of an installed base model, by hash; raises ConfigError for none
@@ -46,10 +48,10 @@ class SiteProcess:
     parties: Parties = field(default_factory=Parties, init=False)
 
     def site(self, settings: str) -> Site:
-        """Open the site as its files stand now, for a run with these settings (JSON as a lead sent it, unchecked).
+        """Open the site with its current files, for a run with these settings (unvalidated JSON, as sent by the lead).
 
         Raises:
-            ConfigError: the policy cannot be read, or is of a simulated site.
+            ConfigError: the policy cannot be read, or belongs to a simulated site.
             RunError: the ledger cannot be trusted or written.
         """
         files = SiteFiles.of(self.site_toml)
@@ -58,7 +60,9 @@ class SiteProcess:
         return RealSite(self, files, settings)
 
     def work(self, run: str, shared: RunModel, files: SiteFiles) -> SiteWork:
-        """The run's records with the model; kept until another run comes, or files, policy or machine change."""
+        """Return the run's records with the model; cached until another run arrives, or the file, the policy or the
+        machine changes.
+        """
         version = version_of(Path(shared.config.data.train_file))
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
@@ -87,10 +91,12 @@ class SiteProcess:
         )
 
     def shared_model(self, config: RunConfig, policy: Policy) -> RunModel:
-        """The model, kept while runs want the same one on the same machine; only one that passed its try is kept.
+        """Return the model, reused as long as runs need the same model on the same machine; only a model that passed
+        its tests is kept.
 
-        Guarantee: no record is freed here, since that takes as long as there are records, and whoever asks may be
-        charged nothing.  `work` frees them, which is held to the schedule of a charged round's answers.
+        Guarantee: no record is freed here, because freeing takes time in proportion to the number of records, and a
+        sender who is charged nothing could measure it.  `work` frees them, within the padded reply time of a charged
+        round.
         """
         size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
         kept = self._model
@@ -113,7 +119,7 @@ class SiteProcess:
 
 
 class RealSite(WorkingSite):
-    """A site of real people's records, opened for a request with a run's settings."""
+    """A site with the records of real people, opened for one request with the settings of a run."""
 
     def __init__(self, process: SiteProcess, files: SiteFiles, settings: str) -> None:
         super().__init__(files, files.open(), process.parties, members=files.policy.trust.members)
@@ -121,15 +127,23 @@ class RealSite(WorkingSite):
 
     @property
     def paused(self) -> bool:
-        """A person at the site wants it to pause."""
+        """Whether a person at the site has paused it."""
         return self._process.paused()
 
     def check_settings(self, proposal: Proposal) -> None:
-        """Check the settings that came with the request; loads nothing."""
+        """Check the settings that came with the request, without loading anything.
+
+        Raises:
+            Refused: the settings do not match the proposal, or cannot be used at this site.
+        """
         self._at_site(self._as_named(proposal))
 
     def _as_named(self, asked: Proposal) -> RunConfig:
-        """The settings that were sent, which are those that the run was named after."""
+        """Return the settings that were sent, after checking that they match the run's name and proposal.
+
+        Raises:
+            Refused: the settings are unreadable, or belong to another run, site or plan.
+        """
         sent, site = read_settings(self._settings, plan=asked.plan), self._files.policy.site
         if sent.run_id() != asked.run:
             # The run's name holds a digest of its settings, so that the lead's signature covers them.
@@ -147,7 +161,7 @@ class RealSite(WorkingSite):
         return at_site(sent, self._files.policy, folder=folder, installed=self._process.installed)
 
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Check the settings, and load and try the model where the process has not got it yet."""
+        """Check the settings, and load and test the model if this process has not done so yet."""
         config = self._at_site(self._as_named(proposal))
         Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
         require_reader(Path(config.data.train_file))
@@ -161,7 +175,7 @@ class RealSite(WorkingSite):
         )
 
     def store(self, proposal: Proposal) -> None:
-        """Keep the settings, and no others than those of runs that were charged."""
+        """Store the settings of a run, and delete stored settings of runs that were never charged."""
         # No longer than what they say: a lead may send as many spaces as it likes.
         shortest = json.dumps(json.loads(self._settings), ensure_ascii=False, separators=(",", ":"))
         write_durably(self._process.runs / f"{proposal.run}.json", shortest.encode())
@@ -170,11 +184,11 @@ class RealSite(WorkingSite):
                 file.unlink(missing_ok=True)
 
     def work(self, run: str) -> SiteWork:
-        """The site's records with the model, for a run that was prepared."""
+        """Return the site's records with the model, for a prepared run."""
         return self._process.work(run, self._shared, self._files)
 
     def keep(self, run: str, adapter: Adapter) -> None:
-        """Write the final adapter as a folder that `fedtune evaluate` takes."""
+        """Save the final adapter in a folder that `fedtune evaluate` accepts."""
         settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
         config = self._at_site(read_settings(settings, plan=self.ledger.history.runs[run].proposal.plan))
         shared = self._process.shared_model(config, self._files.policy)
@@ -187,20 +201,22 @@ class RealSite(WorkingSite):
         log.info("the final adapter is kept", extra={"run": run})
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:
-        """Put the run before a person here, with the settings it was named after and its lead's version of fedtune.
+        """Submit the run to a person at the site for approval, with the settings behind its name and the lead's version
+        of fedtune.
 
         Raises:
-            Refused: other settings came with the request, whatever it asks for, so that there is nothing to show.
+            Refused: the settings that came with the request do not match the proposal, so there is nothing to show.
         """
         self._process.awaits(proposal, json.dumps(self._as_named(proposal).decisive(), sort_keys=True), software)
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
-    """A site's records for a run: what it trains on, and what it holds out.
+    """Read a site's records for a run: the training records and the held-out records.
 
     Args:
-        config: of the run, with the site's own files in it.
-        files: of the site, whose key decides what is held out: nobody outside knows of a record which it is.
+        config: the configuration of the run, with the site's own files.
+        files: the site's files; its key selects the held-out records, so that nobody outside can tell which records
+            they are.
     """
     key = files.key().secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, config.bound_task

@@ -1,6 +1,6 @@
-"""The records that the person who starts a run may look at, read before there is a model.
+"""The records that the person who starts a run may inspect, read before the model is loaded.
 
-They are the lead's, and simulated sites'.
+They belong to the lead and to simulated sites.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WRITTEN = "written.sha256"  # in a run's folder: digests of the texts that it wr
 
 @dataclass(frozen=True, slots=True)
 class LeadRecords:
-    """Records that the lead may look at, and what of their file could not be used."""
+    """Records that the lead may inspect, and the rows of their file that were skipped."""
 
     records: list[Record]
     left_out: LeftOut = NONE_LEFT_OUT
@@ -47,10 +47,12 @@ class LeadRecords:
     def read(
         cls, file: str, config: RunConfig, *, key: str, rows: int | None = None, unit: Unit = "record"
     ) -> LeadRecords:
-        """`rows` records of the file that the setting `key` names; with unit "user" they name their users.
+        """Read the records of a file, at most `rows` of them; with unit "user", each record includes its user.
+
+        `key` is the setting that names the file, for error messages.
 
         Raises:
-            DataError: the file cannot be read, or has rows that cannot be used where the settings leave none out.
+            DataError: the file cannot be read, or has unusable rows and the settings do not skip them.
         """
         task, data = config.bound_task, config.data
         columns, fault = task.columns(data, unit=unit), task.fault(data)
@@ -59,7 +61,11 @@ class LeadRecords:
 
     @classmethod
     def to_score(cls, config: RunConfig, file: str | None) -> LeadRecords:
-        """The records of a file, or those that the run keeps for its test."""
+        """Read the records of a file to be scored; without a file, return the run's own test records.
+
+        Raises:
+            ConfigError: no file is given, and the run has no test records.
+        """
         if file is not None:
             return cls.read(file, config, key="--data")
         if (own := RunRecords(config).test) is None:
@@ -68,16 +74,16 @@ class LeadRecords:
 
 
 class RunRecords:
-    """A run's records, each file read once."""
+    """All records of a run; each file is read once."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
 
     def read(self) -> None:
-        """Read all there is, so that what is wrong with a file is said before a model is loaded.
+        """Read all files, so that errors in a file are reported before a model is loaded.
 
         Raises:
-            DataError: as `LeadRecords.read`, or a site would have no record.
+            DataError: as in `LeadRecords.read`, or a site would have no records.
         """
         _ = self.validation, self.test
         if self._config.runtime.kind != "deployment":
@@ -85,7 +91,7 @@ class RunRecords:
 
     @cached_property
     def dealt(self) -> Dealt:
-        """All records of a simulation, dealt out."""
+        """All records of a simulation, partitioned by site."""
         return deal_out(self._config)
 
     @cached_property
@@ -106,18 +112,20 @@ class RunRecords:
 
     @property
     def folders(self) -> Path:
-        """Where the run's folder is, and those of others."""
+        """The parent folder of all run folders."""
         return Path(self._config.tracking.output_dir)
 
     def by_setting(self) -> dict[str, list[Record]]:
-        """All that the run reads here, by the setting that names its file; the records of real sites are not here."""
+        """Return all records that the run reads on this machine, by the setting that names their file; real sites'
+        records are elsewhere.
+        """
         sites = () if self._config.runtime.kind == "deployment" else self.dealt.sites
         read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
         read |= {"data.validation_file": self.validation.records if self.validation else []}
         return read | {"data.test_file": self.test.records if self.test else []}
 
     def files(self) -> dict[str, str]:
-        """The files that the run reads here, and the setting that names each."""
+        """Return the files that the run reads on this machine, each with the setting that names it."""
         config, data = self._config, self._config.data
         names = [] if config.runtime.kind == "deployment" else config.federation.names
         files = dict.fromkeys((data.train_file.replace(SITE, name) for name in names), "data.train_file")
@@ -125,7 +133,7 @@ class RunRecords:
         return files | {file: key for key, file in named.items() if file is not None and file not in files}
 
     def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
-        """All records of each of them, whether the run uses them or not, behind the file's setting."""
+        """Yield the setting and all records of each file in `files`, whether or not the run uses the records."""
         for file, key in self.files().items():
             yield key, LeadRecords.read(file, self._config, key=key).records
 
@@ -134,7 +142,7 @@ class RunRecords:
 
 
 def deal_out(config: RunConfig) -> Dealt:
-    """Deal out the records of a simulation."""
+    """Partition the records of a simulation by site."""
     task, unit = config.bound_task, config.privacy.unit
     columns = task.columns(config.data, partition=True, unit=unit)
     fault = task.fault(config.data)
@@ -142,12 +150,13 @@ def deal_out(config: RunConfig) -> Dealt:
 
 
 def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
-    """The simulated site that each test record is of, or would be at, dealt out as the training records were.
+    """Assign each test record to a simulated site by the rule that partitioned the training records.
 
-    None where that says nothing of a record: sites whose records are alike, or a test file beside the sites' own files.
+    Returns None if the assignment would be meaningless: the sites' records are alike, or the test file is separate from
+    the sites' own files.
 
     Raises:
-        DataError: the records' file lacks the column that the partition goes by.
+        DataError: the file lacks the column that the partition depends on.
     """
     partition, names = config.data.partition, config.federation.names
     match partition.kind:
@@ -172,15 +181,17 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
 
 
 def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
-    """Check that public records, of the file that `key` names, are neither a run's own nor what a run here wrote.
+    """Check that public records, from the file that `key` names, are neither the run's own records nor texts generated
+    by a run in the same folder.
 
-    Texts are compared in one form (`in_one_form`), each role of the file with each role that tells the run's records
-    apart (`telling`): a prompt may be new beside an answer that is not.
+    Texts are compared in a normalized form (`in_one_form`), each role of the file with each role that identifies the
+    run's records (`telling`): a prompt may be new even if its answer is not.
 
     Raises:
-        ConfigError: more than `MOST_SHARED` of the texts that the run uses of a file, of all texts of such a file, or
-            of the public ones are both; the records of real sites are not here.  As many of the public ones were
-            written by a run, or a card beside them says so, unless they `may_owe` and have their card.
+        ConfigError: the public records share more than `MOST_SHARED` of the texts that the run uses from a file, of all
+            texts in such a file, or of the public texts; real sites' records are elsewhere and are not compared.  Also
+            if more than that share of the public texts was written by a run, or a card next to the file says so, unless
+            `may_owe` is set and the file has its card.
     """
     files = [*own.whole_files()]
     roles = telling(said_by_role(record for _, others in files for record in others))
@@ -199,7 +210,9 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
 
 
 def said_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]:
-    """Role -> all texts in one form, counted; features and images, which are none, stand as one."""
+    """Count all normalized texts, by role; records without texts, such as features and images, count as one text
+    each.
+    """
     found = defaultdict[str, Counter[str]](Counter)
     for record in records:
         for role, text in [*record.texts()] or [("", record.said)]:
@@ -208,42 +221,51 @@ def said_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]:
 
 
 def in_one_form(text: str) -> str:
-    """A text without differences of case, blanks, form or invisible letters, which no copy is told apart by."""
+    """Normalize case, whitespace, Unicode form and invisible characters, so that trivially changed copies of a text
+    compare equal.
+    """
     return unicodedata.normalize("NFKC", one_form(text)).casefold()
 
 
 def telling(said: Mapping[str, Counter[str]]) -> list[str]:
-    """The roles that tell records apart: those whose texts mostly come once, and the role with most different texts.
+    """Return the roles that identify records: roles in which most texts are unique, and the role with the most distinct
+    texts.
 
-    Others hold what many records share: a code, which may be given anew, or an answer of one word.
+    The other roles hold texts that many records share, such as a code that may be assigned again or a one-word answer.
     """
     most = max(map(len, said.values()), default=0)
     return [role for role, texts in said.items() if len(texts) == most or 2 * len(texts) > texts.total()]
 
 
 def card_of(file: Path, suffix: str) -> Path:
-    """Where the card of a file of synthetic records is: `.json` for programs, `.md` for people."""
+    """Return the path of the card of a file with synthetic records: `.json` for programs, `.md` for people."""
     return file.with_name(f"{file.name}.card{suffix}")
 
 
 def has_card(file: str, *, key: str) -> bool:
-    """Whether a file of records has a card beside it, in whatever form."""
+    """Return True if a card exists next to a file of records, in any form."""
     path = resolve_file(expand_home(file, key=key), shipped_folders(), key=key).resolve()
     return os.path.lexists(card_of(path, ".json"))
 
 
 def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
-    """Check that a file declared public, or a site's own, is not one of synthetic records, which owe to some runs."""
+    """Check that a file declared public, or a site's own file, does not hold synthetic records, which inherit privacy
+    loss from runs.
+
+    Raises:
+        ConfigError: the file has a card.
+    """
     if has_card(file, key=key):
         card = card_of(Path(file), ".json").name
         raise ConfigError(key, file, f"must hold {kind} records: {card} beside it says which runs these owe to")
 
 
 def note_written(run: Path, texts: Iterable[str]) -> None:
-    """Keep digests of texts that a run wrote in its folder, so that a copy without its card passes for public nowhere.
+    """Store digests of the texts that a run wrote in its folder, so that a copy without its card does not pass as
+    public.
 
     Raises:
-        ConfigError: the folder cannot be written to.
+        ConfigError: the folder is not writable.
     """
     try:
         known = (run / WRITTEN).read_text().split() if (run / WRITTEN).exists() else []
@@ -253,7 +275,11 @@ def note_written(run: Path, texts: Iterable[str]) -> None:
 
 
 def require_not_written(records: Iterable[Record], folder: Path, *, key: str, file: str) -> None:
-    """Check that records are not synthetic ones of a run in `folder`: of its texts no role may have more than a few."""
+    """Check that at most `MOST_SHARED` of the texts in each role were written by a run in `folder`.
+
+    Raises:
+        ConfigError: more of them were, so the records are synthetic.
+    """
     found = {role: {_digest_of(text) for text in texts} for role, texts in said_by_role(records).items()}
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(place.read_text().split())
@@ -267,7 +293,11 @@ def _digest_of(text: str) -> str:
 
 
 def file_sha256(file: Path, *, key: str) -> str:
-    """The SHA-256 of the file of records that `key` names, in hexadecimal: which one it was."""
+    """Return the SHA-256 of the file of records that `key` names, in hex, as its identity.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
@@ -275,12 +305,16 @@ def file_sha256(file: Path, *, key: str) -> str:
 
 
 def asked_records(config: RunConfig, name: str, *, key: str, columns: Mapping[str, str] | None = None) -> list[Record]:
-    """The records of the file that the option `key` names, without their answers; of a text file a line is one.
+    """Read prompts from the file that the option `key` names, without answers; in a text file, each line is a prompt.
 
-    `columns`: by role, those that are named otherwise there than in the run's own files.
+    Args:
+        config: the configuration of the run.
+        name: the file.
+        key: the option that names the file, for error messages.
+        columns: role -> column, for columns with other names than in the run's own files.
 
     Raises:
-        DataError: the file cannot be read, or has none.
+        DataError: the file cannot be read, or has no prompts.
     """
     path, task = resolve_file(expand_home(name, key=key), shipped_folders(), key=key), config.bound_task
     if path.suffix.lower() == ".txt":
@@ -308,7 +342,7 @@ def _lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
 
 
 def _unanswered(record: Record) -> Record:
-    """A conversation without the answers at its end, which are to be written."""
+    """Remove the assistant turns at the end of a conversation, which are to be generated."""
     if "messages" not in record.fields:
         return record
     turns = json.loads(record.fields["messages"])

@@ -1,9 +1,10 @@
-"""State that one process keeps between simulated runs: a loaded and tried model, and its results on records.
+"""State that a process keeps between simulated runs: a loaded and tested model, and its results on records.
 
-A sweep, a search or a comparison makes several runs, which differ in noise, rates, rounds or sites.  Loading the model,
-trying it, running the frozen layers over the records and scoring the model before training have the same result in all
-of them, so they are done once.  The kept state depends on public settings, the base model and each record alone, and is
-bit for bit what a run would compute itself.  A real site keeps nothing of its records from run to run.
+A sweep, a search or a comparison makes several runs that differ in noise, rates, rounds or sites.  Loading the model,
+testing it, running the frozen layers over the records and scoring the model before training give the same result in
+each of them, so each is done once.  The stored state depends only on public settings, the base model and individual
+records, and is bit-identical to what a run would compute itself.  A real site keeps nothing about its records between
+runs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _M = TypeVar("_M")
 
 @dataclass
 class Session:
-    """The caller of several runs keeps one, and passes it to each run; as a context manager it is emptied at exit."""
+    """A cache for several runs, passed by the caller to each run; as a context manager, it is cleared on exit."""
 
     # the `LoadedModel` of the newest run (typed Any, since its module imports this one); None before the first run
     model: Any = None
@@ -38,7 +39,7 @@ class Session:
         self.clear()  # what comes next, such as scoring all runs, needs the memory
 
     def clear(self) -> None:
-        """Drop all state of earlier runs."""
+        """Drop the state of all earlier runs."""
         self.model, self._num_tokens = None, 0
         self._states.clear()
         self._before.clear()
@@ -52,9 +53,9 @@ class Session:
         return found
 
     def states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
-        """Return what keeps the frozen layers' outputs for a data set: from an earlier run, or made now.
+        """Return the store for the frozen layers' outputs on a data set, from an earlier run or newly made.
 
-        Older ones are dropped if a new one exceeds the memory set aside; a run keeps those that it uses.
+        If a new store exceeds the reserved memory, older stores are dropped; a running run keeps those in use.
         """
         key = f"{about} {_digest(dataset)}"
         if key not in self._states:
@@ -67,7 +68,10 @@ class Session:
         return found
 
     def before(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
-        """The model's result on a data set before training; `about` tells apart settings of scoring and references."""
+        """Return the model's result on a data set before training, from an earlier run or newly made.
+
+        `about` distinguishes scoring settings and references.
+        """
         key = f"{about} {_digest(dataset)}"
         if key not in self._before:
             self._before[key] = make()

@@ -1,4 +1,6 @@
-"""One frozen base model with its tokenizer, shared by everybody in a process: sites, and the lead with its own data."""
+"""One frozen base model with its tokenizer, shared by everybody in a process: the sites, and the lead with its own
+data.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ _measured: dict[_Facts, tuple[Shapes, float]] = {}
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Shows nobody what is done: at a real site that would be how many records there are."""
+    """Show no progress; real sites use this function, because progress would reveal the number of records."""
 
 
 class LoadedModel:
@@ -347,7 +349,10 @@ class RunModel:
 
 
 def _with_processes(config: RunConfig, *, alone: bool) -> RuntimeSpec:
-    """The run's runtime with a number of devices, chosen where it names none; `alone`: of one that nobody chose."""
+    """Return the run's runtime settings with a number of devices, chosen automatically if the settings give none.
+
+    `alone`: use a single device unless the settings give a number.
+    """
     steps = config.federation.num_rounds * config.training.local_steps
     sampled = config.privacy.sampling_rate * config.privacy.contribution * sum(config.declared_sizes().values())
     # Another process runs the main program's file again; of fedtune's own it is known that this does nothing.
@@ -359,7 +364,7 @@ def _with_processes(config: RunConfig, *, alone: bool) -> RuntimeSpec:
 
 @dataclass(frozen=True)
 class LeadData:
-    """Records that the lead may look at, and the same tokenised; not covered by the guarantee."""
+    """Records that the lead may inspect, raw and tokenized; not covered by the privacy guarantee."""
 
     records: list[Record]  # as they were read
     examples: TextDataset  # the same, tokenised
@@ -369,16 +374,16 @@ class LeadData:
 
     @classmethod
     def of(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
-        """Tokenise what was read."""
+        """Tokenize the lead's records."""
         examples = config.bound_task.tokenise(own.records, tokenizer, data=config.data)
         return cls(own.records, examples, left_out=own.left_out)
 
 
 def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrainedTokenizerBase, TaskModel]:
-    """Tokenizer and model, for whatever they are wanted: to train, to score, or to score a saved adapter.
+    """Load the tokenizer and the model, for training, for scoring, or for scoring a saved adapter.
 
     Raises:
-        ConfigError: they cannot be loaded, or do not fit each other or the settings.
+        ConfigError: they cannot be loaded, or are incompatible with each other or with the settings.
     """
     model = ready_model(build, config.runtime, max_length=config.data.max_length)
     tokenizer = input_of(config.data).reader(config.data, model.spec.model, base=model.base)
@@ -388,7 +393,7 @@ def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrained
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures from which a model's scores on some data are computed."""
+    """The figures per record and per generated text from which a model's scores are computed."""
 
     examples: Figures  # figures of each record, by name
     texts: Figures  # figures of the text that the model wrote for each prompt; empty: it wrote none
@@ -397,7 +402,7 @@ class Measured:
     def of(
         cls, model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
     ) -> Measured:
-        """Run the model over the data; `generate`: it writes texts too, where its task does and the settings ask."""
+        """Run the model on the data; with `generate`, also generate texts if the task and the settings allow it."""
         spec = config.evaluation
         pad_id, most = tokenizer.pad_token_id, spec.max_tokens
         examples = figures_of(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
@@ -411,13 +416,13 @@ class Measured:
         return cls(examples, text_figures(texts, references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:
-        """The scores of a round, by name."""
+        """Compute the scores of a round, by name."""
         return model.task.scores(self.examples, spec=model.spec)
 
     def final_scores(self, model: TaskModel) -> dict[str, float]:
-        """The scores of a finished run, by name."""
+        """Compute the scores of a finished run, by name, including those of generated texts."""
         return model.task.final_scores(self.examples, spec=model.spec) | (text_scores(self.texts) if self.texts else {})
 
     def detail(self, model: TaskModel) -> Detail | None:
-        """The detail behind the scores."""
+        """Compute the details behind the scores, such as scores per label; None if the task has none."""
         return model.task.detail(self.examples, spec=model.spec)

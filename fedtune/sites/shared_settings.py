@@ -1,6 +1,6 @@
-"""One run's settings on their way from the lead to the sites: what is sent, and what a site puts in its place.
+"""The settings of a run on their way from the lead to the sites: what is sent, and what a site replaces.
 
-A lead names a data set, a task, a template and a model by its hash.  Files, columns and devices are the site's own.
+A lead names a data set, a task, a template, and a model by its hash.  Files, columns and devices are the site's own.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, Re
 
 
 def for_sites(config: RunConfig) -> RunConfig:
-    """The part of a lead's configuration that sites are sent: noise and weights fixed, nothing of the lead's machine.
+    """Return the part of a lead's configuration that is sent to sites: noise and weights are fixed, and nothing
+    describes the lead's machine.
 
     Raises:
-        ConfigError: the model cannot be had, so that it cannot be named by its hash.
+        ConfigError: the model is not available, so it cannot be named by its hash.
     """
     columns = config.bound_task.columns(config.data, unit=config.privacy.unit)
     noise = config.plan().noise_multiplier
@@ -60,20 +61,20 @@ def for_sites(config: RunConfig) -> RunConfig:
 
 
 def text_for_sites(sent: RunConfig) -> str:
-    """The settings as they travel, of a configuration that `for_sites` made."""
+    """Return the settings as JSON text to send; `sent` is the result of `for_sites`."""
     return json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
 
 
 @lru_cache(maxsize=4)
 def read_settings(text: str, *, plan: Plan) -> RunConfig:
-    """The configuration that a lead sent.
+    """Read the configuration that a lead sent.
 
     Args:
-        text: as it came, from anybody.
-        plan: the one that the lead signed, and that policy and budget allow.
+        text: untrusted JSON text, as received.
+        plan: the plan that the lead signed and that policy and budget allow.
 
     Raises:
-        Refused: this version of fedtune does not know the settings, or they are not those of `plan`.
+        Refused: this version of fedtune does not know the settings, or they do not match `plan`.
     """
     fields: dict[str, Any] = {}
     try:
@@ -92,7 +93,9 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
 
 
 def _keys_apart(sent: Mapping[str, Any]) -> str:
-    """The settings that only one of two versions knows: the lead's, which sent these, or this one."""
+    """List the settings that only one of the two versions of fedtune knows: the lead's, which sent the settings, or
+    this one.
+    """
     hints = get_type_hints(RunConfig)
     apart = {*hints} ^ {*sent} if sent else set()
     for group, spec in hints.items():
@@ -102,7 +105,10 @@ def _keys_apart(sent: Mapping[str, Any]) -> str:
 
 
 def _plan_of(fields: dict[str, Any], *, bound: int) -> Plan:
-    """The plan of settings that are yet to be validated; `bound` follows from the task, which the proposal checks."""
+    """Compute the plan from settings that have not been validated yet.
+
+    `bound` depends on the task and is checked with the proposal.
+    """
     given, federation = dict(fields["privacy"]), fields["federation"]
     cohorts = given.pop("cohorts", None)
     privacy = PrivacySpec(**given, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
@@ -122,16 +128,16 @@ def _plan_of(fields: dict[str, Any], *, bound: int) -> Plan:
 
 
 def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]) -> RunConfig:
-    """The settings that were sent, with the site's own files, columns and machine.
+    """Replace files, columns and machine in the received settings with the site's own.
 
     Args:
-        config: as it was sent; policy and budget allow it.
-        policy: the site's.
-        folder: where the policy lies; its paths start there.
-        installed: the folder of the base model with a given hash; raises ConfigError where it is not installed.
+        config: the received configuration, which policy and budget allow.
+        policy: the site's policy.
+        folder: the folder of the policy file, from which its relative paths start.
+        installed: returns the folder of the base model with a given hash; raises ConfigError if it is not installed.
 
     Raises:
-        Refused: the site has no such data set or base model, or the run names no hash.
+        Refused: the site lacks the data set or the base model, or the run names no hash.
     """
     dataset = next((declared for declared in policy.dataset if declared.id == config.data.dataset), None)
     if dataset is None:
@@ -151,7 +157,11 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
 
 
 def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
-    """An experiment over a real site's own file, as its policy, which lies in `folder`, has it."""
+    """Return the configuration for an experiment on a real site's own file, as described by its policy in `folder`.
+
+    Raises:
+        ConfigError: the policy does not list the data set.
+    """
     dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
     if dataset is None:
         known = ", ".join(one.id for one in policy.dataset) or "none"
@@ -165,14 +175,14 @@ def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig
 
 
 def _named_model(model: ModelSpec) -> ModelSpec:
-    """The model by its hash, without the place where the lead has it."""
+    """Return the model settings with the model's hash and without the lead's path."""
     sha256 = model.sha256 or model_sha256(model)
     path = model.path if model.built_in or model.path.startswith(PACKAGE) else AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 
 
 def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
-    """The model where it lies here; its hash is checked when it is loaded."""
+    """Return the model settings with the local path of the model; its hash is checked when it is loaded."""
     model = replace(model, adapter=None)  # no path that a lead sent is opened: its first adapter comes with round 1
     if model.sha256 is None:
         raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")

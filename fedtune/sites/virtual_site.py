@@ -1,9 +1,10 @@
-"""Everyone in a simulation, in one process: virtual sites with their records and ledgers, and the lead with its own.
+"""All participants of a simulation in one process: virtual sites with their records and ledgers, and the lead with its
+own.
 
-A simulated site has the same policy, key and ledger that a real site has, with defaults made for the run: what is tried
-on a laptop is what runs at a site.  The generated `site.toml` allows exactly the run that it was made for, and its
-lifetime cap is what that run costs.  With `runtime.sites_dir` the files are kept over several runs, and can be edited
-like those of a real site.
+A simulated site has the same policy, key and ledger as a real site, with defaults made for the run: a run that works on
+a laptop runs unchanged at a site.  The generated `site.toml` allows exactly the run that it was made for, and its
+lifetime cap is the cost of that run.  With `runtime.sites_dir`, the files are kept across runs and can be edited like
+those of a real site.
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ class VirtualSites:
 
     @classmethod
     def of(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
-        """The sites of a run.
+        """Locate the sites of a run.
 
         Raises:
-            ConfigError: `runtime.sites_dir` is no folder, or a renewed run's sites are not there.
+            ConfigError: `runtime.sites_dir` is not a folder, or lacks the sites of a run that is renewed.
         """
         kept = config.runtime.sites_dir
         if kept and os.path.lexists(kept) and not Path(kept).is_dir():
@@ -88,13 +89,14 @@ class VirtualSites:
         return cls(config, folder, plan)
 
     def check_dealt_out(self) -> None:
-        """Note how records were dealt out to kept sites, or check that this run does it the same way.
+        """Record how the records were partitioned among sites that are kept across runs, or check that this run
+        partitions them the same way.
 
-        Otherwise a record could move to another site, whose ledger knows nothing of what it has lost.
+        Otherwise a record could move to another site, where the ledger does not know its prior spending.
 
         Raises:
             ConfigError: names the first setting that differs.
-            RunError: what was noted cannot be read, or is missing beside a ledger.
+            RunError: the recorded partition cannot be read, or is missing although there is a ledger.
         """
         path, dealt = self.folder / DEALT, dealt_out(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,14 +110,14 @@ class VirtualSites:
                 raise ConfigError(key, value, bound)
 
     def lead_key(self) -> SigningKey:
-        """The simulated lead's key; every generated policy allows it."""
+        """Load or create the simulated lead's key, which every generated policy allows."""
         return SigningKey.load_or_make(self.folder / LEAD_KEY)
 
     def files(self, site: str) -> SiteFiles:
-        """The site's files, its policy written for this run where there is none yet, and marked as simulated.
+        """Return the site's files, marked as simulated; a missing policy is generated for this run.
 
         Raises:
-            ConfigError: `site.toml` is there and is no policy, or is another site's.
+            ConfigError: `site.toml` exists but is not a policy, or belongs to another site.
         """
         path = self.folder / site / POLICY
         if not path.exists():
@@ -129,23 +131,23 @@ class VirtualSites:
         return generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
 
     def ledger(self, site: str) -> Ledger:
-        """The site's ledger, opened under its policy as both stand now."""
+        """Open the site's ledger under its policy, with both files as they are now."""
         ledger = self.files(site).open()
         ledger.asked_at(time.time())  # by this machine, which is the server too
         return ledger
 
     def allow(self, *, within: Budget) -> None:
-        """Write policies that allow this run and no other, within a budget that several runs share."""
+        """Write policies that allow only this run, within a budget shared by several runs."""
         for site in self.config.federation.active:
             policy = self._policy(site)
             budget = replace(within, max_epsilon_per_run=policy.budget.max_epsilon_per_run)
             write_policy(replace(policy, budget=budget), self.folder / site / POLICY)
 
     def check_there(self) -> None:
-        """Check that every site's policy is there already.
+        """Check that the policy of every site exists.
 
         Raises:
-            ConfigError: one is not.
+            ConfigError: a policy is missing.
         """
         for site in self.config.federation.active:
             path = self.folder / site / POLICY
@@ -154,15 +156,15 @@ class VirtualSites:
                 raise ConfigError("runtime.sites_dir", str(self.folder), bound)
 
     def check_room(self, runs: Sequence[Proposal], *, asked: str, shapes: Sequence[Proposal] = ()) -> None:
-        """Check that every site would take all of these runs, one after another; nothing is written.
+        """Check that every site would accept all of these runs, one after another; nothing is written.
 
         Args:
-            runs: those that a ledger knows are paid for there already.
-            asked: what asks for these runs, as an error begins.
-            shapes: that runs yet unknown may take, which the policies must allow, too.
+            runs: the runs to check; a run that a ledger already contains is already paid for there.
+            asked: the command or study that needs these runs, which begins the error message.
+            shapes: proposals for runs that are not known yet, which the policies must allow as well.
 
         Raises:
-            RefusedError: names the site, and the rule that one of the runs breaks, or how many it has room for.
+            RefusedError: names the site, and the rule that a run breaks or the number of runs that fit.
         """
         for site in self.config.federation.active:
             files = self.files(site)
@@ -183,12 +185,12 @@ class VirtualSites:
 
 
 def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
-    """`config`, with as many rounds or as little noise as all sites' budgets allow where `if_over_budget` says so.
+    """Adapt `config` to the sites' budgets: with fewer rounds or more noise, depending on `if_over_budget`.
 
-    A site that allows nothing is left to refuse by itself, as long as `min_sites` others allow something.
+    A site without any room is left to refuse by itself, as long as `min_sites` other sites have room.
 
     Raises:
-        RefusedError: too few sites allow anything.
+        RefusedError: too few sites have room.
     """
     if not config.may_be_fitted or config.runtime.sites_dir is None:
         return config  # a ledger that is made for the run always has room for it
@@ -215,7 +217,9 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
 
 
 def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
-    """A policy that allows `plan` and no more, with a lifetime cap of what its runs cost by the filter, rounded up."""
+    """Generate a policy that allows `plan` and nothing more; its lifetime cap is the cost of the plan's runs by the
+    filter, rounded up.
+    """
     proposal = config.proposal(lead=lead, plan=plan)
     budget = budget_for([plan] * plan.runs)
     trust = Trust()
@@ -262,7 +266,10 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
 
 
 def budget_for(plans: Sequence[Plan]) -> Budget:
-    """A budget that these plans fit one after another, and none of them once more; all of one delta, private or not."""
+    """Return a budget that covers these plans one after another, but none of them once more.
+
+    All plans must have the same delta, and either all or none are private.
+    """
     first = plans[0]
     if not first.private:
         typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
@@ -276,7 +283,7 @@ def budget_for(plans: Sequence[Plan]) -> Budget:
 
 
 def dealt_out(config: RunConfig) -> dict[str, Any]:
-    """The settings by which records are dealt out to the sites, as plain JSON."""
+    """Return the settings that determine how records are partitioned by site, as plain JSON."""
     data, unit = config.data, config.privacy.unit
     partition = {
         "privacy.unit": unit,
@@ -294,10 +301,10 @@ def dealt_out(config: RunConfig) -> dict[str, Any]:
 
 
 def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
-    """How records were dealt out to kept sites: the values of these settings.
+    """Read the recorded partition of sites that are kept across runs: the values of these settings.
 
     Raises:
-        RunError: the file cannot be read, or lacks one of them.
+        RunError: the file cannot be read, or lacks a setting.
     """
     try:
         noted = json.loads(path.read_bytes())
@@ -308,13 +315,14 @@ def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
 
 
 class Participants:
-    """One frozen base model, shared by every site and the lead; sites differ in records and ledger only.
+    """All participants of a simulation: one frozen base model shared by every site and the lead; sites differ only in
+    records and ledger.
 
     Args:
-        config: the run's.
-        folder: the run folder, where each site's ledger lies.
-        progress: told what takes long, from the loading of the model on.
-        session: keeps model and records' states for the next run; None: nothing does.
+        config: the configuration of the run.
+        folder: the run folder, which contains each site's ledger unless the sites are kept elsewhere.
+        progress: called with the progress of slow work, beginning with the loading of the model.
+        session: caches the model and its results on records for the next run; None: no cache.
     """
 
     def __init__(
@@ -334,7 +342,7 @@ class Participants:
 
     @cached_property
     def shared(self) -> RunModel:
-        """The model, loaded when it is first asked for."""
+        """The shared model, loaded on first access."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(policy.allow.inexact_gradients for policy in policies)
         config, session, progress = self.config, self._session, self._progress
@@ -345,7 +353,7 @@ class Participants:
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:
-        """Each active site's records, with the model to train on them."""
+        """Each active site's records, with the model that trains on them."""
         config, federation = self.config, self.config.federation
         sizes = config.declared_sizes()
         return {
@@ -361,7 +369,7 @@ class Participants:
         }
 
     def changed(self) -> list[str]:
-        """The sites whose records changed since the newest committed round of this run."""
+        """List the sites where the records have changed since the newest committed round of this run."""
         return [name for name in self.work if self._has_changed(name)]
 
     def _has_changed(self, name: str) -> bool:
@@ -374,12 +382,12 @@ class Participants:
         return bool(events) and events[-1].detail.get("fingerprint") != self.work[name].fingerprint(key)
 
     def site(self, index: int) -> Site:
-        """Open a site with its ledger, as the file stands now."""
+        """Open a site with its ledger, as the file is now."""
         return VirtualSite(self, self.config.federation.active[index])
 
 
 class VirtualSite(WorkingSite):
-    """A site of a simulation, which has policy, ledger and records of its own and shares the model with the others."""
+    """A simulated site, which has its own policy, ledger and records and shares the model with the other sites."""
 
     def __init__(self, everyone: Participants, name: str) -> None:
         ledger, self._everyone, self._work = everyone.sites.ledger(name), everyone, everyone.work[name]
@@ -389,7 +397,7 @@ class VirtualSite(WorkingSite):
         super().__init__(files, ledger, everyone.parties[name], members=members)
 
     def prepare(self, proposal: Proposal) -> Prepared:
-        """The simulation's own run, whatever was proposed."""
+        """Prepare the simulation's own run, regardless of the proposal."""
         everyone, config = self._everyone, self._everyone.config
         return Prepared(
             proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
@@ -400,5 +408,5 @@ class VirtualSite(WorkingSite):
         )
 
     def work(self, run: str) -> SiteWork:
-        """The records that the simulation dealt to this site."""
+        """Return the records that the simulation assigned to this site, with the shared model."""
         return self._work

@@ -1,4 +1,4 @@
-"""A site's work on its records in a round, with the model that its process has loaded."""
+"""A site's work on its records during a round, with the model that its process has loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TrainingUnits = SiteExamples | UserExamples
 
 @dataclass
 class SiteWork:
-    """One site's records and the model to train on them."""
+    """One site's records and the model that trains on them."""
 
     site: str  # name of the site
     shared: RunModel  # the model, which the sites of one process use in turn
@@ -53,7 +53,7 @@ class SiteWork:
 
     @cached_property
     def examples(self) -> TrainingUnits:
-        """The tokenised training records, grouped by user if that is the run's unit."""
+        """The tokenized training records, grouped by user if the user is the privacy unit."""
         examples = self.shared.examples_of(self.shared.tokenised(self.records.training, lenient=self.lenient))
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
@@ -86,7 +86,9 @@ class SiteWork:
         return self.shared.tokenised(self.records.heldout, lenient=self.lenient)
 
     def arrivals(self) -> dict[str, int]:
-        """Each user's cohort by the earliest date in the user's own records; the oldest where they have none."""
+        """Return each user's cohort, by the earliest date in the user's own records; users without a date are in the
+        oldest cohort.
+        """
         cohorts = self.shared.config.privacy.cohorts
         assert cohorts is not None, "a run that is limited to cohorts"
         months: dict[str, str] = {}
@@ -96,7 +98,7 @@ class SiteWork:
         return {user: cohort_of(month, cohorts.period) for user, month in months.items()}
 
     def _limited_to(self, admitted: frozenset[str]) -> SiteWork:
-        """The same with the records of some users alone; kept for the next round."""
+        """Return a copy with only the records of the admitted users; it is cached for the next round."""
         if self._limited is None or self._limited[0] != admitted:
             self._limited = None  # first, so that two rounds' states never fill the memory together
             training, heldout = (
@@ -115,19 +117,21 @@ class SiteWork:
         fingerprint_key: bytes,
         admitted: Collection[str] | None = None,
     ) -> Trained:
-        """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on values.
+        """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on adapter
+        values.
 
-        With secure sums, the result is the site's share of one, and no adapter.
+        With secure aggregation, the result is the site's share of the sum instead of an adapter.
+
+        Guarantee: what is released of the result is the round's `DpEvent`; the fingerprint is only for the site's
+        ledger.
 
         Args:
-            request: for the round.
-            adapter: that was sent.
-            attempt: at the round.
-            fingerprint_key: of the site.
-            admitted: the users whose records are trained on and scored, where the plan is limited to cohorts; all
-                others are left out in silence, and the fingerprint is of the whole file's records.  None: all.
-
-        Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
+            request: the lead's request for the round.
+            adapter: the adapter that came with the request.
+            attempt: the number of the attempt at this round.
+            fingerprint_key: the site's key for fingerprints of its records.
+            admitted: the users to train on and score, if the plan is limited to cohorts.  All other users are silently
+                left out, and the fingerprint covers the records of the whole file.  None: all users.
         """
         plan = request.proposal.plan
         randomness = randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
@@ -145,7 +149,9 @@ class SiteWork:
         return Trained(share=share, scores=scores, fingerprint=fingerprint)
 
     def _work_of(self, request: RoundRequest, attempt: int) -> tuple[Units, RoundOfTraining]:
-        """The units, ready for a round, and what the round needs besides the model."""
+        """Prepare the training units for a round, and collect everything else that the round needs besides the
+        model.
+        """
         work = RoundOfTraining(
             site=self.site,
             round=request.round,
@@ -165,7 +171,9 @@ class SiteWork:
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> tuple[float, float]:
-        """The adapter's noised score on the held-out units, and their noised count."""
+        """Compute the adapter's noised score on the held-out records, and their noised count, as shares of the declared
+        size.
+        """
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         users = users_of(self.records.heldout) if plan.unit == "user" else None
@@ -177,7 +185,7 @@ class SiteWork:
         )
 
     def fingerprint(self, key: bytes) -> str:
-        """HMAC, in hex, of the records that the site trained on, under a key of the site's own."""
+        """Compute the HMAC-SHA256, in hex, of the site's training records, under the site's own key."""
         digest = hmac.new(key, digestmod="sha256")
         for record in self.records.training:
             digest.update(hashlib.sha256(record_key(record)).digest())
@@ -185,34 +193,36 @@ class SiteWork:
 
 
 class WorkingSite(Site):
-    """A site with files of its own, simulated or real, whose records train a model that its process has loaded."""
+    """A site with its own files, simulated or real, that trains on its records with a model loaded by its process."""
 
     def __init__(self, files: SiteFiles, ledger: Ledger, parties: Parties, *, members: Mapping[str, str]) -> None:
         super().__init__(ledger, sums=sums_of(files, parties, members=members))
 
     @abstractmethod
     def work(self, run: str) -> SiteWork:
-        """The site's records with the model of a prepared run."""
+        """Return the site's records with the model of a prepared run."""
 
     def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
-        """Read the dates.  Policy and budget allow the round, which is charged before a record is sampled."""
+        """Read the users' dates; policy and budget allow the round by now, and it is charged before any record is
+        sampled.
+        """
         return self.work(request.run).arrivals()
 
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
-        """Train on the site's records.  The round is charged by now: only now is one sampled."""
+        """Train on the site's records; the round is already charged, and only now is a record sampled."""
         key = self.ledger.fingerprint_key()
         return self.work(request.run).do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
 
 
 def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
-    """A site's part in the steps of a secure sum.
+    """Return a site's part in secure aggregation.
 
     Args:
-        files: of the site; its promises are written beside the ledger.
-        parties: of the site's process.
-        members: site -> public key of the other sites that it may sum with.
+        files: the site's files; its promises are written next to the ledger.
+        parties: the parties of the site's process.
+        members: site -> public key, for the other sites that it may aggregate with.
     """
     trust, identity = files.policy.trust, files.key(make=True)
     return SumsAtSite(
@@ -226,5 +236,7 @@ def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -
 
 
 def randomness_of(seeded: bool, seed: int) -> Randomness:
-    """The source of noise and samples: the operating system or, in a marked study, `seed`."""
+    """Return the source of noise and sampling: the operating system or, in a study marked as seeded, a generator seeded
+    with `seed`.
+    """
     return SeededRandomness(seed) if seeded else SystemRandomness()

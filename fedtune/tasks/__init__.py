@@ -1,1 +1,1 @@
-"""The tasks: one file each, and their list (`registry`)."""
+"""The tasks: one module each, and the list of all tasks (`registry`)."""

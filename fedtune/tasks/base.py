@@ -54,11 +54,12 @@ Readout: TypeAlias = "tuple[tuple[torch.Tensor, torch.Tensor | None], ...]"
 
 
 class Model(Protocol):
-    """The part of a `fedtune.tasks.task_model.TaskModel` that a task uses.
+    """The part of `fedtune.tasks.task_model.TaskModel` that tasks use.
 
-    A task that makes a discrete choice for an example, such as an argmax, stores every float that it chooses by in
-    `decided_by`: (rows, ...), a row for each example of the batch, and then for each row of filling.  Gradients show
-    the choice alone, so the trial before a run compares these floats, too (`fedtune.training.preflight`).
+    A task that makes a discrete choice for an example, such as an argmax, stores every float on which the choice
+    depends in `decided_by`: (rows, ...), one row for each example of the batch, then one for each row of padding.
+    Gradients reveal only the choice, so the trial before a run also compares these floats
+    (`fedtune.training.preflight`).
     """
 
     spec: TaskModelSpec
@@ -77,9 +78,10 @@ class Model(Protocol):
 
 
 class Task(ABC):
-    """A task that a model is trained for.
+    """The base class of tasks.
 
-    `fedtune.process` imports torch when a method first uses it: a command that only reads settings does not wait.
+    `fedtune.process` delays the import of torch until a method needs it, so that commands that only read settings start
+    fast.
     """
 
     name: ClassVar[str]  # in settings, policies and reports
@@ -140,36 +142,42 @@ class Task(ABC):
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
-        """The roles of each kind of record that the task can read; columns name those of one kind."""
+        """The supported layouts: the roles of each kind of record that the task can read.  `data.columns` must match
+        one of them.
+        """
         return (self.roles,)
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
-        """The roles that a record must have under these settings."""
+        """Return the roles that a record must have under these settings."""
         return self.roles
 
     def texts(self, data: DataSpec) -> int:
-        """How many texts of a record go through the base, each by itself (`TextDataset.texts`): 1 to 8.
+        """Return the number of texts per record, 1 to 8, that pass through the base separately.
 
-        What trains must see their rows: a gradient for each row is what its hooks give, and a record's is their sum.
+        The trainable modules must see these rows: hooks compute one gradient per row, and a record's gradient is their
+        sum.
         """
         return 1
 
     def judged(self, data: DataSpec) -> str:
-        """`judged_by`, where the layout of the records decides it."""
+        """Return the score `judged_by`, which may depend on the layout of the records."""
         return self.judged_by
 
     def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
-        """Role to column of what a file is read for: the task's, the unit's, and what the partition goes by."""
+        """Map each role that is read from a file to its column: the task's roles, the privacy unit's and the
+        partition's.
+        """
         return data.needed_columns(self.roles_in(data), partition=partition, unit=unit)
 
     def asked_by(self, data: DataSpec) -> dict[str, str]:
-        """Role to column of what the tuned model is asked by: all that a record has but its answer."""
+        """Map the input roles of a record, which are all roles except the answer, to their columns."""
         return data.needed_columns(set(self.roles_in(data)) - self.answers)
 
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
-        """A text that a person asks the tuned model with, as the fields of a record; `at` names it in a message.
+        """Turn a text from a person into the fields of a record; `at` names the text in messages.
 
-        ConfigError where it is blank or no text, or a record of the run has more parts than one.
+        Raises:
+            ConfigError: the text is blank or not valid text, or a record of the run has several input roles.
         """
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(at, text, "must not be blank" if isinstance(text, str) else "must be a text")
@@ -188,11 +196,11 @@ class Task(ABC):
         return {role: text if role == main else "" for role in roles}
 
     def check_data(self, data: DataSpec) -> None:
-        """Check that columns and labels fit the task; errors name keys of `data`.
+        """Check that columns and labels fit the task.
 
         Raises:
-            ConfigError: a role has no column, or a column a role that nothing reads; labels are declared where none
-                are used; or another setting has no effect.
+            ConfigError: for a key of `data`: a role has no column, a column has a role that is not read, labels are
+                declared for a task without labels, or another setting has no effect.
         """
         self.check_input(data)
         for role in self.roles_in(data):
@@ -213,7 +221,11 @@ class Task(ABC):
                 raise ConfigError(setting.name, given, f"must stay {only}: task {self.name} does not use it")
 
     def check_input(self, data: DataSpec) -> None:
-        """Check that the task reads such records, and that their settings are whole; errors name keys of `data`."""
+        """Check that the task supports this kind of record, and that its settings are complete.
+
+        Raises:
+            ConfigError: for a key of `data`.
+        """
         if data.input not in self.inputs:
             raise ConfigError("input", data.input, f"must be {' or '.join(sorted(self.inputs))} for task {self.name}")
         input_of(data).check_data(data)
@@ -222,7 +234,11 @@ class Task(ABC):
         """Check that the task's own settings suit those of `data`; errors name keys of the run."""
 
     def check_spec(self, spec: TaskModelSpec) -> None:
-        """`check_model`, after what the input says of the model, and whether the task has its labels."""
+        """Check a model's settings for the input, the labels and the task (`check_model`).
+
+        Raises:
+            ConfigError: for a key of the run's settings.
+        """
         input_of(spec).check_model(spec)
         if self.has_labels and len(set(spec.labels)) < max(self.fewest_labels, len(spec.labels)):
             bound = f"must declare at least {counted(self.fewest_labels, 'label')} for task {self.name}, each once"
@@ -230,21 +246,31 @@ class Task(ABC):
         self.check_model(spec)
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
-        """Check the settings of a model, also of a saved one; errors name keys of the run."""
+        """Check the task's settings of a new or saved model.
+
+        Raises:
+            ConfigError: for a key of the run's settings.
+        """
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:  # noqa: B027
-        """Check a loaded base before adapters are attached; errors are about `model.path`."""
+        """Check a loaded base before adapters are attached.
+
+        Raises:
+            ConfigError: for `model.path`.
+        """
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:  # noqa: B027
-        """Check a loaded tokenizer, so that none of its records can be the first to show what it lacks.
+        """Check a loaded tokenizer in advance, so that no record is the first to reveal what the tokenizer lacks.
 
-        Errors are about `model.path`, or the setting of `data` that it does not serve.
+        Raises:
+            ConfigError: for `model.path`, or for the setting of `data` that the tokenizer does not support.
         """
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        """A function from a record to what the run cannot use in it; None: nothing.  The error quotes nothing of it.
+        """Return a function from a record to the reason why the run cannot use it, or None; the reason quotes no
+        content.
 
-        A real site leaves such a record out.
+        A real site skips such records.
         """
         return lambda record: None
 
@@ -252,48 +278,52 @@ class Task(ABC):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Token ids and targets, of each record alone.
+        """Compute token ids and targets, separately for each record.
 
         Args:
-            records: none is fine.
-            tokenizer: the base's.
-            data: says how long an example may be, and what else the task reads there.
-            lenient_within: token ids must be below this number, and a record that has others, or that cannot be
-                encoded, becomes an example that adds nothing: no record may stop the others.  None: it raises.
+            records: the records; may be empty.
+            tokenizer: the base's tokenizer.
+            data: the maximum length of an example, and the task's other settings.
+            lenient_within: an upper bound for token ids.  A record with an id at or above it, or one that cannot be
+                encoded, becomes an example without effect, so that no record can stop the others.  None: such a record
+                raises an error.
 
         Raises:
             DataError: a record does not fit the settings.
         """
 
     def hide_parts(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
-        """Of each example whether a part of its answer is not learnt, as its word is learnt as another."""
+        """Whether each example has an annotation that training ignores (an entity whose word has another entity's
+        label).
+        """
         return [False] * len(dataset)
 
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
-        """(t,) token ids from which an answer is written, by a task that does: those that training saw before it.
+        """Return the (t,) token ids of a prompt, identical to the tokens before the answer in training.
 
-        `fields` are role to text, without the role that is written; `messages` end in a user's turn.
+        `fields` maps roles to texts, without the role of the answer; `messages` must end with a user turn.  Only for
+        tasks that generate text.
         """
         raise NotImplementedError
 
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
-        """The tokens that end what the model writes."""
+        """Return the tokens that end a generated text."""
         raise NotImplementedError
 
     def written(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
-        """Each record's prompt, as tokens, and its reference text; None: nothing to score."""
+        """Return each record's prompt, as token ids, and its reference text, or None if there is no text to score."""
         return None
 
     def outputs(self, spec: TaskModelSpec) -> int:
-        """Rows of the head."""
+        """Return the number of the head's outputs."""
         return len(spec.labels)
 
     def add_head(self, model: Model) -> None:
-        """Give a new model the task's own tensors: those to train under `model.head`, public ones as buffers.
+        """Add the task's own tensors to a new model: trainable ones under `model.head`, public constants as buffers.
 
-        They must not depend on anything but the model's settings, since a saved adapter is loaded into them.
+        They must depend only on the model's settings, because a saved adapter is loaded into them.
         """
         if self.has_head:
             spec, width = model.spec, model.base.config.get_text_config().hidden_size
@@ -301,121 +331,146 @@ class Task(ABC):
             model.head = head.requires_grad_(spec.head.train)
 
     def start_head(self, model: Model) -> None:  # noqa: B027
-        """Bring the head of a new model to where training starts, from public settings alone."""
+        """Initialize the head of a new model, from public settings alone."""
 
     @abstractmethod
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Float32 scores, whose first axis is the row: an example, or one of its texts."""
+        """Compute float32 logits; the first axis is the row, which is an example or one of its texts."""
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(places, ...) what losses need of the base without adapters, while these are switched off.
+        """Compute the part of the losses that needs the base with adapters disabled, (examples, ...), empty rows
+        included.
 
-        Each example's depends on that example alone; it is computed once, and comes back as `batch.reference`.
+        Each example's values depend on that example alone; they are computed once and passed back as `batch.reference`.
         """
         raise NotImplementedError
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(examples,) float32; each example's own loss, which depends on that example alone, with its gradient.
+        """Compute each example's own loss, (examples,) float32, which depends on that example alone, as does its
+        gradient.
 
-        Empty places are examples, too; what they lose counts nothing, but must be a number.
+        Empty rows of the batch are included; their losses are ignored, but must be finite.
         """
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        """The figures of each example that `scores` needs, (examples, ...) by name."""
+        """Compute the per-example inputs of `scores`, (examples, ...) by name."""
         return {"loss": model.losses(batch)}
 
     def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
-        """The figures of all examples of a data set, with what only all of them together tell of one."""
+        """Complete the inputs of `scores` with values that depend on all examples of a data set together."""
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Scores of a whole data set, by name, from the figures of all its examples, (examples, ...) each.
+        """Compute the scores of a data set, by name, from the figures of all its examples, (examples, ...) each.
 
-        They are those of `measured`, then `loss`, the mean.  DataError where there is nothing to score.
+        The scores are those of `measured`, followed by `loss`, the mean.
+
+        Raises:
+            DataError: there is nothing to score.
         """
         return {**self.measured(figures, spec=spec), "loss": float(np.mean(figures["loss"]))}
 
     def measured(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """The task's own scores, without the loss."""
+        """Compute the task's own scores, without the loss."""
         return {}
 
     def final_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """The same of a finished run, with scores that take longer to compute or to read."""
+        """Compute the scores of a finished run, which may include slower or more detailed scores than `scores`."""
         return self.scores(figures, spec=spec)
 
     def detail(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> Detail | None:
-        """Details behind the scores, for a person who decides; None: nothing."""
+        """Compute details behind the scores, to help a person decide; None if the task has none."""
         return None
 
     def guess(self, dataset: TextDataset) -> float | None:
-        """`judged_by` of the majority baseline, the best constant answer to `dataset`; None: there is no such."""
+        """Return the score `judged_by` of the majority baseline, the best constant answer for `dataset`; None if there
+        is none.
+        """
         return self.baseline
 
     @abstractmethod
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """One score in [0, 1] of the one example in `batch`, which may be summed, noised and released."""
+        """Score the only example in `batch` in [0, 1], for a sum over examples that is noised and released."""
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """The answer for one record by its scores, where the task does not write: for a person, and as JSON."""
+        """Return the answer for one record from its logits, as text and as JSON, for tasks that do not generate
+        text.
+        """
         raise NotImplementedError
 
     def as_asked(self, record: Record, data: DataSpec) -> Record:
-        """A record without its answer as one that can be tokenised: any declared one stands in, which nothing reads."""
+        """Replace a record's answer by a valid but unused placeholder, so that the record can be tokenized."""
         stand_in = {role: self.made_up(role, data, draw=lambda _: 0) or "" for role in self.answers}
         return replace(record, fields={**record.fields, **stand_in})
 
     def answer_to(
         self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
     ) -> tuple[str, object]:
-        """The same for a record of which an answer may quote parts, by the scores of its rows."""
+        """Return the answer for one record, as `answer` does, for tasks whose answers quote parts of the record."""
         return self.answer(logits[0], spec=spec)
 
     def bound_on_sums(self, sizes: Iterable[int]) -> int:
-        """How large a value of a site's part of a secure sum may be, in clip norms, by what sites declare.
+        """Return the largest value of a site's part of a secure sum, in clip norms, given the sites' declared sizes.
 
-        Where units count, all of a site's may be of one kind; twice as many as it declares leave none of them out.
+        For tasks that count units, all units of a site may be of one kind; twice the declared size leaves none of them
+        out.
         """
         return max(USUAL_BOUND, 2 * max(sizes)) if self.counts_units else USUAL_BOUND
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        """A value that an invented record may have in a role; None: any text.  `draw(n)` takes one of n."""
+        """Generate a random value for a role of a record, or return None if any text is valid.
+
+        `draw(n)` returns a random integer below n.
+        """
         return repr(data.target_range[draw(2)]) if role == "target" and data.target_range is not None else None
 
     @abstractmethod
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        """Targets for invented examples, each of `spec.texts` texts, on which a model and its cost are tried."""
+        """Generate targets for synthetic examples, which are used to test a model and to measure its cost.
+
+        Each example has as many texts as the model's settings say.
+        """
 
     def readout(self, model: Model) -> Readout:
-        """The linear layers that make `read_out` of the base's mean hidden state, each of a vector of norm 1; or with
-        `reads_tokens` of each hidden state as it is.
+        """Return the linear layers from the base's mean hidden state to `read_out`; each layer's input is
+        L2-normalized.
 
-        None where that vector itself is what `logits` gives, or the base's own output layer.
+        With `reads_tokens`, the layers apply to each hidden state, without normalization.  No layers: the output is the
+        normalized state itself, or that of the base's own output layer.
         """
         return ()
 
     def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """The output of an exported model for these logits."""
+        """Convert logits to the output of an exported model."""
         return logits
 
     def outputs_of(self, labels: Sequence[str]) -> Sequence[str]:
-        """The meaning of each of an exported model's logits, where the task has labels."""
+        """Return the meaning of each logit of an exported model, for tasks with labels."""
         return labels
 
     def whole(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
-        """The form of an exported base, for `auto` to load: by itself, or with a head of transformers' own."""
+        """Return an exported base as a model that `auto` can load: the base alone, or with transformers' own head."""
         return base
 
 
 def target_range_of(data: DataSpec) -> tuple[float, float]:
-    """The range of the numbers that a task learns; raises ConfigError where none was declared."""
+    """Return the declared range of a numeric target.
+
+    Raises:
+        ConfigError: for `target_range`: none was declared.
+    """
     if data.target_range is None:
         raise ConfigError("target_range", None, "must be the least and the largest number that a target may be")
     return data.target_range
 
 
 def number_in(record: Record, bounds: tuple[float, float]) -> float:
-    """The record's number, in the role `target`; raises DataError where it lies outside the range."""
+    """Return the record's number in the role `target`.
+
+    Raises:
+        DataError: the number is outside the range.
+    """
     number, (low, high) = float(record.fields["target"]), bounds
     if not low <= number <= high:
         bound = f"must lie in data.target_range: {low:g} to {high:g}"

@@ -1,4 +1,4 @@
-"""Causal language modelling: the model learns to write the answers of chats, completions of prompts, or whole texts."""
+"""Causal language modeling: the model learns to write the answers of chats, completions of prompts, or whole texts."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """Next-token prediction; the loss is the mean over an example's own supervised tokens, zero when it has none.
+    """Next-token prediction; the loss is the mean over an example's own supervised tokens, and 0 if it has none.
 
-    A record is a prompt and its completion, a chat of which all the assistant's turns are learnt, or a plain text that
-    is learnt whole.  `data.columns` says which.
+    A record is a prompt with its completion, a chat whose assistant turns are all supervised, or a plain text that is
+    supervised as a whole.  `data.columns` determines which.
     """
 
     name = "causal_lm"
@@ -65,7 +65,9 @@ class CausalLM(Task):
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (roles, ("messages",), ("text",))
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
-        """The roles of the layout; of a prompt also the template's, and the system's where there are turns."""
+        """Return the roles of the layout, with the roles in a prompt's template, and the system role if there are
+        turns.
+        """
         system = (SYSTEM,) if SYSTEM in data.columns and data.chat_template != "none" else ()
         if "text" in data.columns:
             return ("text",)
@@ -86,7 +88,7 @@ class CausalLM(Task):
             raise ConfigError("prompt_template", data.prompt_template, "must stay {prompt}: no column prompt is named")
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        """Of a chat, that nobody answers in it."""
+        """Return a function that rejects chats without an answer."""
         return error_of(_require_answer) if "messages" in data.columns else super().fault(data)
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
@@ -100,16 +102,16 @@ class CausalLM(Task):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """The context, the answer, and the tokens that end it; the last two are supervised.
+        """Encode the context, the answer, and the tokens that end the answer; the last two are supervised.
 
-        A chat is encoded whole, as its template writes it, and a prompt and its completion apart.  The
-        tokenizer's begin-of-text token leads where it is one that adds it.  Of an example that exceeds
-        `data.max_length` the answer stays.  A prompt is cut in the middle of its longest text, and what is before a
-        chat's last answer at its beginning.  An answer that alone exceeds it, and a plain text, are cut at their end.
+        A chat is encoded as a whole, as its template renders it; a prompt and its completion are encoded separately.
+        The begin-of-text token comes first if the tokenizer adds one.  An example longer than `data.max_length` is
+        truncated, but keeps its answer: a prompt loses the middle of its longest text, and a chat the beginning before
+        its last answer.  An answer that alone is too long, and a plain text, are truncated at the end.
 
         Raises:
-            ConfigError: the tokenizer has no end-of-text token, or the model's chat template cannot be taken.
-            DataError: a record is no chat with an answer.
+            ConfigError: the tokenizer has no end-of-text token, or the model's chat template is not supported.
+            DataError: a record is not a chat with an answer.
         """
         layout = Layout.of(tokenizer, data)
         examples = laid_out(layout, records, lenient=lenient_within is not None)
@@ -123,10 +125,13 @@ class CausalLM(Task):
         return TextDataset(tuple(input_ids), tuple(targets))
 
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
-        """As training has them before it cuts any off.
+        """Return the token ids of a prompt as in training, before truncation.
 
-        `fields` may also be a `text` to go on with; of a prompt's roles those that are absent are blank.  ConfigErrors
-        are those of `tokenise`, or say that the run has no turns to write messages; DataError: these have no answer.
+        `fields` may also be a `text` to continue; missing roles of a prompt are blank.
+
+        Raises:
+            ConfigError: as in `tokenise`, or the run has no chat template for messages.
+            DataError: the messages cannot be answered.
         """
         layout = Layout.of(tokenizer, data)
         try:
@@ -138,14 +143,14 @@ class CausalLM(Task):
         return np.array(tokens.numbers[: tokens.context], dtype=np.int32)
 
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
-        """End of text and, where there are turns, the end of the assistant's."""
+        """Return the end-of-text token and, for chats, the token that ends the assistant's turn."""
         layout = Layout.of(tokenizer, data)
         return frozenset({layout.end, layout.chat.end} if layout.chat else {layout.end})
 
     def written(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
-        """Prompts, of `data.max_length` tokens at most, with the answers; None for plain texts."""
+        """Return the prompts, truncated to `data.max_length` tokens, and the answers, or None for plain texts."""
         if "text" in data.columns:
             return None
         layout = Layout.of(tokenizer, data)
@@ -160,23 +165,26 @@ class CausalLM(Task):
         return tuple(prompts), [example.reference for example in examples]
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(rows, t, vocabulary) for the token after each place."""
+        """Compute the logits of the token after each position, (rows, t, vocabulary)."""
         logits: torch.Tensor = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return logits.float()
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(rows,) float32, from what each row's tokens lose, `added_up`."""
+        """Compute each row's mean token loss, (rows,) float32."""
         return torch.stack([total / len(places) for total, places in added_up(model, batch)])
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.losses(batch), "tokens": (_next_tokens(batch) != UNSUPERVISED).sum(dim=1)}
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`loss`, the mean over examples in nats, and `perplexity`, exp of the mean over all supervised tokens.
+        """Compute `loss`, the mean over examples in nats, and `perplexity`, exp of the mean over all supervised tokens.
 
-        The two weigh differently on purpose.  `loss` is what training minimises: each example counts once, with the
-        mean over its own supervised tokens (zero when truncation left it none).  `perplexity` is the usual one of
-        language models: each supervised token counts once.  It is infinite where it overflows.
+        The two are weighted differently on purpose.  `loss` is the training objective: each example counts once, with
+        the mean over its own supervised tokens (0 if truncation left it none).  `perplexity` is the usual measure of
+        language models: each supervised token counts once.  It is infinite if it overflows.
+
+        Raises:
+            DataError: no token is supervised.
         """
         losses, num_tokens = figures["loss"], figures["tokens"]
         if not num_tokens.any():
@@ -188,7 +196,7 @@ class CausalLM(Task):
         }
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """The probability of a token of the answer, in geometric mean; 0 where nothing of it fits."""
+        """Return the geometric mean of the probabilities of the answer's tokens; 0 if truncation left none of them."""
         learnt = bool((_next_tokens(batch)[: batch.texts] != UNSUPERVISED).any())
         return float(np.exp(-float(model.losses(batch)[0]))) if learnt else 0.0
 
@@ -199,10 +207,11 @@ class CausalLM(Task):
 
 
 def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each row, the negative log-probabilities of all that it learns, added up, and the places where it does.
+    """Yield each row's summed token losses and its target positions.
 
-    Scores are computed for one row at a time, where it learns a token and nowhere else: how many places that are is up
-    to the row, and of rows computed together it would be up to the neighbours.  A row that learns nothing has 0.
+    Logits are computed for one row at a time, and only at its target positions: the number of these positions depends
+    on the row, and in a joint computation the results would depend on the other rows.  A row without targets has loss
+    0.
     """
     assert model.output is not None, "the base predicts no tokens"
     inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
@@ -219,13 +228,13 @@ def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.T
 
 
 def _next_tokens(batch: Batch) -> torch.Tensor:
-    """(rows, t - 1): the token to learn after each place, or `UNSUPERVISED`."""
+    """Return the target token after each position, (rows, t - 1), or `UNSUPERVISED`."""
     return batch.targets[:, 1:]
 
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """A record before it is encoded."""
+    """A record as pieces of text, before it is encoded."""
 
     context: Sequence[Piece]  # what stands before the last answer; a plain text has nothing
     answer: Sequence[Piece] = ()  # what is learnt last; in a chat with what ends it
@@ -234,7 +243,7 @@ class _Example:
 
     @property
     def texts(self) -> tuple[str, str, str]:
-        """The context up to the middle of its longest text, if there is such; the context; the answer."""
+        """Three texts: the context up to the middle of its longest text (or empty), the context, and the answer."""
         context, answer = ("".join(piece.text for piece in part) for part in (self.context, self.answer))
         at = context.find(self.longest) if self.longest else -1
         return context[: at + len(self.longest) // 2] if at >= 0 else "", context, answer
@@ -252,14 +261,15 @@ class _Tokens:
 
     @property
     def answer(self) -> int:
-        """The tokens of the last answer."""
+        """The number of tokens of the last answer."""
         return len(self.numbers) - self.context
 
     def fitted(self, length: int, *, room_for: int = 0) -> _Tokens:
-        """At most `length` tokens, of which one stands before the answer if there is any.
+        """Truncate to at most `length` tokens, keeping at least one token before the answer if there is any.
 
-        A prompt is cut in the middle of its longest text, so that what is asked before or behind it stays, and a
-        conversation at its beginning; as for an answer of at least `room_for` tokens, so that both are cut alike.
+        A prompt is truncated in the middle of its longest text, so that instructions before and after the text stay,
+        and a conversation at its beginning.  Room is left for an answer of at least `room_for` tokens, so that the
+        contexts of two answers are truncated alike.
         """
         most = length - max(self.start, min(1, self.context))
         answer = min(self.answer, most)
@@ -273,7 +283,7 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a run lays out its records."""
+    """How a run turns its records into examples."""
 
     start: tuple[int, ...]  # the begin-of-text token, where the tokenizer puts one before a text
     end: int  # the end-of-text token
@@ -284,7 +294,11 @@ class Layout:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, data: DataSpec) -> Layout:
-        """Raises ConfigError for a tokenizer without an end-of-text token, or a chat template that cannot be taken."""
+        """Choose the format for a tokenizer and the settings.
+
+        Raises:
+            ConfigError: the tokenizer has no end-of-text token, or its chat template is not supported.
+        """
         if (end := tokenizer.eos_token_id) is None:
             raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
         (ids,) = encode([""], tokenizer, special_tokens=True)
@@ -294,11 +308,11 @@ class Layout:
         return cls(start, end, chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
 
     def prompt(self, fields: Mapping[str, str], *, answer: str | None = None) -> Sequence[Piece]:
-        """The context of an answer to `fields`, which hold none; `answer`: the one that is known.
+        """Return the context of an answer to `fields`, which contain no answer; `answer` is the answer if it is known.
 
         Raises:
-            NoConversation: for messages that are no turns, do not end in a user's, or that the template changes.
-            ConfigError: for messages where there are no turns.
+            NoConversation: the messages are not turns, do not end with a user turn, or are changed by the template.
+            ConfigError: the fields are messages, but the run has no chat template.
         """
         if "messages" not in fields:
             prompt = fields["text"] if "text" in fields else fill_template(self.data.prompt_template, fields)
@@ -310,9 +324,10 @@ class Layout:
         return self.chat.prompt(_turns(fields))
 
     def example(self, fields: Mapping[str, str]) -> _Example:
-        """A whole record, its texts cut to the characters that an example may need.
+        """Format a whole record, with its texts cut to the characters that an example may need.
 
-        NoConversation for messages that are no turns, or that hold no answer.
+        Raises:
+            NoConversation: the messages are not turns, or contain no answer.
         """
         length, longest = self.data.max_length, ""
         if "text" in fields:
@@ -334,10 +349,10 @@ class Layout:
     def encoded(
         self, examples: Sequence[_Example], tokenizer: Tokenizer, *, within: int | None = None
     ) -> Iterator[_Tokens]:
-        """The tokens of each example; none where a part of it cannot be encoded: half a record is another.
+        """Yield the tokens of each example, or no tokens if a part of the example cannot be encoded.
 
-        A conversation is one text, encoded whole, so that its tokens are those that transformers gives it.  A prompt
-        and its completion are encoded apart: there nothing says where one ends but that.
+        A conversation is encoded as one text, so that its tokens are the same as in transformers.  A prompt and its
+        completion are encoded separately, because no token marks the boundary between them.
         """
         if self.chat is not None:
             texts = ["".join(one.texts[1:]) for one in examples]
@@ -364,9 +379,9 @@ class Layout:
 
 
 def _placed(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, int]], *, start: int) -> _Tokens:
-    """The tokens of a conversation that was encoded whole; a token belongs to the piece that holds its last character.
+    """Assign the tokens of a conversation to its pieces; a token belongs to the piece that contains its last character.
 
-    None where a piece of more than spaces has no part in a token.
+    The result is empty if a piece that is not blank has no token.
     """
     pieces = [*example.context, *example.answer]
     ends = np.cumsum([len(piece.text) for piece in pieces], dtype=np.int64)
@@ -388,15 +403,16 @@ def _require_answer(record: Record) -> None:
 
 
 def _turns(fields: Mapping[str, str]) -> list[Turn]:
-    """The turns of a conversation, led by what its record says as the system where they do not say it themselves."""
+    """Return the turns of a conversation, starting with the record's system text if the turns contain none."""
     turns, system = turns_in(fields["messages"]), fields.get(SYSTEM, "")
     return [Turn(SYSTEM, system), *turns] if system.strip() and turns[:1] and turns[0].role != SYSTEM else turns
 
 
 def laid_out(layout: Layout, records: Iterable[Record], *, lenient: bool) -> list[_Example]:
-    """Records as pieces that are to be encoded; one without any in place of a conversation that cannot be learnt.
+    """Convert records to examples; an unusable conversation becomes an empty example.
 
-    Unless `lenient`, DataError about the first of these, with the number of those like it.
+    Raises:
+        DataError: a conversation is unusable and `lenient` is False; the error describes the first one and counts all.
     """
     examples, faults = [], Faults()
     for record in records:
@@ -412,9 +428,9 @@ def laid_out(layout: Layout, records: Iterable[Record], *, lenient: bool) -> lis
 
 
 def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
-    """The pieces from which the last tokens of a context come, and the template's first one.
+    """Return the pieces that can contribute to the last `length` tokens of a context, and the template's first piece.
 
-    What a record says is cut to the characters that an example may need; what a template writes stays whole.
+    The record's own texts are cut to the characters that an example may need; the template's texts stay whole.
     """
     room, kept = most_characters(length), []
     for piece in reversed(pieces):

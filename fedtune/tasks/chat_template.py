@@ -1,10 +1,10 @@
-"""Conversations as one text each: what a chat template writes between contents of turns, found out once for a model.
+"""Rendering of conversations as single texts, with fixed separators that are derived once from a model's chat template.
 
-A template is a program that came with the model.  Most templates are chains: they put the same text between a user's
-content and the assistant's whatever the contents are, and wherever in the conversation.  These texts are read off
-made-up conversations, and tried on others; a template that is no chain is refused.  A record's contents then go between
-them, and the template is rendered over the record once: where it writes anything else, that record is not used.  All
-renderings are counted, and each sees one conversation alone, so what becomes of one record is up to no other.
+A template is a program that comes with the model.  Most templates write the same text between a user's content and the
+assistant's, whatever the contents and wherever in the conversation.  These separators are derived from synthetic
+conversations and tested on others; a template without fixed separators is refused.  A record's contents are then joined
+by the separators, and the template is rendered once for the record: if the two differ, the record is not used. All
+renderings are limited in work, and each sees only one conversation, so that no record affects another.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _MOST_TRIED = 1 << 24
 
 
 class NoConversation(ValueError):
-    """Messages that cannot be learnt or answered."""
+    """Messages without an answer to learn, or that cannot be answered."""
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation; `train`: whether it is learnt, where it is the assistant's."""
+    """A turn of a conversation; `train` is whether an assistant's turn is supervised."""
 
     role: str
     content: str
@@ -46,7 +46,7 @@ class Turn(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of an example's text."""
+    """A part of an example's text, from the record or from the template."""
 
     text: str  # in the names of a `MarkedTokenizer`
     said: bool = False  # whether a record says it; otherwise a template does
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatFormat:
-    """How a conversation becomes one text, which is encoded whole: as the template writes it, so are its tokens."""
+    """A format that joins a conversation to one text, which is encoded as a whole, with the template's own tokens."""
 
     tokenizer: MarkedTokenizer  # encodes that text
     lead: tuple[int, ...]  # the tokens that go before that text
@@ -70,13 +70,13 @@ class ChatFormat:
     writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
     def prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
-        """The context of an answer to `turns`, from `start` on; the assistant's earlier turns are supervised.
+        """Return the context of an answer to `turns`, beginning with `start`; earlier assistant turns are supervised.
 
-        Where the `answer` is known, the template must write it as it is, too.
+        If the answer is given, the template must render it unchanged too.
 
         Raises:
-            NoConversation: the turns are not a user's and an assistant's in alternation, from a user's to a user's,
-                with a system turn before them or none; or the template does not write them one after another.
+            NoConversation: user and assistant turns do not alternate from a first to a last user turn, after at most
+                one system turn; or the template does not write the turns one after another.
         """
         placed = self._placed(turns)
         pieces, before, learnt = [Piece(self.start)], START, False
@@ -95,14 +95,14 @@ class ChatFormat:
         return pieces
 
     def answer(self, content: str) -> list[Piece]:
-        """The learnt part of an assistant's turn: its content, and that it ends."""
+        """Return the supervised part of an assistant turn: its content, and the mark that ends it."""
         return [self._said(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
 
     def _said(self, turn: Turn) -> Piece:
         return Piece(self.contents[turn.role](turn.content), said=True, learnt=turn.role == ASSISTANT and turn.train)
 
     def _placed(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """The turns, a system turn where the format has it; a blank one counts as none."""
+        """Return the turns with the system text where the format allows it; a blank system turn is dropped."""
         if not turns or turns[0].role != SYSTEM:
             return turns
         system, *others = turns
@@ -115,7 +115,11 @@ class ChatFormat:
 
 
 def turns_in(text: str) -> list[Turn]:
-    """The turns in a `messages` field, a JSON list of objects with `role` and `content`; else NoConversation."""
+    """Parse the turns in a `messages` field, a JSON list of objects with `role` and `content`.
+
+    Raises:
+        NoConversation: the field has another form.
+    """
     try:
         turns = [Turn(turn["role"], turn["content"], turn.get("train", True)) for turn in json.loads(text)]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -126,7 +130,11 @@ def turns_in(text: str) -> list[Turn]:
 
 
 def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
-    """The turns before the assistant's last one that is learnt, and what that says; NoConversation without one."""
+    """Split a conversation into the turns before the last supervised assistant turn, and the content of that turn.
+
+    Raises:
+        NoConversation: there is no such turn.
+    """
     places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
         raise NoConversation("no turn of the assistant that is learnt")
@@ -136,13 +144,13 @@ def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
 def chat_format(
     kind: Literal["model", "plain"], tokenizer: Tokenizer, *, start: tuple[int, ...], end: int
 ) -> ChatFormat:
-    """The format that `data.chat_template` names: the tokenizer's own, or the roles in words with blank lines between.
+    """Return the format that `data.chat_template` selects: the tokenizer's own, or plain role names and blank lines.
 
-    `start` are the tokens that the tokenizer puts before a text, which a model's own template writes itself; `end` is
-    the end-of-text token, which ends an answer that no mark of the template's ends.
+    `start` are the tokens that the tokenizer puts before a text; a model's own template writes them itself.  `end` is
+    the end-of-text token, which ends an answer if the template has no mark for that.
 
     Raises:
-        ConfigError: for `data.chat_template`: the model has no template, or none that can be taken.
+        ConfigError: for `data.chat_template`: the model has no template, or an unsupported one.
     """
     if kind == "plain":
         return _plain(tokenizer, start, end)
@@ -159,7 +167,9 @@ def chat_format(
 
 @lru_cache(maxsize=4)
 def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
-    """`System: ...`, `User: ...`, `Assistant: ...`; a space leads each content, as words are encoded with it."""
+    """Build the format `System: ...`, `User: ...`, `Assistant: ...`; contents start with a space, for the usual
+    tokenization.
+    """
     marked = MarkedTokenizer.of(tokenizer, {end})
     names = {SYSTEM: "System:", USER: "User:", ASSISTANT: "Assistant:", ANSWER: "Assistant:"}
     following = ((SYSTEM, USER), (USER, ASSISTANT), (USER, ANSWER), (ASSISTANT, USER))
@@ -172,7 +182,11 @@ def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat
 
 @lru_cache(maxsize=4)
 def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
-    """Raises _NoChain."""
+    """Build the format of a model's own chat template.
+
+    Raises:
+        _NoChain: the template is not supported.
+    """
     special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     compiled = _compiled(template)
     chain, contents, tried = _derived(compiled, special)
@@ -212,7 +226,7 @@ def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
 
 
 def _marks_in(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
-    """Find the added tokens that a text names: (id, first character, end) of each, without those of spaces alone."""
+    """Find the added tokens in a text by name: (id, start, end) for each, except tokens of spaces alone."""
     added, found = tokenizer.added_tokens_decoder, []
     encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
     for number, (first, end) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True):
@@ -239,22 +253,22 @@ _Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 
 
 def _written(joints: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
-    """Write a conversation as a `ChatFormat` with these texts does; an answer may be yet to come."""
+    """Render a conversation with these separators and contents, like a `ChatFormat`; it may end before an answer."""
     roles = (START, *(turn.role for turn in turns), END if turns[-1].role == ASSISTANT else ANSWER)
     said = (*(contents[turn.role](turn.content) for turn in turns), "")
     return "".join(joints[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
 
 
 class _NoChain(Exception):
-    """Why a template is refused, as the end of a sentence about it."""
+    """The reason for refusing a template, as the end of a sentence about it."""
 
 
 def _derived(
     template: CountedTemplate, special: Mapping[str, str]
 ) -> tuple[Mapping[Joint, str], _Contents, Mapping[_Conversation, str]]:
-    """Find out the `joints` and `contents` of a template's format.
+    """Derive the separators between turns, and the trimming of their contents, from a chat template.
 
-    Also returns what the template writes of the conversations that it was tried on.
+    Also returns the template's renderings of the test conversations.
     """
     spent = 0
 
@@ -296,7 +310,7 @@ def _derived(
 
 
 def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
-    """The texts between contents that nothing else can be taken for."""
+    """Derive the separators from one rendering whose contents are unmistakable."""
     turns = tuple(Turn(role, f"qz{place}xw") for place, role in enumerate(roles))
     texts, rest = [], rendered(turns)
     for turn in turns:
@@ -311,7 +325,7 @@ def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) ->
 def _trimmed(
     rendered: Callable[[_Conversation], str], joints: Mapping[Joint, str], contents: _Contents, role: str
 ) -> Callable[[str], str]:
-    """Find out what the template writes of one role's contents, off which it may take spaces."""
+    """Determine how the template trims the contents of one role."""
     roles = (SYSTEM, USER, ASSISTANT) if role == SYSTEM else (USER, ASSISTANT)
     turns = tuple(Turn(one, " \n\ta word\n \n" if one == role else "word") for one in roles)
     text, whole = rendered(turns), contents[role]
@@ -326,9 +340,10 @@ def _trimmed(
 
 
 def _tried(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
-    """Made-up conversations of several lengths, with contents that a template might treat in a way of their own.
+    """Yield synthetic conversations of several lengths, with contents to which a template might give special treatment.
 
-    Such as one that holds all of its own texts: what it cuts off there, such as a thought, it has to look for.
+    One content consists of all string constants of the template, because a template that removes a part of a content,
+    such as a thought, must search for one of them.
     """
     odd = ('\n\nLines\n\nof "text", <b> & {{ x }}\n', "Ünï: 文字 [INST] #1", " two words\n", "word")
     unsaid = ("", "  ", *odd)  # of a user, who may say nothing
@@ -350,7 +365,7 @@ are there, it hears no."""
 
 
 def _compiled(template: str) -> CountedTemplate:
-    """The template with what transformers' own sandbox has, under counts."""
+    """Compile a template in transformers' own sandbox, with a limit on its work."""
     from fedtune.model.quiet import first_line
     from fedtune.tasks.counted_template import CountedTemplate
 
@@ -363,7 +378,11 @@ def _compiled(template: str) -> CountedTemplate:
 
 
 def _rendered(template: CountedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
-    """Raises _NoChain, whose words are about a made-up conversation: of a record they are not shown."""
+    """Render turns with a template.
+
+    Raises:
+        _NoChain: rendering failed.  Its message is shown only for synthetic conversations, never for a record.
+    """
     from jinja2 import Undefined
 
     from fedtune.model.quiet import first_line

@@ -16,7 +16,7 @@ from fedtune.tasks.pooled import OneLabelTask
 
 
 class Classification(OneLabelTask):
-    """The head has a row for each label; the loss is the cross-entropy of their softmax."""
+    """Single-label classification: the head has one output per label, and the loss is the softmax cross-entropy."""
 
     name = "classification"
     judged_by = "accuracy"
@@ -30,7 +30,7 @@ class Classification(OneLabelTask):
         return {"predicted": logits.argmax(dim=1), "probabilities": logits.softmax(dim=1)}
 
     def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`accuracy` and `macro_f1`, both in [0, 1]."""
+        """Compute `accuracy` and `macro_f1`, both in [0, 1]."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
             "accuracy": float(np.mean(truth == predicted)),
@@ -38,9 +38,9 @@ class Classification(OneLabelTask):
         }
 
     def guess(self, dataset: TextDataset) -> float:
-        """The share of the most frequent label."""
+        """Return the share of the most frequent label."""
         return float(np.bincount(np.asarray(dataset.targets)).max() / len(dataset))
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """The predicted class is right."""
+        """Return 1 if the predicted class is correct, and 0 otherwise."""
         return float(model.logits(batch).argmax(dim=1)[0] == batch.targets[0])

@@ -1,9 +1,9 @@
-"""A chat template rendered under counts: it ends after so much work, whatever it says, and on every machine alike.
+"""Chat templates with a limit on the work of a rendering, which is deterministic on every machine.
 
-A template is a program that came with a model.  One with a loop in a loop, or with a text that it doubles forty times,
-would hang a site or fill its memory.  Here each step costs what it reads and what it makes, in characters and items,
-before either can grow; who passes the bound is refused.  There is no clock in it, so a slow machine refuses no other
-templates than a fast one.
+A template is a program that comes with a model.  A nested loop, or a text that doubles forty times, would hang a site
+or exhaust its memory.  Here each step costs the characters and items that it reads and writes, counted before the value
+is built; a template that exceeds the limit is refused.  The limit does not depend on time, so a slow machine refuses
+the same templates as a fast one.
 """
 
 from __future__ import annotations
@@ -35,18 +35,21 @@ may take the square of a text's length."""
 
 
 class TooMuchWork(TemplateError):
-    """A template passed the bound."""
+    """A template exceeded its work limit."""
 
     def __init__(self, most: int) -> None:
         super().__init__(f"takes more than {most} steps for a short conversation")
 
 
 class CountedTemplate:
-    """A template with what transformers gives to chat templates; TemplateError where it cannot be read.
+    """A compiled chat template, with the functions and filters that transformers provides and a limit on its work.
 
     Attributes:
-        texts: those that it holds in quotes: what it may look for in a content.
-        work: steps that the last rendering took.
+        texts: its string constants, for which it may search the contents.
+        work: the number of steps of the last rendering.
+
+    Raises:
+        TemplateError: the template cannot be parsed.
     """
 
     def __init__(self, source: str) -> None:
@@ -58,7 +61,10 @@ class CountedTemplate:
         self._one_at_a_time = Lock()
 
     def render(self, given: Mapping[str, Any]) -> str:
-        """Render `messages`, whose contents are texts; errors of the template are raised as they are."""
+        """Render the template for `messages` whose contents are texts.
+
+        Exceptions from the template are passed on unchanged.
+        """
         messages = given["messages"]
         with self._one_at_a_time:
             self._environment.work = 0
@@ -70,11 +76,11 @@ class CountedTemplate:
 
 
 class _CountedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with the tags, filters and functions of another, and a count.
+    """A Jinja sandbox with the extensions, filters and functions of another environment, and a work counter.
 
     Attributes:
-        work: what was done since it was last set to 0.
-        most: the bound on it.
+        work: the work since the counter was last reset to 0.
+        most: the work limit.
     """
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
@@ -100,7 +106,11 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         return found
 
     def spend(self, value: object = None, steps: int = 1) -> int:
-        """Count steps, and all that a value holds; how much that was.  TooMuchWork beyond the bound."""
+        """Add steps and the size of a value to the counter, and return the amount added.
+
+        Raises:
+            TooMuchWork: the limit is exceeded.
+        """
         waiting, before = [value], self.work
         while True:
             self.work += steps
@@ -132,7 +142,11 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         return self._after(super().call_binop(context, operator, left, right))
 
     def _before(self, given: tuple[Any, ...]) -> None:
-        """Count what a call reads, and refuse one that could make very much of it."""
+        """Count the arguments of a call, and refuse a call whose result could be very large.
+
+        Raises:
+            TooMuchWork: the limit is exceeded, or could be.
+        """
         sizes = [self.spend(one) for one in given]
         factors = (abs(one) if _is_number(one) else size for one, size in zip(given, sizes, strict=True))
         if math.prod(1 + factor for factor in factors) > _MOST_MADE:
@@ -159,7 +173,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         return counted
 
     def _written(self, value: Any) -> Any:
-        """Count a value that is written: a text, a number or nothing."""
+        """Count a value that the template outputs: a text, a number or nothing."""
         if isinstance(value, list | tuple | dict | Namespace):
             raise TemplateError(f"it writes a {type(value).__name__} as it is")
         return self._count_value(value)
@@ -170,7 +184,9 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Hooks(NodeTransformer):
-    """Puts the count into what the sandbox does not call anything for: loops, macros, texts side by side, lists."""
+    """A transformer that adds counting where the sandbox has no hooks: loops, macros, concatenation and list
+    literals.
+    """
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         super().generic_visit(node, *args, **kwargs)
@@ -200,7 +216,7 @@ def _is_number(value: object) -> bool:
 
 
 def _size(value: object) -> int:
-    """The characters or items of a value; of a whole number the words that its square takes."""
+    """Length of a string or container; for an int, the cost of squaring it."""
     if isinstance(value, str | bytes | list | tuple | Mapping | range):
         return len(value)
     return value.bit_length() ** 2 // 4096 if isinstance(value, int) else 0

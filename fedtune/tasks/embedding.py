@@ -1,10 +1,10 @@
-"""Embedding: texts that belong together come to lie near each other, by the cosine of their mean hidden states.
+"""Embedding: texts that belong together get similar embeddings, by the cosine of their mean hidden states.
 
-Each record has a loss of its own.  Losses with in-batch negatives are not offered: there the gradient of one record
-depends on those drawn beside it, and clipping each would not bound what one record does.
+Each record has its own loss.  Losses with in-batch negatives are not offered: the gradient of a record would depend on
+the other records of the batch, and clipping it would not bound that record's influence.
 
-There is no head.  What is used afterwards are the embeddings themselves, which the adapters can change; a matrix behind
-them, of the hidden size squared, would have more values to be noised than all adapters together.
+There is no head.  The results are the embeddings themselves, which the adapters can change.  A projection matrix on top
+of them, of the hidden size squared, would have more values to add noise to than all adapters together.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ class Embedding(Task):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Each text with the tokenizer's own special tokens.  A target is the cosine to learn, or the margin.
+        """Encode each text with the tokenizer's own special tokens; a target is the cosine to learn, or the margin.
 
-        It is not a number where a text cannot be encoded: such a record adds nothing.
+        The target is NaN if a text cannot be encoded; such a record has no effect.
         """
         texts = self.texts(data)
         roles = self.layouts[texts - 2][:texts]
@@ -142,7 +142,7 @@ class Embedding(Task):
         return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(rows, h) embeddings of norm 1, one of each text."""
+        """Compute L2-normalized embeddings, (rows, h), one per text."""
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         return mean_pooled(hidden, batch.attention_mask)
 
@@ -159,18 +159,21 @@ class Embedding(Task):
         return figures | {"nearer": nearer, "anchor": embeddings[0::3], "positive": embeddings[1::3]}
 
     def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
-        """With the rank of each record's positive for its anchor among the positives of all, in place of embeddings."""
+        """Replace the embeddings by the rank of each record's positive for its anchor, among the positives of all
+        records.
+        """
         if "anchor" not in figures:
             return figures
         ranks = ranks_of_own(figures["anchor"], figures["positive"])
         return {"loss": figures["loss"], "nearer": figures["nearer"], "rank": ranks}
 
     def measured(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Of scored pairs `spearman`, the correlation of ranks in [-1, 1]; else of retrieval, in [0, 1].
+        """Compute `spearman`, the rank correlation in [-1, 1], for scored pairs, and retrieval scores in [0, 1]
+        otherwise.
 
-        `ndcg_at_10` and `recall_at_1` and `_10`: how far up an anchor finds its own positive among those of all
-        records, each of the others counting as wrong.  `nearer`: the share of records whose positive is nearer to the
-        anchor than their negative.
+        `ndcg_at_10`, `recall_at_1` and `recall_at_10`: how high an anchor ranks its own positive among the positives of
+        all records, where every other positive counts as wrong.  `nearer`: the share of records whose positive is
+        closer to the anchor than their negative.
         """
         if "truth" in figures:
             return {"spearman": rank_correlation(figures["cosine"], figures["truth"])}
@@ -180,7 +183,9 @@ class Embedding(Task):
         return found | {"nearer": float(np.mean(figures["nearer"]))}
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """How near the cosine is to what it should be, or whether the positive is nearer than the negative."""
+        """Return 1 minus the error of the cosine (at least 0); for triplets, 1 if the positive is closer than the
+        negative, else 0.
+        """
         cosines = _cosines(model.logits(batch), batch)
         if batch.texts == 3:
             return float(cosines[0][0] > cosines[1][0])
@@ -207,7 +212,9 @@ class Embedding(Task):
 
 
 def _cosines(embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Of each record's first text with each of its others, (records,) each, from (rows, h) of norm 1."""
+    """Compute the cosines of each record's first text with its other texts, (records,) each, from normalized (rows,
+    h).
+    """
     first = embeddings[0 :: batch.texts]
     return tuple((first * embeddings[other :: batch.texts]).sum(dim=1) for other in range(1, batch.texts))
 
@@ -220,10 +227,10 @@ def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
 
 
 def ranks_of_own(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """(n,) the place of each anchor's own positive among all, from 1; of equal ones the mean place.
+    """Rank each anchor's own positive among all positives, from 1, (n,); ties get the mean rank.
 
-    So who embeds all texts alike finds nothing.  Infinite where it is not finite.  Both are (n, h) of norm 1, in the
-    same order.
+    An embedding that maps all texts to one point therefore gains nothing.  The rank is infinite for values that are not
+    finite.  Both inputs are (n, h), L2-normalized and in the same order.
     """
     own = (anchors * positives).sum(axis=1)
     ranks = np.full(len(own), np.inf)

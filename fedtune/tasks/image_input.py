@@ -1,4 +1,4 @@
-"""An image as a record: a vision transformer with adapters, and what lies between its pixels and its patches."""
+"""Images as records: a vision transformer with adapters, and the conversion from images to patches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedtune.tasks.inputs import Input, NoTokenizer, Row, Rows, Text, each_alone
 
 @dataclass(frozen=True)
 class ImageReader(NoTokenizer):
-    """Makes patches of images."""
+    """A converter from images to patches, in the role of a tokenizer."""
 
     process: Any  # the model's processor, as `fedtune.model.base_model.load_processor` finds it
     side: int  # of the square images that it makes
@@ -30,18 +30,20 @@ class ImageReader(NoTokenizer):
     before: int  # places of the model's own before those of the patches
 
     def nothing(self) -> NDArray[np.float32]:
-        """(places, 3 * patch * patch) zeros."""
+        """Return the patches of an empty image, (places, 3 * patch * patch) zeros."""
         return np.zeros((self.before + (self.side // self.patch) ** 2, 3 * self.patch**2), dtype=np.float32)
 
     def patches(self, image: Any) -> NDArray[np.float32]:
-        """The same of an image: of each patch the red, the green and the blue pixels, row by row."""
+        """Cut an image into patches, (places, 3 * patch * patch): for each patch its red, green and blue pixels, row by
+        row.
+        """
         pixels, count, found = self.pixels(image), self.side // self.patch, self.nothing()
         cut = pixels.reshape(3, count, self.patch, count, self.patch)
         found[self.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
         return found
 
     def pixels(self, image: Any) -> NDArray[np.float32]:
-        """(3, side, side)."""
+        """Preprocess an image to (3, side, side)."""
         found: NDArray[Any] = self.process(images=image, return_tensors="np")["pixel_values"][0]
         return found.astype(np.float32)
 
@@ -50,7 +52,7 @@ class ImageReader(NoTokenizer):
 
 
 class Image(Text):
-    """Images as a vision transformer reads them; what it makes of one is the mean over its patches."""
+    """Images for a vision transformer; the embedding of an image is the mean over its patches."""
 
     modality = "image"
     is_fixed = True
@@ -163,7 +165,9 @@ def _decoded(record: Record) -> Any:
 
 
 def _joined(patches: torch.Tensor) -> torch.Tensor:
-    """(n, 3, side, side) pixels of (n, count * count, 3 * patch * patch), as `ImageReader.patches` cuts them."""
+    """Reassemble patches, (n, count * count, 3 * patch * patch), to pixels, (n, 3, side, side); inverts
+    `ImageReader.patches`.
+    """
     count, patch = int(patches.shape[1] ** 0.5), int((patches.shape[2] // 3) ** 0.5)
     cut = patches.reshape(-1, count, count, 3, patch, patch)
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, count * patch, count * patch)

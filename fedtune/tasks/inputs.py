@@ -1,8 +1,7 @@
-"""The kinds of records as a model sees them: a text, the features of a table, or an image.  Nothing else asks which.
+"""The kinds of model input: a text, the features of a table row, or an image.  No other module depends on the kind.
 
-An input says which roles its records have, how a record is read, which base its model has and which head, and what is
-made up where a model is tried.  To add one: write its class in a file of its own, and name it in
-`fedtune.tasks.registry`.
+An input defines the roles of its records, how records are read, the base and the head of its model, and random inputs
+for trials.  To add one: write its class in a module of its own, and add it to `fedtune.tasks.registry`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
 
 
 class NoTokenizer:
-    """The reader of records without a text: it takes the place of a tokenizer, and has no words."""
+    """A stand-in for a tokenizer, with an empty vocabulary, for records without text."""
 
     pad_token_id = 0
 
@@ -44,79 +43,97 @@ class NoTokenizer:
 
 
 class Input(ABC):
-    """One kind of record."""
+    """The base class of model inputs."""
 
     modality: ClassVar[str | None] = None  # the code by which a report says what the records are, where it is not text
     # whether every record has just `data.max_length` places in the model, so that nothing is padded.
     is_fixed: ClassVar[bool] = False
 
     def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        """A task's roles as columns name them; other columns are named by the input's own settings."""
+        """Return the task's roles as `data.columns` names them; other columns are named by the input's own settings."""
         return of_task
 
     @abstractmethod
     def check_data(self, data: DataSpec) -> None:
-        """Check the settings of the records; errors name keys of `data`."""
+        """Check the settings of the records.
+
+        Raises:
+            ConfigError: for a key of `data`.
+        """
 
     @abstractmethod
     def check_model(self, spec: TaskModelSpec) -> None:
-        """Check the settings of the model; errors name keys of the run."""
+        """Check the settings of the model.
+
+        Raises:
+            ConfigError: for a key of the run's settings.
+        """
 
     @abstractmethod
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
-        """Reads records for the model, as a tokenizer does, checked to fit `base` where there is one."""
+        """Return the object that reads records for the model, such as a tokenizer, after checking that it fits the
+        base.
+        """
 
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:
-        """A function that raises DataError about a record of which no input can be made."""
+        """Return a function that raises a DataError for a record that cannot become an input."""
         return lambda record: None
 
     def odd(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
-        """(what, column) of each value of a usable record that is not as it was declared."""
+        """Yield (oddity, column) for each value of a usable record that is not as declared."""
         yield from ()
 
     @abstractmethod
     def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
-        """The records' inputs."""
+        """Convert records to model inputs."""
 
     @abstractmethod
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
-        """The frozen base with its adapters, on a device; `check` looks at it before they are attached."""
+        """Load the frozen base with its adapters on a device; `check` is called with the base before they are
+        attached.
+        """
 
     def num_ids(self, base: Any) -> int:
-        """Ids that a place of the input may hold, from 0; of one that holds values, one."""
+        """Return the number of token ids; 1 for inputs of numbers."""
         return 1
 
     @abstractmethod
     def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(rows, h) float32: what the base makes of each row, of norm 1 at most."""
+        """Compute the base's embedding of each row, (rows, h) float32, of L2 norm at most 1."""
 
     @abstractmethod
     def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
-        """The layers from (rows, width) to (rows, outputs), of which the last one is zero; public settings alone."""
+        """Build the layers from (rows, width) to (rows, outputs), with a zero last layer, from public settings
+        alone.
+        """
 
     @abstractmethod
     def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
-        """Invented inputs of these lengths, over all that a place may hold, its ends included."""
+        """Generate random inputs of these lengths over the full range of possible values, including its extremes."""
 
     def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        """A value of an invented record in a role of the input's own; None: any text."""
+        """Generate a random value for a role that belongs to the input, or return None if any text is valid."""
         return None
 
     def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        """The formats that a tuned model can be exported in, of a task with these for texts."""
+        """Return the export formats of a tuned model, given the task's formats for texts."""
         return of_task
 
     def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
-        """Lines of Python from a record to `scores` and `labels` without fedtune; None: those of the task.
+        """Return Python code that computes `scores` and `labels` from a record without fedtune, or None to use the
+        task's code.
 
-        They read what was written into `folder`, an ONNX `graph` or not, and `base`, where transformers finds that;
-        it is `folder` itself where the adapter was merged into it.
+        Args:
+            data: the settings of the records.
+            base: a path or id of the base for transformers; the folder itself if the adapter was merged.
+            folder: the folder of the saved model.
+            graph: whether the folder contains an ONNX graph.
         """
         return None
 
 
 class Text(Input):
-    """Texts as a tokenizer and a transformer read them."""
+    """Texts, read by a tokenizer and a transformer."""
 
     def check_data(self, data: DataSpec) -> None:
         if data.features:
@@ -188,7 +205,7 @@ class Text(Input):
 
 
 class Features(Input):
-    """Columns of a table as one vector, and a head that is all of the model."""
+    """Feature vectors from the columns of a table; the model consists of the head alone."""
 
     modality = "table"
 
@@ -240,7 +257,9 @@ class Features(Input):
         return hidden[:, 0]
 
     def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
-        """Linear, or linear layers with a ReLU between them: it rounds nothing, wherever in a batch a record stands."""
+        """Build a linear layer, or linear layers with ReLU, which rounds no values, so that a row's position does not
+        matter.
+        """
         layers: list[torch.nn.Module] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # drawn on the CPU, so that it is the same for every device
@@ -369,40 +388,56 @@ INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
 
 
 def input_of(settings: DataSpec | TaskModelSpec) -> Input:
-    """The input that settings of data or of a model name."""
+    """Return the input that the settings of data or of a model select."""
     return input_named(settings.input)
 
 
 def input_named(name: str) -> Input:
-    """The input of this name; raises ConfigError for `input` where there is none."""
+    """Return the input with this name.
+
+    Raises:
+        ConfigError: for `input`: there is none.
+    """
     check_one_of("input", name, INPUTS)
     return INPUTS[name]
 
 
 def require_values(why: str, *settings: tuple[str, object, object]) -> None:
-    """Raise ConfigError for the first (key, value, wanted) whose value is another; `why` ends its message."""
+    """Require that settings, given as (key, value, wanted), have the wanted values.
+
+    Raises:
+        ConfigError: for the first key with another value; the message ends with `why`.
+    """
     for key, value, wanted in settings:
         if value != wanted:
             raise ConfigError(key, value, f"must be {shown(wanted)} {why}")
 
 
 def require_no_labels(head: HeadSpec, why: str) -> None:
-    """The same for what takes a head from the texts of labels."""
+    """Require head settings that do not use the labels' texts.
+
+    Raises:
+        ConfigError: for the first such setting; the message ends with `why`.
+    """
     settings = (("head.centre", head.centre, False), ("head.init", head.init, "zero"))
     require_values(why, *settings, ("head.label_texts", head.label_texts, ()))
 
 
 def each_alone(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
-    """The results of `read` on each record, and whether it could; `lenient`: `nothing` stands in place of an error."""
+    """Apply `read` to each record separately; return the results and whether each succeeded.
+
+    With `lenient`, `nothing` replaces the result of a failed record; otherwise its error is raised.
+    """
     made = [or_fault("", read, record) if lenient else read(record) for record in records]
     rows = [nothing if isinstance(row, DataError) else row for row in made]
     return rows, [not isinstance(row, DataError) for row in made]
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The mean over real tokens, scaled to norm 1: (n, h) float32; an example without tokens gives zeros.
+    """Average the hidden states of real tokens and L2-normalize the result, (n, h) float32; zeros if there are no
+    tokens.
 
-    `hidden` is (n, t, h) in any float type, and `attention_mask` (n, t) 1 for real tokens.
+    `hidden` is (n, t, h) in any float type, and `attention_mask` is (n, t), 1 for real tokens.
     """
     mask = attention_mask.unsqueeze(-1).to(torch.float32)
     total = (hidden.to(torch.float32) * mask).sum(dim=1)

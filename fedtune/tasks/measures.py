@@ -1,7 +1,7 @@
-"""Quality measures, computed from predictions and truth, or from records alone; no model of a run runs here.
+"""Quality measures, computed from predictions and true values, or from records alone; no model is run.
 
-Each is defined for any predictions: a model with a constant answer, or a bootstrap sample without one of the classes,
-must not end an evaluation.
+Each measure is defined for any predictions: a constant prediction, or a bootstrap sample without one of the classes,
+must not abort an evaluation.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class ClassScores:
     """Precision and recall of one label.
 
     Attributes:
-        label: as declared.
-        precision: share of the records predicted to have it that do; 0 where none is predicted.
-        recall: share of the records that have it that are predicted to; 0 where none has it.
-        f1: their harmonic mean.
-        support: number of records that have it; of parts of texts, how many have it.
+        label: the declared label.
+        precision: the share of correct predictions of the label; 0 if it is never predicted.
+        recall: the share of the label's records for which it is predicted; 0 if no record has it.
+        f1: the harmonic mean of precision and recall.
+        support: the number of records (for token labels: entities) with the label.
     """
 
     label: str
@@ -50,9 +50,9 @@ class ReliabilityBin:
     """Answers of similar confidence.
 
     Attributes:
-        confidence: their mean predicted probability.
-        right: the share that is right.
-        count: number of answers.
+        confidence: the mean predicted probability.
+        right: the share of correct answers.
+        count: the number of answers.
     """
 
     confidence: float
@@ -62,24 +62,23 @@ class ReliabilityBin:
 
 @spec
 class Detail:
-    """Details of the scores of a task with labels: scores by label, and calibration, where there is one."""
+    """Details of the scores of a task with labels: scores by label, and calibration if the task has probabilities."""
 
     classes: tuple[ClassScores, ...]
     reliability: tuple[ReliabilityBin, ...]
 
     @property
     def is_finite(self) -> bool:
-        """JSON can hold it; a model that has diverged gives NaN."""
+        """Whether all values are finite, as JSON requires; a model that has diverged gives NaN."""
         return all(math.isfinite(one.confidence) for one in self.reliability)
 
 
 def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
-    """The unweighted mean of every declared class's F1 score, in [0, 1].
+    """Compute the unweighted mean of the F1 scores of all declared classes, in [0, 1].
 
-    F1 is 2 TP / (2 TP + FP + FN).  A declared class with no true and no predicted example has
-    0 / 0 and counts as 0, which is scikit-learn's `f1_score(truth, predicted, average="macro",
-    labels=range(num_labels), zero_division=0)`; without `labels`, scikit-learn would leave that
-    class out, and the score's meaning would change with the sample.
+    F1 is 2 TP / (2 TP + FP + FN).  A declared class with no true and no predicted example has 0 / 0 and counts as 0, as
+    in scikit-learn's `f1_score(truth, predicted, average="macro", labels=range(num_labels), zero_division=0)`.  Without
+    `labels`, scikit-learn would leave that class out, and the meaning of the score would change with the sample.
 
     >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=2)  # both classes have 2/3
     0.6666666666666666
@@ -91,12 +90,14 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
 
 
 def macro_f1_of_marks(truth: Marks, predicted: Marks) -> float:
-    """Macro F1 of records with any number of labels."""
+    """Compute the macro F1 of multi-label predictions."""
     return float(_f1((truth & predicted).sum(axis=0), truth.sum(axis=0), predicted.sum(axis=0)).mean())
 
 
 def micro_f1(truth: Marks, predicted: Marks) -> float:
-    """F1 over all pairs of a record and a label, in [0, 1]; 0 where no record has a label, true or predicted."""
+    """Compute F1 over all pairs of a record and a label, in [0, 1]; 0 if there is neither a true nor a predicted
+    label.
+    """
     return float(_f1((truth & predicted).sum(), truth.sum(), predicted.sum()))
 
 
@@ -107,7 +108,7 @@ def _f1(right: npt.ArrayLike, true: npt.ArrayLike, said: npt.ArrayLike) -> Float
 
 
 def by_class(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[ClassScores, ...]:
-    """Each label's own scores, in the labels' order."""
+    """Compute precision, recall and F1 of each label, in the order of the labels."""
     right, true, said = (one.sum(axis=0) for one in (truth & predicted, truth, predicted))
     precision, recall = right / np.maximum(said, 1), right / np.maximum(true, 1)
     figures = zip(labels, precision, recall, _f1(right, true, said), true, strict=True)
@@ -118,10 +119,10 @@ def by_class(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[
 
 
 def entity_counts(truth: Sequence[Entity], said: Sequence[Entity], *, num_labels: int) -> Floats:
-    """Entities of one record by label, and in a last row of all labels taken as one: (num_labels + 1, 5) counts.
+    """Count the entities of one record by label, and in a last row with all labels merged: (num_labels + 1, 5).
 
-    They are the true ones, the predicted ones, those that are both, the true ones that share a word with a predicted
-    one of their label, and the predicted ones that share a word with a true one.
+    The columns are: true entities, predicted entities, entities that are both, true entities that share a word with a
+    predicted entity of the same label, and predicted entities that share a word with a true one.
     """
     counts = np.zeros((num_labels + 1, 5))
     for label in range(num_labels + 1):
@@ -132,7 +133,7 @@ def entity_counts(truth: Sequence[Entity], said: Sequence[Entity], *, num_labels
 
 
 def _num_met(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
-    """How many of some (first, end) share a word with one of the others."""
+    """Count the intervals (start, end) in `some` that overlap with at least one of `others`."""
     if not some or not others:
         return 0
     (first, end), (firsts, ends) = (np.array(each).T for each in (some, others))
@@ -142,19 +143,20 @@ def _num_met(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]])
 
 
 def rates(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
-    """Recall, precision and F1 of (5,) counts of `entity_counts`; 0 where there is nothing to divide by.
+    """Compute recall, precision and F1 from (5,) counts of `entity_counts`; 0 instead of a division by zero.
 
-    In these, `found` is the place of the true ones that are found, `right` that of the predicted ones that are right.
+    `found` is the index of the true entities that were found, `right` that of the correct predicted entities.
     """
     recall, precision = counts[found] / max(counts[0], 1), counts[right] / max(counts[1], 1)
     return float(recall), float(precision), float(2 * recall * precision / max(recall + precision, 1e-12))
 
 
 def auroc(probabilities: Floats, truth: Marks) -> float:
-    """Macro AUROC, one label against the rest: how often a record with it is ranked above one without it.
+    """Compute the macro AUROC, one label against the rest: how often a record with a label ranks above one without it.
 
-    The mean over labels that some records have and others lack; a tie counts as one half (Mann and Whitney).  0.5, as
-    for chance, if there is no such label.  `probabilities` (n, labels) may be any increasing function of them.
+    The mean is over labels that some records have and others lack; 0.5, as for chance, if there is no such label.  A
+    tie counts as one half (Mann and Whitney).  `probabilities` (n, labels) may be any increasing function of
+    probabilities.
 
     >>> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
     0.5
@@ -177,10 +179,11 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
 
 
 def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
-    """Sort (answers,) by the probability that each was given into `BINS` bins of equal size, and look which are right.
+    """Sort answers by their predicted probability, (answers,), into `BINS` bins of equal size; compute each bin's
+    accuracy.
 
-    Bins of equal mass (Nguyen and O'Connor 2015): with bins of equal width, most answers of a confident model are in
-    one bin, and the other bins have too few to measure.
+    The bins have equal mass (Nguyen and O'Connor 2015): with bins of equal width, most answers of a confident model are
+    in one bin, and the other bins have too few answers to measure.
     """
     order = np.argsort(confidence, kind="stable")
     bins = (some for some in np.array_split(order, BINS) if len(some))
@@ -191,15 +194,19 @@ def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
 
 
 def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Expected calibration error (ECE), in [0, 1]: the mean distance of a bin's confidence from its share of right."""
+    """Compute the expected calibration error (ECE), in [0, 1]: the mean gap between a bin's confidence and its
+    accuracy.
+    """
     apart = [one.count * abs(one.confidence - one.right) for one in bins]
     return sum(apart) / sum(one.count for one in bins)
 
 
 def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
-    """Cohen's kappa with quadratic weights, at most 1: 1 minus the squared error over that expected by chance.
+    """Compute Cohen's kappa with quadratic weights, at most 1: 1 minus the ratio of the squared error to that of
+    chance.
 
-    Chance pairs the same predictions and truths at random.  0 where all are one class, or the prediction is constant.
+    Chance pairs the same predictions and true classes at random.  The result is 0 if all records are of one class, or
+    the prediction is constant.
 
     >>> quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
     0.6666666666666667
@@ -212,25 +219,29 @@ def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> f
 
 
 def correlation(one: Floats, other: Floats) -> float:
-    """Pearson's correlation of (n,) numbers, in [-1, 1]; 0 where either is constant."""
+    """Compute the Pearson correlation of two (n,) arrays, in [-1, 1]; 0 if either is constant."""
     left, right = one - one.mean(), other - other.mean()
     size = float(np.sqrt((left @ left) * (right @ right)))
     return float(left @ right) / size if size != 0 else 0.0
 
 
 def rank_correlation(one: Floats, other: Floats) -> float:
-    """Spearman's correlation, which is Pearson's of the ranks."""
+    """Compute the Spearman correlation: the Pearson correlation of the ranks."""
     from scipy.stats import rankdata  # here: it takes a moment, and settings are read without it
 
     return correlation(rankdata(one), rankdata(other))
 
 
 def classified(records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, ...]] = ()) -> dict[str, float] | None:
-    """How well a classifier of words that learns from records tells codes; without those whose code comes once.
+    """Measure how well a bag-of-words classifier, trained on records, predicts their codes; codes that occur once are
+    left out.
 
-    A record is the values of a code and a text.  Tests are on `public` ones, else on each fifth of the records in turn,
-    when it has learnt from the rest.  The shares of the tested are those that are `right`, and those that have the
-    records' `commonest` code; None: they have not two codes.
+    A record consists of the values of its code, and a text.  The classifier is tested on the `public` records, or else
+    by five-fold cross-validation.
+
+    Returns:
+        The shares of test records that are classified `right`, and that have the `commonest` code; None if the records
+        have fewer than two codes.
     """
     times = Counter(one[:-1] for one in records)
     # By code, so that its texts are spread over the fifths.
@@ -245,7 +256,7 @@ def classified(records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, .
 
 
 def _right(learnt: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:
-    """How many have the likeliest code by multinomial naive Bayes, words counted from 1 (McCallum and Nigam 1998)."""
+    """Count the correct predictions of multinomial naive Bayes with add-one smoothing (McCallum and Nigam 1998)."""
     codes = Counter(one[:-1] for one in learnt)
     places = {code: place for place, code in enumerate(codes)}
     times: dict[str, Counter[int]] = defaultdict(Counter)

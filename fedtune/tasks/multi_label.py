@@ -1,4 +1,4 @@
-"""Multi-label: any number of a declared set of labels for each text, none among them, by a yes or no for each."""
+"""Multi-label classification: any number of a declared set of labels for each text, including none."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MOST_LABELS = 1_000
 
 
 class MultiLabel(LabelTask):
-    """The head has a row for each label; the loss is the mean over the labels of the cross-entropy of yes or no.
+    """Multi-label classification: one output per label; the loss is the mean binary cross-entropy over the labels.
 
-    A record's labels are a JSON list, or one text with `data.label_separator` between them; it is said to have those
-    with a probability above one half.  A record with a label that was not declared is left out as a whole: to learn
-    the others of it would be to learn that it has no more.
+    A record's labels are a JSON list, or one text with `data.label_separator` between the labels.  A label is predicted
+    if its probability is above one half.  A record with an undeclared label is skipped as a whole: training on its
+    other labels would teach the model that the record has no more.
     """
 
     name = "multi_label"
@@ -67,11 +67,15 @@ class MultiLabel(LabelTask):
         return figures["truth"] > 0, figures["probabilities"] > 0.5
 
     def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
-        """Of each label of each record, the probability that it has it, and whether it does."""
+        """Return the predicted probability for each pair of a record and a label, and whether the record has the
+        label.
+        """
         return figures["probabilities"].ravel(), truth.ravel()
 
     def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`micro_f1`, `macro_f1` and `exact`, the share of records with all labels right, in [0, 1]."""
+        """Compute `micro_f1`, `macro_f1` and `exact`, the share of records with exactly the right labels, all in [0,
+        1].
+        """
         truth, said = self.marks(figures, spec=spec)
         return {
             "micro_f1": measures.micro_f1(truth, said),
@@ -80,20 +84,22 @@ class MultiLabel(LabelTask):
         }
 
     def guess(self, dataset: TextDataset) -> float:
-        """Micro F1 of the most frequent labels as a constant answer, as many of them as suit best."""
+        """Return the micro F1 of the best constant prediction."""
         truth = np.asarray(dataset.targets, dtype=np.float64) > 0
         found = np.cumsum(np.sort(truth.sum(axis=0))[::-1])  # pairs that are right with the first label, two, ...
         said = len(dataset) * np.arange(1, len(found) + 1)
         return float((2.0 * found / (said + truth.sum())).max())
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """F1 of the labels of the one record; 1 where it has none and is given none."""
+        """Return the F1 of the record's labels; 1 if it has no label and none is predicted."""
         truth, said = batch.targets[0] > 0, model.logits(batch)[0] > 0
         named = int(truth.sum() + said.sum())
         return 2 * int((truth & said).sum()) / named if named else 1.0
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """The labels above one half, the surest first; none: which comes nearest."""
+        """Return the labels with a probability above one half, the likeliest first; if there is none, "none" and the
+        likeliest.
+        """
         chances = logits.sigmoid()
         found = [(spec.labels[place], float(chances[place])) for place in (-chances).argsort(stable=True).tolist()]
         said = [one for one in found if one[1] > 0.5]

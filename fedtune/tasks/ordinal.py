@@ -1,16 +1,17 @@
-"""Ordinal: one of declared labels that have an order, such as grades or stars, for each text.
+"""Ordinal regression: one of a declared list of ordered labels, such as grades or stars, for each text.
 
-The head answers K - 1 questions for K labels: is the true one above the first, above the second, ...?  Their logits are
-those of the cumulative probabilities P(class > k), and the loss is the mean cross-entropy of the K - 1 answers (ordinal
-regression by extended binary classification, Li and Lin 2006).  The class is the number of answers that are yes.
+The head has K - 1 outputs for K labels: is the true label above the first, above the second, ...?  Their logits are
+those of the cumulative probabilities P(class > k), and the loss is the mean binary cross-entropy of the K - 1 answers
+(ordinal regression by extended binary classification, Li and Lin 2006).  The predicted class is the number of answers
+that are yes.
 
-- The loss knows the order: an answer that is three steps off gives three wrong answers, one step off gives one.  The
-  absolute error is at most the number of wrong answers, whether or not they agree with each other.
-- Nothing but a linear head is trained: thresholds of a proportional-odds model would be tensors of their own, with
-  other gradients to clip and no place in an export.  Each question has a row instead, so that labels need not lie at
-  equal distances, nor on one line.
-- Nothing makes the K - 1 probabilities fall.  They are sorted where probabilities of the classes are wanted, which
-  leaves the number above one half as it is and never makes an estimate worse (Chernozhukov et al. 2010).
+- The loss respects the order: a prediction that is three steps off gives three wrong answers, one step off gives one.
+  The absolute error is at most the number of wrong answers, even if the answers contradict each other.
+- Only a linear head is trained.  The thresholds of a proportional-odds model would be additional tensors, with other
+  gradients to clip and no place in an export.  Each threshold has its own output instead, so that labels need not be
+  equally spaced, or lie along one direction.
+- The K - 1 probabilities are not forced to decrease.  They are sorted when class probabilities are needed, which does
+  not change the number above one half and never makes an estimate worse (Chernozhukov et al. 2010).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fedtune.tasks.pooled import OneLabelTask, binary_losses
 
 
 class Ordinal(OneLabelTask):
-    """Cumulative logits; `data.labels` are in their order, the lowest first."""
+    """Ordinal regression by cumulative logits; `data.labels` are in ascending order."""
 
     name = "ordinal"
     judged_by = "quadratic_kappa"
@@ -40,7 +41,7 @@ class Ordinal(OneLabelTask):
         return len(spec.labels) - 1
 
     def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """For each question the direction from the labels below to those above."""
+        """Initialize each threshold by the direction from the labels below it to those above it."""
         rows = [embeddings[k:].mean(dim=0) - embeddings[:k].mean(dim=0) for k in range(1, len(embeddings))]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
@@ -56,7 +57,7 @@ class Ordinal(OneLabelTask):
         return {"predicted": _classes(logits), "probabilities": falling[:, :-1] - falling[:, 1:]}
 
     def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`quadratic_kappa`, at most 1, `accuracy` in [0, 1], and `mae` in steps between labels."""
+        """Compute `quadratic_kappa`, at most 1, `accuracy` in [0, 1], and `mae` in steps between labels."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
             "quadratic_kappa": quadratic_kappa(truth, predicted, num_labels=len(spec.labels)),
@@ -65,11 +66,11 @@ class Ordinal(OneLabelTask):
         }
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """1 less the error as a share of the largest possible one."""
+        """Return 1 minus the error as a share of the largest possible error."""
         steps = abs(int(_classes(model.logits(batch))[0]) - int(batch.targets[0]))
         return 1 - steps / self.outputs(model.spec)
 
 
 def _classes(logits: torch.Tensor) -> torch.Tensor:
-    """(rows,) the classes that (rows, K - 1) answers give."""
+    """Count the positive answers, from logits (rows, K - 1) to classes (rows,)."""
     return (logits > 0).sum(dim=1)

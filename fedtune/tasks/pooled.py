@@ -1,4 +1,4 @@
-"""The base of tasks that read a text, a row of a table or an image, and answer by a head on what a base makes of it."""
+"""The base class of tasks with a head on one pooled embedding per record: of a text, a table row or an image."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ labels, scores = settings["labels"], settings["head"]["scale"] * (centred @ head
 
 
 class PooledTask(Task):
-    """Mean-pooled, normalised hidden states x; scores = scale * W x, from which a task makes its loss and its answer.
+    """Mean-pooled, L2-normalized hidden states x, with scores = scale * W x, from which a task computes loss and
+    answer.
 
-    Of features, x is the vector, and the head has layers of its own.  A model's `head` is W, and its buffer `centre`
-    the public constant that `head.centre` subtracts.
+    For features, x is the feature vector, and the head may have hidden layers.  A model's `head` is W, and its buffer
+    `centre` is the public constant that `head.centre` subtracts.
     """
 
     has_head = True
@@ -57,22 +58,24 @@ class PooledTask(Task):
 
     @abstractmethod
     def target(self, data: DataSpec) -> TargetOf:
-        """How a record's target is read under these settings."""
+        """Return a function that reads a record's target under these settings."""
 
     def target_shape(self, data: DataSpec) -> tuple[int, ...]:
-        """Of one record's target."""
+        """Return the shape of one record's target."""
         return ()
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """Return each row's loss, (rows,), from logits (rows, outputs); a target of `UNSUPERVISED` adds 0."""
+        """Compute each row's loss, (rows,), from logits (rows, outputs); a row with target `UNSUPERVISED` has loss
+        0.
+        """
         return binary_losses(logits, targets)
 
     @abstractmethod
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
-        """The figures of each row's answer by its scores, by name, without the truth."""
+        """Compute the predictions for each row from its logits, by name."""
 
     def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """The truth beside them, from the targets."""
+        """Compute the true values, in the units of the predictions, from the targets."""
         return targets
 
     @property
@@ -95,7 +98,12 @@ class PooledTask(Task):
         require_no_labels(spec.head, f"for {self.name}, which has no labels")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
-        """Require a mark between the two texts of a record, without which the model could not tell them apart."""
+        """Require a separator token between the two texts of a record, without which the model could not tell them
+        apart.
+
+        Raises:
+            ConfigError: for `model.path`.
+        """
         marks = tokenizer.num_special_tokens_to_add if "text_pair" in data.columns else None
         if marks and marks(pair=True) <= marks(pair=False):
             bound = "has a tokenizer without a mark between two texts, which data.columns.text_pair needs"
@@ -108,9 +116,9 @@ class PooledTask(Task):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """The text (with `text_pair` the two as a pair) with the tokenizer's own special tokens, or the features.
+        """Encode each record's text (with `text_pair`, both texts as a pair), features or image, and read its target.
 
-        Beside each record's target.
+        Texts get the tokenizer's own special tokens.  A record that cannot be encoded has the target `UNSUPERVISED`.
         """
         ids, found = input_of(data).rows(records, tokenizer, data=data, lenient_within=lenient_within)
         target, shape = self.target(data), self.target_shape(data)
@@ -128,7 +136,7 @@ class PooledTask(Task):
             model.register_buffer("centre", nothing, persistent=False)
 
     def start_head(self, model: Model) -> None:
-        """Take from the labels' texts what `spec.head` wants of them: the centre, and each row of the head."""
+        """Initialize the centre and the rows of the head from the labels' texts, as `spec.head` requires."""
         head = model.spec.head
         if not head.centre and head.init != "label_names":
             return
@@ -138,10 +146,11 @@ class PooledTask(Task):
                 model.get_parameter("head.weight").copy_(self.first_rows(rows))
 
     def label_rows(self, model: Model) -> torch.Tensor:
-        """(labels, h) the frozen base's embeddings of the labels' texts, of norm 1; sets the centre that is wanted.
+        """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized; also set the centre if
+        used.
 
         A label's text is its declared description, or its name with spaces for underscores.  Both are public, and no
-        record is read: this costs no privacy.  A row may depend on the other labels by rounding.
+        record is read, so this costs no privacy.  A row may depend on the other labels by rounding.
         """
         from fedtune.model.base_model import load_tokenizer
         from fedtune.model.fits import check_tokenizer_fits, ids_of
@@ -167,24 +176,26 @@ class PooledTask(Task):
         return torch.nn.functional.normalize(rows - centre, dim=-1)
 
     def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The head that labels' embeddings, (labels, h) of norm 1, suggest, (outputs, h)."""
+        """Compute the initial head, (outputs, h), from the labels' embeddings, (labels, h) of L2 norm 1."""
         return embeddings
 
     def embed(self, model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """A batch's inputs and attention mask (n, t) to embeddings (n, h) in float32, of a text of norm 1."""
+        """Compute embeddings, (n, h) float32, from a batch's inputs and attention mask (n, t); text embeddings have L2
+        norm 1.
+        """
         pooled = input_of(model.spec).pooled(model.base, input_ids, attention_mask)
         centred = model.spec.head.centre
         return torch.nn.functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(rows, outputs)."""
+        """Compute logits, (rows, outputs)."""
         embeddings = self.embed(model, batch.input_ids, batch.attention_mask)
         # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
         rows = torch.nn.functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
         return self.scored(model, rows)[: len(embeddings)]
 
     def scored(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
-        """(rows, outputs) of (rows, h), each by itself."""
+        """Compute logits, (rows, outputs), from embeddings, (rows, h), each row independently."""
         assert model.head is not None
         scores: torch.Tensor = model.head(embeddings)
         return model.spec.head.scale * scores
@@ -207,7 +218,7 @@ class PooledTask(Task):
 
 
 class LabelTask(PooledTask):
-    """A pooled task whose answers are labels of a declared set."""
+    """The base class of pooled tasks that predict labels from a declared set."""
 
     has_labels = True
 
@@ -217,17 +228,19 @@ class LabelTask(PooledTask):
             raise ConfigError("head.label_texts", spec.head.label_texts, bound)
 
     def marks(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
-        """(records, labels): which labels each has, and which it is said to have."""
+        """Return the true and the predicted labels of each record, as (records, labels) booleans."""
         classes = np.arange(len(spec.labels))
         return figures["truth"][:, None] == classes, figures["predicted"][:, None] == classes
 
     def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
-        """(answers,) the probability that the model gave to each of its answers, and whether that is right."""
+        """Return the predicted probability of each answer, (answers,), and whether the answer is correct."""
         right = np.asarray((truth & said).any(axis=1))
         return (figures["probabilities"] * said).sum(axis=1), right
 
     def final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """The scores of every round, `auroc` (macro, each label against the rest) and `ece`, both in [0, 1]."""
+        """Compute the scores of every round, and `auroc` (macro, each label against the rest) and `ece`, both in [0,
+        1].
+        """
         truth, said = self.marks(figures, spec=spec)
         bins = measures.reliability(*self.confidence(figures, truth, said))
         told = {"auroc": measures.auroc(figures["probabilities"], truth), "ece": measures.calibration_error(bins)}
@@ -241,7 +254,7 @@ class LabelTask(PooledTask):
         )
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """The likeliest labels with their probabilities, the answer first."""
+        """Return the likeliest labels with their probabilities, the predicted label first."""
         said = self.said(logits[None], spec=spec)
         chances, first = said["probabilities"][0], int(said["predicted"][0])
         others = (place for place in (-chances).argsort(stable=True).tolist() if place != first)
@@ -252,7 +265,7 @@ class LabelTask(PooledTask):
 
 
 class OneLabelTask(LabelTask):
-    """A task of which each record has one label: its class is the place of that in `data.labels`."""
+    """The base class of single-label tasks.  The class is the label's index in `data.labels`."""
 
     roles = ("text", "label")
     answers = frozenset({"label"})
@@ -269,16 +282,17 @@ class OneLabelTask(LabelTask):
 
 
 def as_objects(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]:
-    """Labels with their probabilities, as JSON has them."""
+    """Convert labels with their probabilities to JSON objects."""
     return [{"label": label, "probability": chance} for label, chance in found]
 
 
 def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """(rows,) the mean over a row's (rows, outputs) yes-or-no answers of their cross-entropy; 0 if unsupervised.
+    """Compute each row's mean binary cross-entropy, (rows,), over its (rows, outputs) yes-or-no answers; 0 if
+    unsupervised.
 
-    Each answer is a choice between two classes, of logits 0 and z: torch's own binary cross-entropy takes exponentials
-    over the whole array, where the last few values go through other code than the rest and round otherwise (measured
-    on a CPU), so that a record's gradient would depend on the row that it stands in.
+    Each answer is computed as a choice between two classes with logits 0 and z.  Torch's own binary cross-entropy takes
+    exponentials over the whole array, where the last few values are computed by other code and rounded differently
+    (measured on a CPU), so that a record's gradient would depend on its row in the batch.
     """
     choices = torch.stack([torch.zeros_like(logits), logits], dim=-1).reshape(-1, 2)
     each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")

@@ -1,14 +1,15 @@
 """Preferences: given two answers to a prompt, the model learns to assign more probability to the preferred one (DPO).
 
-Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).  An answer's reward is `beta` times the change
-of its log-probability by the adapters.  The loss of a pair is -log sigmoid(reward of the chosen - of the rejected).
+Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290).  An answer's reward is `beta` times the change
+of its log-probability due to the adapters.  The loss of a pair is -log sigmoid(reward of the chosen answer - reward of
+the rejected answer).
 
-**The reference is the frozen base with its adapters off**, even if a run starts from an earlier adapter.  So a run that
-continues another keeps that one's reference.  A site needs only the base, whichever round it joins.  The reference of a
-record never changes, so it is computed once.  To use a model that was tuned before as the reference, make it the base:
+**The reference is the frozen base with its adapters disabled**, even if a run starts from an earlier adapter, so a run
+that continues another has the same reference.  A site needs only the base, whichever round it joins.  The reference
+values of a record never change, so they are computed once.  To use a tuned model as the reference, make it the base:
 `fedtune export --merge` writes it.
 
-Each pair has a loss of its own, from its own two answers: nothing couples records.
+Each pair has its own loss, from its own two answers, so no record affects the loss of another.
 """
 
 from __future__ import annotations
@@ -93,11 +94,14 @@ class Preference(CausalLM):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Two texts per record: causal_lm's text with either answer, of which the answer's tokens are learnt.
+        """Encode two texts per record: causal_lm's text with each answer, of which only the answer is supervised.
 
-        The context before both answers is the same, and is cut alike, to make room for the longer one.  Nothing is
-        learnt from a pair if an answer cannot be encoded, or if both are the same within the maximum length.  Errors
-        are those of causal_lm, and a DataError for a record that is not a pair.
+        Both answers have the same context, truncated to make room for the longer answer.  A pair has no effect if an
+        answer cannot be encoded, or if both texts are equal after truncation.
+
+        Raises:
+            ConfigError: as in causal_lm.
+            DataError: as in causal_lm, or a record is not a pair.
         """
         layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
         examples = laid_out(layout, (one for record in records for one in both(record)), lenient=lenient)
@@ -117,15 +121,17 @@ class Preference(CausalLM):
     def written(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
-        """Prompts with the chosen answers."""
+        """Return the prompts and the chosen answers."""
         return super().written([_both(data)(record)[0] for record in records], tokenizer, data=data)
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(places, 2) log-probabilities of either answer."""
+        """Compute the log-probabilities of both answers, (pairs, 2)."""
         return torch.stack([-total for total, _ in added_up(model, batch)]).view(-1, 2)
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """One pair at a time, because the rounding of a vector's loss may depend on its length."""
+        """Compute each pair's loss separately, because the rounding of a vectorized loss may depend on the vector's
+        length.
+        """
         return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin, _ in self._margins(model, batch)])
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
@@ -139,18 +145,22 @@ class Preference(CausalLM):
         }
 
     def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
-        """The figures, unchanged; raises DataError where no pair has two answers that differ."""
+        """Check that some pair has two different answers, and return the per-pair values unchanged.
+
+        Raises:
+            DataError: there is no such pair.
+        """
         if not figures["learnt"].any():
             bound = "needs two answers that differ within data.max_length"
             raise DataError("evaluation data", "no pair to tell apart", bound)
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Scores of the rewards, over the pairs whose answers differ; the base has rewards of 0.
+        """Compute scores of the rewards, over the pairs whose answers differ; the rewards of the base are 0.
 
-        `accuracy`: the share whose chosen answer has the larger reward; a tie counts as one half, so that the base has
-        0.5.  `margin`: the mean difference of the rewards.  Both also `_length_controlled` (`length_controlled`).
-        `loss`: the mean.
+        `accuracy`: the share of pairs whose chosen answer has the larger reward; a tie counts as one half, so that the
+        base has 0.5.  `margin`: the mean difference of the rewards.  Both also with the suffix `_length_controlled`,
+        see `length_controlled`.  `loss`: the mean loss.
         """
         told = figures["learnt"] > 0
         told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
@@ -177,12 +187,16 @@ class Preference(CausalLM):
 
 
 def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float) -> float:
-    """The mean over pairs, controlled for length: a model that only looks at length gains nothing.
+    """Average over pairs, controlling for length, so that a model that only considers length gains nothing.
 
-    Pairs whose chosen answer is longer and pairs whose rejected answer is longer have half the weight each, however
-    many there are of either.  Pairs of equal length count as in the plain mean.  `longer` says by how many tokens the
-    chosen answer is longer; if in all pairs of unequal length the same side is, `neutral`, a guess's value, stands for
-    these.
+    Pairs whose chosen answer is longer and pairs whose rejected answer is longer have equal total weight, however many
+    there are of each kind.  Pairs of equal length count as in the plain mean.
+
+    Args:
+        values: the value of each pair.
+        longer: by how many tokens the chosen answer is longer.
+        neutral: the value of a random guess, which replaces the pairs of unequal length if the longer answer is always
+            the chosen one, or always the rejected one.
 
     >>> length_controlled(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
     0.5
@@ -193,9 +207,9 @@ def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.fl
 
 
 def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
-    """A function from a pair to two records of causal_lm, one for each of its answers.
+    """Return a function that converts a pair to two causal_lm records, one per answer.
 
-    It raises DataError if the record is not a pair.
+    The function raises a DataError if the record is not a pair.
     """
     with_answer = _completed if "prompt" in data.columns else _continued
 
@@ -212,7 +226,7 @@ def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
 
 
 def _completed(record: Record, role: str) -> Record:
-    """A prompt with one of its answers."""
+    """Return a prompt with the answer in `role` as its completion."""
     if turns_said(record.fields[role]) is not None:
         bound = "must be text beside the text of a prompt; of conversations give the prompt's column the role messages"
         raise DataError(record.at(role), "a list of turns", bound)
@@ -221,7 +235,7 @@ def _completed(record: Record, role: str) -> Record:
 
 
 def _continued(record: Record, role: str) -> Record:
-    """A conversation with one of its answers at its end."""
+    """Return a conversation that ends with the answer in `role`."""
     said = turns_said(record.fields[role])
     if said is None:
         raise DataError(record.at(role), "text", "must be a list of turns: no column prompt is named")

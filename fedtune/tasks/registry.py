@@ -1,6 +1,6 @@
-"""The list of tasks, and of inputs; `fedtune/tasks/base.py` and `inputs.py` say how to add one.
+"""The lists of tasks and of inputs; `fedtune/tasks/base.py` and `inputs.py` explain how to add one.
 
-It imports at once: models are built elsewhere, since importing torch and its kin takes time.
+The import is fast: models are built in other modules, because importing torch and its dependencies takes seconds.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ scores = (low + high) / 2 + (high - low) / 2 * scores
 class Regression(PooledTask):
     """The prediction is the middle of `data.target_range` + half its width * scale * W x.
 
-    The loss is the squared error in units of half the width: targets lie in [-1, 1], and a new head, all zeros,
-    predicts the middle.  A Huber loss is not needed, because clipping already bounds what an outlier adds to a step.
-    A record whose number is outside the range is left out, like one with an undeclared label: moving it to the edge
-    would score against a false truth.
+    The loss is the squared error in units of half the width: targets are in [-1, 1], and a new head, all zeros,
+    predicts the middle.  A Huber loss is not needed, because clipping already bounds the contribution of an outlier to
+    a step.  A record whose number is outside the range is skipped, like one with an undeclared label: clamping it to
+    the range would score against a false target.
     """
 
     name = "regression"
@@ -54,14 +54,14 @@ class Regression(PooledTask):
         return torch.where(targets == UNSUPERVISED, 0.0, (logits[:, 0] - targets).square())
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
-        """Predictions, clamped to the range, since no target lies outside it."""
+        """Compute predictions, clamped to the range of the targets."""
         return {"predicted": _numbers(logits[:, 0].clamp(-1, 1), spec)}
 
     def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _numbers(targets, spec)
 
     def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`spearman` and `pearson` in [-1, 1], `rmse` and `mae` in the target's own unit."""
+        """Compute `spearman` and `pearson` in [-1, 1], and `rmse` and `mae` in the target's own unit."""
         truth, predicted = figures["truth"], figures["predicted"]
         return {
             "spearman": rank_correlation(truth, predicted),
@@ -71,20 +71,20 @@ class Regression(PooledTask):
         }
 
     def guess(self, dataset: TextDataset) -> float:
-        """Loss of always predicting the mean."""
+        """Return the loss of always predicting the mean."""
         return float(np.var(np.asarray(dataset.targets, dtype=np.float64)))
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """1 minus the absolute error, as a share of the range."""
+        """Return 1 minus the absolute error as a share of the range."""
         return 1 - abs(float(model.logits(batch)[0, 0].clamp(-1, 1) - batch.targets[0])) / 2
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """The predicted number, as text and as JSON."""
+        """Return the predicted number, as text and as JSON."""
         number = float(self.said(logits[None], spec=spec)["predicted"][0])
         return f"{number:.5g}", {"number": number}
 
     def readout(self, model: Model) -> Readout:
-        """The head, with the scaling to the range folded into its last layer."""
+        """Return the head, with the scaling to the range folded into its last layer."""
         ((weight, _),) = super().readout(model)
         middle, half = _middle_and_half(model.spec.target_range)
         return ((half * weight, weight.new_full((1,), middle)),)
@@ -97,7 +97,7 @@ class Regression(PooledTask):
 
 
 def _middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """The middle of the range, and half its width."""
+    """Return the middle of the range, and half its width."""
     assert bounds is not None, "as in the settings of the data"
     low, high = bounds
     return (low + high) / 2, (high - low) / 2

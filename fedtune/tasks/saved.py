@@ -1,10 +1,10 @@
-"""A saved adapter: a folder that PEFT loads by itself, with the task's head and settings beside it.
+"""A saved adapter: a folder that PEFT can load by itself, with the task's head and settings as additional files.
 
-adapter_config.json  adapter_model.safetensors   what `peft.PeftModel.from_pretrained(base, folder)` reads
-offsets.safetensors                              of DoRA and IA3: their scales as they were trained, of which PEFT's
-                                                 tensors are made (`fedtune.model.ia3_and_dora`)
-                                                 (these two where a base is adapted: not of features)
-head.safetensors                                 the task's own tensors; of classification "weight" (labels, h) and
+adapter_config.json  adapter_model.safetensors   for `peft.PeftModel.from_pretrained(base, folder)`
+offsets.safetensors                              for DoRA and IA3: their scales as trained, from which PEFT's tensors
+                                                 are computed (`fedtune.model.ia3_and_dora`)
+                                                 (these two if a base is adapted: not for features)
+head.safetensors                                 the task's own tensors; for classification "weight" (labels, h) and
                                                  "centre" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalised(pooled - centre)
 fedtune.json                                     settings, labels, the base's hash, the adapter's digest
@@ -54,10 +54,10 @@ _MEANING = {
 
 
 def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
-    """Write the adapter folder, whole or not at all.
+    """Write the adapter folder atomically.
 
-    Matrices that were frozen at a random start (FFA-LoRA) are saved too, so that the folder is complete.  `private_to`
-    names the site whose records trained it without noise; None: a run's own.
+    Matrices that were frozen at random initial values (FFA-LoRA) are saved too, so that the folder is complete.
+    `private_to` names the site whose records trained the adapter without noise; None: the adapter of a run.
     """
     with whole_folder(folder) as complete:
         write_task_model(model, complete, private_to=private_to)
@@ -65,7 +65,7 @@ def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` at the end; a crash leaves the old one, or none."""
+    """Provide an empty folder that replaces `folder` on exit; a crash leaves the old folder, or none."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -79,7 +79,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The settings in a folder of `save_task_model`; tensors are read on use, and no model is loaded yet."""
+    """The settings in a folder that `save_task_model` wrote; tensors are read on first use, and no model is loaded."""
 
     folder: Path  # where it lies
     spec: TaskModelSpec  # of the model that it was saved from, with the base pinned
@@ -88,10 +88,12 @@ class SavedAdapter:
 
     @classmethod
     def read(cls, folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> SavedAdapter:
-        """Read a folder that `save_task_model` wrote.
+        """Read the settings in a folder that `save_task_model` wrote.
 
-        `model` says where the base lies here, if not where it was; it must be the same model.  `private` takes one that
-        is private to a site, too: only where nothing that is made from it leaves the site.
+        Args:
+            folder: the adapter folder.
+            model: the location of the base, if it has moved; it must be the same model.
+            private: True also accepts an adapter that is private to a site, for uses whose results stay at that site.
 
         Raises:
             ConfigError: the settings are missing or malformed, or the adapter is private to a site.
@@ -115,7 +117,11 @@ class SavedAdapter:
 
     @classmethod
     def to_begin_in(cls, name: str) -> SavedAdapter:
-        """The adapter in which a run is to begin, in a run's folder or its own; errors are about `model.adapter`."""
+        """Read the adapter with which a run should start, from a run's folder or from its adapter folder.
+
+        Raises:
+            ConfigError: for `model.adapter`.
+        """
         folder = next((inner for inner in (Path(name, "adapter"), Path(name)) if (inner / _SETTINGS).is_file()), None)
         if folder is None:
             bound = f"must be the folder of a finished run, or of its adapter (no {_SETTINGS} in it)"
@@ -130,10 +136,10 @@ class SavedAdapter:
 
     @cached_property
     def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The adapters' tensors by their public names, and the task's own without `head.` before theirs.
+        """The adapters' tensors by their public names, and the task's own tensors, without the prefix `head.`.
 
         Raises:
-            ConfigError: a file is missing or damaged, or holds others than the settings name by rank and digest.
+            ConfigError: a file is missing or damaged, or its tensors do not match the rank and digest in the settings.
         """
         lora = self.spec.lora
         adapted, task = lora.kind != NO_ADAPTER, task_named(self.spec.task)
@@ -165,28 +171,38 @@ class SavedAdapter:
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
-        """The model that the adapter belongs into, on its own base, with a head that is yet to be started or loaded."""
+        """Build the model to which the adapter belongs, on its own base, with a head that is not yet initialized or
+        loaded.
+        """
         _ = self.tensors  # before matrices of that rank are made: any number can stand in a file, and fill the memory
         return assemble(self.spec, device=device)
 
     def load_into(self, model: TaskModel) -> None:
-        """Copy into a model of the same settings; AdapterError where names or shapes are not what they describe."""
+        """Copy the tensors into a model with the same settings.
+
+        Raises:
+            AdapterError: names or shapes differ from the model's.
+        """
         (tensors, head), constants = self.tensors, dict(model.named_buffers(recurse=False))
         trained = {_HEAD + name: array for name, array in head.items() if name not in constants}
         copy_tensors(tensors | trained, model.adapter_parameters())
         copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
 
     def require_same_model(self, other: TaskModelSpec) -> None:
-        """Check that it means in a model of `other` what it does in its own; the error names the first difference.
+        """Require that the adapter has the same meaning in a model with the settings `other`; tensors are checked on
+        loading.
 
-        Tensors are checked on loading.
+        Raises:
+            ConfigError: for `adapter`; the message names the first difference.
         """
         for key, was, now in _differing(_MEANING, self.spec, other):
             bound = f"must be tuned on the same model: {_MEANING[key]} is {shown(was, 30)}, not {shown(now, 30)}"
             raise self._refused(bound)
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
-        """A run of this model, which may know more labels, takes the head, too; else its own starts anew."""
+        """Whether a run of this model, which may declare more labels, can reuse the head; otherwise its head starts
+        anew.
+        """
         was = self.spec
         same = (was.target_range, was.task_settings) == (spec.target_range, spec.task_settings)
         # A row of an ordinal head is a step from one label to the next.
@@ -194,7 +210,11 @@ class SavedAdapter:
         return task_named(spec.task).has_head and same and known
 
     def require_fits(self, spec: TaskModelSpec) -> None:
-        """Check all that can be known without the base; the ConfigError for `model.adapter` names all that differs."""
+        """Check that the adapter fits the settings of a run, as far as is possible without the base.
+
+        Raises:
+            ConfigError: for `model.adapter`; the message lists all differences.
+        """
         keys = ["task", "input", "values", "head.hidden"]
         keys += [f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")]
         with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()
@@ -205,7 +225,7 @@ class SavedAdapter:
             raise ConfigError("model.adapter", str(self.folder), bound)
 
     def adapter_for(self, model: TaskModel) -> Adapter:
-        """The adapter that a run of `model` begins with.
+        """Return the adapter with which a run of `model` starts.
 
         Raises:
             ConfigError: for `model.adapter`: it does not fit, is damaged, or has values that are not finite.
@@ -255,7 +275,7 @@ def _differing(keys: Iterable[str], *specs: TaskModelSpec) -> Iterator[tuple[str
 
 
 def load_task_model(folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> TaskModel:
-    """Build on the CPU the model that a folder was saved from; `SavedAdapter` says how, and what is raised."""
+    """Load a saved model on the CPU; see `SavedAdapter` for arguments and errors."""
     saved = SavedAdapter.read(folder, model=model, private=private)
     loaded = saved.build(device="cpu")
     saved.load_into(loaded)
@@ -263,7 +283,7 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, private: bo
 
 
 def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
-    """Write the files of the adapter into a folder that is there."""
+    """Write the adapter's files into an existing folder."""
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
     head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}

@@ -1,9 +1,10 @@
-"""Survival in discrete time: the hazard of each declared interval, for records that were followed for a time.
+"""Survival analysis in discrete time: the hazard of each declared interval, for records with censored event times.
 
-The head answers one question for each interval: given that the event has not come before, does it come in this one?
-The loss is the mean cross-entropy over the intervals, of which those count that are known: all up to the event, or all
-that a record without one was followed through (Gensheimer and Narasimhan 2019, arXiv 1805.00917).  It belongs to its
-record alone.  Cox's partial likelihood compares each record with all that were still followed, and so couples them.
+The head has one output per interval: given that the event has not occurred before, does it occur in this interval?  The
+loss is the mean binary cross-entropy over all intervals, in which unknown intervals count 0.  The known intervals are
+those up to the event or, without an event, those that ended before censoring (Gensheimer and Narasimhan 2019, arXiv
+1805.00917).  The loss depends only on its own record.  Cox's partial likelihood compares each record with all records
+still at risk, and so couples them.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Survival(PooledTask):
         return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
 
     def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`concordance` (Harrell's) and `integrated_brier`, both in [0, 1] and by intervals."""
+        """Compute `concordance` (Harrell's) and `integrated_brier`, both in [0, 1], from the discrete intervals."""
         followed, event = followed_through(figures["truth"])
         return {
             "concordance": concordance(-figures["survival"].sum(axis=1), followed, event),
@@ -106,12 +107,14 @@ class Survival(PooledTask):
         }
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """The probability that the model gave to what is known, by interval in geometric mean; 0: nothing is."""
+        """Return the geometric mean, over the known intervals, of the probability of the observation; 0 if none is
+        known.
+        """
         known = int((batch.targets[0] != UNSUPERVISED).sum())
         return float((-model.losses(batch)[0] * len(batch.targets[0]) / known).exp()) if known else 0.0
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """The probability that the event has not come by the end of each interval."""
+        """Return the probability that the event has not occurred by the end of each interval."""
         chances = self.said(logits[None], spec=spec)["survival"][0].tolist()
         found = [{"until": end, "survival": chance} for end, chance in zip(self.own.intervals, chances, strict=True)]
         return ", ".join(f"{one['survival']:.3f} until {one['until']:g}" for one in found), found
@@ -129,14 +132,17 @@ class Survival(PooledTask):
 
 
 def followed_through(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Of (records, intervals) targets: how many intervals passed without the event, and whether it came then."""
+    """Return, from (records, intervals) targets, the number of intervals without the event, and whether the event
+    followed.
+    """
     return (truth == 0).sum(axis=1), np.asarray((truth == 1).any(axis=1))
 
 
 def concordance(risk: Floats, followed: npt.NDArray[np.int64], event: npt.NDArray[np.bool_]) -> float:
-    """The share of pairs, of which one is known to have the event earlier, in which that one has the higher risk.
+    """Compute the share of comparable pairs in which the record with the earlier event has the higher risk.
 
-    A tie of risks counts half; 0.5 where there is no such pair.
+    A pair is comparable if one record is known to have the event earlier.  A tie of risks counts as one half; the
+    result is 0.5 if there is no comparable pair.
     """
     right = pairs = 0.0
     for passed in np.unique(followed[event]):  # before the interval of the event, which `later` ones passed too
@@ -147,11 +153,14 @@ def concordance(risk: Floats, followed: npt.NDArray[np.int64], event: npt.NDArra
 
 
 def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: npt.NDArray[np.bool_]) -> float:
-    """The squared error of (records, intervals) chances at each interval's end, weighted for those who were lost.
+    """Compute the mean Brier score of (records, intervals) survival probabilities, weighted for censoring.
 
-    Who is known to have the event, or to be without it, stands for those who left before (Graf et al. 1999): divided by
-    the Kaplan-Meier estimate of staying that long.  In an interval events come before losses.  The mean is over the
-    intervals through which anybody stayed, or a DataError: of the others nobody could tell who has had no event.
+    Records with a known state at the end of an interval are weighted by the inverse of the Kaplan-Meier estimate of
+    remaining uncensored (Graf et al. 1999).  Within an interval, events precede censoring.  The mean is over the
+    intervals that some record was followed through: for later intervals, nobody without an event is known.
+
+    Raises:
+        DataError: there is no such interval.
     """
     count = survival.shape[1]
     stays = np.ones(count + 1)

@@ -1,4 +1,4 @@
-"""A frozen base with adapters and a task: per-example losses, logits, and the parameters that train."""
+"""A frozen base with adapters and a task: per-example losses, logits, and the trainable parameters."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from fedtune.tasks.registry import task_named
 class TaskModel(nn.Module):
     """A frozen base, and the few tensors that are trained, noised, sent and saved.
 
-    Every module is in evaluation mode for good, except those with trainable parameters of their own:
-    dropout inside the base would change an example's gradient from pass to pass.
+    Every module stays in evaluation mode, except those with trainable parameters of their own: dropout inside the base
+    would change an example's gradient from pass to pass.
 
     Attributes:
-        spec: what the model was built from.
-        task: the task it learns.
+        spec: the settings from which the model was built.
+        task: the task for which it is trained.
         base: PEFT's wrapper around the base; call it for the base's own output.
-        head: tensors of the task's own; None where it has none.
-        output: the base's output layer, where it predicts tokens.
-        round: the round being trained (`in_round`); 0 otherwise.
-        decided_by: as `tasks.base.Model` has it.
+        head: the task's own tensors; None if it has none.
+        output: the base's output layer, if it predicts tokens.
+        round: the round in training (`in_round`); 0 otherwise.
+        decided_by: see `tasks.base.Model`.
     """
 
     head: nn.Module | None
@@ -51,15 +51,15 @@ class TaskModel(nn.Module):
         self.train()
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """The task's float32 scores; the first axis is the row, or the example."""
+        """Compute the task's float32 logits; the first axis is the row, or the example."""
         with self._prefix.given(batch.prefix):
             return self.task.logits(self, batch)
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Each example's own loss, (examples,) float32; nothing runs for an empty batch.
+        """Compute each example's own loss, (examples,) float32; an empty batch runs nothing.
 
-        A loss depends on its example alone, so that clipping bounds what an example can do: a mean over
-        the batch's tokens would let one example's length rescale the gradients of the others.
+        A loss depends only on its own example, so that clipping bounds the influence of an example: with a mean over
+        the batch's tokens, the length of one example would rescale the gradients of the others.
         """
         if len(batch.input_ids) == 0:
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
@@ -68,15 +68,16 @@ class TaskModel(nn.Module):
             return self.task.losses(self, batch)[: len(batch)]
 
     def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """As `Task.figures`."""
+        """Compute the per-example inputs of the scores, see `Task.figures`."""
         batch = self._with_reference(batch)
         with self._prefix.given(batch.prefix):
             return self.task.figures(self, batch)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
-        """The task's reference for each example, (places, ...), by the base without adapters, whatever the adapter.
+        """Compute the task's reference values for each example, by the base without adapters; None if the task has
+        none.
 
-        A batch that carries it as `reference` skips that second pass.  None: the task has no reference.
+        They do not depend on the adapter.  A batch that contains them as `reference` skips this second pass.
         """
         if not self.task.has_reference:
             return None
@@ -89,14 +90,15 @@ class TaskModel(nn.Module):
         return replace(batch, reference=self.reference(batch))
 
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
-        """The output of the layers below the first trained one, (n, t, h); it does not depend on the adapter.
+        """Compute the output of the layers below the first trained one, (n, t, h), which does not depend on the
+        adapter.
 
-        A batch that carries it as `prefix` skips those layers.  None when there are none to skip.
+        A batch that contains it as `prefix` skips those layers.  The result is None if no layers can be skipped.
         """
         return self._prefix.states(lambda: input_of(self.spec).pooled(self.base, batch.input_ids, batch.attention_mask))
 
     def train(self, mode: bool = True) -> TaskModel:
-        """Set training mode for the modules with trainable parameters of their own, evaluation mode elsewhere."""
+        """Set training mode for modules with trainable parameters of their own, and evaluation mode for all others."""
         super().train(False)
         for module in self.modules():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
@@ -105,27 +107,27 @@ class TaskModel(nn.Module):
 
     @property
     def skips_layers(self) -> bool:
-        """Layers lie below the first trained one, whose output can be kept."""
+        """Whether there are layers below the first trained one, whose output can be cached."""
         return self._prefix.depth > 0
 
     @property
     def device(self) -> torch.device:
-        """The device that holds the model."""
+        """The model's device."""
         return next(chain(self.parameters(), self.buffers())).device
 
     @property
     def num_ids(self) -> int:
-        """Token ids that the base has an embedding for, from 0."""
+        """The number of token ids for which the base has embeddings."""
         return input_of(self.spec).num_ids(self.base)
 
     def made_up(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
-        """Invented inputs of these lengths, on which the model is tried."""
+        """Generate random inputs of these lengths, for trials of the model."""
         return input_of(self.spec).made_up(self.base, lengths, draws)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """All adapter and head tensors by their public name, in the order of the names; frozen ones too.
+        """Return all adapter and head tensors by their public names, sorted by name; frozen ones too.
 
-        Names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "....scales.offset" of what
+        The names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "....scales.offset" for
         scales (`fedtune.model.ia3_and_dora`), and "head.weight".
         """
         named = {
@@ -136,18 +138,22 @@ class TaskModel(nn.Module):
         return dict(sorted(named.items()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The tensors that are trained and released, in the order of their names, also those that rest now."""
+        """Return the tensors that are trained and released, sorted by name, including those that are frozen in this
+        round.
+        """
         rests = self.spec.lora.rests_in(self.round) if self.round else None
         parameters = self.adapter_parameters().items()
         return {name: one for name, one in parameters if one.requires_grad or (rests and rests in name)}
 
     def trained_now(self) -> dict[str, nn.Parameter]:
-        """The tensors that are clipped, noised and stepped: all trained ones, unless A and B take turns."""
+        """Return the tensors that are clipped, noised and updated: all trained tensors, unless A and B alternate by
+        round.
+        """
         return {name: one for name, one in self.adapter_parameters().items() if one.requires_grad}
 
     @contextmanager
     def in_round(self, round: int) -> Iterator[None]:
-        """Freeze the tensors that rest in this round (counted from 1) while the block runs."""
+        """Freeze the tensors that do not train in this round (counted from 1) for the duration of the block."""
         rests = self.spec.lora.rests_in(round)
         resting = [one for name, one in self.trainable().items() if rests and rests in name]
         self.round = round
@@ -163,19 +169,20 @@ class TaskModel(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Store only the layers' inputs in the forward pass: less memory, about a third more time.
 
-        Losses and per-example gradients stay the same.
+        Losses and per-example gradients do not change.
 
         Raises:
-            ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, when the base's layers
-                depend on each other by more than what one hands to the next.
+            ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, if the base's layers exchange
+                more than their outputs.
         """
         checkpoint_layers(layer_stack(self.base.get_base_model())[1])
 
 
 def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu") -> TaskModel:
-    """Load the base, attach adapters that change nothing yet, and start the head.
+    """Load the base, attach adapters that have no effect yet, and initialize the head.
 
-    ConfigError where the base cannot be had, or does not suit the task, the adapters or per-example clipping.
+    Raises:
+        ConfigError: the base is not available, or does not suit the task, the adapters or per-example clipping.
     """
     model = assemble(spec, device=device)
     model.task.start_head(model)
@@ -183,7 +190,7 @@ def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu")
 
 
 def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
-    """The model with a head that is yet to be started, checked to keep examples apart."""
+    """Build the model with an uninitialized head, after checking that it keeps examples apart."""
     task = task_named(spec.task, spec.task_settings)
     task.check_spec(spec)
     check = partial(task.check_base, path=spec.model.path)

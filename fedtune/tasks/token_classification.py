@@ -1,10 +1,10 @@
-"""Token labels: the parts of a text that name something of a declared type, by a linear head on each token.
+"""Token classification: entities of declared types in a text, by a linear head on each token.
 
-Two kinds of files are one to this task: tokens with a tag each, joined by spaces, are a text with marked parts.  What
-is labelled are the words that the base's tokenizer finds, by the first token of each: so who reads a text with the
-model afterwards finds the same words.  Tags are O, and B- and I- of each type (IOB2), whatever scheme a file has.
+Two kinds of files are supported alike: tokens with one tag each, joined by spaces to a text, and texts with spans.  The
+model labels the words that the base's tokenizer finds, by the first token of each word, so that a later reader of texts
+finds the same words.  Tags are O, and B- and I- of each type (IOB2), whatever the scheme of the file.
 
-A long text is cut into windows, all of one record: it has one loss, and so one gradient to be clipped.
+A long text is cut into windows, all of one record, which has one loss and so one gradient to clip.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ Marked: TypeAlias = tuple[str, list[Entity]]
 
 
 class TokenClassification(Task):
-    """The loss of a record is the mean cross-entropy over the words of all its windows; the head has no bias.
+    """Token classification; a record's loss is the mean cross-entropy over the words of all its windows.
 
-    scores = head.scale / sqrt(h) * W x, with the hidden state x, so that a scale means about what it means where x has
-    norm 1.
+    scores = head.scale / sqrt(h) * W x for each hidden state x, without a bias, so that a scale has about the same
+    effect as in tasks whose x has L2 norm 1.
     """
 
     name = "token_classification"
@@ -97,7 +97,11 @@ class TokenClassification(Task):
         require_no_labels(spec.head, f"for {self.name}, whose head is one of tokens")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
-        """Check that it tells which tokens are of one word."""
+        """Require a tokenizer that reports which tokens belong to one word.
+
+        Raises:
+            ConfigError: for `model.path`.
+        """
         words = []
         if getattr(tokenizer, "backend_tokenizer", None) is not None:
             words = [word for word in next(encode_words(["a b"], tokenizer, max_length=9))[1] if word != _NO_WORD]
@@ -111,10 +115,10 @@ class TokenClassification(Task):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Windows of each text, with the tokenizer's own special tokens around each.
+        """Cut each text into windows, each with the tokenizer's own special tokens around it.
 
-        A record has always `data.windows` of them: what it has no tokens for is one token without a target.  Of a text
-        that cannot be encoded that is all.
+        Every record has `data.windows` windows; an unused window is a single token without a target.  All windows of a
+        text that cannot be encoded are unused.
         """
         read = [*map(marks(data), records)]
         before, behind = _around(tokenizer)
@@ -153,7 +157,7 @@ class TokenClassification(Task):
         return 1 + 2 * len(spec.labels)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """(rows, t, 1 + 2 labels): O, then B- and I- of each label."""
+        """Compute logits, (rows, t, 1 + 2 labels): O, then B- and I- of each label."""
         assert model.head is not None
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
         rows = torch.nn.functional.pad(hidden, (0, 0, 0, 0, 0, -len(hidden) % _HEAD_ROWS))
@@ -164,18 +168,23 @@ class TokenClassification(Task):
         return _losses(self.logits(model, batch), batch)
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        """With `entities`, (examples, labels + 1, 5): `measures.entity_counts` of each label, then with all as one."""
+        """Compute the losses, and `entities`, (examples, labels + 1, 5): the counts of `measures.entity_counts`."""
         logits = model.logits(batch)
         counts = [measures.entity_counts(*both, num_labels=len(model.spec.labels)) for both in _read(logits, batch)]
         return {"loss": _losses(logits, batch), "entities": torch.from_numpy(np.stack(counts))}
 
     def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`strict_f1` of entities with the right type and ends, `overlap_f1` of those that share a word; `loss`."""
+        """Compute `strict_f1` (entities with the right type and boundaries), `overlap_f1` (a shared word suffices) and
+        `loss`.
+        """
         every = self.final_scores(figures, spec=spec)
         return {name: every[name] for name in ("strict_f1", "overlap_f1", "loss")}
 
     def final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """With precision and recall of either, and both F1 with all types as one (`untyped_`); all in [0, 1]."""
+        """Compute strict and overlap F1, precision and recall, both F1 scores without types (`untyped_`), and the loss.
+
+        All scores except the loss are in [0, 1].
+        """
         counts = figures["entities"].sum(axis=0)
         typed, untyped = counts[:-1].sum(axis=0), counts[-1]
         found: dict[str, float] = {}
@@ -187,7 +196,7 @@ class TokenClassification(Task):
         return found | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
-        """Strict scores of each type."""
+        """Compute strict scores by type."""
         classes = []
         for label, counts in zip(spec.labels, figures["entities"].sum(axis=0), strict=False):
             recall, precision, f1 = measures.rates(counts, 2, 2)
@@ -196,7 +205,7 @@ class TokenClassification(Task):
         return Detail(classes=tuple(classes), reliability=())
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """Strict F1 of the one record; 1 where it has no entity and is given none."""
+        """Return the strict F1 of the record; 1 if it has no entity and none is predicted."""
         ((truth, said),) = _read(model.logits(batch), batch)
         counts = measures.entity_counts(truth, said, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
         return measures.rates(counts, 2, 2)[2] if truth or said else 1.0
@@ -204,7 +213,9 @@ class TokenClassification(Task):
     def answer_to(
         self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
     ) -> tuple[str, object]:
-        """The text with [label: ...] around each entity; as JSON the entities, with the characters of each."""
+        """Return the text with [label: ...] around each entity, and as JSON the entities with their character
+        offsets.
+        """
         (asked, _), rows = marks(data)(record), self.tokenise([record], tokenizer, data=data).targets
         assert isinstance(rows, tuple), "each token has a target"
         each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
@@ -253,7 +264,7 @@ class TokenClassification(Task):
 
 
 def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """(examples,) the mean over each one's words, 0 without any; (rows, t, tags) of scores."""
+    """Compute each example's mean loss over its words, (examples,), from logits (rows, t, tags); 0 without words."""
     tags = torch.where(batch.targets < 0, batch.targets, batch.targets % logits.shape[-1])
     each = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tags.flatten(), ignore_index=UNSUPERVISED, reduction="none"
@@ -264,7 +275,9 @@ def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _read(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Entity], list[Entity]]]:
-    """Of each example the true entities, learnt or not, and the predicted ones, by the places of its words."""
+    """Yield the true and the predicted entities of each example, by word index, including entities that training
+    ignores.
+    """
     num_tags = logits.shape[-1]
     of_examples = (-1, batch.texts * logits.shape[1])
     targets, predicted = (one.view(of_examples).cpu().numpy() for one in (batch.targets, logits.argmax(dim=-1)))
@@ -279,7 +292,7 @@ def _read(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Entity], li
 
 
 def entities_in(tags: Sequence[int]) -> list[Entity]:
-    """The entities (first, end, label) of words by their tags' classes; I- behind another type's begins one.
+    """Decode the classes of words' tags into entities (first, end, label); I- after another type starts a new entity.
 
     >>> entities_in([0, 1, 2, 1, 4, 2])
     [(1, 3, 0), (3, 4, 0), (4, 5, 1), (5, 6, 0)]
@@ -295,10 +308,10 @@ def entities_in(tags: Sequence[int]) -> list[Entity]:
 
 
 def _tags_of(words: Sequence[tuple[int, int]], entities: Sequence[Entity], *, num_tags: int) -> npt.NDArray[np.int64]:
-    """The class of each token's word: that of the first entity of which it has a character.
+    """Return the class of each token's word, that of the first entity that overlaps the word.
 
-    An entity that has no word so is not learnt, and must not be missing among the true ones: the digits of its word's
-    target above the class, in base 1 + labels, are 1 + its label.
+    An entity without a word of its own is ignored in training, but must count as a true entity in the scores.  It is
+    encoded in its word's target, as digits above the class: in base 1 + labels, each digit is 1 + the entity's label.
     """
     tags = np.full(len(words), UNSUPERVISED, dtype=np.int64)
     learnt, others = set[int](), dict[int, int]()
@@ -324,10 +337,10 @@ def _tags_of(words: Sequence[tuple[int, int]], entities: Sequence[Entity], *, nu
 
 
 def marks(data: DataSpec) -> Callable[[Record], Marked]:
-    """A function that reads a record's text and entities.
+    """Return a function that reads a record's text and entities.
 
-    It raises DataError where tags are not as many as tokens, a span lies outside the text or overlaps another, or a
-    label was not declared.
+    The function raises a DataError if the numbers of tags and tokens differ, a span is outside the text or overlaps
+    another, or a label was not declared.
     """
     places = {label: place for place, label in enumerate(data.labels)}
 
@@ -366,14 +379,16 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
 
 
 def _sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
-    """A window's tokens, from where to where the next one begins, and the tokens of a record that all have room for."""
+    """Return the tokens per window, the offset between windows, and the tokens of a record that fit into all
+    windows.
+    """
     room = max(1, data.max_length - specials)
     step = room - min(data.stride, room // 2)
     return room, step, room + (data.windows - 1) * step
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text."""
+    """Return the special tokens that the tokenizer puts before and after a text."""
     inner, whole = (tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True))
     first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))
     return whole[:first], whole[first + len(inner) :]

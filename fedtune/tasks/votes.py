@@ -1,18 +1,18 @@
-"""Votes: each unit has one vote, for the declared text that is nearest to its own; the adapter is their noisy share.
+"""Votes: each record or person votes for the declared text closest to its own; the adapter holds the noisy vote shares.
 
 A vote is a step of DP-SGD.  The loss of a record is minus the weight of its candidate, so its gradient has a single
-entry, -1, and norm 1 = `privacy.max_grad_norm`: clipping leaves it as it is, and a record that is added or removed
-moves the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) and one step the weights are the
+entry, -1, and norm 1 = `privacy.max_grad_norm`: clipping does not change it, and adding or removing a record changes
+the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) and a single step, the weights are the
 candidates' shares of all votes, with the noise of one Gaussian mechanism (the private histogram of Lin et al. 2024,
-arXiv 2305.15560).  Rounds, secure sums, ledgers and reports are those of any run.
+arXiv 2305.15560).  Rounds, secure aggregation, ledgers and reports are the same as for any run.
 
-The frozen base computes which candidate is nearest.  A record that is almost equally near to two candidates could vote
-by its company, if other records changed its similarities by rounding.  Its gradient shows the nearest candidate and
-nothing else, so the trial before a run (`fedtune.training.preflight`) compares the similarities of made-up records
-alone and in company, bit for bit.  A machine on which one bit differs is refused, whatever a site's policy accepts.
+The frozen base determines the closest candidate.  The vote of a record that is almost equally close to two candidates
+could depend on its batch, if other records changed its similarities by rounding.  A gradient reveals only the closest
+candidate, so the trial before a run (`fedtune.training.preflight`) compares the similarities of synthetic records alone
+and in a batch, bit for bit.  A machine on which a single bit differs is refused, whatever a site's policy accepts.
 
-A histogram of a column, such as how frequent each label is, is a vote too: that column is the text, and its declared
-values are the candidates.
+A histogram of a column, such as label frequencies, is a vote too: the column is the text, and its declared values are
+the candidates.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from fedtune.tasks.pooled import LabelTask, TargetOf
 
 
 class Votes(LabelTask):
-    """`data.labels` name the candidates, `head.label_texts` are their texts; the head is a weight for each.
+    """Voting: `data.labels` name the candidates, `head.label_texts` are their texts; the head is a weight per
+    candidate.
 
-    A unit of several records (`privacy.unit=user`) has one vote in all: its gradient is their mean, of norm 1 at most.
+    A person with several records (`privacy.unit=user`) has one vote in total: their gradient is the mean over the
+    records, of norm at most 1.
     """
 
     name = "votes"
@@ -46,7 +48,7 @@ class Votes(LabelTask):
         return lambda record: 0
 
     def add_head(self, model: Model) -> None:
-        """Nothing of the base is trained: what is nearest must not move with the votes."""
+        """Add the weights and freeze the whole base, so that training cannot change which candidate is closest."""
         super().add_head(model)
         model.base.requires_grad_(False)
         rows = model.get_parameter("head.weight").detach()  # (candidates, h)
@@ -58,7 +60,7 @@ class Votes(LabelTask):
         model.get_buffer("candidates").copy_(self.label_rows(model))
 
     def scored(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
-        """(rows, 1): the weight of each row's nearest candidate."""
+        """Return the weight of each row's closest candidate, (rows, 1)."""
         assert model.head is not None
         model.decided_by = torch.nn.functional.linear(embeddings, model.get_buffer("candidates")).detach()
         votes = torch.nn.functional.one_hot(model.decided_by.argmax(dim=1), len(model.spec.labels))
@@ -66,7 +68,7 @@ class Votes(LabelTask):
         return weights
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """Minus the weight of each record's candidate."""
+        """Compute minus the weight of each record's candidate, (rows,)."""
         return -logits[:, 0] * (targets != UNSUPERVISED)
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
@@ -77,7 +79,7 @@ class Votes(LabelTask):
     answer = Task.answer
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """The weight of its candidate."""
+        """Return the weight of the record's candidate, clamped to [0, 1]."""
         return float(model.logits(batch)[0, 0].clamp(0, 1))
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:

@@ -1,1 +1,1 @@
-"""Local training: DP-SGD steps over LoRA and head.  The only layer that knows Opacus."""
+"""Local training: DP-SGD steps on LoRA adapter and task head.  The only layer that uses Opacus."""

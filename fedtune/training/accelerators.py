@@ -1,4 +1,4 @@
-"""The accelerator of this machine, by torch's one interface for those of all makers; what only CUDA has is here."""
+"""The accelerator of this machine, through torch's vendor-independent interface; settings that exist only for CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def accelerator() -> torch.device | None:
-    """The accelerator that a run may train on, which then computes the same bits each time; None: there is none."""
+    """Return the accelerator that a run may use, after making it deterministic; None if there is none."""
     there = torch.accelerator.current_accelerator(check_available=True)
     if there is None or not _has_float64(there.type):
         return None
@@ -23,7 +23,10 @@ def accelerator() -> torch.device | None:
 
 @cache
 def _has_float64(device: str) -> bool:
-    """True if it has the numbers that clipping is computed in (`dp_step`); those of Apple and some of Intel do not."""
+    """Whether the device supports float64, in which clipping is computed (`dp_step`).
+
+    Apple's accelerators and some of Intel's do not.
+    """
     try:
         return bool((torch.ones(2, dtype=torch.float64, device=device) + 1).sum() == 4)
     except (TypeError, RuntimeError) as error:  # also a driver that fails, or no kernels for this device
@@ -33,10 +36,10 @@ def _has_float64(device: str) -> bool:
 
 @cache
 def _compute_alike_each_time() -> None:
-    """No chance in the order of adding, and no fewer digits than a number format has; for the rest of the process.
+    """Make the accelerator deterministic, without reduced precision, for the rest of the process.
 
-    CUDA's products need CUBLAS_WORKSPACE_CONFIG too, which `fedtune.process` sets.  In this mode memory-efficient
-    attention does not part its keys by how many rows there are, and flash attention adds up in one order.
+    CUDA's matrix products also need CUBLAS_WORKSPACE_CONFIG, which `fedtune.process` sets.  In this mode
+    memory-efficient attention does not split its keys by the number of rows, and flash attention sums in a fixed order.
     """
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time, for nobody
@@ -48,29 +51,32 @@ def _compute_alike_each_time() -> None:
 
 
 def attend_by_products() -> None:
-    """No fused attention for the rest of the process: where one goes by its neighbours, products may not."""
+    """Disable fused attention for the rest of the process.
+
+    Where a fused kernel rounds a row by its neighbors, plain matrix products may not.
+    """
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def attends_by_products() -> bool:
-    """Attention goes by products in the process."""
+    """Whether attention in this process uses plain matrix products instead of fused kernels."""
     return not torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of the whole device, taken or free."""
+    """Return the total memory of the device in bytes, used or free."""
     return torch.accelerator.get_memory_info(device)[1]
 
 
 def name_of(device: torch.device) -> str:
-    """The kind of an accelerator and its maker's name for it, such as "cuda, NVIDIA H100 80GB HBM3"."""
+    """Return the type of an accelerator and its product name, such as "cuda, NVIDIA H100 80GB HBM3"."""
     named = getattr(torch.get_device_module(device), "get_device_name", str)
     return f"{device.type}, {named(device)}"
 
 
 def about(device: torch.device) -> str:
-    """A device's name and how it was set, for a run's record; "cpu"."""
+    """Describe a device and its settings for the record of a run; "cpu" for a CPU."""
     if device.type == "cpu":
         return "cpu"
     attention = "attention by products" if attends_by_products() else "fused attention"

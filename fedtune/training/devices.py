@@ -1,17 +1,17 @@
-"""Several devices at one site: each sums the clipped contributions of its own units, in whole numbers.
+"""Several devices at one site: each sums the clipped contributions of its own units, in integers.
 
-The first device belongs to the process that trains: it samples, draws which records of a user take part, adds the noise
-once and steps, as a site with one device does.  Every other device has a process of its own, which holds the same model
-and its share of the records.  For each step such a process gets the adapter's values and the sampled units of its
-share, and gives back one sum of whole numbers.  It knows no noise, no ledger, no key and no policy.
+The first device belongs to the training process: it samples, draws the records of each user, adds the noise once and
+takes the step, exactly as at a site with one device.  Every other device has a process of its own, which holds the same
+model and its share of the records.  For each step such a process receives the adapter's values and the sampled units of
+its share, and returns one sum of integers.  It has no access to noise, ledger, key or policy.
 
-Guarantee: a step changes by no bit.  Each unit is on one device (`examples.rank_of`), the step counts that every
-sampled unit was added once, adding whole numbers is exact in every order, and devices on which made-up examples come to
-other bits than on the first are refused.  Where a process fails or says nothing for `MOST_WAIT_S`, the round ends with
-an error before there is noise, so that nothing is released.
+Guarantee: a step is bit-identical to a step on one device.  Each unit is on one device (`examples.rank_of`), the step
+checks that every sampled unit was added once, integer addition is exact in any order, and devices that compute dummy
+examples differently from the first one are refused.  If a process fails or sends nothing for `MOST_WAIT_S`, the round
+ends with an error before any noise is added, so that nothing is released.
 
-Values and sums travel as arrays through each process's pipe, which nobody else on the machine can open.  Sums go to the
-CPU in any case, where the noise is added, so what the tests run without a GPU is what runs with several.
+Values and sums are sent as arrays through each process's pipe, which nobody else on the machine can open.  Sums go to
+the CPU in any case, because noise is added there; so tests without a GPU cover the same code path as several GPUs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _Examples = SiteExamples | UserExamples
 
 
 class Trial(NamedTuple):
-    """How devices are tried: by `preflight.moved_by_others`, whose arguments these are, and with which attention."""
+    """Parameters for testing a device: the arguments of `preflight.moved_by_others`, and the kind of attention."""
 
     shapes: Shapes
     keeps_states: bool
@@ -77,11 +77,11 @@ class Trial(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of `moved_by_others`."""
+        """The arguments for `moved_by_others`."""
         return {name: value for name, value in self._asdict().items() if name != "attend_by_products"}
 
     def outcome(self, model: TaskModel, seed: int, told: Told = nobody) -> Outcome:
-        """The result with examples and weights made up from `seed`."""
+        """Run the trial with dummy examples and weights drawn from `seed`, and return its outcome."""
         seen = hashlib.sha256()
 
         def see(gradients: Mapping[str, torch.Tensor]) -> None:
@@ -95,7 +95,9 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The result of a trial: how far others moved an example, and the SHA-256, in hex, of all that was seen."""
+    """The outcome of a trial: the influence of other examples on an example, and the SHA-256, in hex, of all
+    results.
+    """
 
     seed: int
     moved: float
@@ -103,16 +105,17 @@ class Outcome(NamedTuple):
 
 
 class Devices:
-    """The devices of a site behind its first one, whose processes begin at once and end with this object.
+    """The devices of a site other than its first one, each with a process that starts at once and ends with this
+    object.
 
     Args:
-        model: on the first device, in this process.
-        spec: from which the others load the same.
-        runtime: says how many devices there are, with the first.
-        max_length: of an example.
+        model: the model on the first device, in this process.
+        spec: the spec from which the other processes load the same model.
+        runtime: settings with the number of devices, the first one included.
+        max_length: the maximum length of an example, in tokens.
 
     Raises:
-        ConfigError: there are fewer devices.
+        ConfigError: the machine has fewer devices.
     """
 
     def __init__(self, model: TaskModel, spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int) -> None:
@@ -125,24 +128,26 @@ class Devices:
         self._expected: str | None = None
 
     def __len__(self) -> int:
-        """How many there are, with the first."""
+        """Return the number of devices, the first one included."""
         return len(self._places)
 
     def try_others(self, trial: Trial, first: Outcome) -> None:
-        """Have the others tried as the first one was, each time that they begin; `ready` hears what comes of it.
+        """Start the trial of the first device on all other devices; `ready` checks the outcome.
+
+        The trial is repeated whenever the processes are restarted.
 
         Raises:
-            RunError: the process of one failed.
+            RunError: the process of a device failed.
         """
         self._trial, self._expected = trial, first.bits
         self._crew.ask_all(_Device.bits, trial, first.seed)
 
     def ready(self) -> _Crew:
-        """The others' processes, begun anew after a failure.
+        """Return the processes of the other devices, restarted after a failure and checked.
 
         Raises:
-            ConfigError: they do not compute the same bits, or did not when they were tried before in this process.
-            RunError: the process of one failed.
+            ConfigError: the devices do not compute the same bits, or did not in an earlier trial of this process.
+            RunError: the process of a device failed.
         """
         assert self._trial is not None, "devices are tried before they are used"
         if self._expected is None and self._crew.broken:
@@ -158,22 +163,22 @@ class Devices:
         return self._crew
 
     def divided(self, units: _Examples, *, max_grad_norm: float) -> DividedUnits:
-        """A site's units, each on one of the devices, for steps that clip to this norm."""
+        """Divide a site's units among the devices, for steps that clip to `max_grad_norm`."""
         return DividedUnits(self, units, next(self._numbers), max_grad_norm=max_grad_norm)
 
     def share(self, units: _Examples, rank: int) -> tuple[_Examples, Places]:
-        """The units of one device, and the places of their records."""
+        """Return the units of one device, and the indices of their records."""
         return units.share(rank, len(self), self._places[rank])
 
 
 class DividedUnits(Units):
-    """A site's units, each on one device, as `fedtune.training.local` trains on them.
+    """A site's units, divided among its devices, in the form in which `fedtune.training.local` trains on them.
 
     Args:
-        devices: of the site.
-        units: all of them; nothing is kept of these here.
-        number: under which the other devices know them.
-        max_grad_norm: to which steps clip.
+        devices: the site's devices.
+        units: all units; no cached states are stored in this object.
+        number: the number by which the other devices identify these units.
+        max_grad_norm: the clip norm of the steps.
     """
 
     def __init__(self, devices: Devices, units: _Examples, number: int, *, max_grad_norm: float) -> None:
@@ -187,21 +192,25 @@ class DividedUnits(Units):
         return len(self._units)
 
     def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
-        """As `SiteExamples.keep_frozen_states`, each device of its own share; `told` of the first one's."""
+        """Cache the frozen layers' outputs on every device for its own share, as `SiteExamples.keep_frozen_states`
+        does.
+
+        `told` receives the progress of the first device.
+        """
         crew = self._handed_out()
         crew.ask_all(_Device.keep_frozen_states, self._number, folder)
         self._own.keep_frozen_states(model, folder=folder, told=told)
         crew.answers()
 
     def keep_reference(self, model: TaskModel) -> None:
-        """As `SiteExamples.keep_reference`, likewise."""
+        """Call `SiteExamples.keep_reference` on every device for its share."""
         crew = self._handed_out()
         crew.ask_all(_Device.keep_reference, self._number)
         self._own.keep_reference(model)
         crew.answers()
 
     def _handed_out(self) -> _Crew:
-        """The others' processes, each of which holds its share of the units."""
+        """Return the other devices' processes, after sending each of them its share of the units."""
         crew = self._devices.ready()
         if crew is not self._crew:
             self._records = [self._own_records]
@@ -215,7 +224,9 @@ class DividedUnits(Units):
         return crew
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
-        """A cut into this device's own micro-batches, which sets the others to work on theirs."""
+        """Return a function that starts a step on the other devices, and cuts this device's units into
+        micro-batches.
+        """
 
         def cut(sampled: Places) -> Iterator[Any]:
             model, (mine, *others) = self._devices.model, self._by_rank(sampled, self._units.drawn(sampled, stream))
@@ -229,7 +240,7 @@ class DividedUnits(Units):
         return cut
 
     def _by_rank(self, sampled: Places, drawn: Sequence[Places]) -> list[list[Places]]:
-        """For each device its sampled units: the places within its share of their records that take part."""
+        """Return for each device the record indices of its sampled units, relative to the device's own share."""
         by_rank: list[list[Places]] = [[] for _ in self._records]
         for unit, records in zip(sampled.tolist(), drawn, strict=True):
             rank = rank_of(unit, len(self._devices))
@@ -237,14 +248,14 @@ class DividedUnits(Units):
         return by_rank
 
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """As `SiteExamples.gradients`."""
+        """Convert per-example gradients to per-unit gradients."""
         return self._own.gradients(of_each)
 
     def add_others(self, sums: TensorSums, max_grad_norm: float) -> int:
-        """Add the others' sums, when all of them have theirs.
+        """Wait for the other devices' sums, and add them to `sums`; return the number of their units.
 
         Raises:
-            RunError: the process of one failed.
+            RunError: the process of a device failed.
         """
         assert self._crew is not None, "nothing was cut"
         assert max_grad_norm == self._max_grad_norm, "devices clip to different norms"
@@ -256,15 +267,15 @@ class DividedUnits(Units):
         return num_units
 
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
-        """Not for several devices: the gradients of a plain step are no whole numbers."""
+        """Not supported on several devices: the gradients of a non-private step are not integers."""
         raise AssertionError("a step without privacy is taken on one device")
 
 
 def places_for(runtime: RuntimeSpec) -> list[torch.device]:
-    """The devices of a run, the first one first; several on a CPU are processes that share it.
+    """Return the devices of a run, the first one first; several "devices" on a CPU are processes that share it.
 
     Raises:
-        ConfigError: there are fewer GPUs.
+        ConfigError: the machine has fewer GPUs.
     """
     first, count = device_for(runtime.device), runtime.devices
     if first.type == "cpu":
@@ -275,7 +286,7 @@ def places_for(runtime: RuntimeSpec) -> list[torch.device]:
 
 
 def _flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All values in a row, in the order of the names that every device has, on the CPU; a copy."""
+    """Copy all values into one flat tensor on the CPU, in the order of names that all devices share."""
     return torch.cat([one.detach().flatten().cpu() for one in tensors.values()])
 
 
@@ -291,14 +302,14 @@ _Member: TypeAlias = tuple[SpawnProcess, Connection]
 
 
 class _Crew:
-    """The processes of the other devices, by rank from 1.  When one fails, all are ended.
+    """The processes of the other devices, by rank from 1.  If one of them fails, all are terminated.
 
     Attributes:
-        end: ends them; also called with the end of this object, or of its process.
-        forgotten: numbers of units that nobody will ask for again.
+        end: terminates the processes; also called when this object or this process ends.
+        forgotten: numbers of units that will not be used again.
 
     Raises:
-        RunError: the process of one failed, here and in every method.
+        RunError: the process of a device failed, in the constructor and in every method.
     """
 
     def __init__(self, places: Sequence[torch.device], load: Callable[[torch.device], TaskModel]) -> None:
@@ -318,11 +329,11 @@ class _Crew:
 
     @property
     def broken(self) -> bool:
-        """One has ended, or they were left in the middle of a step."""
+        """Whether a process has ended, or the processes were interrupted in the middle of a step."""
         return bool(self._asked) or not self.end.alive or not all(process.is_alive() for process, _ in self._members)
 
     def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
-        """Have one device do something, a method of `_Device`."""
+        """Make one device call `what`, a method of `_Device`."""
         try:
             _, pipe = self._members[rank - 1]
             pipe.send((what, about, tuple(self.forgotten)))
@@ -331,13 +342,13 @@ class _Crew:
         self._asked.append(rank)
 
     def ask_all(self, what: Callable[..., Any], *about: Any) -> None:
-        """Have each device do something."""
+        """Make every device call `what`, a method of `_Device`."""
         for rank in range(1, 1 + len(self._members)):
             self.ask(rank, what, *about)
         self.forgotten.clear()
 
     def answers(self) -> list[Any]:
-        """The answers of the devices that were asked, in that order."""
+        """Wait for the results of all outstanding calls, and return them in the order of the calls."""
         found = [self._answer(rank) for rank in self._asked]
         self._asked = []
         return found
@@ -369,7 +380,7 @@ def _bound_sending(pipe: Connection) -> None:
 
 
 def _end(members: Sequence[_Member]) -> None:
-    """End the processes at once: they hold nothing that has to be kept."""
+    """Kill the processes at once: they hold nothing that must be saved."""
     for process, pipe in members:
         process.kill()
         pipe.close()
@@ -378,7 +389,7 @@ def _end(members: Sequence[_Member]) -> None:
 
 
 class _Device:
-    """The work of another device's process, a method for each order."""
+    """The worker in another device's process, with one method for each command."""
 
     def __init__(self, model: TaskModel, at_work: Callable[[], None]) -> None:
         self._model, self._at_work = model, at_work
@@ -403,7 +414,9 @@ class _Device:
     def add_up(
         self, number: int, drawn: Sequence[Places], max_grad_norm: float, round: int, values: npt.NDArray[np.float32]
     ) -> tuple[int, npt.NDArray[np.int64]]:
-        """How many units these are, and the sum of what they contribute to a step at the first device's values."""
+        """Sum the clipped contributions of the drawn units at the adapter values `values`; return their number and the
+        sum.
+        """
         units = self._units[number]
         _fill(self._model.trainable(), torch.from_numpy(values))
         with self._model.in_round(round), attached(self._model) as gradients:
@@ -418,7 +431,7 @@ class _Device:
 
 
 def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device], TaskModel]) -> None:
-    """The process of another device; it ends with the one that asks it."""
+    """Run the process of another device until its parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, which the first device's process answers
     logging.disable(logging.CRITICAL)  # what a record makes fail is for the site's own log alone, which is not here
     said = time.monotonic()

@@ -1,10 +1,10 @@
 """One step of DP-SGD, written like Algorithm 1 of Abadi et al. 2016 (arXiv 1607.00133).
 
-Sample, clip each, sum, noise, divide, step.  Read together with `fedtune.privacy.mechanism`, this file is the whole
+Sample, clip each, sum, add noise, divide, step.  Together with `fedtune.privacy.mechanism`, this file is the complete
 argument that one step is one `PoissonSampledDpEvent(rate, GaussianDpEvent(noise_multiplier))`.
 
 This file samples and clips privacy units.  A unit is a record, with the gradient of its own loss, or a user, with the
-mean of its records' gradients.  `Records` and `UnitGradients` hide which.
+mean of its records' gradients.  `Records` and `UnitGradients` abstract from the difference.
 """
 
 from __future__ import annotations
@@ -35,21 +35,24 @@ _LANES = 1024  # in which an accelerator adds up a row's squares: a power of two
 
 
 def nobody_else(sums: TensorSums, max_grad_norm: float) -> int:
-    """Add nothing: a site with one device has no others."""
+    """Add nothing, and return 0 units: the `Records.add_others` of a site with one device."""
     return 0
 
 
 class UnitGradients(Protocol):
-    """Turns a micro-batch of n units into one gradient for each: name -> (n, *parameter shape)."""
+    """Computes one gradient for each of the n units in a micro-batch: name -> (n, *parameter shape)."""
 
     def of(self, batch: Any, /) -> dict[str, torch.Tensor]:
-        """The gradients; each depends on its own unit alone, bit for bit.  Rows without a unit are zero."""
+        """Compute the gradients; rows without a unit are zero.
+
+        Each gradient depends on its own unit alone, bit for bit.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """One site's training records, as a step sees them: in privacy units."""
+    """One site's training records, counted, sampled and cut in privacy units."""
 
     count: int  # how many units there are; never leaves the site
     declared_size: int  # the number the site publishes, in the step's denominator
@@ -73,12 +76,12 @@ def dp_sgd_step(
 ) -> None:
     """Take one private step on `parameters`.
 
-    Guarantee: what the step changes depends on the records only through one Gaussian mechanism with standard deviation
-    `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors whose joint L2 norm over all trainable
-    tensors is at most `max_grad_norm`, one vector a unit.  This is exact: each vector depends on its own unit alone,
-    bit for bit (`fedtune.training.preflight` tests that on the current machine), and is a vector of integers whose norm
-    is checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample
-    adds noise like any other.
+    Guarantee: the changes depend on the records only through one Gaussian mechanism with standard deviation
+    `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors, one per unit, whose joint L2 norm over all
+    trainable tensors is at most `max_grad_norm`.  The bound is exact: each vector depends on its own unit alone, bit
+    for bit (`fedtune.training.preflight` tests this on the current machine), and is a vector of integers whose norm is
+    checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample adds noise like
+    any other.
     """
     assert_one_tensor_set(parameters, optimizer)
     sums = sampled_sum(gradients, records, plan, parameters=parameters, sampling=sampling)
@@ -95,10 +98,12 @@ def sampled_sum(
     parameters: Mapping[str, nn.Parameter],
     sampling: RandomStream,
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """The sum of a Poisson sample's clipped gradients, in cells, with no noise yet: it must not leave the caller.
+    """Return the sum of a Poisson sample's clipped gradients, in cells and without noise.
 
-    Guarantee: one unit more or less moves it, in each outcome of the sampling, by a vector of L2 norm at most
-    `plan.max_grad_norm`, or not at all.
+    The caller must not release it.
+
+    Guarantee: adding or removing one unit changes the sum, for each outcome of the sampling, by a vector of L2 norm at
+    most `plan.max_grad_norm`, or not at all.
     """
     sampled = poisson_sample(records.count, plan.sampling_rate, sampling)
     sums = zeros(parameters)
@@ -109,12 +114,12 @@ def sampled_sum(
 
 
 def zeros(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
-    """Zero sums in the parameters' shapes; integers, so that the order of adding changes nothing."""
+    """Return zero sums in the parameters' shapes; they are int64, so that the order of addition does not matter."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
 def add_each(sums: TensorSums, gradients: UnitGradients, batches: Iterable[Any], max_grad_norm: float) -> int:
-    """Add what each unit of the micro-batches contributes, as `add_clipped` does; returns how many units they have."""
+    """Add the clipped contribution of each unit in the micro-batches to `sums`, and return the number of units."""
     seen = 0
     for batch in batches:
         add_clipped(sums, gradients.of(batch), max_grad_norm)
@@ -127,12 +132,12 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
 
     Args:
         sums: name -> (*shape) int64 in cells of the grid (`mechanism.cell`), changed in place.
-        gradients: name -> (n, *shape), the same names as `sums`; n examples, or n users' means.
+        gradients: name -> (n, *shape), with the same names as `sums`; n examples, or the means of n users.
         max_grad_norm: the clip norm C, over all tensors of a unit together.
 
-    Guarantee: one unit adds a vector of integers with a joint L2 norm of at most C, which is 2**24 cells.  Floats scale
-    it, and integers check it.  A unit counts as zero if its gradient is not finite, or if its rounded vector is longer
-    than C after all.
+    Guarantee: one unit adds a vector of integers with a joint L2 norm of at most C, which is 2**24 cells.  Scaling uses
+    floats; the check uses integers.  A unit counts as zero if its gradient is not finite, or if its rounded vector
+    still exceeds C.
     """
     assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
     totals, squares = {}, []
@@ -149,9 +154,9 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
 
 
 def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
-    """The addend of each unit to a sum: name -> (n, values), whole numbers of cells in float64, where they are exact.
+    """Return each unit's contribution to a sum: name -> (n, values), integer cells in float64, which is exact.
 
-    Computed where the gradients are, as `add_clipped` does, and brought to the CPU one tensor at a time.
+    They are computed on the gradients' device, as in `add_clipped`, and copied to the CPU one tensor at a time.
     """
     whole, squares = {}, []
     for name, contribution in _in_cells(gradients, max_grad_norm):
@@ -162,9 +167,11 @@ def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -
 
 
 def _in_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each name with (n, values): a unit's gradient g as g * C / max(|g|, C, `SMALLEST_NORM`), rounded towards zero.
+    """Yield (name, clipped gradients in cells), (n, values) in float64, rounded towards zero.
 
-    In cells, in float64.  A row depends on its own unit alone, bit for bit.  It may still be NaN.
+    A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`).
+
+    The values are cells in float64.  Each row depends on its own unit alone, bit for bit, and may still be NaN.
     """
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
     cells = _norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (cell(max_grad_norm) / bound)
@@ -173,38 +180,39 @@ def _in_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> It
 
 
 def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(n,) joint L2 norms over all tensors."""
+    """Return the (n,) joint L2 norms over all tensors."""
     return _added(_squares_of_rows(_rows(gradient)) for gradient in gradients.values()).sqrt()
 
 
 def _rows(gradient: torch.Tensor) -> torch.Tensor:
-    """(n, values) in float64, since a float32 norm of 60,000 like values was measured 1.6e-5 too small.
+    """Flatten to (n, values) in float64: in float32, a norm of 60,000 equal values was 1.6e-5 too small.
 
-    Contiguous, because another memory layout is summed in another order, and the layout depends on the batch.
+    The result is contiguous, because the memory layout determines the order of summation, and depends on the batch.
     """
     return gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
 def _exact_squares(whole: torch.Tensor) -> torch.Tensor:
-    """(n, lanes) squared norms of rows of integers.
+    """Return the (n, lanes) squared norms of rows of integers.
 
-    A usable row has at most 2**48, so float64 sums it exactly, and the square of a root of that rounds back to it.
+    A usable row has a squared norm of at most 2**48, so float64 sums it exactly, and squaring its root rounds back to
+    it.
     """
     return _squares_of_rows(whole).round()
 
 
 def _within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(n,) whether each unit may be added, by the squared norms (n, lanes) of its tensors; false for NaN."""
+    """Return (n,) whether each unit may be added, from its tensors' squared norms (n, lanes); False for NaN."""
     return _added(squares) <= CLIP_NORM_CELLS**2
 
 
 def _added(each: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(n,) sums of tensors (n, lanes), one after the other: torch's own order of adding goes by how many there are."""
+    """Sum tensors (n, lanes) to (n,) in a fixed order: torch's own order of summation depends on the number of rows."""
     return added_halves(reduce(torch.add, each))
 
 
 def _squares_of_rows(values: torch.Tensor) -> torch.Tensor:
-    """(n, lanes) squared L2 norms of n rows of float64, in parts; none depends on how many rows there are."""
+    """Return (n, lanes) partial squared L2 norms of n float64 rows; none of them depends on the number of rows."""
     if values.device.type != "cpu":
         # An accelerator parts a row among its threads by how many rows there are.  Adding by element has one order.
         squares = nn.functional.pad(values.square(), (0, -values.shape[1] % _LANES))
@@ -216,9 +224,9 @@ def _squares_of_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def added_halves(values: torch.Tensor) -> torch.Tensor:
-    """(n, t, ...) to (n, ...), added half to half: the order in torch's own sum could depend on the number of rows.
+    """Sum (n, t, ...) to (n, ...) by adding halves: the order in torch's own sum could depend on the number of rows.
 
-    Here each element is a sum of two by IEEE's rules, whatever computes it, and no other row enters.
+    Each addition here has two operands and follows IEEE 754 on any device, and no other row enters.
     """
     while (length := values.shape[1]) > 1:
         half = length // 2
@@ -234,7 +242,7 @@ def descend(
     *,
     denominator: float,
 ) -> None:
-    """Divide by the public denominator, in cells, and let the optimizer step: post-processing of the noisy sum."""
+    """Divide by the public denominator, in cells, and take the optimizer's step: post-processing of the noisy sum."""
     for name, parameter in parameters.items():
         mean = torch.from_numpy(gradient_sum[name] / denominator)
         parameter.grad = mean.to(device=parameter.device, dtype=parameter.dtype)
@@ -243,6 +251,6 @@ def descend(
 
 
 def assert_one_tensor_set(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Assert that the tensors clipped, noised and stepped are one identical set."""
+    """Assert that exactly the same tensors are clipped, noised and stepped."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in parameters.values()}, "stepped tensors and clipped tensors differ"

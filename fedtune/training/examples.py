@@ -1,4 +1,4 @@
-"""A site's tokenised records as training reads them: in micro-batches, with the frozen layers' outputs kept."""
+"""A site's tokenized records, prepared for training: in micro-batches, with cached outputs of the frozen layers."""
 
 from __future__ import annotations
 
@@ -32,53 +32,55 @@ Told = Callable[[int, int], None]  # called with how many parts of a long work a
 
 
 def nobody(done: int, total: int) -> None:
-    """Tells nobody."""
+    """Ignore progress reports."""
 
 
 def rank_of(unit: int, num_devices: int) -> int:
-    """The device that a unit is on, by its place alone."""
+    """Return the device of a unit, which depends only on the unit's index."""
     return unit % num_devices
 
 
 def units_of(rank: int, num_devices: int, count: int) -> Places:
-    """Which of `count` units are on a device."""
+    """Return the indices of those of `count` units that are on device `rank`."""
     return np.array([unit for unit in range(count) if rank_of(unit, num_devices) == rank], dtype=np.int64)
 
 
 class Units(ABC):
-    """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each."""
+    """A site's privacy units: a step samples them, cuts them into micro-batches and computes one gradient for each."""
 
     unit: Unit  # the privacy unit
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many units there are."""
+        """Return the number of units."""
 
     @abstractmethod
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
-        """A function that cuts the sampled units of a step into micro-batches; `stream` draws within a unit."""
+        """Return a function that cuts a step's sampled units into micro-batches; `stream` draws records within a
+        unit.
+        """
 
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """One gradient for each unit of a micro-batch, from those of its examples; the same where a unit is one."""
+        """Convert per-example gradients to per-unit gradients; no change if each record is a unit."""
         return of_each
 
     def add_others(self, sums: TensorSums, max_grad_norm: float) -> int:
-        """Add what other devices summed, see `Records.add_others`; most sites have one device."""
+        """Add the sums of other devices, as in `Records.add_others`; most sites have one device."""
         return nobody_else(sums, max_grad_norm)
 
     @abstractmethod
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
-        """Add the units' gradients to the parameters' own, unclipped.  Guarantee: none."""
+        """Add the units' unclipped gradients to the parameters' `.grad`.  Guarantee: none."""
 
 
 class SiteExamples(Units):
-    """The examples from which a training step draws: each record is a unit.
+    """The examples from which a training step samples: each record is a unit.
 
     Args:
         dataset: the site's records.
-        pad_id: a valid token id.
-        shapes: that a micro-batch may have.
-        device: where batches go.
+        pad_id: a valid token id, used as padding.
+        shapes: the allowed shapes of a micro-batch.
+        device: the device of the batches.
     """
 
     unit = "record"
@@ -95,19 +97,25 @@ class SiteExamples(Units):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all records together."""
+        """The total number of tokens in all records."""
         return self._dataset.num_tokens
 
     def parts(self, indices: npt.NDArray[np.int64]) -> Iterator[Part]:
-        """The chosen records, cut into micro-batches whose shapes are fixed; those of one record keep their order."""
+        """Cut the chosen records into micro-batches of fixed shapes.
+
+        Records of the same padded length keep their order.
+        """
         return self._shapes.cut(indices, self._dataset.lengths)
 
     def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-        """The chosen records in micro-batches; what a record adds to a sum is the same, bit for bit, in each."""
+        """Cut the chosen records into micro-batches.
+
+        A record's contribution to a sum is bit-identical in every micro-batch.
+        """
         return map(self.batch, self.parts(indices))
 
     def batch(self, part: Part) -> Batch:
-        """The records of `part` as one micro-batch, in their order."""
+        """Collate the records of `part` into one micro-batch, in their order."""
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         if self._states is not None:
             rows, columns, places = self._tokens(part, batch)
@@ -121,28 +129,28 @@ class SiteExamples(Units):
         return batch.to(self.device)
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
-        """`cut`: nothing is drawn within a record."""
+        """Return `cut`; a record unit needs no random draws."""
         return self.cut
 
     def drawn(self, records: Places, stream: RandomStream) -> Sequence[Places]:
-        """Each record, as `UserExamples.drawn` has the records of each user."""
+        """Return each record as a group of one, to match `UserExamples.drawn`."""
         return list(records[:, None])
 
     def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[Batch]:
-        """`cut`, of what `drawn` gave."""
+        """Cut the records that `drawn` returned into micro-batches."""
         return self.cut(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
-        """The records of one of `num_devices` devices, and their places."""
+        """Return the records of one of `num_devices` devices, and their indices."""
         records = units_of(rank, num_devices, len(self))
         return self.of_records(records, device), records
 
     def of_records(self, records: Places, device: torch.device | str) -> SiteExamples:
-        """Some of the records, on a device of their own; nothing is kept of them yet."""
+        """Select records for another device; cached outputs are not copied."""
         return SiteExamples(self._dataset.chosen(records), pad_id=self._pad_id, shapes=self._shapes, device=device)
 
     def add_plain_gradient(self, model: TaskModel, batch: Batch) -> None:
-        """Add the examples' gradients to the parameters' own, unclipped.  Guarantee: none."""
+        """Add the examples' unclipped gradients to the parameters' `.grad`.  Guarantee: none."""
         model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
 
     def keep_frozen_states(
@@ -154,22 +162,24 @@ class SiteExamples(Units):
         lenient: bool = True,
         told: Told = nobody,
     ) -> None:
-        """Run the layers below the first trained one over every record, once, and start later passes behind them.
+        """Cache the output of the layers below the first trained one for every record, so that later passes start from
+        it.
 
-        Speed for memory: `num_tokens` times the hidden size.  Each record's states depend on that record alone: they
-        are zero where they cannot be computed or are not finite.  Such a record adds nothing to a step, as where no
-        states are kept (`per_example`), and to its neighbours it looks like an empty row, which has zero states too and
-        beside which the model was tried.  Does nothing when they are kept already, or when there are no such layers.
+        This trades memory (`num_tokens` times the hidden size) for speed.  Each record's states depend on that record
+        alone: they are zero if they cannot be computed or are not finite.  Such a record adds nothing to a step, just
+        as without cached states (`per_example`), and to its neighbors it looks like an empty row, which also has zero
+        states and with which the model was tested.  Does nothing if the states are already cached, if there are no such
+        layers, or if the disk is full.
 
         Args:
-            model: the same for the rest of a run, below its first trained layer.
-            folder: where they are kept, in a file without a name; None: in memory.
-            parts: all records once, in the micro-batches to compute them in; None: as they are cut.
-            lenient: false for made-up examples: one that cannot be computed raises.
-            told: how many records are done; that number stays at the site.
+            model: must not change below its first trained layer for the rest of the run.
+            folder: where to cache the states, in an unnamed file; None: in memory.
+            parts: all records once, in the micro-batches in which to compute them; None: as `parts` cuts them.
+            lenient: False for dummy examples: an example that cannot be computed raises.
+            told: called with the number of finished records; the number stays at the site.
 
         Raises:
-            Exception: the machine's own failure, never one that a record caused.
+            Exception: the machine failed; a record never causes it.
         """
         if self._states is not None:
             return
@@ -195,18 +205,19 @@ class SiteExamples(Units):
         self._states = kept
 
     def keep_reference(self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True) -> None:
-        """Ask the base without adapters about every record, once, where the task compares the model with it.
+        """Run the base model without adapters once over every record, if the task compares the model with it.
 
-        What is kept of a record depends on that record and the public base alone.  It is NaN where it cannot be
-        computed: then the record's loss is no number, and it adds nothing to a step.  Does nothing when it is kept.
+        The cached value of a record depends only on that record and the public base model.  It is NaN if it cannot be
+        computed: then the record's loss is NaN, and the record adds nothing to a step.  Does nothing if the values are
+        already cached.
 
         Args:
-            model: the same for the rest of a run, but for its adapter.
-            parts: all records once, in the micro-batches to compute them in; None: as they are cut.
-            lenient: false for made-up examples: one that cannot be computed raises.
+            model: must not change for the rest of the run, except for its adapter.
+            parts: all records once, in the micro-batches in which to compute them; None: as `parts` cuts them.
+            lenient: False for dummy examples: an example that cannot be computed raises.
 
         Raises:
-            Exception: the machine's own failure, never one that a record caused.
+            Exception: the machine failed; a record never causes it.
         """
         if self._reference is not None or not model.task.has_reference:
             return
@@ -224,16 +235,17 @@ class SiteExamples(Units):
         return self.parts(np.arange(len(self), dtype=np.int64))
 
     def _tokens(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where each token of the records stands in the micro-batch, by row and column, and among those kept."""
+        """Return each token's row and column in the micro-batch, and its index in the cached states."""
         starts = torch.from_numpy(self._starts[part.places].ravel())
         rows, columns = batch.attention_mask[: len(starts)].cpu().nonzero(as_tuple=True)
         return rows, columns, starts[rows] + columns
 
 
 def _of_each(compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float) -> torch.Tensor | None:
-    """The result of `compute` on a batch, (rows or places, ...); `missing` for an example that cannot be computed.
+    """Run `compute` on a batch; where an example cannot be computed, its values are `missing`.
 
-    None where it makes nothing of any.
+    Returns:
+        (rows or examples, ...), or None if `compute` returns None.
     """
     try:
         with panics_as_errors():

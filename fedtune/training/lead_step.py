@@ -1,4 +1,4 @@
-"""The optimizer's step that a lead takes with a secure sum: post-processing of what the sum released."""
+"""The lead's optimizer step with secure aggregation: post-processing of the released sum."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def lead_step(
     most: float,
     declared_size: int,
 ) -> tuple[Adapter, dict[str, npt.NDArray[np.float32]]]:
-    """The adapter after one step, and the optimizer's state for the next.
+    """Take one optimizer step on the lead's side, and return the new adapter and the optimizer state for the next step.
 
     Args:
-        adapter: at which the sites took their gradients.
-        total: the sum of the sites' shares, in cells of the plan's secure sums, in the order of the adapter's tensors.
-        state: as the last step returned it; empty at first.
-        training: optimizer, rates and their schedule.
-        plan: of the run; its rounds are the schedule's steps.
-        step: how many were taken before; places this one in the learning-rate schedule.
-        sites: in the sum.
-        most: bound on the adapter's values; sites compute at no larger ones either.
-        declared_size: of these sites together, the public denominator.
+        adapter: the adapter at which the sites computed their gradients.
+        total: the sum of the sites' shares, in cells of the plan's shared noise, in the order of the adapter's tensors.
+        state: the optimizer state that the previous step returned; empty at first.
+        training: optimizer, learning rates and their schedule.
+        plan: the run's plan; its rounds are the steps of the schedule.
+        step: the number of previous steps; selects the learning rate in the schedule.
+        sites: the number of sites in the sum.
+        most: limit on the adapter's absolute values, which sites enforce as well.
+        declared_size: the total declared size of these sites, the public denominator.
+
+    Guarantee: post-processing of the released sum.
     """
     parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in adapter.tensors.items()}
     optimizer = make_optimizer(parameters, training)
@@ -71,10 +73,11 @@ def lead_step(
 
 
 def held_back(total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_size: int) -> npt.NDArray[np.int64]:
-    """The sum, scaled down to the greatest length that a sum of honest sites can have; unchanged within it.
+    """Scale the sum down to the greatest length that a sum of honest sites can have; shorter sums are unchanged.
 
-    Nobody can check a single site's part, so this is what bounds a part that is made up.  The bound is public: as many
-    clipped gradients as are sampled of the declared units, all in one direction, and the noise of all sites.
+    Nobody can check a single site's share, so this limit bounds the effect of a forged one.  The limit is public: the
+    expected sample of the declared units, with some slack and with all clipped gradients in one direction, plus the
+    noise of all sites.
     """
     sampled = plan.sampling_rate * declared_size
     units = sampled + _DEVIATIONS * (math.sqrt(sampled) + 1)

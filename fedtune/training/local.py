@@ -1,4 +1,4 @@
-"""A site's part of a round: load the adapter, take the plan's steps, hand back the adapter."""
+"""A site's part of a round: load the adapter, take the plan's steps, return the adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedtune.training.spec import TrainingSpec
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOfTraining:
-    """The inputs of one round of local training besides the model."""
+    """The inputs of one round of local training, apart from the model, the adapter and the units."""
 
     site: str
     round: int  # from 1; places the round in the learning-rate schedule
@@ -39,13 +39,14 @@ class RoundOfTraining:
 def train_round(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> Adapter:
-    """Train `adapter` on a site's `units` for one round of `work.plan` and return the adapter that may be released.
+    """Train `adapter` on a site's `units` for one round of `work.plan`, and return the adapter that may be released.
 
-    The adapter that came and the one after each step are projected into the site's bound on values: what is sent or
-    learnt can never end a run, and rounding stays small.  That reads no record.
+    The received adapter and the adapter after each step are projected onto the site's limit on absolute values, so that
+    no received or trained value can stop the run and rounding error stays small.  The projection does not depend on any
+    record.
 
     Guarantee: with noise, the result is post-processing of `work.plan.event()` on the units of `work.plan.unit`;
-    without noise, none.
+    without noise, there is no guarantee.
     """
     assert work.plan.shared is None, "noise that is one share of several hides nothing by itself"
     with model.in_round(work.round):
@@ -81,15 +82,16 @@ def train_round(
 def share_of_round(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """A site's part in one secure sum: its clipped gradient sum at `adapter`, with its share of the noise.
+    """Return a site's share of one secure sum: its clipped gradient sum at `adapter`, plus its share of the noise.
 
-    The adapter that came is projected into the site's bound on values, as for `train_round`.
+    The received adapter is projected onto the site's limit on absolute values, as in `train_round`.
 
     Returns:
-        Whole numbers in cells of 2**-cell_bits of the clip norm, in the adapter's names and shapes.
+        Integers in cells of 2**-cell_bits of the clip norm, with the adapter's names and shapes.
 
-    Guarantee: whoever sees it only inside a sum with the shares of as many honest sites as the plan counts learns at
-    most what `work.plan.event()` says.  By itself it is hidden by one share of the noise.
+    Guarantee: an observer who sees the share only inside a sum with the shares of as many honest sites as the plan
+    counts learns at most what `work.plan.event()` allows.  On its own, the share is hidden by one share of the noise
+    only.
     """
     parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
     with attached(model) as gradients:
@@ -100,7 +102,9 @@ def share_of_round(
 def _begin(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, randomness: Randomness
 ) -> tuple[dict[str, torch.nn.Parameter], Records, RandomStream, RandomStream]:
-    """The adapter in the model, and what a round draws from: its records, and streams for samples and noise."""
+    """Load the adapter, and return the trained parameters, the site's records, and the streams for sampling and
+    noise.
+    """
     adapter.load_into(model)
     project(model.trainable(), work.max_adapter_value)
     parameters = model.trained_now()
@@ -117,9 +121,9 @@ def _begin(
 
 
 def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
-    """Cut every value to [-most, most]; a value that is not a number becomes 0.
+    """Clamp every value to [-most, most]; NaN becomes 0.
 
-    That is post-processing of what was released or is about to be.
+    This is post-processing of values that were released or are about to be.
     """
     with torch.no_grad():
         for parameter in parameters.values():
@@ -135,14 +139,14 @@ def plain_step(
     optimizer: torch.optim.Optimizer,
     sampling: RandomStream,
 ) -> None:
-    """The same step without clipping and noise.  Guarantee: none."""
+    """Take the step of `dp_sgd_step` without clipping and noise.  Guarantee: none."""
     batches = records.cut(poisson_sample(records.count, plan.sampling_rate, sampling))
     mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
     optimizer.step()
 
 
 def mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *, count: float) -> None:
-    """Set the parameters' gradients to the sum over micro-batches of `units`, over `count`.  Guarantee: none."""
+    """Set the parameters' `.grad` to the sum over micro-batches of `units`, divided by `count`.  Guarantee: none."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         units.add_plain_gradient(model, batch)

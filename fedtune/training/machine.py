@@ -1,4 +1,4 @@
-"""Devices, memory and speed of this machine, and how a task model is made ready for it."""
+"""Devices, memory and speed of this machine, and preparation of a task model for it."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
 
 
 def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
-    """The device that a run's `runtime.device` means here.
+    """Return the device that a run's `runtime.device` stands for on this machine.
 
     Args:
-        wanted: "auto" (an accelerator of any maker, if there is one), "cpu" or "cuda".
-        must_exist: False takes the CPU where a GPU is wanted and there is none, to plan for another machine.
+        wanted: "auto" (an accelerator of any vendor, if there is one), "cpu" or "cuda".
+        must_exist: False falls back to the CPU if a GPU is requested and missing, to plan for another machine.
 
     Raises:
-        ConfigError: a GPU is wanted, and this torch cannot use one.
+        ConfigError: a GPU is requested, and this torch build cannot use one.
     """
     there = None if wanted == "cpu" else accelerator()
     if wanted == "cuda" and (there is None or there.type != "cuda"):
@@ -62,10 +62,10 @@ def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
 
 
 def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_length: int) -> TaskModel:
-    """The task model that `build` makes, as this machine runs it; also sets torch's number of threads.
+    """Build the task model with `build`, and configure it for this machine; also sets torch's number of threads.
 
     Raises:
-        ConfigError: the model cannot be loaded, or takes no example of `max_length` tokens.
+        ConfigError: the model cannot be loaded, or does not accept examples of `max_length` tokens.
     """
     torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // runtime.devices))
     _keep_freed_memory()
@@ -81,10 +81,10 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: it gives large blocks back, and each page is cleared anew.
+    """Let glibc keep the memory that a step frees for the next step, instead of returning large blocks to the system.
 
-    That is 8,000 page faults a step of MiniLM, and 4 % of its time (simulations/benchmarks).  The most memory of a
-    process stays what it was; it holds it until it ends.
+    Returning them costs 8,000 page faults per step of MiniLM, and 4 % of its time (simulations/benchmarks).  The peak
+    memory of the process does not change, but the process holds it until it ends.
     """
     with suppress(OSError, AttributeError):  # another C library
         allocator = ctypes.CDLL(None).mallopt
@@ -93,9 +93,9 @@ def _keep_freed_memory() -> None:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: fewer than the machine has, where it is bound to some of them.
+    """Return the number of cores that this process may use, which CPU affinity can limit.
 
-    OMP_NUM_THREADS lowers it further: threads that wait for each other on busy cores take several times as long.
+    OMP_NUM_THREADS can lower it further: threads that wait for each other on busy cores take several times as long.
     """
     cores = len(system.usable_cores(0))
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -103,14 +103,14 @@ def usable_cores() -> int:
 
 
 def processes_that_pay(runtime: RuntimeSpec, *, gradients: float) -> int:
-    """How many processes share each step on a CPU where `runtime.num_devices` leaves that open.
+    """Return how many processes should share each step: `runtime.num_devices`, or a number for this CPU if it is null.
 
-    Two threads hardly work faster on a micro-batch than one, and two processes on two of them do; but to begin one
-    takes as long as some thousand gradients.
+    Two threads are hardly faster on a micro-batch than one, but two processes on two micro-batches are; on the other
+    hand, starting a process takes as long as several thousand gradients.
 
     Args:
-        runtime: of a simulation.
-        gradients: of single examples that the run computes, in expectation; a public number.
+        runtime: settings of a simulation.
+        gradients: the expected number of per-example gradients in the run; a public number.
     """
     if runtime.num_devices is not None:
         return runtime.num_devices
@@ -121,7 +121,7 @@ def processes_that_pay(runtime: RuntimeSpec, *, gradients: float) -> int:
 
 
 def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
-    """The shapes of a run's micro-batches on this machine, from public settings alone."""
+    """Return the shapes of a run's micro-batches on this machine, from public settings alone."""
     positions = usable_positions(model.base.get_base_model())
     most = micro_batch_tokens(runtime, model.device) // model.spec.texts
     fixed = input_of(model.spec).is_fixed
@@ -129,7 +129,9 @@ def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Sh
 
 
 def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
-    """The most padded tokens in a micro-batch on this device, with torch's threads as `ready_model` sets them."""
+    """Return the most padded tokens in a micro-batch on this device, given torch's threads as `ready_model` sets
+    them.
+    """
     if runtime.micro_batch_tokens is not None:
         return runtime.micro_batch_tokens
     if device.type != "cpu":
@@ -138,9 +140,10 @@ def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
 
 
 def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
-    """The memory set aside for a micro-batch: by default a share of what the machine has, less its models.
+    """Return the memory for a micro-batch in bytes: by default a share of the machine's memory, minus the model.
 
-    Not of what happens to be free, which would follow from the records of a run before.
+    The default does not depend on the memory that happens to be free, which could depend on the records of an earlier
+    run.
     """
     if runtime.step_mib is not None:
         return runtime.step_mib * 2**20
@@ -152,12 +155,12 @@ def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """The memory of a model as it lies there: weights, whatever their number format, adapter and constants."""
+    """Return the memory of a model in bytes: weights in their number format, adapter and buffers."""
     return sum(one.numel() * one.element_size() for one in chain(model.parameters(), model.buffers()))
 
 
 def _memory_bytes() -> int:
-    """The machine's memory, or what a container of it may use."""
+    """Return the machine's memory in bytes, or the limit of the container if that is lower."""
     limits = []
     for path, unit in (("/proc/meminfo", 2**10), ("/sys/fs/cgroup/memory.max", 1)):
         try:
@@ -168,10 +171,10 @@ def _memory_bytes() -> int:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that tensors take while `work` goes on, beyond what they took before.
+    """Return the peak memory in bytes of tensors during `work`, in addition to the memory used before.
 
-    On an accelerator the allocator says so.  On a CPU the tensors that torch's operators make are counted, the same in
-    each run; what an operator uses within itself is not seen there.
+    On an accelerator the allocator reports it.  On a CPU the outputs of torch's operators are counted, which is
+    reproducible; temporary memory inside an operator is not included.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -186,10 +189,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made meanwhile, from when an operator returns them until nobody has them.
+    """Counts the bytes of tensors created in its context, from the time an operator returns them until they are freed.
 
     Attributes:
-        peak: the most there were at one time.
+        peak: the peak number of bytes.
     """
 
     def __init__(self) -> None:
@@ -214,9 +217,9 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """Of all tensors among these and in their lists, but those of oneDNN, which have none.
+    """Yield the storages of all tensors in `values` and its nested lists; oneDNN tensors have none and are skipped.
 
-    By hand: torch's own walk through any tree took a third of the time that `peak_bytes` takes.
+    This is written by hand, because torch's generic tree traversal took a third of the time of `peak_bytes`.
     """
     for one in values:
         if isinstance(one, torch.Tensor):
@@ -227,7 +230,7 @@ def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
-    """The frozen layers' outputs for `num_tokens` fit the memory set aside for them."""
+    """Whether the frozen layers' outputs for `num_tokens` tokens fit into the memory budget for them."""
     set_aside: float | None = runtime.kept_states_mib
     if set_aside is None:
         try:  # a quarter of what is available, so that a process leaves room for others
@@ -239,10 +242,10 @@ def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: i
 
 
 def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
-    """Where these outputs are kept if memory has no room for them; None: nowhere.
+    """Return the folder for outputs that do not fit in memory; None if there is none, or too little space on its disk.
 
     Raises:
-        ConfigError: there is no such folder, or nothing can be written in it.
+        ConfigError: the folder does not exist, or is not writable.
     """
     if runtime.kept_states_folder is None:
         return None
@@ -257,10 +260,10 @@ def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
 
 
 def place_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
-    """Whether the frozen layers' outputs for `num_tokens` are kept, and in which folder if not in memory.
+    """Return whether the frozen layers' outputs for `num_tokens` tokens are cached, and the folder if not in memory.
 
     Raises:
-        ConfigError: as `folder_for_states`, where memory has no room.
+        ConfigError: as in `folder_for_states`, if the outputs do not fit in memory.
     """
     if keeps_frozen_states(model, runtime, num_tokens=num_tokens):
         return True, None
@@ -269,9 +272,9 @@ def place_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int)
 
 
 def room_for_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
-    """(num_tokens, width) on the CPU, yet to be filled: in memory, or in a file of `folder` that has no name.
+    """Allocate an uninitialized (num_tokens, width) tensor on the CPU, in memory or in an unnamed file in `folder`.
 
-    What is written there is open to nobody else, and gone with the tensor or the process, however that ends.
+    Nobody else can open that file, and it disappears with the tensor or the process, however the process ends.
 
     Raises:
         OSError: the disk has no room.
@@ -293,7 +296,9 @@ def room_for_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: 
 
 
 def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
-    """The memory that the frozen layers' outputs for `num_tokens` take, in MiB; 0 where the first layer trains."""
+    """Return the memory in MiB of the frozen layers' outputs for `num_tokens` tokens; 0 if the first layer is
+    trained.
+    """
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
     return num_tokens * width / 2**20 if model.skips_layers else 0.0
 
@@ -301,11 +306,11 @@ def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
 def seconds_per_example(
     model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool, draws: Any
 ) -> tuple[float, float]:
-    """Seconds for one example of full length: what is computed once, and its gradient in each step.
+    """Measure the seconds for one example of full length: for its one-time computation, and for its gradient in a step.
 
-    Once are frozen states, where they are `kept`, and what a preference is measured against.
-
-    Each is the least of a few passes over a micro-batch that `draws`, a generator of numpy's, makes up.
+    The one-time computation covers the frozen states, if they are cached (`kept`), and the reference of a preference
+    task.  Each time is the minimum of a few passes over a micro-batch of dummy examples, drawn from the NumPy generator
+    `draws`.
     """
     most = min(_MOST_TIMED, micro_batch_tokens(runtime, model.device))
     count = max(1, most // (max_length * model.spec.texts))
@@ -325,7 +330,10 @@ def seconds_per_example(
 
 
 def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
-    """Time of `work`; the first pass also warms up, and is the only one where it takes long."""
+    """Return the shortest of a few passes of `work`, in seconds.
+
+    The first pass also warms up, and is the only one if it takes long.
+    """
     passes: list[float] = []
     while sum(passes) < _ENOUGH_S and len(passes) < 4:
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The optimizer of a round, and its schedule."""
+"""The optimizer of a round and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedtune.training.spec import TrainingSpec
 def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], spec: TrainingSpec, *, clipped: bool = True
 ) -> torch.optim.Optimizer:
-    """A fresh optimizer over `parameters`, with one group for LoRA and one for the head."""
+    """Create an optimizer over `parameters`, with one parameter group for LoRA and one for the head."""
     lora_rate, head_rate = spec.peak_rates(clipped=clipped)
     groups = [
         {"params": [p for name, p in parameters.items() if not name.startswith("head.")], "lr": lora_rate},
@@ -26,7 +26,7 @@ def make_optimizer(
 
 
 def learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: int) -> float:
-    """Multiplier of the peak learning rate at global `step` (from 0) of `total_steps`, in [0, 1]."""
+    """Return the factor of the peak learning rate at global `step` (from 0) of `total_steps`, in [0, 1]."""
     if step < spec.warmup_steps:
         return (step + 1) / spec.warmup_steps
     if spec.schedule == "constant":
@@ -37,6 +37,6 @@ def learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: int) -> 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group to its peak learning rate times `factor`."""
+    """Set the learning rate of every parameter group to its peak times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

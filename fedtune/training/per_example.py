@@ -1,7 +1,8 @@
-"""Per-example gradients of a batch, by Opacus's rule for each kind of layer; `dp_step.py` clips and adds them.
+"""Per-example gradients of a batch, by Opacus's grad samplers for each layer type; `dp_step.py` clips and sums them.
 
-Opacus's own hooks are not used: they also compute the gradient of the whole batch, and copy every example's into a
-tensor of zeros.  With LoRA on all of MiniLM's linear modules that took a fifth of a step (simulations/benchmarks).
+Opacus's own hooks are not used, because they also compute the gradient of the whole batch, and copy every example's
+gradient into a tensor of zeros.  With LoRA on all linear modules of MiniLM that took a fifth of a step
+(simulations/benchmarks).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Found = dict[nn.Parameter, torch.Tensor]  # parameter -> (rows, *shape): what a 
 
 
 class PerExampleGradients:
-    """Per-example gradients of a model that `attached` watches.
+    """Per-example gradients of a model inside an `attached` block.
 
     Attributes:
         found: filled by a backward pass; empty between two passes.
@@ -42,12 +43,14 @@ class PerExampleGradients:
         self.found: Found = {}
 
     def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Gradients of each example's own loss: name -> (places, *parameter shape), float32; empty places are zero.
+        """Compute the gradient of each example's own loss: name -> (rows, *parameter shape), float32.
 
-        Losses are summed, never averaged, over the batch: a mean would let one example rescale another.
+        Empty rows are zero.
 
-        An example that makes the pass fail counts as zero, and changes no other example's gradient: a site's answer
-        must not depend on whether some record can be computed.  A failure of the machine, and not of an example, is
+        Losses are summed over the batch, never averaged: a mean would let one example rescale another.
+
+        An example that makes the pass fail counts as zero, and changes no other example's gradient: a site's reply must
+        not depend on whether some record can be computed.  A failure of the machine, as opposed to an example, is
         raised.
 
         Raises:
@@ -71,7 +74,7 @@ class PerExampleGradients:
         return _without_unknown(batch, gradients)
 
     def of_all(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """As `of`, but an example that makes the pass fail raises.
+        """Compute the gradients as `of` does, but let an example that makes the pass fail raise.
 
         Raises:
             ConfigError: a trainable tensor took no part in the forward pass.
@@ -98,14 +101,18 @@ class PerExampleGradients:
 def _of_scales(
     layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """For outputs x * (1 + offset), x (n, t, k): the sum over an example's tokens of x times the output's gradient."""
+    """Grad sampler for outputs x * (1 + offset): sum x times the output gradient over an example's tokens.
+
+    x has the shape (n, t, k).
+    """
     return {layer.offset: added_halves(backprops * activations[0])}
 
 
 def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Zero the gradient of an example if the frozen layers' states of any of its texts are missing.
+    """Zero the gradient of an example if the cached frozen states of any of its texts are missing.
 
-    It then counts as it does where no states are kept.  Its own states alone decide that; no other gradient changes.
+    Such an example then counts as it does without cached states.  Only its own states decide this, and no other
+    gradient changes.
     """
     if batch.prefix is None:
         return gradients
@@ -117,9 +124,10 @@ def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[s
 
 @contextmanager
 def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
-    """Watch every module of `model` that trains, until the end of the block.
+    """Record per-example gradients for every trainable module of `model` until the end of the block.
 
-    Modules that rest in this round use the same kernels as those that train: the ones tried before the run.
+    Modules that are not trained in this round use the same kernels as those that are: the kernels tested before the
+    run.
     """
     gradients = PerExampleGradients(model)
     trained = {id(parameter) for parameter in model.trainable().values()}
@@ -141,9 +149,9 @@ def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
 
 
 def _constant(module: nn.Module) -> nn.Module:
-    """A copy of the module with the same values as constants.
+    """Copy the module with its parameters as constants.
 
-    Otherwise every backward pass would also compute the gradient of the whole batch, which nothing uses.
+    Otherwise every backward pass would also compute the gradient of the whole batch, which is never used.
     """
     same = copy(module)
     vars(same)["_parameters"] = _values(module)
@@ -155,7 +163,7 @@ def _values(module: nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def _watched(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
-    """The output (n, ..., k) for `values` (n, ..., j); on the way back it finds each example's gradient."""
+    """Return the output (n, ..., k) for `values` (n, ..., j); its backward pass records per-example gradients."""
     vars(constant)["_parameters"] = _values(module)  # as they are now, after a step or whatever else
     output: torch.Tensor = constant.forward(values)
     trained = next(module.parameters())

@@ -1,11 +1,11 @@
-"""Tries before anything is charged whether an example's contribution depends on it alone, on this machine.
+"""Tests, before anything is charged, whether an example's contribution depends on that example alone on this machine.
 
-Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else is in a batch; whether they treat every
-row and every number of rows alike is tried here, at every shape that a step may have: first with the run's own model,
-then with random weights, since its own may have been chosen so that made-up examples show nothing.  What is made up is
-drawn anew each time, so that nobody can look for a model that happens to pass.
+Shapes are fixed (`fedtune.data.shapes`), so kernels cannot depend on the content of a batch.  Whether they treat every
+row and every number of rows alike is tested here, at every shape that a step may have: first with the run's own
+weights, then with random weights, since the run's own could have been chosen so that dummy examples reveal nothing.
+Dummy examples and weights are drawn anew each time, so that nobody can search for a model that happens to pass.
 
-Not tried for each number of places: a language model's output layer, which computes each record by itself
+One part is not tested for each number of rows: a language model's output layer, which processes each record by itself
 (`fedtune.tasks.causal_lm`).
 """
 
@@ -38,7 +38,7 @@ See = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 def unseen(gradients: Mapping[str, torch.Tensor]) -> None:
-    """Looks at nothing."""
+    """Ignore the gradients."""
 
 
 _DECIDED_BY = "decided_by"
@@ -61,29 +61,32 @@ def moved_by_others(
     seed: int | None = None,
     see: See = unseen,
 ) -> float:
-    """How much an example's contribution to a sum was seen to change with its micro-batch (`require_alone`).
+    """Measure how much an example's contribution to a sum changes with the rest of its micro-batch.
 
-    Examples are made up: of each padded length the longest and some shorter ones, over the whole vocabulary, its ends
-    included.  If records of such lengths and ids make positions, losses or memory fail, they do so here, before a
-    round is charged.
+    `require_alone` judges the result.
+
+    Dummy examples cover, for each padded length, the longest length and some shorter ones, over the whole vocabulary up
+    to its ends.  If records of such lengths and ids would cause failures of positions, losses or memory, the failure
+    occurs here, before a round is charged.
 
     Args:
-        model: with adapters; its values and weights are put back.
-        shapes: those that steps will have.
-        keeps_states: whether steps will start behind the frozen layers, from what these made of each record.
+        model: a model with adapters; its adapter values and weights are restored afterwards.
+        shapes: the shapes that steps will have.
+        keeps_states: whether steps will start from cached outputs of the frozen layers.
         max_grad_norm: the run's clip norm, for the measured bound.
-        pad_id: that steps will fill with.
-        weights_chosen: somebody chose the weights; those of a random model show already what others could hide.
-        told: how many of the trials are done; there are as many for every data set.
-        seed: of all that is made up; None: one that nobody knows.
-        see: gets the gradients of each micro-batch and then what they add to a sum, both on the CPU: with the same seed
-            the same ones are tried.
+        pad_id: the token id that steps will use as padding.
+        weights_chosen: whether somebody chose the weights; a randomly initialized model needs no second test with
+            random weights.
+        told: called with the number of finished trials and their total, which is the same for every data set.
+        seed: seed of all dummy data; None: a seed that nobody knows.
+        see: receives the gradients of each micro-batch and then their contributions to a sum, both on the CPU; the same
+            seed yields the same dummy data.
 
     Returns:
-        The most that an example's clipped contribution was seen to move, in clip norms; 0.0: not by a bit.
+        The largest observed change of an example's clipped contribution, in clip norms; 0.0: bit-identical.
 
     Raises:
-        ConfigError: for `model.path`, or whatever setting keeps the training pass from running.
+        ConfigError: for `model.path`, or for any setting that prevents the training pass.
     """
     draws, numbers, total = np.random.default_rng(seed), count(1), (3 if weights_chosen else 2) * len(shapes.lengths)
 
@@ -111,7 +114,7 @@ def _adapter_put_back(model: TaskModel) -> Iterator[None]:
 
 @contextmanager
 def _as_the_model_s(model: TaskModel, shapes: Shapes) -> Iterator[None]:
-    """Whatever a model's code raises becomes a mistake in `model.path`, and want of memory one in how much it gets."""
+    """Convert errors in a model's code to a ConfigError for `model.path`, or for the batch size if memory ran out."""
     try:
         yield
     except ConfigError:
@@ -125,16 +128,16 @@ def _as_the_model_s(model: TaskModel, shapes: Shapes) -> Iterator[None]:
 
 
 def within_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_states: bool, pad_id: int = 0) -> Shapes:
-    """The same shapes with as many rows of each length as so much memory has room for.
+    """Return the shapes, with as many rows for each length as fit into `most_bytes` of memory.
 
-    Found by made-up examples alone, of every length.
+    The rows are found by measuring dummy examples of every length.
 
     Args:
-        model: with adapters, whose values do not matter.
-        shapes: by tokens.
-        most_bytes: for a micro-batch, its examples' gradients and all that clipping makes of them.
-        keeps_states: as for `moved_by_others`.
-        pad_id: that steps will fill with.
+        model: a model with adapters, whose values do not matter.
+        shapes: the shapes by tokens alone.
+        most_bytes: for a micro-batch, its per-example gradients and all temporary memory of clipping.
+        keeps_states: as in `moved_by_others`.
+        pad_id: the token id that steps will use as padding.
 
     Raises:
         ConfigError: for `runtime.step_mib`: the smallest micro-batch needs more.
@@ -154,7 +157,11 @@ def within_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
 
 
 def _rows_within(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[int, int], int]) -> int:
-    """The rows of a micro-batch of this length, of which `needed` says how many bytes they take."""
+    """Return the most rows of a micro-batch of this length that fit; `needed` measures the bytes for a number of rows.
+
+    Raises:
+        ConfigError: for `runtime.step_mib`: the smallest micro-batch needs more.
+    """
     fewest, rows = shapes.fewest_rows(length), shapes.rows(length)[0]
     if (twice := needed(2 * fewest, length)) * rows <= most_bytes * 2 * fewest:
         return rows  # more than enough, since what does not grow with the rows is counted several times
@@ -169,10 +176,10 @@ def _rows_within(most_bytes: int, shapes: Shapes, length: int, needed: Callable[
 
 
 def _whole_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
-    """Do a step's work on a micro-batch, in the way that takes most memory.
+    """Do a step's work on a micro-batch along the code path that takes the most memory.
 
-    That is where an example fails, and the others are tried one at a time, and where one comes to no number: a record
-    that does so needs no more than any other.
+    On this path one example fails, so that the others are computed one at a time, and another one becomes NaN: a record
+    that causes this needs no more memory than any other.
     """
     if keeps_states:
         examples.keep_frozen_states(model, parts=[part], lenient=False)
@@ -190,12 +197,12 @@ def _whole_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_stat
 
 
 def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
-    """Require that what an example adds to a sum is the same, bit for bit, whatever else is in its micro-batch.
+    """Require that an example's contribution to a sum is bit-identical whatever else is in its micro-batch.
 
     Args:
-        moved: how far one was seen to move, in clip norms.
-        path: of the model.
-        inexact_allowed: go on where bits differ, as long as it is by rounding.
+        moved: the largest observed change of a contribution, in clip norms.
+        path: the model's path.
+        inexact_allowed: accept different bits, as long as they are explained by rounding.
 
     Raises:
         ConfigError: for `model.path`.
@@ -213,11 +220,11 @@ def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
 
 
 class _Trial:
-    """Made-up examples of every shape, in two companies each.
+    """Dummy examples of every shape, each in two different groupings into micro-batches.
 
     Attributes:
-        tried: called whenever a length was tried.
-        see: gets the gradients of each micro-batch, and what they add.
+        tried: called whenever a length was tested.
+        see: receives the gradients of each micro-batch, and their contributions.
     """
 
     def __init__(
@@ -243,7 +250,7 @@ class _Trial:
         self._again = self._ready(made_up, (part for parts in self._smaller.values() for part in parts))
 
     def _part(self, places: npt.NDArray[np.int64], length: int) -> Part:
-        """As many examples as a micro-batch may have."""
+        """Return a micro-batch with as many examples as it may have."""
         return Part(places, self._shapes.rows(length)[0], length)
 
     def _most_room(self, length: int) -> int:
@@ -258,7 +265,7 @@ class _Trial:
         return examples
 
     def most_moved(self, max_grad_norm: float) -> float:
-        """The most that a contribution differs between one whole micro-batch and smaller ones, in clip norms."""
+        """Return the largest change of a contribution between one full micro-batch and smaller ones, in clip norms."""
         with attached(self._model) as gradients:
             return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
@@ -273,7 +280,9 @@ class _Trial:
         return moved
 
     def _companies(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
-        """The same examples in other rows, other order and every other number of rows; the longest one by itself."""
+        """Yield the examples in other rows, in another order and with every other number of rows; the longest one
+        alone.
+        """
         most_rows, *fewer = self._shapes.rows(length)
         choices = fewer or [most_rows]
         yield Part(places[:1], choices[-1], length)
@@ -285,10 +294,10 @@ class _Trial:
             places = places[room:]
 
     def most_moved_by_place(self, max_grad_norm: float) -> float:
-        """The most that one example's contribution differs from row to row of a micro-batch, in clip norms.
+        """Return the largest difference, in clip norms, between one example's contributions in different rows.
 
-        The longest of each length, every token supervised, in all rows: whatever place a kernel rounds otherwise, there
-        is a token, and nothing but the place tells the rows apart.
+        The longest example of each length, with every token supervised, is copied to all rows: every position that a
+        kernel might round differently holds a token, and only the row distinguishes the copies.
         """
         parts = [self._part(np.arange(self._most_room(length)), length) for length in self._shapes.lengths]
         copied = [self._ready(self._copies(part.length), [part]) for part in parts]
@@ -302,7 +311,9 @@ class _Trial:
         return moved
 
     def _added(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
-        """Clipped on the model's device and among the rows that a step clips together, as it clips them."""
+        """Compute gradients and contributions on the model's device, clipped with the same rows together as in a
+        step.
+        """
         there = gradients.of_all(batch)
         chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
         found = {name: one.cpu() for name, one in (there | chosen).items()}, contributions(there, max_grad_norm)
@@ -321,7 +332,10 @@ _Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def _distance(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
-    """The most that what the same examples add differs, in clip norms: at `rows` of one, and `others` of the other."""
+    """Return the largest difference, in clip norms, between contributions of the same examples.
+
+    The examples are in `rows` of `one`, and in `others` of `other`.
+    """
     (gradients, cells), (other_gradients, other_cells) = one, other
     squares = [(added[rows] - other_cells[name][others]).square().sum(dim=1) for name, added in cells.items()]
     moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
@@ -332,7 +346,7 @@ def _distance(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tens
 
 
 def _longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:
-    """One example of whose texts each is so long and has every token supervised."""
+    """Make one dummy example whose texts all have `length` tokens, all of them supervised."""
     return _made_up(model, [length] * model.spec.texts, draws, first=lambda _: 0)
 
 
@@ -349,7 +363,7 @@ def _made_up(
 
 
 def lengths_of_texts(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
-    """Lengths of all texts of records of `texts` texts each, the longest of which may be any of them."""
+    """Draw the lengths of all texts of records with `texts` texts each; any text of a record may be the longest."""
     each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
     return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
 
@@ -367,7 +381,7 @@ def _generator(draws: np.random.Generator, device: torch.device | str) -> torch.
 
 @contextmanager
 def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
-    """Weights as of a new model in place of its own, which are put back."""
+    """Replace the frozen weights by random ones, as in a new model, and restore them at the end of the block."""
     frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]

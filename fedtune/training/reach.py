@@ -1,4 +1,5 @@
-"""How far honest training can move an adapter in a round, from public numbers alone: a lead accepts no update beyond.
+"""Bounds on how far honest training can move an adapter in a round, from public numbers alone; leads refuse larger
+updates.
 
 A step's gradient is a clipped sum plus noise, over a public denominator, and the optimizer turns it into a move of
 bounded length.  An update that moved further was not trained under the plan, even if it is signed.
@@ -24,16 +25,17 @@ _ROUNDING = 1e-3  # relative slack: training rounds to float32, and the bounds b
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reach:
-    """Bounds on the moves of one round; infinite where training has none."""
+    """Bounds on the change of an adapter in one round; infinite if training has no bound."""
 
     value: Mapping[str, float]  # name of a tensor -> the furthest that one of its values moves away from 0
     norm: float  # the same for the L2 norm of all values together
 
     def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: float = 0.0) -> bool:
-        """An update with the tensors of `sent` stays within both bounds.
+        """Whether an update with the tensors of `sent` stays within both bounds.
 
-        A move towards 0 is free: a site first clips values to a bound of its own, which the lead does not know.  So is
-        what an update's encoding may add to it: each difference to `sent` has a relative error of at most `rounding`.
+        Moves towards 0 are free: a site first clamps values to its own limit, which the lead does not know.  The
+        rounding of an update's encoding is free too: each difference from `sent` has a relative error of at most
+        `rounding`.
         """
         square = 0.0
         for name, start in sent.tensors.items():
@@ -49,13 +51,13 @@ class Reach:
 def reach(
     training: TrainingSpec, plan: Plan, *, round: int, declared_size: int, sent: Adapter, rests: str | None = None
 ) -> Reach:
-    """The bounds of one round at a site, for the adapter that it was sent.
+    """Compute the bounds of one round at a site, for the adapter that the lead sent.
 
-    Tensors whose names contain `rests` are not trained.  They may move towards 0, for a site's own bound; otherwise
-    each value has room for rounding only, and they add nothing to the norm.
+    Tensors whose names contain `rests` are not trained.  They may move towards 0, because of a site's own limit; apart
+    from this, each value may only change by rounding, and these tensors do not count in the norm.
 
-    An honest update lies outside with probability below 1e-10 a round, by the tails of noise and sampling, unless the
-    site trains on more than four times the units that it declared.
+    An honest update exceeds the bounds with probability below 1e-10 per round, by the tails of noise and sampling,
+    unless the site trains on more than four times its declared size.
     """
     trained = {name: tensor for name, tensor in sent.tensors.items() if rests is None or rests not in name}
     still = {name: tensor for name, tensor in sent.tensors.items() if name not in trained}
@@ -89,7 +91,7 @@ def reach(
 
 
 def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
-    """How far steps at these rates move a value, or a vector, of size `at` with gradients of at most `gradient`."""
+    """Bound the move of a value or vector of size `at` over steps at these rates; no gradient exceeds `gradient`."""
     moved, velocity = 0.0, 0.0
     for number, rate in enumerate(rates, 1):
         if training.optimizer == "sgd":
@@ -104,9 +106,9 @@ def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, a
 
 @lru_cache(maxsize=4096)
 def _adam_ratio(betas: tuple[float, float], step: int) -> float:
-    """Upper bound on Adam's bias-corrected mean over root mean square, for one value after this many steps.
+    """Return an upper bound on Adam's bias-corrected mean over root mean square, for one value after `step` steps.
 
-    By the Cauchy-Schwarz inequality on the gradients' weights in both means.
+    The bound follows from the Cauchy-Schwarz inequality on the gradients' weights in both means.
     """
     first, second = betas
     if step > 1 and first > 0 and second == 0:

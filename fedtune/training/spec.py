@@ -1,4 +1,4 @@
-"""Settings of local training, and of the machine it runs on: the latter change how a result is rounded, and no more."""
+"""Settings of local training, and of the machine on which it runs: the latter only affect how a result is rounded."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _LARGEST_RATE = 1e9  # beyond it, a product of rates is no float32, and an optim
 
 @spec
 class TrainingSpec:
-    """How a site trains.
+    """Settings of local training at a site.
 
     Attributes:
-        local_steps: optimizer steps in a round.
+        local_steps: optimizer steps per round.
         optimizer: "adamw" or "sgd"; its state starts anew each round.
-        learning_rate: the learning rate of the LoRA tensors at the schedule's peak; "auto" chooses it, and the head's,
-            from public numbers before the run begins (docs/own_data.md), for AdamW.
-        head_learning_rate: the learning rate of the task head; null: the same as `learning_rate`.
-        unclipped_learning_rate: replaces `learning_rate` in a run without privacy, whose gradients are not clipped
-            and so several times larger; null: the same.
+        learning_rate: the peak learning rate of the LoRA tensors; "auto" (AdamW only) chooses it and the head's from
+            public numbers before the run begins (docs/own_data.md).
+        head_learning_rate: the peak learning rate of the task head; null: `learning_rate`.
+        unclipped_learning_rate: replaces `learning_rate` in a run without privacy, whose unclipped gradients are
+            several times larger; null: `learning_rate`.
         unclipped_head_learning_rate: replaces `head_learning_rate` in the same way.
         weight_decay: decoupled for AdamW, added to the gradient for SGD.
         momentum: SGD's momentum.
         betas: AdamW's betas.
-        schedule: the shape of the learning rate over the run's global step, after the warm-up.
+        schedule: the shape of the learning rate over the run's global steps, after the warm-up.
         warmup_steps: the number of global steps over which the learning rate rises linearly.
-        go_on_without_signal: true trains also where nothing is likely to be learnt, because noise moves the adapter
+        go_on_without_signal: true trains even if a run is unlikely to learn anything, because noise moves the adapter
             much further than all records together can (docs/planning.md); false stops before round 1.
     """
 
@@ -66,7 +66,7 @@ class TrainingSpec:
         check_at_least("warmup_steps", self.warmup_steps, 0)
 
     def lower_rates(self, *, clipped: bool) -> dict[str, float]:
-        """A third of every learning rate that counts, by its key under `training`."""
+        """Return a third of every learning rate in use, by its key under `training`."""
         found = {}
         for key, rate in zip(("learning_rate", "head_learning_rate"), self.peak_rates(clipped=clipped), strict=True):
             other = f"unclipped_{key}"
@@ -76,10 +76,10 @@ class TrainingSpec:
         return found
 
     def peak_rates(self, *, clipped: bool) -> tuple[float, float]:
-        """Learning rates of LoRA and head at the schedule's peak.
+        """Return the peak learning rates of LoRA and head.
 
         Raises:
-            ConfigError: they are still to be chosen.
+            ConfigError: the learning rate is "auto" and has not been chosen yet.
         """
         if self.learning_rate == "auto":
             raise ConfigError("training.learning_rate", "auto", "must be a number by now: see RunConfig.with_rates")
@@ -98,20 +98,20 @@ of accuracy (simulations/own_data)."""
 
 
 def automatic_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
-    """AdamW's peak rate for a linear head on normalised embeddings, from public numbers alone.
+    """Choose AdamW's peak learning rate for a linear head on normalized embeddings, from public numbers alone.
 
-    Adam moves a value by about the rate in each step, whatever the size of gradients and noise.  Over a run, moves that
-    follow noise add up to rate * sqrt(steps); so much of them is harmless as the whole run's signal stands out of its
-    noise: for clip norm C and `outputs` rows of some hundred values, a signal of at most C in each of n sites' mean
-    gradients beside noise of noise_multiplier * C / `sampled` in each value.  Both constants come from the study in
-    simulations/own_data, whose README says on which data.
+    Adam moves a value by about the learning rate in each step, whatever the size of gradients and noise.  Over a run,
+    moves that follow the noise add up to rate * sqrt(steps); how much of this is harmless depends on the
+    signal-to-noise ratio of the whole run.  For clip norm C and `outputs` rows of several hundred values, the signal is
+    at most C in the mean gradient of each of n sites, and the noise is noise_multiplier * C / `sampled` in each value.
+    Both constants come from the study in simulations/own_data, whose README names its data.
 
     Args:
         steps: noisy steps of the whole run.
-        sampled: privacy units in a step at a site, in expectation.
-        noise_multiplier: of the plan; 0 without privacy.
+        sampled: expected number of privacy units in a step at a site.
+        noise_multiplier: the plan's noise multiplier; 0 without privacy.
         outputs: rows of the head: the number of labels, or 1.
-        num_sites: whose updates are averaged.
+        num_sites: number of sites whose updates are averaged.
     """
     clear = _WITHOUT_NOISE
     if noise_multiplier > 0:
@@ -168,5 +168,5 @@ class RuntimeSpec(Machine):
 
     @property
     def devices(self) -> int:
-        """How many share each step: one, where nothing else was chosen."""
+        """The number of devices that share each step; 1 by default."""
         return self.num_devices or 1

@@ -1,7 +1,8 @@
-"""Users as privacy units: the mean of the gradients of a user's records, to be clipped once like one example's.
+"""Users as privacy units: the mean gradient of a user's records is clipped once, like the gradient of one example.
 
-A user is sampled as a whole and adds one vector to a step's sum, however many records it has and however they are cut
-into micro-batches.  `dp_step` clips that vector; so one user more or less moves the sum by at most the clip norm.
+A user is sampled as a whole and adds one vector to a step's sum, however many records the user has and however these
+are cut into micro-batches.  `dp_step` clips that vector; so adding or removing one user changes the sum by at most the
+clip norm.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody,
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
-    """Whole users, whose means are computed together, in as many micro-batches as needed."""
+    """Complete users, whose mean gradients are computed together, in as many micro-batches as needed."""
 
     contributions: Sequence[Places]  # for each user, the places of its records that take part
     examples: SiteExamples  # the site's records
@@ -33,10 +34,10 @@ class UserBatch:
         return len(self.contributions)
 
     def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
-        """Micro-batches of n records with, for each record, its user (n,) and one over that user's records (n,).
+        """Yield micro-batches of n records, with each record's user (n,) and its weight in that user's mean (n,).
 
-        Both are on the host, which adds rows up by them and waits for no device.  The order of a user's records depends
-        on these records alone.
+        Both arrays are on the host, so that adding rows never waits for a device.  The order of a user's records
+        depends on these records alone.
         """
         counts = np.array([len(records) for records in self.contributions])
         records = np.concatenate(self.contributions)
@@ -52,22 +53,22 @@ class UserGradients:
     """The mean of each user's per-example gradients, which `dp_step.add_clipped` then clips once.
 
     Args:
-        examples: gradients of one example each.
+        examples: computes the gradient of each single example.
     """
 
     def __init__(self, examples: UnitGradients) -> None:
         self._examples = examples
 
     def of(self, batch: UserBatch) -> dict[str, torch.Tensor]:
-        """Means, name -> (users, *parameter shape), in float64.
+        """Compute the mean gradients: name -> (users, *parameter shape), in float64.
 
         Records are added one at a time, in an order that depends on the user's records alone.  Each record's gradient
-        depends on that record alone, bit for bit.  So the mean depends on its user alone, even where the records cancel
-        and only rounding is left.
+        depends on that record alone, bit for bit.  So the mean depends on its user alone, even if the records'
+        gradients cancel and only rounding error is left.
 
         If any record's gradient is not finite, its user's mean is not finite and counts as zero in the step.  Other
-        users are not affected, since rows are added one by one.  (Leaving out that record alone would be as private;
-        leaving out the user is the simpler rule, and such gradients mean that training has gone wrong anyway.)
+        users are not affected, since rows are added one by one.  (Leaving out only that record would be equally
+        private; leaving out the user is the simpler rule, and such gradients mean that training has diverged anyway.)
         """
         means: dict[str, torch.Tensor] = {}
         for examples, users, shares in batch.parts():
@@ -80,13 +81,13 @@ class UserGradients:
 
 
 class UserExamples(Units):
-    """The users from which a training step draws: each user is a unit.
+    """The users from which a training step samples: each user is a unit.
 
     Args:
         examples: the site's records.
-        users: for each user the places of all its records, at least one.
-        most_records: of one user in a step.
-        most_users: whose means are computed together, which bounds the memory for them.
+        users: for each user, the indices of all its records, at least one.
+        most_records: the maximum number of records of one user in a step.
+        most_users: the number of users whose means are computed together, which limits the memory for them.
     """
 
     unit = "user"
@@ -99,46 +100,48 @@ class UserExamples(Units):
         self.examples, self.most_records, self.most_users, self._users = examples, most_records, most_users, users
 
     def __len__(self) -> int:
-        """Users, not records."""
+        """Return the number of users, not of records."""
         return len(self._users)
 
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """Gradients of each user in a micro-batch of `cut`, from those of each example."""
+        """Compute per-user gradients for batches of `cut_drawn`, from per-example gradients."""
         return UserGradients(of_each)
 
     def add_plain_gradient(self, model: TaskModel, batch: UserBatch) -> None:
-        """Add the users' mean gradients to the parameters' own, unclipped.  Guarantee: none."""
+        """Add the users' unclipped mean gradients to the parameters' `.grad`.  Guarantee: none."""
         for records, _, shares in batch.parts():
             losses = model.losses(records)
             (losses * torch.from_numpy(shares).to(losses)).sum().backward()  # type: ignore[no-untyped-call]
 
     def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
-        """As `SiteExamples.keep_frozen_states`."""
+        """Cache the frozen layers' outputs, as `SiteExamples.keep_frozen_states` does."""
         self.examples.keep_frozen_states(model, folder=folder, told=told)
 
     def keep_reference(self, model: TaskModel) -> None:
-        """As `SiteExamples.keep_reference`."""
+        """Cache the base model's outputs, as `SiteExamples.keep_reference` does."""
         self.examples.keep_reference(model)
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
-        """A cut that draws from `stream` which records of a user take part."""
+        """Return a function that draws the records of each sampled user from `stream`, and cuts the users into
+        batches.
+        """
         return lambda users: self.cut_drawn(self.drawn(users, stream))
 
     def drawn(self, users: Places, stream: RandomStream) -> list[Places]:
-        """The records of each user that take part in a step, drawn in the order of the users."""
+        """Draw the records of each user that take part in a step, in the order of the users."""
         each = (self._users[user] for user in users)
         return [records[choose_records(len(records), self.most_records, stream)] for records in each]
 
     def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
-        """Cut users, of each the records that take part, into batches.
+        """Cut users, each given by its participating records, into batches.
 
-        A user's contribution to a sum is the same, bit for bit, beside any others.
+        A user's contribution to a sum is bit-identical in every batch.
         """
         for first in range(0, len(drawn), self.most_users):
             yield UserBatch(drawn[first : first + self.most_users], self.examples)
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
-        """The users of one of `num_devices` devices, and the places of their records."""
+        """Return the users of one of `num_devices` devices, and the indices of their records."""
         users = [self._users[place] for place in units_of(rank, num_devices, len(self))]
         records = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *users]))
         examples = self.examples.of_records(records, device)

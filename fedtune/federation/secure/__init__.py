@@ -1,1 +1,3 @@
-"""A sum of the sites' vectors of which the lead learns the sum alone; docs/secure_aggregation.md has the proof."""
+"""Secure aggregation: the lead learns the sum of the sites' vectors and nothing else; docs/secure_aggregation.md has
+the proof.
+"""

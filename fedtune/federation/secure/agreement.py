@@ -1,7 +1,8 @@
-"""The agreement of the sites of a secure sum before its first release: terms, thresholds, one key of each site.
+"""Session setup for secure aggregation: before the first release, the sites agree on terms, a threshold, and one key
+per site.
 
-Nothing here trusts the lead.  A site takes members by its own roster, terms within its own limits, and keys with
-their owner's signature; all that follows is bound to the digest of exactly these (`Session.digest`).
+Nothing here trusts the lead.  A site accepts only members from its own roster, terms within its own limits, and keys
+signed by their owners; every later message is bound to the digest of exactly these (`Session.digest`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Wrong(StrEnum):
-    """Why a message of the other side is not taken.  The list is closed: no text of an exception leaves with it."""
+    """The reason why a message from another party is rejected.
+
+    The list is closed, so that no exception text leaves the site with a reason.
+    """
 
     MALFORMED = "malformed"
     REQUEST_CHANGED = "request_changed"
@@ -50,10 +54,11 @@ class Wrong(StrEnum):
 
 
 class Rejected(RefusedError):
-    """A message of the other side is not taken, for a reason of the closed list and no other word.
+    """A message from another party was rejected, for a reason from the closed list and without further text.
 
     Attributes:
-        site: whose message it is, where the lead looks at those of all sites at once; else empty.
+        wrong: the reason.
+        site: the sender of the message, where the lead checks the messages of all sites together; otherwise empty.
     """
 
     def __init__(self, wrong: Wrong, *, site: str = "") -> None:
@@ -62,24 +67,27 @@ class Rejected(RefusedError):
 
 
 def bits_needed(num_sites: int, largest: int) -> int:
-    """Bits of the smallest modulus in which every sum of values from -largest to largest is told from every other."""
+    """Return the number of bits of the smallest modulus that can represent every sum of values from -largest to
+    largest.
+    """
     return (num_sites * largest).bit_length() + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
-    """The terms of a run's secure sums; the same at the lead and at every site, which make it from the run's proposal.
+    """The terms of a run's secure aggregation, which the lead and every site derive from the run's proposal.
 
     Attributes:
-        run: name of the run.
-        proposal: SHA-256 of its proposal, in hex.
-        members: public identity key (Ed25519, hex) by site, of all sites that take part.
-        threshold: t, how many sites must help to unmask a release; also the least number of survivors.
-        length: of a vector, in values.
-        largest: every value of a site's vector lies in [-largest, largest], except with negligible probability.
+        run: the name of the run.
+        proposal: the SHA-256 of the run's proposal, in hex.
+        members: site -> its public identity key (Ed25519, hex), for all participating sites.
+        threshold: t, the number of sites that must help to unmask a release; also the smallest number of survivors.
+        length: the number of values in a vector.
+        largest: the bound on the absolute value of every entry of a site's vector, which holds except with negligible
+            probability.
 
     Raises:
-        ConfigError: a value that no run can have.
+        ConfigError: a value is outside the range that any run can have.
     """
 
     run: str
@@ -111,22 +119,26 @@ class Terms:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Members in the order in which everything that names them has them."""
+        """The members in sorted order, which every message that lists members uses."""
         return tuple(sorted(self.members))
 
     @property
     def bits(self) -> int:
-        """Of the modulus, 2**bits: the fewest that no sum passes."""
+        """The bits of the modulus 2**bits: the fewest for which no sum overflows."""
         return bits_needed(len(self.members), self.largest)
 
     def digest(self) -> str:
-        """SHA-256, in hex."""
+        """Return the SHA-256 of the terms and the protocol version, in hex."""
         # The number of the wire format is in it, since masks of two versions would not cancel.
         fields = {**asdict(self), "members": dict(self.members), "protocol": WIRE_SCHEMA}
         return hashlib.sha256(canonical(fields)).hexdigest()
 
     def check_survivors(self, survivors: Sequence[str]) -> None:
-        """Require a set of survivors as it is written: enough members, each once and in order."""
+        """Check a list of survivors: members only, at least `threshold` of them, each once and in sorted order.
+
+        Raises:
+            Rejected: the list breaks one of these rules.
+        """
         if not set(survivors) <= set(self.members):
             raise Rejected(Wrong.NOT_A_MEMBER)
         if list(survivors) != sorted(set(survivors)):
@@ -139,19 +151,19 @@ Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does n
 
 
 def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int = 3, colluders: int = 0) -> None:
-    """Check that terms ask for no less than a site demands, whatever the lead says.
+    """Check that the terms meet a site's own minimum requirements, regardless of what the lead proposes.
 
-    Three is the least threshold unless the site says otherwise: of a sum of two, each of the two learns the other's
-    vector by subtraction.
+    The default minimum threshold is three: in a sum of two vectors, each of the two sites learns the other's vector by
+    subtraction.
 
     Args:
-        terms: of a run.
-        least_sites: that take part in the run.
-        least_threshold: of a release.
-        colluders: other sites that the sum must withstand beside the server.
+        terms: the terms of a run.
+        least_sites: the minimum number of sites in the run.
+        least_threshold: the minimum threshold of a release.
+        colluders: the number of other sites that may collude with the server.
 
     Raises:
-        Rejected: they ask for less.
+        Rejected: the terms fall short of a requirement.
     """
     if len(terms.members) < max(least_sites, colluders + 1):
         raise Rejected(Wrong.TOO_FEW_SITES)
@@ -160,14 +172,18 @@ def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int
 
 
 def require_pinned(terms: Terms, roster: Mapping[str, str]) -> None:
-    """Require each member's identity key to be the one that this site's own roster has for it."""
+    """Check that the identity key of every member matches this site's own roster.
+
+    Raises:
+        Rejected: the roster lacks a member, or has another key for it.
+    """
     if not terms.members.items() <= dict(roster).items():
         raise Rejected(Wrong.ROSTER_DIFFERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Announcement:
-    """A site's X25519 key of one session, signed for these terms alone."""
+    """A site's X25519 key for one session, signed for these terms only."""
 
     site: str
     terms: str
@@ -176,16 +192,20 @@ class Announcement:
 
     @classmethod
     def made(cls, site: str, terms: Terms, key: str, *, identity: SigningKey) -> Announcement:
-        """The announcement as its site makes it."""
+        """Build a site's announcement and sign it with the site's identity key."""
         unsigned = cls(site=site, terms=terms.digest(), key=key, signature="")
         return replace(unsigned, signature=identity.sign(KEY, unsigned.to_bytes()))
 
     def to_bytes(self) -> bytes:
-        """The announcement as it travels; with an empty signature what is signed."""
+        """Encode the announcement as it is sent; with an empty signature, these are the bytes to sign."""
         return canonical(asdict(self))
 
     def require_genuine(self, terms: Terms) -> None:
-        """Require a member's signature, and these terms."""
+        """Check that the announcement is signed by a member and refers to these terms.
+
+        Raises:
+            Rejected: it is not.
+        """
         if self.site not in terms.members:
             raise Rejected(Wrong.NOT_A_MEMBER)
         if self.terms != terms.digest():
@@ -199,7 +219,7 @@ class Announcement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """Terms, and the one key that each member announced under them."""
+    """A secure aggregation session: the terms, and the key that each member announced under them."""
 
     terms: Terms
     keys: Mapping[str, str]
@@ -209,10 +229,10 @@ class Session:
 
     @classmethod
     def of(cls, terms: Terms, announcements: Collection[Announcement]) -> Session:
-        """The session of these announcements: one of each member, each signed.
+        """Build a session from announcements: exactly one per member, each with a valid signature.
 
         Raises:
-            Rejected: one is missing, there twice, or not genuine.
+            Rejected: an announcement is missing, duplicated, or not genuine.
         """
         for one in announcements:
             one.require_genuine(terms)

@@ -1,4 +1,4 @@
-"""A site's secure sums: one party for each run, in this process's memory alone, and what the site demands of them."""
+"""A site's side of secure aggregation: one party per session, kept only in memory, and the site's own requirements."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _MOST_NOTED = 64  # sessions whose newest promises are on disk; a site has long 
 
 
 def kept_in(path: Path) -> Keep:
-    """Writes each promise in place of the one before it in its session, and waits until it is on disk.
+    """Return a function that writes promises to `path`; each promise replaces the earlier one of its session and is
+    flushed to disk.
 
-    The file has a line of JSON for each session, the newest last, and is replaced whole: a crash leaves it with the
-    earlier promise or with this one, and this one before any answer that makes it.
+    The file has one line of JSON per session, the newest last, and is replaced atomically: after a crash it holds
+    either the earlier promise or the new one, and it holds the new one before any answer that depends on it leaves the
+    site.
     """
 
     def keep(promise: Promise) -> None:
@@ -36,10 +38,10 @@ _MOST_SESSIONS = 3  # of a run: the one that goes on, and others that a lead tri
 
 
 class Parties:
-    """A process's parties, by the digest of a run's proposal and the lead's names of its sessions, the oldest first.
+    """The parties of a process, by the digest of a run's proposal and the lead's name for a session, oldest first.
 
-    One session of a run goes on.  One that went on before is kept: a lead that cannot begin another session goes back
-    to it.  A restart forgets all of them, and is meant to.
+    Each run has one current session.  Its previous session is kept, because a lead that cannot begin a new session
+    returns to it.  A restart deletes all parties, on purpose.
     """
 
     def __init__(self) -> None:
@@ -47,11 +49,13 @@ class Parties:
         self.joined: dict[str, str] = {}  # of a run, the session that goes on
 
     def find(self, proposal: str, session: str) -> Party | None:
-        """Return a session's party; None: there is none."""
+        """Return the party of a session; None if there is none."""
         return self.of_proposal.get(proposal, {}).get(session)
 
     def add(self, proposal: str, session: str, party: Party) -> None:
-        """Keep a party, and drop the oldest that do not go on where a run has too many, or there are too many runs."""
+        """Add a party; drop the oldest idle sessions of a run that has too many, and the oldest run if there are too
+        many runs.
+        """
         runs = self.of_proposal
         while proposal not in runs and len(runs) >= _MOST_RUNS:
             dropped = next((one for one in runs if one not in self.joined), next(iter(runs)))
@@ -66,7 +70,7 @@ class Parties:
 
 @dataclass(frozen=True, kw_only=True)
 class SumsAtSite:
-    """The answers of a site in the steps of a secure sum."""
+    """A site's answers to the steps of secure aggregation."""
 
     site: str
     identity: SigningKey
@@ -77,15 +81,15 @@ class SumsAtSite:
     keep: Keep  # writes a promise before the answer that makes it
 
     def announce(self, session: str, members: Sequence[str], terms: Callable[[Mapping[str, str]], Terms]) -> bytes:
-        """A key for a run's session of the lead's; asked again for the same one, the same.
+        """Announce this site's key for a session; repeated calls for one session return the same announcement.
 
         Args:
-            session: the lead's name for it.
-            members: the run's sites.
-            terms: of the run, given the members' keys as this site knows them.
+            session: the lead's name for the session.
+            members: the sites in the run.
+            terms: builds the terms of the run from the members' public keys, as this site knows them.
 
         Raises:
-            Rejected: a member is unknown here, or the terms are less than the site demands.
+            Rejected: the roster lacks a member, or the terms do not meet the site's requirements.
         """
         if not set(members) <= set(self.roster):
             raise Rejected(Wrong.ROSTER_DIFFERS)
@@ -99,20 +103,24 @@ class SumsAtSite:
         return party.announce()
 
     def join(self, proposal: str, session: str, announcements: Sequence[bytes]) -> bytes:
-        """Take all members' keys, and go on in this session; returns its digest.
+        """Accept the keys of all members, make this session the current one, and return its digest.
 
-        Asked for an earlier one again, the site goes back to it.  That is safe: each session has keys, masks, releases
-        and promises of its own.
+        A request for an earlier session switches back to it.  That is safe, because each session has its own keys,
+        masks, releases and promises.
+
+        Raises:
+            Rejected: the session is unknown, a key is not genuine, or the site no longer accepts the members or the
+                terms.
         """
         digest = self._party(proposal, session).join(announcements)
         self.parties.joined[proposal] = session
         return digest.encode()
 
     def party(self, proposal: str, session: str) -> Party:
-        """The site's part in the session that goes on.
+        """Return this site's party in the current session of a run.
 
         Raises:
-            Rejected: that is another one, or the site trusts its members or terms no more.
+            Rejected: `session` is not the current session, or the site no longer accepts its members or terms.
         """
         if self.parties.joined.get(proposal) != session:
             raise Rejected(Wrong.SESSION_DIFFERS)

@@ -1,7 +1,7 @@
 """Masks and the keys behind them: X25519 between two sites, HKDF for each release, ChaCha20 for each value.
 
-No seed is used for two releases, and from one nothing of another can be found: each is 32 random bytes of its own, or
-HKDF-SHA256 of a key agreed by two sites, under session, release and purpose.
+No seed is used in two releases, and one seed reveals nothing about another: each seed is either 32 fresh random bytes,
+or HKDF-SHA256 of a key agreed between two sites, bound to session, release and purpose.
 """
 
 from __future__ import annotations
@@ -25,25 +25,30 @@ TAG_BYTES = 16
 
 
 class MaskKey:
-    """A site's X25519 key.  It is in memory alone and never written, so that no backup brings it back."""
+    """A site's X25519 key, kept only in memory and never written to disk, so that no backup can restore it."""
 
     def __init__(self) -> None:
         self._private = X25519PrivateKey.generate()
 
     @property
     def public(self) -> str:
-        """64 hex digits."""
+        """The public key as 64 hex digits."""
         return self._private.public_key().public_bytes_raw().hex()
 
     def agreed_in(self, session: str, keys: Mapping[str, str]) -> PairSecrets:
-        """The secrets with every member of the session with this digest, by the keys that `is_mask_key` takes."""
+        """Derive the pairwise secrets with every member of a session.
+
+        Args:
+            session: the digest of the session.
+            keys: site -> its public key, each accepted by `is_mask_key`.
+        """
         return PairSecrets(session, {site: self._private.exchange(_public(key)) for site, key in keys.items()})
 
 
 def is_mask_key(text: str) -> bool:
-    """`text` can be a public key: 64 lower-case hex digits, and no point of small order.
+    """Return True if `text` can be a public key: 64 lower-case hex digits that do not encode a point of small order.
 
-    With a point of small order every secret is zero, and everybody knows it.
+    With a point of small order, every shared secret would be zero, and therefore known to everybody.
     """
     try:
         X25519PrivateKey.generate().exchange(_public(text))
@@ -57,21 +62,23 @@ def _public(key: str) -> X25519PublicKey:
 
 
 class PairSecrets:
-    """The secrets that a site shares with each member of a session, itself among them."""
+    """The secrets that a site shares with each member of a session, itself included."""
 
     def __init__(self, session: str, agreed: Mapping[str, bytes]) -> None:
         self._session, self._agreed = session, agreed
 
     def mask_seed(self, site: str, other: str, *, release: int) -> bytes:
-        """The seed of the mask that two sites have in common in one release; the same at both."""
+        """Return the seed of the mask that two sites share in one release; both sites derive the same seed."""
         return self._derived(other, "mask", release, *sorted((site, other)))
 
     def seal(self, text: bytes, *, sender: str, receiver: str, release: int) -> bytes:
-        """Encrypt what `sender` tells `receiver` in one release, once: its key has one nonce."""
+        """Encrypt a message from `sender` to `receiver` in one release; call it once, because the key is used with a
+        single nonce.
+        """
         return self._cipher(receiver, sender, receiver, release).encrypt(bytes(12), text, None)
 
     def opened(self, sealed: bytes, *, sender: str, receiver: str, release: int) -> bytes | None:
-        """The content that `sender` sealed for `receiver` in this release; None for anything else."""
+        """Decrypt what `sender` sealed for `receiver` in this release; None if the ciphertext is anything else."""
         try:
             return self._cipher(sender, sender, receiver, release).decrypt(bytes(12), sealed, None)
         except InvalidTag:
@@ -86,15 +93,15 @@ class PairSecrets:
 
 
 def masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
-    """The sum of masks that `site` adds in a release, (length,), modulo 2**64.
+    """Sum the masks that `site` adds to its vector in a release, modulo 2**64; shape (length,).
 
-    Of the mask that two sites have in common, the first by name adds it and the other takes it away, so that it is
-    not in the sum of both.  Modulo every smaller power of two this is so, too.
+    Of the mask shared by two sites, the first by name adds it and the other subtracts it, so that it cancels in the sum
+    of both.  The same holds modulo every smaller power of two.
 
     Args:
-        site: whose masks these are.
-        seeds: by the site that the mask is shared with; its own mask's by its own name.
-        length: of a vector.
+        site: the site that applies the masks.
+        seeds: seeds by the site that the mask is shared with; the site's own mask is under its own name.
+        length: the number of values in a vector.
     """
     total = np.zeros(length, np.uint64)
     for other, seed in seeds.items():
@@ -107,7 +114,9 @@ def masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[
 
 
 def _stream(seed: bytes, length: int) -> npt.NDArray[np.uint64]:
-    """ChaCha20's keystream, (length,); the nonce may be constant because a seed has one stream only."""
+    """Generate a ChaCha20 keystream of `length` values; the nonce may be constant because each seed has one stream
+    only.
+    """
     assert len(seed) == SEED_BYTES
     cipher = Cipher(ChaCha20(seed, bytes(16)), mode=None).encryptor()
     return np.frombuffer(cipher.update(bytes(8 * length)), dtype="<u8")

@@ -1,6 +1,7 @@
-"""The messages of a secure sum, with one encoding each: everything else is rejected before it is looked at.
+"""The messages of secure aggregation, each with a single valid encoding; any other bytes are rejected before they are
+parsed.
 
-A release takes three questions of the lead to each site:
+A release takes three requests from the lead to each site:
 
     upload    (release)                              -> Upload: masked vector, sealed shares, digests of shares
     confirm   ConfirmRequest: survivors              -> Confirmation: signed
@@ -33,7 +34,7 @@ _SHARE = re.compile(f"[0-9a-f]{{{2 * SHARE_BYTES}}}")
 
 
 def read_announcement(data: bytes) -> Announcement:
-    """The announcement of these bytes; raises Rejected for any others."""
+    """Decode an announcement; raises Rejected for any other bytes."""
     return Announcement(**_fields(data, Announcement))
 
 
@@ -41,7 +42,7 @@ def read_announcement(data: bytes) -> Announcement:
 class ConfirmRequest:
     """The lead's question whether a site will help to unmask the sum of exactly these survivors.
 
-    Every later message of the release says the same of itself; all travel as the canonical JSON of their fields.
+    Every later message of the release repeats these fields; all are sent as the canonical JSON of their fields.
     """
 
     session: str  # its digest
@@ -49,12 +50,14 @@ class ConfirmRequest:
     survivors: list[str]  # sites whose uploads are in the sum, in order
 
     def to_bytes(self) -> bytes:
-        """The message as it travels; of a `ConfirmRequest` also what a site signs when it confirms."""
+        """Encode the message as it is sent; for a `ConfirmRequest`, these are also the bytes that a site signs to
+        confirm.
+        """
         return canonical(asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """The message of these bytes, if it belongs to this session; raises Rejected for any other."""
+        """Decode a message that belongs to this session; raises Rejected for any other bytes."""
         message = cls(**_fields(data, cls))
         _check_texts(message.survivors)
         if message.session != session.digest:
@@ -66,15 +69,19 @@ class ConfirmRequest:
         return message
 
     def check(self, terms: Terms) -> None:
-        """Raise Rejected where what a kind of message adds is wrong."""
+        """Check the fields that a subclass adds; raises Rejected if one is wrong."""
 
     @property
     def asked(self) -> ConfirmRequest:
-        """The set to be confirmed."""
+        """The part of the message that a site confirms: session, release and survivors."""
         return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
 
     def require_confirmed(self, signatures: Mapping[str, str], terms: Terms) -> None:
-        """Require each signature, by site, to be a member's on exactly what is asked."""
+        """Check that each signature, by site, comes from a member and covers exactly these survivors.
+
+        Raises:
+            Rejected: a signer is not a member, or a signature is wrong.
+        """
         for site, signature in signatures.items():
             if site not in terms.members:
                 raise Rejected(Wrong.NOT_A_MEMBER)
@@ -84,14 +91,14 @@ class ConfirmRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Confirmation(ConfirmRequest):
-    """A site's signed word that it helps to unmask these survivors' sum, and no other one of the release."""
+    """A site's signed promise to help unmask the sum of these survivors, and no other sum of the release."""
 
     site: str
     signature: str
 
     @classmethod
     def of(cls, asked: ConfirmRequest, site: str, *, identity: SigningKey) -> Confirmation:
-        """The confirmation as its site makes it."""
+        """Build a site's confirmation and sign it with the site's identity key."""
         return cls(**asdict(asked), site=site, signature=identity.sign(CONFIRMATION, asked.to_bytes()))
 
     def check(self, terms: Terms) -> None:
@@ -100,13 +107,17 @@ class Confirmation(ConfirmRequest):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnmaskRequest(ConfirmRequest):
-    """The lead's question for a site's shares, with what shows that enough sites confirmed the same survivors."""
+    """The lead's request for a site's shares, with the proof that enough sites confirmed the same survivors."""
 
     confirmations: dict[str, str]  # signature by site
     sealed: dict[str, str]  # what each survivor sealed for the site that is asked, in base64, by survivor
 
     def check(self, terms: Terms) -> None:
-        """Require as many genuine confirmations of exactly these survivors as the threshold."""
+        """Check that at least `threshold` sites confirmed exactly these survivors.
+
+        Raises:
+            Rejected: too few confirmations, a wrong signature, or sealed shares that do not match the survivors.
+        """
         _check_texts([*self.confirmations.values(), *self.sealed.values()])
         self.require_confirmed(self.confirmations, terms)
         if len(self.confirmations) < terms.threshold:
@@ -115,7 +126,9 @@ class UnmaskRequest(ConfirmRequest):
             raise Rejected(Wrong.MALFORMED)
 
     def sealed_by(self, survivor: str) -> bytes:
-        """The shares that this survivor sealed; what is no base64 gives bytes that nobody sealed."""
+        """Return the shares that this survivor sealed, decoded from base64; empty bytes, which nobody sealed, if the
+        text is invalid.
+        """
         try:
             return base64.b64decode(self.sealed[survivor], validate=True)
         except ValueError:
@@ -124,7 +137,10 @@ class UnmaskRequest(ConfirmRequest):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Revealed(ConfirmRequest):
-    """A site's shares of the seeds that unmask the survivors' sum, signed: a wrong one is held against the site."""
+    """A site's signed shares of the seeds that unmask the sum of the survivors.
+
+    The signature makes the site accountable for wrong shares.
+    """
 
     site: str
     # by survivor, whose seeds they are, and by the site that the mask is shared with (its own mask's by its own
@@ -136,12 +152,12 @@ class Revealed(ConfirmRequest):
     def of(
         cls, asked: ConfirmRequest, site: str, *, shares: dict[str, dict[str, str]], identity: SigningKey
     ) -> Revealed:
-        """The shares as their site gives them."""
+        """Build the message with a site's shares and sign it with the site's identity key."""
         unsigned = cls(**asdict(asked), site=site, shares=shares, signature="")
         return replace(unsigned, signature=identity.sign(SHARES, unsigned.to_bytes()))
 
     def check(self, terms: Terms) -> None:
-        """Require nothing but shares, in a member's own word."""
+        """Check that the message holds only well-formed shares and is signed by a member; raises Rejected otherwise."""
         if self.site not in terms.members:
             raise Rejected(Wrong.NOT_A_MEMBER)
         for shares in self.shares.values():
@@ -155,25 +171,26 @@ class Revealed(ConfirmRequest):
             raise Rejected(Wrong.WRONG_SIGNATURE)
 
     def share(self, survivor: str, other: str) -> int | None:
-        """One share, if the site gave it."""
+        """Return one share; None if the site did not send it."""
         found = self.shares.get(survivor, {}).get(other)
         return None if found is None else int(found, 16)
 
 
 def seeds_needed(survivor: str, survivors: list[str], terms: Terms) -> list[str]:
-    """Which of a survivor's masks must be taken from the survivors' sum, by the site that a mask is shared with.
+    """List which of a survivor's masks must be removed from the survivors' sum, by the site that the mask is shared
+    with.
 
-    Its own, and those that it shares with sites that dropped.  The masks that two survivors share are not in the sum,
-    and are never revealed; nor is anything that a dropped site dealt, so that its upload stays masked if it comes
-    late.  Of no site are both its own mask and its masks with survivors revealed: the first only if it survived, the
-    second only if it did not.
+    These are the survivor's own mask and the masks that it shares with sites that dropped out.  Masks shared by two
+    survivors cancel in the sum and are never revealed.  Nothing that a dropped site dealt is revealed either, so that
+    its upload stays masked if it arrives late.  No site has both its own mask and its masks with survivors revealed:
+    the former only if it survived, the latter only if it did not.
     """
     return [other for other in terms.sites if other == survivor or other not in survivors]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Upload:
-    """A site's masked vector, with what unmasks the sum later."""
+    """A site's masked vector, with the sealed shares that will unmask the sum."""
 
     session: str
     release: int  # which sum it belongs to
@@ -185,13 +202,13 @@ class Upload:
     vector: bytes  # the masked vector's residues, packed
 
     def to_bytes(self, terms: Terms) -> bytes:
-        """Head, digests, sealed shares, vector; each has the length that the terms give it."""
+        """Encode header, digests, sealed shares and vector; the terms determine the length of each part."""
         head = _HEAD.pack(bytes.fromhex(self.session), self.release, terms.sites.index(self.site))
         return b"".join([_UPLOAD, head, *(one for row in self.digests for one in row), *self.sealed, self.vector])
 
     @classmethod
     def from_bytes(cls, data: bytes, session: Session) -> Upload:
-        """The upload of these bytes, if it belongs to this session; raises Rejected for any other."""
+        """Decode an upload that belongs to this session; raises Rejected for any other bytes."""
         terms = session.terms
         size = upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
         if len(data) != size or not data.startswith(_UPLOAD):
@@ -210,24 +227,26 @@ class Upload:
 
 
 def upload_bytes(num_sites: int, *, length: int, bits: int) -> int:
-    """Of an upload of `length` values; all of a run are equally long."""
+    """Return the size in bytes of an upload of `length` values; all uploads of a run have the same size."""
     shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_bytes(num_sites))
     return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(length, bits)
 
 
 def sealed_bytes(num_sites: int) -> int:
-    """Of what one site seals for another: a share of each of its seeds."""
+    """Return the size in bytes of the ciphertext from one site to another: a share of each of the sender's seeds."""
     return num_sites * SHARE_BYTES + TAG_BYTES
 
 
 def _cut(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:
-    """`count` pieces of `size` bytes, and where they end."""
+    """Cut `count` pieces of `size` bytes each, from `start` on; return the pieces and the offset after them."""
     end = start + count * size
     return tuple(data[place : place + size] for place in range(start, end, size)), end
 
 
 def _fields(data: bytes, message: Any) -> dict[str, Any]:
-    """The fields of a message: exactly its own, of their types, in the one way to write them."""
+    """Decode the fields of a message: exactly the expected names and types, in canonical JSON; raises Rejected
+    otherwise.
+    """
     if len(data) > MOST_JSON_BYTES:
         raise Rejected(Wrong.MALFORMED)
     try:

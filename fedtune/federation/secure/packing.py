@@ -1,4 +1,4 @@
-"""Whole numbers modulo a power of two, and their bytes: as many bits for each as the modulus has."""
+"""Packing of integers modulo a power of two into bytes, with as many bits per integer as the modulus has."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _AT_ONCE = 1 << 16  # values whose bits are in memory as bytes; a multiple of 8,
 
 
 def reduced(numbers: Residues, bits: int) -> Residues:
-    """Numbers modulo 2**64, modulo 2**bits."""
+    """Reduce numbers modulo 2**64 to numbers modulo 2**bits."""
     return numbers & np.uint64(2**bits - 1)
 
 
 def signed(numbers: Residues, bits: int) -> npt.NDArray[np.int64]:
-    """The numbers from -2**(bits-1) up to but not 2**(bits-1) that have these residues."""
+    """Convert residues to signed integers in [-2**(bits-1), 2**(bits-1))."""
     unused = np.uint64(64 - bits)
     return (numbers << unused).view(np.int64) >> unused.astype(np.int64)
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """How many bytes `count` residues take."""
+    """Return how many bytes `count` packed residues take."""
     return -(-count * bits // 8)
 
 
 def packed(numbers: Residues, bits: int) -> bytes:
-    """The residues, one behind the other, lowest bit first; what is left of the last byte is zero."""
+    """Pack residues back to back, lowest bit first; the unused bits of the last byte are zero."""
     octets = -(-bits // 8)
     pieces = []
     for start in range(0, len(numbers), _AT_ONCE):
@@ -37,10 +37,10 @@ def packed(numbers: Residues, bits: int) -> bytes:
 
 
 def unpacked(data: bytes | memoryview, count: int, bits: int) -> Residues:
-    """The residues that `packed` wrote, (count,).
+    """Unpack `count` residues written by `packed`; shape (count,).
 
     Raises:
-        ValueError: not exactly such bytes.
+        ValueError: the bytes are not a valid packing.
     """
     if len(data) != packed_bytes(count, bits):
         raise ValueError("length")

@@ -1,7 +1,8 @@
-"""A site's part in a secure sum: it masks its vector, confirms one set of survivors, and helps to unmask their sum.
+"""A site's part in secure aggregation: it masks its vector, confirms one set of survivors, and helps to unmask their
+sum.
 
-A party is the site's memory of one session, and its keys are nowhere else.  A site that was restarted, or put back
-from a backup, has no party: it cannot say or reveal anything in the session any more, and joins a new one.
+A party is the site's state in one session, and its keys exist nowhere else.  A site that was restarted, or restored
+from a backup, has no party: it can no longer confirm or reveal anything in the session, and joins a new one.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from fedtune.privacy.keys import SigningKey
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promise:
-    """A promise that a site binds itself to, before it answers.
+    """A promise that binds a site, stored before the site answers.
 
     Attributes:
-        survivors: the one set of the release that the site helps to unmask.
-        confirmed: whether the site has seen that enough sites confirmed this set.  Then no other set of the release
-            can be unmasked, by anybody's help; before, another one may be.
+        session: the digest of the session.
+        release: the number of the release.
+        survivors: the only set of survivors that the site will help to unmask in this release.
+        confirmed: whether the site has seen enough confirmations of this set from other sites.  If so, no other set of
+            the release can be unmasked by anybody; before that, another set may be.
     """
 
     session: str
@@ -53,15 +56,15 @@ class Party:
     """One site in one session.
 
     Args:
-        site: its name.
-        identity: its long-term key.
-        terms: of the run, made by the site itself from the proposal.
-        roster: public identity keys by site, as this site has them from the sites themselves.
-        demand: what it demands of the terms.
-        keep: told of each promise before the answer that makes it.
+        site: the name of the site.
+        identity: the site's long-term signing key.
+        terms: the terms of the run, which the site itself derived from the proposal.
+        roster: site -> its public identity key, as received from the sites themselves.
+        demand: checks that the terms meet the site's requirements.
+        keep: stores each promise before the answer that makes the promise.
 
     Raises:
-        Rejected: the terms are less than the site demands, or name members whom the roster does not have.
+        Rejected: the terms do not meet the site's requirements, or name members that the roster lacks.
     """
 
     def __init__(
@@ -80,18 +83,19 @@ class Party:
 
     @property
     def terms(self) -> Terms:
-        """Of its session."""
+        """The terms of the session."""
         return self._terms
 
     def announce(self) -> bytes:
-        """The site's key for this session, signed."""
+        """Return the site's signed key for this session."""
         return Announcement.made(self._site, self._terms, self._key.public, identity=self._identity).to_bytes()
 
     def join(self, announcements: Sequence[bytes]) -> str:
-        """Take the keys of all members, once; returns the session's digest, which is the same at all who took the same.
+        """Accept the keys of all members, once, and return the session's digest, which is equal at all sites that
+        accepted equal keys.
 
         Raises:
-            Rejected: a key is missing or not its owner's, or this site has joined with other keys.
+            Rejected: a key is missing or not signed by its owner, or this site has already joined with other keys.
         """
         if len(announcements) > len(self._terms.members):
             raise Rejected(Wrong.REPEATED)
@@ -105,26 +109,26 @@ class Party:
         return session.digest
 
     def require_open(self, release: int) -> None:
-        """Raise Rejected where no upload to this release can come any more: it is asked before anything is paid."""
+        """Raise Rejected if an upload to this release is no longer possible; checked before any budget is spent."""
         if self._joined is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
         if not self._release < release < MOST_RELEASES:
             raise Rejected(Wrong.RELEASE_OVER)
 
     def upload(self, release: int, vector: npt.NDArray[np.int64]) -> bytes:
-        """Mask a vector, once for each release.
+        """Mask a vector for a release; each release accepts one vector.
 
-        Guarantee: whatever the lead and as many colluders as the limits allow for do with it, they learn no more of
-        the vector than its sum with those of one set of survivors (docs/secure_aggregation.md).  The bytes may be sent
-        again; the vector must not be used for another release: a retry has noise of its own.
+        Guarantee: the lead and as many colluding sites as the limits allow for learn nothing about the vector except
+        its sum with the vectors of one set of survivors (docs/secure_aggregation.md).  The returned bytes may be sent
+        again; the vector must not be used for another release, because a retry draws its own noise.
 
         Args:
-            release: above all that this party was asked about before.
-            vector: whole numbers, (terms.length,).  Noise may reach beyond terms.largest: nothing is cut off or
-                refused, since only the sum of whole values, modulo 2**bits, is a function of what its noise protects.
+            release: the number of the release, larger than any that this party has seen.
+            vector: integers, shape (terms.length,), int64.  Noise may exceed terms.largest: no value is clipped or
+                rejected, because privacy holds for the sum of unclipped values modulo 2**bits.
 
         Raises:
-            Rejected: the release is over, or has begun.
+            Rejected: the release is over, or has already begun.
         """
         assert vector.shape == (self._terms.length,)
         assert vector.dtype == np.int64
@@ -160,10 +164,10 @@ class Party:
         ).to_bytes(self._terms)
 
     def confirm(self, request: bytes) -> bytes:
-        """Promise, durably and signed, to help with this release's sum of these survivors and of no others.
+        """Promise, durably and signed, to help unmask the sum of these survivors and no other sum of this release.
 
         Raises:
-            Rejected: too few survivors, another set than was promised, or a release that is over.
+            Rejected: there are too few survivors, the site has promised another set, or the release is over.
         """
         session, _ = self._require_joined()
         asked = ConfirmRequest.from_bytes(request, session)
@@ -178,10 +182,11 @@ class Party:
         return Confirmation.of(asked, self._site, identity=self._identity).to_bytes()
 
     def unmask(self, request: bytes) -> bytes:
-        """Reveal shares of the seeds that unmask the sum of the survivors whom this site and enough others confirmed.
+        """Reveal the shares that unmask the sum of the survivors, which this site and enough other sites have
+        confirmed.
 
         Raises:
-            Rejected: not what this site promised, or not confirmed by as many sites as the threshold.
+            Rejected: the request differs from this site's promise, or fewer sites than the threshold confirmed it.
         """
         session, pairs = self._require_joined()
         asked = UnmaskRequest.from_bytes(request, session)
@@ -192,7 +197,9 @@ class Party:
         return Revealed.of(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
 
     def _shares_of(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
-        """Shares of the seeds that must be taken from a survivor's upload; none where it sealed none for this site."""
+        """Return shares of the seeds to remove from a survivor's upload; empty if the survivor sealed none for this
+        site.
+        """
         sealed = asked.sealed_by(survivor)
         text = pairs.opened(sealed, sender=survivor, receiver=self._site, release=asked.release)
         size, sites = shares.SHARE_BYTES, self._terms.sites

@@ -1,4 +1,6 @@
-"""Shamir's secret sharing of 256-bit secrets over a prime field: t shares give the secret, t - 1 say nothing of it."""
+"""Shamir secret sharing of 256-bit secrets over a prime field: t shares determine the secret, t - 1 reveal nothing
+about it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,15 @@ SHARE_BYTES = 33
 
 
 def split(secret: bytes, *, threshold: int, num_shares: int) -> list[int]:
-    """Values at 0, 1, ..., num_shares of a random polynomial of degree threshold - 1, whose value at 0 is the secret.
+    """Split a secret: return the values at 0, 1, ..., num_shares of a random polynomial of degree threshold - 1 that is
+    equal to the secret at 0.
 
-    Guarantee: the values at any threshold - 1 places but 0 are uniform and independent of the secret.
+    Guarantee: the values at any threshold - 1 places other than 0 are uniform and independent of the secret.
 
     Args:
         secret: 32 bytes.
-        threshold: how many of the shares give the secret.
-        num_shares: how many there are; the one at place i is the value with index i.
+        threshold: how many shares determine the secret.
+        num_shares: the number of shares; the share at place i is the value at index i.
     """
     assert len(secret) == 32
     assert 1 <= threshold <= num_shares
@@ -30,16 +33,16 @@ def split(secret: bytes, *, threshold: int, num_shares: int) -> list[int]:
 
 
 def joined(shares: Mapping[int, int]) -> int:
-    """The value at 0 of the polynomial of least degree through these values by place, none of which is 0."""
+    """Interpolate the shares, place -> value, and return the value at 0; no place may be 0."""
     weights = _weights(tuple(shares))
     return sum(weight * share for weight, share in zip(weights, shares.values(), strict=True)) % PRIME
 
 
 def digest(share: int, *about: str | int) -> bytes:
-    """SHA-256 of a share and what it is a share of.
+    """Return the SHA-256 of a share, bound to `about`, which says what the share belongs to.
 
-    A site publishes it of every share that it deals, so that a wrong one is known for wrong.  Secret and shares have
-    256 random bits, so that it tells nothing of them that could be found by trying.
+    A site publishes the digest of every share that it deals, so that wrong shares can be detected.  Secrets and shares
+    have 256 random bits, so that a digest does not allow guessing them.
     """
     return hashlib.sha256(b"fedtune share\0" + canonical(about) + share.to_bytes(SHARE_BYTES)).digest()
 
@@ -53,7 +56,7 @@ def _value_at(place: int, coefficients: list[int]) -> int:
 
 @lru_cache(maxsize=64)
 def _weights(places: tuple[int, ...]) -> tuple[int, ...]:
-    """Lagrange's weights at 0; they are the same for all secrets that the same sites give shares of."""
+    """Compute the Lagrange weights at 0; they depend only on the sites that contribute shares."""
     weights = []
     for place in places:
         above = below = 1

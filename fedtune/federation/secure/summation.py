@@ -1,6 +1,7 @@
-"""The lead's part in one release of a secure sum: collect uploads, fix the survivors, ask for shares, unmask the sum.
+"""The lead's part in one release of secure aggregation: collect uploads, fix the survivors, request shares, unmask the
+sum.
 
-Every message of a site is checked before it changes anything, so that a bad one costs its own site's part alone.
+Every message from a site is validated before it changes any state, so that an invalid message excludes only its sender.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from fedtune.spec import RunError
 
 
 def session_of(terms: Terms, announcements: dict[str, bytes]) -> Session:
-    """The session of what the members announced, by member; every site makes the same of it.
+    """Build the session from the members' announcements, by member; every site builds the same session from them.
 
     Raises:
-        Rejected: as `Session.of` says, or a site spoke for another; it names the site, unless one is missing.
+        Rejected: an announcement is missing, duplicated or not genuine, or a site announced a key for another site; the
+            error names the site, unless an announcement is missing.
     """
     return Session.of(terms, [_genuine(terms, site, data) for site, data in announcements.items()])
 
 
 def _genuine(terms: Terms, site: str, data: bytes) -> Announcement:
-    """The site's own announcement."""
+    """Decode and verify the announcement that `site` sent for itself."""
     try:
         announced = read_announcement(data)
         announced.require_genuine(terms)
@@ -48,11 +50,11 @@ def _genuine(terms: Terms, site: str, data: bytes) -> Announcement:
 
 
 class Unreadable(RunError):
-    """A release has no sum; a retry is another release, with other masks and other noise.
+    """The sum of a release cannot be computed; a retry is a new release, with other masks and other noise.
 
     Attributes:
-        site: the survivor who dealt shares that do not fit together, for certain; None: too few right ones came, and
-            `Summation.wrong_shares` says between whom.
+        site: the survivor that certainly dealt inconsistent shares; None if there were too few correct shares, and then
+            `Summation.wrong_shares` lists the pairs of sites involved.
     """
 
     def __init__(self, release: int, what: str, *, site: str | None = None) -> None:
@@ -63,12 +65,12 @@ class Unreadable(RunError):
 class Summation:
     """One release at the lead.
 
-    The survivors are who uploaded before the first `confirm_request`.  A lead that was restarted gives the same
-    messages to a new object, or begins another release: no site confirms other survivors for this one.
+    The survivors are the sites that uploaded before the first `confirm_request`.  A restarted lead either feeds the
+    same messages to a new object or begins another release, because no site confirms other survivors for this one.
 
     Attributes:
-        survivors: sites whose vectors are in the sum.
-        wrong_shares: (holder, dealer) of each share that is wrong or was not given: one of the two is at fault.
+        survivors: the sites with vectors in the sum.
+        wrong_shares: pairs (holder, dealer) for each share that is wrong or missing; one of the two sites is at fault.
     """
 
     def __init__(self, session: Session, *, release: int) -> None:
@@ -85,7 +87,11 @@ class Summation:
         return sorted(self._uploads)
 
     def add_upload(self, site: str, data: bytes) -> None:
-        """Take a site's masked vector; raises Rejected for any but the site's own first of this release, in time."""
+        """Add a site's masked vector to the sum.
+
+        Raises:
+            Rejected: the upload is late, repeated, or belongs to another site or release.
+        """
         upload = Upload.from_bytes(data, self._session)
         self._check_sender(site, upload.site, upload.release)
         if self._closed:
@@ -99,10 +105,10 @@ class Summation:
         self._uploads[site] = upload
 
     def confirm_request(self) -> bytes:
-        """The question to every member, whether or not it survived; from here on the survivors are fixed.
+        """Fix the survivors, and return the confirmation request for every member, whether or not it survived.
 
         Raises:
-            Unreadable: fewer survivors than the threshold.
+            Unreadable: there are fewer survivors than the threshold.
         """
         self._closed = True
         if len(self._uploads) < self._terms.threshold:
@@ -110,7 +116,7 @@ class Summation:
         return self._asked.to_bytes()
 
     def add_confirmation(self, site: str, data: bytes) -> None:
-        """Take a site's confirmation; raises Rejected for one of other survivors, or by another site."""
+        """Add a site's confirmation; raises Rejected if it names other survivors or comes from another site."""
         confirmation = Confirmation.from_bytes(data, self._session)
         self._check_sender(site, confirmation.site, confirmation.release)
         if confirmation.asked != self._asked:
@@ -118,10 +124,10 @@ class Summation:
         self._confirmed[site] = confirmation.signature
 
     def unmask_request(self, site: str) -> bytes:
-        """The question to a member for its shares.
+        """Return the request to a member for its shares.
 
         Raises:
-            Unreadable: fewer sites confirmed than the threshold.
+            Unreadable: fewer sites than the threshold confirmed the survivors.
         """
         if len(self._confirmed) < self._terms.threshold:
             raise Unreadable(self._release, f"{len(self._confirmed)} sites confirmed the survivors{self._bound}")
@@ -137,7 +143,7 @@ class Summation:
         ).to_bytes()
 
     def add_revealed(self, site: str, data: bytes) -> None:
-        """Take a site's shares; raises Rejected for those of other survivors, or that the site did not sign."""
+        """Add a site's shares; raises Rejected if they are for other survivors or not signed by the site."""
         revealed = Revealed.from_bytes(data, self._session)
         self._check_sender(site, revealed.site, revealed.release)
         if revealed.survivors != self.survivors:
@@ -145,10 +151,10 @@ class Summation:
         self._revealed[site] = revealed
 
     def total(self) -> npt.NDArray[np.int64]:
-        """The sum of the survivors' vectors, (terms.length,).
+        """Unmask and return the sum of the survivors' vectors; shape (terms.length,), int64.
 
         Raises:
-            Unreadable: too few sites helped, or gave right shares of a survivor's seeds.
+            Unreadable: too few sites helped, or too few shares of a survivor's seed are correct.
         """
         if len(self._revealed) < self._terms.threshold:
             raise Unreadable(self._release, f"{len(self._revealed)} sites gave shares{self._bound}")
@@ -166,7 +172,9 @@ class Summation:
         return signed(reduced(total, self._terms.bits), self._terms.bits)
 
     def _right(self, survivor: str, other: str) -> dict[int, int]:
-        """The right shares of a survivor's seed, by their holder's place; wrong ones are noted."""
+        """Return the correct shares of a survivor's seed, by the place of their holder; wrong shares are recorded in
+        `wrong_shares`.
+        """
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         right: dict[int, int] = {}
@@ -181,7 +189,7 @@ class Summation:
         return right
 
     def _seed(self, survivor: str, other: str, right: dict[int, int]) -> bytes:
-        """A survivor's seed, from right shares of it."""
+        """Reconstruct a survivor's seed from correct shares."""
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         if len(right) < self._terms.threshold:

@@ -1,1 +1,1 @@
-"""Experiments that attack the guarantee: what an attacker can show, beside what is claimed."""
+"""Experiments that attack the guarantee: empirical lower bounds on epsilon, next to the claimed upper bounds."""

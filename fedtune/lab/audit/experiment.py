@@ -1,4 +1,4 @@
-"""An audit from its start to `audit.json`: a simulated run with canaries, an attack, and a bound beside each claim."""
+"""An audit from start to `audit.json`: a simulated run with canaries, an attack, and a lower bound for each claim."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def audit(
 
 
 def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
-    """The configuration of the audited run: `config`, with records kept from training where the attack needs some.
+    """Return the configuration of the audited run: `config`, with records held out if the attack needs them.
 
     Raises:
-        ConfigError: there is nothing to audit, or it is nothing that may be audited.
+        ConfigError: the run makes no privacy claim, or cannot be audited.
     """
     if spec.kind == "sensitivity":
         raise ConfigError("audit.kind", spec.kind, "makes no run: fedtune audit audit.kind=sensitivity searches")
@@ -99,16 +99,16 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
 
 
 def audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
-    """The sites that get canaries."""
+    """Return the sites that get canaries."""
     return spec.sites or tuple(config.federation.active)
 
 
 def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: AuditSpec) -> RunResult:
-    """Run `config`, which `auditable` gave, attack it, and write the run folder with `audit.json` in it.
+    """Run `config` as returned by `auditable`, attack it, and write the run folder, including `audit.json`.
 
     Raises:
-        ConfigError: the canaries don't fit the model, or as `simulate`.
-        RunError: as `simulate`.
+        ConfigError: the canaries do not fit the model, or as for `simulate`.
+        RunError: as for `simulate`.
     """
     sites = audited_sites(config, spec)
     everyone = Participants(config, folder, progress=listener.preparing)

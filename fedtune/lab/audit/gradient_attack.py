@@ -1,11 +1,11 @@
-"""The white-box attack: made-up units whose gradient is one direction, and guesses from noisy steps or the average.
+"""White-box attack: canaries with one-coordinate gradients, and guesses from the noisy steps or the average.
 
-A canary has a coordinate of the joint vector of all trainable tensors for itself.  Its raw gradient there is 1,000
-times the clip norm, so that it shows if nothing clips it.  Behind that it is a unit like any other, a record or a user
-with several: it is sampled with the others, goes through `dp_step.add_clipped`, the noise and the optimizer, and its
-site is charged no differently.
+Each canary has its own coordinate in the joint vector of all trainable tensors.  Its raw gradient there is 1,000 times
+the clip norm, so that missing clipping becomes visible.  Apart from that, a canary is a unit like any other, a record
+or a user with several records: it is sampled with the others, passes through `dp_step.add_clipped`, the noise and the
+optimizer, and its site is charged as usual.
 
-Only what a simulated site *has* is changed, its `examples`, and only from here: above every module that a real site
+Only a simulated site's `examples` are replaced, and only from this module, which is above every module that a real site
 runs.
 """
 
@@ -47,24 +47,24 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanaryBatch(Batch):
-    """A micro-batch of canaries; it has no tokens that matter."""
+    """A micro-batch of canaries; its tokens are placeholders."""
 
     # (n,) of each, in the joint vector
     coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
     def of(cls, coordinates: Places) -> CanaryBatch:
-        """The canaries at these coordinates."""
+        """Build a micro-batch from the coordinates of its canaries."""
         nothing = torch.zeros(len(coordinates), 1, dtype=torch.int64)
         return cls(nothing, nothing, nothing, coordinates=torch.from_numpy(coordinates))
 
 
 @dataclass
 class Tally:
-    """An attacker's total over a site's steps, in clip norms: the noisy sums less what the records added to them.
+    """The attacker's running total over a site's steps, in clip norms: the noisy sums minus the records' clean sums.
 
-    The attacker knows the model, the plan, every record but the canaries, and which of the records each step drew; the
-    guarantee holds against that.  What the records added is made anew, by the function that the step itself uses.
+    The attacker knows the model, the plan, every record except the canaries, and which records each step drew; the
+    guarantee holds against this attacker.  The records' clean sums are recomputed with the function that the step uses.
     """
 
     max_grad_norm: float  # the plan's clip norm
@@ -74,13 +74,13 @@ class Tally:
     records: dp_step.TensorSums = field(default_factory=dict)  # their clean sum in the step that is taken
 
     def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """A micro-batch of records takes part."""
+        """Add the clipped gradients of a micro-batch of records to the known sum."""
         if not self.records:
             self.records = {name: g.new_zeros(g.shape[1:], dtype=torch.int64) for name, g in gradients.items()}
         dp_step.add_clipped(self.records, gradients, self.max_grad_norm)
 
     def end(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """The optimizer is about to step with the noisy mean as its gradient."""
+        """Add a finished step to the total; called just before the optimizer steps with the noisy mean gradient."""
         parts = []
         for name, parameter in parameters.items():
             assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
@@ -92,7 +92,7 @@ class Tally:
 
 
 class Observer:
-    """Sees every step of the process, and tells the tally of the site that is training.
+    """An observer of every optimizer step in the process, which updates the tally of the site in training.
 
     Args:
         parameters: the trainable tensors, in the order of the joint vector.
@@ -104,7 +104,7 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See the steps that are taken meanwhile."""
+        """Observe optimizer steps within the block."""
 
         def before_step(*_: object) -> None:
             if self.training is not None:  # a site without canaries is not watched
@@ -120,7 +120,7 @@ class Observer:
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """A site's canaries; training meets those that are in."""
+    """A site's canaries; training sees only the inserted ones."""
 
     coordinates: Places  # (canaries,) of each in the joint vector, whether in or not
     inserted: Coins  # (canaries,) the coins
@@ -131,13 +131,13 @@ class Canaries:
         return int(self.inserted.sum())
 
     def parts(self, places: Places) -> Iterator[Places]:
-        """The coordinates of the chosen canaries, as many at a time as a micro-batch of dense gradients holds."""
+        """Yield the coordinates of the chosen canaries, in micro-batches small enough for dense gradients."""
         size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
         for first in range(0, len(places), size):
             yield self.coordinates[self.inserted][places[first : first + size]]
 
     def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
-        """Each canary's own direction, `RAW_SIZE` clip norms long."""
+        """Return each canary's raw gradient: `RAW_SIZE` clip norms along its own coordinate."""
         parameters = self.observer.parameters
         sizes = [parameter.numel() for parameter in parameters.values()]
         dense = torch.zeros(len(batch), sum(sizes))
@@ -148,7 +148,9 @@ class Canaries:
         }
 
     def gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
-        """Gradients of `units`, of which the tally is told, and canaries' made up, dense, like what the hooks give."""
+        """Return per-unit gradients: those of `units`, also added to the tally, and dense artificial ones for
+        canaries.
+        """
         canaries, tally = self, self.tally
 
         class WithCanaries:
@@ -167,13 +169,13 @@ class Canaries:
         return Watched()
 
     def sampled(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
-        """A step has sampled: its places among the real units, and the coordinates of its canaries behind them."""
+        """Register a sampled step; return the real units' indices and the coordinates of the sampled canaries."""
         self.observer.training, self.tally.records = self.tally, {}
         return indices[indices < num_real], self.parts(indices[indices >= num_real] - num_real)
 
 
 class _Behind:
-    """A site's units, and behind them its canaries that are in."""
+    """A site's units, followed by its inserted canaries."""
 
     def __init__(self, real: Any, canaries: Canaries) -> None:
         # Not the parent's: the units keep their own state, and nothing of theirs is copied.
@@ -183,23 +185,23 @@ class _Behind:
         return len(self._real) + len(self._canaries)
 
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """With those of the canaries."""
+        """Return the gradients of units and canaries."""
         return self._canaries.gradients(self._real, of_each)
 
     def keep_frozen_states(self, model: TaskModel, **how: Any) -> None:
-        """Of the records; canaries have none."""
+        """Keep the frozen states of the records; canaries have none."""
         self._real.keep_frozen_states(model, **how)
 
     def keep_reference(self, model: TaskModel, **how: Any) -> None:
-        """Likewise."""
+        """Keep the reference outputs of the records; canaries have none."""
         self._real.keep_reference(model, **how)
 
 
 class CanaryExamples(_Behind, SiteExamples):
-    """A site's records with its canaries."""
+    """A site's records, followed by its canaries."""
 
     def cut(self, indices: Places) -> Iterator[Batch]:
-        """The sampled records as ever, then the sampled canaries."""
+        """Yield micro-batches of the sampled records, then of the sampled canaries."""
         real, parts = self._canaries.sampled(indices, len(self._real))
         yield from self._real.cut(real)
         yield from map(CanaryBatch.of, parts)
@@ -207,24 +209,24 @@ class CanaryExamples(_Behind, SiteExamples):
 
 @dataclass(frozen=True, eq=False)
 class CanaryUserBatch(UserBatch):
-    """A micro-batch of canaries who are users: `contributions` holds a canary's coordinate once for each record.
+    """A micro-batch of canary users: `contributions` repeats a canary's coordinate once per record.
 
-    Each record has the canary's whole gradient.  So their mean is as long as one, and records that were clipped one by
-    one and added up would show as that many clip norms.
+    Each record carries the canary's whole gradient.  Their mean therefore has the norm of a single one, whereas records
+    that were wrongly clipped one by one and summed would show up as that many clip norms.
     """
 
     def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
-        """A record of every canary at a time, as a user's records lie in several micro-batches when they are long."""
+        """Yield one record of every canary at a time, as long users' records are spread over several micro-batches."""
         num_records = len(self.contributions[0])
         for coordinates in np.stack(self.contributions, axis=1):
             yield CanaryBatch.of(coordinates), np.arange(len(self)), np.full(len(self), 1 / num_records)
 
 
 class CanaryUsers(_Behind, UserExamples):
-    """A site's users with its canaries, each with as many records as may take part."""
+    """A site's users, followed by its canary users, each with the maximum number of records per user."""
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
-        """The sampled users as ever, then the sampled canaries."""
+        """Return a function that yields micro-batches of the sampled users, then of the sampled canaries."""
         cut = self._real.cut_with(stream)
 
         def with_canaries(indices: Places) -> Iterator[UserBatch]:
@@ -238,15 +240,15 @@ class CanaryUsers(_Behind, UserExamples):
 
 
 class GradientAttack:
-    """Plants its canaries when it is made.
+    """The white-box attack; its canaries are planted on construction.
 
     Args:
-        everyone: the participants of the run, whose data nobody has read yet.
+        everyone: the participants of the run, before anyone has read their data.
         spec: the audit's settings.
-        sites: those that get canaries.
+        sites: the sites that get canaries.
 
     Raises:
-        ConfigError: the adapter has not enough coordinates for this many canaries.
+        ConfigError: the adapter has too few coordinates for this many canaries.
     """
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
@@ -280,14 +282,14 @@ class GradientAttack:
         return canaries
 
     def watching(self) -> AbstractContextManager[None]:
-        """See every step meanwhile."""
+        """Observe every optimizer step within the block."""
         return self._observer.watching()
 
     def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
-        """How the guesses went, by site, and on the average of all sites.
+        """Count correct guesses for each site (from its noisy steps) and for the average of all sites.
 
         Args:
-            adapters: the initial one, and the aggregated one after each round.
+            adapters: the initial adapter, and the aggregated adapter after each round.
         """
         counts: dict[Place, Count] = {None: self._count([*self.planted.values()], self._moves(adapters), least=0.0)}
         of_sites = {site: self._count([one], one.tally.total, least=1.0) for site, one in self.planted.items()}
@@ -303,10 +305,9 @@ class GradientAttack:
         return counted(evidence, inserted, guesses=guesses)
 
     def _moves(self, adapters: Sequence[Adapter]) -> Vector:
-        """How far each round moved the average down each coordinate, in units of its learning rates, over all rounds.
+        """Return how far the average moved down each coordinate over all rounds, in units of the learning rates.
 
-        That is what everybody sees who is sent each round's adapter: another site, or the server of a federation that
-        hides the updates.
+        Everyone who receives each round's adapter sees this: another site, or a server that sees no individual updates.
         """
         training, plan = self._everyone.config.training, self._everyone.plan
         lora_rate, head_rate = training.peak_rates(clipped=True)

@@ -1,4 +1,7 @@
-"""From canaries' scores to guesses: which were in, and how sure that is.  Reads scores and public numbers, no coins."""
+"""Guesses from canary scores: which canaries were inserted, and with what confidence.
+
+Uses scores and public numbers only, never the coin tosses.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ _LEAST_SPREAD = 1e-4  # in shares of what one draw of a canary adds: rounding, w
 
 
 def counted(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
-    """Guess the `guesses` canaries with the strongest evidence, each as in where its evidence is above zero.
+    """Guess the `guesses` canaries with the strongest evidence: inserted if the evidence is positive.
 
     Args:
-        evidence: (canaries,) above zero for "in", the further from it the surer.
-        inserted: (canaries,) the coins.
-        guesses: fixed before the scores were seen.
+        evidence: (canaries,) positive for "inserted"; a larger magnitude is more certain.
+        inserted: (canaries,) the coin tosses.
+        guesses: the number of guesses, fixed before the scores were seen.
+
+    Returns:
+        (number of canaries, number of guesses, number of correct guesses).
     """
     surest = np.argsort(-np.abs(evidence), kind="stable")[:guesses]
     right = (evidence[surest] > 0) == inserted[surest]
@@ -28,18 +34,19 @@ def counted(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
 
 
 def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate: float, least: float = 0.0) -> Values:
-    """(canaries,) log likelihood ratios of "in" against "out", for scores to which each draw of a canary adds alike.
+    """Return (canaries,) log likelihood ratios of "inserted" against "left out".
 
-    A canary that was left out scores as a direction in which there is none; one that was in scores that much more for
-    each step that drew it, and the number of those steps is Binomial(steps, sampling_rate).  How much a draw adds is
-    measured, not taken from the plan, so that a canary that was not clipped is seen for what it is.
+    Assumes that each draw of a canary adds the same amount to its score.  The score of a canary that was left out is
+    distributed like the control scores; an inserted canary's score is shifted by that amount for each step that drew
+    it, Binomial(steps, sampling_rate) times.  The amount is estimated from the scores and not taken from the plan, so
+    that an unclipped canary is recognized.
 
     Args:
         scores: (canaries,) along the canaries' directions.
-        controls: along other directions.
-        steps: in each of which a canary is drawn with `sampling_rate`.
+        controls: scores along directions without a canary.
+        steps: the number of steps, each of which draws a canary with probability `sampling_rate`.
         sampling_rate: above 0.
-        least: a draw is known to add at least so much.
+        least: the known minimum that one draw adds.
     """
     above = scores - np.median(controls)
     # Half of the canaries are in, on average.
@@ -53,6 +60,6 @@ def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate
 
 
 def by_rank(scores: Values) -> Values:
-    """(canaries,) places around the median: the upper half is taken for in, the ends with most confidence."""
+    """Return (canaries,) ranks centered on the median: the upper half is guessed as inserted, the extremes first."""
     places: Values = np.argsort(np.argsort(scores, kind="stable")).astype(np.float64) - (len(scores) - 1) / 2
     return places

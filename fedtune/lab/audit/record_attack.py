@@ -1,8 +1,8 @@
-"""The black-box attack: plants made-up records, and guesses from the final model's losses which were trained on.
+"""Black-box attack: plants artificial records, and guesses from the final model's losses which were trained on.
 
-Beside it, the plain baselines of membership inference on real records, with confidence intervals: those trained on
-against those never used.  They lie here and not in `fedtune.evaluation`, since nothing but an audit may look at exact
-scores of private records.
+It also computes the standard baselines of membership inference on real records, members against held-out records, with
+confidence intervals.  They are here and not in `fedtune.evaluation`, because only an audit may read exact scores of
+private records.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LARGEST_LOSS = 1e30
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedRecords:
-    """One site's canaries, and its real records."""
+    """A site's canaries and its real records."""
 
     canaries: list[Record]  # whether in or not
     inserted: Coins  # (canaries,) the coins
@@ -45,18 +45,18 @@ class PlantedRecords:
 
 
 def _gain(losses: Values) -> Values:
-    """How much likelier training has made each record, as a log ratio of likelihoods."""
+    """Return each record's loss before training minus its loss after: the log likelihood ratio of the two models."""
     gain: Values = losses[0] - losses[1]
     return gain
 
 
 class RecordAttack:
-    """Plants its canaries when it is made.
+    """The black-box attack; its canaries are planted on construction.
 
     Args:
-        everyone: the participants of the run, whose data nobody has tokenised yet.
+        everyone: the participants of the run, before anyone has tokenized their data.
         spec: the audit's settings.
-        sites: those that get canaries.
+        sites: the sites that get canaries.
     """
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ class RecordAttack:
         return PlantedRecords(canaries=canaries, inserted=inserted, trained_on=trained_on, never_used=never_used)
 
     def _made_up(self, stream: RandomStream) -> Record:
-        """Random words, and where the task has a declared set of answers, one of them."""
+        """Build a canary from random words and, if the task declares its answers, a random answer."""
         config, data = self._everyone.config, self._everyone.config.data
         task = config.bound_task
 
@@ -96,14 +96,14 @@ class RecordAttack:
         return Record({role: text(role) for role in task.columns(data)})
 
     def watching(self) -> AbstractContextManager[None]:
-        """Nothing is watched: the attacker sees the final model alone."""
+        """Observe nothing: the attacker sees only the final model."""
         return nullcontext()
 
     def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
-        """How the guesses went, by site and over all sites; also scores the real records.
+        """Count correct guesses for each site and over all sites; also score the real records.
 
         Args:
-            adapters: the initial one, and the aggregated one after each round.
+            adapters: the initial adapter, and the aggregated adapter after each round.
         """
         self._losses = {site: self._losses_at(planted, adapters) for site, planted in self.planted.items()}
         evidence = {site: by_rank(_gain(losses[0])) for site, losses in self._losses.items()}
@@ -115,7 +115,7 @@ class RecordAttack:
         return of_sites | counts
 
     def membership(self) -> tuple[AuditMembership, ...]:
-        """The baselines on real records, by site and over all sites; after `counts`."""
+        """Return the membership baselines on real records, by site and over all sites; call `counts` first."""
         by_site = list(self._losses.values())
         pooled = [np.concatenate(some, axis=1) for some in zip(*by_site, strict=True)]
         return tuple(
@@ -147,7 +147,7 @@ class RecordAttack:
         )
 
     def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
-        """(2, records) before training and after it: of canaries, records trained on, and records never used."""
+        """Return (2, records) losses before and after training: of canaries, training records, and held-out records."""
         groups = (planted.canaries, planted.trained_on, planted.never_used)
         first, last = ([self._losses_of(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1]))
         return [np.stack(both) for both in zip(first, last, strict=True)]
@@ -168,9 +168,9 @@ class RecordAttack:
 
 
 def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float, float, float]:
-    """The chance that a member scores above another record, ties counted half; with its interval.
+    """Estimate the probability that a member scores above a non-member, with ties counted half, and its interval.
 
-    The interval is DeLong's (DeLong, DeLong and Clarke-Pearson 1988): normal, with the variance of the placements.
+    The interval is normal, with the variance of the placements (DeLong, DeLong and Clarke-Pearson 1988).
 
     Returns:
         (estimate, low, high).
@@ -187,13 +187,13 @@ def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float,
 def hit_rate(
     members: Values, others: Values, *, false_alarms: float, confidence: float
 ) -> tuple[float, float, float] | None:
-    """Share of members above the lowest threshold that at most a share `false_alarms` of the others exceeds.
+    """Estimate the true positive rate at a false positive rate of at most `false_alarms`, with its interval.
 
-    The interval is Clopper and Pearson's for the members; the threshold is taken as it is, since the others that
-    it was measured on are those that are compared with.
+    The interval is Clopper-Pearson's for the members.  The threshold counts as fixed, because it is measured on the
+    same non-members that the members are compared with.
 
     Returns:
-        (estimate, low, high); None with fewer others than 1 / false_alarms, of whom not one may be above.
+        (estimate, low, high); None if there are fewer than 1 / false_alarms non-members.
     """
     allowed = math.floor(false_alarms * len(others) + 1e-9)
     if allowed < 1:

@@ -1,9 +1,10 @@
-"""A search for the premise: how far can one unit move the clean sum of a step?  No run, no ledger, no private record.
+"""A search for violations of the sensitivity bound: how far can one unit move the clean sum of a step?
 
-The accounting takes for granted that one record, or one user, more or less moves a step's sum by at most the clip norm.
-This looks for a case in which it does not, with the code of the step itself and all that a hostile lead may choose: the
-adapter within the site's bound (random, at its bound, and driven by gradient ascent to where attention saturates), the
-clip norm, and on the other side whatever a site may hold: other records, their number and lengths, and the one more.
+No run, no ledger, no private record.  The accounting assumes that adding or removing one record (or user) changes a
+step's sum by at most the clip norm.  The search looks for a counterexample with the code of the step itself.  It varies
+everything that a hostile lead may choose, the clip norm and the adapter within the site's bound (random, at the bound,
+or driven by gradient ascent to where attention saturates), and everything that a site's data may contain: the other
+records, their number and lengths, and the added unit.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ class Worst:
 
     Attributes:
         unit: "record" or "user".
-        tries: cases that were tried.
-        moved: the largest change of a sum by one unit more, in clip norms.
-        exceeded: tries in which it was above one clip norm, decided in whole numbers.
-        others_moved: tries in which the change was not, to the cell, what the unit adds when it is alone.
-        max_grad_norm: of the try that moved most.
-        adapter: how its adapter was made.
-        others: how many other units took part in it.
+        tries: the number of cases tried.
+        moved: the largest change of a sum by one additional unit, in clip norms.
+        exceeded: the number of cases in which the change exceeded one clip norm, compared in integer arithmetic.
+        others_moved: the number of cases in which the change differed, in any grid cell, from the unit's own
+            contribution.
+        max_grad_norm: the clip norm of the case with the largest change.
+        adapter: how the adapter of that case was generated.
+        others: the number of other units in that case.
     """
 
     unit: str
@@ -71,7 +73,7 @@ class Worst:
 
 
 def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) -> Worst:
-    """Try `audit.tries` cases on the run's model, and write what was found into `folder`.
+    """Try `audit.tries` cases on the run's model, and write the result to `folder`.
 
     Raises:
         ConfigError: the model cannot be loaded or trained.
@@ -97,7 +99,7 @@ class _Search:
         return replace(worst, tries=tries, exceeded=exceeded, others_moved=others_moved)
 
     def _one(self) -> Worst:
-        """One case: others, one unit more, an adapter and a clip norm."""
+        """Try one case: other units, one additional unit, an adapter and a clip norm."""
         num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
         by_user, most = self._unit == "user", _MOST_OF_A_USER
         units = [int(self._draws.integers(1, most, endpoint=True)) if by_user else 1 for _ in range(num_others + 1)]
@@ -132,7 +134,7 @@ class _Search:
         )
 
     def _fill(self, examples: SiteExamples) -> str:
-        """Give the adapter values that a lead might send; returns how they were made."""
+        """Fill the adapter with values that a lead might send, and return how they were generated."""
         how = str(self._draws.choice(["small", "random", "at the bound", "by ascent"]))
         parameters = self._shared.model.trainable()
         generator = torch.Generator().manual_seed(int(self._draws.integers(1 << 31)))
@@ -154,7 +156,7 @@ class _Search:
         return how
 
     def _sum(self, examples: SiteExamples, units: list[int], max_grad_norm: float, chosen: list[int]) -> Integers:
-        """The clean sum of the chosen units, in cells, by the code of a step."""
+        """Return the clean sum of the chosen units in grid cells, computed with the code of a step."""
         sums = dp_step.zeros(self._shared.model.trainable())
         places = np.array(chosen, dtype=np.int64)
         if self._unit == "record":
@@ -171,7 +173,10 @@ class _Search:
 
 
 def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
-    """Examples of these lengths over the whole vocabulary; some repeat one token, which is hardest on attention."""
+    """Generate examples of the given lengths over the whole vocabulary.
+
+    Some repeat one token, which is the hardest case for attention.
+    """
     input_ids = model.made_up(lengths_of_texts(lengths, model.spec.texts, draws), draws)
     for ids in input_ids:
         if draws.random() < 0.2:

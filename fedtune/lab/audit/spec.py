@@ -18,18 +18,18 @@ class AuditSpec:
     """How a simulated run is attacked.
 
     Attributes:
-        kind: "gradient": canaries are gradients far beyond the clip norm, and the attacker sees every noisy step;
-            "records": canaries are made-up records, and the attacker sees the losses of the final model; beside them,
-            which real records were trained on is guessed from their losses; "sensitivity": no run: a search for a case
-            in which one unit more moves the clean sum of a step by more than the clip norm.
-        canaries: at each audited site, each put in by a coin of its own.
-        guesses: canaries of a site that the attacker does not abstain from; null: all of them.  Fixed beforehand: fewer
-            come closer to what a sound run leaks, more to the highest bound that the canaries can give.
-        confidence: of each lower bound, and of the verdict over all of them; at least 0.9.
-        sites: names of the sites that get canaries; empty: every site that takes part.
-        never_used: share of each site's records kept from training, to compare with, where `kind` is "records" and
-            `data.heldout_fraction` keeps none.
-        tries: cases of a search for sensitivity.
+        kind: "gradient": canaries have gradients far beyond the clip norm, and the attacker sees every noisy step.
+            "records": canaries are artificial records, and the attacker sees the final model's losses; the losses also
+            serve for membership inference on real records.  "sensitivity": no run; search for a case in which one
+            additional unit moves the clean sum of a step by more than the clip norm.
+        canaries: canaries per audited site, each inserted by its own coin toss.
+        guesses: canaries per site on which the attacker does not abstain; null: all of them.  Fixed in advance: fewer
+            guesses come closer to what a sound run leaks, more guesses to the highest bound that the canaries allow.
+        confidence: the confidence of each lower bound, and of the verdict over all bounds; at least 0.9.
+        sites: names of the sites that get canaries; empty: every participating site.
+        never_used: share of each site's records held out for comparison if `kind` is "records" and
+            `data.heldout_fraction` is 0.
+        tries: number of cases in a search for sensitivity violations.
     """
 
     kind: Literal["gradient", "records", "sensitivity"] = "gradient"
@@ -42,7 +42,11 @@ class AuditSpec:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AuditSpec:
-        """The settings of these names; who gives others, or values of another type, is told so by a ConfigError."""
+        """Build the settings from a mapping of names to values.
+
+        Raises:
+            ConfigError: a name is unknown, or a value has the wrong type.
+        """
         known = [field.name for field in fields(cls)]
         if other := [key for key in given if key not in known]:
             bound = f"is not a setting of an audit ({', '.join(known)})"

@@ -1,1 +1,4 @@
-"""A data file before a run: detect its kind, write a first experiment for it, check and clean it; no run reads this."""
+"""Preparation of a data file before a run: detect its kind, write a first experiment, check and clean it.
+
+No run uses this package.
+"""

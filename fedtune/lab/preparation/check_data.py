@@ -1,7 +1,7 @@
-"""Faults and oddities of an experiment's records, for the eyes of those who hold them.
+"""Checks of an experiment's records for errors and oddities, intended for the data's owner alone.
 
-What is found are counts, lines and names of columns; no record's text is among it, since a page may be passed around.
-The counts are exact, and no noise protects them.  Nothing is dropped or changed, and no run reads any of it.
+Findings are counts, line numbers and column names, never a record's text, since a page may be passed on.  The counts
+are exact, without noise.  Nothing is dropped or changed, and no run reads the findings.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _Likes: TypeAlias = tuple[tuple[Kind, list[Twin]], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Something that records of a file have in common."""
+    """An oddity that several records of a file share."""
 
     kind: Kind
     what: str  # within the kind, such as "e-mail"
@@ -60,7 +60,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Tokens of the records of a file, before any are cut."""
+    """Token counts of a file's records, before truncation."""
 
     median: int
     most_of_them: int  # the quantile 0.9
@@ -70,7 +70,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileCheck:
-    """One file."""
+    """The findings in one file."""
 
     path: str
     places: str  # what numbers of places count: "lines", or the "rows" of a file whose rows may share a line
@@ -89,7 +89,7 @@ class FileCheck:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """All that was found: in the files of training, validation and test, and what was not looked at (`skipped`)."""
+    """All findings in the training, validation and test files, and the checks that were `skipped`."""
 
     max_length: int
     files: tuple[FileCheck, ...]
@@ -99,9 +99,10 @@ class Checked:
 
 
 def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
-    """Read the files of an experiment as a run would, and look at each record; token ids must be below `within`.
+    """Read an experiment's files as a run would, and check each record; token ids must be below `within`.
 
-    A DataError is raised only for what is a fault of a file and of no record, such as a missing one.
+    Raises:
+        DataError: a file as a whole is unusable, for example missing; errors in single records are findings.
     """
     look = _Look(config, tokenizer, within)
     files = tuple(look.file(path, use, site) for path, use, site in _files(config))
@@ -116,7 +117,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
 
 
 def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
-    """(file, what it is used for, the site whose file it is) of each; no site: it is dealt out, or the lead's."""
+    """Yield (path, use, site) for each file; the site is empty for partitioned files and the lead's files."""
     data = config.data
     sites = config.federation.names if data.partition.kind == "file" else ("",)
     files = [("train", data.train_file.replace(SITE, site), site) for site in sites]
@@ -128,14 +129,14 @@ def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
 
 
 def labels_of(record: Record, data: DataSpec) -> Mapping[str, int]:
-    """The labels of a record, or the types of the entities in it, with how often each is there."""
+    """Count a record's labels, or the types of its entities."""
     if "labels" in record.fields:
         return Counter(split_labels(record.fields["labels"], separator=data.label_separator))
     return {record.fields["label"]: 1} if "label" in record.fields else entity_types(record.fields, data.labels)
 
 
 class _Look:
-    """A look at the files of one experiment, one after another."""
+    """The checks of one experiment's files, one after another."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:
         self.task, self._config, self._data = config.bound_task, config, config.data
@@ -164,7 +165,7 @@ class _Look:
             return error
 
         def usable() -> Iterator[Record]:
-            """The records that a run can use; the others are errors, which quote nothing of them."""
+            """Yield the records that a run can use; count the others as errors, without quoting them."""
             nonlocal rows
             for line, one in judged(path, self.task.columns(data, partition=use == "train", unit=unit), fault=fault):
                 rows += 1
@@ -204,7 +205,7 @@ class _Look:
         )
 
     def _use(self, record: Record, site: str) -> str:
-        """The use of a record of a training file; one that is trained on counts for its site."""
+        """Return the use of a record of a training file; a record to train on is counted for its site."""
         data, unit = self._data, self._config.privacy.unit
         if side := lead_side(record, data, key=self._key, unit=unit):
             return side
@@ -220,16 +221,16 @@ class _Look:
         return "train"
 
     def _note(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
-        """Note a record by its line, and by that of the earlier one that it is like."""
+        """Add a record to a finding by its line, with the line of the earlier record that it resembles."""
         one = self._found.get((kind, what, column)) or Finding(kind=kind, what=what, column=column)
         lines = (*one.lines, (line, like))[:SHOWN]
         self._found[kind, what, column] = replace(one, count=one.count + 1, lines=lines)
 
     def _note_tokens(self, records: Sequence[Record]) -> list[int]:
-        """The lengths of the examples that a run would make of records, before any are cut."""
+        """Return the token counts of the records' examples before truncation, and note truncated records."""
 
         def read(records: Sequence[Record], length: int) -> tuple[TextDataset, list[int]]:
-            """The examples, and how many targets of each are learnt."""
+            """Tokenize the records; return the examples and the number of trained targets in each."""
             data = replace(self._data, max_length=length)
             examples = self.task.tokenise(records, self._tokenizer, data=data, lenient_within=self._within)
             known = [np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets]
@@ -254,7 +255,7 @@ class _Look:
         return [int(length) for length in whole.lengths]
 
     def _note_record(self, record: Record, use: str) -> None:
-        """Note what is odd in a record's own values, and what it shares with earlier ones."""
+        """Note oddities in a record's own values, and its overlap with earlier records."""
         data, line, twins = self._data, record.line, self.earlier.twins(record, use)
         same, alike = ([one for one in twins[kind] if one.use == use] for kind in get_args(Likeness))
         own_same, own_alike = ([one for one in some if one.answer == record.answer] for some in (same, alike))
@@ -281,7 +282,7 @@ class _Look:
             self._note(line, *one)
 
     def _note_shared_texts(self, record: Record) -> None:
-        """Note a record of several texts if an earlier one has one of them, too."""
+        """Note a record with several texts if an earlier record contains one of them."""
         earlier = []
         for text in {text for _, text in record.texts()}:
             digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()

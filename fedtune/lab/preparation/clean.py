@@ -1,7 +1,7 @@
-"""A new file with what a site wants to keep of an old one, row by row, or with more columns; the old one stays.
+"""A new file with the rows of an old one that a site wants to keep, or with additional columns; the old file stays.
 
-To drop duplicates couples records: whether one is there goes by the others.  A site may do that before it declares its
-data.  The guarantee is then about the records of the new file, and says nothing of those that were dropped.
+Dropping duplicates couples records: whether one is kept depends on the others.  A site may do that before it declares
+its data.  The guarantee then covers the records of the new file, and not those that were dropped.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _MOST_TOKENS = 256  # of a text, for its topic; the rest is not read
 
 
 class Cleaning:
-    """The rules of one cleaning, out of `RULES`, and kinds of likely identifiers to mask, but not in marked texts.
+    """The rules of one cleaning (from `RULES`), and the kinds of identifiers to mask, except in annotated texts.
 
-    `columns` are role to column, `named` also those of the settings that this run does not read.
+    `columns` maps roles to columns; `named` also contains the columns of settings that this run does not read.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Cleaning:
         self._earlier = Earlier(alike="near-duplicates" in drop)
 
     def reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
-        """By which rules a row is dropped, the first of which counts."""
+        """Yield the rules by which a row is dropped; the first one counts."""
         if isinstance(row, DataError):
             yield UNREADABLE
             return
@@ -87,7 +87,7 @@ class Cleaning:
                 yield rule
 
     def changed(self, row: Row, kinds: Counter[str]) -> Row:
-        """The row with its identifiers masked, but in what no role has for a text: answers, features, sites, users."""
+        """Mask the identifiers in a row's texts; answers, features, sites and users stay unchanged."""
 
         def text_of(value: str) -> str:
             text, found = masked(value)
@@ -117,15 +117,16 @@ class Cleaning:
 
 
 class Coding(Cleaning):
-    """Declared codes as new columns: `topic`, the nearest text of a public list, and `length`, a class of words.
+    """Declared codes as new columns: `topic`, the most similar text of a public list, and `length`, a range of word
+    counts.
 
-    Guarantee: a record's codes follow from its own texts, the list, the model and the bounds.  The model reads one
-    record at a time, so that not even rounding depends on another.  One record more or less in the old file is one row
-    more or less in the new one, and what a run promises of the new file it promises of the old one.
+    Guarantee: a record's codes depend only on its own texts, the list, the model and the bounds.  The model reads one
+    record at a time, so that not even rounding depends on another.  Adding or removing a record in the old file adds or
+    removes one row in the new file, so a run's guarantee for the new file holds for the old one.
 
-    `columns` are role to column of the texts that codes are about; `votes` is a model of task votes, whose candidate is
-    the topic (None: no topics); a text without tokens of `tokenizer` is read as token 0; `bounds` are the most words of
-    each class of length but the last, rising.
+    `columns` maps roles to the columns of the texts to code.  `votes` is a model of task votes with the topics as
+    candidates (None: no topics); a text without tokens of `tokenizer` is read as token 0.  `bounds` are the maximum
+    word counts of all length classes but the last, in ascending order.
     """
 
     def __init__(
@@ -145,7 +146,11 @@ class Coding(Cleaning):
             self.codes["length"] = (f"up to {bounds[0]} words", *between, f"over {bounds[-1]} words")
 
     def changed(self, row: Row, kinds: Counter[str]) -> Row:
-        """The row with its codes; a ConfigError says that it has such a column."""
+        """Return the row with its codes.
+
+        Raises:
+            ConfigError: the row already has a column of that name.
+        """
         record, places = record_of(row, self._columns, file="", line=0), dict[str, int]()
         if "topic" in self.codes:
             said, within = [(Record({"text": record.said}), ("text",))], self._model.num_ids
@@ -165,7 +170,9 @@ class Coding(Cleaning):
 
 @dataclass(kw_only=True, slots=True)
 class Cleaned:
-    """The outcome for a file: rows `dropped` by rule, `masked` identifiers by kind; or of a `Coding`, rows by code."""
+    """The result for a file: rows `dropped` by rule, and `masked` identifiers by kind or, for a `Coding`, rows by
+    code.
+    """
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -173,7 +180,7 @@ class Cleaned:
 
 
 def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
-    """Write the rows of a file that are kept to a stream, as JSON lines under the names of their columns.
+    """Write the kept rows of a file to a stream, as JSON lines with the file's column names.
 
     Raises:
         DataError: the file cannot be read, or no row is kept.

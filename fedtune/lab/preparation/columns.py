@@ -1,4 +1,4 @@
-"""A column of a data file: what it is called, and what nearly all of its values say, by the reader of runs."""
+"""Columns of a data file: their names, and what nearly all of their values are, as a run would read them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ _TAKEN_BACK, _OF_MARKS = re.compile("reject|ignore|skip|discard"), re.compile("(
 
 
 class Column:
-    """The values of a file under one name: each is noted, and then it is judged what the column is."""
+    """A named column of a file; it collects statistics of its values and then classifies itself."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -137,7 +137,7 @@ class Column:
         self._ids = set[int]()  # of persons
 
     def note(self, value: object, row: int) -> None:
-        """Take the value of one row into account, whose number counts from 1."""
+        """Add the value of one row to the statistics; `row` counts from 1."""
         if read.is_missing(value):
             return
         if self.key == "data" and isinstance(value, dict):
@@ -177,7 +177,7 @@ class Column:
                     self._open = False
 
     def _note_labels(self, value: object, text: str) -> None:
-        """Of a list, and of a text with separators, which labels it may have."""
+        """Count the possible labels of a list, or of a text with separators."""
         is_plain = bool(text) and not text.startswith(_LISTS)
         if not self.parts or (is_plain and len(self.parts) == 1) or not isinstance(value, list | str | dict):
             return
@@ -192,7 +192,7 @@ class Column:
                     del self.parts[mark]
 
     def _note_objects(self, value: object) -> None:
-        """Of lists and objects, also as text, whether they are turns, numbers, tokens, tags of a scheme, or spans."""
+        """Classify a list or object, also as JSON text: chat turns, numbers, tokens, tags of a scheme, or spans."""
         turns = read.turns_like(value)
         self.beside.update(key for turn in turns for key in turn if key not in read.READ_OF_TURNS and turn[key])
         first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
@@ -234,16 +234,19 @@ class Column:
             self.plain.update(plain)
 
     def nearly(self, *kinds: str) -> bool:
-        """Nearly all values are of one of these types, or can be read so."""
+        """Whether nearly all values have one of these types, or can be read as such."""
         count = sum(self.types[kind] or self.reads[kind] for kind in kinds)
         return self.filled > 0 and count >= NEARLY * self.filled
 
     def mostly(self, kind: str) -> bool:
-        """Most values are of this kind."""
+        """Whether most values are of this kind."""
         return 2 * self.reads[kind] > self.filled
 
     def judge(self, rows: int, *, may_be_label: bool = True) -> None:
-        """Say what the column is, when the values of all rows are noted; no label: it stands beside texts."""
+        """Classify the column once the values of all rows have been added.
+
+        `may_be_label` is False for a column that accompanies other texts.
+        """
         most = (1 - NEARLY) * self.filled
         # The type of nearly all values, in words; where none is, the types in the order of their numbers.
         self.holds = ", ".join(kind for kind, count in self.types.most_common() if count >= most)
@@ -360,7 +363,10 @@ class Column:
         self.is_feature = is_value and not of_a_row and not self.is_date
 
     def _counts_rows(self) -> bool:
-        """Whole numbers that nearly all come once: by a name, with few left out between, or of one length, as ids."""
+        """Whether the values are nearly all distinct whole numbers that identify rows.
+
+        The column's name, few gaps, or equal length as in ids are the evidence.
+        """
         count, distinct = self.reads["whole"], np.unique(self.numbers)
         is_whole = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
         is_named = not {*self.words}.isdisjoint(NAMES["numbered"])
@@ -369,7 +375,7 @@ class Column:
         return is_whole and (is_named or is_id or bool(distinct[-1] - distinct[0] < 2 * count))
 
     def _separator(self) -> str | None:
-        """The separator of a column of several labels; "[": they are lists; None: it is no such column."""
+        """Return the separator of a multi-label column; "[" for lists; None if it is not a multi-label column."""
         if self.is_vector or self.is_other_number:
             return None
         for mark, counts in self.parts.items():
@@ -381,7 +387,7 @@ class Column:
 
     @property
     def event_values(self) -> tuple[str, ...] | None:
-        """The values of those who were followed no longer, and of those to whom the event came; None: it tells not."""
+        """The values for censored people and for those with the event; None if the column does not encode an event."""
         said = sorted(set(map(read.category_of, self.labels)))
         words = {one: set(_words(one)) for one in said}
         pair = [one for course in ("stayed", "came") for one in said if words[one] & {*NAMES[course]}]
@@ -396,19 +402,26 @@ class Column:
 
     @property
     def scale(self) -> tuple[float, float] | None:
-        """The first usual scale that nearly all numbers fit; None: there is none, and a person must say it."""
+        """The first common rating scale that nearly all numbers fit; None if there is none and a person must declare
+        it.
+        """
         numbers = np.sort(np.array(self.numbers))
         few = math.ceil(_OUTSIDE * len(numbers)) if len(numbers) > 1 / NEARLY * 10 else 0
         low, high = numbers[few], numbers[-1 - few]
         return next((one for one in _SCALES if one[0] <= low and high <= one[1]), None)
 
     def why(self, reasons: Literal["unread", "no_answer"]) -> str:
-        """Why no run reads the column, or why it is no answer: the first of these reasons that holds (names.toml)."""
+        """Explain why no run reads the column, or why it cannot be an answer: the first matching reason in
+        names.toml.
+        """
         return next(why for what, why in WORDS[reasons].items() if getattr(self, what)).format(self)
 
 
 def numbered(every: Iterable[Column]) -> Iterator[list[Column]]:
-    """Columns whose names differ by a number or a letter alone, in its order, of which one holds texts or turns."""
+    """Yield groups of columns whose names differ only by a number or a letter, if one of them holds texts or turns.
+
+    Each group is sorted by that number or letter.
+    """
     groups = defaultdict[str, list[Column]](list)
     for one in sorted(every, key=lambda one: [word.zfill(9) for word in one.words]):
         if "#" in one.stem and (one.is_text or one.is_chat):
@@ -420,7 +433,7 @@ def numbered(every: Iterable[Column]) -> Iterator[list[Column]]:
 
 
 def no_rows(path: Path) -> DataError:
-    """The error about a file or folder without records, with what lies below it."""
+    """Build the error about a file or folder without records; it lists the data files below it."""
     tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
     for one in sorted(path.rglob("*")):
         if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
@@ -449,19 +462,19 @@ def refusal(path: Path, what: str, columns: Sequence[Column], other: object = ""
 
 
 def other_images(folder: Path) -> str:
-    """How many images below a folder have each ending that is not read."""
+    """Count the images below a folder in formats that are not supported, by extension."""
     endings = (next(filter(one.name.lower().endswith, NAMES["endings"]), "") for one in folder.rglob("*"))
     return ", ".join(f"{count:,} {end}" for end, count in Counter(endings).items() if end)
 
 
 def listed(columns: Iterable[str]) -> str:
-    """Names of columns for a message: a file may have thousands, and without a header they are texts."""
+    """Join column names for a message, shortened: a file may have thousands, and without a header they are texts."""
     names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026" for name in columns]
     return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
 
 
 def _words(name: str) -> list[str]:
-    """The words and numbers of a name, in lower case."""
+    """Split a name into lower-case words and numbers."""
     return re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
@@ -473,7 +486,7 @@ def _whole_numbers(value: object, *, within: int = 3) -> list[int]:
 
 
 def _kinds_of_text(text: str) -> Iterator[str]:
-    """What a text is, by itself: words, as many as a name has or more, a date, a number in another form, a path."""
+    """Yield what a text looks like: its number of words, a code, a date, a number in another notation, or a path."""
     words = len(_WORD.findall(text[:_HEAD]))
     words = 0 if words and len(_NUMBERED.findall(text[:_HEAD])) > words else words
     yield from (kind for kind, least in _WORDS_OF.items() if words >= least)

@@ -1,4 +1,4 @@
-"""The kind of training that the columns of a data file suit, and why: for the file's owner, and for no run or site."""
+"""Detection of the task that a data file's columns suit, with reasons, for the file's owner; no run or site uses it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Part(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What its values must be, as the end of a message."""
+        """The requirement on the column's values, as the end of a message."""
         return f"must hold {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
 
 
@@ -68,7 +68,10 @@ _BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
 
 
 def _layouts(pair: Sequence[Column]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]:
-    """Files that are known by the names of their columns, of which the first that fits counts; `pair`: of two texts."""
+    """Yield the kinds of files that are recognized by column names; the first match counts.
+
+    `pair`: two columns of related texts, if the file has them.
+    """
     texts = [_Part(role, [one.key]) for role, one in zip(("text", "other"), pair, strict=False)]
     yield "entities", (_Part("tokens", NAMES["tokens"], "is_tokens"), _Part("tags", NAMES["tags"], "is_tags"))
     yield "entities", (_Part("text", (*NAMES["texts"], "data")), _Part("spans", NAMES["spans"], "is_spans"))
@@ -93,7 +96,7 @@ _OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "la
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """The kind of a file and the roles of its columns."""
+    """The detected kind of a file and the roles of its columns."""
 
     path: Path
     rows: int  # that can be read
@@ -109,7 +112,7 @@ class Found:
 
     @property
     def labels(self) -> dict[str, int]:
-        """How many values are each label, or entities of each type, most first; empty where the kind has none."""
+        """Counts of labels, or of entities by type, most frequent first; empty for kinds without labels."""
         column_of = {role: self.columns[name] for role, name in self.roles.items()}
         if marked := column_of.get("tags") or column_of.get("spans"):
             return dict(marked.entities.most_common())
@@ -119,7 +122,7 @@ class Found:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of `data` about the answers, beside their labels."""
+        """Settings of `data` that describe the answers, apart from the labels."""
         if "target" in self.roles:
             return {"target_range": self.columns[self.roles["target"]].scale or OPEN}
         if "event" in self.roles:
@@ -130,14 +133,14 @@ class Found:
 
     @property
     def options(self) -> Iterator[tuple[str, str, str, str]]:
-        """(role, column, why, what chooses another) of each role."""
+        """(role, column, reason, option that selects another column) for each role."""
         for role, one in ((role, self.columns[name]) for role, name in self.roles.items()):
             more = f"; it holds numbers from {one.least:g} to {one.most:g}" if role in ("time", "target") else ""
             yield role, one.name, self.why[role] + more, f"--{_OPTION_OF[role]} COLUMN"
 
     @property
     def unread(self) -> Iterator[tuple[str, str]]:
-        """(column, why) of each that no run reads."""
+        """(column, reason) for each column that no run reads."""
         for one in self.columns.values():
             if one.name not in (*self.roles.values(), *self.features):
                 why, teaches = one.why("unread"), {"prompt", "messages"} & set(self.roles)
@@ -147,10 +150,14 @@ class Found:
 
 
 def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
-    """Read a file once and say what it is.
+    """Read a file once and detect its kind and the roles of its columns.
 
-    `chosen` (option to column) and `form` (of a file with an answer) are as a person says; `by_person`: a column that
-    looks like persons is taken for the unit.  A DataError is about the file, a ConfigError about what was chosen.
+    `chosen` maps options to columns, and `form` is the kind of input of a file with answers, both as given by the user.
+    `by_person`: use a column that looks like person ids as the privacy unit.
+
+    Raises:
+        DataError: the file is unsuitable.
+        ConfigError: a choice is invalid.
     """
     columns, first, faults = dict[str, Column](), list[Row](), list[DataError]()
     kind_of_file, rows, num_faults = format_of(path), 0, 0
@@ -215,7 +222,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
 
 
 def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, Column]) -> None:
-    """Refuse a chosen column whose values are not what its role needs."""
+    """Refuse a chosen column whose values do not fit its role."""
     for part in parts:
         one = chosen.get(part.role)
         if one is not None and not getattr(one, part.fits):
@@ -224,7 +231,7 @@ def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, Column]) -> None:
 
 
 def _require_header(columns: Mapping[str, Column], path: Path) -> None:
-    """Refuse a table whose first row looks like a record or a note: its texts would become the names of the columns."""
+    """Refuse a table whose first row looks like a record or a comment, because its texts would become column names."""
     filled = [one for one in columns.values() if one.filled]
     unnamed = [one for one in filled if one.name.startswith("(column ")]
     # Without a header one of them is among the column's values, and the texts' as long; a class may be called so, too.
@@ -240,7 +247,9 @@ def _require_header(columns: Mapping[str, Column], path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Guess:
-    """Guesses the roles of columns by what was chosen, then names that data sets share, then values; or asks."""
+    """A guess of the columns' roles from the user's choices, then common names, then values; ambiguous files are
+    refused.
+    """
 
     every: Sequence[Column]
     chosen: Mapping[str, Column]
@@ -271,7 +280,7 @@ class _Guess:
         raise self._misfit(layouts)
 
     def notes(self, found: Roles) -> Iterator[str]:
-        """What the person should know of the columns that have these roles, or could."""
+        """Yield notes for the user about the columns that have these roles, or could have them."""
         used = {one.name for one, _ in found.values()}
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
             if role in found and getattr(found[role][0], holds):
@@ -284,11 +293,11 @@ class _Guess:
             yield WORDS["notes"]["shard"].format(shard[1])
 
     def features(self, *, but: Collection[Column] = ()) -> list[Column]:
-        """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
+        """List the columns usable as features of a table: no answers, row ids or person ids."""
         return [one for one in self.every if one.is_feature and one not in but]
 
     def _laid_out(self, parts: Sequence[_Part]) -> Roles | None:
-        """The columns of one layout; None: one that it needs is not there."""
+        """Assign columns to the roles of one layout; None if a required column is missing."""
         found: Roles = {}
         needed = [part for part in parts if not part.optional]
         for part in (*needed, *(part for part in parts if part.optional)):
@@ -305,7 +314,9 @@ class _Guess:
         return {part.role: found[part.role] for part in parts if part.role in found}
 
     def _answered(self, pair: Sequence[Column]) -> tuple[Kind, Roles] | None:
-        """An image, a text, two texts or a table with an answer; which answer it is does not depend on which it is."""
+        """Detect a file of images, texts, text pairs or table rows with an answer; any input may have any kind of
+        answer.
+        """
         is_open, texts = self.form is None and not {"image", "text"} & set(self.chosen), self._texts("is_prose")
         for one in self.every if is_open else ():
             if one.other_images and (not texts or one.key in NAMES["images"]):
@@ -328,7 +339,9 @@ class _Guess:
         return kind, {"text": text, **roles}
 
     def _with_answer(self) -> tuple[Kind, Roles]:
-        """The columns of the answer, and the kind of texts that have it; none where the file has no answer."""
+        """Return the answer's columns and the kind of text file that has such an answer; no columns if there is
+        none.
+        """
         chosen = set(self.chosen)
         is_open = chosen <= _INPUTS and not self._named(NAMES["answers"], "is_answer")
         timed = self._followed() if chosen & _TIMED or is_open else None
@@ -340,7 +353,9 @@ class _Guess:
         return ("labelled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
 
     def _followed(self) -> Roles | None:
-        """A time and whether an event came by it; a person is asked where other values than an event's stand there."""
+        """Return the columns of a survival time and its event; the user must choose if the values do not encode an
+        event.
+        """
         times, events = self._timed()
         if not _TIMED & set(self.chosen):
             if not times or not events or not {*self._usual()} <= {*events}:
@@ -352,13 +367,13 @@ class _Guess:
         return self._laid_out([part._replace(names=[one.key for one in some]) for part, some in named])
 
     def _timed(self) -> tuple[list[Column], list[Column]]:
-        """The columns that may be a time up to an event, those that are called so before others, and the events."""
+        """Return the possible time-to-event columns, preferring those named so, and the possible event columns."""
         events = [one for one in self.every if one.may_be_event]
         times = [one for one in self.every if one.may_be_time and any(event.is_event for event in events)]
         return [one for one in self.every if one.is_called_time] or times, events
 
     def _answer(self) -> tuple[Column, str] | None:
-        """The column of the answer, and why; where several could be it, a person is asked."""
+        """Return the answer's column and the reason; the user must choose if several columns qualify."""
         if one := self.chosen.get("label") or self.chosen.get("target"):
             if not one.is_answer:
                 raise ConfigError("--label" if "label" in self.chosen else "--score", one.name, one.why("no_answer"))
@@ -374,7 +389,7 @@ class _Guess:
         return one, "its name" if is_named else _BY_VALUES
 
     def _only_answer(self) -> Column | None:
-        """The one column that may be the answer: with a name that answers often have, or else by its values."""
+        """Return the only column that can be the answer, by a usual name for answers or else by its values."""
         usual, others = self._usual(), [one for one in self.every if one not in self.chosen.values()]
         is_text = any(one.is_prose for one in self.every)
         if not usual:
@@ -396,13 +411,13 @@ class _Guess:
         return found[0] if found else None
 
     def _usual(self) -> list[Column]:
-        """Columns of few values, or lists of such, with a name that answers to such a record often have."""
+        """Return columns of few values, or of lists of such, with a usual name for answers to such records."""
         topics = NAMES["topics"] if self._is_of_texts() else ()
         few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
         return [one for one in few if one.is_called_answer or one.key in topics]
 
     def _is_of_texts(self) -> bool:
-        """Its records are texts or images, and no rows of a table."""
+        """Whether the records are texts or images and not rows of a table."""
         others = any(one.is_short or one.is_image for one in self.every)
         return self.form != "table" and (others or bool(self._texts("is_prose")))
 
@@ -414,7 +429,9 @@ class _Guess:
             raise refusal(self.path, "unread", [one], one.why("no_answer"))
 
     def _image(self, text: tuple[Column, str] | None) -> tuple[Column, str] | None:
-        """The column of images: by its name, or the only one where no text is beside it; of a kind that is read."""
+        """Return the image column: by name or, without a text column, the only one with images in a supported
+        format.
+        """
         if {"image", "text"} & set(self.chosen):
             return (self.chosen["image"], "chosen") if "image" in self.chosen else None
         found = [one for one in self.every if one.is_image and (text is None or one.key in NAMES["images"])]
@@ -425,7 +442,7 @@ class _Guess:
         return (found[0], _BY_VALUES) if found else None
 
     def _text(self, fits: str, *, but: Collection[Column] = ()) -> tuple[Column, str] | None:
-        """The column with the texts, by its name or else by their length, and why."""
+        """Return the text column and the reason: by name, or the longest texts."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
         others = self._texts(fits, but=but)
@@ -437,14 +454,14 @@ class _Guess:
         return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
     def _texts(self, fits: str, *, but: Collection[Column] = ()) -> list[Column]:
-        """The columns that a record may be about; a remark that few rows have is not."""
+        """Return the columns that a record may be about; a comment column that few rows fill is excluded."""
         others = [one for one in self.every if getattr(one, fits) and one not in but and not one.unread]
         others = [one for one in others if not (one.is_person or one.is_of_records)]
         most = max((one.filled for one in (*others, *self.features(but=but))), default=0)
         return [one for one in others if 2 * one.filled >= most]
 
     def _named(self, names: Sequence[str], fits: str, *, but: Iterable[Column] = ()) -> Column | None:
-        """The column with the first of these names whose values suit."""
+        """Return the column with the first of these names whose values fit."""
         by_key = defaultdict[str, list[Column]](list)
         for one in (one for one in self.every if getattr(one, fits) and one not in but):
             by_key[one.key].append(one)
@@ -454,7 +471,7 @@ class _Guess:
         return found[0] if found else None
 
     def _pair(self) -> Sequence[Column]:
-        """Two columns of texts whose names belong together, the first one first; none: there are no such."""
+        """Return two text columns with matching names, the first one first; empty if there are none."""
         if second := self.chosen.get("text_pair"):
             text = self._text("is_text", but=[second])
             return [text[0], second] if text else ()
@@ -466,7 +483,11 @@ class _Guess:
         return two[0] if two and "text" not in self.chosen else ()
 
     def _unwanted(self) -> Iterator[tuple[str, Sequence[Column], object]]:
-        """What is not to be learnt as it stands (taken back, or spread over rows or columns), and what shows it."""
+        """Yield columns that show that rows should not be used as they are: withdrawn, or spread over several rows or
+        columns.
+
+        Each item is (reason, columns, detail).
+        """
         prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
         answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
         flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
@@ -485,7 +506,7 @@ class _Guess:
             yield "belong", some if len(some) > 1 and not laid_out & {"preferences", "triplets"} else [], other
 
     def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
-        """Why what was chosen makes no kind of file, or why the file is none."""
+        """Explain why the chosen columns match no kind of file, or why the file itself matches none."""
         _require_fit((part for _, parts in layouts for part in parts), self.chosen)
         if self.chosen:
             role, one = list(self.chosen.items())[-1]

@@ -1,7 +1,7 @@
-"""The records that say what another says: the same by a digest, almost by MinHash, or a run of the same words.
+"""Detection of duplicate records: identical by digest, near-duplicate by MinHash, or by shared runs of words.
 
-A record is compared with those before it, so that what is found of it depends on them.  That is why no run does this:
-one record more would change what becomes of another.
+Each record is compared with earlier ones, so the outcome for a record depends on the others.  No run does this, because
+adding one record would change how another is treated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Likeness = Literal["same", "alike"]
 
 
 class Twin(NamedTuple):
-    """An earlier record."""
+    """An earlier record with the same or similar content."""
 
     use: str
     answer: str
@@ -44,7 +44,7 @@ class Twin(NamedTuple):
 
 
 class Earlier:
-    """The records so far; `alike`: also MinHashes of those that are not alike, so that one template takes no time."""
+    """The records seen so far; `alike` also indexes MinHashes, one per group of near-duplicates for speed."""
 
     def __init__(self, *, alike: bool) -> None:
         self._same: dict[bytes, tuple[Twin, ...]] = {}
@@ -58,11 +58,14 @@ class Earlier:
 
     @property
     def is_full(self) -> bool:
-        """Later records are no longer noted."""
+        """Whether later records are no longer stored."""
         return len(self._same) >= MOST_SAME or len(self._noted) >= MOST_ALIKE or self._letters >= MOST_LETTERS
 
     def twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
-        """The earlier records that say the same, and almost, one of each use and answer; this is then one, if kept."""
+        """Return the earlier duplicates and near-duplicates of a record, at most one per use and answer.
+
+        With `keep`, the record then counts as an earlier one itself.
+        """
         text, twin = record.said, Twin(use, record.answer, record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         same = self._same.get(digest, ())
@@ -91,7 +94,9 @@ class Earlier:
 
 
 def spelling(label: str) -> str:
-    """A label without differences of case, spaces, form, invisible letters or `.0` of a number."""
+    """Normalize a label: case, whitespace, Unicode form, invisible characters, and `.0` of a whole number are
+    ignored.
+    """
     text = unicodedata.normalize("NFKC", one_form(label)).casefold()
     return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
 
@@ -101,7 +106,7 @@ def spelling(label: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """A record beside others, of which each is told by its place."""
+    """A synthetic record and its closest matches in other records, each identified by its location."""
 
     place: str
     words: int  # of its longest run that another has, too
@@ -114,9 +119,10 @@ class Near:
 
 
 def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) -> Iterator[tuple[int, int, str]]:
-    """Of each record the longest run of words that another has: how many, which is the last, and the other's place.
+    """Yield for each text the longest run of words that another text contains: (length, end position, location of the
+    other).
 
-    A suffix automaton: time in proportion to all words, memory to those of `texts` alone.
+    Uses a suffix automaton: time is linear in all words, memory linear in those of `texts`.
     """
     # Of each state: what a word leads to, the state of its longest suffix that is in another, its longest run.
     steps, link, size = [dict[str | int | None, int]()], [-1], [0]
@@ -161,7 +167,7 @@ def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) ->
 
 
 def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
-    """Records beside others, which are read one after another and not kept; the longest runs come first."""
+    """Compare records with others, which are streamed and not kept; records with the longest shared runs come first."""
     texts, having = list(map(words_said, records)), {detail: list[str]() for one in records for detail in _details(one)}
     earlier, twins = Earlier(alike=is_installed("datasketch")), dict[str, tuple[str, str]]()
     for number, one in enumerate(records):
@@ -187,12 +193,12 @@ def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
 
 
 def words_said(record: Record) -> Words:
-    """Without case, punctuation and differences of form."""
+    """Split a record's texts into normalized words, without case, punctuation or variant forms."""
     plain = (re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold()) for _, text in record.texts())
     return [word for text in plain for word in (*_WORD.findall(text), None)]
 
 
 def _details(record: Record) -> set[tuple[str, str]]:
-    """(kind, form) of likely identifiers; the form of all but e-mail addresses is their letters and digits alone."""
+    """Return (kind, form) of likely identifiers; all but e-mail addresses are reduced to letters and digits."""
     found = ((kind, text[a:b]) for _, text in record.texts() for kind, a, b in identifiers(text))
     return {(kind, (text if kind == "e-mail" else re.sub(r"[\W_]", "", text)).casefold()) for kind, text in found}

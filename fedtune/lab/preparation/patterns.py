@@ -1,6 +1,6 @@
-"""Likely personal identifiers and damaged encodings in a text, by patterns alone.
+"""Patterns for likely personal identifiers and damaged encodings in texts.
 
-Patterns miss what has no form of its own, names and addresses above all, and take some numbers for what they are not.
+They miss everything without a fixed format, above all names and addresses, and mistake some numbers for identifiers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from operator import itemgetter
 
 
 def identifiers(text: str) -> list[tuple[str, int, int]]:
-    """(kind, start, end) of likely personal identifiers, none within another; kinds with a checksum count first."""
+    """Find likely personal identifiers as (kind, start, end), without overlaps; kinds with a checksum take
+    precedence.
+    """
     found: list[tuple[str, int, int]] = []
     if not _MAY_IDENTIFY.search(text):
         return found
@@ -28,7 +30,7 @@ def identifiers(text: str) -> list[tuple[str, int, int]]:
 
 
 def masked(text: str) -> tuple[str, list[str]]:
-    """The text with each identifier's kind in brackets in its place, and the kinds, one of each place."""
+    """Replace each identifier by its kind in brackets; return the text and the kind of each replacement."""
     found = identifiers(text)
     ends = [0, *(end for _, _, end in found)]
     parts = [f"{text[end:start]}[{kind}]" for end, (kind, start, _) in zip(ends, found, strict=False)]
@@ -36,7 +38,7 @@ def masked(text: str) -> tuple[str, list[str]]:
 
 
 def damage(text: str) -> Iterator[str]:
-    """The kinds of damage that the text shows; each once."""
+    """Yield each kind of encoding damage in a text once."""
     if text.isascii() and text.isprintable():
         return
     yield from (what for what, pattern in _DAMAGE.items() if pattern.search(text))
@@ -75,7 +77,10 @@ _PATTERNS: Mapping[str, re.Pattern[str]] = {
 
 
 def _iban(text: str) -> str:
-    """The IBAN (ISO 13616) that a text begins with: with letters as numbers, the first four last, it is 1 modulo 97."""
+    """Return the valid IBAN at the start of a text, or "".
+
+    ISO 13616: with letters as numbers and the first four characters moved to the end, an IBAN is 1 modulo 97.
+    """
     for end in reversed([match.start() for match in re.finditer(r" |$", text)]):
         compact = text[:end].replace(" ", "")
         number = "".join(str(int(letter, 36)) for letter in compact[4:] + compact[:4])
@@ -85,14 +90,21 @@ def _iban(text: str) -> str:
 
 
 def _card(text: str) -> str:
-    """By Luhn: every second digit from the right counts twice, and the sum of all digits ends in zero."""
+    """Return the text if it passes the Luhn check, otherwise "".
+
+    Every second digit from the right is doubled, and the sum of all digits must be divisible by 10.
+    """
     digits = [int(letter) for letter in text if letter.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return text if len(set(digits)) > 1 and (sum(digits[::-2]) + sum(doubled)) % 10 == 0 else ""
 
 
 def _tax_id(text: str) -> str:
-    """By the Federal Central Tax Office: one of the first ten digits comes twice or thrice; ISO 7064 modulo 11, 10."""
+    """Return the text if it is a valid German tax id, otherwise "".
+
+    Federal Central Tax Office: one of the first ten digits occurs two or three times; check digit by ISO 7064 mod 11,
+    10.
+    """
     digits = [int(letter) for letter in text if letter.isdigit()]
     times = sorted(digits[:10].count(digit) for digit in set(digits[:10]))
     product = 10
@@ -103,7 +115,7 @@ def _tax_id(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    """An address that the standard library takes; `::` alone is punctuation."""
+    """Return the text if `ipaddress` accepts it, otherwise ""; a bare `::` is punctuation."""
     try:
         return text if len(text) > 2 and ipaddress.ip_address(text) else ""
     except ValueError:
@@ -135,7 +147,7 @@ ODD_TEXTS: Mapping[str, str] = {
 
 
 def odd_texts(row: Mapping[str, object], form: str) -> Iterator[tuple[str, str]]:
-    """(one of `ODD_TEXTS`, column) of each cell that is no text as somebody wrote it, but one that a program spoilt."""
+    """Yield (one of `ODD_TEXTS`, column) for each cell whose text was damaged or altered by a program."""
     in_cell, rows_within, marks, quotes, mojibake, html = ODD_TEXTS
     commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
     for column, value in row.items():
@@ -175,7 +187,7 @@ def _is_twice_encoded(text: str) -> bool:
 
 
 def _is_mojibake(text: str) -> bool:
-    """The bytes that Windows-1252 (or Latin-1) has for some of the text's beginning are one character."""
+    """Whether the text starts with a UTF-8 character that was decoded as Windows-1252 or Latin-1."""
     try:
         raw = b"".join(letter.encode("cp1252" if letter > "\xff" else "latin-1") for letter in text)
     except UnicodeEncodeError:

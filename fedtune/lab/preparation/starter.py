@@ -1,4 +1,4 @@
-"""A first experiment for a file: every line with what it means, and nothing in it that a person should not know of."""
+"""Generation of a first experiment for a file, with a comment on every line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _Setting: TypeAlias = tuple[str, Any, str]  # key, value (None: it is not writte
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A file as the chosen model's tokenizer reads it, and what is decided about it before there is an experiment."""
+    """A file as read by the chosen model's tokenizer, and the decisions made before there is an experiment."""
 
     base: str  # the experiment of conf/ that it builds on
     model: str | None = None  # a name from conf/model, or None for the base's own
@@ -78,12 +78,12 @@ class Plan:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of the records, for the test and for validation."""
+        """Shares of the records for test and validation."""
         return _SHARES[bisect_right(_SMALLER_FROM, self.units)]
 
 
 def left_open(base: str) -> Sequence[str]:
-    """Overrides that stand for what an experiment of conf/ leaves to a file's owner."""
+    """Return placeholder overrides for the settings that an experiment of conf/ leaves to the file's owner."""
     placeholders = {
         "own_text": ["data.columns={prompt: a, completion: b}"],
         "own_preferences": ["data.columns={prompt: a, chosen: b, rejected: c}"],
@@ -96,16 +96,19 @@ def left_open(base: str) -> Sequence[str]:
 
 
 def filled(found: Found) -> list[str]:
-    """Overrides in place of what the experiment of a file leaves to its owner."""
+    """Return placeholder overrides for the settings that a file's experiment leaves to its owner."""
     features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
     by_role = {"time": "task_settings.intervals=[1]", "target": "data.target_range=[0, 1]"}
     return [*features, *(setting for role, setting in by_role.items() if role in found.roles)]
 
 
 def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None) -> Plan:
-    """Read the file once more, as a run would that begins with the settings of `config`, the base of its kind.
+    """Read the file again, as a run with the settings of `config` would, and plan its experiment.
 
-    Token ids are below `within`.  A ConfigError says why the file cannot be dealt out by the column of sites.
+    `config` is the base experiment of the file's kind; token ids must be below `within`.
+
+    Raises:
+        ConfigError: the file cannot be partitioned by the site column.
     """
     base = KINDS[found.kind][1]
     task = task_named(_task_of(found) or config.task, {"intervals": [1.0]} if "time" in found.roles else None)
@@ -187,13 +190,13 @@ def _by_own_values(column: Column) -> FeatureSpec:
 
 
 def _task_of(found: Found) -> str | None:
-    """The first task that learns such an answer from such a record; None: that of its experiment in conf/."""
+    """Return the first task for these roles; None: keep the task of the experiment in conf/."""
     roles = tuple(role for role in found.roles if role not in ("user", "site"))
     return next((name for name, task in TASKS.items() if roles in task.layouts), None)
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Labels as people order them: numbers by their value, also within texts."""
+    """Sort labels in natural order: numbers by value, also within texts."""
 
     def parts(label: str) -> list[tuple[float, str]]:
         found = re.split(r"((?:(?<!\w)-)?[0-9]{1,15}(?:\.[0-9]{1,15})?)", label)
@@ -203,18 +206,18 @@ def in_order(labels: Iterable[str]) -> list[str]:
 
 
 def _template(found: Found) -> str | None:
-    """The prompt template, where the base's own does not fit."""
+    """Return the prompt template if the base's own does not fit; otherwise None."""
     asked = "{prompt}" if found.kind == "instructions" else None
     return "{prompt}\n\n{input}" if "input" in found.roles else asked
 
 
 def run_name(file: Path) -> str:
-    """A run's name from that of its experiment's file."""
+    """Derive a run's name from the name of its experiment file."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("-._")[:100] or "own"
 
 
 def declared_size(plan: Plan, units: int | None = None) -> int:
-    """A round number near what a site trains on, of its `units` in the file; None: of an equal part of them all."""
+    """Suggest a rounded declared size for a site with `units` units in the file; None: an equal share of all units."""
     test, validation = plan.shares
     share = (plan.units / plan.num_sites if units is None else units) * (1 - test - validation)
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
@@ -222,18 +225,18 @@ def declared_size(plan: Plan, units: int | None = None) -> int:
 
 
 def _sizes(plan: Plan) -> list[int]:
-    """A declared size for each site."""
+    """Return a declared size per site, or a single one for all sites."""
     return [declared_size(plan, count) for count in plan.places.values()] or [declared_size(plan)]
 
 
 def _num_cut(plan: Plan) -> int:
-    """How many records are longer than what a run reads of them."""
+    """Count the records that a run would truncate."""
     read = plan.max_length + (plan.windows - 1) * (plan.max_length - _STRIDE - 2)
     return int((plan.lengths > read).sum())
 
 
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:
-    """The YAML of an experiment that is to lie at `file`; relative paths in it begin at its folder."""
+    """Return the YAML of an experiment to be saved as `file`; its relative paths start at that file's folder."""
     # A name may hold the end of a line, and what follows would be a setting.
     about = f"# An experiment for {found.path.name}.  Run it with: {next_line(file)}"
     own = plan.model_path is not None
@@ -291,14 +294,14 @@ def _own(found: Found) -> Iterator[str]:
 
 
 def _settings(*some: _Setting, within: str = "  ") -> Iterator[str]:
-    """Settings in YAML, each on a line with what it means."""
+    """Yield settings as YAML, each on a line with a comment."""
     for key, value, why in some:
         if value is not None:
             yield within + f"{key}: {_scalar(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
 
 
 def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
-    """The settings of `data` but those that are lists."""
+    """Return the settings of `data`, except lists."""
     test, validation = plan.shares
     # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
     # without an ending, and change with its next version.
@@ -342,7 +345,7 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
 
 
 def _all_texts(found: Found) -> Iterator[str]:
-    """Lines by which a model reads all columns of texts beside an answer, as a comment: a person decides."""
+    """Yield commented-out lines that make the model read all text columns; the user decides whether to enable them."""
     others = [one for one in found.columns.values() if one.is_prose and one.name not in found.roles.values()]
     if found.kind not in _ANSWERED or "text_pair" in found.roles or not others:
         return
@@ -378,7 +381,7 @@ def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
 
 
 def about_spellings(labels: Iterable[str]) -> list[str]:
-    """A sentence about each group of labels that are probably meant as one."""
+    """Return a sentence for each group of labels that are probably the same label."""
     together = defaultdict[str, list[str]](list)
     for label in labels:
         together[spelling(label)].append(label)
@@ -388,7 +391,7 @@ def about_spellings(labels: Iterable[str]) -> list[str]:
 
 
 def notes(found: Found, plan: Plan) -> Iterator[str]:
-    """Notes for the person before the first run."""
+    """Yield notes for the user before the first run."""
     public = "Sizes are public; at a real site, the site chooses its own in its site.toml."
     yield f"declared_sizes: {', '.join(f'{one:,}' for one in _sizes(plan))}, near what each site trains on. {public}"
     proposed = "Labels, target_range and max_length were proposed from nearly all records of the file"
@@ -440,7 +443,7 @@ def _scalar(value: Any) -> str:
 
 
 def literal(value: Any) -> Any:
-    """The same with a backslash before each `${` of a text, which Hydra would take for an interpolation."""
+    """Escape each `${` in texts, so that Hydra does not read it as an interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
@@ -449,5 +452,5 @@ def literal(value: Any) -> Any:
 
 
 def next_line(file: Path) -> str:
-    """The command to type next; a bare name would be one of conf/."""
+    """Return the command to type next; a bare name would refer to conf/."""
     return shlex.join(["fedtune", "simulate", f"experiment={'' if '/' in str(file) else './'}{file}"])

@@ -1,1 +1,1 @@
-"""Several runs: a sweep, a search and a comparison, each run in a folder of its own."""
+"""Studies of several runs: sweeps, searches and comparisons, with each run in its own folder."""

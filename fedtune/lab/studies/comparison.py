@@ -1,4 +1,4 @@
-"""A comparison: which runs it makes, and what their scores on the same records say, in words, tables and as JSON."""
+"""A comparison: which runs it consists of, and their scores on the same records as sentences, tables and JSON."""
 
 from __future__ import annotations
 
@@ -47,14 +47,18 @@ class Line:
 
     @property
     def moved(self) -> int:
-        """Bytes of adapters, both ways; 0 where nobody shares any."""
+        """Bytes of adapters sent in both directions; 0 if no adapter is shared."""
         if self.run.result is None or self.kind in ("alone", "pooled"):
             return 0
         return sum(one.bytes_down + one.bytes_up for one in self.run.result.rounds)
 
 
 def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[Kind]) -> list[Line]:
-    """The runs of a comparison over one experiment, each as it is on disk, the federation's first; or a ConfigError."""
+    """Plan the runs of a comparison over one experiment, the federation first, each with its state on disk.
+
+    Raises:
+        ConfigError: the experiment cannot be compared this way, or no run is left.
+    """
     asked = compose_run(words)
     if asked.runtime.kind == "deployment":
         raise ConfigError("runtime", "deployment", "is for real sites: no site's records can be pooled there")
@@ -110,7 +114,7 @@ def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Models side by side."""
+    """Several models scored side by side."""
 
     lines: Sequence[Line]  # the runs; the first is the one that the others are compared with
     means: Mapping[str, Sequence[str]]  # names of models that are means of several, by the runs that they are of
@@ -125,7 +129,7 @@ class Compared:
 
     @property
     def models(self) -> list[str]:
-        """In the order of tables, the model before training first."""
+        """Model names in table order, starting with the model before training."""
         return [*self.sides.measured, *self.means]
 
     @property
@@ -145,7 +149,7 @@ class Compared:
         ]
 
     def verdict(self) -> list[str]:
-        """The result in sentences; the first is the one that matters most."""
+        """Summarize the result in sentences, most important first."""
         compare, base, private = self.sides.comparison, self.models[0], self.lines[0].private
         told, constant, score = [self._sentence(base)], self.sides.constant, self.sides.judged_by
         if constant is not None:
@@ -181,12 +185,15 @@ class Compared:
 
     @property
     def _alone(self) -> Mapping[str, str]:
-        """By site the run that it made alone, as private as the one that all others are compared with."""
+        """By site, the name of its own run alone, with the same privacy as the main run."""
         first = self.lines[0]
         return {str(one.site): one.name for one in self.lines if one.kind == "alone" and one.private == first.private}
 
     def _against_alone(self) -> Iterator[str]:
-        """What decides for each site: together against alone, on its own records where it is known which these are."""
+        """Yield the sentence that compares the federation with each site alone.
+
+        Uses each site's own test records if they are known, otherwise all records.
+        """
         at_sites, each = self.groups.get(AT_SITES), dict[str, Comparison]()
         for site, name in self._alone.items():
             if at_sites is None:
@@ -211,7 +218,10 @@ class Compared:
         yield f"The smallest group is {name} ({count}): {_range(found.scores[name][self.main])}."
 
     def _own_beside(self) -> dict[str, dict[str, Comparison]]:
-        """By what else a site could use and by site: its own adapter less that, on the records that it would have."""
+        """Compare each personalized adapter with the site's alternatives: {alternative: {site: comparison}}.
+
+        Uses the site's own records if the scores are grouped by site.
+        """
         at_sites, found = self.groups.get(AT_SITES), dict[str, dict[str, Comparison]]()
         for beside, own in _own_pairs(self.lines, base=self.models[0]):
             pairs = {} if at_sites is None else at_sites.changes.get(str(own.site), {})
@@ -253,7 +263,10 @@ class Compared:
         return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
 
     def _by_group(self, title: str, found: GroupScores) -> Section:
-        """At sites beside each site's own run alone, else beside the model before training."""
+        """Build the table of scores by group.
+
+        Groups by site are compared with the site's own run alone, other groups with the model before training.
+        """
         base, groups = self.models[0], found.groups
         alone = {name: self._alone[name] for name in groups.names if title == AT_SITES and name in self._alone}
         rows = []
@@ -358,9 +371,9 @@ def score_side_by_side(
     records: Sequence[Record] | None = None,
     progress: Callback = lambda told: None,
 ) -> Compared:
-    """Score runs on `data`, or on the first run's test records, or a site's own `records`; and by groups.
+    """Score runs on `data`, on the first run's test records, or on a site's own `records`, in total and by group.
 
-    `finished` has the settings to score each by, and the folder of its adapter; a group has at least `smallest` units.
+    `finished` contains the settings and the adapter folder for each run; a group has at least `smallest` units.
     """
     from fedtune.runs.model_comparison import side_by_side
     from fedtune.sites.run_records import sites_of
@@ -396,7 +409,7 @@ def score_side_by_side(
 
 
 def _own_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
-    """Each site's own adapter, beside what else the site could use: all but what is another site's."""
+    """Yield each site's personalized adapter with every alternative open to that site, the base included."""
     for own in (line for line in lines if line.kind == "own" and line.site):
         others = [line.name for line in lines if line.kind != "own" and line.site in (None, own.site)]
         yield from ((beside, own) for beside in (base, *others))
@@ -434,10 +447,10 @@ def _range(estimate: Estimate) -> str:
 
 
 def changed(found: Comparison) -> tuple[str, str, str]:
-    """The difference between two models, its interval, and what that says of the second."""
+    """Format a comparison: the difference, its interval, and the verdict on the second model."""
     return f"{found.difference.value:+z.4f}", _ends(found.difference, sign="+"), found.verdict
 
 
 def interval_text(found: Comparison) -> str:
-    """The difference between two models with its interval."""
+    """Format the difference between two models with its interval."""
     return "{} ({})".format(*changed(found))

@@ -1,4 +1,4 @@
-"""A site's own adapter beside the base, the shared one and the site alone: made, scored, and put into words."""
+"""Personalized adapters: training, scoring against the base, shared and local-only models, and a summary in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OWN, SHARED, ALONE = "own", "shared", "alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Personalised:
-    """A site's own adapter beside the others, scored on records that chose and trained nothing of it."""
+    """A site's personalized adapter and its comparison on records that neither trained nor selected it."""
 
     folder: Path  # that holds the adapter, with its settings and its card
     passes: int  # over its training records; 0 where the shared adapter was the best
@@ -36,21 +36,22 @@ class Personalised:
 def personalise(
     run: Run, sites: Sequence[str] = (), *, progress: Callback = lambda told: None
 ) -> dict[str, Personalised]:
-    """Make the own adapter of simulated sites: each begins in the run's final one and trains on without noise.
+    """Personalize a run's final adapter for simulated sites, by further training without noise.
 
-    Each is written to `private_to_SITE` in the run's folder, which `load` takes.  What it is worth to its site is
-    `sides.comparison("shared", "own")`, with a paired interval (95 %) of records that neither trained nor chose it.
+    Each personalized adapter is written to `private_to_SITE` in the run's folder, which `load` accepts.  Its benefit
+    for the site is `sides.comparison("shared", "own")`, with a paired interval (95 %) on records that neither trained
+    nor selected it.
 
-    Guarantee: none for the site's records.  Nothing is charged, no run begins in it, and it must not leave the site.
+    Guarantee: none for the site's records.  Nothing is charged, no run starts from it, and it must not leave the site.
 
     Args:
         run: a finished simulation.
-        sites: of the run; empty: all.
-        progress: is called as training goes on, in this thread.
+        sites: sites of the run; empty: all sites.
+        progress: called during training, in this thread.
 
     Raises:
-        ValueError: the run is not finished, or over real sites; or a site has too few records.
-        RunError: a site's note of its own adapters is damaged.
+        ValueError: the run is not finished or uses real sites, or a site has too few records.
+        RunError: a site's record of its personalized adapters is damaged.
     """
     parts, adapter = parts_of(run.config, sites), run.adapter
     from fedtune.sites.virtual_site import VirtualSites
@@ -63,7 +64,11 @@ def personalise(
 
 
 def parts_of(config: RunConfig, sites: Sequence[str] = ()) -> dict[str, Parts]:
-    """The records of simulated sites, by what each is for; as `personalise` takes and refuses them."""
+    """Split the records of simulated sites by purpose, with the checks of `personalise`.
+
+    Raises:
+        ConfigError: the run uses real sites, or has no such site.
+    """
     if config.runtime.kind == "deployment":
         bound = "is over real sites, whose records are not here: fedtune site personalise, at a site"
         raise ConfigError("run", config.name, bound)
@@ -89,7 +94,7 @@ def make(
     progress: Callback,
     lenient: bool = False,
 ) -> Personalised:
-    """Make a site's own adapter in the folder `into`, and score it beside the shared one and the site alone."""
+    """Train a site's personalized adapter in `into`, and score it against the shared adapter and training alone."""
     from fedtune.report.page.render import as_svg_of_own
     from fedtune.runs.model_comparison import side_by_side
     from fedtune.sites.personal import personalise as train
@@ -114,7 +119,7 @@ def make(
 
 
 def sections(made: Mapping[str, Personalised]) -> list[Section]:
-    """Tables for a person: a site's own adapter beside the others."""
+    """Build the tables that compare personalized adapters with the other models."""
     rows, notes = [], []
     for site, one in made.items():
         sides, score = one.sides, one.sides.judged_by
@@ -133,7 +138,7 @@ def sections(made: Mapping[str, Personalised]) -> list[Section]:
 
 
 def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
-    """The same for machines."""
+    """Return the comparison of personalized adapters as JSON."""
     sites = {}
     for site, one in made.items():
         sides = one.sides

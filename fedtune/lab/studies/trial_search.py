@@ -1,9 +1,9 @@
-"""A search: trials of several settings, whose whole price is known and has room before the first one begins.
+"""A search over settings: trials whose total price is computed and checked against the budgets before the first starts.
 
-`fedtune.privacy.selection` derives the price.  Scores on the lead's own validation file pick, and guide TPE: they cost
-nothing, since that file holds no record of a site.  All trials share one ledger for each simulated site; without
-`runtime.sites_dir` the sites are new, with a budget that is the price.  Trials follow from settings, seeds and scores
-alone, so the same search again draws the same ones, goes on where it stopped, and charges nothing twice.
+`fedtune.privacy.selection` derives the price.  Scores on the lead's own validation file select the best trial and guide
+TPE; they cost nothing, because that file contains no record of a site.  All trials share one ledger per simulated site;
+without `runtime.sites_dir` the sites are new, with a budget equal to the price.  Trials depend only on settings, seeds
+and scores, so repeating a search draws the same trials, resumes it, and charges nothing twice.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search of which everything is known that can be known before its first trial."""
+    """A search, with everything that is known before its first trial."""
 
     fixed: tuple[str, ...]  # the overrides that all trials have in common
     asked: RunConfig  # the run that these give
@@ -62,7 +62,11 @@ class Search:
 
     @classmethod
     def of(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:
-        """Draw what is to be drawn, look at every trial that is known by now, and find their plans."""
+        """Draw the trials that can be drawn in advance, validate every trial known by now, and compute their plans.
+
+        Raises:
+            ConfigError: a setting cannot be searched, or the trials would differ in something that they must share.
+        """
         if (method == "grid") != (trials is None):
             bound = "does not go with --method grid" if method == "grid" else "must be given"
             raise ConfigError("--trials", NOT_GIVEN, bound)
@@ -112,7 +116,7 @@ class Search:
         return compose_run([*self.fixed, *(f"{key}={value}" for key, value in values.items())], changed=places)
 
     def check_room(self) -> None:
-        """Refuse a search for all of which the sites that were there before it have no room."""
+        """Refuse a search that exceeds the budgets of existing sites (`runtime.sites_dir`)."""
         if self.asked.runtime.sites_dir is None:
             return
         sites = self._sites(self.shapes[0])
@@ -129,7 +133,7 @@ class Search:
         sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
 
     def run(self, trials: Trials, work: Callable[[Trial], RunResult] = run_quietly) -> None:
-        """Run every trial that is not finished yet into `trials`, and note which one is picked."""
+        """Run every unfinished trial, add it to `trials`, and record the selected one."""
         from fedtune.sites.virtual_site import budget_for
 
         if not (self.folder / _FILE).exists():
@@ -199,7 +203,7 @@ class Search:
         return VirtualSites.of(config, self.folder, config.plan())
 
     def _note(self, **more: Any) -> None:
-        """Note the search before its first trial, so that nothing else takes its folder."""
+        """Write the search file; before the first trial, it claims the folder for this search."""
         about = {"schema_version": SCHEMA_VERSION, "search": self._identity(), "price": jsonable(self.price)}
         try:
             self._owe(self.folder)  # before the first trial, which takes it along
@@ -209,13 +213,15 @@ class Search:
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
 
     def _owe(self, folder: Path, score: float | None = None) -> None:
-        """Note in a folder what all trials owe, as each does; `score`: of the picked one."""
+        """Write the search's total price into a folder, since every trial inherits it; `score`: that of the selected
+        trial.
+        """
         about = {"search": self.asked.name, "method": self.method, "judged_by": self.asked.judged_by}
         owed = Selection.of(self.price, self.plans, **about, score=score)
         write_durably(RunFolder(folder).selection, json_text(asdict(owed)).encode())
 
     def _pick(self, best: Trial) -> None:
-        """Note which trial is picked once its folder, report and card say so, and an earlier one's no longer do."""
+        """Record the selected trial, after rewriting its report and card and those of a previous selection."""
         from fedtune.report import model_card
 
         noted = json.loads((self.folder / _FILE).read_bytes()).get("picked")
@@ -232,7 +238,7 @@ class Search:
 
 
 def check_trials(trials: int) -> None:
-    """Require a number of trials."""
+    """Require a valid number of trials."""
     check_at_least("--trials", trials, 1)
     check_at_most("--trials", trials, MOST_TRIALS)
 
@@ -252,7 +258,11 @@ def _check_searchable(asked: RunConfig) -> None:
 
 
 def _one_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
-    """The plan of all trials, where it is not known what they will try: no searched setting may decide the cost."""
+    """Return the common plan of all trials when their values are not known in advance (TPE).
+
+    Raises:
+        ConfigError: a searched setting changes the cost of a trial.
+    """
     plan = shapes[0].plan()
     for values, shape in zip(tried, shapes, strict=True):
         if shape.plan() != plan:
@@ -263,7 +273,7 @@ def _one_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
 
 
 def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
-    """The price before the first trial."""
+    """Build the table of the price, shown before the first trial."""
     if not price.private:
         return Section(title="Price of the search", notes=[_NOT_PRIVATE])
     rows = [
@@ -285,7 +295,7 @@ def _promise(price: SearchPrice) -> str:
 
 
 def at_random(searched: Sequence[Searched], *, seed: str, number: int) -> list[Values]:
-    """Trials that are each drawn by themselves from the same distribution."""
+    """Draw independent trials from the same distribution, with a separate seed for each."""
     optuna = _optuna()
     spaces = {one.key: _distribution(one) for one in searched}
     trials = []
@@ -297,7 +307,7 @@ def at_random(searched: Sequence[Searched], *, seed: str, number: int) -> list[V
 
 
 class Tpe:
-    """Optuna's tree-structured Parzen estimator; a third of the trials, ten at most, are drawn at random first."""
+    """Optuna's tree-structured Parzen estimator; a third of the trials, at most ten, are random at first."""
 
     def __init__(self, searched: Sequence[Searched], *, seed: str, number: int) -> None:
         optuna = _optuna()
@@ -312,12 +322,12 @@ class Tpe:
         return _typed(self._searched, self._trial.params)
 
     def tell(self, score: float | None) -> None:
-        """The score of the trial that was asked for last, and larger is better; None: it has none."""
+        """Report the score of the latest trial, where larger is better; None: it has no score."""
         self._study.tell(self._trial, score, state=self._failed if score is None else None)
 
 
 def ends(searched: Sequence[Searched]) -> list[Values]:
-    """Each listed value, and both ends of each interval: with all of the others', or their first where that is many."""
+    """Combine all listed values and interval ends, or vary one setting at a time if the combinations are too many."""
     values = {one.key: one.choices or (_number(one, one.low), _number(one, one.high)) for one in searched}
     if math.prod(map(len, values.values())) <= _MOST_ENDS:
         return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
@@ -334,7 +344,7 @@ def _typed(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
 
 
 def _number(one: Searched, value: float) -> str:
-    """Four digits are enough to tell trials apart."""
+    """Format a drawn value; four significant digits are enough to tell trials apart."""
     return str(value) if one.is_whole else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
 
 

@@ -1,6 +1,6 @@
-"""Several runs, one after the other, and their table; validation scores alone tell the best.
+"""Several runs, one after the other, and their table; only validation scores determine the best.
 
-A run that was chosen by its test score has one that is too good, since the choice has used the same records.
+Selecting a run by its test score would bias that score, because the same records would select and evaluate it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Values = Mapping[str, str]  # of one run: the settings that differ between the r
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One of several runs."""
+    """One of several runs, with its settings, state and result."""
 
     config: RunConfig
     folder: Path
@@ -53,7 +53,11 @@ class Trial:
 
     @classmethod
     def of(cls, config: RunConfig, values: Values | None = None) -> Trial:
-        """The run as it is on disk: new, begun by the same command before, or finished; else the name is taken."""
+        """Read a run's state from disk: new, begun by the same command, or finished.
+
+        Raises:
+            ConfigError: the name is taken by another run.
+        """
         folder = Path(config.tracking.output_dir) / config.name
         if config.resume is None and folder.exists():
             config = going_on(config, folder, name=config.name)
@@ -62,7 +66,9 @@ class Trial:
         return cls(config=config, folder=folder, values=values or {}, earlier=result is not None, result=result)
 
     def run(self, work: Callable[[Trial], RunResult]) -> Trial:
-        """The trial after `work`, whatever ended that; one that was finished before stays as it is."""
+        """Run `work` and return the updated trial, with the error if it failed; a finished trial is returned
+        unchanged.
+        """
         if self.earlier:
             return self
         try:
@@ -93,7 +99,7 @@ class Trial:
 
     @property
     def validation(self) -> Scores:
-        """Of the adapter that the run kept, on the lead's validation records."""
+        """Scores of the run's kept adapter on the lead's validation records."""
         if not (self.result and self.result.rounds):
             return {}
         kept = self.result.final.kept
@@ -105,10 +111,11 @@ class Trial:
 
     @property
     def score(self) -> float | None:
-        """The validation score of a run that is finished and did not diverge; None where it must not compare runs.
+        """The validation score of a finished run that did not diverge; None if it may not be used to compare runs.
 
-        A simulation's share, which no site trains on, may: a sweep marks the best run of a table that shows all scores,
-        and nothing else says so.  What picks for a report (`fedtune search`) needs a file of the lead's beforehand.
+        Scores on a simulation's own validation share, on which no site trains, may be used: a sweep only marks the best
+        run in a table that shows all scores.  A selection that a report states (`fedtune search`) requires a validation
+        file of the lead.
         """
         from fedtune.sites.data_warnings import may_decide
 
@@ -117,7 +124,7 @@ class Trial:
 
 
 def price_text(runs: Mapping[str, Trial]) -> Iterator[str]:
-    """How many runs (by name) are still to make, and what each of them spends; nothing where all are finished."""
+    """Describe how many runs are still to do and what each of them costs; nothing if all are finished."""
     if not (waiting := {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}):
         return
     names = [*waiting][:_MOST_NAMED]
@@ -137,14 +144,14 @@ def _range(values: Iterable[str]) -> str:
 
 
 def run_quietly(trial: Trial) -> RunResult:
-    """Run a trial as `fedtune.simulate` does, without a word."""
+    """Run a trial with `fedtune.simulate`, without output."""
     from fedtune.api.door import simulate
 
     return simulate(trial.config).result
 
 
 def compared_on(config: RunConfig) -> tuple[Any, ...]:
-    """All that runs must have in common for their validation scores to say which is better."""
+    """Return everything that runs must share for their validation scores to be comparable."""
     data = config.data
     read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
     # The records of a share follow from these.
@@ -157,7 +164,7 @@ def compared_on(config: RunConfig) -> tuple[Any, ...]:
 
 
 def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
-    """The result of the run in `folder`; None: it has none yet, or with `finished` not all of it."""
+    """Read the result of the run in `folder`; None if there is none or, with `finished`, if the run is not finished."""
     if not RunFolder(folder).result.is_file():
         return None
     from fedtune.report.from_run import read_run
@@ -168,7 +175,11 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
 
 
 def combinations(searched: Sequence[Searched]) -> list[Values]:
-    """Every combination, the last setting's values changing fastest."""
+    """Return every combination of values; those of the last setting change fastest.
+
+    Raises:
+        ConfigError: a setting has an interval instead of values, or there are too many combinations.
+    """
     for one in searched:
         if not one.choices:
             bound = "has no end of values, and all are to be tried: list some, as in 0.001,0.01,0.1"
@@ -181,7 +192,7 @@ def combinations(searched: Sequence[Searched]) -> list[Values]:
 
 @dataclass
 class Trials:
-    """Runs in their order, and the CSV table of what they came to."""
+    """Runs in order, and the CSV table of their results."""
 
     table: Path
     fewest: int = 2  # scored runs among which one is called the best
@@ -190,7 +201,9 @@ class Trials:
 
     @classmethod
     def of_sweep(cls, overrides: Sequence[str], compose: Callable[[list[str]], RunConfig] = compose_run) -> Trials:
-        """One run for each combination of comma-separated values; names begin with the sweep's, unless swept."""
+        """Build one run per combination of comma-separated values; run names extend the sweep's name, unless it is
+        swept.
+        """
         fixed, searched = split_searched(overrides)
         given = [str(value_of(override)) for override in fixed if key_of(override) == "name"]
         is_named = any(one.key == "name" for one in searched)
@@ -213,7 +226,9 @@ class Trials:
         return trials
 
     def run(self, work: Callable[[Trial], RunResult] = run_quietly) -> None:
-        """Run what is not finished yet, whatever fails; then raise the first failure; anything unforeseen at once."""
+        """Run every unfinished trial despite failures, then raise the first one; unexpected errors are raised
+        immediately.
+        """
         try:
             for trial in list(self.rows.values()):
                 done = self.rows[trial.folder] = trial.run(work)
@@ -231,7 +246,9 @@ class Trials:
 
     @property
     def best(self) -> Trial | None:
-        """The finished run with the best validation score; None where scores are too few or cannot be compared."""
+        """The finished run with the best validation score; None if there are too few scores or they are not
+        comparable.
+        """
         scored = [(score, trial) for trial in self.rows.values() if (score := trial.score) is not None]
         if len(scored) < self.fewest or len({compared_on(trial.config) for _, trial in scored}) > 1:
             return None
@@ -239,7 +256,7 @@ class Trials:
         return max(scored, key=lambda pair: sign * pair[0])[1]
 
     def _check_table(self) -> None:
-        """Refuse to replace a file that is no table of these runs."""
+        """Refuse to overwrite a file that is not the table of these runs."""
         path = self.table
         if not path.exists():
             return
@@ -255,7 +272,9 @@ class Trials:
             raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another")
 
     def write(self) -> None:
-        """Write the table of the runs that have begun, every figure as exact as it is known; none before a folder."""
+        """Write the table of all runs that have begun, with full precision; nothing before the first run folder
+        exists.
+        """
         if not any(folder.exists() for folder in self.rows):
             return
         best, lines = self.best, list[dict[str, Any]]()

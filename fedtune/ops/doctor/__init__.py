@@ -1,1 +1,1 @@
-"""`fedtune site doctor`: one file a subject of checks."""
+"""Checks for `fedtune site doctor`, one module per subject."""

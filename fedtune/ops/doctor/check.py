@@ -1,4 +1,4 @@
-"""One line of `fedtune site doctor`, what all lines together come to, and the log for what must not be printed."""
+"""The result of one check in `fedtune site doctor`, the exit code of all checks, and the log for private details."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One line of the doctor: the thing looked at, and the finding.
+    """One line of the doctor's output: what was checked, and the finding.
 
-    Guarantee: `found` and `fix` hold no text of a record, no exact count of records and no path of a file with
-    records: people paste these lines into tickets.
+    Guarantee: `found` and `fix` contain no record text, no exact number of records and no path of a data file, because
+    people paste these lines into tickets.
     """
 
     name: str
@@ -40,22 +40,22 @@ class Check:
     exit_code: int = SETTINGS  # of the command, when this check failed
 
     def to_json(self) -> dict[str, str]:
-        """Plain JSON, for scripts."""
+        """Return the check as plain JSON values, for scripts."""
         return {"name": self.name, "status": self.status.value, "found": self.found, "fix": self.fix}
 
 
 def ok(name: str, found: str) -> Check:
-    """A check that passed."""
+    """Return a check that passed."""
     return Check(name=name, status=Status.OK, found=found)
 
 
 def warning(name: str, found: str, *, fix: str) -> Check:
-    """A check that passed, on something that should be looked after."""
+    """Return a check that passed, with a finding that needs attention."""
     return Check(name=name, status=Status.WARNING, found=found, fix=fix)
 
 
 def failed(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> Check:
-    """The site would not work with it."""
+    """Return a check that failed: the site could not work like this."""
     return Check(name=name, status=Status.FAILED, found=found, fix=fix, exit_code=exit_code)
 
 
@@ -73,27 +73,28 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
 
 
 def skipped(name: str, because: str) -> Check:
-    """A check that has no meaning here or now."""
+    """Return a check that does not apply here, or cannot be made now."""
     return Check(name=name, status=Status.SKIPPED, found=f"skipped, because {because}")
 
 
 def exit_code_of(checks: Iterable[Check]) -> int:
-    """0 when nothing failed, else the most important failure's."""
+    """Return the exit code of the most important failure, or 0 if no check failed."""
     codes = {check.exit_code for check in checks if check.status is Status.FAILED}
     return next((code for code in (SETTINGS, REFUSED, SERVER) if code in codes), 0)
 
 
 class PrivateLog:
-    """A file for the site's own people: what may hold lines, names or texts of records goes here and nowhere else.
+    """A log file for the site's own staff: the only place for details that may contain lines, names or texts of
+    records.
 
-    It is emptied by the first text of each `PrivateLog`, and can be read by its owner alone.
+    Only its owner can read the file.  The first text of each `PrivateLog` empties it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._begun = path, False
 
     def keep(self, text: str) -> str:
-        """Write `text` down, and say where, as the rest of a sentence; empty where that is not possible."""
+        """Write `text` to the log, and return the clause that says where; empty if the log cannot be written."""
         try:
             self._path.parent.mkdir(exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | system.NO_FOLLOW | (os.O_APPEND if self._begun else os.O_TRUNC)

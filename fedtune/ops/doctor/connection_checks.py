@@ -1,6 +1,6 @@
-"""Which of name, proxy, connection, encryption and authentication keeps a site from its server.
+"""Checks of a site's connection to its server: which of DNS, proxy, TCP, TLS and authentication fails.
 
-One call is made, by the client that the site's process uses, and told step by step.
+The checks make one call, with the HTTP client that the site's process uses, and report it step by step.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ _WRONG_CERTIFICATES = {
 
 
 class Connection:
-    """Calls the server of a site's kit.
+    """A test connection to the server that a site's kit names.
 
     Attributes:
-        clock_ahead_s: by how much this machine's clock is ahead of the server's, where that is known, and how far off
-            that figure may be; None until `checks` has been through.
+        clock_ahead_s: how many seconds this machine's clock is ahead of the server's, and the uncertainty of that
+        figure;
+            None if unknown, and until `checks` has finished.
     """
 
     def __init__(self, kit: Kit, *, timeout_s: float = 10.0) -> None:
@@ -64,7 +65,7 @@ class Connection:
         self.clock_ahead_s: tuple[float, float] | None = None
 
     def checks(self) -> Iterator[Check]:
-        """One line for each step; what lies behind a step that failed has no meaning."""
+        """Yield one check per step of the connection; the steps after a failed step are skipped."""
         from fedtune.ops.wire.bounded_http import bounded
         from fedtune.ops.wire.fleet import HELLO, signed_headers  # Flower takes a second to import
 
@@ -102,7 +103,7 @@ class Connection:
             self._encrypted = about["return_value"].get_extra_info("ssl_object")
 
     def _up_to(self, check: Check) -> Iterator[Check]:
-        """The lines up to that of `check`, and where it failed those behind it."""
+        """Yield the checks of all steps up to `check` and, if `check` failed, the later steps as skipped."""
         via = f" through the proxy {self._proxy}, as HTTPS_PROXY says" if self._proxy else ""
         resolved = f"{self._host} is an address" if ip_address(self._host) else f"{self._host} resolves"
         before = {
@@ -116,7 +117,7 @@ class Connection:
             yield from (skipped(name, f"{check.name} failed") for name in STEPS[number + 1 :])
 
     def _why(self, error: httpx.HTTPError) -> Check:
-        """The step that failed, by the last one that the client began."""
+        """Return the failed check of the step at which the client stopped."""
         causes = list(causes_of(error))
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
@@ -208,7 +209,7 @@ _CLOSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUN
 
 
 def control(server: str, *, timeout_s: float) -> Check:
-    """Check that no caller from outside can start code at the sites, through the Control API of a stock SuperLink."""
+    """Check that no outside caller can start code at the sites through the Control API of an unmodified SuperLink."""
     try:
         # Whose certificate it is changes nothing about what a stranger may call.
         answer = httpx.post(f"https://{server}/v1/control/list-nodes", verify=False, timeout=timeout_s)
@@ -226,9 +227,11 @@ def control(server: str, *, timeout_s: float) -> Check:
 
 
 def _proxy_for(host: str) -> str:
-    """The proxy for `host` as host:port, without user and password; empty where there is none.
+    """Return the proxy for `host` as host:port, without user and password; empty if there is none.
 
-    HTTPS_PROXY, or else ALL_PROXY, names it, unless NO_PROXY exempts the host: the site's HTTP client reads them too.
+    The proxy comes from HTTPS_PROXY, or else ALL_PROXY, unless NO_PROXY exempts the host: the site's HTTP client reads
+    the
+    same variables.
     """
     proxies = getproxies()
     url = proxies.get("https") or proxies.get("all") or ""

@@ -1,6 +1,6 @@
-"""`fedtune site doctor`: everything that a site needs before it starts, each thing looked at on its own.
+"""The sequence of checks in `fedtune site doctor`: everything that a site needs before it starts.
 
-Nothing is trained, and neither ledger nor policy is written.  What the lines hold is in `check.Check`.
+The checks train nothing, and write neither ledger nor policy.  `check.Check` says what the lines may contain.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
 
 @dataclass(kw_only=True)
 class Examination:
-    """Everything at a site, looked at once; a check that goes wrong keeps no other from being made.
+    """All checks of a site, each made once and independently of the others' failures.
 
-    Files are read on the way, for later checks; a check whose need could not be read is skipped.
+    The files that early checks read serve the later checks; a check is skipped if a file that it needs could not be
+    read.
     """
 
     kit_folder: Path  # the kit's
@@ -46,11 +47,11 @@ class Examination:
 
     @property
     def policy(self) -> Policy:
-        """The policy in `files`."""
+        """The site's policy, from `files`."""
         return self.files.policy
 
     def checks(self) -> Iterator[Check]:
-        """One line after another."""
+        """Make the checks one after another, and yield their lines."""
         for names, needs, look in self._looks():
             if missing := [need for need in needs if need not in self._read]:
                 yield from (skipped(name, f"{missing[0]} cannot be used") for name in names)
@@ -65,7 +66,7 @@ class Examination:
                     yield site_checks.unforeseen(names[0], error, self._log)
 
     def _looks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[Check]]]]:
-        """The names of each check's lines, what must have been read for it, and how it is done."""
+        """Yield for each check the names of its lines, the files that it needs, and the function that makes it."""
         yield (("policy",), (), self._read_policy)
         yield (("kit",), (), self._read_kit)
         yield (("files",), (), lambda: machine_checks.owners(self.kit_folder, self.site_toml, self._files_if_read))

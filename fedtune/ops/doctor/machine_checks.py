@@ -1,4 +1,4 @@
-"""Checks of a site's machine: its clock, its disks, its memory, its GPU, and whose the site's files are."""
+"""Checks of a site's machine: clock, disks, memory, GPU, and the owners of the site's files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _ROOT = 0
 
 
 def clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> Check:
-    """The clock here beside the server's.
+    """Compare this machine's clock with the server's.
 
     Args:
-        ahead_s: by how much it is ahead of the server's, and how far off that may be; None where the server is out of
-            reach.
-        kept: something synchronizes the clock here, so that the server's is at fault where they differ.
+        ahead_s: how many seconds this clock is ahead of the server's, and the uncertainty of that figure; None if the
+            server cannot be reached.
+        kept: whether time synchronization runs on this machine, so that a difference is the server's fault.
     """
     name, fix = "clock", "Turn on time synchronisation, for instance with `timedatectl set-ntp true`."
     if ahead_s is None:
@@ -55,7 +55,12 @@ def clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> Check:
 def disks(
     folders: Mapping[str, Path], *, free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 ) -> Iterator[Check]:
-    """Free space where each thing is kept; `folders` maps what is kept to where, which need not exist yet."""
+    """Check the free disk space for each kind of stored file.
+
+    Args:
+        folders: what is stored -> its folder, which need not exist yet.
+        free_bytes: returns the free space of the disk that holds a folder.
+    """
     for what, folder in folders.items():
         name, free = f"disk of the {what}", free_bytes(existing(folder))
         found = f"{free / _GIB:.1f} GiB free"
@@ -69,9 +74,9 @@ def disks(
 
 
 def ledger_place(ledger: Path, *, system: Path = Path("/")) -> Check:
-    """Check that the ledger lies on a disk of this machine: over a network, locks and syncs are a server's promises.
+    """Check that the ledger is on a local disk: on a network file system, locks and syncs depend on the file server.
 
-    The kernel's table of mounted file systems below `system` says which: device, folder and kind in each line.
+    The kind of the file system comes from the kernel's mount table below `system`.
     """
     name, place, kind, deepest = "file system", Path(os.path.realpath(existing(ledger))), "an unknown one", 0
     for line in _text(system / "proc/self/mounts").splitlines():
@@ -87,7 +92,7 @@ def ledger_place(ledger: Path, *, system: Path = Path("/")) -> Check:
 
 
 def socket_place(place: Path) -> Check:
-    """Check who may ask a site at its Unix socket: its own user and one group."""
+    """Check that only the site's own user and one group can open the site's Unix socket."""
     name = "socket"
     if not place.parent.is_dir():
         fix = "Make it, for the site's user and the SuperNode's group; RuntimeDirectory= of systemd does at each start."
@@ -107,7 +112,9 @@ def socket_place(place: Path) -> Check:
 
 
 def anchor_place(ledger: Path, anchor: Path | None) -> Check:
-    """Check that the anchor can notice that the ledger's disk was put back."""
+    """Check that the anchor is on another disk than the ledger, so that it detects when the ledger's disk was
+    restored.
+    """
     name = "anchor's place"
     if anchor is None:
         found = "the policy names no anchor: nothing here notices when the ledger is put back to an older copy"
@@ -119,13 +126,16 @@ def anchor_place(ledger: Path, anchor: Path | None) -> Check:
 
 
 def memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> Check:
-    """Memory beside a rough need: three times the largest model's files (weights, activations, gradients), and 1 GiB.
+    """Compare the available memory with a rough need: 3 times the size of the largest model's files, plus 1 GiB.
+
+    The factor 3 covers weights, activations and gradients.
 
     Args:
-        model_bytes: size of the largest installed base model's weights; None: none is installed.
-        in_four_bits: a run keeps no other base than that, of which the files are in memory once, while it is loaded.
-        system: the root, below which the kernel tells of this machine's memory, and of the container's where this runs
-            in one that is limited.
+        model_bytes: size of the weights of the largest installed base model; None: no model is installed.
+        in_four_bits: whether runs keep the base model quantized to 4 bits, so that the full files are in memory only
+        once,
+            while the model is loaded.
+        system: root folder of the kernel's files on memory, including the limit of a container.
     """
     name, machine, cgroup = "memory", system / "proc/meminfo", system / "sys/fs/cgroup"
     figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _text(machine), re.MULTILINE))
@@ -159,13 +169,13 @@ def _number(file: Path) -> int | None:
 
 
 def gpu(device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/driver/nvidia/version")) -> Check:
-    """Check that the device that the policy wants is there.
+    """Check that the device that the policy asks for is available.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        ask: names the GPU, or says "" where torch can use none; torch takes a second to import, and is not asked where
-            the site trains on its CPU.
-        driver: a file that is there where an NVIDIA driver is loaded.
+        ask: returns the name of the GPU, or "" if torch cannot use one; it is not called for a site that trains on its
+            CPU, because importing torch takes a second.
+        driver: a file that exists if an NVIDIA driver is loaded.
     """
     name, fix = "GPU", "Make driver and torch fit together: `nvidia-smi` and torch.version.cuda name their CUDA."
     if device == "cpu":
@@ -181,7 +191,7 @@ def gpu(device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/drive
 
 
 def this_gpu() -> str:
-    """Name and memory of the GPU that torch would train on; empty where a small computation on it goes wrong."""
+    """Return name and memory of the GPU that torch would train on; empty if a small test computation fails on it."""
     from fedtune.training.accelerators import accelerator, memory_of, name_of
 
     with warnings.catch_warnings():
@@ -194,15 +204,17 @@ def this_gpu() -> str:
 
 
 def existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
+    """Return `path` if it exists, or else its nearest parent folder that does."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 
 
 def owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[Check]:
-    """One line for the policy, a key or a file of the ledger's that is in the wrong hands; one in all where none is.
+    """Check who owns the policy, the keys and the ledger's files; yield one line per wrong owner, or one line if there
+    is none.
 
-    The account that the kit's connection key belongs to is the one of the site's process; `files` is None where the
+    The expected owner is the account of the site's process, which owns the kit's connection key.  `files` is None if
+    the
     policy cannot be read.
     """
     key = kit / "connection_key.pem"

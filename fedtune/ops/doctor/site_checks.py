@@ -1,4 +1,4 @@
-"""Checks of what is a site's own: certificate, policy, base models, data, ledger and budget."""
+"""Checks of a site's own files: certificate, policy, base models, data, ledger and budget."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ FEW_DATED = 0.5  # users with a readable date of arrival, as a share of all, bel
 
 
 def certificate(kit: Kit, now: datetime) -> Check:
-    """Check that the site's certificate belongs to its key and to the authority, and how long it is in force."""
+    """Check that the site's certificate matches its key and was issued by the authority, and how long it remains
+    valid.
+    """
     name = "certificate"
     try:
         found = kit.check_certificate(now)
@@ -62,7 +64,7 @@ def certificate(kit: Kit, now: datetime) -> Check:
 
 
 def names(kit: Kit, policy: Policy) -> Check:
-    """Check that kit and policy are one site's."""
+    """Check that the kit and the policy name the same site."""
     if kit.site == policy.site:
         return ok("site's name", f"{policy.site}, in kit and policy")
     found = f"the kit is for {kit.site}, the policy for {policy.site}"
@@ -70,7 +72,7 @@ def names(kit: Kit, policy: Policy) -> Check:
 
 
 def lead(kit: Kit, policy: Policy) -> Check:
-    """Check that the policy lets the federation's lead ask for anything."""
+    """Check that the policy allows runs of the federation's lead."""
     name = "lead"
     if kit.lead in policy.allow.leads:
         return ok(name, f"the kit's lead {spoken_start(kit.lead)} is one of the policy's leads")
@@ -80,7 +82,7 @@ def lead(kit: Kit, policy: Policy) -> Check:
 
 
 def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
-    """Check that each model that the policy allows lies in the store, unchanged; all of its files are read for it."""
+    """Check that each base model that the policy allows is installed and unchanged, by reading all of its files."""
     known = {model.sha256: model for model in kit.model}
     for sha256 in policy.allow.base_models:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
@@ -129,14 +131,14 @@ def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
 
 
 def imported(model: Path, kit: Kit) -> Check:
-    """A base model that is installed first, as `install_model` takes it."""
+    """Install a base model with `install_model` before the other checks, and report the result."""
     installed, is_new = install_model(model, kit)
     state = "is installed now" if is_new else "was installed before, and is unchanged"
     return ok("import", f"{installed.name} {state}, in {model_place(kit.folder, installed.sha256)}")
 
 
 def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
-    """Size of the largest installed base model; None where none is installed."""
+    """Return the size of the largest installed base model; None if no model is installed."""
     sizes = []
     for sha256 in policy.allow.base_models:
         try:
@@ -147,7 +149,7 @@ def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
 
 
 def data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[Check]:
-    """Check that each data set of the policy can be trained on; every record is read."""
+    """Check that each data set of the policy can be used for training, by reading every record."""
     for dataset in policy.dataset:
         yield _data(dataset, folder, policy, log=log)
 
@@ -192,10 +194,10 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
 
 
 def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog) -> Check:
-    """A file that cannot be read, without the error's own words.
+    """Report a data file that cannot be read, without the error's own message.
 
-    They say in which line it is, which may be the last one and so the number of records, and which columns there are,
-    which in a file without a header are the first record.
+    The message may reveal the number of records, because it names a line that may be the last, or the first record,
+    because it lists the columns, which in a file without a header are that record.
     """
     where = log.keep(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
@@ -212,7 +214,7 @@ def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, lo
 
 
 def _sized(name: str, share: float, *, units: str, lacking: str, block: str) -> Check:
-    """The true number of records, or of users, beside the declared size, in words alone."""
+    """Compare the true number of records or users with the declared size, in words without figures."""
     if share < FEW:
         fix = f"See whether the file is whole; otherwise declare a smaller size in {block}."
         return warning(name, f"every record can be read; far fewer {units} than the declared size", fix=fix)
@@ -227,14 +229,18 @@ def _sized(name: str, share: float, *, units: str, lacking: str, block: str) -> 
 
 
 def unforeseen(name: str, error: Exception, log: PrivateLog) -> Check:
-    """A check that itself went wrong; the error's text may hold anything, so it is not shown."""
+    """Report a check that raised an unexpected error; the error's text goes to the private log, since it may contain
+    anything.
+    """
     where = log.keep(f"{name}: {''.join(traceback.format_exception(error))}")
     found = f"could not be looked at ({type(error).__name__}){where}"
     return failed(name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1)
 
 
 def ledger(files: SiteFiles) -> tuple[Check, History | None]:
-    """Check that the ledger is whole, this site's, and fit to train with; its history where it is."""
+    """Check that the ledger is intact, belongs to this site and can be used for training; also return its history if
+    so.
+    """
     name = "ledger"
     for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
         if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
@@ -261,7 +267,7 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
 
 
 def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
-    """Why nothing would be trained with a ledger that is whole."""
+    """Yield the reasons why an intact ledger would still prevent training."""
     name = "ledger"
     for key, made_for, says in history.opened.differences(files.policy):
         fix = f"Set {key} in site.toml back: it is fixed for the ledger's life."
@@ -279,7 +285,7 @@ def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
 
 
 def site_key(files: SiteFiles, history: History | None) -> Check:
-    """Check that the key that signs the ledger is there, private, and the ledger's own."""
+    """Check that the site's signing key exists, is private, and is the key that the ledger was created with."""
     name, path, command = "site key", files.site_key, files.policy.key_command
     if not (command or path.is_file()):
         if not files.ledger.is_file():
@@ -299,7 +305,7 @@ def site_key(files: SiteFiles, history: History | None) -> Check:
 
 
 def serving(state: Path) -> Check:
-    """Check that the site takes part, by the folder `state` in which its commands leave word for its process."""
+    """Check in the folder `state` that the site is not paused and has not left the federation."""
     name = "serving"
     if (state / "left").exists():
         fix = f"Remove {state / 'left'} if this site is to take part again."
@@ -310,7 +316,7 @@ def serving(state: Path) -> Check:
 
 
 def budget(history: History, policy: Policy) -> Check:
-    """Check the lifetime budget's room."""
+    """Check how much of the lifetime budget is left."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
     taken = history.taken(now)
@@ -335,10 +341,10 @@ def budget(history: History, policy: Policy) -> Check:
 
 
 def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> Check:
-    """The site's answer to a run, and the run's price; nothing is written.
+    """Report how the site would answer a run, and what the run would cost; nothing is written.
 
     Raises:
-        ConfigError: no noise makes the run's plan.
+        ConfigError: no noise level satisfies the run's plan.
     """
     if config.model.sha256 is None and config.model.built_in:
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
@@ -368,7 +374,7 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
 
 
 def _instead(said: Verdict, plan: Plan) -> str:
-    """Suggest a run that would be accepted in place of this one."""
+    """Suggest a similar run that the site would accept."""
     ways = []
     if 0 < said.most_rounds < plan.num_rounds:
         ways.append(f"{said.most_rounds} of its {plan.num_rounds} rounds")
@@ -380,7 +386,7 @@ def _instead(said: Verdict, plan: Plan) -> str:
 
 
 def _price(plan: Plan, history: History, policy: Policy) -> str:
-    """The price of a run alone, and of the lifetime budget."""
+    """Describe the cost of a run on its own, and as a share of the lifetime budget."""
     alone = accountant.epsilon_pld([plan.whole], plan.delta, interval=accountant.COARSE)
     price = f"epsilon {accountant.epsilon_text(alone)} for the run alone"
     if math.isinf(policy.budget.max_epsilon):
@@ -390,9 +396,12 @@ def _price(plan: Plan, history: History, policy: Policy) -> str:
 
 
 def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> str:
-    """How much of the lifetime cap's divergence is charged, set aside, and `also` asked for; the cap is finite.
+    """Describe which share of the lifetime cap's divergence is charged, reserved, and would be used by `also`; finite
+    caps only.
 
-    Of the cohort that spent most.  `also` is charged to those whom it admits, who may be others.
+    The figures are those of the cohort that has spent most.  `also` is charged to the cohorts that it admits, which may
+    be
+    other cohorts.
     """
     now = history.now()
     taken = [history.taken(now)]

@@ -1,1 +1,1 @@
-"""Files that people exchange before a federation runs: certificates, kits, requests to join, the roster, models."""
+"""The files that are exchanged before a federation runs: certificates, kits, join requests, the roster, base models."""

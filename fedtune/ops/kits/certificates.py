@@ -1,7 +1,8 @@
-"""Certificates: how they and the keys that they are for are read and checked, and the authority that issues them.
+"""Certificates: reading and checking certificates and their keys, and the authority that issues certificates.
 
-The authority is one EC P-384 key.  It signs nothing but end certificates (path length 0).  Every certificate names the
-federation, what its holder is ("server", "lead" or "site") and the holder; only the server's may be used to serve.
+The authority is one EC P-384 key.  It only signs end-entity certificates (path length 0).  Every certificate contains
+the federation, the holder's kind ("server", "lead" or "site") and the holder's name; only the server's certificate
+allows server authentication.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """The facts of a certificate that people look at."""
+    """The facts of a certificate that are shown to people."""
 
     name: str  # common name of the subject: a site's name, "lead", "server"
     not_before: datetime
@@ -45,7 +46,7 @@ class Certificate:
 
     @classmethod
     def of(cls, certificate: x509.Certificate) -> Certificate:
-        """The facts of `certificate`."""
+        """Extract the facts of an X.509 certificate."""
         return cls(
             name=common_name(certificate.subject) or "",
             not_before=certificate.not_valid_before_utc,
@@ -54,15 +55,15 @@ class Certificate:
         )
 
     def days_left(self, now: datetime) -> int:
-        """Whole days until it expires; negative when it has."""
+        """Return the number of whole days until the certificate expires; negative if it has expired."""
         return (self.not_after - now) // timedelta(days=1)
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """The first certificate in a PEM file.
+    """Read the first certificate in a PEM file.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file contains no certificate.
     """
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
@@ -73,10 +74,10 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The private key in a PEM file: EC P-384, for TLS and for Flower's node authentication.
+    """Read a private EC P-384 key from a PEM file, for TLS and for Flower's node authentication.
 
     Raises:
-        ConfigError: the file holds no such key.
+        ConfigError: the file does not contain such a key.
     """
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
@@ -91,7 +92,7 @@ def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def check_private(path: Path) -> None:
-    """Require that nobody but the owner can read the secret file `path`."""
+    """Check that only its owner can read the secret file `path`."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
         bound = "must be readable by its owner alone"
@@ -99,7 +100,10 @@ def check_private(path: Path) -> None:
 
 
 def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str) -> ec.EllipticCurvePublicKey:
-    """The public key of a certificate or a request, which must be EC P-384; `key` names its place, for an error."""
+    """Return the public key of a certificate or a signing request, which must be EC P-384.
+
+    `key` is the name that an error uses for the certificate or request.
+    """
     try:
         public = holder.public_key()
     except UNREADABLE:  # it is parsed only now
@@ -111,14 +115,14 @@ def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: s
 
 
 def is_p384(key: object) -> bool:
-    """`key`, public or private, is on the one curve that certificates and node authentication use."""
+    """Whether `key`, public or private, is on P-384, the only curve that certificates and node authentication use."""
     return isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) and isinstance(
         key.curve, ec.SECP384R1
     )
 
 
 def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: str) -> None:
-    """Require `certificate` to be signed by the authority `ca`."""
+    """Check that `certificate` was signed by the authority `ca`."""
     try:
         certificate.verify_directly_issued_by(ca)
     except (*UNREADABLE, InvalidSignature):
@@ -126,7 +130,7 @@ def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: st
 
 
 def check_in_force(certificate: x509.Certificate, *, now: datetime, key: str, renewal: str) -> None:
-    """Require `now` (with a time zone) to lie within the certificate's days; `renewal` says what to do otherwise."""
+    """Check that `certificate` is valid at `now` (with a time zone); `renewal` tells people what to do if it is not."""
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
         raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", "is when the certificate expired", remedy=renewal)
@@ -136,26 +140,26 @@ def check_in_force(certificate: x509.Certificate, *, now: datetime, key: str, re
 
 
 def common_name(name: x509.Name) -> str | None:
-    """The one common name in a subject; None where there is none, or several."""
+    """Return the common name in a subject; None if there is no common name, or more than one."""
     found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if len(found) == 1 else None
 
 
 def check_common_name(key: str, name: str) -> None:
-    """Require a name that a certificate's subject can hold, and a file, a message and a command line too."""
+    """Check that a name can be used in a certificate's subject, a file name, a message and a command line."""
     check_name(key, name)
     if len(name) > 64:
         raise ConfigError(key, name, "must have at most 64 characters, so that it fits into a certificate")
 
 
 def check_days(key: str, days: int) -> None:
-    """Require a number of days that a certificate can last."""
+    """Check that a certificate can be valid for `days` days."""
     if not 1 <= days <= _MOST_DAYS:
         raise ConfigError(key, days, f"must be a number of days from 1 to {_MOST_DAYS}")
 
 
 def names_of(certificate: x509.Certificate) -> list[str]:
-    """The names and addresses of machines that a server's certificate is for, in lower case."""
+    """Return the host names and IP addresses in a server certificate, in lower case."""
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -165,19 +169,23 @@ def names_of(certificate: x509.Certificate) -> list[str]:
 
 
 def public_pem(holder: x509.Certificate | x509.CertificateSigningRequest | ec.EllipticCurvePrivateKey) -> bytes:
-    """The public key of a certificate, a request or a private key: SubjectPublicKeyInfo in PEM form."""
+    """Return the public key of a certificate, a signing request or a private key as SubjectPublicKeyInfo in PEM
+    format.
+    """
     return holder.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def fingerprint_of(public: bytes) -> str:
-    """SHA-256, in hex, of a public key given as PEM: over its SubjectPublicKeyInfo in DER form."""
+    """Return the fingerprint of a public key in PEM format: the SHA-256 of its DER-encoded SubjectPublicKeyInfo, in
+    hex.
+    """
     key = serialization.load_pem_public_key(public)
     encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(encoded).hexdigest()
 
 
 def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address that `text` spells, or None: then it is a name.  A zone (fe80::1%eth0) has no place here."""
+    """Parse an IP address; return None if `text` is a host name.  Zone ids (fe80::1%eth0) are not accepted."""
     try:
         return None if "%" in text else ipaddress.ip_address(text)
     except ValueError:
@@ -186,14 +194,14 @@ def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Authority:
-    """The authority's key and its own certificate."""
+    """A federation's certificate authority: its private key and its own certificate."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
     @classmethod
     def make(cls, federation: str, *, days: int, now: datetime) -> Authority:
-        """A new authority for `federation`, for `days` days from `now` (with a time zone)."""
+        """Create an authority for `federation` that is valid for `days` days from `now` (with a time zone)."""
         check_days("authority_days", days)
         key = make_key()
         name = _subject(federation, kind="authority", name="authority")
@@ -205,10 +213,10 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> Authority:
-        """The authority in `folder`.
+        """Load the authority from `folder`.
 
         Raises:
-            ConfigError: a file is missing or holds something else, or others can read the key.
+            ConfigError: a file is missing or invalid, or other accounts can read the key.
         """
         path = folder / "ca_key.pem"
         if not os.path.isfile(path):
@@ -230,13 +238,14 @@ class Authority:
         days: int,
         now: datetime,
     ) -> x509.Certificate:
-        """A certificate, from `now` for `days` days, but never beyond the authority's own.
+        """Issue a certificate that is valid from `now` for `days` days, but not beyond the authority's own certificate.
 
-        With one for `hosts` a server may serve under any of them; with others a "lead" (its name is "lead", too) or a
-        "site" may call it.
+        With `hosts`, the certificate lets a server serve under any of these names; without, it lets a "lead" (whose
+        name is
+        also "lead") or a "site" call the server.
 
         Raises:
-            ConfigError: the authority's own is not in force.
+            ConfigError: the authority's own certificate is not valid now.
         """
         own = self.certificate
         check_in_force(own, now=now, key="authority", renewal=_OVER)
@@ -260,19 +269,19 @@ class Authority:
 
 
 def make_key() -> ec.EllipticCurvePrivateKey:
-    """A new EC P-384 key."""
+    """Generate an EC P-384 key."""
     return ec.generate_private_key(ec.SECP384R1())
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A private key in PEM form, not encrypted: for a file that its owner alone can read."""
+    """Serialize a private key to unencrypted PEM, for a file that only its owner can read."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:
-    """A certificate in PEM form."""
+    """Serialize a certificate to PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -287,7 +296,7 @@ def _subject(federation: str, *, kind: str, name: str) -> x509.Name:
 
 
 def _begun(public: ec.EllipticCurvePublicKey, *, subject: x509.Name, issuer: x509.Name) -> x509.CertificateBuilder:
-    """Begin a certificate, with a serial number of 159 random bits."""
+    """Start building a certificate, with a random serial number of 159 bits."""
     builder = x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
 

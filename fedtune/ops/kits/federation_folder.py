@@ -1,4 +1,4 @@
-"""The folder that `fedtune provision init` makes: federation.toml, the authority, the kits and the roster."""
+"""The folder that `fedtune provision init` creates: federation.toml, the authority, the kits and the roster."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 @spec
 class CertificateDays:
-    """For how many days certificates are valid; none outlives the authority's own."""
+    """Validity of each kind of certificate in days; no certificate outlives the authority's own."""
 
     authority_days: int = 3650
     server_days: int = 365
@@ -59,13 +59,13 @@ class CertificateDays:
 
 @spec
 class FederationFile:
-    """One federation.toml.
+    """The content of federation.toml.
 
     Attributes:
-        server: host:port as the sites reach it.
+        server: host:port under which the sites reach the server.
         also_known_as: further names or IP addresses of the server, for its certificate.
-        key_command: command that prints the lead's private key in PEM, in place of lead/lead_key.pem.
-        model: base models that runs may name.
+        key_command: command that prints the lead's private key in PEM, instead of lead/lead_key.pem.
+        model: base models that runs may use.
     """
 
     name: str
@@ -85,7 +85,7 @@ class FederationFile:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Every name and address of the server, the first of them the one in the kits; none repeats."""
+        """All names and addresses of the server without duplicates; the first one is written into the kits."""
         return tuple(dict.fromkeys((Address.of(self.server).host, *(host.lower() for host in self.also_known_as))))
 
 
@@ -99,10 +99,10 @@ class _RetiredKeys:
 
 @spec
 class _Change:
-    """The content of change.json: a change that is made, and not yet written everywhere.
+    """The content of change.json: a committed change whose files may not all be written yet.
 
     Attributes:
-        files: by path in the folder, their bytes in base64.
+        files: path in the federation folder -> content in base64.
     """
 
     version: int
@@ -111,7 +111,7 @@ class _Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FederationFolder:
-    """A federation's folder as it stands, with the settings that the lead may edit: new kits follow."""
+    """A federation's folder and its current settings, which the lead may edit and which apply to new kits."""
 
     folder: Path
     settings: FederationFile
@@ -119,10 +119,11 @@ class FederationFolder:
 
     @classmethod
     def open(cls, folder: Path) -> FederationFolder:
-        """The federation in `folder`; a change that a command was killed in the middle of is completed first.
+        """Open the federation in `folder`, after completing a change that was interrupted because a command was killed.
 
         Raises:
-            ConfigError: it holds none, or its settings are wrong, or such a change cannot be written.
+            ConfigError: the folder contains no federation, its settings are invalid, or an interrupted change cannot be
+                written.
         """
         if (folder / CHANGE).exists():
             with locked(folder):
@@ -140,7 +141,7 @@ class FederationFolder:
     @classmethod
     @contextmanager
     def held(cls, folder: Path) -> Iterator[FederationFolder]:
-        """The federation in `folder`, which no other command changes meanwhile."""
+        """Open the federation in `folder`, and lock it against changes by other commands while the block runs."""
         cls.open(folder)
         with locked(folder):
             _complete(folder)
@@ -155,11 +156,12 @@ class FederationFolder:
     def issue(
         self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
     ) -> x509.Certificate:
-        """A certificate for `days` days, or as federation.toml says; it needs the authority's key.
+        """Issue a certificate for `days` days, or for the default in federation.toml; this needs the authority's key.
 
         Raises:
-            ConfigError: the key is not at hand, or is another federation's; or a site's kit would name an address that
-                the server's certificate is not for.
+            ConfigError: the key is missing or belongs to another federation, or a site's kit would contain an address
+            that is
+                not in the server's certificate.
         """
         if kind == "site":
             host, names = self.settings.hosts[0], names_of(read_certificate(self.folder / "server" / "server.pem"))
@@ -178,16 +180,19 @@ class FederationFolder:
 
     @property
     def roster(self) -> Roster:
-        """The newest one."""
+        """The current roster."""
         return Roster.read(self.folder / "server" / "roster.json")
 
     def change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
-        """Make a change: the `files`, by their path here, and both rosters, signed, with these members.
+        """Change the federation: write `files` (path in the folder -> content) and both signed rosters with `members`.
 
-        One file decides.  Once change.json is on disk, with all of it, the change is made, and the next process that
-        opens the folder completes it; until then nothing of it is anywhere, so that nothing of a change that failed
-        reaches the server.  A roster's number is the time, so that a folder that was put back from a backup does not
-        use one again.
+        The change is atomic.  It is committed as soon as change.json is on disk with all of its content, and the next
+        process
+        that opens the folder completes it; before that, no part of the change is visible, so that no part of a failed
+        change
+        reaches the server.  A roster's number is the current time, so that a folder restored from a backup does not
+        reuse a
+        number.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -213,7 +218,9 @@ class FederationFolder:
         return own
 
     def retired(self) -> frozenset[str]:
-        """Fingerprints of connection keys that a site had and has no more: Flower takes none of them back."""
+        """Return the fingerprints of connection keys that sites have replaced; Flower never accepts such a key
+        again.
+        """
         path = self.folder / _RETIRED
         try:
             return frozenset(read_json(_RetiredKeys, path.read_bytes(), key="file").fingerprints)
@@ -225,12 +232,12 @@ class FederationFolder:
             raise error.in_file(path) from None
 
     def retiring(self, node_key: bytes) -> dict[str, bytes]:
-        """The file that remembers a connection key which must never be used again, for `change`."""
+        """Return the updated file of retired connection keys, including `node_key`, as an argument for `change`."""
         fingerprints = tuple(sorted(self.retired() | {fingerprint_of(node_key)}))
         return {_RETIRED: _json_of(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
     def kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
-        """Names and bytes of what is not secret in a kit, but for the roster."""
+        """Return the public files of a kit (name -> content), without the roster."""
         kit = KitFile(
             version=KIT_SCHEMA,
             kind=kind,
@@ -251,7 +258,7 @@ class FederationFolder:
 
 
 def _complete(folder: Path) -> None:
-    """Write what a change that is made consists of, if it is not written everywhere; it may be done twice."""
+    """Write the files of a committed change that may not all be written yet; repeating this is harmless."""
     path = folder / CHANGE
     if not path.exists():
         return
@@ -276,7 +283,7 @@ def _json_of(what: _Change | _RetiredKeys) -> bytes:
 
 
 def _readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
-    """A kit's README.md: what its files are, which are secret, and what to type, in order."""
+    """Return the text of a kit's README.md: what its files are, which are secret, and the commands to run, in order."""
     own = Certificate.of(certificate)
     return (
         (_TEMPLATES / f"{kit.kind}.md")

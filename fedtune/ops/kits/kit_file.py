@@ -1,4 +1,4 @@
-"""Startup kits: the folder that a server, a lead or a site starts from, and its kit.toml."""
+"""Startup kits: the folder with which a server, a lead or a site starts, and its kit.toml."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ _RENEWAL = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """A host and a port."""
+    """A host name or IP address, and a port."""
 
     host: str  # a DNS name in lower case, or an IP address in its shortest form, without brackets
     port: int
 
     @classmethod
     def of(cls, text: str, *, key: str = "server") -> Address:
-        """The address that `text` spells.
+        """Parse an address of the form host:port.
 
         Raises:
-            ConfigError: it is not host:port, or names no single machine (0.0.0.0, a wildcard).
+            ConfigError: `text` is not host:port, or does not name a single machine (0.0.0.0, a wildcard).
         """
         host, colon, port = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
@@ -77,7 +77,7 @@ class Address:
 
 
 def is_host(text: str) -> bool:
-    """`text` names one machine: a DNS name without wildcards, or an IP address."""
+    """Whether `text` names a single machine: a DNS name without wildcards, or an IP address."""
     address = ip_address(text)
     if address is not None:
         return not address.is_unspecified and not address.is_multicast
@@ -87,10 +87,10 @@ def is_host(text: str) -> bool:
 
 
 def read_spec(cls: type[T], path: Path) -> T:
-    """An instance of the spec `cls` from a TOML file, strictly.
+    """Read the dataclass `cls` from a TOML file; unknown keys are errors.
 
     Raises:
-        ConfigError: names the file, the key, its value and what would be accepted.
+        ConfigError: names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="file")
     with errors_in(path):
@@ -98,10 +98,10 @@ def read_spec(cls: type[T], path: Path) -> T:
 
 
 def read_json(cls: type[T], data: bytes, *, key: str) -> T:
-    """An instance of the spec `cls` from JSON, as strictly.
+    """Read the dataclass `cls` from JSON, as strictly as `read_spec` reads TOML.
 
     Raises:
-        ConfigError: names the key, its value and what would be accepted; `key` is what a person calls the file.
+        ConfigError: names the key, its value and the accepted values; the argument `key` names the file.
     """
     return _of_this_version(cls, parse_json(data, key=key, bound="must be JSON: one object, whole"))
 
@@ -115,11 +115,11 @@ def _of_this_version(cls: type[T], table: dict[str, Any]) -> T:
 
 @spec
 class KitModel:
-    """A base model that runs may name; a site installs it by its hash.
+    """A base model that runs may use; sites install it by its hash.
 
     Attributes:
-        sha256: of the model's weights, 64 hex digits.
-        licence: its licence, for people.
+        sha256: hash of the model's weights, 64 hex digits.
+        licence: the model's license, to be shown to people.
     """
 
     name: str
@@ -135,7 +135,7 @@ class KitModel:
 
 
 def check_models(models: tuple[KitModel, ...]) -> None:
-    """Require names that do not repeat."""
+    """Check that no two models have the same name."""
     names = [model.name for model in models]
     if len(set(names)) != len(names):
         raise ConfigError("model", names, "must not repeat a name")
@@ -146,11 +146,11 @@ class KitFile:
     """The content of kit.toml.
 
     Attributes:
-        server: host:port as the sites reach it.
+        server: host:port under which the sites reach the server.
         lead: public key of the lead, 64 hex digits.
-        key_command: command that prints the lead's private key in PEM, in place of lead_key.pem; in a lead's kit alone.
+        key_command: command that prints the lead's private key in PEM, instead of lead_key.pem; only in a lead's kit.
         site: name of the site; None in other kits.
-        model: base models that runs may name.
+        model: base models that runs may use.
     """
 
     version: int
@@ -177,22 +177,23 @@ class KitFile:
             raise ConfigError("site", self.site, "has no place in a kit that is not a site's")
 
     def to_toml(self) -> str:
-        """The text of the file."""
+        """Return the text of kit.toml."""
         return to_toml({name: value for name, value in asdict(self).items() if value != ()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kit(KitFile):
-    """A server's, a lead's or a site's kit: what its kit.toml says, and its folder with the other files."""
+    """The kit of a server, a lead or a site: the content of its kit.toml, and the folder with its other files."""
 
     folder: Path
 
     @classmethod
     def read(cls, folder: Path, *, kind: str) -> Kit:
-        """The kit in `folder`, which must be one of `kind`.
+        """Read the kit in `folder`, which must be a kit of the given kind.
 
-        Every file that such a kit needs is there, and its secrets are readable by their owner alone; whether the
-        certificate is in force is `check_certificate`'s question.
+        All files of the kit must exist, and only their owner may be able to read its secrets.  `check_certificate`
+        checks
+        separately whether the certificate is valid.
 
         Raises:
             ConfigError: names the file, or the key in kit.toml, that is missing or wrong.
@@ -218,10 +219,11 @@ class Kit(KitFile):
         return kit
 
     def site_files(self, site_toml: Path) -> SiteFiles:
-        """The files that `site_toml` names, which must be those of the site whose kit this is.
+        """Return the files that the policy `site_toml` names, after checking that the policy and the kit name the same
+        site.
 
         Raises:
-            ConfigError: it is no policy, or another site's.
+            ConfigError: `site_toml` is not a policy, or belongs to another site.
         """
         files = SiteFiles.of(site_toml)
         if files.policy.site != self.site:
@@ -230,48 +232,50 @@ class Kit(KitFile):
 
     @property
     def ca(self) -> Path:
-        """Certificate of the federation's authority."""
+        """Path of the certificate of the federation's authority."""
         return self.folder / "ca.pem"
 
     @property
     def certificate(self) -> Path:
-        """Certificate of this machine."""
+        """Path of this machine's certificate."""
         return self.folder / f"{self.kind}.pem"
 
     @property
     def key(self) -> Path:
-        """Private key of this machine's certificate, EC P-384; a site's is its node key for Flower, too."""
+        """Path of the private EC P-384 key of this machine's certificate; a site also uses it as its node key for
+        Flower.
+        """
         return self.folder / ("server_key.pem" if self.kind == "server" else "connection_key.pem")
 
     @property
     def lead_key(self) -> Path:
-        """Private Ed25519 key of the lead, which signs requests; only a lead's kit has it."""
+        """Path of the lead's private Ed25519 key, which signs requests; only in a lead's kit."""
         return self.folder / "lead_key.pem"
 
     def load_key(self) -> SigningKey:
         """Load the lead's signing key from its file or its command.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: the key cannot be read.
         """
         return SigningKey.load(self.lead_key, command=self.key_command, named_in=self.folder / "kit.toml")
 
     @property
     def roster(self) -> Path:
-        """The federation's sites; in a server's and a lead's kit."""
+        """Path of the roster of the federation's sites; only in a server's or a lead's kit."""
         return self.folder / "roster.json"
 
     def tls(self) -> Tls:
-        """Its files as one end of a connection."""
+        """Return the kit's TLS files for one end of a connection."""
         from fedtune.ops.wire.identity import Tls
 
         return Tls(ca=self.ca, certificate=self.certificate, key=self.key)
 
     def check_certificate(self, now: datetime) -> Certificate:
-        """The certificate of this machine, fit for use at `now` (with a time zone).
+        """Return this machine's certificate after checking that it can be used at `now` (with a time zone).
 
         Raises:
-            ConfigError: it belongs to another key, another authority or another name, or is not in force.
+            ConfigError: the certificate belongs to another key, another authority or another name, or is not valid now.
         """
         ca, certificate = read_certificate(self.ca), read_certificate(self.certificate)
         key, found = str(self.certificate), Certificate.of(certificate)
@@ -289,10 +293,10 @@ class Kit(KitFile):
 
 
 def read_signing_key(path: Path) -> SigningKey:
-    """The signing key in a PEM file, or that of the site or the lead whose site.toml or kit.toml `path` is.
+    """Read a signing key from a PEM file, or the key that a site.toml or a kit.toml names.
 
     Raises:
-        ConfigError: it is missing, or cannot be read.
+        ConfigError: the key is missing, or cannot be read.
     """
     if path.name == "kit.toml":
         return Kit.read(path.parent, kind="lead").load_key()
@@ -305,16 +309,18 @@ def model_place(kit_folder: Path, sha256: str) -> Path:
 
 
 def require_model_reader(kit_folder: Path, sha256: str) -> None:
-    """Require the extra that reads an installed GGUF model; a model that is missing or of safetensors needs none."""
+    """Check that the extra `gguf` is installed if an installed model needs it; a missing model or safetensors need
+    no extra.
+    """
     if any(model_place(kit_folder, sha256).glob("*.gguf")):
         require_extra("base model", sha256, "gguf")
 
 
 class KitCertificate:
-    """The certificate in a kit while a process runs: one that is copied there is used within seconds.
+    """A watcher that notices, while a process runs, when a new certificate is copied into the kit.
 
     Raises:
-        ConfigError: the kit's certificate is not fit for use.
+        ConfigError: the kit's certificate cannot be used.
     """
 
     def __init__(self, kit: Kit) -> None:
@@ -322,7 +328,7 @@ class KitCertificate:
         self.certificate = kit.check_certificate(datetime.now(UTC))
 
     def is_new(self) -> bool:
-        """The kit has another certificate than at the last look, fit for use."""
+        """Whether the kit contains a different, valid certificate since the last call."""
         try:
             mark = file_mark(self._kit.certificate)
             if mark == self._mark:
@@ -342,6 +348,6 @@ class KitCertificate:
 
 
 def file_mark(path: Path) -> tuple[int, int, int]:
-    """Inode, size and time of a file: they change when it is replaced or written."""
+    """Return a file's inode, size and modification time, which change when the file is replaced or written."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,6 +1,7 @@
-"""The sites of a federation: the request with which one asks to join, and the roster in which it then stands.
+"""The sites of a federation: a site's request to join, and the roster of all sites.
 
-A site makes two keys and a request, and the lead checks the request.  Server and lead know the sites by roster.json.
+A site makes two keys and a request, and the lead checks the request.  The server and the lead know the sites from
+roster.json.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ _MOST_UNITS = 1 << 53  # what a float still counts exactly
 
 @spec
 class Member:
-    """A site of the federation, as the server and the lead know it, and as roster.json keeps it.
+    """A site's entry in roster.json, from which the server and the lead know the site.
 
     Attributes:
-        certificate: in PEM form; made out to the site, for the EC P-384 key of its connection.
-        site_key: public key of its ledger, 64 hex digits.
-        datasets: the declared size of each data set, by its id.
-        revoked: when it was shut out, in ISO form; None: it takes part.
+        certificate: in PEM format; issued to the site, for the EC P-384 key of its connection.
+        site_key: public key that signs the site's ledger, 64 hex digits.
+        datasets: data set id -> declared size.
+        revoked: when the site was revoked, in ISO format; None: the site takes part.
     """
 
     site: str
@@ -81,12 +82,14 @@ class Member:
 
     @property
     def issued(self) -> x509.Certificate:
-        """The certificate, read."""
+        """The site's certificate, parsed."""
         return x509.load_pem_x509_certificate(self.certificate.encode())
 
     @property
     def node_key(self) -> bytes:
-        """Public key of its connection (EC P-384): SubjectPublicKeyInfo in PEM form, as Flower registers nodes."""
+        """Public key of the site's connection (EC P-384): SubjectPublicKeyInfo in PEM format, as Flower registers
+        nodes.
+        """
         return _node_key(self.certificate)
 
 
@@ -97,14 +100,14 @@ def _node_key(certificate: str) -> bytes:
 
 @spec
 class Roster:
-    """The sites of a federation at one moment: one roster.json.
+    """The content of roster.json: all sites of a federation at one moment.
 
-    The lead signs it, so that it may travel by any way.
+    The lead signs the roster, so it may be sent over an untrusted channel.
 
     Attributes:
-        sites: revoked ones too, in the order in which they joined.
-        number: seconds since 1970 at which it was made, and more than that of the one before.
-        signature: the lead's, over the rest.
+        sites: all sites in the order in which they joined, including revoked sites.
+        number: version of the roster: its time in seconds since 1970, and always higher than the previous number.
+        signature: the lead's signature over all other fields.
     """
 
     version: int
@@ -124,16 +127,16 @@ class Roster:
 
     @classmethod
     def read(cls, path: Path) -> Roster:
-        """The roster in the file `path`.
+        """Read the roster from the file `path`.
 
         Raises:
-            ConfigError: the file is missing or no roster; it names what is wrong.
+            ConfigError: the file is missing or invalid; the message says what is wrong.
         """
         return _in_file(path, lambda data: read_json(cls, data, key="roster"), key="roster")
 
     @classmethod
     def read_signed(cls, path: Path, *, kit: KitFile) -> Roster:
-        """The same, signed by the lead that `kit` names, and for its federation."""
+        """Read a roster, and check that it belongs to the federation of `kit` and is signed by its lead."""
         roster = cls.read(path)
         with errors_in(path):
             roster.check_signed(kit.lead)
@@ -142,22 +145,22 @@ class Roster:
         return roster
 
     def signed(self, key: SigningKey) -> Roster:
-        """The same, with the lead's signature."""
+        """Return this roster with the lead's signature."""
         return dataclasses.replace(self, signature=key.sign(ROSTER, signed_bytes(dataclasses.asdict(self))))
 
     def check_signed(self, lead: str) -> None:
-        """Require the signature of the lead with this public key."""
+        """Check the signature against the lead's public key."""
         if not is_signed(lead, ROSTER, signed_bytes(dataclasses.asdict(self)), self.signature):
             bound = "must be signed by the federation's lead: somebody else made it, or changed it"
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
     def to_bytes(self) -> bytes:
-        """The file's bytes."""
+        """Serialize the roster to the content of roster.json."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
 
 
 def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
-    """Read at most `most` bytes of a file with `of`; a mistake in them names the file."""
+    """Parse the first `most` bytes of a file with `of`; an error in the content names the file."""
     try:
         with path.open("rb") as file:
             data = file.read(most)
@@ -178,15 +181,15 @@ def _check_datasets(datasets: Mapping[str, int]) -> None:
 
 @spec
 class JoinRequest:
-    """The content of a site's join_request.json: the site holds both keys, and signed what it declares.
+    """The content of a site's join_request.json, which proves that the site holds both keys and signed its declaration.
 
-    Whether the site is who it says is for people to compare: over the telephone, by the fingerprints.
+    People confirm the site's identity by comparing fingerprints over the telephone.
 
     Attributes:
-        csr: a certificate signing request for its connection key, EC P-384, which it proves to hold; in PEM form.
-        site_key: public key of its ledger, 64 hex digits.
-        datasets: the declared size of each data set, by its id.
-        signature: the site key's, over the rest.
+        csr: certificate signing request in PEM format, which proves that the site holds its connection key (EC P-384).
+        site_key: public key that signs the site's ledger, 64 hex digits.
+        datasets: data set id -> declared size.
+        signature: the site key's signature over all other fields.
     """
 
     version: int
@@ -207,40 +210,40 @@ class JoinRequest:
 
     @classmethod
     def read(cls, path: Path) -> JoinRequest:
-        """The request in the file `path`.
+        """Read the join request from the file `path`.
 
         Raises:
-            ConfigError: the file is none, or was changed after the site signed it.
+            ConfigError: the file is not a join request, or was changed after the site signed it.
         """
         return _in_file(path, cls.of, key="request", most=_MOST_BYTES + 1)
 
     @classmethod
     def of(cls, data: bytes) -> JoinRequest:
-        """The request in `data`, a file's bytes."""
+        """Parse a join request from the bytes of its file."""
         if len(data) > _MOST_BYTES:
             raise ConfigError("request", f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes")
         return read_json(cls, data, key="request")
 
     @property
     def signing_request(self) -> x509.CertificateSigningRequest:
-        """The certificate signing request, read."""
+        """The certificate signing request, parsed."""
         return x509.load_pem_x509_csr(self.csr.encode())
 
     @property
     def node_key(self) -> bytes:
-        """Public key of its connection: SubjectPublicKeyInfo in PEM form."""
+        """Public key of the site's connection: SubjectPublicKeyInfo in PEM format."""
         return public_pem(self.signing_request)
 
 
 def check_site_name(name: str) -> None:
-    """Require a name that a site may have in a federation."""
+    """Check that a site of a federation may have this name."""
     check_common_name("site", name)
     if name.casefold() in ("server", "lead", "authority"):
         raise ConfigError("site", name, "must not be the name of a part of every federation")
 
 
 def _check_csr(text: str, *, site: str) -> None:
-    """Require a certificate signing request of the site's, for an EC P-384 key that its maker holds."""
+    """Check that `text` is the site's certificate signing request, for an EC P-384 key that the requester holds."""
     try:
         csr = x509.load_pem_x509_csr(text.encode())
         signed, name = csr.is_signature_valid, common_name(csr.subject)
@@ -254,16 +257,16 @@ def _check_csr(text: str, *, site: str) -> None:
 
 
 def site_init(site_toml: Path, *, out: Path | None) -> Path:
-    """Make a site's connection key and its request to join, from its policy; return their folder.
+    """Make a site's connection key and its join request from its policy; return their folder.
 
-    The site's key, which signs its ledger, is made too where it is missing.
+    The site key, which signs the site's ledger, is also made if it is missing.
 
     Args:
         site_toml: the site's policy.
-        out: a new folder; None: `kit` beside the policy.
+        out: a new folder; None: `kit` in the policy's folder.
 
     Raises:
-        ConfigError: the policy is wrong, the folder exists or cannot be written, or a key is not fit for use.
+        ConfigError: the policy is invalid, the folder exists or cannot be written, or a key cannot be used.
     """
     files = SiteFiles.of(site_toml)
     with errors_in(site_toml):
@@ -278,7 +281,7 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
 
 
 def next_steps(folder: Path) -> str:
-    """The site's next steps after `site_init`, to be printed."""
+    """Return the instructions that are printed after `site_init`."""
     request = JoinRequest.read(folder / REQUEST)
     declared = ", ".join(f"{name} ({size:,} declared)" for name, size in request.datasets.items())
     return f"""\
@@ -300,7 +303,10 @@ Keep a backup of the site key that site.toml names; without it the ledger cannot
 
 
 def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
-    """The fields of `JoinRequest`; the site's key is made where there is none, and no ledger that needs another."""
+    """Return the fields of a `JoinRequest`, making the site key if it is missing.
+
+    A missing site key is an error if there is a ledger, which needs the key that it was created with.
+    """
     policy, path = files.policy, files.site_key
     if files.ledger.is_file() and not (policy.key_command or path.is_file()):
         bound = f"is missing, and ledger {files.ledger} needs the key that it was made with"

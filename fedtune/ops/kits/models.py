@@ -1,4 +1,6 @@
-"""A site's store of base models: `models/<sha256>/` in the kit's folder, filled from files and never from a network."""
+"""A site's store of base models: `models/<sha256>/` in the kit's folder, filled from local files, never from a
+network.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ _MOST_PAPER_BYTES = 1 << 20
 
 
 def installed_model(kit_folder: Path, sha256: str) -> Path:
-    """The folder of an installed model; its file names are those it came with.
+    """Return the folder of an installed model, in which the files have their original names.
 
-    The hash is not computed here: loading the model checks it (`fedtune.model.base_model`).
+    The hash is not computed here; it is checked when the model is loaded (`fedtune.model.base_model`).
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the model is not installed.
     """
     folder = model_place(kit_folder, sha256)
     if not folder.is_dir():
@@ -39,10 +41,10 @@ def installed_model(kit_folder: Path, sha256: str) -> Path:
 
 
 def verify_model(kit_folder: Path, sha256: str) -> None:
-    """Read an installed model's files, and require them to have the hash that names their folder.
+    """Read an installed model's files, and check their hash against the name of their folder.
 
     Raises:
-        ConfigError: it is not installed, or its files were changed or are incomplete.
+        ConfigError: the model is not installed, or its files were changed or are incomplete.
     """
     folder = installed_model(kit_folder, sha256)
     manifest = _manifest(folder, key="base model")
@@ -51,35 +53,37 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
 
 
 def is_made_here(sha256: str) -> bool:
-    """The base is a tiny untrained model that fedtune makes itself, for tests: there is nothing to install."""
+    """Whether the base model is one of the tiny untrained models that fedtune generates for tests, which need no
+    installation.
+    """
     from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
     return any(model_sha256(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
 
 
 def licence_files(kit_folder: Path, sha256: str) -> list[str]:
-    """Names of the licence files that an installed model came with."""
+    """Return the names of the license files that were installed with a model."""
     names = (path.name for path in installed_model(kit_folder, sha256).iterdir())
     return sorted(name for name in names if name.upper().startswith("LICEN"))
 
 
 def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
-    """Copy a model of the kit's manifest into the store; a crash leaves the whole model or none.
+    """Copy a model of the kit's manifest into the store; a crash leaves either the complete model or nothing.
 
-    Exactly the files that the hash covers are copied, and beside them papers: licence and notice.
+    Only the files that the hash covers are copied, and the license and notice files.
 
     Args:
         path: a folder with safetensors (one file, or shards with their index) or with exactly one GGUF file; a GGUF
             file; or "package:<module>/<folder or GGUF file>" inside an installed Python package.
-        kit: of the site.
+        kit: the site's kit.
 
     Returns:
-        The model, and whether it is new: False where it was there before, whole.
+        The model, and whether it was installed now: False if an intact copy was already there.
 
     Raises:
-        ConfigError: there is no such model, the kit does not name it, or its folder holds what may run code when it
-            is read, or what redirects the loader.
-        RunError: the disk is too full, or cannot be written.
+        ConfigError: the model does not exist, the kit does not list it, or its folder contains files that may run code
+            when they are read, or that redirect the loader.
+        RunError: the disk has too little space, or cannot be written.
     """
     place = _packaged(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
     folder, gguf_file = (place, None) if place.is_dir() else (place.parent, place.name)
@@ -108,7 +112,7 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
 
 
 def _packaged(path: str) -> Path:
-    """A folder or a GGUF file inside an installed Python package, which is looked up and not imported."""
+    """Locate a folder or a GGUF file inside an installed Python package, without importing the package."""
     folder, _, name = path.rpartition("/")
     is_file = name.endswith(".gguf")
     try:
@@ -120,7 +124,7 @@ def _packaged(path: str) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse what runs code when it is read, and what lies elsewhere."""
+    """Refuse a folder with files that run code when they are read, or with links to files outside."""
     inside = folder.resolve()
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in _PICKLES:
@@ -132,7 +136,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manifest:
-    """The manifest of a folder's model: its safetensors, or else its one GGUF file."""
+    """Build the manifest of the model in a folder: its safetensors, or else its only GGUF file."""
     try:
         name = gguf_file or only_gguf(folder)
         if name is not None and not re.fullmatch(r"[\w.-]+\.gguf", name):
@@ -144,13 +148,13 @@ def _manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manife
 
 
 def _papers(folder: Path) -> tuple[Path, ...]:
-    """Licence and notice, as text: nothing that a loader could take for weights or settings."""
+    """List the license and notice files, as text: no file that a loader could take for weights or settings."""
     papers = (file for file in sorted(folder.iterdir()) if _PAPER.fullmatch(file.name) and file.is_file())
     return tuple(file for file in papers if file.stat().st_size <= _MOST_PAPER_BYTES)
 
 
 def _copy(files: tuple[Path, ...], target: Path) -> None:
-    """Copy `files` into a folder beside `target`, check them there, and put it in `target`'s place."""
+    """Copy `files` into a folder next to `target`, verify them there, and rename that folder to `target`."""
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(target.parent).free
     if free < needed + _KEPT_FREE_BYTES:
         raise RunError(

@@ -1,7 +1,8 @@
-"""Provisioning a federation: authority, server and lead are made once; sites come, renew and go.
+"""Provisioning of a federation: creating the authority, server and lead once, and adding, renewing and revoking sites.
 
-A command that fails or is killed leaves the federation as it was, or has changed it whole, as `FederationFolder.change`
-says; no other site's kit is ever touched.
+A command that fails or is killed either leaves the federation unchanged or has made its whole change, because changes
+of
+a `FederationFolder` are atomic; no command changes another site's kit.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ OwnKind = Literal["server", "lead"]
 
 
 def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
-    """Make a federation from its federation.toml, in the new folder `out` (None: one that is named after it).
+    """Create a federation from its federation.toml in the new folder `out` (None: a folder named after the federation).
 
     Raises:
-        ConfigError: the file is wrong, or the folder exists or cannot be written.
+        ConfigError: the file is invalid, or the folder exists or cannot be written.
     """
     settings = read_spec(FederationFile, file)
     target = out or Path(settings.name)
@@ -64,10 +65,11 @@ def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
 
 
 def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Certificate:
-    """Make a new certificate for the key of the server (for the names that federation.toml now gives it) or the lead.
+    """Issue a new certificate for the existing key of the server (with the names now in federation.toml) or of the
+    lead.
 
     Raises:
-        ConfigError: the authority's key is not at hand.
+        ConfigError: the authority's key is missing.
     """
     path = folder / kind / f"{kind}.pem"
     with FederationFolder.held(folder) as federation:
@@ -79,14 +81,14 @@ def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Ce
 def _kit(
     federation: FederationFolder, kind: OwnKind, public: ec.EllipticCurvePublicKey, *, days: int | None, now: datetime
 ) -> dict[str, bytes]:
-    """The kit of the server or the lead, but for its secrets and the roster, by paths in the folder."""
+    """Return the public files of the server's or the lead's kit by their path in the folder, without the roster."""
     certificate = federation.issue(kind, public, name=kind, days=days, now=now)
     return {f"{kind}/{name}": data for name, data in federation.kit_files(kind, certificate).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admitted:
-    """A site that was let in, or renewed."""
+    """A site that was added or renewed."""
 
     member: Member
     archive: Path  # the zip to send to it
@@ -99,10 +101,10 @@ then.  People compare keys in between; nothing is changed yet."""
 
 
 def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
-    """Read the request of a site that would join the federation in `folder`.
+    """Read and check a site's request to join the federation in `folder`.
 
     Raises:
-        ConfigError: the request is wrong, or its name or a key of it is taken.
+        ConfigError: the request is invalid, or another site has its name or one of its keys.
     """
 
     def replaces(federation: FederationFolder, asked: JoinRequest) -> None:
@@ -122,18 +124,19 @@ def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) 
 def ask_to_renew(
     folder: Path, name: str, *, request: Path, days: int | None, new_site_key: bool, now: datetime
 ) -> Asked:
-    """Read a new request of a site, for another connection key or other declared data sets.
+    """Read and check a site's new request, for another connection key or other declared data sets.
 
     Args:
-        folder: of the federation.
-        name: of the site.
-        request: the file.
-        days: for which the certificate is valid; None: as federation.toml says.
-        new_site_key: whether the request may name another site key, which means a new ledger.
-        now: with a time zone.
+        folder: the federation's folder.
+        name: name of the site.
+        request: the file with the request.
+        days: validity of the new certificate in days; None: the default in federation.toml.
+        new_site_key: whether the request may contain another site key, which means a new ledger.
+        now: the current time, with a time zone.
 
     Raises:
-        ConfigError: there is no such site, it was revoked and the connection key is not new, or the request is wrong.
+        ConfigError: there is no such site, the site was revoked and the connection key is not new, or the request is
+            invalid.
     """
 
     def replaces(federation: FederationFolder, asked: JoinRequest) -> Member:
@@ -165,7 +168,10 @@ def _asked(
     days: int | None,
     now: datetime,
 ) -> Asked:
-    """The request, checked by `replaces`, which returns the member whose place its site takes; None: it is new."""
+    """Read a request, and check it with `replaces`.
+
+    `replaces` returns the member that the site replaces, or None for a new site.
+    """
     asked = JoinRequest.read(request)
 
     def checked(federation: FederationFolder) -> tuple[Member | None, Member]:
@@ -187,7 +193,7 @@ def _asked(
 
 
 def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
-    """Make a new certificate and kit for a site, whose keys and data sets stay; nothing changes for any other.
+    """Issue a new certificate and kit for a site, which keeps its keys and data sets; other sites are not affected.
 
     Raises:
         ConfigError: there is no such site, or it was revoked.
@@ -200,7 +206,7 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> A
 
 
 def _admit(federation: FederationFolder, old: Member | None, member: Member) -> Admitted:
-    """Put a member in the place of `old`, or at the end, with its kit and the archive of that."""
+    """Replace the roster entry `old` with `member`, or append `member`, and write its kit and a zip of the kit."""
     members = (*(member if one == old else one for one in federation.roster.sites), *([] if old else [member]))
     kit = federation.kit_files("site", member.issued, site=member.site)
     files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
@@ -214,10 +220,10 @@ def _admit(federation: FederationFolder, old: Member | None, member: Member) -> 
 
 
 def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
-    """Shut a site out; its connection key can never be used again.
+    """Revoke a site; its connection key can never be used again.
 
     Raises:
-        ConfigError: there is no such site, or it was revoked before.
+        ConfigError: there is no such site, or it was already revoked.
     """
     with FederationFolder.held(folder) as federation:
         members = federation.roster.sites
@@ -237,13 +243,13 @@ def _certify(
     days: int | None,
     now: datetime,
 ) -> str:
-    """A certificate for the key of `holder`, in PEM form."""
+    """Issue a site certificate for the key of `holder`, in PEM format."""
     issued = federation.issue("site", p384_of(holder, key="csr"), name=site, days=days, now=now)
     return certificate_pem(issued).decode()
 
 
 def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
-    """Require keys that no other site has or had; Flower never takes back a connection key that it let go."""
+    """Check that no other site has or had these keys; Flower never accepts a removed connection key again."""
     fingerprint = fingerprint_of(asked.node_key)
     again = "make a new one with `fedtune site init --out NEW`"
     if fingerprint in federation.retired():

@@ -1,1 +1,1 @@
-"""The processes of server, lead and site, and what a site's commands tell its process."""
+"""The processes of server, lead and site, and the messages that a site's commands leave for its process."""

@@ -1,7 +1,7 @@
 """`fedtune run` and `fedtune server start`: a lead's runs over real sites, and a federation's server, from their kits.
 
-Both begin without Flower and torch, which take seconds to import: to look at a run, or to be told of a mistake in a
-setting, needs neither.
+Both start without Flower and torch, which take seconds to import: showing a run or reporting a wrong setting needs
+neither.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ RECEIPTS, RUNNING = "receipts.json", "running.json"
 
 
 def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
-    """The named sites of the roster, or all that are not revoked where none is named.
+    """Return the roster's entries of the named sites, or of all sites that are not revoked if `names` is empty.
 
     Raises:
-        ConfigError: the roster is not the lead's, or there is no such site, or it was revoked, or named twice.
+        ConfigError: the roster is not signed by the lead; or a site is unknown, revoked, or named twice.
     """
     known = {member.site: member for member in Roster.read_signed(kit.roster, kit=kit).sites}
     current = [name for name, member in known.items() if member.revoked is None]
@@ -58,16 +58,17 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
 
 
 def everyone(kit: Kit) -> FederationSpec:
-    """All sites of the roster that are not revoked."""
+    """Return the settings of a federation of all sites in the roster that are not revoked."""
     names = tuple(member.site for member in members(kit, ()))
     return FederationSpec(num_sites=len(names), site_names=names)
 
 
 def run_named(kit: Kit, name: str) -> str:
-    """The whole name of a run, as its sites have it: given so, or as in the newest receipt of any site.
+    """Return the full name of a run, as its sites know it: either `name` itself, or the matching run in the newest
+    receipts.
 
     Raises:
-        ConfigError: no run is known by this name.
+        ConfigError: no run, or more than one, is known by this name.
     """
     if re.fullmatch(r".+-[0-9a-f]{32}", name):
         return name
@@ -81,7 +82,7 @@ def run_named(kit: Kit, name: str) -> str:
 
 
 def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
-    """Site -> what it last answered, and when (UTC); empty before the first answer.
+    """Return each site's latest answer and its time (UTC); empty before the first answer.
 
     Raises:
         RunError: the file cannot be read.
@@ -97,7 +98,7 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
+    """Record this process in the run folder while the block runs, so that `fedtune run stop` finds it."""
     write_durably(folder / RUNNING, json.dumps({"pid": os.getpid(), "at": _here()}).encode())
     try:
         yield
@@ -106,13 +107,15 @@ def running(folder: Path) -> Iterator[None]:
 
 
 def _here() -> str:
-    """Where a process has its number: this machine, and with Linux this namespace, of which a container has its own."""
+    """Return where this process's id is valid: the host name, and on Linux the PID namespace, which differs in
+    containers.
+    """
     own = Path("/proc/self/ns/pid")
     return f"{platform.node()} {os.readlink(own) if own.is_symlink() else ''}"
 
 
 def running_process(folder: Path) -> int | None:
-    """The process that runs a folder on this machine, if one does."""
+    """Return the id of the process that is working on a run folder on this machine, or None."""
     try:
         told = json.loads((folder / RUNNING).read_bytes())
         pid = int(told["pid"])
@@ -125,11 +128,13 @@ def running_process(folder: Path) -> int | None:
 
 
 class KitRoster:
-    """The roster in a server's kit, read again when the file changes.
+    """The roster in a server's kit, read again whenever the file changes.
 
-    A newer one alone takes the place of the one before, and none in which a connection key is back that was revoked in
-    one seen before: an old copy lets nobody in again.  A process that starts again takes the kit's roster as it is; the
-    keys that were revoked stay so in the server's database.
+    Only a newer roster replaces the current one, and only if no key that was revoked in an earlier roster is active
+    again:
+    an old copy cannot readmit a site.  A restarted process accepts the kit's roster as it is; revoked keys remain
+    revoked in
+    the server's database.
     """
 
     def __init__(self, kit: Kit) -> None:
@@ -139,10 +144,12 @@ class KitRoster:
         self._revoked: frozenset[str] = frozenset()
 
     def look(self) -> Roster:
-        """The newest roster.
+        """Return the newest roster.
 
         Raises:
-            ConfigError: the kit's cannot be read, is not the lead's, is older, or has a revoked key back.
+            ConfigError: the kit's roster cannot be read, is not signed by the lead, is older than the current one, or
+            contains
+                a revoked key again.
         """
         path = self._kit.roster
         try:
@@ -170,7 +177,7 @@ class KitRoster:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerService:
-    """A server that is ready to start."""
+    """A configured server that is ready to start."""
 
     kit: Kit
     host: str
@@ -180,14 +187,14 @@ class ServerService:
 
     @cached_property
     def metrics(self) -> ServerMetrics:
-        """Figures of what comes and goes."""
+        """Metrics of the server's sites and traffic."""
         return ServerMetrics(kit=self.kit)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
         Raises:
-            ConfigError: the kit is incomplete, its certificate expired, or its roster is not the lead's.
+            ConfigError: the kit is incomplete, its certificate has expired, or its roster is not signed by the lead.
         """
         from fedtune.ops.wire.audit_log import FILE_NAME
         from fedtune.ops.wire.superlink import ServerSettings, serve
@@ -223,7 +230,9 @@ class ServerService:
         log.info("the server is down")
 
     def _works(self, works: bool) -> None:
-        """Note whether the database takes what is written: a server that cannot keep a message is not ready."""
+        """Update the health state when the database starts or stops accepting writes: without storage, a server is
+        not ready.
+        """
         state = self.health.snapshot()["state"]
         if works and state == "failing":
             self.health.update(state="connected")

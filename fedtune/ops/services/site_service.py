@@ -1,8 +1,8 @@
-"""`fedtune site start`: the one long-lived process of a site.
+"""`fedtune site start`: the single long-running process of a site.
 
-It waits for the server's questions, answers them, and keeps its model warm.
+It waits for the server's questions, answers them, and keeps its model loaded in between.
 
-It opens no port but a health endpoint on loopback.  What it answers is decided in `fedtune.federation.site_round`.
+It opens no port except for a health endpoint on loopback.  `fedtune.federation.site_round` decides what it answers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LOOK_S = 0.25  # how soon a stop, a leave or a pause is seen meanwhile
 
 @dataclass(frozen=True, kw_only=True)
 class SiteService:
-    """A site that is ready to start, by its kit and its policy."""
+    """A site that is ready to start, from its kit and its policy."""
 
     kit: Kit
     site_toml: Path
@@ -61,12 +61,13 @@ class SiteService:
     answered: Callable[[str], None] = lambda _: None
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
+        """Serve until SIGTERM or SIGINT; a round in progress is finished first, and a second signal aborts it.
 
         Raises:
-            ConfigError: kit and policy do not fit, another process serves the ledger, or a package that reads one of
-                the site's files or models is missing.
-            RunError: the ledger cannot be trusted or written, or the site has left.
+            ConfigError: kit and policy do not match, another process serves the ledger, or a package is missing that
+            reads
+                one of the site's files or models.
+            RunError: the ledger is missing, or cannot be trusted or written; or the site has left the federation.
         """
         state = SiteState.of(self.kit.folder)
         files = self._checked(state)
@@ -96,7 +97,7 @@ class SiteService:
         certificate: KitCertificate,
         trouble: Callable[[], str],
     ) -> None:
-        """Answer over a connection to the server."""
+        """Answer questions over a connection to the server."""
         from fedtune.ops.wire.fleet import Fleet
         from fedtune.ops.wire.waiting import Bell
 
@@ -119,7 +120,11 @@ class SiteService:
             fleet.close()
 
     def _site_process(self, state: SiteState) -> SiteProcess:
-        """The process's state, made when the first message comes: its libraries take seconds and most of the memory."""
+        """Create the site's training state.
+
+        The caller delays this until the first message, because the libraries take seconds to import and most of the
+        memory.
+        """
         from fedtune.ops.kits.models import installed_model
         from fedtune.sites.real_site import SiteProcess
 
@@ -155,11 +160,11 @@ def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str, so
 
 
 class _Standing:
-    """The state of a site that answers: paused, or failing while its ledger cannot be written, however it is asked.
+    """The health state of an idle site: connected, paused, or failing while the ledger cannot be written.
 
     Args:
-        state: of the site.
-        trouble: says why the ledger cannot be written; empty if it can.
+        state: the site's state folder.
+        trouble: returns why the ledger cannot be written; empty if it can.
     """
 
     def __init__(self, state: SiteState, trouble: Callable[[], str]) -> None:
@@ -167,7 +172,7 @@ class _Standing:
         self._looked, self._said = -math.inf, ""
 
     def now(self) -> State:
-        """Return the state; the ledger is tried anew every few seconds, and a change of what it says is logged."""
+        """Return the state; the ledger is tested every few seconds, and a changed result is logged."""
         if self._state.paused.exists():
             return "paused"
         if time.monotonic() - self._looked > _LEDGER_S:
@@ -179,7 +184,7 @@ class _Standing:
 
 @dataclass
 class _Loop:
-    """Take a message, answer it, send the answer, until told to stop; nothing that goes wrong ends it."""
+    """The main loop of a connected site: receive a message, answer it, send the answer; errors do not end the loop."""
 
     fleet: Fleet
     bell: Bell
@@ -212,7 +217,7 @@ class _Loop:
         time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
 
     def _rest(self) -> None:
-        """Until there may be a question, or the site is to stop or to leave."""
+        """Sleep until there may be a question, or the site must stop or leave."""
         until = time.monotonic() + (_RUNG_POLL_S if self.bell.works else self._poll_s)
         self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
         while not (self.stop.is_set() or self.state.left.exists() or self.bell.rung.is_set()):
@@ -241,7 +246,9 @@ class _Loop:
         return message
 
     def _require_certificate(self) -> None:
-        """Hold no line to the server with a certificate that has ended: an open one would go on."""
+        """Raise Expired if the site's certificate has expired, since a connection that is already open would
+        continue.
+        """
         ends = self.until()
         if datetime.now(UTC) > ends:
             raise Expired(
@@ -262,7 +269,7 @@ class _Loop:
         self._send(message, reply)
 
     def _send(self, message: Message, reply: Message) -> None:
-        """Send the answer, again and again while the server is away: it may be the only copy outside the ledger."""
+        """Send the answer, and retry while the server is unreachable: it may be the only copy outside the ledger."""
         from fedtune.ops.wire.fleet import Fleet
 
         while not Fleet.is_void(message, now=time.time()):
@@ -290,7 +297,7 @@ class _Loop:
 
 
 class _AtSocket:
-    """Take a message from a Unix socket, answer it there, until told to stop; this process needs no network."""
+    """The main loop of a site that answers messages on a Unix socket, in a process that needs no network."""
 
     def __init__(
         self,
@@ -322,7 +329,7 @@ class _AtSocket:
 
 
 def _note(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[str], None]) -> bool:
-    """Say in the log what was answered; return whether it is an update."""
+    """Log an answer, and count it with `answered`; return whether it is an update."""
     found = SiteApp.answer_in(reply)
     if found is None or isinstance(found, Offer):
         log.info("answered", extra={"what": kind})
@@ -337,7 +344,7 @@ def _note(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[s
 
 @contextmanager
 def _until_stopped() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; the second of them ends the process at once."""
+    """Yield an event that the first SIGTERM or SIGINT sets; the second signal ends the process at once."""
     stop = threading.Event()
 
     def first(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Messages between a site's commands and its running process, as files in the kit's folder `state/`."""
+"""Messages from a site's commands to its running process, as files in the folder `state/` of the kit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ MOST_WAITING = 100
 class Pending:
     """A run that waits for a person's approval.
 
-    Guarantee: nobody is shown other settings than those that the run was named after, whoever wrote them.
+    Guarantee: the settings that are shown are always those whose digest is in the run's name, regardless of who wrote
+    the
+    file.
     """
 
     proposal: Proposal  # exactly what is to be approved
@@ -49,41 +51,41 @@ class SiteState:
 
     @classmethod
     def of(cls, kit_folder: Path) -> SiteState:
-        """The state beside a kit; made when missing."""
+        """Return the state folder of a kit, creating it if it is missing."""
         folder = kit_folder / "state"
         folder.mkdir(exist_ok=True)
         return cls(folder)
 
     @property
     def paused(self) -> Path:
-        """A file that exists while the site takes part in nothing."""
+        """Path of the file that exists while the site is paused."""
         return self.folder / "paused"
 
     @property
     def left(self) -> Path:
-        """A file that exists once the site has left the federation."""
+        """Path of the file that exists once the site has left the federation."""
         return self.folder / "left"
 
     @property
     def runs(self) -> Path:
-        """Settings of runs, as leads sent them."""
+        """Folder with the settings of runs, as the leads sent them."""
         made = self.folder / "runs"
         made.mkdir(exist_ok=True)
         return made
 
     def set_paused(self, paused: bool) -> None:
-        """Pause the site, or resume it."""
+        """Pause or resume the site."""
         if paused:
             write_durably(self.paused, f"{datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
         else:
             self.paused.unlink(missing_ok=True)
 
     def wait_for_approval(self, proposal: Proposal, settings: str, *, software: str = "") -> bool:
-        """Queue a run for a person's approval; returns whether it is new.
+        """Queue a run for a person's approval; return whether the run is new in the queue.
 
         Raises:
-            ConfigError: these are not the settings that the run was named after.
-            RunError: too many runs wait already.
+            ConfigError: the digest of the settings is not the one in the run's name.
+            RunError: too many runs are waiting already.
         """
         path, waiting = self._pending(proposal), self._waiting_files()
         if path not in waiting and len(waiting) >= MOST_WAITING:
@@ -96,18 +98,18 @@ class SiteState:
         return known is None
 
     def waiting(self) -> list[Pending]:
-        """The runs that wait, oldest first; a file that cannot be read hides none of them."""
+        """List the runs that wait for approval, oldest first; unreadable files are skipped."""
         return sorted(filter(None, map(self._read, self._waiting_files())), key=lambda pending: pending.since)
 
     def forget(self, proposal: Proposal) -> None:
-        """Remove a run from the queue."""
+        """Remove a run from the approval queue."""
         self._pending(proposal).unlink(missing_ok=True)
 
     def check_ledger(self, ledger: str) -> None:
-        """Require the ledger with this id to be the one that was served before, and remember it.
+        """Check that the ledger has the same id as the ledger that was served before, and remember the id.
 
         Raises:
-            RunError: it is another one, under which the spent budget would be forgotten.
+            RunError: it is another ledger, with which the spent budget would be forgotten.
         """
         path = self.folder / "ledger_id"
         if path.exists() and (before := path.read_text().strip()) != ledger:
@@ -118,7 +120,7 @@ class SiteState:
         write_durably(path, f"{ledger}\n".encode())
 
     def has_served(self) -> bool:
-        """A ledger was served before."""
+        """Whether the site has served a ledger before."""
         return (self.folder / "ledger_id").exists()
 
     def _waiting_files(self) -> set[Path]:
@@ -141,10 +143,10 @@ class SiteState:
 
 @contextmanager
 def serving(ledger: Path) -> Iterator[None]:
-    """Serve `ledger` in this process alone.
+    """Lock `ledger` while the block runs, so that no other process serves it.
 
     Raises:
-        ConfigError: another process serves it.
+        ConfigError: another process serves the ledger.
     """
     path = ledger.with_name(f"{ledger.name}.serving")
     path.parent.mkdir(parents=True, exist_ok=True)  # as for the ledger, which may be yet to be made

@@ -1,5 +1,5 @@
-"""Between the processes: the federation's server, and a site's and the lead's connection to it.
+"""The network layer: the federation's server, and the connections of sites and lead to it.
 
-All that relies on Flower's inside, which may change with each release, is here and in `fedtune.flower.simulation`;
-tests/flower/test_internals.py says what that is.
+All code that depends on Flower's internals, which may change with each release, is here and in
+`fedtune.flower.simulation`; tests/flower/test_internals.py documents these internals.
 """

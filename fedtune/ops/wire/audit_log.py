@@ -1,7 +1,7 @@
-"""The log of who came to the server, what was refused and why: JSON lines in a file of bounded size.
+"""The server's audit log of connections and refusals with their reasons: JSON lines in a file of bounded size.
 
-A line names addresses, members, certificates and paths, and holds no secret and nothing of a message.  The same event
-from the same place is written once, and then counted: nobody fills the disk by knocking.
+A line contains addresses, members, certificates and paths, and never a secret or part of a message.  A repeated event
+from the same source is written once and then only counted, so that repeated calls cannot fill the disk.
 """
 
 from __future__ import annotations
@@ -56,17 +56,19 @@ _Kind = tuple[tuple[str, str], ...]
 
 
 def _quotas(kind: _Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The quotas that a line counts for: its event, and that from one member, or from one address without a name."""
+    """Return the quotas that a line counts against: one per event, and one per event and member (or address, if
+    unknown).
+    """
     fields = dict(kind)
     return (fields["event"],), (fields["event"], fields.get("member") or fields.get("address", ""))
 
 
 class AuditLog:
-    """Any thread may note.  A disk that takes nothing more stops no call.
+    """A thread-safe audit log; a full disk does not block any call.
 
     Args:
-        path: the file; None: nothing is kept.  Up to three older ones lie beside it, numbered.
-        most_bytes: of one file.
+        path: the file; None: nothing is written.  Up to three older files with numbers are next to it.
+        most_bytes: maximum size of one file.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class AuditLog:
         self._left_out, self._told, self._failed = 0, clock(), False
 
     def note(self, event: Event, **about: str) -> bool:
-        """Write an event down, or count it where the same one was written within ten minutes; whether it is new."""
+        """Write an event, or count it if the same event was written within the last ten minutes; return whether it
+        was written.
+        """
         # Flower's paths, our reasons and a certificate's name: bounded, should one of them be long.
         fields = {name: value[:_MOST_LENGTH] for name, value in about.items() if value}
         kind = (("event", event), *sorted(fields.items()))
@@ -100,7 +104,7 @@ class AuditLog:
         return False
 
     def flush(self, *, all_: bool = False) -> None:
-        """Write the counts whose time is over, or all."""
+        """Write the counts of repeated events whose ten minutes are over, or with `all_` every count."""
         with self._lock:
             self._flush(float("inf") if all_ else self._clock())
 

@@ -1,8 +1,8 @@
-"""Calls to a server that may mean harm: bounds on what an answer holds, how long a call takes, and how old a line is.
+"""HTTP calls to a potentially malicious server, with bounds on answer size, duration and the age of a connection.
 
-A timeout of httpx's is for one read, so that a server that sends a byte now and then holds a call for ever; and httpx
-decompresses whatever it is sent.  Here every call has a deadline, and no answer is compressed.  Written for httpx 0.28
-and httpcore 1.0, whose internals it uses; tests/flower/test_bounded_http.py fails where they change.
+httpx applies its timeout to each read, so a server that sends a byte now and then can hold a call forever, and it
+decompresses any answer.  Here every call has a deadline, and compressed answers are refused.  Written for httpx 0.28
+and httpcore 1.0, whose internals it uses; tests/flower/test_bounded_http.py fails if they change.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _WRITTEN_AT_ONCE = 1 << 14  # a TLS record, so that the deadline is looked at af
 
 
 class OutOfBounds(httpx.TransportError):
-    """An answer that is larger, slower or otherwise encoded than any honest server's."""
+    """Raised for an answer that is larger, slower or encoded differently than any honest server's answer."""
 
 
 class HungUp(ConnectionError):
-    """The server ended the connection right after the handshake, without a word."""
+    """Raised if the server closes the connection right after the handshake without an alert."""
 
 
 _OBJECT, _OTHER = (16 * _MIB, 180.0), (4 * _MIB, 60.0)
@@ -40,16 +40,16 @@ _OBJECT, _OTHER = (16 * _MIB, 180.0), (4 * _MIB, 60.0)
 
 
 def bounded(client: httpx.Client) -> None:
-    """Bound every call of `client`, also those through a proxy; it follows no redirect."""
+    """Apply the bounds to every call of `client`, including calls through a proxy, and disable redirects."""
     client.follow_redirects = False
     client._transport = _Bounded(client._transport)
     client._mounts = {pattern: transport and _Bounded(transport) for pattern, transport in client._mounts.items()}
 
 
 def show(client: httpx.Client, context: ssl.SSLContext) -> None:
-    """Use `context`, with another certificate, for the connections that a bounded client makes from here on.
+    """Use `context`, which has another certificate, for all new connections of a bounded client.
 
-    A context that connections are made with must not be changed; so it is replaced.
+    An SSL context that is in use must not be changed, so it is replaced.
     """
     for transport in (client._transport, *client._mounts.values()):
         if isinstance(transport, _Bounded):
@@ -101,7 +101,7 @@ class _Counted(httpx.SyncByteStream):
 
 
 class _Deadline(threading.local):
-    """When the call of this thread is to be over; a call begins and ends in one thread."""
+    """The deadline of the current thread's call; a call starts and ends in one thread."""
 
     at = float("inf")
 
@@ -109,7 +109,7 @@ class _Deadline(threading.local):
         self.at = time.monotonic() + seconds
 
     def within(self, timeout: float | None, expired: type[httpcore.TimeoutException]) -> float:
-        """The rest of `timeout` seconds before the deadline."""
+        """Return `timeout`, shortened to the time that is left before the deadline."""
         left = self.at - time.monotonic()
         if left <= 0:
             raise expired("the call took too long")
@@ -117,7 +117,7 @@ class _Deadline(threading.local):
 
 
 class _Backend(httpcore.NetworkBackend):
-    """httpcore's own, whose connections keep the deadline."""
+    """A wrapper of httpcore's network backend whose connections respect the deadline."""
 
     def __init__(self, inner: httpcore.NetworkBackend, deadline: _Deadline) -> None:
         self._inner, self._deadline = inner, deadline
@@ -175,10 +175,10 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _hear_refusal(connection: object, *, within_s: float) -> None:
-    """Raise what the server says of our certificate within `within_s` seconds, where it refuses it.
+    """Raise an error if the server rejects our certificate within `within_s` seconds.
 
     Raises:
-        OSError: of `ssl`, with the server's alert.
+        OSError: the `ssl` error with the server's alert, or `HungUp`.
     """
     if not isinstance(connection, ssl.SSLSocket):  # TLS inside a proxy's TLS
         return

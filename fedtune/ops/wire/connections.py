@@ -1,7 +1,8 @@
-"""The server's connections: who gets one, how many, for how long, and what each may take its time for.
+"""The server's connections: who may connect, how many connections there are, and how long each step may take.
 
-uvicorn bounds neither handshake nor headers nor numbers, so each connection is counted as it comes, shakes hands within
-seconds, says within seconds what it wants, and ends after minutes, or with its certificate.
+uvicorn limits neither handshakes nor headers nor the number of connections.  Here every connection is counted when it
+is accepted, must finish its handshake and send its headers within seconds, and ends after minutes or with its
+certificate.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ class Limits:
     """Limits on connections.
 
     Attributes:
-        of_address: connections at a time from one address, which many sites may share, and half of all at most.
-        of_certificate: the same with one certificate's key; a site uses up to ten.
-        handshake_s: for TLS.
-        head_s: for the headers of the first request.
-        idle_s: until the headers of the next one have come; a site's client ends a connection after 5 s itself.
-        life_s: of a connection, after which it takes no more requests.
-        answer_s: for what is being answered then.
+        of_address: maximum number of simultaneous connections from one address, which many sites may share; never more
+            than half of all connections.
+        of_certificate: maximum number of simultaneous connections with one certificate's key; a site uses up to ten.
+        handshake_s: seconds for the TLS handshake.
+        head_s: seconds for the headers of the first request.
+        idle_s: seconds until the headers of the next request have arrived; a site's client closes an idle connection
+            after 5 s itself.
+        life_s: lifetime of a connection in seconds, after which it accepts no more requests.
+        answer_s: seconds to finish the request that is being answered at the end of that lifetime.
     """
 
     of_address: int = 256
@@ -58,7 +61,9 @@ class Limits:
 
 
 def server_context(tls: Tls) -> ssl.SSLContext:
-    """For the server: TLS 1.3, and a certificate of the federation's at the other end, looked at each time."""
+    """Create the server's TLS context: TLS 1.3 with a client certificate of the federation, checked on every
+    connection.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(tls.certificate, tls.key)
@@ -69,7 +74,9 @@ def server_context(tls: Tls) -> ssl.SSLContext:
 
 
 def most_connections() -> int:
-    """That this process's limit of open files leaves room for; raises that limit as far as it may."""
+    """Return how many connections this process's limit of open files allows, after raising that limit as far as
+    possible.
+    """
     if resource is None:
         return _LEAST_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -82,12 +89,12 @@ def most_connections() -> int:
 
 
 class Door:
-    """Lets connections in, one by one.
+    """The listener that accepts connections within the limits.
 
     Args:
-        context: for TLS; it may be replaced, for connections that come from then on.
-        member: the name of the member with a connection key; empty: none.
-        of_certificate: where connections are counted, by the key of their certificate.
+        context: the TLS context; it may be replaced, which affects new connections.
+        member: returns the name of the member with a connection key; empty if there is none.
+        of_certificate: counter of open connections by their certificate's key.
     """
 
     def __init__(
@@ -107,15 +114,15 @@ class Door:
         self._accepting: list[asyncio.Task[None]] = []
 
     def open(self, host: str, port: int, make: Callable[[str], Http]) -> None:
-        """Listen.
+        """Start listening.
 
         Args:
             host: address to listen on.
-            port: to listen on.
-            make: what serves a connection from an address.
+            port: port to listen on.
+            make: creates the protocol that serves a connection from an address.
 
         Raises:
-            OSError: the address cannot be had.
+            OSError: the address cannot be bound.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -123,7 +130,7 @@ class Door:
         self._accepting.append(asyncio.get_running_loop().create_task(self._accept(listening, make)))
 
     async def close(self) -> None:
-        """Listen no longer, and end what has not shaken hands."""
+        """Stop listening, and abort all handshakes in progress."""
         tasks = [*self._accepting, *self._shaking]
         for task in tasks:
             task.cancel()
@@ -172,7 +179,7 @@ class Door:
         return True
 
     def _give_way(self, shaking: Iterable[asyncio.Task[None]]) -> bool:
-        """End the oldest of those that have shown no certificate yet; whether there is one."""
+        """Abort the oldest connection that has not finished its handshake; return whether there was one."""
         if (oldest := next(iter(shaking), None)) is not None:
             del self._shaking[oldest]
             oldest.cancel()
@@ -192,14 +199,16 @@ class Door:
 
 
 def _origin(address: str) -> str:
-    """Whom connections are counted for: an IPv4 address, or an IPv6 network, of which one machine has all addresses."""
+    """Return the group in which a connection is counted: the IPv4 address, or the IPv6 /64 network, which one
+    machine may own.
+    """
     if ":" not in address:
         return address
     return str(ipaddress.ip_network((ipaddress.ip_address(address.partition("%")[0]), 64), strict=False))
 
 
 def _why(error: BaseException) -> str:
-    """In OpenSSL's own words, which hold nothing but the kind of mistake."""
+    """Return the reason for a failed handshake in OpenSSL's own words, which name only the kind of error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -208,7 +217,7 @@ def _why(error: BaseException) -> str:
 
 
 class Http(H11Protocol):
-    """HTTP over a connection that has shown its certificate, with a time for everything."""
+    """HTTP over mutual TLS, with a timeout for every phase."""
 
     def __init__(
         self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, door: Door, address: str
@@ -266,17 +275,19 @@ class Http(H11Protocol):
         self._timers[name] = self.loop.call_later(seconds, call)
 
     def _hang_up(self) -> None:
-        """No whole request came in time."""
+        """Close the connection because no complete request arrived in time."""
         self.transport.close()
 
     def _end(self) -> None:
-        """Its life is over, or its certificate's: what is being answered is, within minutes."""
+        """End the connection at the end of its own lifetime or its certificate's; the current request has some
+        minutes to finish.
+        """
         self._at("life", self._door.limits.answer_s, self.transport.abort)
         self.shutdown()
 
 
 def _peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
-    """The holder of the other end's certificate, and the end of that."""
+    """Return the holder of the client's certificate, and when the certificate expires."""
     shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
     peer = Peer(address=address, certificate=common_name(shown.subject) or "", key=public_pem(shown))
     return peer, shown.not_valid_after_utc

@@ -1,7 +1,7 @@
-"""A site's end of the line: the node's half of Flower's Fleet protocol, over mutual TLS.
+"""A site's end of the connection: the node's half of Flower's Fleet protocol, over mutual TLS.
 
-It takes the place of Flower's SuperNode, so that one process polls, trains and answers, and stays warm.  Flower's app
-bundle is never asked for, let alone installed.
+It replaces Flower's SuperNode, so that one process polls, trains and answers, and keeps its model loaded.  Flower's app
+bundle is never requested or installed.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
 
 
 class Fleet:
-    """A node's connection.  One thread at a time receives and replies; heartbeats have their own.
+    """A node's connection to the server.  Only one thread at a time may receive and reply; heartbeats have their own
+    thread.
 
     Args:
         server: host:port.
         tls: the site's certificates and key.
-        heard: called each time that the server answers a heartbeat, also while a message is being answered.
+        heard: called whenever the server answers a heartbeat, also while a message is being answered.
     """
 
     def __init__(self, server: str, tls: Tls, *, heard: Callable[[], None] = lambda: None) -> None:
@@ -82,11 +83,11 @@ class Fleet:
         self._beating: threading.Thread | None = None
 
     def activate(self) -> None:
-        """Tell the server that this node is there, and keep telling it.
+        """Register this node as online, and start the heartbeats.
 
         Raises:
             Unauthorised: the server does not know the key.
-            Unreachable: no connection; or an earlier process of this node died less than twenty seconds ago.
+            Unreachable: there is no connection, or an earlier process of this node ended less than twenty seconds ago.
         """
         request = fleet_pb2.ActivateNodeRequest(
             public_key=self._public, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
@@ -105,10 +106,10 @@ class Fleet:
             self._beating.start()
 
     def receive(self) -> Message | None:
-        """The next message for this node, if there is one.
+        """Fetch the next message for this node, or None if there is none.
 
         Raises:
-            Dropped: the message is no longer there.
+            Dropped: the server no longer has the message.
             Unauthorised, Unreachable: as for `activate`.
         """
         if self._may_have_lost_one:
@@ -139,10 +140,10 @@ class Fleet:
         return message
 
     def reply(self, reply: Message) -> None:
-        """Send an answer.  It is safe to send the same one again after an error.
+        """Send an answer; it is safe to send the same answer again after an error.
 
         Raises:
-            Dropped: the Flower run is over, or the server has lost it.
+            Dropped: the Flower run has ended, or the server has lost it.
             Unauthorised, Unreachable: as for `activate`.
         """
         node, run_id, id = self._activated, reply.metadata.run_id, reply.object_id
@@ -171,7 +172,7 @@ class Fleet:
 
     @staticmethod
     def is_void(message: Message, *, now: float) -> bool:
-        """Whether the server takes no answer to a message any more; `now` in seconds since 1970."""
+        """Whether the server no longer accepts an answer to a message; `now` is in seconds since 1970."""
         until = message.metadata.created_at + message.metadata.ttl
         return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
 
@@ -186,11 +187,11 @@ class Fleet:
         return self._client.PushMessages(request)
 
     def show_certificate(self) -> None:
-        """Show the certificate that the kit has now, in connections that are made from here on."""
+        """Use the kit's current certificate for all new connections."""
         show(http_client(self._client), self._tls.client_context())
 
     def close(self) -> None:
-        """Tell the server, if it hears, that the node is gone."""
+        """Tell the server, if it is reachable, that this node goes offline, and close the connection."""
         self._stop.set()
         if self._beating is not None:
             self._beating.join(timeout=_CALL_TIMEOUT_S)
@@ -218,12 +219,12 @@ class Fleet:
 
 
 def hello(server: str, tls: Tls) -> str:
-    """The name by which the server knows this site; asking changes nothing there.
+    """Return the name under which the server knows this site; the call changes nothing on the server.
 
     Raises:
-        Unauthorised: it does not, or no longer; the text says which.
-        Foreign: the answer is no fedtune server's.
-        Unreachable: no connection.
+        Unauthorised: the server does not know this site, or has revoked it; the text says which.
+        Foreign: the answer does not come from a fedtune server.
+        Unreachable: there is no connection.
     """
     headers = signed_headers(tls)
     with in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
@@ -236,7 +237,11 @@ def hello(server: str, tls: Tls) -> str:
 
 
 def reason_in(answer: httpx.Response, server: str) -> str:
-    """Why fedtune's server refused a call; raises `Foreign` as `said_in` does."""
+    """Return the reason why fedtune's server refused a call.
+
+    Raises:
+        Foreign: the answer does not come from a fedtune server.
+    """
     reason = said_in(answer, "reason", server)
     if not reason.isprintable() or len(reason) > _MOST_REASON:  # words that are not for people
         raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})")
@@ -244,10 +249,10 @@ def reason_in(answer: httpx.Response, server: str) -> str:
 
 
 def said_in(answer: httpx.Response, field: str, server: str) -> str:
-    """A field of an answer of fedtune's own.
+    """Return a field of a fedtune server's JSON answer.
 
     Raises:
-        Foreign: it is no answer of fedtune's server.
+        Foreign: the answer does not come from a fedtune server.
     """
     try:
         return str(answer.json()[field])
@@ -256,7 +261,7 @@ def said_in(answer: httpx.Response, field: str, server: str) -> str:
 
 
 def signed_headers(tls: Tls) -> dict[str, str]:
-    """The headers that say which site makes one of fedtune's own calls, as in Flower's."""
+    """Return the headers that authenticate a site in fedtune's own calls, in the format of Flower's."""
     private, timestamp = read_connection_key(tls.key), now().isoformat()
     return {
         core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(
@@ -270,9 +275,10 @@ def signed_headers(tls: Tls) -> dict[str, str]:
 
 
 def _refused(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
-    """The error of a call that a server refused, with the reason, such as "revoked", if it says one.
+    """Return the error for a call that the server refused, with the server's reason, such as "revoked", if it gives
+    one.
 
-    Two clocks that are too far apart may be in step again soon, whichever is wrong.
+    If the two clocks differ too much, the error is Unreachable, because the clocks may be corrected soon.
     """
     with contextlib.suppress(Foreign, httpx.StreamError):
         reason = reason_in(answer, "")
@@ -284,7 +290,7 @@ def _refused(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
 
 @contextmanager
 def in_our_words() -> Iterator[None]:
-    """Flower's and httpx's errors as the few that a site can do something about."""
+    """Translate errors of Flower and httpx into the few errors to which a site can react."""
     try:
         yield
     except httpx.HTTPStatusError as error:

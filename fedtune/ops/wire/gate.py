@@ -1,4 +1,6 @@
-"""The gate in front of the server's Flower: it passes a few calls of registered sites, and the lead's signed ones."""
+"""The gate in front of the server's Flower app: it only lets through a few calls of registered sites, and the lead's
+signed calls.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ PEER = "fedtune peer"  # where in a scope's state the other end of the connectio
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """The other end of a connection, as TLS knows it."""
+    """The other end of a connection, as authenticated by TLS."""
 
     address: str  # without the port
     certificate: str  # its common name
@@ -89,7 +91,7 @@ class Peer:
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """Traffic since the server began.  The server's event loop writes; any thread may read a value."""
+    """Traffic counters since the server started.  The server's event loop writes them; any thread may read them."""
 
     began: float = field(default_factory=time.time)  # in seconds since 1970, like `heard`
     received: int = 0  # bytes of calls' bodies
@@ -99,7 +101,7 @@ class Traffic:
     connections: Counter[bytes] = field(default_factory=Counter)  # open ones, by the key of their certificate
 
     def counted(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """The same two, counting what passes."""
+        """Wrap `receive` and `send` so that the bytes of all bodies are counted."""
 
         async def counted_receive() -> MutableMapping[str, Any]:
             message = await receive()
@@ -117,12 +119,12 @@ Roster = Callable[[], Sequence["Member"]]  # the sites as they stand when it is 
 
 
 class Gate:
-    """ASGI middleware that answers everything with 404 but what sites and the lead need.
+    """ASGI middleware that refuses every call with 404 except for those that sites and the lead need.
 
     Args:
-        lead: public key of who may start runs.
-        rules: that a site's call is held to.
-        traffic: noted there.
+        lead: public key of the lead, who may start runs.
+        rules: the rules for a site's calls.
+        traffic: the counters to update.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class Gate:
             await answer(send, refusal.status, {"reason": refusal.reason})
 
     async def _wait_call(self, scope: Scope, send: Send) -> None:
-        """Hold a site's call until the lead asks it something; see `fedtune.ops.wire.waiting`."""
+        """Hold a site's call until the lead has a question for it; see `fedtune.ops.wire.waiting`."""
         member = self._member(headers_of(scope), _peer(scope))
         try:
             ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
@@ -182,11 +184,14 @@ class Gate:
         await answer(send, 200, {"questions": count})
 
     def close(self) -> None:
-        """Answer all who are held; the server ends."""
+        """Answer all held calls, because the server is shutting down."""
         self._questions.close()
 
     async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Flower authenticates it again; but only after it has read a body, which a revoked site may make large."""
+        """Authenticate and check a site's call, and pass it to Flower.
+
+        Flower authenticates the call again, but only after reading its body, which a revoked site could make large.
+        """
         headers, path = headers_of(scope), scope["path"]
         try:
             member = self._member(headers, _peer(scope))
@@ -212,10 +217,12 @@ class Gate:
         self._questions.asked(nodes)
 
     async def _body_of_lead(self, scope: Scope, receive: Receive) -> bytes:
-        """The body of a call that the lead signed.
+        """Return the body of a call after checking that the lead signed it.
 
         Raises:
-            NotAllowed: it did not, or for another body, or the call was made before, or over a site's connection.
+            NotAllowed: the lead's signature is missing or covers another body, the call is a repetition, or it came
+            over a
+                site's connection.
         """
         headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
         signed = body_of_lead(headers, path=path, lead=self._lead, now=time.time())
@@ -231,10 +238,10 @@ class Gate:
         return body
 
     def _member(self, headers: dict[str, str], peer: Peer | None) -> Member:
-        """The member that makes a call, over its own connection.
+        """Return the member that makes a call over its own connection.
 
         Raises:
-            NotAllowed: nobody does, or a former one.
+            NotAllowed: the caller is not a member, or was revoked.
         """
         try:
             key = base64.b64decode(headers[core.FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
@@ -259,11 +266,11 @@ class Gate:
         return known
 
     def _with(self, key: bytes) -> Member | None:
-        """The member with a connection key, also one that was revoked."""
+        """Return the member with a connection key, including revoked members; None if there is none."""
         return next((member for member in self._roster() if member.node_key == key), None)
 
     def name_of(self, key: bytes) -> str:
-        """The name of that member; empty: there is none."""
+        """Return the name of the member with a connection key; empty if there is none."""
         member = self._with(key)
         return member.site if member else ""
 
@@ -293,10 +300,10 @@ def _peer(scope: Scope) -> Peer | None:
 
 
 def check_form(scope: Scope, headers: dict[str, str]) -> None:
-    """Pass a call in the form that Flower reads: it authenticates no other, and inflates nothing.
+    """Check that a call has the form that Flower reads: Flower authenticates no other, and decompresses nothing.
 
     Raises:
-        NotAllowed: it has another.
+        NotAllowed: the call has another form.
     """
     if scope.get("method") != "POST":
         raise NotAllowed(405, "not a POST")
@@ -307,15 +314,16 @@ def check_form(scope: Scope, headers: dict[str, str]) -> None:
 
 
 def headers_of(scope: Scope) -> dict[str, str]:
-    """Each header once: the last of its name."""
+    """Return the headers as a dict; the last of several headers with the same name wins."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def as_read(scope: Scope, headers: dict[str, str]) -> Scope:
-    """The call as it was read here, for Flower to read it the same way.
+    """Return the call with normalized headers, so that Flower interprets it in the same way as the gate.
 
-    Of a header that came twice Flower takes the first; and it takes a call's kind from its URL, in which an older
-    Starlette has whatever the caller says that the host's name is.
+    Flower uses the first of several headers with the same name.  It also takes a call's kind from its URL, which in
+    older
+    versions of Starlette contains whatever host name the caller sent.
     """
     kept = {**headers, "host": "server"}
     for name in ("content-length", "transfer-encoding"):
@@ -325,10 +333,10 @@ def as_read(scope: Scope, headers: dict[str, str]) -> Scope:
 
 
 async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: int) -> bytes:
-    """A whole body that comes in time.
+    """Read a call's whole body within a time limit.
 
     Raises:
-        NotAllowed: it does not, or it is too large, or the caller hung up.
+        NotAllowed: the body is too slow or too large, or the caller hung up.
     """
     announced = headers.get("content-length", "0")
     if not (announced.isascii() and announced.isdigit()) or int(announced[:20]) > most_bytes:
@@ -352,7 +360,7 @@ async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: in
 
 
 def again(body: bytes, receive: Receive) -> Receive:
-    """Gives `body`, then what comes."""
+    """Return a `receive` function that yields `body` first, and then the further messages of `receive`."""
     given = False
 
     async def again() -> MutableMapping[str, Any]:
@@ -366,7 +374,7 @@ def again(body: bytes, receive: Receive) -> Receive:
 
 
 async def answer(send: Send, status: int, content: dict[str, object]) -> None:
-    """Answer with JSON."""
+    """Send a JSON response."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status >= 400:  # the body of a call that is refused is not waited for

@@ -1,8 +1,8 @@
-"""Identity at both ends of a connection: certificates of the federation's authority, and the lead's signatures.
+"""Authentication at both ends of a connection: certificates of the federation's authority, and the lead's signatures.
 
-TLS tells the server that somebody of the federation calls, not who; Flower's Control and Runtime APIs ask for no more
-than that.  So the server lets a call through to them only with the signature of the federation's lead, over its path,
-its time and its body.
+TLS proves to the server that a member of the federation calls, but not which; Flower's Control and Runtime APIs check
+no more than that.  The server therefore only lets a call through to them if the federation's lead has signed its path,
+time and body.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ _Client = TypeVar("_Client", bound=rpc.ProtobufClient)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tls:
-    """PEM files of one end."""
+    """The PEM files of one end of a connection."""
 
     ca: Path  # certificate of the federation's authority, the only one that is trusted
     certificate: Path  # this end's own
     key: Path  # its private key; a site's and a lead's is EC P-384, and a site signs its Flower calls with it too
 
     def client_context(self) -> ssl.SSLContext:
-        """For a client: trusts this authority alone, checks the server's name, and shows its own certificate."""
+        """Create a client's TLS context, which trusts only this authority, checks the server's name and has a client
+        certificate.
+        """
         context = ssl.create_default_context(cafile=str(self.ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(self.certificate, self.key)
@@ -46,10 +48,10 @@ class Tls:
 
 
 def staying(client: _Client) -> _Client:
-    """The same client, whose calls are bounded, and which calls no address but its own.
+    """Bound the calls of a Flower client and disable its redirects; return the client.
 
-    Flower's would follow a redirect with its signed headers: a person who runs the server could make a site or a lead
-    call any address in its network, also without TLS.
+    Flower's client would follow a redirect with its signed headers: whoever runs the server could make a site or a lead
+    call any address in its own network, even without TLS.
     """
     bounded(http_client(client))
     return client
@@ -69,7 +71,9 @@ _OF_CERTIFICATES = (
 
 
 def refusal(error: BaseException) -> str | None:
-    """Which end does not accept the other's certificate, and why; None where that is not what went wrong."""
+    """Return which end rejects the other's certificate, and why; None if certificates are not the cause of the
+    error.
+    """
     for cause in causes_of(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted here: {cause.verify_message}"
@@ -90,7 +94,7 @@ TOLERANCE_S = CLOCKS_S  # a signature of the lead's is good for so long, either 
 
 
 class NotAllowed(Exception):
-    """A call that the server does not take, with the status that it gets."""
+    """Raised for a call that the server refuses, with the HTTP status of the answer."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -102,26 +106,29 @@ _MOST_SEEN = 1 << 17  # two minutes of a lead that calls five hundred times a se
 
 
 class SeenCalls:
-    """The lead's signatures that were used, for as long as they are good; each passes once.  A retry is signed anew."""
+    """Replay protection: it remembers the lead's signatures while they are valid, so that each is accepted only once.
+
+    A client signs a retry with a new signature.
+    """
 
     def __init__(self, most: int = _MOST_SEEN) -> None:
         self._most = most
         self._until: dict[str, float] = {}
 
     def check(self, headers: Mapping[str, str]) -> None:
-        """Pass a signature that was not used yet.
+        """Check that a signature has not been used yet.
 
         Raises:
-            NotAllowed: it was.
+            NotAllowed: the signature was used before.
         """
         if headers[SIGNATURE] in self._until:
             raise NotAllowed(401, "the lead's signature was used before")
 
     def take(self, headers: Mapping[str, str], *, now: float) -> None:
-        """Use the signature of a call that is the lead's.
+        """Mark the signature of a valid call of the lead as used.
 
         Raises:
-            NotAllowed: it was used before, or too many are remembered.
+            NotAllowed: the signature was used before, or too many signatures are stored.
         """
         signature = headers[SIGNATURE]
         self.check(headers)
@@ -133,7 +140,7 @@ class SeenCalls:
 
 
 class LeadSignature:
-    """Signs each of a Flower client's calls."""
+    """An interceptor that signs each call of a Flower client with the lead's key."""
 
     def __init__(self, key: SigningKey) -> None:
         self._key = key
@@ -147,9 +154,9 @@ class LeadSignature:
 
 
 def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
-    """SHA-256, in hex, of the body that the lead signed for this call; None where its signature is not there.
+    """Return the SHA-256, in hex, of the body that the lead signed for this call; None without a valid signature.
 
-    It takes the headers alone, so that nobody else's body need be read.
+    Only the headers are needed, so that the bodies of other callers need not be read.
     """
     moment, body = headers.get(TIME, ""), headers.get(BODY, "")
     try:
@@ -162,9 +169,9 @@ def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float
 
 
 def clocks_apart(answer: httpx.Response, *, most_s: float) -> str:
-    """What a server's answer shows of its clock, if that and this machine's differ by more than `most_s`; or nothing.
+    """Describe the difference between the server's clock and this machine's, if it exceeds `most_s`; otherwise empty.
 
-    The server's clock is at fault where this machine's is kept by time synchronization.
+    If time synchronization runs on this machine, the server's clock is the wrong one.
     """
     try:
         ahead = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
@@ -177,7 +184,7 @@ def clocks_apart(answer: httpx.Response, *, most_s: float) -> str:
 
 
 def clock_is_kept() -> bool:
-    """Whether this machine's kernel says that something synchronizes its clock; False where it cannot say."""
+    """Whether the kernel reports that this machine's clock is synchronized; False if it does not report anything."""
     adjtimex = getattr(ctypes.CDLL(None), "adjtimex", None)
     return adjtimex is not None and adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) not in (-1, _TIME_ERROR)
 

@@ -1,4 +1,4 @@
-"""One of Flower's runs, as the lead holds it: started, claimed, kept alive and ended."""
+"""One Flower run as the lead's session with the server: started, claimed, kept alive and ended."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ clientapp = "none:none"
 
 
 class LeadSession:
-    """One of Flower's runs: started, claimed, kept alive, and ended by this process.
+    """A Flower run that this process starts, claims, keeps alive and ends.
 
     Attributes:
-        grid: Flower's own, over the connection of this session.
+        grid: Flower's own grid, over this session's connection.
     """
 
     def __init__(self, server: str, tls: Tls, key: SigningKey) -> None:
@@ -91,7 +91,7 @@ class LeadSession:
         threading.Thread(target=self._beat, name="lead's heartbeats", daemon=True).start()
 
     def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
-        """The sites that are online, by number; looked up once a second."""
+        """Return the online sites by number; the server is asked at most once per second."""
         if time.monotonic() - self._looked > 1.0:
             with readable():
                 online = self.grid.get_nodes()
@@ -100,7 +100,9 @@ class LeadSession:
         return self._nodes
 
     def push(self, message: Message) -> str | None:
-        """Ask; the question's id, empty where its node is gone, None where the server takes none of its size."""
+        """Send a question; return its id, "" if its node is gone, or None if the server refuses a message of this
+        size.
+        """
         with readable():
             ids = list(self.grid.push_messages([message]))
             if len(ids) > 1:
@@ -108,9 +110,9 @@ class LeadSession:
         return ids[0] if ids else None
 
     def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
-        """Yield the answers to these questions, each fetched when it is asked for: memory need not hold them all.
+        """Yield the answers to these questions, fetching each on demand so that they need not all be in memory.
 
-        Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
+        Flower's own call fails as a whole if one answer is broken, and trusts what every answer claims about itself.
         """
         with readable():
             found = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=message_ids))
@@ -127,7 +129,7 @@ class LeadSession:
             yield about.metadata.reply_to_message_id, message, is_lost
 
     def _whole(self, tree: message_pb2.ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
-        """A message with its content, from the server."""
+        """Fetch a message with its content from the server; None if the content is invalid."""
         node, run_id = self.grid.node, self.grid.run.run_id
         try:
             return pull_message(
@@ -149,7 +151,7 @@ class LeadSession:
             return None
 
     def show_certificate(self) -> None:
-        """Show the certificate that the kit has now, in connections that are made from here on."""
+        """Use the kit's current certificate for all new connections."""
         show(http_client(self._client), self._tls.client_context())
 
     def close(self) -> None:
@@ -171,7 +173,7 @@ class LeadSession:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Turn an answer that is not Flower's, such as a proxy's page, into an error of the line."""
+    """Turn an answer that is not Flower's, such as a proxy's error page, into a connection error."""
     try:
         yield
     except (httpx.HTTPError, inflating.ObjectPushError, RunError):
@@ -181,7 +183,7 @@ def readable() -> Iterator[None]:
 
 
 def not_started(server: str, error: httpx.HTTPError) -> RunError:
-    """What it says of a lead and its server that this starts no run."""
+    """Return the error that explains to the lead why its server did not start a run."""
     if not isinstance(error, httpx.HTTPStatusError):
         return RunError(f"{server} cannot be reached ({type(error).__name__}: {error})")
     if apart := clock_of(error):
@@ -194,7 +196,9 @@ def not_started(server: str, error: httpx.HTTPError) -> RunError:
 
 
 def clock_of(error: Exception) -> str:
-    """What to say of the clocks where they are why a server refused the lead's call; or nothing."""
+    """Describe the difference of the clocks if it is the reason why a server refused the lead's call; otherwise
+    empty.
+    """
     if not (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED):
         return ""
     return clocks_apart(error.response, most_s=TOLERANCE_S - 1)

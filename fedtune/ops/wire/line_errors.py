@@ -1,4 +1,4 @@
-"""The errors of a site's line to the server: a site can do something different about each."""
+"""The errors of a site's connection to the server, one for each way in which a site can react."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from fedtune.spec import RunError
 
 
 class Unauthorised(RunError):
-    """The server does not take this node: its key is unknown, or was revoked."""
+    """Raised if the server rejects this node: its key is unknown or revoked."""
 
 
 class Expired(Unauthorised):
-    """The certificate of this node has ended."""
+    """Raised if this node's certificate has expired."""
 
 
 class Unreachable(RunError):
-    """The server cannot be reached, or has no time; asking again later may help."""
+    """Raised if the server cannot be reached or is overloaded; a later attempt may succeed."""
 
 
 class Foreign(Unreachable):
-    """The answer comes from no server of fedtune's."""
+    """Raised if the answer does not come from a fedtune server."""
 
 
 class Dropped(RunError):
-    """The server takes no answer to this message any more; the lead that asked will ask again."""
+    """Raised if the server no longer accepts an answer to this message; the lead will ask again."""

@@ -1,7 +1,7 @@
-"""Fetching a message of Flower's, which comes as a tree of objects, within bounded memory and time.
+"""Fetching a Flower message, which arrives as a tree of objects, within bounded memory and time.
 
-What an object holds may name its parts more than once: some kilobytes that name one part a thousand times would fill a
-machine's memory when they are put together.  So the size of the whole is computed before.
+An object may name the same part more than once: a few kilobytes that name one part a thousand times would exhaust a
+machine's memory when the message is assembled.  Therefore the size of the whole message is computed first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ _PARTS = {
 
 
 class NotWhole(OutOfBounds):
-    """A message that is larger, or built otherwise, than any honest one: its maker's doing, not the line's."""
+    """Raised for a message that is larger or structured differently than any honest message: its sender's fault, not
+    the
+    connection's.
+    """
 
 
 def pull_message(
@@ -45,18 +48,19 @@ def pull_message(
     most_bytes: float = math.inf,
     most_s: float = math.inf,
 ) -> Message:
-    """The message whose objects `tree` names, each fetched by `pull`; `confirm` is told when all have come.
+    """Fetch all objects in `tree` with `pull` and assemble the message; `confirm` is called when all objects have
+    arrived.
 
     Args:
-        tree: of the message.
-        pull: fetches the object with an id.
-        confirm: tells that the message has come.
-        most_bytes: that it may stand for, if that is less than `MOST_BYTES`.
-        most_s: seconds that it may take, if that is less than `MOST_S`.
+        tree: the message's object tree.
+        pull: fetches an object by its id.
+        confirm: tells the server that the message has arrived.
+        most_bytes: maximum size of the assembled message, if lower than `MOST_BYTES`.
+        most_s: maximum duration in seconds, if lower than `MOST_S`.
 
     Raises:
-        NotWhole: it is larger, slower or built otherwise than any honest lead's.
-        ObjectPullError: an object is no longer there.
+        NotWhole: the message is larger, slower or structured differently than any honest lead's message.
+        ObjectPullError: the server no longer has one of the objects.
     """
     ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MOST_OBJECTS + 1)))
     if len(ids) > MOST_OBJECTS:
@@ -72,7 +76,7 @@ def pull_message(
 
 
 class _Budget:
-    """`pull`, until bytes or time of one message are used up."""
+    """A wrapper of `pull` that raises NotWhole once a message exceeds its limits of bytes or time."""
 
     def __init__(self, pull: Callable[[str], bytes], most_s: float) -> None:
         self._pull, self._most_s, self._ends = pull, most_s, time.monotonic() + most_s
@@ -92,10 +96,11 @@ class _Budget:
 
 
 def _size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
-    """Bytes of the object `id` of this kind when all its parts are put in, each as often as it is named.
+    """Compute the size in bytes of the object `id` after assembly, where a part counts as often as it is named.
 
-    `known` keeps the size of each object: a few hundred that share their parts would keep a machine busy for hours if
-    each were read again for everything that names it.
+    `known` caches the size of each object: a few hundred objects that share their parts would otherwise keep a machine
+    busy
+    for hours.
     """
     content = contents[id]
     found, children, _ = objects.get_object_head_values_from_object_content(content)
@@ -120,7 +125,7 @@ def _kind(content: bytes, allowed: tuple[str, ...]) -> str:
 
 
 def _named(kind: str, content: bytes, children: list[str]) -> list[str]:
-    """The parts that an object names, as often as it does."""
+    """List the parts that an object names, with repetitions."""
     if kind == "Message":
         return children
     body = json.loads(content[content.index(core.HEAD_BODY_DIVIDER) + len(core.HEAD_BODY_DIVIDER) :])

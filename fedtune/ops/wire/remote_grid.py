@@ -1,6 +1,6 @@
-"""The lead's end of the line: a Flower grid over mutual TLS whose questions survive restarts at either end.
+"""The lead's end of the connection: a Flower grid over mutual TLS whose questions survive restarts of either end.
 
-When a question is asked again is `AskingGrid`'s rule; here it is also asked again when the server forgot the run.
+`AskingGrid` decides when a question is sent again; this grid also sends it again if the server has forgotten the run.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class RemoteGrid(AskingGrid):
 
     Args:
         server: host:port.
-        sites: name -> PEM of its connection key's public half, as the roster has them.
-        key: the lead's, with which it signs its calls.
-        has_new_certificate: asked during an exchange whether the files of `tls` have another one than before.
-        patience_s: how long to wait for a server that is away when the first connection is made.
+        sites: site name -> public connection key in PEM format, as in the roster.
+        key: the lead's key, which signs its calls.
+        has_new_certificate: returns during an exchange whether the files of `tls` contain a new certificate.
+        patience_s: how long to wait for a server that is down before the first connection.
         rules: `hear` and `closing` of `AskingGrid`.
     """
 
@@ -120,7 +120,7 @@ class RemoteGrid(AskingGrid):
 
 
 def _is_away(error: httpx.HTTPError) -> bool:
-    """The server is out of reach or out of order, or its clock is: waiting may help, and no run need end."""
+    """Whether the server is down, failing or has a wrong clock, so that waiting may help and the run need not end."""
     if not isinstance(error, httpx.HTTPStatusError):
         return refusal(error) is None
     return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or bool(clock_of(error))

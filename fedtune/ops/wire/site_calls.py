@@ -1,7 +1,8 @@
-"""Rules for a site's calls: each message is held to its sender, its receiver and an open question of the lead's.
+"""Rules for a site's calls: each message must match its sender, its receiver and an open question of the lead.
 
-Flower 1.41 checks who calls, and believes the rest: it stores a message between any two nodes, and hands the lead
-whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails where they change.
+Flower 1.41 authenticates the caller and trusts everything else: it stores messages between any two nodes, and hands the
+lead whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails if they
+change.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ JOIN object_push_sessions USING (session_id) WHERE pending_count > 0 AND expires
 
 @dataclass
 class _Answer:
-    """One that a site has announced."""
+    """An answer that a site has announced."""
 
     object_ids: frozenset[str]
     most_bytes: int  # of all its objects together
@@ -73,10 +74,10 @@ class _Answer:
 
 
 class SiteCalls:
-    """The rules, over what Flower has in its database.  Any thread may ask.
+    """The rules for sites' calls, checked against Flower's database.  Thread-safe.
 
     Args:
-        state: Flower's, in a database.
+        state: Flower's link state, stored in a database.
     """
 
     def __init__(self, state: SqlLinkState) -> None:
@@ -86,15 +87,15 @@ class SiteCalls:
         self._asked: dict[str, frozenset[str]] = {}  # the lead's objects, and what each is made of
 
     def most_bytes(self, path: str) -> int:
-        """Of the body of a call."""
+        """Return the maximum size in bytes of the body of a call."""
         call = path.removeprefix(FLEET)
         return {"push-messages": _ANNOUNCED_BYTES, "push-object": _OBJECT_BYTES}.get(call, _SMALL_BYTES)
 
     def check(self, path: str, key: bytes, body: bytes) -> None:
-        """Pass a call of the site with the connection key `key`.
+        """Check that the site with the connection key `key` may make this call.
 
         Raises:
-            NotAllowed: the site may not make it.
+            NotAllowed: the site may not make the call.
         """
         try:
             request: Any = PROTOBUF_REQUEST_TYPES["POST", path].FromString(body)
@@ -120,14 +121,16 @@ class SiteCalls:
             self._check_confirmed(request, node or 0)
 
     def node_of(self, key: bytes) -> int | None:
-        """The node with this connection key; None: there is none."""
+        """Return the id of the node with this connection key; None if there is no such node."""
         return self._state.get_node_id_by_public_key(key)
 
     def asked(self, body: bytes) -> list[int]:
-        """The lead's questions: what they are made of, which no site may say otherwise; the nodes that are asked.
+        """Remember which parts the lead's questions consist of, so that no site can declare other parts; return the
+        asked nodes.
 
-        Flower names objects by their content, for all runs and nodes, and believes who names one first: with other
-        parts announced for it, the lead could ask nobody any more.
+        Flower names objects by their content across all runs and nodes, and trusts whoever names an object first: if a
+        site
+        announced one of the lead's objects with other parts, the lead could no longer send any question.
         """
         try:
             request = runtime_pb2.PushAppMessagesRequest.FromString(body)
@@ -143,10 +146,11 @@ class SiteCalls:
         return [message.metadata.dst_node_id for message in request.messages_list]
 
     def finished(self, body: bytes) -> bytes:
-        """The lead's call for answers, less those that are not there, or not whole yet.
+        """Reduce the lead's request for answers to the answers that have arrived completely.
 
-        Flower would have the lead wait for one of which a part is missing, and one may be announced at any moment:
-        only what is whole now is asked for.  A site that is offline is answered for by Flower.
+        Flower would let the lead wait for an answer with a missing part, and an answer may be announced at any moment.
+        Flower
+        itself answers for a site that is offline.
         """
         asked = runtime_pb2.PullAppMessagesRequest.FromString(body)
         moment = now()
@@ -192,7 +196,14 @@ class SiteCalls:
         return frozenset(part.object_id for part in parts)
 
     def _check_metadata(self, about: message_pb2.Metadata, node: int) -> float:
-        """Raise unless it answers an open question of the lead to this node; when the question expires."""
+        """Check that a message answers an open question of the lead to this node.
+
+        Returns:
+            When the question expires, in seconds since 1970.
+
+        Raises:
+            NotAllowed: the message does not answer such a question.
+        """
         if about.src_node_id != node:
             raise NotAllowed(403, "in another sender's name")
         if about.dst_node_id != constant.SUPERLINK_NODE_ID:
@@ -253,7 +264,7 @@ class SiteCalls:
 
 
 def _parts(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
-    """All of its objects; protobuf bounds its depth."""
+    """Yield all objects of a tree; protobuf bounds the depth of the recursion."""
     yield tree
     for child in tree.children:
         yield from _parts(child)

@@ -1,8 +1,9 @@
 """The server: Flower's SuperLink in this process, behind a gate, over mutual TLS.
 
-It keeps messages until their receiver fetches them, in a database on disk.  It runs no app, installs nothing, and has
-neither the lead's key nor a model.  Flower 1.41 serves its Fleet, Runtime and Control APIs on one port, the last two of
-them to anybody; the gate lets through a site's calls that Flower itself authenticates, and the lead's signed ones.
+It keeps messages in a database on disk until their receiver fetches them.  It runs no app, installs nothing, and has
+neither the lead's key nor a model.  Flower 1.41 serves its Fleet, Runtime and Control APIs on one port, and the last
+two without authentication; the gate only lets through the calls of sites, which Flower authenticates itself, and the
+lead's signed calls.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ def serve(
     works: Callable[[bool], None] = lambda _: None,
     has_new_certificate: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what is being answered and return.
+    """Serve until SIGTERM or SIGINT; then finish the calls in progress and return.
 
     Args:
-        settings: who may connect, and where to.
+        settings: who may connect, and the address to listen on.
         ready: called when the server listens.
-        works: told every two seconds whether the database takes what is written.
-        has_new_certificate: asked as often whether the server's files have another one since it was asked last.
+        works: called every two seconds with whether the database accepts writes.
+        has_new_certificate: called every two seconds; returns whether the server's files contain a new certificate.
     """
     app, state = superlink_app(
         **asdict(settings.tls), host=settings.host, port=settings.port, database=settings.database
@@ -132,10 +133,11 @@ def serve(
 
 
 def keep_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) -> None:
-    """Register sites that are new, and put out those that were revoked; all others are left alone.
+    """Register new sites with Flower and remove revoked sites; all other nodes are left alone.
 
-    A key that the roster no longer names stays as it is, for Flower never takes one back, and an old roster may have
-    been copied by mistake: the gate lets it do nothing.
+    A key that the roster no longer contains also stays registered, because Flower never accepts a removed key again,
+    and an
+    old roster may have been copied by mistake; the gate blocks its calls anyway.
     """
     for member in roster:
         node_id = state.get_node_id_by_public_key(member.node_key)
@@ -157,7 +159,7 @@ def keep_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) 
 
 
 class _KeptRoster:
-    """The roster as it was when it could last be read; gate and Flower always see the same one."""
+    """The last roster that could be read, which the gate and Flower share."""
 
     def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
         self._read, self.state, self.audit = read, state, audit
@@ -169,7 +171,7 @@ class _KeptRoster:
         keep_roster(self.state, self.members, self.audit)
 
     def takes_writes(self) -> bool:
-        """The database takes what is written, as it does not on a full disk; says so when that changes."""
+        """Return whether the database accepts writes, which fail on a full disk; a change is logged."""
         before = self._took
         try:
             with self.state.session() as session:
@@ -186,7 +188,7 @@ class _KeptRoster:
 
 @contextmanager
 def _watched(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` every two seconds."""
+    """Call `look` every two seconds while the block runs."""
     stop = threading.Event()
 
     def watch() -> None:
@@ -209,7 +211,7 @@ def _watched(look: Callable[[], None]) -> Iterator[None]:
 
 
 class _Server(uvicorn.Server):
-    """Lets connections in by its own door, and says when it listens."""
+    """A uvicorn server that accepts its connections through a `Door`, and calls `ready` when it listens."""
 
     def __init__(self, config: uvicorn.Config, door: Door, ready: Callable[[], None], ends: Callable[[], None]) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
-"""Long polling: a site learns of the lead's questions from a call that the server answers once there is one.
+"""Long polling: a call that the server answers as soon as the lead has a question for the site.
 
-Asking Flower every second would cost the server as much as a round does, and the site would learn of a question late.
-Only speed depends on this: a site still asks Flower itself, after each such answer and once in a while.
+Asking Flower every second would cost the server as much as a round, and the site would still learn of questions late.
+Long polling only affects speed: a site still asks Flower itself, after each such answer and from time to time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CALL_TIMEOUT_S, _AGAIN_S = 30.0, 10.0
 
 
 class Questions:
-    """The server's count of the lead's questions to each node, since it started; for use in one event loop."""
+    """The server's count of the lead's questions to each node since it started; to be used in a single event loop."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
@@ -35,14 +35,14 @@ class Questions:
         self._closed = False
 
     def asked(self, nodes: Iterable[int]) -> None:
-        """Count one more question to each node, once Flower has it, and answer the calls that wait for it."""
+        """Count one more question for each node, once Flower has stored it, and answer the calls that wait for it."""
         for node in nodes:
             self._counts[node] += 1
             if event := self._waiting.pop(node, None):
                 event.set()
 
     async def count(self, node: int, *, heard: int) -> int:
-        """The node's number, as soon as it is not `heard`, or after some seconds."""
+        """Return the node's number of questions as soon as it differs from `heard`, or after some seconds."""
         if self._counts[node] == heard and not self._closed:
             event = self._waiting.setdefault(node, asyncio.Event())
             with suppress(TimeoutError):
@@ -50,14 +50,14 @@ class Questions:
         return self._counts[node]
 
     def close(self) -> None:
-        """Answer all held calls, and hold no more."""
+        """Answer all held calls, and hold no further calls."""
         self._closed = True
         for event in self._waiting.values():
             event.set()
 
 
 class Bell:
-    """At a site: a thread that waits for the server's questions, and sets an event when there is one.
+    """A thread at a site that waits for the server's questions, and sets an event when there is one.
 
     Attributes:
         rung: the event; the thread that handles questions clears it.

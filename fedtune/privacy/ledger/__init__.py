@@ -1,10 +1,10 @@
-"""The record of everything done to one population's records: a file of signed events, and what follows from them.
+"""The record of everything done to one population's records: a file of signed events, and the figures derived from it.
 
-chain       one event, the hash chain, signed heads, what a ledger that was put back takes over from an anchor
-history     what events add up to: runs, charges, what is set aside
-register    under which cohort each person was first admitted, where people arrive over time
-store       the SQLite file, and events written to it durably
-spending    what is left of a cap; whether more fits every cap
-site_ledger the `Ledger`: each decision one transaction
-verify      checking somebody's ledger with the file and a public key
+chain       a single event, the hash chain, signed heads, and what a restored ledger takes over from an anchor
+history     the sum of the events: runs, charges, reservations
+register    the cohort under which each person was first admitted, in populations with arrivals
+store       the SQLite file, and durable writes of events
+spending    the room left under a cap, and whether a new charge fits every cap
+site_ledger the `Ledger`: each decision is one transaction
+verify      verification of a ledger from its file and a public key alone
 """

@@ -1,8 +1,9 @@
-"""The hash chain of a ledger: each event's hash covers its own values and, through the one before, all earlier events.
+"""The hash chain of a ledger: each event's hash covers its own fields and, through the previous hash, all earlier
+events.
 
-Changing, deleting, inserting or moving an event changes every later hash.  The newest hash, signed by the site's
-key, is the *head*.  A chain that ends early still fits together: only a head that was kept somewhere else, an *anchor*,
-shows that events are missing at the end.
+Changing, deleting, inserting or moving an event changes every later hash.  The newest hash, signed by the site's key,
+is the *head*.  A chain that was cut off at its end is still consistent: only a head that was stored elsewhere, an
+*anchor*, shows that events are missing at the end.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ class Event:
 
     Attributes:
         sequence: 1, 2, 3, ... without gaps.
-        time: UTC, ISO 8601; never before the event in front of it.
-        run: empty where an event belongs to none.
+        time: UTC, ISO 8601; never before the time of the previous event.
+        run: the run's name; empty for events that belong to no run.
         request: digest of the lead's request.
         attempt: 1 for the first reservation of a round, 2 for its first retry.
-        cohort: whom a reservation charges, as `Cohorts` writes it: people who arrived then.  Empty: everybody.
+        cohort: the arrival cohorts that a reservation charges, in the form of `Cohorts.__str__`; empty: everybody.
         code: version of fedtune that wrote the event.
-        detail: what else there is to say, by kind.
-        signature: of the head that this event is, by the site's key.
+        detail: further fields, which depend on the kind.
+        signature: by the site's key, on this event's hash.
     """
 
     sequence: int
@@ -73,25 +74,25 @@ class Event:
     signature: str = ""
 
     def hash_after(self, before: str) -> str:
-        """SHA-256, in hex, of this event behind the event whose hash is `before`."""
+        """Return the SHA-256, in hex, of this event appended after the event whose hash is `before`."""
         fields = asdict(self)
         del fields["hash"], fields["signature"]
         return hashlib.sha256(b"fedtune ledger event\n" + before.encode() + b"\n" + canonical(fields)).hexdigest()
 
 
 def canonical(data: object) -> bytes:
-    """The one way to write `data` as JSON: sorted keys, no spaces, ASCII, no infinity."""
+    """Serialize `data` as canonical JSON: sorted keys, no spaces, ASCII, no infinity or NaN."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 class Doubt(NamedTuple):
-    """A genuine receipt that a ledger lacks.
+    """A genuine receipt whose event is missing from the ledger.
 
     Attributes:
-        sequence: of the newest lasting event that the receipt knows.
+        sequence: of the newest lasting event that the receipt refers to.
         head: that event's salted hash.
-        run: whose receipt it is.
-        rounds: that the run had been charged by then.
+        run: the run of the receipt.
+        rounds: how many rounds the run had been charged by then.
     """
 
     sequence: int
@@ -101,12 +102,13 @@ class Doubt(NamedTuple):
 
 
 def check_ledger_schema(path: Path, found: object) -> None:
-    """Refuse the ledger or anchor `path` of another format than this version's.
+    """Refuse a ledger or anchor whose format belongs to another version of fedtune.
 
-    Guarantee: the sentence names the version that goes on with it, and so invites no fresh budget.
+    Guarantee: the message tells people to continue with the version that wrote the file, and never suggests starting
+    over with a fresh budget.
 
     Raises:
-        ConfigError: no RunError, which stands for a damaged ledger, in whose place a backup may be put.
+        ConfigError: the schema differs.  Not a RunError, which stands for a damaged ledger that a backup may replace.
     """
     if type(found) is not int or found != LEDGER_SCHEMA:
         go_on = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
@@ -116,12 +118,12 @@ def check_ledger_schema(path: Path, found: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
-    """The further words of a ledger of a population with arrivals, in a head and in the note of a restore.
+    """Additional fields in a head and in a restore note, for the ledger of a population with arrivals.
 
     Attributes:
-        ranges: for each charge that is named beside it, in its order, the cohorts that it was charged to.
-        lost_after: the newest event whose rows of the register count for sure, where rows may be missing: whoever has a
-            later one, or none, counts as the oldest cohort.  None: no row is missing.
+        ranges: the charged cohorts of each charge in the same object, in the same order.
+        lost_after: sequence of the newest event whose rows in the register are known to be complete; anybody with a
+            later row, or without one, counts as the oldest cohort.  None: no rows are missing.
     """
 
     ranges: tuple[str, ...]
@@ -130,29 +132,29 @@ class Arrivals:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """The end of a ledger at some moment, signed by the site.
+    """The signed end of a ledger at some point in time.
 
-    A ledger that is put back takes over all that a newer head says: whatever must outlast a restore is said here.
+    A restored ledger takes over everything that a newer head contains, so a head must contain whatever has to survive a
+    restore.
 
     Attributes:
         ledger: random id of the ledger, in hex.
         sequence: of the newest event.
-        hash: of that event.
-        time: of that event.
-        charged: every event charged so far, equal ones counted: what a ledger that was put back has to make up for.
-        runs: every run so far, with the rounds that it was charged.
-        path: (sequence, hash) of each lasting event so far: what a ledger that was put back is compared with, to find
-            where it left this chain.
-        made_up: (sequence, hash) of events of lost branches that this one was made up for.
-        doubts: receipts that showed that events are missing, and that nothing has made up for.
+        hash: of the newest event.
+        time: of the newest event.
+        charged: all mechanisms charged so far, with counts; a restored ledger has to make up for them.
+        runs: every run so far, with the number of rounds charged to it.
+        path: (sequence, hash) of each lasting event so far, to find the point where a restored ledger left this chain.
+        made_up: (sequence, hash) of the events on lost branches for which this ledger has made up.
+        doubts: receipts that prove missing events, for which nothing has made up yet.
         denied: digest of each proposal that a person at the site denied.
-        marks: what marks the ledger for good, as `History` has it.
+        marks: permanent marks of the ledger, as in `History`.
         policy: digest of the policy.
-        caps: lifetime caps so far, the newest last; None: no cap.
-        users: which column says who a user is, by data set and by file, as policies named them.
-        arrivals: None, and not written, where the population has none.
+        caps: lifetime caps so far, newest last; None: no cap.
+        users: the column that identifies a user, by data set and by file, as the policies named it.
+        arrivals: None, and left out of the JSON, if the population has no arrivals.
         site_key: public key of the site.
-        signature: on all of the above.
+        signature: on all other fields.
     """
 
     ledger: str
@@ -175,12 +177,12 @@ class Head:
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:
-        """A head with the signature of `key`."""
+        """Create a head and sign it with `key`."""
         unsigned = cls(**fields, site_key=key.public, signature="")
         return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.message()))
 
     def message(self) -> bytes:
-        """The bytes that are signed."""
+        """Return the bytes that are signed."""
         said = self._fields()
         del said["signature"]
         return canonical(said)
@@ -191,15 +193,15 @@ class Head:
         return _without_none(said, "arrivals")
 
     def to_bytes(self) -> bytes:
-        """The content of an anchor file."""
+        """Return the content of an anchor file."""
         return json.dumps(self._fields(), sort_keys=True).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> Head:
-        """The head in an anchor file.
+        """Read the head in an anchor file, and verify its signature.
 
         Raises:
-            ConfigError: the file is missing or not a head, or the key that it names did not sign it.
+            ConfigError: the file is missing or contains no head, or the head is not signed by the key that it names.
         """
         damaged = ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote")
         try:
@@ -219,20 +221,21 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
-    """The note that a backup was put back, with all that an anchor knew of the events that it lacks.
+    """The restore note: a backup was put back, and an anchor knew about events that the backup lacks.
 
     Attributes:
-        shared: newest event known to be on both branches; what the anchor knows beyond it was charged again.
-        end: the anchor's event.
-        path: (sequence, hash) of lasting events of the lost branch, and of those that it had been made up for itself.
-        gap: what was charged there beyond `shared`: mechanisms as `privacy.events` writes them, and how often they ran.
-        runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
-        denied: digests of proposals that a person denied there.
-        marks: that the other branch had.
-        caps: lifetime caps that were in force on the lost branch alone; None: no cap.
-        users: which column says who a user is, by that branch's policies.
-        doubts: receipts of either branch that are still not made up for.
-        arrivals: the cohorts of the gap; None, and not written, where the population has none.
+        shared: sequence of the newest event known to be on both branches; later charges of the anchor were charged
+            again.
+        end: sequence of the anchor's event.
+        path: (sequence, hash) of the lasting events on the lost branch, and of those for which that branch had made up.
+        gap: charges on the lost branch after `shared`: mechanisms as `privacy.events` serializes them, with counts.
+        runs: run -> rounds charged on the lost branch after `shared`; none of these runs continues.
+        denied: digests of proposals that a person denied on the lost branch.
+        marks: permanent marks of the lost branch.
+        caps: lifetime caps that were in force on the lost branch only; None: no cap.
+        users: the column that identifies a user, by the policies of the lost branch.
+        doubts: receipts of either branch for which nothing has made up yet.
+        arrivals: the cohorts charged in `gap`; None, and left out of the JSON, if the population has no arrivals.
     """
 
     shared: int
@@ -248,13 +251,17 @@ class Restored:
     arrivals: Arrivals | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The note's detail."""
+        """Return the detail field of the note."""
         fields = {key: sorted(each) if isinstance(each, frozenset) else each for key, each in asdict(self).items()}
         return _without_none(fields, "arrivals")
 
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Restored:
-        """Read the note's detail; raises ValueError for anything else."""
+        """Parse the detail field of a restore note.
+
+        Raises:
+            ValueError: the detail does not describe a restore.
+        """
         restored = decode(cls, {key: value for key, value in detail.items() if key != "what"})
         # Charges are never taken back, so that no entry can lower what an earlier one added.
         if min(restored.shared, restored.end, *restored.runs.values()) < 0 or any(n < 1 for _, n in restored.gap):
@@ -265,13 +272,13 @@ class Restored:
 def charges_of(
     charged: Sequence[tuple[dict[str, Any], int]], arrivals: Arrivals | None
 ) -> Iterator[tuple[DpEvent, int, str]]:
-    """Counted mechanisms with the cohorts that each was charged to; "": everybody."""
+    """Iterate over counted mechanisms, each with the cohorts that it was charged to ("" for everybody)."""
     ranges = arrivals.ranges if arrivals else [""] * len(charged)
     return ((dp_events.from_json(event), n, said) for (event, n), said in zip(charged, ranges, strict=True))
 
 
 def table(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
-    """Mechanisms as JSON with how often they ran and the cohorts that they were charged to, in a fixed order."""
+    """Return the charges as sorted rows: (mechanism as JSON, count, charged cohorts)."""
     rows = [(dp_events.to_json(event), count, said) for (event, said), count in charges.items()]
     return sorted(rows, key=lambda row: (json.dumps(row[0], sort_keys=True), row[2]))
 
@@ -281,15 +288,15 @@ def _without_none(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1) -> str:
-    """Follow the chain and return its last hash.
+    """Verify the hash chain of consecutive events, and return its last hash.
 
     Args:
-        events: in the order of their sequence.
-        before: hash of the event in front of the first one.
+        events: in sequence order.
+        before: hash of the event before the first one.
         first: sequence of the first one.
 
     Raises:
-        RunError: names the first event that does not fit.
+        RunError: an event is missing or was changed; the message gives the number of the first such event.
     """
     for number, event in enumerate(events, first):
         if event.sequence != number:
@@ -302,6 +309,10 @@ def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1)
 
 
 def check_signature(event: Event, site_key: str) -> None:
-    """Raise RunError unless `event` is signed by `site_key`; its hash covers everything before it."""
+    """Verify that `site_key` signed the hash of `event`, which covers everything before it.
+
+    Raises:
+        RunError: the signature is not valid.
+    """
     if not is_signed(site_key, EVENT, event.hash.encode(), event.signature):
         raise RunError(f"event {event.sequence} is not signed by the site's key {spoken_start(site_key)}")

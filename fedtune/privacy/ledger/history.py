@@ -1,7 +1,7 @@
-"""The sum of a ledger's events: runs, charges, what is set aside.  Spending is always derived, never stored.
+"""The sum of a ledger's events: runs, charges and reservations.  Spending is always derived from events, never stored.
 
-`History.follow` takes one event after another.  It reads nothing but events, so that two people with the same ledger
-derive the same figures.
+`History.follow` processes one event after another.  It reads nothing but events, so that everybody with the same ledger
+derives the same figures.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Run:
     """One accepted run.
 
     Attributes:
-        proposal: what was accepted.
-        expires: until when its plan is set aside; None: it has ended.
-        reserved: round -> digest of the request that it was charged for.
-        attempts: round -> reservations made for it.
+        proposal: the accepted proposal.
+        expires: when the reservation for its plan expires; None: the run has ended.
+        reserved: round -> digest of the request for which it was charged.
+        attempts: round -> number of reservations.
         replies: request digest -> SHA-256 of the committed reply.
-        adapter: digest of the final adapter, once the lead sent it.
+        adapter: digest of the final adapter, once the lead has sent it.
     """
 
     proposal: Proposal
@@ -55,27 +55,27 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run, which says what its releases cost."""
+        """The plan of the run, which determines the cost of its releases."""
         return self.proposal.plan
 
     @property
     def charged_rounds(self) -> int:
-        """Rounds charged, retries included."""
+        """The number of charged rounds, retries included."""
         return self.attempts.total()
 
     def is_open(self, now: datetime) -> bool:
-        """The run may still be charged."""
+        """Whether the run may still be charged."""
         return self.expires is not None and now < self.expires
 
     def set_aside(self, now: datetime) -> Counter[DpEvent]:
-        """The rest of the plan that the run may still spend: empty once it is no longer open."""
+        """Return the rest of the plan that the run may still spend; empty once the run is no longer open."""
         left = self.plan.most_rounds - self.charged_rounds
         once = dp_events.grouped([self.plan.event()]) if self.is_open(now) else Counter()
         return Counter({event: count * left for event, count in once.items()})
 
 
 def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
-    """("dataset" and its id or "file" and its path, column of the user); nothing where a user is nobody's unit."""
+    """Yield ("dataset", id, user column) and ("file", path, user column) for each data set of a population of users."""
     for dataset in policy.dataset if policy.population.unit == "user" else ():
         if column := dataset.columns.get("user"):
             yield "dataset", dataset.id, column
@@ -84,33 +84,36 @@ def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
 
 
 class History:
-    """The sum of a ledger's events; where people arrive over time, a figure is that of the cohort with the most.
+    """The sum of a ledger's events: runs, charges, reservations, policies and decisions.
+
+    In a population with arrivals, spending is that of the cohort with the highest spending.
 
     Attributes:
-        policy: the newest one.
-        users: which column says whose a record is, for every data set's id and file that a policy ever named: another
-            column would turn a budget of persons into one of visits.
-        delta: at which every figure of the ledger is stated.
-        order: of the filter.
-        runs: run -> what became of it.
-        doubts: genuine receipts that show that events are missing, each until they are made up for.
-        restored: what was made up for, each time a backup was put back.
-        lost_runs: run -> rounds that it was charged on lost branches alone.
+        policy: the newest policy.
+        users: the column that identifies the owner of a record, for every data set id and file that a policy ever
+            named; another column would turn a budget per person into a budget per visit.
+        delta: the delta of every epsilon in the ledger.
+        order: the Renyi order of the filter.
+        runs: run name -> `Run`.
+        doubts: genuine receipts that prove missing events, each until a restore makes up for it.
+        restored: the restore notes, one for each time that a backup was put back.
+        lost_runs: run -> rounds charged on lost branches only.
         hashes: of all events, in order.
         path: (sequence, hash) of each lasting event.
-        policies: caps in force, oldest first, as (time, max_epsilon, how many rounds were charged and backups put back
-            before); those of a lost branch as of when it was made up for.
-        answers: refusals and offers of each day, and whether a stranger got them.
+        policies: lifetime caps, oldest first, as (time, max_epsilon, number of rounds charged and backups put back
+            before); caps of a lost branch have the time of the restore.
+        answers: number of refusals and offers, by day and by whether a stranger received them.
         refused: (day, run, lead, reason) of each refusal.
-        approved: digest of each proposal that a person at the site approved -> when.
-        denied: digest of each proposal that one denied.
-        marks: what marks the ledger for good: ("seeded", ""), ("frozen", ""), what `marks_of` says of each policy, and
-            `never(run, lead)` for a run that was refused here until that lead ended it.
-        decided: digest of a proposal -> each decision of a person on it: `what` ("approved" or "denied"), the `day`,
-            and `by`, `ticket` and `why`; None: the person did not say.
-        last_time: of the newest event.
+        approved: digest of each proposal that a person at the site approved -> time of the approval.
+        denied: digests of the proposals that a person at the site denied.
+        marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the result of `marks_of` for each policy,
+            and `never(run, lead)` for a run that was refused and then ended by that lead.
+        decided: digest of a proposal -> the decisions of people on it: `what` ("approved" or "denied"), the `day`, and
+            `by`, `ticket` and `why`, each None if not given.
+        last_time: time of the newest event.
         register: digest of the register of arrivals.
-        lost_rows: of each restore after which rows may be missing: the newest event whose rows count, and its own.
+        lost_rows: for each restore that may have lost rows of the register: the newest event whose rows are complete,
+            and the sequence of the restore note.
     """
 
     def __init__(self) -> None:
@@ -140,16 +143,16 @@ class History:
 
     @classmethod
     def before(cls, policy: Policy) -> History:
-        """The empty history of a ledger that is yet to be made under `policy`."""
+        """Return the empty history of a ledger that is yet to be created under `policy`."""
         history = cls()
         history.policy, history.delta, history.order = policy, policy.budget.delta, policy.budget.order()
         return history
 
     def follow(self, event: Event) -> None:
-        """Take the next event into account.
+        """Process the next event.
 
         Raises:
-            RunError: the event does not say what its kind needs, or cannot follow those before it.
+            RunError: the event lacks a field that its kind requires, or cannot follow the earlier events.
         """
         self.hashes.append(event.hash)  # also if it fails: what was followed by half must not pass for what came before
         self.path += [(event.sequence, event.hash)] if event.kind in LASTING else []
@@ -252,7 +255,7 @@ class History:
                 raise ValueError(f"unknown note {other!r}")
 
     def _decided(self, event: Event) -> Proposal:
-        """Follow a person's decision, and return the proposal that it is about."""
+        """Process a person's decision, and return the proposal that it is about."""
         proposal = decode(Proposal, event.detail["proposal"])
         said = {key: decode_value(key, event.detail[key], str) or None for key in ("what", "by", "ticket", "why")}
         self.decided[proposal.digest()].append({**said, "day": event.time[:10]})
@@ -287,41 +290,41 @@ class History:
 
     @property
     def seeded(self) -> bool:
-        """Any accepted run took its noise from a seed."""
+        """Whether any accepted run took its noise from a seed."""
         return ("seeded", "") in self.marks
 
     @property
     def frozen(self) -> bool:
-        """All training has ended for ever."""
+        """Whether all training on this population has ended for good."""
         return ("frozen", "") in self.marks
 
     @property
     def in_doubt(self) -> Doubt | None:
-        """The doubt that reaches furthest, if there is any: then nothing is trained."""
+        """The doubt with the highest sequence, or None.  A ledger in doubt permits no training."""
         return max(self.doubts, default=None)
 
     @property
     def cap(self) -> float:
-        """The newest lifetime cap."""
+        """The current lifetime cap on epsilon."""
         return self.policies[-1][1]
 
     @property
     def caps(self) -> tuple[float | None, ...]:
-        """All lifetime caps so far, the newest last; None stands for no cap."""
+        """All lifetime caps so far, newest last; None means no cap."""
         return tuple(None if math.isinf(cap) else float(cap) for cap, _ in groupby(cap for _, cap, _ in self.policies))
 
     @property
     def length(self) -> int:
-        """Number of events."""
+        """The number of events."""
         return len(self.hashes)
 
     @property
     def hash(self) -> str:
-        """Of the newest event."""
+        """The hash of the newest event."""
         return self.hashes[-1] if self.hashes else START
 
     def other_users(self, policy: Policy) -> list[tuple[str, str, str]]:
-        """(key, column that said whose a record is, column that `policy` names) where they differ."""
+        """Return (key, earlier user column, user column in `policy`) wherever the two columns differ."""
         named = list(_user_columns(policy))  # two of its own data sets may differ over one file
         return [
             (f"{kind} {name} columns.user", was, now)
@@ -331,20 +334,22 @@ class History:
         ]
 
     def charged_rounds(self, run: str) -> int:
-        """Rounds that a run was charged for, on a lost branch too."""
+        """Return the number of rounds charged to a run, lost branches included."""
         known = self.runs.get(run)
         return (known.charged_rounds if known else 0) + self.lost_runs.get(run, 0)
 
     def has_refused(self, run: str, lead: str) -> bool:
-        """Whether this lead's proposal of a run of this name was refused."""
+        """Whether the site refused a proposal with this run name from this lead."""
         return any((name, who) == (run, lead) for _, name, who, _ in self.refused)
 
     def rounds_up_to(self, sequence: int) -> Counter[str]:
-        """Run -> rounds charged by events up to `sequence`, here."""
+        """Count the rounds charged to each run by events up to `sequence`, without those on lost branches."""
         return Counter(run for number, run in self._rounds if number <= sequence)
 
     def charges(self, *, up_to: int | None = None) -> Counter[tuple[DpEvent, str]]:
-        """Single mechanisms, each with the cohorts that it was charged to, counted; with `up_to`, up to that event."""
+        """Count the charged mechanisms by (mechanism, charged cohorts), optionally only those of events up to
+        `up_to`.
+        """
         total: Counter[tuple[DpEvent, str]] = Counter()
         for sequence, _, event, count, cohorts in self._charges:
             if up_to is None or sequence <= up_to:
@@ -352,44 +357,48 @@ class History:
         return total
 
     def cohorts(self, admitted: Cohorts | None = None) -> list[int]:
-        """The first cohort of each group whose figures cannot differ, ascending; with `admitted`, of those in it.
+        """Return the first cohort of each group of cohorts with equal figures, ascending; optionally only those in
+        `admitted`.
 
-        A ledger without arrivals has one group, of everybody.
+        A ledger without arrivals has one group, which holds everybody.
         """
         known = {cohorts for *_, cohorts in self._charges} | {run.plan.cohorts for run in self.runs.values()}
         begins = groups(known | {admitted}, oldest_apart=bool(self.lost_rows))
         return [cohort for cohort in begins if admitted is None or cohort in admitted]
 
     def cohort_of(self, row: Row | None, own: int) -> int:
-        """The cohort that counts for a person: by the register's row, or `own`, by its own records, where it has none.
+        """Return the cohort that counts for a person: the cohort in the register's `row`, or without a row, `own`.
 
-        A row that a restore lost may have stood for anybody whom this register lacks, and so may one that was lost for
-        anybody who was written here since the branches parted: their charges there went to a cohort that nobody knows.
-        These count as the oldest cohort, which is then charged with all that was charged to any.
+        `own` is the cohort by the person's own records.  After a restore, a lost row may have belonged to anybody who
+        is missing from this register, or who was written to it after the branches split; the lost branch charged these
+        people under an unknown cohort.  They count as the oldest cohort, which then owes everything that was charged to
+        any cohort.
         """
         if row is None:
             return OLDEST if self.lost_rows else own
         return OLDEST if any(last < row.sequence <= at for last, at in self.lost_rows) else row.cohort
 
     def charged(self, cohort: int | None = None) -> Counter[DpEvent]:
-        """Single mechanisms charged so far, counted."""
+        """Count all mechanisms charged so far: to `cohort`, or to the cohort with the highest spending."""
         return self._most(cohort, lambda number: self._sum(number, lambda _: True))
 
     def taken(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """The same, with all that open runs have set aside."""
+        """Count all mechanisms charged so far or set aside for open runs."""
         return self._most(cohort, lambda number: self.charged(number) + self.set_aside(now, number))
 
     def epsilon(self, spent: Counter[DpEvent] | None = None) -> float:
-        """Epsilon by the filter, which caps use: of all that was charged, or of what is given; infinite: unbounded."""
+        """Return the epsilon of `spent`, by default of all charges, by the Renyi filter as in the caps; may be
+        infinite.
+        """
         return filter.epsilon_filter(self.charged() if spent is None else spent, order=self.order, delta=self.delta)
 
     def charged_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """The charges of the calendar period that `now` lies in."""
+        """Count the mechanisms charged in the calendar period that contains `now`."""
         this = period_of(now, period)
         return self._most(cohort, lambda number: self._sum(number, lambda moment: period_of(moment, period) == this))
 
     def set_aside(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """The rest of all open runs' plans."""
+        """Count the mechanisms that open runs may still spend."""
 
         def of_cohort(number: int) -> Counter[DpEvent]:
             total: Counter[DpEvent] = Counter()
@@ -409,7 +418,7 @@ class History:
         return dp_events.grouped(total)
 
     def _most(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
-        """The figure of a cohort, or the largest over all of them."""
+        """Return `figure` of a cohort; without one, the figure with the largest divergence over all cohorts."""
         if cohort is not None:
             return figure(cohort)
         found = [figure(each) for each in self.cohorts()]
@@ -417,18 +426,18 @@ class History:
 
     @property
     def clock(self) -> datetime:
-        """The time by this machine, but never before the newest event."""
+        """The time of this machine's clock, but never before the newest event."""
         now = datetime.now(UTC)
         return now if self.last_time is None else max(now, self.last_time)
 
     def now(self, *, server: datetime | None = None) -> datetime:
-        """The ledger's time: this machine's clock, unless it would open a period of the budget that is held back.
+        """Return the ledger's time: this machine's clock, unless that would open a budget period too early.
 
-        Guarantee: never before the newest event, so that a clock set back opens no period.  Where a calendar period has
-        a cap, a new period begins only where it follows the newest event's and both the clock and the `server`'s time,
-        where that is given, are in it.  So neither opens a period alone, a server that tells one past month after the
-        other opens none of them under a right clock, and both together open no more than the next one.  For more a
-        person confirms the date, which is an event.
+        Guarantee: the time is never before the newest event, so that setting the clock back opens no period.  Under a
+        cap per calendar period, a new period begins only if it directly follows the period of the newest event, and if
+        both the clock and the `server`'s time, if given, are in it.  So neither of the two can open a period alone, a
+        server that reports month after month opens none of them while the clock is right, and both together open only
+        the next period.  For a later period a person has to confirm the date, which is an event of its own.
         """
         clock, last = self.clock, self.last_time
         if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
@@ -440,7 +449,7 @@ class History:
         return max(last, min(clock, told)) if said == begun else last
 
     def held_back(self, *, server: datetime | None = None) -> str:
-        """Why a period of the budget that this machine's clock is in has not begun, and what to do; or nothing."""
+        """Return why the clock's budget period has not begun and how to open it; empty if the period has begun."""
         if self.policy is None or self.last_time is None:
             return ""
         clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
@@ -454,20 +463,23 @@ class History:
         )
 
     def knows(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
-        """The event of a receipt whose hash `matches` is here, or on a lost branch that was made up for."""
+        """Whether the ledger contains the receipt's event, whose hash `matches`, or has made up for its loss.
+
+        `besides` is a restore note to assume in addition.
+        """
         here = self.hashes[shown.sequence - 1 : shown.sequence]
         lost = [*self.restored, *([besides] if besides else [])]
         there = [hash for restored in lost for number, hash in restored.path if number == shown.sequence]
         return any(map(matches, [*here, *there]))
 
     def holds(self, head: Head) -> bool:
-        """No event up to `head` is missing, or every lasting one that was is made up for."""
+        """Whether no event up to `head` is missing, or every lasting event that is missing has been made up for."""
         if head.sequence <= self.length and self.hashes[head.sequence - 1] == head.hash:
             return True
         return any(head.path[-1] in restored.path for restored in self.restored)
 
     def head(self, key: SigningKey) -> Head:
-        """The newest head, signed."""
+        """Create and sign the newest head."""
         assert self.last_time is not None
         assert self.policy is not None
         charged = table(self.charges())
@@ -495,5 +507,5 @@ class History:
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:
-        """Of `spent`, at the ledger's order."""
+        """Return the Renyi divergence of `spent` at the ledger's order."""
         return filter.total_divergence(spent, self.order)

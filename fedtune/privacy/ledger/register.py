@@ -1,9 +1,10 @@
-"""A ledger's opening, and its register of arrivals: as what cohort a person was first admitted, for ever.
+"""A ledger's first event, and its register of arrivals: the cohort under which each person was first admitted, for
+good.
 
-A corrected date must not be a fresh budget.  So the cohort under which somebody is first admitted to a run counts from
-then on, whatever the date says later: all that was charged for this person was charged to that cohort.  It is a table
-in the ledger's file, written in the transaction that charges the round, before anything is sampled.  Each such entry
-of the chain says the digest of the register after it, so a row that was changed or removed shows.
+Correcting a date must not create a fresh budget.  So the cohort under which a person is first admitted to a run remains
+that person's cohort, whatever the date becomes later: everything charged for the person was charged to that cohort.
+The register is a table in the ledger's file, written in the transaction that charges the round, before anything is
+sampled.  Each such event stores the digest of the register after it, so that a changed or removed row is detected.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Opened:
 
     Attributes:
         ledger: random id, in hex.
-        order: of the filter.
-        reference: the run that the order was chosen for, as an event's JSON.
-        arrivals: the calendar of the population's arrivals; "": it has none, and the event does not say so.
+        order: Renyi order of the filter.
+        reference: the run for which the order was chosen, as the JSON of an event.
+        arrivals: the calendar of the population's arrivals; "" and left out of the event if it has none.
     """
 
     ledger: str
@@ -61,7 +62,7 @@ class Opened:
 
     @classmethod
     def under(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:
-        """The first event of a ledger that begins under `policy`."""
+        """Create the first event of a ledger that begins under `policy`."""
         budget = policy.budget
         return cls(
             ledger=ledger,
@@ -76,12 +77,16 @@ class Opened:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The event's detail."""
+        """Return the detail field of the event."""
         return {name: value for name, value in asdict(self).items() if name != "arrivals" or value}
 
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Opened:
-        """Read the first event's detail; raises ValueError for anything else."""
+        """Parse the detail field of a first event.
+
+        Raises:
+            ValueError: the detail does not open a ledger.
+        """
         opened = decode(cls, {name: value for name, value in detail.items() if name != "what"})
         if not (0 < opened.delta < 1 and opened.order > 1 and is_public_key(opened.site_key)):
             raise ValueError("it does not open a ledger")
@@ -89,7 +94,7 @@ class Opened:
         return opened
 
     def differences(self, policy: Policy) -> list[tuple[str, object, object]]:
-        """(key, what the ledger was made for, what the policy says) where the two do not fit."""
+        """Return (key, value in the ledger, value in `policy`) for each value that must match and does not."""
         people = policy.population
         for_this = (self.site, self.population, self.unit, self.delta, self.arrivals or "none")
         says = (policy.site, people.name, people.unit, policy.budget.delta, people.arrivals or "none")
@@ -98,12 +103,12 @@ class Opened:
 
 
 class Row(NamedTuple):
-    """One person.
+    """One person in the register.
 
     Attributes:
-        sequence: of the entry that charged the round to which the person was first admitted.
-        unit: HMAC of the id, under a key of the site's own.
-        cohort: under which that was.
+        sequence: of the event that charged the round to which the person was first admitted.
+        unit: HMAC of the person's id, under a key that only the site has.
+        cohort: the cohort under which the person was first admitted.
     """
 
     sequence: int
@@ -112,18 +117,18 @@ class Row(NamedTuple):
 
 
 def unit_of(key: bytes, user: str) -> bytes:
-    """The mark of a user in the register: nobody without the `key` can look for a person in it."""
+    """Return the pseudonym of a user in the register: without `key`, nobody can look a person up."""
     return hmac.digest(key, user.encode(), hashlib.sha256)[:UNIT_BYTES]
 
 
 def digest_after(before: str, rows: Iterable[Row]) -> str:
-    """The register's digest with the new `rows` of one entry; without any it stays as it was."""
+    """Return the register's digest after an event that adds `rows`; unchanged if there are none."""
     packed = b"".join(struct.pack(f">Q{UNIT_BYTES}sQ", *row) for row in sorted(rows))
     return hashlib.sha256(b"fedtune arrivals\n" + before.encode() + packed).hexdigest() if packed else before
 
 
 def digests(rows: Iterable[Row]) -> dict[int, str]:
-    """Sequence -> the register's digest after the rows of that entry, for each entry that has some; in their order."""
+    """Map the sequence of each event with rows to the register's digest after these rows, in order."""
     digest, made = START, dict[int, str]()
     for sequence, of_one in groupby(sorted(rows), key=lambda row: row.sequence):
         made[sequence] = digest = digest_after(digest, of_one)
@@ -131,10 +136,10 @@ def digests(rows: Iterable[Row]) -> dict[int, str]:
 
 
 def read_rows(file: sqlite3.Connection) -> list[Row]:
-    """The whole register.
+    """Read the whole register.
 
     Raises:
-        RunError: a row is none that fedtune writes.
+        RunError: a row has a form that fedtune never writes.
     """
     rows = [Row(*row) for row in file.execute("SELECT sequence, unit, cohort FROM arrivals").fetchall()]
     if any(len(row.unit) != UNIT_BYTES or min(row.sequence, row.cohort) < 0 for row in rows):

@@ -1,10 +1,10 @@
-"""A site's ledger: one SQLite file that says what was done to the records of one population, for ever.
+"""A site's ledger: one SQLite file that permanently records everything done to the records of one population.
 
-Every decision is one transaction: follow the events that others wrote since, check the policy and the budget, append.
-It is on disk when the call returns.  A round is charged before a record is trained on, and its reply is stored before
-it is sent; a crash between the two leaves the round charged.
+Every decision is one transaction: process the events that other processes wrote, check the policy and the budget,
+append an event.  The event is on disk when the call returns.  A round is charged before it trains on any record, and
+its reply is stored before it is sent; after a crash in between, the round stays charged.
 
-The file is in SQLite's rollback mode, so that a copy made between two transactions is whole.
+The file uses SQLite's rollback journal, so that a copy made between two transactions is complete.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _MOST_DOUBTS = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reservation:
-    """Leave to train one round, already charged.
+    """Permission to train one round, which is already charged.
 
     Attributes:
-        admitted: the users whom the round may sample; None: everybody, where the population has no arrivals.
+        admitted: the users whom the round may sample; None: everybody, in a population without arrivals.
     """
 
     run: str
@@ -58,7 +58,7 @@ class Reservation:
 
     @property
     def of_events(self) -> dict[str, Any]:
-        """The fields of the events that are about it."""
+        """The fields that identify this reservation in events."""
         return {"run": self.run, "round": self.round, "request": self.request, "attempt": self.attempt}
 
 
@@ -66,13 +66,16 @@ class Ledger:
     """The ledger of a site, opened for training.
 
     Args:
-        path: the SQLite file, made when missing.
-        policy: the site's limits.  A changed one is noted; unit, delta, population and filter order stay as they were.
-        key: the site's key; the one that the ledger was made with.
-        anchor: file outside the ledger, best on another disk, that always holds the newest signed head; None: none.
+        path: the SQLite file; created if it is missing.
+        policy: the site's limits.  A changed policy is recorded; unit, delta, population and filter order cannot
+            change.
+        key: the site's key, with which the ledger was created.
+        anchor: file outside the ledger, best on another disk, that always holds the newest signed head; None: no
+            anchor.
 
     Raises:
-        RunError: the file is damaged, was changed or put back, or cannot be written.  Then nothing may be trained.
+        ConfigError: the ledger has the format of another version.
+        RunError: the file is damaged, was changed or put back, or cannot be written.  No training is possible then.
     """
 
     def __init__(self, path: Path, policy: Policy, key: SigningKey, *, anchor: Path | None = None) -> None:
@@ -90,7 +93,7 @@ class Ledger:
 
     @property
     def folder(self) -> Path:
-        """Where the file lies."""
+        """The folder of the ledger's file."""
         return self._store.path.parent
 
     @property
@@ -109,20 +112,21 @@ class Ledger:
     ) -> Reservation | bytes:
         """Charge a round before it is trained, or return the stored reply to the same request.
 
-        Guarantee: policy, budget and charge are one transaction, and the charge is durable on return; no private
-        record needs to have been read before.  After any accepted request, what was charged stays within every cap of
-        the policy, and after a new run was accepted so does what is set aside for open runs.
+        Guarantee: policy check, budget check and charge are one transaction, and the charge is durable on return; no
+        private record needs to be read before.  After every accepted request, all charges together stay within every
+        cap of the policy; after a new run is accepted, so do all charges plus the reservations of open runs.
 
         Args:
-            proposal: of the run.
-            round: of the run.
-            request: digest of what the lead asked.
+            proposal: the run's proposal.
+            round: number of the round.
+            request: digest of the lead's request.
             before_charge: called once all checks have passed; if it raises, nothing is charged.
-            arrivals: where the population has arrivals, called last before the charge: the cohort of each user by the
-                user's own records.  Whom the reservation admits of them is written in the register of arrivals.
+            arrivals: for populations with arrivals: called last before the charge, it returns the cohort of each user
+                by the user's own records.  The users whom the reservation admits are written to the register of
+                arrivals.
 
         Raises:
-            Refused: names the rule, what was asked and what is allowed; nothing is charged.
+            Refused: names the rule, the requested value and the allowed value; nothing is charged.
             RunError: the ledger cannot be trusted or written.
         """
         with self._store.transaction():
@@ -153,12 +157,12 @@ class Ledger:
             return granted
 
     def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
-        """Store the reply of a reserved round, durably, before it is sent; the run's earlier reply is dropped.
+        """Store the reply of a reserved round durably before it is sent; the run's earlier reply is deleted.
 
-        `fingerprint` is an HMAC of the records trained on, under `fingerprint_key`; it stays in the ledger.
+        `fingerprint` is an HMAC of the training records under `fingerprint_key`; it stays in the ledger.
 
         Raises:
-            Refused: the population was frozen or the run denied meanwhile, so the reply must not leave.
+            Refused: the population was frozen or the run denied in the meantime, so the reply must not leave the site.
         """
         with self._store.transaction():
             run = self.history.runs[reservation.run]
@@ -173,7 +177,10 @@ class Ledger:
             self._store.append(Kind.COMMIT, detail, **reservation.of_events, dataset=run.proposal.dataset)
 
     def refuse(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
-        """Record that a lead's request was refused, and why; that it still waits for a person, once a day."""
+        """Record the refusal of a lead's request; "awaiting approval" and "paused" are recorded once a day.
+
+        Beyond a daily limit refusals are not recorded.
+        """
         with self._store.transaction():
             today = self._store.now().date()
             if refused.reason.is_waiting and (today, run, lead, refused.reason.value) in self.history.refused:
@@ -184,15 +191,16 @@ class Ledger:
                 self._store.append(Kind.REFUSAL, detail, run=run, round=round, request=request)
 
     def end(self, run: str, *, lead: str = "", adapter_sha256: str = "") -> None:
-        """Note that a run is over: what its plan had set aside and not spent is free again.
+        """Record the end of a run, which releases the unspent rest of its reservation.
 
-        A run that was refused here, and never accepted, can't be accepted from that lead any more: a receipt can then
-        say that the lead's run is charged nothing, for good.  Another lead's run of the same name is another run.
+        A run that this site refused and never accepted can no longer be accepted from that lead, so that a receipt can
+        state for good that the lead's run is charged nothing.  A run of the same name from another lead is a different
+        run.
 
         Args:
-            run: the one that ended.
-            lead: public key of the lead that says so; only a run that was never accepted needs it.
-            adapter_sha256: digest of the final adapter, where the lead sent it.
+            run: name of the run that ended.
+            lead: public key of the lead that reports the end; needed only for a run that was never accepted.
+            adapter_sha256: digest of the final adapter, if the lead sent it.
         """
         with self._store.transaction():
             if (known := self.history.runs.get(run)) is not None:
@@ -202,16 +210,16 @@ class Ledger:
                 self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256, lead=lead)
 
     def approve(self, proposal: Proposal, *, by: str = "", ticket: str = "", why: str = "") -> None:
-        """Note that a person at the site approves this proposal, to the letter.
+        """Record that a person at the site approves exactly this proposal.
 
         Args:
-            proposal: of the run.
+            proposal: the run's proposal.
             by: the person's name.
             ticket: number of the request in the site's own records.
             why: the reason.
 
         Raises:
-            Refused: policy or budget would refuse it all the same.
+            Refused: policy or budget would refuse the proposal despite the approval.
         """
         with self._store.transaction():
             self._require_newest_policy()
@@ -221,39 +229,43 @@ class Ledger:
             self._store.note("approved", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def deny(self, proposal: Proposal, why: str, *, by: str = "", ticket: str = "") -> None:
-        """Note that a person at the site denies this proposal, to the letter and for good; `why` leaves with nothing.
+        """Record that a person at the site denies exactly this proposal, for good; `why` never leaves the site.
 
-        Guarantee: from then on no round of the run is charged here, and no reply of it leaves, not even that of a
-        round in progress.  A run that had begun ends at this site, and what its plan had set aside is free.
+        Guarantee: from then on no round of the run is charged here and no reply of the run leaves the site, not even
+        the reply of a round in progress.  A run that had begun ends at this site, and its reservation is released.
         """
         with self._store.transaction():
             about = proposal.to_json()
             self._store.note("denied", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def freeze(self, why: str) -> None:
-        """End all training on the population, for ever."""
+        """End all training on the population, for good."""
         with self._store.transaction():
             self._store.note("frozen", why=why)
 
     def asked_at(self, server_time: float) -> None:
-        """Take the server's time of the request that is answered next, in seconds since 1970; nonsense says nothing."""
+        """Store the server's time at the current request, in seconds since 1970; an invalid time is ignored."""
         try:
             self._store.server_time = datetime.fromtimestamp(server_time, UTC)
         except (ValueError, OverflowError, OSError):
             self._store.server_time = None
 
     def confirm_date(self) -> None:
-        """Note that a person says that this machine's date is right: the period of the budget that it is in begins."""
+        """Record a person's confirmation that this machine's date is right, which begins the budget period of that
+        date.
+        """
         with self._store.transaction():
             self._store.note("date_confirmed", not_before=self.history.clock)
 
     @property
     def held_back(self) -> str:
-        """Why a period of the budget that this machine's clock is in has not begun, and what to do; or nothing."""
+        """Why the clock's budget period has not begun and how to open it; empty if the period has begun."""
         return self.history.held_back(server=self._store.server_time)
 
     def receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
-        """The charges of a lead's `run` so far, signed together with the digest of the reply that they travel with."""
+        """Sign a receipt for the charges of a lead's `run` so far, together with the digest of the accompanying
+        reply.
+        """
         known = self.history.runs.get(run)
         fields: dict[str, Any] = {
             "site": self.policy.site,
@@ -273,9 +285,11 @@ class Ledger:
         return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.message()))
 
     def require_contains(self, receipt: Receipt) -> None:
-        """Check a receipt that this site once gave: a ledger without it was lost or put back.
+        """Check that the ledger contains a receipt that this site once issued.
 
-        Then nothing is trained any more, for whatever lead, until the ledger is made up for (`charge_gap`).
+        A ledger without its own receipt was lost or rolled back.
+
+        After a failed check no training is possible, for any lead, until `charge_gap` makes up for the missing events.
 
         Raises:
             Refused: the receipt is not this site's, or the ledger does not contain its head.
@@ -293,14 +307,14 @@ class Ledger:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
-        """After a backup was put back: charge, and return, what the anchor says was charged and this ledger lacks.
+        """Charge what the anchor has charged and this restored ledger lacks, and return these charges.
 
-        All else that the anchor says is taken over with it: what ended, what marks the ledger, whom a person denied,
-        which caps were in force, who a user is, and which receipts show that events are missing, unless both branches
-        together have them.
+        The ledger also takes over everything else in the anchor: ended runs, permanent marks, denied proposals, earlier
+        caps, the columns that identify users, and receipts that prove missing events, unless both branches together
+        contain those events.
 
         Raises:
-            RunError: the anchor is of another ledger, or was made for other users than the policy names.
+            RunError: the anchor belongs to another ledger, or was made for another user column than the policy names.
         """
         self._store.require_same_ledger(anchor)
         with self._store.transaction():
@@ -335,14 +349,17 @@ class Ledger:
         return sum((Counter({event: count}) for (event, _), count in gap.items()), Counter[DpEvent]())
 
     def head(self) -> Head:
-        """The newest head, for an anchor."""
+        """Return the newest head, for an anchor."""
         return self._store.head()
 
     def offer(self, proposal: Proposal) -> Offer:
-        """As much of a new run as the site would accept now; telling it is a release, and is recorded like a refusal.
+        """Compute how much of a new run the site would accept now.
+
+        An offer is a release, and is recorded like a refusal.
 
         Raises:
-            Refused: nothing fits, whatever the rounds and the noise; names the rule.
+            Refused: nothing fits, with any number of rounds or any noise; names the rule.
+            RunError: the daily limit of refusals and offers is reached, or the ledger cannot be trusted or written.
         """
         with self._store.transaction():
             self._require_newest_policy()
@@ -357,13 +374,22 @@ class Ledger:
         return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
 
     def require_acceptable(self, proposal: Proposal) -> None:
-        """Raise the reason to refuse a new run, as of the last transaction."""
+        """Require that the site would accept the proposal as a new run, as of the last transaction.
+
+        Raises:
+            Refused: names the rule, the requested value and the allowed value.
+        """
         spending.require_acceptable(self.history, self.policy, proposal, self._store.now())
 
     def require_startable(self, proposal: Proposal, *, approved: bool = True) -> None:
-        """The same for a run that is new to this ledger; unless not `approved` yet, a person must have approved it.
+        """Require that a run may start or continue; with `approved`, also that a person has approved a new run if
+        necessary.
 
-        One that was accepted may go on as it was proposed, while anything may be trained here and nobody denied it.
+        An accepted run may continue as it was proposed, as long as the ledger permits training and nobody has denied
+        the run.
+
+        Raises:
+            Refused: names the rule, the requested value and the allowed value.
         """
         self._require_undenied(proposal)
         if (known := self.history.runs.get(proposal.run)) is not None:
@@ -381,12 +407,16 @@ class Ledger:
                 raise Refused(Reason.AWAITING_APPROVAL)
 
     def require_another_round(self, proposal: Proposal) -> None:
-        """Raise the reason to refuse one more round of a run that was accepted, as of the last transaction."""
+        """Require that an accepted run may be charged for one more round, as of the last transaction.
+
+        Raises:
+            Refused: names the rule, the requested value and the allowed value.
+        """
         if (known := self.history.runs.get(proposal.run)) is not None:
             self._require_another_round(known, self._store.now())
 
     def fingerprint_key(self) -> bytes:
-        """Secret key of the records' HMAC; a plain hash would let anyone test a candidate data set."""
+        """Return the secret key of the records' HMAC; a plain hash would let anybody test a candidate data set."""
         return self._key.secret("data fingerprint")
 
     # What follows decides or writes inside a transaction.
@@ -399,7 +429,12 @@ class Ledger:
         return True
 
     def _require_another_round(self, run: Run, now: datetime) -> None:
-        """Raise the reason to refuse one more round of an accepted run; policy and period may have changed since."""
+        """Require that an accepted run may be charged for one more round.
+
+        Policy and period may have changed since the run was accepted.
+
+        Policy and period may have changed since the run was accepted.
+        """
         if not run.is_open(self.history.clock):
             raise Refused(Reason.RUN_ENDED)
         if run.charged_rounds >= run.plan.most_rounds:
@@ -411,12 +446,12 @@ class Ledger:
         )
 
     def _lost_arrivals(self, anchor: Head, ranges: Sequence[str], *, shared: int) -> Arrivals | None:
-        """The cohorts of a gap, and up to which event the register's rows count once the gap is made up for.
+        """Return the cohorts of a gap, and the newest event whose register rows are complete after the restore.
 
-        Guarantee: it follows from charges alone, so that no refusal or figure after a restore tells of a record.
-        If the lost branch charged a round that this ledger lacks, somebody whom this register lacks, or has under an
-        event that the lost branch did not share, may have been admitted there under any cohort.  So may somebody whose
-        row one of the branches doubts and the other does not.
+        Guarantee: the result depends on charges only, so that no refusal or figure after a restore reveals anything
+        about a record.  If the lost branch charged a round that this ledger lacks, people who are missing from this
+        register, or whose row belongs to an event after the split, may have been admitted there under any cohort.  The
+        same holds for people whose row is in doubt on one of the branches only.
         """
         if (there := anchor.arrivals) is None:
             return None
@@ -427,10 +462,10 @@ class Ledger:
         return Arrivals(ranges=tuple(ranges), lost_after=min(unsure, default=None))
 
     def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
-        """The stored reply to a request that was answered before; None for a round still to be trained.
+        """Return the stored reply to a repeated request; None for a round that is still to be trained.
 
-        Guarantee: rounds never go back.  Of a round before the newest charged one there is the stored reply or none,
-        so nobody who kept a lead's question back can have it charged after the lead went on.
+        Guarantee: rounds never go back.  For a round before the newest charged one, the ledger returns the stored reply
+        or refuses, so that nobody can hold back a lead's request and have it charged after the lead has moved on.
         """
         self.require_startable(proposal)
         if run.reserved.get(round, request) != request:
@@ -455,7 +490,7 @@ class Ledger:
             raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; open it again")
 
     def _require_fitting(self) -> None:
-        """Unit, delta, population, site, key and who a user is are fixed when a ledger is made."""
+        """Require the unit, delta, population, site, key and user columns with which the ledger was created."""
         opened = self.history.opened
         differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
         differences += self.history.other_users(self.policy)
@@ -468,12 +503,12 @@ class Ledger:
 
 
 def _beyond(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
-    """The items of `there` after the beginning that both have in common."""
+    """Return the items of `there` after the common prefix of both sequences."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
     return tuple(there[sum(1 for _ in same) :])
 
 
 def _require_same(known: Run, proposal: Proposal) -> None:
-    """A run's name holds its settings and not its lead: another lead may ask for the same ones."""
+    """Require the same settings as the accepted run; the lead may differ, because a run's name covers settings only."""
     if known.proposal != proposal:
         raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=known.proposal.digest())

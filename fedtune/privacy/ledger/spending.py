@@ -1,4 +1,4 @@
-"""Figures derived from a ledger's events on demand: what is left of a cap, and whether a new run fits."""
+"""Figures derived from a ledger's events on demand: the room left under a cap, and whether a new run fits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedtune.privacy.site_policy import Policy
 
 
 def share_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
-    """The spent fraction of a lifetime cap's divergence; None for an infinite cap."""
+    """Return the fraction of a lifetime cap's divergence that is spent; None for an infinite cap."""
     if math.isinf(cap):
         return None
     room = filter.most_divergence(cap, order=history.order, delta=history.delta)
@@ -30,10 +30,10 @@ def share_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> fl
 
 
 def require_acceptable(history: History, policy: Policy, proposal: Proposal, now: datetime) -> None:
-    """Check that a new run breaks no rule, and that its whole plan fits beside what open runs have set aside.
+    """Check that a new run breaks no rule, and that its whole plan fits next to the reservations of open runs.
 
     Raises:
-        Refused: names the rule, what was asked and what is allowed.
+        Refused: names the rule, the requested value and the allowed value.
     """
     require_usable(history)
     if proposal.run in history.lost_runs:
@@ -43,7 +43,11 @@ def require_acceptable(history: History, policy: Policy, proposal: Proposal, now
 
 
 def require_usable(history: History) -> None:
-    """Raise Refused if the ledger is frozen or in doubt: then nobody may train."""
+    """Require that the ledger is neither frozen nor in doubt.
+
+    Raises:
+        Refused: it is, so that no training is possible.
+    """
     if history.frozen:
         raise Refused(Reason.FROZEN)
     if history.in_doubt:
@@ -51,13 +55,20 @@ def require_usable(history: History) -> None:
 
 
 def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetime) -> None:
-    """Raise Refused unless the whole of `plan` fits beside what open runs have set aside."""
+    """Require that the whole of `plan` fits next to the reservations of open runs.
+
+    Raises:
+        Refused: names the cap, the resulting epsilon and the allowed epsilon.
+    """
     asked, held = events.grouped([plan.whole]), partial(history.set_aside, now)
     require_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
 
 
 def divergence_left(history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None) -> float:
-    """The lifetime cap's room for new runs, as a divergence of the ledger's order; for all who are `admitted`."""
+    """Return the Renyi divergence that the lifetime cap leaves for new runs, at the ledger's order.
+
+    The result is the smallest over the cohorts in `admitted` (None: everybody).
+    """
     if history.frozen or history.in_doubt:
         return 0.0
     if math.isinf(policy.budget.max_epsilon):
@@ -69,7 +80,7 @@ def divergence_left(history: History, policy: Policy, now: datetime, *, admitted
 def runs_left(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
-    """How many runs that cost `plan` the lifetime cap still has room for; None: any number."""
+    """Return how many more runs at the cost of `plan` the lifetime cap allows; None if any number."""
     left = divergence_left(history, policy, now, admitted=admitted)
     return filter.most_repeats(plan, left, order=history.order)
 
@@ -83,15 +94,15 @@ def require_room(
     held: Callable[[int], Counter[DpEvent]],
     now: datetime,
 ) -> None:
-    """Check that `asked` fits every cap, beside what was charged and what is `held` for others.
+    """Check that `asked` fits every cap, in addition to earlier charges and the reservations in `held`.
 
-    It must for every cohort that is `admitted` (None: everybody), whether it has members or not.
+    The check covers every cohort in `admitted` (None: everybody), whether or not it has members.
 
-    Guarantee: the filter's stopping rule.  At the one order that was fixed when the ledger was made, the divergence of
-    everything charged to a cohort and of `asked` stays within the divergence that each cap leaves room for.
+    Guarantee: the stopping rule of the Renyi filter.  At the one order that was fixed when the ledger was created, the
+    divergence of everything charged to a cohort, plus `asked`, stays within the divergence that each cap allows.
 
     Raises:
-        Refused: names the cap, what the figure would become, and what it may be.
+        Refused: names the cap, the resulting epsilon and the allowed epsilon.
     """
     budget = policy.budget
     for cohort in history.cohorts(admitted):
@@ -110,7 +121,7 @@ def require_room(
 
 
 def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
-    """The largest `num_rounds`, up to the proposal's own, that is accepted; 0 for none."""
+    """Return the largest accepted `num_rounds`, up to the proposal's own; 0 if none is accepted."""
 
     def refused(rounds: int) -> bool:
         return not accepts(dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=rounds)))
@@ -119,7 +130,10 @@ def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
 
 
 def least_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:
-    """The least noise multiplier, to four digits and at least the proposal's own, that is accepted; None for none."""
+    """Return the smallest accepted noise multiplier, to four decimals; None if none is accepted.
+
+    The result is never below the noise multiplier of the proposal.
+    """
 
     def with_noise(noise: float) -> Proposal:
         return dataclasses.replace(proposal, plan=proposal.plan.with_noise(noise))

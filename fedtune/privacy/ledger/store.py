@@ -1,6 +1,6 @@
-"""A ledger's events on disk and in memory: written durably, chained, signed, followed.  Nothing here decides anything.
+"""Storage of a ledger's events, on disk and in memory: durable, chained and signed.  This module makes no decisions.
 
-The functions know SQLite alone; `EventStore` keeps the file, the hash chain and the history together.
+The functions know only SQLite; `EventStore` keeps the file, the hash chain and the history consistent.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
 
 @contextmanager
 def writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction that locks the ledger at `path`, made when missing, against every other writer.
+    """Open one transaction that locks the ledger at `path` against all other writers; a missing file is created.
 
-    It is on disk when the block ends, and undone when the block raises.
+    The transaction is durable when the block ends, and is rolled back if the block raises.
 
     Raises:
-        ConfigError: the ledger has another format than this version's.
-        RunError: the file cannot be opened, locked or written, or is no ledger.
+        ConfigError: the ledger has the format of another version.
+        RunError: the file cannot be opened, locked or written, or is not a ledger.
     """
     try:
         if not path.exists():
@@ -97,9 +97,10 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to an existing ledger that changes nothing, but for undoing a transaction that a crash cut short.
+    """Open an existing ledger read-only, except that a transaction interrupted by a crash is rolled back.
 
     Raises:
+        ConfigError: the ledger has the format of another version.
         RunError: the file is missing, damaged or not a ledger.
     """
     if not path.is_file():
@@ -122,7 +123,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def insert(file: sqlite3.Connection, event: Event) -> None:
-    """Append one row."""
+    """Append one event as a row."""
     values = [getattr(event, name) for name in _COLUMNS]
     values[_COLUMNS.index("detail")] = canonical(event.detail).decode()
     values[_COLUMNS.index("kind")] = event.kind.value
@@ -131,10 +132,10 @@ def insert(file: sqlite3.Connection, event: Event) -> None:
 
 
 def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
-    """Events with a sequence above `after`, in order.
+    """Read the events with a sequence above `after`, in order.
 
     Raises:
-        RunError: a row is not an event.
+        RunError: a row is not a valid event.
     """
     query = f"SELECT {', '.join(_COLUMNS)} FROM events WHERE sequence > ? ORDER BY sequence"
     rows = file.execute(query, (after,)).fetchall()  # a cursor left half-way would hold the lock after an error
@@ -142,7 +143,7 @@ def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
 
 
 def stored_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
-    """Run, request digest and reply of each stored reply."""
+    """Return (run, request digest, reply) for each stored reply."""
     return file.execute("SELECT run, request, reply FROM replies").fetchall()
 
 
@@ -158,7 +159,7 @@ def _event(row: dict[str, object]) -> Event:
 
 
 def _check_tables(file: sqlite3.Connection, path: Path) -> None:
-    """Refuse a file with other tables, triggers or views than fedtune's, or of another version's schema."""
+    """Refuse a file with tables, triggers or views other than fedtune's, or with the schema of another version."""
     (schema,) = file.execute("PRAGMA user_version").fetchone()
     (application,) = file.execute("PRAGMA application_id").fetchone()
     if application == _APPLICATION_ID:
@@ -170,7 +171,7 @@ def _check_tables(file: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def _using(anchor: Path | None) -> Iterator[None]:
-    """Name the anchor where the operating system refuses it, and not where it refuses what else a transaction does."""
+    """Convert operating-system errors about the anchor into a RunError that names it."""
     try:
         yield
     except OSError as error:
@@ -181,13 +182,13 @@ class EventStore:
     """The events of one ledger file.
 
     Args:
-        path: the SQLite file, made when missing.
+        path: the SQLite file; created if it is missing.
         key: the site's key, which signs each event.
-        anchor: file outside the ledger that always holds the newest signed head; None: none is kept.
+        anchor: file outside the ledger that always holds the newest signed head; None: no anchor.
 
     Attributes:
-        history: what the events add up to, as of the last transaction.
-        server_time: as of the newest request; None: nobody asked anything.
+        history: the sum of the events, as of the last transaction.
+        server_time: the server's time of the newest request; None before the first request.
     """
 
     def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
@@ -202,11 +203,12 @@ class EventStore:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Lock the file, follow what others wrote since, and write what the block appends; all of it or nothing.
+        """Lock the file, process events that other processes wrote, and write the block's events: all of them or none.
 
-        Guarantee: when the block has ended, what it appended is on disk, and so is the anchor.
+        Guarantee: when the block has ended, its events and the anchor are on disk.
 
         Raises:
+            ConfigError: the ledger has the format of another version.
             RunError: the file or the anchor is damaged, was changed or put back, or cannot be written.
         """
         before = self.history.length
@@ -233,13 +235,13 @@ class EventStore:
         return self._open_file
 
     def now(self) -> datetime:
-        """The time of what is written now; without a word of the server's no period of the budget begins."""
+        """Return the time of the next event; unless the server has sent its time, no budget period begins."""
         return self.history.now(server=self.server_time or self.history.last_time)
 
     def append(
         self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **about: str | int
     ) -> None:
-        """Write one event behind the newest one, and follow it; `about`: fields of `Event` that say what it is on."""
+        """Append one event to the chain and process it; `about` sets further fields of `Event`."""
         now = self.now()
         unsigned: dict[str, Any] = {
             "sequence": self.history.length + 1,
@@ -259,24 +261,26 @@ class EventStore:
         self.append(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
 
     def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
-        """Keep `reply` as the newest of `run`."""
+        """Store `reply` as the newest reply of `run`, replacing the previous one."""
         row = (run, request, reply)
         self._file.execute("INSERT OR REPLACE INTO replies (run, request, reply) VALUES (?, ?, ?)", row)
 
     def make_register(self) -> None:
-        """Give a new ledger of a population with arrivals its register."""
+        """Create the register of arrivals in a new ledger."""
         for statement in register.SCHEMA:
             self._file.execute(statement)
 
     def admit(self, own: Mapping[str, int], cohorts: Cohorts) -> tuple[frozenset[str], str]:
-        """Whom the round that the next event charges may sample, and the register's digest with all of them in it.
+        """Return the users whom the next charged round may sample, and the register's digest after their admission.
 
-        Guarantee: a user is admitted only under the one cohort that counts (`History.cohort_of`), if `cohorts` has it.
-        By then it is in the register, and so the same in every later round, whatever `own`, each user's cohort by the
-        user's own records, says then.
+        `own` maps each user to the cohort by the user's own records.
+
+        Guarantee: a user is admitted only under the one cohort that counts (`History.cohort_of`), and only if it is in
+        `cohorts`.  That cohort is then in the register, and stays the same in every later round, whatever `own`
+        becomes.
 
         Raises:
-            RunError: the register is not the one that the chain knows.
+            RunError: the register does not match the digest in the hash chain.
         """
         rows, key = register.read_rows(self._file), self._key.secret("arrivals")
         if [START, *register.digests(rows).values()][-1] != self.history.register:
@@ -294,26 +298,34 @@ class EventStore:
         return frozenset(admitted), register.digest_after(self.history.register, new)
 
     def reply_to(self, request: str) -> bytes | None:
-        """The stored reply to a request, if it is still there."""
+        """Return the stored reply to a request; None if it is no longer stored."""
         row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def head(self) -> Head:
-        """The newest head, for an anchor."""
+        """Return the newest head, for an anchor."""
         return self.history.head(self._key)
 
     def salted_head(self) -> str:
-        """The newest lasting event's hash under a salt of the site's own."""
+        """Return the hash of the newest lasting event, salted with a secret of the site."""
         return self._salted(self.history.path[-1][1])
 
     def knows(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
-        """The event that a receipt shows is here, or was made up for (`besides`: or would be)."""
+        """Whether the ledger contains the receipt's event, or has made up for its loss.
+
+        `besides` is a restore note to assume in addition.
+        """
         return self.history.knows(
             shown, lambda hash: hmac.compare_digest(self._salted(hash), shown.head), besides=besides
         )
 
     def _require_anchored(self) -> None:
-        """Raise unless the ledger holds the head that the anchor outside it says it reached."""
+        """Require that the ledger contains the head in its anchor.
+
+        Raises:
+            RunError: the ledger is older than its anchor or has branched off, or one of the two files is missing or
+                damaged.
+        """
         if self._anchor is None:
             return
         if not self._anchor.exists():
@@ -337,14 +349,18 @@ class EventStore:
             )
 
     def require_same_ledger(self, anchor: Head) -> None:
-        """Raise unless the anchor is of this ledger."""
+        """Require that the anchor belongs to this ledger.
+
+        Raises:
+            RunError: it belongs to another ledger.
+        """
         if (anchor.ledger, anchor.site_key) != (self.history.opened.ledger, self._key.public):
             raise RunError(f"the anchor is of another ledger than {self.path}")
 
     def _catch_up(self, file: sqlite3.Connection) -> None:
-        """Follow the events that are new, after checking that they continue the chain.
+        """Process new events, after verifying that they continue the chain.
 
-        The newest event's signature vouches for all before it, since its hash covers them.
+        Only the newest event's signature is verified: its hash covers all earlier events.
         """
         known = self.history.length
         stored = file.execute("SELECT hash FROM events WHERE sequence = ?", (known,)).fetchone()
@@ -361,7 +377,7 @@ class EventStore:
             raise RunError(f"ledger {self.path}: {error}; nothing is trained on a ledger in doubt") from error
 
     def _write_anchor(self, anchor: Path) -> None:
-        """Bring the anchor up to the ledger: afterwards, so that a crash leaves it behind and never ahead."""
+        """Update the anchor after the ledger, so that a crash can only leave the anchor behind the ledger."""
         with writing(self.path) as file:  # or two processes could write their heads in the wrong order
             self._catch_up(file)
             write_durably(anchor, self.head().to_bytes())

@@ -1,4 +1,4 @@
-"""Checking somebody's ledger with nothing but the file, a public key and, against rollback, an anchor."""
+"""Verification of a ledger from its file, a public key and, against rollback, an anchor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fedtune.spec import RunError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verified:
-    """A ledger whose every event was checked.
+    """A ledger in which every event was verified.
 
     Attributes:
-        key_expected: whether that key was given from outside, and not only read from the ledger.
-        anchor_sequence: no event up to this one is missing, as an anchor showed; None: there was none.
+        key_expected: whether the caller supplied the site's key, directly or in an anchor, instead of reading it from
+            the ledger only.
+        anchor_sequence: no event up to this one is missing, according to the anchor; None without an anchor.
     """
 
     events: tuple[Event, ...]
@@ -29,18 +30,18 @@ class Verified:
 
     @property
     def site_key(self) -> str:
-        """The public key that all events are signed by."""
+        """The public key that signed all events."""
         return self.history.opened.site_key
 
 
 def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = None) -> Verified:
-    """Check every event, every signature, and the stored replies.
+    """Verify every event, every signature, and the stored replies.
 
-    Guarantee: on success nobody without the site's key changed, deleted, inserted or reordered an event, and with an
-    anchor none is missing up to it.  Without one, missing events at the end are not excluded.
+    Guarantee: on success nobody without the site's key has changed, deleted, inserted or reordered an event, and with
+    an anchor no event up to it is missing.  Without an anchor, events may be missing at the end.
 
     Raises:
-        RunError: says what does not fit.
+        RunError: names the first mismatch.
     """
     with store.reading(path) as file:
         (answer,) = file.execute("PRAGMA integrity_check(1)").fetchone()
@@ -91,7 +92,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
 
 
 def _check_register(rows: Sequence[register.Row], events: Sequence[Event]) -> None:
-    """Check that each row of the register belongs to an entry that charged a round, and that none is missing."""
+    """Verify that each row of the register belongs to an event that charged a round, and that no row is missing."""
     digest, after = START, register.digests(rows)
     for event in events:
         if event.kind is Kind.RESERVE and event.cohort:

@@ -1,1 +1,1 @@
-"""Pure functions of a report's facts, which its builders call and `report verify` calls again."""
+"""Pure functions of a report's facts, called by the report builders and again by `report verify`."""

@@ -1,9 +1,9 @@
-"""Fields of an impact assessment and of technical documentation: what fedtune knows, and what only a site can say.
+"""Fields of a data protection impact assessment and of technical documentation: known facts, and those only a site has.
 
-A cell is "auto" (facts of the run or ledger), "design" (what is so in every run of an unchanged fedtune, and was not
-observed in this one), "site" (the names of facts that a person at the site supplies) or "missing" (facts that belong on
-record and are not).  Facts are figures, names, hashes and codes.  No prose, no judgement: purpose, legal
-basis and necessity are the controller's, and whether anything is anonymous or lawful is nobody's to compute.
+A cell is "auto" (facts of the run or ledger), "design" (true of every run of an unmodified fedtune, and not observed in
+this run), "site" (names of facts that a person at the site supplies) or "missing" (facts that should be on record and
+are not).  Facts are figures, names, hashes and codes.  Cells contain no prose and no judgment: purpose, legal basis and
+necessity are for the controller to state, and no program can compute whether something is anonymous or lawful.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls
 
 
 def rows(known: Mapping[str, Value]) -> Cells:
-    """The cells; `known`: name of a fact -> its value."""
+    """Build the cells from the `known` facts (name -> value)."""
     assert known.keys() <= {name for field in FIELDS.values() for name in field["facts"]}, "a fact that no cell shows"
     made: dict[str, dict[CellState, dict[str, Value]]] = {}
     for code, field in FIELDS.items():
@@ -46,7 +46,7 @@ def rows(known: Mapping[str, Value]) -> Cells:
 
 
 def of_report(report: Report) -> Cells:
-    """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
+    """Build the cells from a report's figures; the report's existing cells are ignored."""
     facts, made = report.facts, report.facts.provenance
     # What follows from the sites' own figures is of the worst site each, as are the report's verdict and epsilon.
     verdict, promised = report.verdict, report.verdict.state != "no_guarantee"
@@ -119,7 +119,7 @@ def of_report(report: Report) -> Cells:
 
 
 def facts_of(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """The fields of `RunFacts` that follow from a run's settings alone, beside its plan."""
+    """Return the fields of `RunFacts` that follow from a run's settings and plan."""
     federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
     known = {"name": config.name, "target_epsilon": epsilon, "settings": settings_of(config, plan)}
     judged = {"judged_by": config.judged_by, "keep_round": federation.keep_round, "stop_after": federation.stop_after}
@@ -127,14 +127,14 @@ def facts_of(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def provenance_of(config: RunConfig) -> dict[str, str | None]:
-    """The fields of `Provenance` that follow from a run's settings alone."""
+    """Return the fields of `Provenance` that follow from a run's settings alone."""
     model, data, purpose = config.model, config.data, config.report.about.purpose
     base = {"model": model.shown_path, "model_licence": model.licence}
     return {**base, "dataset": data.dataset, "task": config.task, "purpose": purpose}
 
 
 def settings_of(config: RunConfig, plan: Plan) -> dict[str, Value]:
-    """Facts of cells that a run's settings say."""
+    """Return the facts in cells that follow from a run's settings."""
     data = config.data
     known: dict[str, Value] = {
         "columns_used": tuple(dict.fromkeys(config.bound_task.columns(data, unit=plan.unit))),
@@ -153,6 +153,6 @@ def settings_of(config: RunConfig, plan: Plan) -> dict[str, Value]:
 
 
 def rank_text(adapter: str, rank: int) -> str:
-    """An adapter's rank, with its kind where it isn't LoRA."""
+    """Format an adapter's rank, followed by its kind unless it is LoRA."""
     rank = 0 if adapter == NO_ADAPTER else rank
     return str(rank) if adapter == "lora" else f"{rank} ({adapter})"

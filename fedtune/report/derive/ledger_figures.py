@@ -1,6 +1,7 @@
-"""The report of a ledger, from its facts alone.
+"""The report of a ledger, derived from its facts alone.
 
-Its figures are the filter's, which hold although each run was chosen after what earlier ones released.
+Its epsilons come from the privacy filter, so they hold even though each run was chosen after earlier runs had released
+results.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedtune.words import finite, unbounded
 
 
 def report_of(facts: LedgerFacts) -> Report:
-    """The figures that follow from a ledger's facts."""
+    """Derive the report of a ledger from its facts."""
     ran, charged, life, delta = mechanisms(facts), charged_of(facts), lifetime(facts), facts.delta
     spent = Spent(
         epsilon=life.epsilon,
@@ -60,9 +61,9 @@ def report_of(facts: LedgerFacts) -> Report:
 
 
 def _was_fixed(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
-    """All that was charged was fixed before any of it was released: one run, charged its whole plan.
+    """Whether all charges were fixed before anything was released: a single run, charged for its whole plan.
 
-    A later run may be chosen, and an earlier one ended, because of what was released.
+    Otherwise a later run may have been chosen, or an earlier run ended, because of a release.
     """
     charged, plans = [row for row in ran if row.rounds], plans_of(facts)
     most = {run: plan.most_rounds for run, plan in plans.items()}
@@ -70,17 +71,19 @@ def _was_fixed(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
 
 
 def num_charges(facts: LedgerFacts) -> int:
-    """Rounds that the entries charged, and backups that were put back."""
+    """Count the rounds that the entries charged, plus the restored backups."""
     return sum(entry.rounds if entry.run else 1 for entry in facts.charges)
 
 
 def plans_of(facts: LedgerFacts) -> Mapping[str, Plan]:
-    """Run -> its plan."""
+    """Map the name of each run to its plan."""
     return {run.run: run.plan for run in facts.runs}
 
 
 def charged_of(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
-    """All that was charged to the cohort with the most; with a `period`, in that of the newest entry."""
+    """Return all charges of the cohort with the largest divergence; with a `period`, only those of the newest
+    entry's period.
+    """
     return _most(facts, [charged_to(facts, cohort, period=period) for cohort in _groups(facts)])
 
 
@@ -89,7 +92,7 @@ def _most(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[Dp
 
 
 def charged_to(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
-    """All that was charged to a cohort; None: to any."""
+    """Return all charges of a cohort; None: the charges of all cohorts together."""
     plans, total, owed = plans_of(facts), Counter[DpEvent](), _owed(facts)
     now = None if period is None else period_of(datetime.fromisoformat(facts.date), period)
     for number, entry in enumerate(facts.charges):
@@ -101,12 +104,15 @@ def charged_to(facts: LedgerFacts, cohort: int | None, *, period: str | None = N
 
 
 def _owed(facts: LedgerFacts) -> int:
-    """The last entry that the oldest cohort owes, with all before it, since rows were lost; -1: there is none."""
+    """Return the index of the last charge after which arrival rows were lost; -1 if none were.
+
+    The oldest cohort is also charged for this entry and all entries before it.
+    """
     return max((number for number, entry in enumerate(facts.charges) if entry.lost_rows), default=-1)
 
 
 def _groups(facts: LedgerFacts) -> list[int]:
-    """The first of each group of cohorts whose figures cannot differ."""
+    """Return the first cohort of each group of cohorts that have equal figures."""
     said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
     lost = [Cohorts.of(one, facts.arrivals) for one in said if facts.arrivals]
     return groups([*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_owed(facts) >= 0)
@@ -115,7 +121,7 @@ def _groups(facts: LedgerFacts) -> list[int]:
 def _of_entry(
     entry: ChargedRounds, plans: Mapping[str, Plan], arrivals: Calendar | None
 ) -> Iterator[tuple[Counter[DpEvent], Cohorts | None]]:
-    """The charges of an entry, and to whom; None: to everybody."""
+    """Yield the charges of an entry, each with the cohorts that they apply to (None: everybody)."""
     lost = list(zip(entry.lost, entry.lost_cohorts or [""] * len(entry.lost), strict=True))
     for said in dict.fromkeys(said for _, said in lost):
         admitted = Cohorts.of(said, arrivals) if arrivals and said else None
@@ -130,7 +136,7 @@ def _filtered(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
 
 
 def rounds_of(facts: LedgerFacts) -> Mapping[str, int]:
-    """Run -> rounds that the ledger's own entries charged."""
+    """Return run -> number of rounds that the ledger's own entries charged."""
     rounds = Counter(dict.fromkeys(plans_of(facts), 0))
     for entry in facts.charges:
         rounds[entry.run] += entry.rounds  # of a lost branch, which has no run, none
@@ -138,7 +144,9 @@ def rounds_of(facts: LedgerFacts) -> Mapping[str, int]:
 
 
 def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
-    """The mechanisms of each run, rounds on lost branches included; then, under no name, those of lost runs."""
+    """Return the mechanisms of each run, including rounds on lost branches, followed by the unnamed mechanisms of
+    lost runs.
+    """
     own, charged = rounds_of(facts), charged_to(facts, None)
     # Of a head that names more rounds than charges the events alone count, and what they leave is nobody's run.
     for rounds in ({run.run: own[run.run] + run.lost_rounds for run in facts.runs}, own):
@@ -154,7 +162,7 @@ def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
 
 
 def lifetime(facts: LedgerFacts) -> Lifetime:
-    """The figures over all runs, as of the facts' date."""
+    """Compute the figures over all runs, as of the facts' date."""
     own, rounds = rounds_of(facts), {row.run: row.rounds for row in mechanisms(facts)}
     begins = _groups(facts)
     spent = [charged_to(facts, cohort) for cohort in begins]
@@ -214,7 +222,7 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
 
 
 def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
-    """The rest of the lifetime cap, as a divergence of the ledger's order; None: no cap."""
+    """Return what is left of the lifetime cap, as a Renyi divergence at the ledger's order; None: there is no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
     if facts.approved.max_epsilon is None:
@@ -224,9 +232,11 @@ def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
 
 
 def steps(facts: LedgerFacts, life: Lifetime) -> tuple[Step, ...]:
-    """Epsilon by the filter after each round that is told by itself, and after the others' runs; at last as in `life`.
+    """Return the filter's epsilon after each round that is listed separately, and after each run that is listed as a
+    whole.
 
-    Each sum is in another order than the ledger's own figure, from which it differs in the last digits.
+    The last step is as in `life`.  The sums are added in another order than in the ledger, so the last digits may
+    differ.
     """
     charges, order, delta = facts.charges, facts.order, facts.delta
     totals, plans, owed = dict.fromkeys(_groups(facts), 0.0), plans_of(facts), _owed(facts)

@@ -1,13 +1,14 @@
-"""The charges of a report and their meaning: epsilon over delta, and how well any attack can do.
+"""The privacy loss in a report and its meaning: epsilon as a function of delta, and bounds on the success of any
+attack.
 
-The ceilings follow from (epsilon, delta) alone, by formulae that anybody can check by hand; they hold for an attacker
-who knows every other record and everything that was released, and real attacks do worse.  An epsilon that nothing
-bounds gives the trivial ceiling.
+The ceilings follow from (epsilon, delta) alone, by formulas that anybody can check by hand.  They hold for an attacker
+who knows every other record and everything that was released; real attacks do worse.  An unbounded epsilon gives the
+trivial ceiling.
 
-The mechanism's own curve says more: the privacy loss distribution of everything that was charged bounds delta at every
-epsilon at once, and with it every attack's hit rate; (epsilon, delta) is one point of that curve.  Each figure is an
-upper bound: losses are rounded up, add and remove are both covered, and each attack is bounded by the best of many
-points.  Like every figure by PLD this is a proof for a plan that was fixed beforehand.
+The mechanism's own curve says more: the privacy loss distribution of all charges bounds delta at every epsilon at once,
+and with it every attack's hit rate; (epsilon, delta) is one point of that curve.  Each figure is an upper bound: losses
+are rounded up, add and remove adjacency are both covered, and each attack is bounded by the best of many points.  Like
+every PLD figure, this is a proof for a plan that was fixed beforehand.
 """
 
 from __future__ import annotations
@@ -54,17 +55,21 @@ _NINE_DIGITS = Context(prec=9, rounding=ROUND_CEILING)
 
 
 def charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
-    """The single mechanisms of so many charged rounds, counted."""
+    """Return the number of times that each single mechanism ran in `rounds` charged rounds."""
     return events.grouped([plan.event(rounds=rounds)])
 
 
 def parts_of(event: DpEvent) -> tuple[float, DpEvent]:
-    """With which probability a mechanism samples each unit, and what it does to those that it sampled."""
+    """Split a mechanism into its sampling probability and the mechanism that is applied to the sampled records or
+    persons.
+    """
     return (event.sampling_probability, event.event) if isinstance(event, PoissonSampledDpEvent) else (1.0, event)
 
 
 def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
-    """`rounds` charged rounds, retries included, of a plan; `sampling` says how units really joined a step."""
+    """Describe `rounds` charged rounds of a plan, including retries; `sampling` says how records or persons joined a
+    step.
+    """
     return Mechanism(
         run=run,
         sampling_run=sampling,
@@ -81,7 +86,9 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
 
 
 def mechanism_of_lost_run(event: DpEvent, count: int) -> Mechanism:
-    """A mechanism that ran on a branch that was lost, of which nothing else is known: steps as those of one round."""
+    """Describe a mechanism from a lost branch of the ledger, of which only the event is known; it counts as a single
+    round.
+    """
     ((json, _),), (rate, gaussian) = events.counted([event]), parts_of(event)
     noise = gaussian.noise_multiplier if isinstance(gaussian, GaussianDpEvent) else 0.0
     scores = noise if gaussian is event else 0.0
@@ -99,7 +106,11 @@ def mechanism_of_lost_run(event: DpEvent, count: int) -> Mechanism:
 
 
 def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
-    """The mechanisms that a report names, counted; a ConfigError for one that is no event of fedtune's."""
+    """Count the mechanisms in a report's charges.
+
+    Raises:
+        ConfigError: a charge is not an event that fedtune uses.
+    """
     total: Counter[DpEvent] = Counter()
     for charge in charges:
         check_at_least("count", charge.count, 1)
@@ -108,7 +119,9 @@ def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
 
 
 def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
-    """The charges if so many sites tell what they added; None: as many as each run was charged for."""
+    """Return the charges if `colluders` other sites reveal the noise that they added; None: as many as each run
+    assumed.
+    """
     total: Counter[DpEvent] = Counter()
     for row in rows:
         if row.shared is None:  # of a lost run nothing is known but its charges
@@ -124,7 +137,9 @@ def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Coun
 
 
 def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
-    """Of a site's charges, by `epsilon`, for each who looks; None where no sum was secure."""
+    """Compute a site's epsilon for each kind of observer with the function `epsilon`; None without secure
+    aggregation.
+    """
     if all(row.shared is None for row in rows):
         return None
     lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
@@ -136,47 +151,62 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
 
 
 def told_by_others(rows: Sequence[Mechanism], trust: Epsilons | None) -> tuple[Spent, float | None] | None:
-    """What was spent where all other sites tell what they added, with its epsilon; None: the site made all noise."""
+    """Return the charges, and their epsilon, if all other sites reveal their noise; None if the site added all of
+    its noise.
+    """
     return None if trust is None else (charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
 
 
 def largest(epsilons: Iterable[float | None]) -> float | None:
-    """The worst of some epsilons; None, which nothing bounds, is worse than all."""
+    """Return the largest epsilon; None, which means unbounded, is larger than any number."""
     values = list(epsilons)
     return None if None in values else max((value for value in values if value is not None), default=0.0)
 
 
 def posterior(epsilon: float, *, prior: float) -> float:
-    """How sure an attacker can become that a record was used: posterior odds are e^epsilon times the `prior` odds.
+    """Bound how sure an attacker can become that a record was used: posterior odds are e^epsilon times the `prior`
+    odds.
 
-    With a delta above 0 this bounds no single outcome: one passes it with at least delta's chance, or many times that.
+    If delta is above 0, this does not bound every single outcome: the chance to exceed it is at least delta, and may be
+    many
+    times delta.
     """
     return prior / (prior + (1 - prior) * _inverse_exponential(epsilon))
 
 
 def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
-    """Of the records that were used, the share that any attack finds: at most, from (epsilon, delta) alone.
+    """Bound the share of the used records that any attack finds (its true positive rate), from (epsilon, delta) alone.
 
-    `false_alarms`: share of the records that were not used which the attack takes for used ones.
+    `false_alarms` is the attack's false positive rate: the share of the unused records that it takes for used.
     """
     other_way = 1 - (1 - delta - false_alarms) * _inverse_exponential(epsilon)
     return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
 
 
 def right_of_100_ceiling(epsilon: float, delta: float) -> float:
-    """Of 100 guesses whether a record was used, half of which were: so many are right at most; 50 is coin-tossing."""
+    """Bound how many of 100 guesses about membership are right if half of the records were used; 50 is coin-tossing."""
     factor = _inverse_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
     return 100 * (1 + delta * factor) / (1 + factor)
 
 
 def right_of_several(spent: Spent | None, right: float, *, epsilon: float, delta: float, members: int) -> float:
-    """Of 100 guesses about somebody with `members` records, at most so many are right.
+    """Bound how many of 100 guesses about the membership of a person with `members` records are right.
 
-    The least of three bounds.  What one record shifts, each further one shifts again at most: total variation obeys the
-    triangle inequality.  (epsilon, delta) for one record is another pair for several.  Where what was `spent` was fixed
-    beforehand, its own curve says most: of k records, a Poisson sample has a binomial number in it, and the sum moves
-    by that many clip norms at most.  This mixture of Gaussians dominates every step (Ganesh 2024, arXiv 2401.10294,
-    Theorem 2).  `spent` is None where it was not fixed; epsilon at delta is that of one record.
+    The result is the least of three bounds.  Each further record shifts the outcome at most as far as one record does,
+    since total variation obeys the triangle inequality.  (epsilon, delta) for one record implies another pair for
+    several.
+    If the charges in `spent` were fixed beforehand, their own curve gives the tightest bound: a Poisson sample contains
+    a
+    binomial number of the k records, and moves the sum by at most that many clip norms.  This mixture of Gaussians
+    dominates
+    every step (Ganesh 2024, arXiv 2401.10294, Theorem 2).
+
+    Args:
+        spent: the charges; None: they were not fixed beforehand.
+        right: the bound for one record.
+        epsilon: epsilon at `delta` for one record.
+        delta: the report's delta.
+        members: number of the person's records.
     """
     found = [50 + members * (right - 50), right_of_100_ceiling(*group(epsilon, delta, members=members))]
     by_mixture = None if spent is None else _right_by_mixture(_counted(spent), members)
@@ -185,7 +215,7 @@ def right_of_several(spent: Spent | None, right: float, *, epsilon: float, delta
 
 @lru_cache(maxsize=256)
 def _right_by_mixture(counted: Counted, members: int) -> float | None:
-    """By the mechanism's own curve; None where it is unbounded, or its distribution would take long to compute."""
+    """Compute the bound from the mechanism's own curve; None if it is unbounded or would take long to compute."""
     if len(counted) > _MOST_PLANS_OF_SEVERAL:
         return None
     total = None
@@ -207,9 +237,10 @@ def _right_by_mixture(counted: Counted, members: int) -> float | None:
 
 
 def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
-    """(Epsilon, delta) for `members` records of one person, from that for one record.
+    """Convert (epsilon, delta) for one record into (epsilon, delta) for `members` records of one person (group
+    privacy).
 
-    Delta grows so fast that this seldom promises anything: the unit has to be the person while training.
+    Delta grows so fast that the result is rarely meaningful: training with the person as the unit is the remedy.
     """
     if delta == 0 or epsilon == 0:
         return members * epsilon, min(1.0, members * delta)
@@ -219,7 +250,9 @@ def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
 
 
 def strength_band(epsilon: float | None) -> str:
-    """A word for the size of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator sets one."""
+    """Return the code of the strength of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator
+    sets one.
+    """
     if epsilon is None or math.isinf(epsilon):
         return "none"
     return next(code for code, (_, most) in BANDS.items() if epsilon <= most)
@@ -230,12 +263,14 @@ def _inverse_exponential(epsilon: float) -> float:
 
 
 def interval_of(source: Source) -> float:
-    """The width of PLD's buckets for a site's epsilon; curves are always on the coarse grid, which only says more."""
+    """Return the width of the PLD buckets for a site's epsilon; curves always use the coarse grid, which only raises
+    figures.
+    """
     return accountant.COARSE if source == "own_ledger" else accountant.FINE
 
 
 def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
-    """Epsilon at `delta` by PLD, from a composition that is kept; None: unbounded."""
+    """Compute epsilon at `delta` with PLD accounting, from cached compositions; None: unbounded."""
     return _epsilon_pld(_counted(spent), delta, interval)
 
 
@@ -245,14 +280,15 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | Non
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
-    """Epsilon at `delta` by RDP, likewise."""
+    """Compute epsilon at `delta` with RDP accounting; None: unbounded."""
     return finite(accountant.composed_rdp(_counted(spent))(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
-    """RDP, which is looser, says no less than PLD, but for the `width` of PLD's buckets; else one of them may be wrong.
+    """Whether RDP, the looser accountant, gives at least the PLD figure up to the bucket `width`; else one may be
+    wrong.
 
-    PLD's bound grows with that width by no more than about the root of the number of mechanisms.
+    The PLD bound grows with that width by no more than about the square root of the number of mechanisms.
     """
     if not figures.epsilon_pld or not figures.epsilon_rdp:
         return True
@@ -260,18 +296,23 @@ def accountants_agree(figures: Figures, *, width: float) -> bool:
 
 
 def curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
-    """Epsilon by both accountants at powers of ten and at a report's own delta, the largest first; () of nothing."""
+    """Compute epsilon with both accountants at powers of ten and at the report's own delta, largest first; ()
+    without charges.
+    """
     deltas = sorted({*DELTAS, delta}, reverse=True) if spent else ()
     both = ((one, epsilon_pld(spent, one), epsilon_rdp(spent, one)) for one in deltas)
     return tuple(CurvePoint(delta=one, epsilon_pld=pld, epsilon_rdp=rdp) for one, pld, rdp in both)
 
 
 def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
-    """Of the records that were used, the share that any attack on this mechanism finds: at most; None: unbounded.
+    """Bound the share of the used records that any attack on this mechanism finds (its true positive rate); None:
+    unbounded.
 
-    For an attack with a share f of false alarms, and each epsilon >= 0 with its delta, the share is at most
-    e^epsilon f + delta, and at most 1 - (1 - delta - f) / e^epsilon.  The least over epsilon is the mechanism's
-    trade-off curve (Dong, Roth and Su 2019, arXiv 1905.02383, Section 2.3).
+    For an attack with false positive rate f, and each epsilon >= 0 with its delta, the rate is at most e^epsilon f +
+    delta,
+    and at most 1 - (1 - delta - f) / e^epsilon.  The least over epsilon is the mechanism's trade-off curve (Dong, Roth
+    and
+    Su 2019, arXiv 1905.02383, Section 2.3).
     """
     return _hit_rate_of(_counted(spent), false_alarms)
 
@@ -287,9 +328,9 @@ def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
 
 
 def right_of_100(spent: Spent) -> float | None:
-    """Of 100 guesses whether a record was used, half of which were: so many are right at most; None: unbounded.
+    """Bound how many of 100 guesses about membership are right if half of the records were used; None: unbounded.
 
-    The best attack is right with probability (1 + delta) / 2, delta being the mechanism's own at epsilon 0.
+    The best attack is right with probability (1 + delta) / 2, where delta is the mechanism's own at epsilon 0.
     """
     own = _pld(_counted(spent), accountant.COARSE)
     return None if math.isinf(own.epsilon(0.5)) else 50 * (1 + own.delta(0.0))
@@ -304,10 +345,10 @@ def meaning(
     fixed: bool = True,
     others: tuple[Spent, float | None] | None = None,
 ) -> Meaning:
-    """The meaning, as frequencies, of a stated `epsilon` (None: unbounded) at `delta`, and of all that was `spent`.
+    """Express `epsilon` (None: unbounded) at `delta`, and all charges in `spent`, as frequencies of successful attacks.
 
-    The mechanism's curve bounds something only if all of it was `fixed` beforehand.  `others` is as
-    `told_by_others` has it.
+    The mechanism's curve only bounds attacks if all charges were `fixed` beforehand.  `others` is the result of
+    `told_by_others`.
     """
     stated, known = unbounded(epsilon), spent if fixed else None
     right, by_mechanism = _right(known, stated, delta)
@@ -336,14 +377,16 @@ def meaning(
 
 
 def _right(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
-    """Right of 100 guesses: from epsilon at `delta`, and by the mechanism that `spent` it; None: it was not fixed."""
+    """Bound the right guesses of 100 from (epsilon, delta), and by the mechanism's curve (None: charges were not
+    fixed).
+    """
     ceiling, found = right_of_100_ceiling(epsilon, delta), None if spent is None else right_of_100(spent)
     # Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one.
     return ceiling, None if found is None else min(found, ceiling)
 
 
 def as_stated(part: Any) -> Any:
-    """Nine digits, upwards, of each figure of a `Meaning`: the last ones depend on how many threads added it up."""
+    """Round each figure of a `Meaning` up to nine digits, because the last digits depend on the number of threads."""
     if isinstance(part, float):  # first to thirteen: what floats add to a whole number is not worth a digit
         return float(_NINE_DIGITS.plus(_THIRTEEN_DIGITS.create_decimal_from_float(part)))
     if isinstance(part, tuple):
@@ -352,13 +395,15 @@ def as_stated(part: Any) -> Any:
 
 
 def _least(bound: Callable[[float], float]) -> float:
-    """The least of a `bound` over epsilon, about; it falls, then rises, and holds at every epsilon."""
+    """Find the approximate minimum over epsilon of a `bound` that falls and then rises; the bound holds at every
+    epsilon.
+    """
     found = minimize_scalar(bound, bounds=(0.0, _LARGEST_EPSILON), method="bounded", options={"xatol": 1e-5})
     return min(float(found.fun), bound(0.0))
 
 
 def _counted(spent: Spent) -> Counted:
-    """The mechanisms in a fixed order, so that equal histories give equal figures to the last digit."""
+    """Sort the mechanisms, so that equal histories give equal figures to the last digit."""
     pairs = events.grouped(spent).items()
     return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))
 

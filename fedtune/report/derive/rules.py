@@ -1,8 +1,8 @@
-"""A report derived from facts and sites: its assumptions, its codes, and the report as a whole.
+"""The rules that turn facts and sites into a report: its assumptions, its codes, and the report as a whole.
 
-An assumption is "verified" if it was checked again for the report; "ensured" if the program does it in every run (with
-the version and the test named); "asserted" if somebody states it; "assumed" if nobody does; "violated" if it is known
-not to hold.
+An assumption is "verified" if it was checked again for the report; "ensured" if the program enforces it in every run
+(the evidence names the version and the test); "asserted" if somebody states it; "assumed" if nobody does; "violated" if
+it is known not to hold.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
 def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None) -> Report:
-    """The report of a run or a ledger, without its cells; `sites` with their verdicts."""
+    """Build the report of a run or a ledger without its cells; `sites` already have their verdicts."""
     if isinstance(facts, RunFacts):
         scores = ["noised_scores"] if facts.plan.releases_metrics else []
         released = [_UPDATES[facts.plan.shared is not None], *scores, "aggregates", "refusals_and_receipts"]
@@ -84,9 +84,17 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
 def explained(
     site: SiteReport, rows: Sequence[Mechanism], charged: Spent, *, declared_size: int | None, delta: float, fixed: bool
 ) -> SiteReport:
-    """Add to a site what its epsilon means, where that can be said; `charged` is of `rows`, `fixed` as of `meaning`.
+    """Add to a site what its epsilon means, if it has a meaning.
 
-    Without a guarantee nothing can be said of it, unless missing noise is the one reason.
+    Args:
+        site: the site's report without its meaning.
+        rows: the site's mechanisms.
+        charged: the charges of `rows`.
+        declared_size: the site's declared size; None: unknown.
+        delta: the report's delta.
+        fixed: whether all charges were fixed beforehand, so that the mechanism's curve is a bound.
+
+    A site without a guarantee has no meaning, unless missing noise is the only reason.
     """
     if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
         return site
@@ -96,7 +104,7 @@ def explained(
 
 
 def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
-    """The assumptions that the guarantee rests on, violated ones first."""
+    """Return the assumptions on which the guarantee depends, violated ones first."""
     found = _of_run(facts, sites) if isinstance(facts, RunFacts) else _of_ledger(facts, sites[0])
     # An inconsistent ledger is evidence of nothing, not even of its site's assertions.
     shows = isinstance(facts, RunFacts) or facts.verification is not None
@@ -108,7 +116,7 @@ def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, 
 
 
 def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
-    """Assumptions of a run, as its lead knows them: code, status, evidence."""
+    """Yield the assumptions of a run, as its lead knows them: code, status, evidence."""
     said = {site.site: site.statement for site in facts.sites if site.statement}
     yield from _of_mechanism(facts, sites, said=[*said])
     yield from _of_figures(facts, sites, asserted={site: one.asserted for site, one in said.items()})
@@ -139,7 +147,9 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
 
 
 def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequence[str]) -> Iterator[_Found]:
-    """Assumptions on the mechanism, known to a simulation's own process, or stated by real sites' signed reports."""
+    """Yield the assumptions on the mechanism, as recorded by a simulation's process or stated in real sites' signed
+    reports.
+    """
     stated: Status = "asserted" if len(said) == len(sites) else "assumed"
     by_sites = stated, ", ".join(said) or "the sites' fedtune"
     program, private = f"fedtune {facts.provenance.fedtune_version}", facts.plan.private
@@ -178,7 +188,7 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequenc
 def _of_figures(
     facts: Facts, sites: Sequence[SiteReport], *, asserted: Mapping[str, Mapping[str, bool]]
 ) -> Iterator[_Found]:
-    """Assumptions that follow from the sites' figures, and from what some have `asserted`."""
+    """Yield the assumptions that follow from the sites' figures and from what some sites have `asserted`."""
     largest = max((size or 0 for size in facts.declared_sizes.values()), default=0)
     compared = f"delta={facts.delta:g}; declared_size={largest}"
     yield "delta_below_one_over_size", "verified" if facts.delta * largest < 1 else "violated", compared

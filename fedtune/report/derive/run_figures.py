@@ -1,4 +1,4 @@
-"""The report of a run, from its facts alone."""
+"""The report of a run, derived from its facts alone."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _MOST_FIGURES = 64  # numbers of rounds for which epsilon is computed; in betwee
 
 
 def report_of(facts: RunFacts) -> Report:
-    """The figures that follow from a run's facts."""
+    """Derive the report of a run from its facts."""
     made = [_site(facts, site) for site in facts.sites]
     sites = verdicts.with_audit(made, facts.audit, marked=facts.canaries_planted)
     return rules.report_of(facts, sites, utility=_utility(facts, sites))
 
 
 def denied(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
-    """The field by which a receipt is not what this site charged to this run under this plan; "": none is.
+    """Return the first field of a receipt that does not match this site, run and plan; "" if the receipt is valid.
 
-    A ledger that never accepted the run has no plan of it, and charged nothing.
+    The ledger of a site that never accepted the run has no plan of it, and charged nothing.
     """
     of_plan = receipt.plan == plan.digest() or (not receipt.plan and not receipt.charged_rounds)
     fits = {"site": receipt.site == site, "run": receipt.run == run, "plan": of_plan}
@@ -40,13 +40,17 @@ def denied(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
 
 
 def least_rounds(facts: RunFacts, site: SiteFacts) -> int:
-    """Rounds that a site was charged at the least: it signed for them, or an update left it."""
+    """Return the least number of rounds that a site was charged for: those that it signed, or those with an update
+    from it.
+    """
     signed = site.receipt.charged_rounds if site.receipt else 0
     return max(signed, sum(result.has_update_of(site.site) for result in facts.rounds))
 
 
 def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
-    """A site's ledger says no less than its receipts and updates, and has the plan that the run asked for."""
+    """Whether a site's ledger reports at least the rounds of its receipts and updates, and the plan that the run
+    asked for.
+    """
     known = [run for run in said.lifetime.runs if run.run == facts.run]
     return said.same_plan and all(
         run.rounds >= least_rounds(facts, site)
@@ -112,10 +116,11 @@ def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
 
 
 def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[Step]:
-    """Epsilon after each round: at most all that was charged, but for one round for each later update of the site.
+    """Yield an upper bound on epsilon after each round: all charges except one round per later update of the site.
 
-    `final` is its epsilon at the end; those before are on the coarse grid, and none is larger.  Of a run that has not
-    ended at the site, the rounds so far count, and each that it left without an update.
+    `final` is the site's epsilon at the end.  Earlier values use the coarse grid and are never above it.  If the run
+    has not
+    ended at the site, only the rounds so far count, including those without an update.
     """
     plan, later = facts.plan, sum(result.has_update_of(site.site) for result in facts.rounds)
     charged, silent = facts.rounds_of(site), len(facts.rounds) - later
@@ -131,7 +136,7 @@ def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[St
 
 
 def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
-    """All that came from a site, by kind and reason."""
+    """Yield everything that came from a site, grouped by kind and reason."""
     groups = defaultdict[tuple[str, str | None], list[str]](list)
     for result in facts.rounds:
         reason, kind = result.failed_sites.get(site.site), "refusal"

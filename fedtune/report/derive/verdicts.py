@@ -1,7 +1,7 @@
 """Verdicts: whether the spent epsilon stays within the approved one, derived from a report's figures.
 
-A verdict follows from its reasons: its state is the worst among theirs, and `REASONS` gives the state of each.  An
-audit may refute what was claimed: its findings are read here, checked, and judged.
+A verdict follows from its reasons: `REASONS` assigns a state to each reason, and the verdict has the worst of these
+states.  An audit may refute a claimed epsilon; its findings are read, checked and judged here.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon 
 
 
 def verdict_of(reasons: Iterable[str]) -> Verdict:
-    """The verdict for all reasons that hold."""
+    """Return the verdict that follows from all `reasons`."""
     holding = tuple(dict.fromkeys(reasons))
     state: State = next((state for state in WORST_FIRST if not set(REASONS[state]).isdisjoint(holding)), "within")
     return Verdict(state=state, reasons=tuple(code for code in holding if code in REASONS[state]))
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The worst state of several verdicts, with the reasons of those in that state, each once.
+    """Combine several verdicts: the worst state, with the reasons of all verdicts in that state, without duplicates.
 
-    "nothing_spent" is kept only if it holds for all of them.
+    "nothing_spent" is only kept if all of them have it.
     """
     several = list(verdicts)
     state = min((verdict.state for verdict in several), key=WORST_FIRST.index, default=WORST_FIRST[-1])
@@ -56,7 +56,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def room_of(report: Report) -> Room | None:
-    """Why a kept budget has no room for another run, in a site's own report; None: it has room, or was not kept."""
+    """Return why a site's budget has no room for another run; None: it has room, or the verdict is not "within"."""
     life = report.sites[0].lifetime
     if life is None or report.verdict.state != "within":
         return None
@@ -68,20 +68,25 @@ def room_of(report: Report) -> Room | None:
 
 
 def outcome_of(report: Report) -> str:
-    """The code of a report's result, as page, label, cards and terminal say it."""
+    """Return the code of a report's result that page, label, cards and terminal show."""
     return room_of(report) or (
         f"within_{report.facts.kind}" if report.verdict.state == "within" else report.verdict.state
     )
 
 
 def judged(reasons: Iterable[str], spent: Spent, *, source: Source) -> Verdict:
-    """The verdict for all reasons that hold at a site, and for accountants that contradict each other there."""
+    """Return the verdict for a site's `reasons`, plus "accountants_disagree" if the accountants contradict each
+    other.
+    """
     agree = profile.accountants_agree(spent, width=profile.interval_of(source))
     return verdict_of([*reasons, *([] if agree else ["accountants_disagree"])])
 
 
 def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
-    """The reasons at one site of a run.  The plan was fixed, so its whole epsilon is a proof whatever ended the run."""
+    """Yield the reasons for the verdict at one site of a run.
+
+    The plan was fixed, so the epsilon of the whole plan is a proof regardless of what ended the run.
+    """
     of_spending = _holding(
         no_noise=spent.epsilon is None,
         seeded_noise=facts.seeded_noise,
@@ -101,7 +106,10 @@ def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | No
 def of_ledger(
     life: Lifetime, approved: Approved, *, charges: int, verified: bool, limits_loosened: bool = False
 ) -> Iterator[str]:
-    """The reasons of a ledger: what was spent against what is approved now; `charges` as `Cap.charges_before`."""
+    """Yield the reasons for a ledger's verdict by comparing its spending with the current limits.
+
+    `charges` is the number of charges in the ledger, counted as in `Cap.charges_before`.
+    """
     something = life.epsilon != 0
     yield from _holding(
         ledger_not_verified=not verified,
@@ -123,12 +131,16 @@ def _holding(**known: bool) -> Iterator[str]:
 
 
 def above(epsilon: float | None, cap: float | None) -> bool:
-    """An epsilon exceeds a cap by more than rounding; None is an unbounded epsilon, or no cap."""
+    """Whether an epsilon exceeds a cap by more than rounding errors; None means an unbounded epsilon, or no cap."""
     return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
 
 
 def read_audit(folder: Path) -> Audit | None:
-    """The findings in the `audit.json` of a run, or a RunError if they are damaged; None: no audit was finished."""
+    """Read the findings from the `audit.json` of a run; None if no audit has finished.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     path = RunFolder(folder).audit
     if not path.is_file():
         return None
@@ -142,7 +154,9 @@ def read_audit(folder: Path) -> Audit | None:
 
 
 def with_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
-    """The sites, with no guarantee where the audit refutes the claim, or has begun (`marked`) and found nothing yet."""
+    """Remove the guarantee from sites whose claim the audit refutes, or all sites if an audit is `marked` but
+    unfinished.
+    """
     if audit is None:
         return tuple(_nothing_promised(site, "holds_canaries") if marked else site for site in sites)
     places = {bound.site for bound in refuted(audit, sites)}
@@ -160,9 +174,9 @@ def with_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool
 
 
 def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
-    """The bounds whose claim the counts refute; where one of the `sites` claims less than the audit says, that counts.
+    """Return the bounds whose counts refute the claimed epsilon; if a site's report claims less, that claim is tested.
 
-    All bounds are judged at once, so each is asked for more confidence than it has by itself.
+    All bounds are tested at once, so each needs more confidence than it would alone.
     """
     spent = _charged(audit, sites)
     errors = audit_bound.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
@@ -178,7 +192,9 @@ def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound,
 
 
 def _charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
-    """Place -> epsilon of the report, as far as it has one: for all audited sites together, the largest of theirs."""
+    """Return place -> epsilon in the report; the key None has the largest epsilon of all audited sites, if all have
+    one.
+    """
     audited = {bound.site for bound in audit.bounds if bound.site}
     spent = {site.site: site.spent.epsilon for site in sites}
     known: dict[str | None, float] = {site: epsilon for site, epsilon in spent.items() if epsilon is not None}
@@ -192,7 +208,7 @@ def _nothing_promised(site: SiteReport, why: str) -> SiteReport:
 
 
 def audit_problems(report: Report) -> Iterator[Problem]:
-    """Every figure of the report's audit that is not what its counts come to, or not what the report claims."""
+    """Yield every figure of the report's audit that contradicts its counts or the report's claims."""
     audit = report.facts.audit if isinstance(report.facts, RunFacts) else None
     if audit is None:
         return

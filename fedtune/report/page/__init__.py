@@ -1,1 +1,1 @@
-"""A report as a page: words, tables, charts, HTML and PDF."""
+"""The page of a report: wording, tables, charts, HTML and PDF."""

@@ -1,6 +1,6 @@
-"""The words of the report's page, `texts.toml`, and how each language writes figures.
+"""The translations of the report's page in `texts.toml`, and each language's number formats.
 
-Privacy loss is rounded up and what is left of a budget down; a missing bound is a word, never 0 and never blank.
+Privacy losses are rounded up, and remaining budgets down; a missing limit is shown as a word, never as 0 or a blank.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _PLACES = {"left": (3, ROUND_FLOOR), "score": (4, _EVEN), "of_100_fine": (2, ROU
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Texts by section and key; `language` as in the page's `lang`."""
+    """Translated texts by section and key; `language` is the code for the page's `lang` attribute."""
 
     language: str
     texts: Mapping[str, Mapping[str, str]]
 
     def instead(self, of: str) -> Catalogue:
-        """These texts as they speak of what the section `of` is about, which has other words for some.
+        """Return a catalogue in which the texts of the section `of` override others.
 
-        A key of it is `section__key`; a section that there is none of changes nothing.
+        A key of that section has the form `section__key`; an unknown section overrides nothing.
         """
         others = {tuple(key.split("__")): text for key, text in self.texts.get(of, {}).items()}
         texts = {
@@ -52,7 +52,7 @@ class Catalogue:
         return Catalogue(self.language, texts)
 
     def text(self, key: str, **values: object) -> Markup:
-        """The text `section.key` with its placeholders filled; values that are not Markup are escaped."""
+        """Return the text `section.key` with its placeholders filled in; values that are not Markup are escaped."""
         section, name = key.split(".")
         return Markup(escape(self.texts[section][name])).format(**values)
 
@@ -60,11 +60,11 @@ class Catalogue:
         return code in self.texts[section]
 
     def code(self, section: str, code: str) -> Markup:
-        """The words for a code of the report; one that is not known, of a later version, stays as it is written."""
+        """Return the words for a code in the report; an unknown code, as from a later version, is shown unchanged."""
         return self.text(f"{section}.{code}") if self.has(section, code) else Markup("<code>{}</code>").format(code)
 
     def listed(self, section: str, codes: Sequence[str]) -> Markup:
-        """Several codes as one phrase: a, b and c; with semicolons where one of them has a comma."""
+        """Join the words for several codes: "a, b and c", with semicolons if one of them contains a comma."""
         words = [self.code(section, code) for code in codes]
         if any(", " in word for word in words):
             return Markup("; ").join(words)
@@ -73,17 +73,21 @@ class Catalogue:
         return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
 
     def arrivals(self, people: Iterable[Arrivals]) -> Markup:
-        """People by when they came."""
+        """Describe people by when they joined."""
         return Markup(", ").join(self.text(f"arrivals.{one.code}", first=one.first, last=one.last) for one in people)
 
     def figure(self, value: Any, kind: str) -> str:
-        """`value` as this language writes a figure of a kind.
+        """Format a figure in this language, by its kind.
 
-        Kinds: "epsilon" (up), "factor" (e to that power, up), "cap" (as it was set), "left" (down), "exact"
-        (as it was set), "number" (six digits), "score", "count", "of_100" (a share of guesses, up: whole, and above 99
-        in as many digits as tell it from 100, which would be certain), "of_100_fine" (up), "percent" (up),
-        "seconds", "bytes", "day", "moment", "length" (of a list).
-        None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
+        Kinds: "epsilon" (rounded up), "factor" (e to that power, rounded up), "cap" (as it was set), "left" (rounded
+        down),
+        "exact" (as it was set), "number" (six digits), "score", "count", "of_100" (a share of guesses, rounded up to a
+        whole
+        number, or above 99 to enough digits to differ from 100, which would be certainty), "of_100_fine" (rounded up),
+        "percent" (rounded up), "failures" (rounded up), "seconds", "bytes", "day", "moment", "length" (of a list).
+
+        None is "unbounded" for an epsilon, "no limit" for a cap and for what is left of a cap, and otherwise "not
+        known".
         """
         if kind in ("epsilon", "factor"):
             text = epsilon_text(value) if kind == "epsilon" else factor_text(value)
@@ -118,7 +122,7 @@ class Catalogue:
         raise ValueError(f"no kind of figure: {kind}")
 
     def _plain(self, value: Decimal) -> str:
-        """Without an exponent, unless it is tiny: then 1.5 × 10⁻⁹."""
+        """Format a number without an exponent, or as 1.5 × 10⁻⁹ if it is tiny."""
         if value and abs(value) < _SMALLEST_PLAIN:
             power = value.adjusted()
             return self._marks(f"{value.scaleb(-power).normalize():f}") + f" {_TIMES} {power_of_ten(power)}"
@@ -138,14 +142,18 @@ class Catalogue:
         return texts[kind].format(**fields, clock=f"{moment:%H:%M}")
 
     def _marks(self, text: str) -> str:
-        """A number in Python's notation, with this language's marks."""
+        """Replace the decimal point and the group separators of Python's notation by those of this language."""
         marks = self.texts["language"]
         return text.translate({ord("."): marks["decimal"], ord(","): marks["group"]})
 
 
 @lru_cache(maxsize=len(LANGUAGES))
 def catalogue(language: str) -> Catalogue:
-    """The texts of a language, or a ConfigError where there are none."""
+    """Return the texts of a language.
+
+    Raises:
+        ConfigError: there are no texts in this language.
+    """
     check_one_of("report.language", language, LANGUAGES)
     texts = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
     of_language = {section: {key: text[language] for key, text in keys.items()} for section, keys in texts.items()}
@@ -158,7 +166,7 @@ def _rounded(value: Decimal, places: int, rounding: str) -> Decimal:
 
 
 def _significant(value: Decimal, digits: int, kind: str) -> Decimal:
-    """So many significant digits; a share or a number of failures upwards."""
+    """Round to `digits` significant digits; shares and numbers of failures are rounded up."""
     if not value:
         return value
     if kind != "failures":

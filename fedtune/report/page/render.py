@@ -1,7 +1,7 @@
-"""A report as one HTML file that needs nothing else: no script, no font of the machine, no request; as PDF; its files.
+"""Rendering of a report as a self-contained HTML file without scripts, system fonts or requests, and as PDF and SVG.
 
-Also as a label: on one screen, for a model card, a slide or a web page, as SVG.  What it says stands in report.json,
-whose SHA-256 it names, in the report's own words.
+The SVG is a privacy label that fits on one screen, for a model card, a slide or a web page.  It uses the report's
+wording, and names the SHA-256 of the report.json from which it is drawn.
 """
 
 from __future__ import annotations
@@ -44,11 +44,16 @@ _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # letters
 def render(
     report: Report, *, language: str, fillable: bool = False, notice: str = "", again_s: int | None = None
 ) -> str:
-    """The page of a report, in "en" or "de"; equal reports give equal pages.
+    """Render the page of a report in "en" or "de"; equal reports give equal pages.
 
-    Every figure on it carries its place in report.json.  Where it is `fillable`, what a person fills in on page 1 are
-    fields, for `as_pdf`; otherwise they are drawn for the pen.  A `notice` stands first; with `again_s` the page loads
-    itself again after so many seconds.
+    Every figure on the page refers to its place in report.json.
+
+    Args:
+        report: the report.
+        language: "en" or "de".
+        fillable: whether the entries that a person makes on page 1 are form fields, for `as_pdf`, instead of lines.
+        notice: text at the top of the page.
+        again_s: seconds after which the page reloads itself; None: never.
     """
     words = Charts(report, catalogue(language))
     files = report.facts.files if isinstance(report.facts, RunFacts) else {}
@@ -74,21 +79,21 @@ def render(
 
 
 def _values(words: Words) -> dict[str, Any]:
-    """The values that the templates of the page and of the label both take."""
+    """Return the values that the templates of the page and of the label share."""
     report, language = words.report, words.catalogue.language
     of_report = {"report": report, "facts": report.facts, "digest": signing.digest(report)}
     return {**of_report, "words": words, "t": words.text, "language": language}
 
 
 def css_string(text: str) -> Markup:
-    """`text` as a string of a style sheet; nothing in it can end the string, the sheet or its element."""
+    """Quote `text` as a CSS string, escaped so that it cannot close the string, the style sheet or its element."""
     safe = "".join(letter if letter.isascii() and letter.isalnum() else f"\\{ord(letter):x} " for letter in text)
     return Markup(f'"{safe}"')
 
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """The templates of all pages: everything that is filled in is escaped, and a name that is not there is an error."""
+    """Return the Jinja environment of all pages, which escapes all values and raises an error for undefined names."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
@@ -101,7 +106,11 @@ def environment() -> Environment:
 def write_files(
     folder: Path, report: Report, *, language: str, pdf: bool = False, beside: Mapping[str, bytes] = {}
 ) -> list[Path]:
-    """Write a report's files, and what lies `beside` them, by name; each is whole at any moment."""
+    """Write a report's files and the files in `beside` (name -> content), each of them atomically; return their paths.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     html = render(report, language=language).encode()
     files = {"report.json": signing.to_text(report).encode(), "report.html": html}
     if pdf:
@@ -116,9 +125,10 @@ def write_files(
 
 
 def as_pdf(html: str) -> bytes:
-    """`html`, a page of `render`, as tagged PDF; equal pages give equal bytes on one machine, and nothing is fetched.
+    """Convert a page from `render` to a tagged PDF without network access; equal pages give equal bytes on one machine.
 
-    A ConfigError says that WeasyPrint, or a library of the system that it needs, is not installed.
+    Raises:
+        ConfigError: WeasyPrint, or a system library that it needs, is not installed.
     """
     weasyprint = _weasyprint()
     # It tells of each rule of the style sheet that is for screens only.
@@ -152,9 +162,9 @@ def _weasyprint() -> Any:
 
 
 def fields_of(words: Charts, group: str) -> list[Mapping[str, Any]]:
-    """The fields of a group, in the report's order: the name of each, and its cells, `known` or `open` for the site.
+    """List the fields of a group in the report's order: name, `known` cells, and cells that are `open` for the site.
 
-    A cell is its state and its facts, each with what it is called and what it says.
+    A cell has a state and a list of facts, each with its label and its text.
     """
     found: list[Mapping[str, Any]] = []
     for code, states in words.report.cells.items():
@@ -176,7 +186,7 @@ def fields_of(words: Charts, group: str) -> list[Mapping[str, Any]]:
 
 
 def as_svg(report: Report, *, language: str) -> str:
-    """The label as SVG that loads nothing; equal reports give equal labels."""
+    """Render the privacy label as SVG without external resources; equal reports give equal labels."""
     words = Words(report, catalogue(language))
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
@@ -194,22 +204,22 @@ def as_svg(report: Report, *, language: str) -> str:
 
 
 def as_svg_of_own(site: str, run: str) -> str:
-    """The label of a site's own adapter, in English as its card: it has no guarantee, and so no figure."""
+    """Render the label of a site's personalized adapter, in English like its card: without a guarantee and figures."""
     return environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
 
 
 def _short(name: str, most: int = 32) -> str:
-    """A name that fits a line of a label."""
+    """Shorten a name so that it fits into a line of the label."""
     return shortened(name, most)
 
 
 def _said_in(marks: str) -> Markup:
-    """The text of a label's lines, for people who cannot see the label."""
+    """Extract the text from SVG lines, as a description for screen readers."""
     return Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks)))
 
 
 def _wrapped(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:
-    """Lines that fit a width; what does not fit into as many as there may be ends in dots."""
+    """Break a text into lines of a given width; text beyond `most` lines is replaced by an ellipsis."""
     lines: list[str] = []
     size *= 1.12 if font == "bold" else 1.0
     for word in _plain(text).split(" "):
@@ -223,6 +233,6 @@ def _wrapped(text: str, size: float, width: float, *, font: str = "plain", most:
 
 
 def _plain(text: str) -> str:
-    """A text of the catalogue, or a name in it, as letters that can be drawn in one line."""
+    """Turn a text or a name into printable characters on one line."""
     unescaped = text.unescape() if isinstance(text, Markup) else text
     return "".join(letter if letter.isprintable() else " " for letter in unescaped).replace("\N{SOFT HYPHEN}", "")

@@ -1,4 +1,4 @@
-"""A report in the words of a language, and its places as JSON pointers."""
+"""The wording of a report in one language, and JSON pointers to its values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ count_of_rows = Markup('<span class="rows">{}</span>').format
 
 
 class Words:
-    """A report and the language that it is told in."""
+    """A report together with the catalogue of the language in which it is shown."""
 
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
         facts = report.facts
@@ -65,7 +65,7 @@ class Words:
 
     @property
     def noise(self) -> str:
-        """The noise, as far as it hides anything: "noised", "seeded", or "no_noise" where some lacked it."""
+        """The kind of noise: "noised", "seeded", or "no_noise" if any mechanism lacked it."""
         noises = [one.noise_multiplier for site in self.report.sites for one in site.mechanisms]
         if 0 in noises or "no_noise" in self.report.verdict.reasons:
             return "no_noise"
@@ -73,7 +73,7 @@ class Words:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What scores say against the training, those of the sites included."""
+        """Codes of warnings that follow from scores, including the sites' scores."""
         fall = self.report.utility and self.report.utility.fall
         found = () if isinstance(self.facts, LedgerFacts) else self.facts.findings
         return (*found, *((FELL,) if fall and fall.found else ()))
@@ -84,13 +84,13 @@ class Words:
         return {*str(self.report.known.get("rank")).split(", ")} == {rank_text(NO_ADAPTER, 0)}
 
     def band_range(self, band: str) -> Markup:
-        """For which epsilons the word for a strength stands."""
+        """Describe the range of epsilon of a strength band."""
         least, most = (f"{edge:g}" for edge in BANDS[band])
         key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
         return self.text(f"strength.{key}", least=least, most=most)
 
     def at(self, pointer: str, *, absent: object = None) -> Any:
-        """The value in report.json that a JSON pointer names, or `absent` where one of its parents is null."""
+        """Return the value in report.json at a JSON pointer, or `absent` if one of its parents is null."""
         found: Any = self.json
         for part in pointer.split("/")[1:]:
             if found is None:
@@ -99,18 +99,22 @@ class Words:
         return found
 
     def place(self, kind: str, site: str) -> str:
-        """Where page.toml's `kind` of things about a site begins: "sites", "facts", "own" or "life"."""
+        """Return the JSON pointer to one kind of data about a site: "sites", "facts", "own" or "life", as in
+        page.toml.
+        """
         own = "/facts" if self.is_ledger else f"/facts{site}/statement"
         of_ledger = {"facts": "/facts", "life": f"{site}/lifetime"}
         of_run = {"facts": f"/facts{site}", "life": f"{own}/lifetime"}
         return {"sites": site, "own": own, **(of_ledger if self.is_ledger else of_run)}[kind]
 
     def site_of(self, pointer: str) -> str:
-        """The site that a pointer is about."""
+        """Return the pointer to the site that contains `pointer`."""
         return self.sites[0] if self.is_ledger else f"/sites/{pointer.removeprefix('/facts').split('/')[2]}"
 
     def together(self, sites: Sequence[str], *, of: int) -> Markup:
-        """A name, beside a chart's line, for the sites at these pointers, which are alike; `of` so many in all."""
+        """Label a chart's line that several sites share, since their values are equal; `of` is the number of all
+        sites.
+        """
         name = shortened(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
         if len(sites) == 1:
             return Markup("{}").format(name)
@@ -120,26 +124,26 @@ class Words:
 
     @property
     def drawn(self) -> dict[int, str]:
-        """The cohorts of a ledger that a chart has room for, the newest that spent anything, and their periods."""
+        """The periods of the cohorts that a chart shows, by index: the newest cohorts that have spent anything."""
         spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MOST_LINES:]
         return {place: self.cohorts[place].people.dates for place in spent}
 
     def figure(self, pointer: str, kind: str) -> Markup:
-        """The figure at a pointer, told apart from text and tied to its place in report.json."""
+        """Format the figure at a pointer as a `data` element that refers to its place in report.json."""
         value = self.at(pointer)
         return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
             json.dumps(value), pointer, kind, self.catalogue.figure(value, kind)
         )
 
     def spent(self, pointer: str, kind: str = "epsilon") -> Markup:
-        """A figure of a site's charges; "at most" where it fell silent."""
+        """Format a figure of a site's charges, with "at most" if the site did not confirm the end of the run."""
         figure = self.figure(pointer, kind)
         if self.site_of(pointer) not in self.silent:
             return figure
         return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
     def rows(self, of: str) -> list[str]:
-        """Pointers to the rows that a table has by a pattern of page.toml."""
+        """Expand a row pattern of page.toml to the pointers of a table's rows."""
         if " and " in of:
             return [row for one in of.split(" and ") for row in self.rows(one)]
         of, _, having = of.partition(" having ")
@@ -151,14 +155,14 @@ class Words:
         return [row for row in found if not having or self.at(f"{row}/{having}") is not None]
 
     def _entries(self, at: str) -> list[str]:
-        """The last parts of the pointers to each entry of a list, or of a mapping."""
+        """Return the last pointer part of each entry in a list or mapping."""
         found = self.at(at) or ()
         return [pointer(name)[1:] for name in (found if isinstance(found, dict) else range(len(found)))]
 
     # What page 1 says beyond single figures.
 
     def access(self) -> Mapping[str, Sequence[str]]:
-        """Looker -> a code for each column of what there is to see."""
+        """Return observer -> a code for each column of what the observer can see."""
         noise, rows = self.noise, data()["access"]
         masked = rows["masked"] if self.shared and noise == "noised" else {}
         sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
@@ -167,7 +171,9 @@ class Words:
         return sees
 
     def by_subtraction(self) -> str | None:
-        """How one of two sites sees the other's result: it takes its own from the average of both; None: it cannot."""
+        """Return the code for how one of two sites can compute the other's result from the average; None if it
+        cannot.
+        """
         if isinstance(self.facts, LedgerFacts):
             return "if_two_sites"  # of its runs the ledger knows no others that took part
         rounds = self.facts.rounds
@@ -175,14 +181,14 @@ class Words:
         return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
 
     def limit(self) -> str | None:
-        """Pointer to the limit that the result is judged by; None: there is none."""
+        """Return the pointer to the limit that the result is compared with; None if there is no limit."""
         found = "/facts/approved/max_epsilon" if self.is_ledger else "/facts/target_epsilon"
         return None if self.at(found) is None else found
 
     def assumptions(self) -> tuple[Assumption, ...]:
-        """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for.
+        """Return all violated assumptions, and as many unstated ones as page 1 has room to ask about.
 
-        Where nothing is promised, nobody's answer could change that.
+        Without a guarantee, no answer could change the result, so nothing is asked.
         """
         found = self.report.assumptions
         violated = [one for one in found if one.status == "violated"]
@@ -191,24 +197,26 @@ class Words:
         return (*violated, *asked[:room])
 
     def right(self, site: str) -> str:
-        """Which figure of the best attacker at a site holds: of the method that ran, else from epsilon and delta."""
+        """Return which bound on the best attacker applies at a site: "mechanism" if it was computed, or else
+        "ceiling".
+        """
         by_mechanism = f"{site}/meaning/right_of_100_mechanism"
         return "ceiling" if self.at(by_mechanism) is None else "mechanism"
 
     def says_nothing(self, site: str) -> bool:
-        """All that is proved of the best attacker at a site is about as much as nothing."""
+        """Whether the bound on the best attacker at a site is practically meaningless."""
         found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
         return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
 
     def about_ceiling(self, site: str) -> Markup:
-        """Why no more is proved of the best attacker than what follows from epsilon and delta."""
+        """Explain why the bound on the best attacker at a site only follows from epsilon and delta."""
         runs = {row["run"] for row in self.at(f"{site}/mechanisms") if row["rounds"]}
         key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
         key = "meaning.too_little_noise" if self.right(site) == "mechanism" else key
         return self.text(key, section=self.text("curve.heading"))
 
     def people(self) -> list[tuple[Markup, str]]:
-        """Group people by arrival, the newest last: a line for all with the same figures, and the fact behind it."""
+        """List the groups of people with equal figures, the newest last, each with the pointer to its figures."""
         whom = Markup('<span data-at="{}">{}</span>').format
         if admitted := self.report.admits:
             return [(whom("/admits", self.catalogue.arrivals([admitted])), f"{self.worst}/spent")]
@@ -222,7 +230,7 @@ class Words:
         return neighbours_together({place: self.cohorts[place].people for place in places})
 
     def of_whom(self) -> Markup | None:
-        """When the people came whom the largest figure is of; None: it is of everybody."""
+        """Describe when the people joined who have the largest figure; None if everybody has the same."""
         epsilons = {place: unbounded(one.epsilon) for place, one in enumerate(self.cohorts)}
         if admitted := self.report.admits:
             return self.text("label.others_none", dates=admitted.dates)
@@ -233,17 +241,17 @@ class Words:
 
 
 def pointer(*parts: str | int) -> str:
-    """A JSON pointer (RFC 6901)."""
+    """Build a JSON pointer (RFC 6901) from its parts."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
 
 
 def named_by(pointer: str) -> str:
-    """The name in the last part of a JSON pointer."""
+    """Return the name in the last part of a JSON pointer."""
     return pointer.rpartition("/")[2].replace("~1", "/").replace("~0", "~")
 
 
 def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
-    """Groups of the same key, in the order of the first."""
+    """Group values by their key, in order of first occurrence."""
     groups: dict[Hashable, list[One]] = {}
     for key, one in keyed:
         groups.setdefault(key, []).append(one)
@@ -252,5 +260,5 @@ def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
 
 @cache
 def data() -> Mapping[str, Any]:
-    """The parts of the page, by `page.toml`."""
+    """Return the page's layout from `page.toml`."""
     return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))

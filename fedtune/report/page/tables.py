@@ -1,4 +1,4 @@
-"""The page's tables, which places of report.json stand in their rows and columns, and its charts."""
+"""The page's tables, whose cells are addressed by their place in report.json, and its charts."""
 
 from __future__ import annotations
 
@@ -56,10 +56,12 @@ _ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: gre
 class Column:
     """A column of a table.
 
-    A cell's place is from its row on; "../" in front: from what holds the row; "@": from one of the `place`s of its
-    site on; "/": from the report on, where * is the row's own number or name, which need not be there; "#": the score
-    that the row is of.  A kind is one of `Catalogue.figure`, or of `_TEXTS`, with a section: "code:SECTION"; a trailing
-    "?" puts "at most" in front where the site fell silent.
+    `at` is the cell's place relative to its row.  A leading "../" starts at the row's parent; "@" at one of the places
+    of
+    the row's site; "/" at the report, where * is the row's own number or name, which may be missing there; "#" is the
+    name
+    of the row's score.  `kind` is a kind of `Catalogue.figure` or of `_TEXTS`, with a section as in "code:SECTION"; a
+    trailing "?" adds "at most" if the site did not confirm the end of the run.
     """
 
     heading: str  # key of its text, or, where it `is_named`, a name of the report
@@ -77,9 +79,9 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Cells as they are shown; `all` rows where only some are.
+    """A rendered table; `all` is the number of rows, of which only some may be shown.
 
-    Where its figures could be drawn, `seen` is the title of the drawing `svg`, or says why there is none.
+    If the table has a chart, `seen` is the title of the drawing `svg`, or the reason why there is no drawing.
     """
 
     caption: Markup
@@ -92,10 +94,10 @@ class Table:
 
 
 class Charts(Words):
-    """Every table and chart of the page, made when the template asks for it."""
+    """The tables and charts of the page, each made when the template asks for it."""
 
     def cell(self, row: str, column: Column) -> Markup:
-        """A cell of the row at a pointer."""
+        """Render the cell in a column, for the row at a pointer."""
         parents = column.at.count("../")
         pointer = f"{row.rsplit('/', parents)[0]}/{column.at[3 * parents :]}"
         if column.at.startswith("@"):
@@ -121,7 +123,7 @@ class Charts(Words):
         return Markup('<span data-at="{}">{}</span>').format(pointer, self._as_text(found, kind))
 
     def shown(self, at: str, kind: str) -> Markup:
-        """The value at a place in the report."""
+        """Render the value at a place in the report."""
         return self.cell("", Column("", at, kind))
 
     def _grey(self, key: str) -> Markup:
@@ -142,14 +144,16 @@ class Charts(Words):
         last: bool = True,
         most: int = MOST_ROWS,
     ) -> Table:
-        """A table of the rows at these pointers; of more than `most` the last ones, or the first."""
+        """Build a table of the rows at these pointers; if there are more than `most`, only the last or the first are
+        shown.
+        """
         shown, text, named = rows[-most:] if last else rows[:most], self.text, Markup("{}").format
         headings = [(named(one.heading) if one.is_named else text(one.heading), one.is_figure) for one in columns]
         cells = tuple(tuple(self.cell(row, column) for column in columns) for row in shown)
         return Table(caption=caption, columns=tuple(headings), rows=cells, all=len(rows))
 
     def named(self, name: str, more: Sequence[Column] = ()) -> Table:
-        """The table with a name, and perhaps more columns."""
+        """Build the table with a given name in page.toml, with `more` columns at its end."""
         layout, columns = data()["table"][name], [*self._columns(name), *more]
         caption = self.text(layout["caption"], delta=self.figure(self.delta_at, "exact"))
         of = layout["rows"]
@@ -171,7 +175,7 @@ class Charts(Words):
         return first + [column for column in columns if column.only in shown]
 
     def _together(self, table: Table, *, named: bool) -> Table:
-        """The first lines of a table, with one for what several sites have alike: each `named`, or counted."""
+        """Merge the rows of sites with equal values into one row, in which the sites are `named` or counted."""
         times, keyed, rows = Counter[tuple[str, ...]](), [], []
         for row in table.rows:  # in groups that differ in their site alone; what one site has twice stays apart
             said = tuple(cell.striptags() for cell in row)
@@ -187,32 +191,32 @@ class Charts(Words):
         return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
 
     def budget(self) -> Table:
-        """Page 1's table of sites, each by its name, without columns that hold nothing."""
+        """Build page 1's table of sites, one row per site, without empty columns."""
         columns = [replace(one, kind="name") if one.at == _SITE else one for one in self._columns("budget")]
         rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
         return self.table(self.text("budget.heading"), used, self.sites, last=False, most=PAGE_ONE_SITES)
 
     def steps(self) -> Table:
-        """Epsilon after each run of a ledger, and for whom; of a run, after each round."""
+        """Build the table of epsilon after each run of a ledger, for each cohort, or after each round of a run."""
         drawn = self.drawn.items()
         return self.named("steps", [Column(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
 
     def by_round(self) -> Table:
-        """Scores by round, beside what was spent by then."""
+        """Build the table of scores by round, with the epsilon spent up to each round."""
         names, spent = self.score_names(), Column("utility.epsilon", "/utility/epsilons/*", "epsilon")
         scores = [Column(score_words(name), pointer("metrics", name)[1:], "score", is_named=True) for name in names]
         columns = [Column("page.round", "round", "count"), *scores, spent]
         return self.table(self.text("utility.caption"), columns, self.rows(_ROUNDS))
 
     def score_names(self) -> list[str]:
-        """Scores that every round has."""
+        """Return the names of the scores that every round has."""
         rounds = () if isinstance(self.facts, LedgerFacts) else self.facts.rounds
         named = dict.fromkeys(name for one in rounds for name in one.metrics)  # in their order
         return [name for name in named if all(name in one.metrics for one in rounds)]
 
     def epsilon_spent(self) -> Table:
-        """By round, or by run where a ledger's rounds are too many, with the limit."""
+        """Build the chart of epsilon by round, or by run if a ledger has too many rounds, together with the limit."""
         lines = {site: points for site in self.sites if (points := self._line(site))}
         alike = in_groups((tuple(points), site) for site, points in lines.items())
         named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MOST_LINES]]
@@ -232,7 +236,7 @@ class Charts(Words):
         return self._chart("epsilon_spent", self.steps(), panel, seen=self._rose(lines))
 
     def _rose(self, lines: Iterable[str]) -> Markup | None:
-        """How high the line of the site that spent most rises."""
+        """Describe the final value of the line of the site that spent most."""
         worst = self.worst
         if worst not in lines:
             return None
@@ -242,7 +246,7 @@ class Charts(Words):
         return self.text("chart.rose_of", reached=reached, limit=self.figure(limit, "cap"))
 
     def profile(self) -> Table:
-        """Epsilon over delta, by both accountants, at the site that spent most."""
+        """Build the chart of epsilon as a function of delta, by both accountants, for the site that spent most."""
         series, at = list[Series](), self.at
         rows = self.rows("worst/curve/* having epsilon_pld")
         for number, key in enumerate(("pld", "rdp")):
@@ -253,7 +257,7 @@ class Charts(Words):
         return self._chart("profile", self.named("curve"), panel)
 
     def utility(self) -> Table:
-        """The first score that is no loss, against the epsilon spent by then."""
+        """Build the chart of the first score that is not a loss, as a function of the epsilon spent."""
         names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
         rows = self.rows(_ROUNDS) if name else []
@@ -278,7 +282,7 @@ class Charts(Words):
         return self._chart("utility", self.by_round(), panel, seen=seen)
 
     def reliability(self) -> Table:
-        """How often answers are right that the model was about equally sure of."""
+        """Build the reliability diagram: how often answers with about equal model confidence are right."""
         detail = None if isinstance(self.facts, LedgerFacts) else self.facts.detail
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
         lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
@@ -290,7 +294,10 @@ class Charts(Words):
         return self.text(f"chart.{key}").unescape()
 
     def _steps(self, site: str) -> list[tuple[float, str]]:
-        """Pointers to a site's bounded steps, and where: by round, of a ledger in order, by day where people arrive."""
+        """Return each bounded step of a site as an x value and a pointer.
+
+        x is the round, for a ledger the index of the step, and for a ledger whose people arrive over time the day.
+        """
         found = []
         for place, step in enumerate(self.at(f"{site}/steps")):
             x = step["round"] if not self.is_ledger else place + 1
@@ -304,7 +311,9 @@ class Charts(Words):
         return [(x, self.at(f"{step}/{of}")) for x, step in self._steps(site)]
 
     def _limit(self, site: str) -> Series:
-        """The lifetime limit that was in force at each step of a ledger; where none was yet, the first."""
+        """Return the lifetime limit in force at each step of a ledger as a series; before the first limit, that
+        limit is shown.
+        """
         caps, points = self.at("/facts/caps"), []
         for x, step in self._steps(site):
             time = self.at(f"{step}/time")
@@ -314,7 +323,7 @@ class Charts(Words):
         return Series(points=points, number=0, label=self._said("limit"), kind="limit")
 
     def _chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Table:
-        """The table with a chart of what the panel has, unless that never changes."""
+        """Add the chart of a panel to a table, unless its values never change."""
         if not any(len({y for _, y in one.points}) > 1 for one in panel.series):
             why = (seen or self.text("chart.same")) if panel.series else self.text(f"chart.{code}_none")
             return replace(table, chart=code, seen=why)
