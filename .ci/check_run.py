@@ -35,7 +35,7 @@ for site, spent in run["privacy"]["sites"].items():
     accountant.compose(event, spent["steps"])
     assert abs(accountant.get_epsilon(run["privacy"]["delta"]) - spent["epsilon"]) < 1e-3
     assert spent["epsilon"] <= 8
-report = signing.read((folder / "report.json").read_bytes())
+report = signing.parse_report((folder / "report.json").read_bytes())
 assert problems(report) == []
 assert (report.verdict.state, report.epsilon) == ("within", run["privacy"]["epsilon"])
 sys.stdout.write(f"run folder is right: {folder.name}\n")

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from fedtune import config
 from fedtune.api.compose import compose_run
-from fedtune.api.config_groups import config_groups, options_of
+from fedtune.api.config_groups import config_groups, list_options
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PartitionSpec
 from fedtune.privacy.about import AboutSpec
@@ -77,7 +77,7 @@ def page() -> str:
 def _options() -> str:
     rows = ["| group | options |", "| --- | --- |"]
     for group in config_groups():
-        rows.append(f"| `{group}` | {', '.join(f'`{option}`' for option in options_of(group))} |")
+        rows.append(f"| `{group}` | {', '.join(f'`{option}`' for option in list_options(group))} |")
     return "\n".join(rows) + "\n"
 
 

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
-from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, fastest_dtype
 from fedtune.privacy import accountant
@@ -31,8 +31,8 @@ from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_name, check_schema, expand_home, spec
 from fedtune.tasks.base import Task
-from fedtune.tasks.registry import task_named
-from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, automatic_rate
+from fedtune.tasks.registry import get_task
+from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, choose_learning_rate
 
 MOST_NAME = 200
 """Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
@@ -128,12 +128,12 @@ class RunConfig:
         task.check_own(self.data)
         try:
             if self.runtime.kind == "deployment":
-                self.data.check_lead_has_files()
+                self.data.require_lead_files()
             task.check_data(self.data)
             self.data.check_unit(self.privacy.unit, arrivals=self.privacy.cohorts is not None)
-            sizes = self.data.sizes(self.federation.num_sites)
-            if self.federation.chooses:
-                self.data.check_may_decide()
+            sizes = self.data.site_sizes(self.federation.num_sites)
+            if self.federation.uses_validation_scores:
+                self.data.require_decisive_validation()
         except ConfigError as error:
             raise error.under("data") from None
         if self.federation.aggregation == "secure":
@@ -148,7 +148,7 @@ class RunConfig:
     @property
     def bound_task(self) -> Task:
         """The task, with this run's settings of its own."""
-        return task_named(self.task, self.task_settings)
+        return get_task(self.task, self.task_settings)
 
     def task_model(self) -> TaskModelSpec:
         """The specs that define the model."""
@@ -161,21 +161,21 @@ class RunConfig:
             labels=self.data.labels,
             target_range=self.data.target_range,
             seed=self.seed,
-            texts=self.bound_task.texts(self.data),
+            texts=self.bound_task.texts_per_record(self.data),
             input=self.data.input,
-            values=tuple(value for one in self.data.features for value in one.values()),
+            values=tuple(value for one in self.data.features for value in one.value_names()),
             task_settings=self.task_settings,
         )
 
     def plan(self) -> Plan:
         """Return the plan that sites are asked to accept; missing noise is calibrated."""
-        return Plan.of(
+        return Plan.from_privacy(
             self.privacy,
             local_steps=self.training.local_steps,
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
             together=self.federation.together,
-            bound=self.bound_task.bound_on_sums(self.data.sizes(self.federation.num_sites)),
+            bound=self.bound_task.max_secure_sum(self.data.site_sizes(self.federation.num_sites)),
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
@@ -187,9 +187,9 @@ class RunConfig:
             dataset=self.data.dataset,
             task=self.task,
             base_model=self.model.sha256 or UNVERIFIED,
-            target_modules=self.lora.modules,
+            target_modules=self.lora.adapted_modules,
             adapter=self.lora.kind,
-            rank=self.lora.matrices,
+            rank=self.lora.effective_rank,
             train_head=has_head and self.head.train,
             seeded_noise=self.runtime.seeded_noise,
             dtype=self.model.dtype,
@@ -215,7 +215,7 @@ class RunConfig:
         if self.lora.kind != "lora":
             bound = f"is not for lora.kind = {self.lora.kind}, with which it was not studied: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
-        rate = automatic_rate(
+        rate = choose_learning_rate(
             steps=plan.num_rounds * plan.local_steps,
             sampled=plan.sampling_rate * sum(sizes) / len(sizes),
             noise_multiplier=plan.noise_multiplier,
@@ -230,11 +230,11 @@ class RunConfig:
     @property
     def judged_by(self) -> str:
         """The score that decides which of two models is better."""
-        return self.bound_task.judged(self.data)
+        return self.bound_task.primary_metric_for(self.data)
 
     def declared_sizes(self) -> dict[str, int]:
         """Return the declared size of each participating site."""
-        sizes = dict(zip(self.federation.names, self.data.sizes(self.federation.num_sites), strict=True))
+        sizes = dict(zip(self.federation.names, self.data.site_sizes(self.federation.num_sites), strict=True))
         return {site: sizes[site] for site in self.federation.active}
 
     def to_json(self) -> dict[str, Any]:
@@ -350,7 +350,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     """
     path = RunFolder(folder).config
     if not os.path.isfile(path):  # False for a name that is too long, too
-        raise ConfigError("run folder", str(folder), f"must hold a config.yaml{run_folders_near(folder)}")
+        raise ConfigError("run folder", str(folder), f"must hold a config.yaml{suggest_run_folders(folder)}")
     settings = plain_yaml(path, key="run folder")
     check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="run folder")
     return settings
@@ -477,7 +477,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
         raise ConfigError("privacy.delta", privacy.delta, bound)
     if privacy.noise_multiplier is not None:
         plan = config.plan()
-        epsilon = accountant.epsilon_above([plan.of_all_runs], privacy.delta, limit=privacy.epsilon)
+        epsilon = accountant.epsilon_if_above([plan.all_runs_event], privacy.delta, limit=privacy.epsilon)
         if epsilon is not None:
             steps = plan.local_steps * plan.most_rounds * plan.runs
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedtune.config import PATHS, RunConfig
-from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
+from fedtune.federation.lead import LeadState, charged_epsilons, compute_site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.runs.results import RunResult
 from fedtune.spec import RunError
-from fedtune.words import dotted, finite
+from fedtune.words import finite, flatten
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def settings_of(config: RunConfig) -> Settings:
     Paths are reduced to their last part, because the rest would reveal the layout of this machine.
     """
     found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
-    for key, value in dotted(config.decisive()):
+    for key, value in flatten(config.decisive()):
         if value is not None:
             # Of a path only the last part is shown: the rest says how this machine is laid out.
             shown = Path(value).name if key in PATHS or key == "model.path" else value
@@ -263,7 +263,7 @@ def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[
     If a site was charged for retries as well, the additional charges count as early as possible.
     """
     plan, result = config.plan(), state.rounds[number - 1]
-    charges = {site: site_charge(state, site, plan).rounds for site in config.federation.active}
+    charges = {site: compute_site_charge(state, site, plan).rounds for site in config.federation.active}
     until = {site: n - sum(site in later.sites for later in state.rounds[number:]) for site, n in charges.items()}
     figures: dict[str, float | None] = {f"validation/{name}": score for name, score in result.metrics.items()}
     figures |= {

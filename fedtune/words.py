@@ -38,7 +38,7 @@ def spoken(digits: str) -> str:
     return " ".join(digits[start : start + 4] for start in range(0, len(digits), 4))
 
 
-def spoken_start(digits: str) -> str:
+def group_hex_start(digits: str) -> str:
     """Format the first four groups of a key, where the whole key would fill the line."""
     return f"{spoken(digits[:16])} ..."
 
@@ -59,11 +59,11 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Flatten nested mappings to (dotted key, value) pairs."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
-            yield from dotted(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -73,7 +73,7 @@ def score_words(name: str) -> str:
     return " ".join(word.upper() if word in _ABBREVIATED else word for word in name.split("_"))
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """Format a count with its noun: `1 round`, `2 rounds`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 

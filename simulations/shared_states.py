@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from fedtune.data import Batch
-from fedtune.sites.shared_model import Measured
+from fedtune.sites.shared_model import Evaluation
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.examples import SiteExamples
 
@@ -29,11 +29,11 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
         file: where they are kept from one process to the next; None: they end with this one.
     """
     known: dict[bytes, torch.Tensor] = {}
-    scored: dict[str, Measured] = {}
+    scored: dict[str, Evaluation] = {}
     if file is not None and file.exists():
         known, scored = torch.load(file, weights_only=False)  # this study's own file
     before, made_up = len(known) + len(scored), False
-    states_of, keep_states, measured_of = TaskModel.frozen_states, SiteExamples.keep_frozen_states, Measured.of
+    states_of, keep_states, measured_of = TaskModel.frozen_states, SiteExamples.keep_frozen_states, Evaluation.of
 
     def states(self: TaskModel, batch: Batch) -> torch.Tensor | None:
         if made_up:
@@ -59,7 +59,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
         finally:
             made_up = False
 
-    def measured(model: TaskModel, tokenizer: Any, data: Any, config: Any, *, generate: bool) -> Measured:
+    def measured(model: TaskModel, tokenizer: Any, data: Any, config: Any, *, generate: bool) -> Evaluation:
         spec = config.data
         files = (spec.validation_file, spec.test_file, spec.max_length, spec.prompt_template)
         digest = sha256(repr((files, config.evaluation, len(data.records), generate)).encode())
@@ -72,7 +72,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
     with (
         patch.object(TaskModel, "frozen_states", states),
         patch.object(SiteExamples, "keep_frozen_states", keep),
-        patch.object(Measured, "of", measured),
+        patch.object(Evaluation, "of", measured),
     ):
         yield
     if file is not None and len(known) + len(scored) > before:

@@ -31,8 +31,8 @@ from typing import Any
 import fedtune
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.lab.studies.trials import Trial
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.lab.studies.trials import SearchTrial
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.results import RunResult
 from fedtune.sites.session import Session
@@ -124,7 +124,7 @@ def hardware() -> str:
 def finished(config: RunConfig, session: Session | None = None) -> Path:
     """The folder of a finished run: train it, resume it, or find it done."""
 
-    def work(trial: Trial) -> RunResult:
+    def work(trial: SearchTrial) -> RunResult:
         return fedtune.simulate(trial.config, progress=show_scores, session=session).result
 
     if config.public.train_file is not None:  # two runs in one, which no trial holds
@@ -132,7 +132,7 @@ def finished(config: RunConfig, session: Session | None = None) -> Path:
         if not (folder / "adapter").exists():
             fedtune.simulate(config, progress=show_scores, session=session)
         return folder
-    done = Trial.of(config).run(work)
+    done = SearchTrial.from_config(config).run(work)
     if done.error is not None:
         raise done.error
     return done.folder
@@ -222,7 +222,7 @@ def table(lines: Mapping[str, Found]) -> str:
         rows.append(
             [
                 line["title"],
-                epsilon_text(line["epsilon"]),
+                format_epsilon(line["epsilon"]),
                 f"{line['noise_multiplier']:g}",
                 *(f"{mean(line.get('each_before', [line['before']]), metrics[0]):.3f}" for _ in begun),
                 *(f"{line['metrics'][name]:.3f}" for name in metrics),

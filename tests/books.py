@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
@@ -21,7 +21,7 @@ def resigned(receipt: Receipt, **changes: Any) -> Receipt:
     """The receipt with changes, and signed again with a key of its own."""
     key = builders.make_key(9)
     other = replace(receipt, site_key=key.public, **changes)
-    return replace(other, signature=key.sign(RECEIPT, other.message()))
+    return replace(other, signature=key.sign(RECEIPT, other.signed_bytes()))
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Books:
 
     @property
     def key(self) -> SigningKey:
-        return SigningKey.load_or_make(SiteFiles.of(self.site_toml).site_key)
+        return SigningKey.load_or_create(SiteFiles.from_site_toml(self.site_toml).site_key)
 
-    def open(self) -> Ledger:
-        return SiteFiles.of(self.site_toml).open()
+    def open(self) -> SiteLedger:
+        return SiteFiles.from_site_toml(self.site_toml).open_ledger()
 
     def edit(self, *, noted: bool = False, **changes: Any) -> None:
         """Change the policy as its owner would, tables by dicts of their values; an open ledger notes it."""
@@ -66,7 +66,7 @@ class Books:
                 ledger.commit(granted, b"reply", fingerprint="f1" * 32)
 
     def refuse(self, reason: Reason, *, run: str) -> None:
-        self.open().refuse(Refused(reason, asked="more", allowed="less"), run=run, round=1, request="q")
+        self.open().record_refusal(Refused(reason, asked="more", allowed="less"), run=run, round=1, request="q")
 
     def copied(self, name: str) -> Path:
         """What `sqlite3 ledger.db ".backup NAME"` writes beside it, also while the site serves."""

@@ -15,11 +15,11 @@ from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import TaskModelSpec
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.results import BaseModel, RunProvenance, RunResult
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.per_example import attached
+from fedtune.training.per_example import record_gradients
 
 
 def run_result(**fields: Any) -> RunResult:
@@ -45,7 +45,7 @@ class MadeSite(Site):
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: SiteLedger,
         *,
         prepare: Callable[[Proposal], Prepared],
         train: Train,
@@ -69,7 +69,7 @@ class MadeSite(Site):
     ) -> Trained:
         return self._train(request, adapter, attempt)
 
-    def keep(self, run: str, adapter: Adapter) -> None:
+    def store_adapter(self, run: str, adapter: Adapter) -> None:
         self.kept.append((run, adapter.digest()))
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:
@@ -93,7 +93,7 @@ def as_tried(shapes: Shapes) -> Shapes:
 
 def length_of(shapes: Shapes, num_tokens: int) -> int:
     """What a record is padded to, said a second time: the package cuts many records at once."""
-    return next(length for length in shapes.lengths if num_tokens <= shapes.most_tokens(length))
+    return next(length for length in shapes.lengths if num_tokens <= shapes.longest_record(length))
 
 
 def built(spec: TaskModelSpec) -> TaskModel:
@@ -108,7 +108,7 @@ def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
 
 
 def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         return {name: one.clone() for name, one in gradients.of(batch).items()}
 
 

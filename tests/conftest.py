@@ -34,7 +34,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import Dataset, Policy, Reference
+from fedtune.privacy.site_policy import Dataset, Policy, ReferenceRun
 from fedtune.spec import DataError
 
 from .privacy.builders import changed, lead_key, plan, policy, proposal, stranger_key
@@ -61,7 +61,7 @@ gc.disable()
 # repository's own data files.
 _plain_yaml = experiment_file.plain_yaml
 _of_conf = cache(_plain_yaml)
-_judged, _record_key = records.judged, records.record_key
+_judged, _record_key = records.validate_rows, records.record_key
 _keys: dict[int, bytes] = {}
 """By the identity of a record that `_read` keeps for good."""
 
@@ -89,8 +89,8 @@ def _judged_once(
 
 
 experiment_file.plain_yaml = _plain_yaml_once  # type: ignore[attr-defined]
-compose._parsed = lru_cache(maxsize=2048)(compose._parsed)  # type: ignore[assignment]
-records.judged = _judged_once
+compose._parse_override = lru_cache(maxsize=2048)(compose._parse_override)  # type: ignore[assignment]
+records.validate_rows = _judged_once
 partition.record_key = lambda record: _keys.get(id(record)) or _record_key(record)  # type: ignore[attr-defined]
 
 
@@ -289,13 +289,13 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 def check_planned_bytes(folder: Path) -> None:
     """Check that the rounds of a simulation moved what `fedtune plan` says; its sites have their settings already."""
-    from fedtune.ops.round_bytes import round_bytes
-    from fedtune.sites.shared_settings import for_sites, text_for_sites
+    from fedtune.ops.round_bytes import estimate_round_bytes
+    from fedtune.sites.shared_settings import serialize_for_sites, settings_for_sites
     from fedtune.tasks.task_model import build_task_model
 
     config, rounds = saved_config(folder), result_of(folder)["rounds"]
-    down, up = round_bytes(config, config.plan(), build_task_model(config.task_model()))
-    down -= len(text_for_sites(for_sites(config)).encode())
+    down, up = estimate_round_bytes(config, config.plan(), build_task_model(config.task_model()))
+    down -= len(serialize_for_sites(settings_for_sites(config)).encode())
     for entry in rounds[1:]:  # in the first one a session of secure sums begins
         sites = len(entry["sites"])
         assert (entry["bytes_down"], entry["bytes_up"]) == pytest.approx((sites * down, sites * up), rel=0.02)
@@ -354,7 +354,7 @@ def site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) ->
     asked = run_proposal()
     plan = asked.plan
     steps = plan.local_steps * plan.most_rounds
-    reference = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
+    reference = ReferenceRun(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
     allowed = policy(
         site=site,
         population={"name": f"{site}-patients"},

@@ -10,9 +10,9 @@ import yaml
 
 from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import config_folder
-from fedtune.api.experiment_file import settings_of
+from fedtune.api.experiment_file import read_option
 from fedtune.config import RunConfig, saved_config
-from fedtune.lab.preparation.starter import left_open
+from fedtune.lab.preparation.starter import placeholder_overrides
 
 from .conftest import write_config
 
@@ -42,7 +42,7 @@ def beside(group: str, option: str) -> list[str]:
         return [f"experiment={experiment}"] if experiment != option else []
     within = [f"experiment={experiment}"] if group != "experiment" and option != "own" else []
     own = ("data.train_file=mine.csv", "data.declared_sizes=500")
-    return [*within, *own, *left_open(experiment.replace("votes", "own_labels"))]
+    return [*within, *own, *placeholder_overrides(experiment.replace("votes", "own_labels"))]
 
 
 def spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:
@@ -92,7 +92,7 @@ def test_every_configuration_file_is_plain_data() -> None:
 def test_options_of_a_group_set_the_same_keys(group: str) -> None:
     assert {key for path in FILES for key in keys_in(path)} == spec_keys(), "the keys of all files are the settings"
     # Else an option would silently keep a value of whatever was chosen before it.
-    sets = {option: leaf_keys(settings_of(group, option), f"{group}.") for of, option in OPTIONS if of == group}
+    sets = {option: leaf_keys(read_option(group, option), f"{group}.") for of, option in OPTIONS if of == group}
     assert all(keys == next(iter(sets.values())) for keys in sets.values()), sets
 
 

@@ -138,7 +138,7 @@ def test_held_out_scores_are_planned_only_on_request() -> None:
     noise = {"privacy__noise_multiplier": 4.0}
     plain = parse(changed(**noise)).plan()
     assert not plain.releases_metrics
-    assert plain.event(rounds=2) == events.dp_sgd(sampling_rate=0.2, noise_multiplier=4.0, steps=4)
+    assert plain.event(rounds=2) == events.dp_sgd_event(sampling_rate=0.2, noise_multiplier=4.0, steps=4)
     assert parse(changed(**noise, privacy__metrics_noise_multiplier=5.0)).plan().digest() == plain.digest()
     measured = parse(changed(**noise, **NOISED, privacy__metrics_noise_multiplier=5.0)).plan()
     assert measured.metrics_noise_multiplier == 5.0

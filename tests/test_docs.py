@@ -14,7 +14,7 @@ import pytest
 from fedtune.cli.main import fedtune
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import iter_records
-from fedtune.privacy.accountant import factor_text
+from fedtune.privacy.accountant import format_factor
 from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, WIRE_SCHEMA, DataError
 from fedtune.version import __version__
 
@@ -194,7 +194,7 @@ def test_changelog_and_contributing_are_short_and_name_the_formats_numbers() -> 
 def test_table_of_epsilon_factors_is_correct() -> None:
     rows = re.findall(r"^\| ([\d.]+) \| ([\d.,]+) \|$", (ROOT / "docs" / "epsilon.md").read_text(), re.MULTILINE)
     assert len(rows) == 6
-    assert [factor_text(float(epsilon)) for epsilon, _ in rows] == [factor for _, factor in rows]
+    assert [format_factor(float(epsilon)) for epsilon, _ in rows] == [factor for _, factor in rows]
 
 
 def test_every_command_is_documented() -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from fedtune import extras
 from fedtune.api.compose import compose_run
-from fedtune.api.door import after_public_stage
+from fedtune.api.door import start_after_public_stage
 from fedtune.model.base_model import load_base
 from fedtune.model.spec import ModelSpec
-from fedtune.runs.model_comparison import side_by_side
+from fedtune.runs.model_comparison import compare_runs
 from fedtune.spec import ConfigError
 
 from .conftest import REPOSITORY, command, tiny
@@ -117,7 +117,7 @@ def test_recipe_with_a_missing_model_says_how_to_install_it(
 def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str, str], str], tmp_path: Path) -> None:
     train, config = Mock(), compose_run(tiny("cost.energy=true", into=tmp_path))
     with pytest.raises(ConfigError, match=re.escape(hide("cost", "codecarbon"))):
-        after_public_stage(replace(config, public=replace(config.public, train_file="public.csv")), train)
+        start_after_public_stage(replace(config, public=replace(config.public, train_file="public.csv")), train)
     train.assert_not_called()
 
 
@@ -127,7 +127,7 @@ def test_missing_text_metric_package_is_reported_before_loading_a_model(
 ) -> None:
     config, told = compose_run(tiny(*WRITES, into=tmp_path)), re.escape(hide("text", module))
     with pytest.raises(ConfigError, match=told):
-        side_by_side({"a": (config, tmp_path / "none")})
+        compare_runs({"a": (config, tmp_path / "none")})
 
 
 def test_run_without_text_scores_needs_no_text_packages(

@@ -14,7 +14,7 @@ from fedtune.ops.kits.kit_file import KitFile, read_spec
 from fedtune.ops.kits.members import JoinRequest, Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
 from fedtune.report.from_run import read_run
@@ -37,8 +37,12 @@ def sentence(key: str, number: int, *, of: str) -> str:
 
 
 def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None:
-    path, anchor, key = tmp_path / "ledger.db", tmp_path / "anchor.json", SigningKey.load_or_make(tmp_path / "key.pem")
-    whole = json.loads(Ledger(path, site_policy("north"), key).head().to_bytes())
+    path, anchor, key = (
+        tmp_path / "ledger.db",
+        tmp_path / "anchor.json",
+        SigningKey.load_or_create(tmp_path / "key.pem"),
+    )
+    whole = json.loads(SiteLedger(path, site_policy("north"), key).head().to_bytes())
     for number in around(LEDGER_SCHEMA):
         anchor.write_text(json.dumps({"other": 1, **whole, "schema": number}))
         with pytest.raises(ConfigError, match=f"must be {LEDGER_SCHEMA}: {GO_ON}$"):
@@ -48,7 +52,7 @@ def test_ledger_or_anchor_with_another_schema_is_refused(tmp_path: Path) -> None
             file.execute(f"PRAGMA user_version = {number}")
         file.close()
         before = path.read_bytes()
-        for opened in (lambda: verify(path), lambda: Ledger(path, site_policy("north"), key)):
+        for opened in (lambda: verify(path), lambda: SiteLedger(path, site_policy("north"), key)):
             with pytest.raises(ConfigError) as caught:
                 opened()
             assert str(caught.value) == f"{path}: schema = {number}: must be {LEDGER_SCHEMA}: {GO_ON}"
@@ -60,7 +64,7 @@ def test_report_with_another_schema_is_refused() -> None:
     for number in around(REPORT_SCHEMA):
         changed = {**whole, "schema_version": number, "verdict": None}  # another version's may have other fields
         with pytest.raises(ConfigError, match=sentence("schema_version", REPORT_SCHEMA, of="report")):
-            signing.read(json.dumps(changed).encode())
+            signing.parse_report(json.dumps(changed).encode())
 
 
 def test_run_folder_with_another_schema_is_refused(tmp_path: Path) -> None:

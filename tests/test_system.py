@@ -85,10 +85,10 @@ with folder.held():
     except ConfigError as error:
         assert "is running in another process" in str(error)
 assert not folder.is_running
-with locked(Path.cwd()):
+with lock_folder(Path.cwd()):
     assert Path(".lock").exists()
 Path("running.json").write_text('{{"pid": 1}}')
-assert running_process(Path.cwd()) is None
+assert find_running_process(Path.cwd()) is None
 print(name_of(7))
 """
     printed = python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})

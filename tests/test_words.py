@@ -5,14 +5,14 @@ import math
 import pytest
 
 from fedtune.show.lines import duration
-from fedtune.words import counted, finite, jsonable, score_words, size, unbounded
+from fedtune.words import finite, jsonable, pluralize, score_words, size, unbounded
 
 
 @pytest.mark.parametrize(
     ("found", "text"),
     [
-        *((counted(1, "record"), "1 record"), (counted(0, "record"), "0 records")),
-        *((counted(1200, "record"), "1,200 records"), (score_words("macro_f1"), "macro F1")),
+        *((pluralize(1, "record"), "1 record"), (pluralize(0, "record"), "0 records")),
+        *((pluralize(1200, "record"), "1,200 records"), (score_words("macro_f1"), "macro F1")),
         *((score_words("auroc"), "AUROC"), (score_words("accuracy"), "accuracy"), (size(312), "312 bytes")),
         *((size(1023.9), "1024 bytes"), (size(1.5 * 2**20), "1.5 MiB"), (size(3 * 2**40), "3072.0 GiB")),
         *((duration(0.0), "0.1 s"), (duration(11.2), "12 s"), (duration(150), "3 min"), (duration(18000), "5.0 h")),

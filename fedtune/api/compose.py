@@ -20,26 +20,26 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedtune.api.config_groups import experiment_meant, options_of
+from fedtune.api.config_groups import list_options, suggest_experiment
 from fedtune.api.experiment_file import (
-    check_nothing_open,
-    composed,
+    compose_settings,
     default_settings,
     is_path,
-    no_option,
-    own_settings,
     plain,
-    settings_of,
+    read_experiment_file,
+    read_option,
+    require_all_given,
+    unknown_option_error,
 )
 from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
-from fedtune.federation.run_folder import run_folders_near
-from fedtune.runs.changed_settings import FREE_MAPS, put
-from fedtune.runs.place_of_run import time_stamp
-from fedtune.runs.public_stage import awaits_public_stage, with_public_stage
-from fedtune.runs.renewal import renewed, with_start
+from fedtune.federation.run_folder import suggest_run_folders
+from fedtune.runs.changed_settings import FREE_MAPS, set_by_key
+from fedtune.runs.place_of_run import default_run_name
+from fedtune.runs.public_stage import add_public_stage, needs_public_stage
+from fedtune.runs.renewal import renew_config, with_start_adapter
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.registry import TASKS
-from fedtune.words import dotted
+from fedtune.words import flatten
 
 Recipe = str | Path | RunConfig | DictConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
@@ -88,8 +88,8 @@ def compose_run(
     Raises:
         ConfigError: an override is malformed, or a setting is unknown or invalid.
     """
-    given = [_parsed(override) for override in overrides if override.strip()]
-    return _composed(given, [], changed or {}, for_real_sites=for_real_sites)
+    given = [_parse_override(override) for override in overrides if override.strip()]
+    return _compose(given, [], changed or {}, for_real_sites=for_real_sites)
 
 
 def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
@@ -99,34 +99,34 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
     """
     said = {str(key): value for key, value in (settings or {}).items()}
     if isinstance(recipe, RunConfig):
-        config = _changed(recipe, list(itertools.starmap(_said, said.items())))
-        return config if config.resume else with_start(config)
+        config = _override_config(recipe, list(itertools.starmap(_make_override, said.items())))
+        return config if config.resume else with_start_adapter(config)
     if isinstance(recipe, DictConfig):
-        known = _applied(_resolved(recipe), list(itertools.starmap(_said, said.items())))
-        return _finished(known, values={key for key, _ in dotted(said)})
+        known = _apply_overrides(_resolve(recipe), list(itertools.starmap(_make_override, said.items())))
+        return _complete_config(known, values={key for key, _ in flatten(said)})
     said |= {} if recipe is None else {"experiment": os.fspath(recipe)}
-    options = {key: value for key, value in said.items() if options_of(key) and not isinstance(value, Mapping)}
-    words = [_parsed(f"{group}={quoted(str(option))}") for group, option in options.items()]
-    others = [_said(key, value) for key, value in said.items() if key not in options]
-    return _composed(words, others, {})
+    options = {key: value for key, value in said.items() if list_options(key) and not isinstance(value, Mapping)}
+    words = [_parse_override(f"{group}={quote_word(str(option))}") for group, option in options.items()]
+    others = [_make_override(key, value) for key, value in said.items() if key not in options]
+    return _compose(words, others, {})
 
 
-def _composed(
+def _compose(
     typed: Sequence[Override], others: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False
 ) -> RunConfig:
     """Compose a run: Hydra composes the group options and the command line's overrides, then `others` are applied."""
     given = [*typed, *others]
     options = {one.key_or_group: one for one in typed if _is_option(one)}
     for group, one in options.items():
-        if not isinstance(_value(one), str):
-            raise no_option(group, _value(one))
+        if not isinstance(_single_value(one), str):
+            raise unknown_option_error(group, _single_value(one))
         if one.is_add():
             raise ConfigError("override", str(one.input_line), "must be without its +: the group has an option already")
     for key in ("experiment", "resume"):
         named = [one.value() for one in given if one.key_or_group == key]
         if len(named) > 1:  # the last would be all that counts
             raise ConfigError(key, named[1], f"is one too many: {key}={named[0]} is given, too")
-    values = {one.key_or_group: _value(one) for one in given if one not in options.values()}
+    values = {one.key_or_group: _single_value(one) for one in given if one not in options.values()}
     if ours := [key for key in values if re.match("hydra[./]", key) and key != "hydra.searchpath"]:
         bound = "has no effect here: fedtune.simulate(cfg) in an application of your own has all of Hydra's"
         raise ConfigError(ours[0], values[ours[0]], bound)
@@ -134,68 +134,70 @@ def _composed(
         # A folder is resumed with its own settings and its name, by which ledgers know it, unless all are typed again.
         folder = Path(expand_home(str(resumed), key="resume"))
         if not folder.is_dir():
-            raise ConfigError("resume", str(resumed), f"must be a run folder{run_folders_near(folder)}")
+            raise ConfigError("resume", str(resumed), f"must be a run folder{suggest_run_folders(folder)}")
         saved = saved_config(folder)
-        others = [*others, _said("resume", folder), _said("name", saved.name)]
+        others = [*others, _make_override("resume", folder), _make_override("name", saved.name)]
         if "experiment" not in options:
-            of_groups = [_said(group, settings_of(group, str(one.value()))) for group, one in options.items()]
-            return _changed(saved, [*of_groups, *(one for one in given if one not in options.values()), *others])
+            of_groups = [_make_override(group, read_option(group, str(one.value()))) for group, one in options.items()]
+            return _override_config(
+                saved, [*of_groups, *(one for one in given if one not in options.values()), *others]
+            )
     if "renew" in values:
         named_options = {group: one.value() for group, one in options.items()}
         said = named_options | {key: value for key, value in values.items() if key != "renew"}
-        return with_start(renewed(str(values["renew"]), {"name": time_stamp(), **said, **changed}))
+        return with_start_adapter(renew_config(str(values["renew"]), {"name": default_run_name(), **said, **changed}))
     chosen = options["experiment"].value() if "experiment" in options else None
     file = Path(expand_home(str(chosen), key="experiment")) if is_path(chosen) else None
-    of_file = {key for key, _ in dotted(own_settings(file)) if key != "defaults"} if file else set[str]()
-    later = [one for one in typed if _is_laid_over(one)]
-    by_person = {key for key, _ in dotted(values)}
+    of_file = {key for key, _ in flatten(read_experiment_file(file)) if key != "defaults"} if file else set[str]()
+    later = [one for one in typed if _is_applied_later(one)]
+    by_person = {key for key, _ in flatten(values)}
     try:
-        settings = _applied(_by_hydra(_words_for_hydra(typed), file), [*later, *others])
-        return _finished(settings, changed, values=by_person, of_file=of_file, for_real_sites=for_real_sites)
+        settings = _apply_overrides(_compose_by_hydra(_hydra_words(typed), file), [*later, *others])
+        return _complete_config(settings, changed, values=by_person, of_file=of_file, for_real_sites=for_real_sites)
     except ConfigError as error:
-        raise error.in_file(file) if _among(error.key, of_file - set(values)) else error from None
+        raise error.in_file(file) if _overlaps_any(error.key, of_file - set(values)) else error from None
 
 
-def for_hydra(overrides: Sequence[str]) -> list[str]:
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that Hydra itself composes, in its grammar.
 
     The remaining overrides are applied to Hydra's result.
     """
-    return _words_for_hydra([_parsed(override) for override in overrides])
+    return _hydra_words([_parse_override(override) for override in overrides])
 
 
-def _words_for_hydra(typed: Sequence[Override]) -> list[str]:
-    return [str(one.input_line) for one in typed if not _is_laid_over(one)]
+def _hydra_words(typed: Sequence[Override]) -> list[str]:
+    return [str(one.input_line) for one in typed if not _is_applied_later(one)]
 
 
-def with_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
+def restore_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Return a run's settings, with each interpolation unresolved if its resolved value is the value that runs."""
-    settings, composed_of = config.to_json(), composed(for_hydra(overrides))
+    settings, composed_of = config.to_json(), compose_settings(hydra_overrides(overrides))
     raw: Any = OmegaConf.to_container(composed_of)
-    written, found = dict(dotted(raw)), dict(dotted(plain(composed_of)))
-    for key, value in dotted(settings):
+    written, found = dict(flatten(raw)), dict(flatten(plain(composed_of)))
+    for key, value in flatten(settings):
         if "${" in str(written.get(key)) and found[key] == value:
-            put(settings, key, written[key])
+            set_by_key(settings, key, written[key])
     return settings
 
 
 def _is_option(one: Override) -> bool:
     """Whether an override selects an option of a group."""
-    return not one.is_delete() and bool(options_of(one.key_or_group)) and not isinstance(one.value(), dict)
+    return not one.is_delete() and bool(list_options(one.key_or_group)) and not isinstance(one.value(), dict)
 
 
-def _is_laid_over(one: Override) -> bool:
+def _is_applied_later(one: Override) -> bool:
     """Return whether an override is applied after Hydra's composition.
 
     This holds for a run folder to resume or renew, for a group given as a map, and for maps with user-defined keys,
     which Hydra would merge.
     """
-    is_group = bool(options_of(one.key_or_group)) and isinstance(one.value(), dict)
+    is_group = bool(list_options(one.key_or_group)) and isinstance(one.value(), dict)
     is_own_map = any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
     return is_group or is_own_map or one.key_or_group in ("resume", "renew")
 
 
-def _finished(
+def _complete_config(
     settings: dict[str, Any],
     changed: Mapping[str, Any] | None = None,
     *,
@@ -215,42 +217,42 @@ def _finished(
 
     def said_beside(key: str) -> set[str]:
         # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
-        return values | (of_file if _among(key, of_file) else set())
+        return values | (of_file if _overlaps_any(key, of_file) else set())
 
-    if ("federation.aggregation", "secure") in dotted(settings):
+    if ("federation.aggregation", "secure") in flatten(settings):
         settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
     if settings.get("name") is None:
-        settings["name"] = time_stamp()
-    settings = _applied(settings, [_said(key, value) for key, value in (changed or {}).items()])
+        settings["name"] = default_run_name()
+    settings = _apply_overrides(settings, [_make_override(key, value) for key, value in (changed or {}).items()])
     try:
-        check_nothing_open(settings)
+        require_all_given(settings)
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
-            config = with_public_stage(config, as_given, keep=said_beside("public.train_file"))
-        return with_start(config)
+            config = add_public_stage(config, as_given, keep=said_beside("public.train_file"))
+        return with_start_adapter(config)
     except ConfigError as error:
-        raise _unknown(error.key, error.value) if error.bound == _UNKNOWN else error from None
+        raise _unknown_setting_error(error.key, error.value) if error.bound == _UNKNOWN else error from None
 
 
-def _by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
+def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
     """Compose the overrides and a user's file with Hydra, and turn Hydra's errors into a ConfigError."""
     try:
-        return _resolved(composed(words))
+        return _resolve(compose_settings(words))
     except MissingConfigException as error:
         group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        is_typed = any(key_of(word) == group for word in words)
-        raise no_option(group, option, key=None if is_typed else f"{file}: defaults, {group}") from None
+        is_typed = any(override_key(word) == group for word in words)
+        raise unknown_option_error(group, option, key=None if is_typed else f"{file}: defaults, {group}") from None
     except (HydraException, OmegaConfBaseException) as error:
         told = " ".join(str(error).split())
-        word = next((word for word in words if f"'{key_of(word)}'" in told or word in told), " ".join(words))
+        word = next((word for word in words if f"'{override_key(word)}'" in told or word in told), " ".join(words))
         if told.startswith("Could not override"):
-            raise _unknown(key_of(word), word.partition("=")[2]) from None
+            raise _unknown_setting_error(override_key(word), word.partition("=")[2]) from None
         of_file = file is not None and told.startswith("Multiple values")
         key, value = (f"{file}: defaults", NOT_GIVEN) if of_file else ("override", word)
         raise ConfigError(key, value, f"cannot be composed by Hydra: {told}") from None
 
 
-def _resolved(config: DictConfig) -> dict[str, Any]:
+def _resolve(config: DictConfig) -> dict[str, Any]:
     """Resolve every interpolation in the settings.
 
     Raises:
@@ -258,7 +260,7 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
             sites, or a setting would be instantiated as code (`_target_`).
     """
     raw: Any = OmegaConf.to_container(config)
-    written = dict(dotted(raw))
+    written = dict(flatten(raw))
     for key, value in written.items():
         if "${oc.env:" in str(value) and not (key in PATHS or key.startswith(_OF_THIS_MACHINE)):
             bound = "must not come from the environment, since it is sent to the sites: write the value"
@@ -273,30 +275,30 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(key, written.get(key), bound) from None
 
 
-def _among(key: str, keys: Iterable[str]) -> bool:
+def _overlaps_any(key: str, keys: Iterable[str]) -> bool:
     """Return True if `key` equals, contains or is contained in one of the dotted `keys`."""
     return any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.") for one in keys)
 
 
-def _changed(known: RunConfig, given: Sequence[Override]) -> RunConfig:
+def _override_config(known: RunConfig, given: Sequence[Override]) -> RunConfig:
     """Apply overrides to a whole configuration, and treat its learning rates as chosen: no public stage lowers them."""
-    changed = _applied(known.to_json(), given)
+    changed = _apply_overrides(known.to_json(), given)
     config = parse(changed)
-    if awaits_public_stage(config) or config.public != known.public:
-        return with_public_stage(config, changed, keep={key for key, _ in dotted(changed)})
+    if needs_public_stage(config) or config.public != known.public:
+        return add_public_stage(config, changed, keep={key for key, _ in flatten(changed)})
     return config
 
 
-def _applied(settings: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any]:
+def _apply_overrides(settings: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any]:
     """Return a copy of the settings with the overrides applied in order."""
     changed = deepcopy(dict(settings))
     for one in given:
-        if not put(changed, one.key_or_group, _value(one)):
-            raise _unknown(one.key_or_group, str(one.input_line).partition("=")[2])
+        if not set_by_key(changed, one.key_or_group, _single_value(one)):
+            raise _unknown_setting_error(one.key_or_group, str(one.input_line).partition("=")[2])
     return changed
 
 
-def quoted(text: str) -> str:
+def quote_word(text: str) -> str:
     """Quote a text as a single word of Hydra's grammar."""
     return QuotedString(text, Quote.single).with_quotes()
 
@@ -319,19 +321,19 @@ class Searched:
 
 def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
     """Split overrides into those that all runs share and the settings with several values."""
-    parsed = [_parsed(override, swept=True) for override in overrides]
+    parsed = [_parse_override(override, swept=True) for override in overrides]
     # An option of a group, and settings of that group, are two things.
-    keys = [(one.key_or_group, "{" in one.get_value_string() or not options_of(one.key_or_group)) for one in parsed]
+    keys = [(one.key_or_group, "{" in one.get_value_string() or not list_options(one.key_or_group)) for one in parsed]
     for place, ((key, is_setting), one) in enumerate(zip(keys, parsed, strict=True)):
         again = (other for other, also in keys[place + 1 :] if also == is_setting)
-        if one.is_sweep_override() and _among(key, again):
+        if one.is_sweep_override() and _overlaps_any(key, again):
             bound = "must not be given again after its values: the last would be all that counts"
             raise ConfigError(key, NOT_GIVEN, bound)
     fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
-    return fixed, tuple(_searched(one) for one in parsed if one.is_sweep_override())
+    return fixed, tuple(_parse_searched(one) for one in parsed if one.is_sweep_override())
 
 
-def _searched(override: Override) -> Searched:
+def _parse_searched(override: Override) -> Searched:
     key, value, typed = override.key_or_group, override.value(), override.get_value_string()
     if not isinstance(value, IntervalSweep):
         try:
@@ -347,9 +349,9 @@ def _searched(override: Override) -> Searched:
     return Searched(key=key, low=low, high=high, log=log)
 
 
-def _parsed(override: str, *, swept: bool = False) -> Override:
+def _parse_override(override: str, *, swept: bool = False) -> Override:
     """Parse one override from the command line; `swept` allows several values."""
-    word = _in_grammar(override, swept=swept)
+    word = _quote_for_grammar(override, swept=swept)
     key, equals, value = word.partition("=")
     try:
         parsed = _PARSER.parse_override(word)
@@ -360,33 +362,33 @@ def _parsed(override: str, *, swept: bool = False) -> Override:
             raise ConfigError(key, value, _OF_A_SPACE) from None
     if key and value.startswith("="):
         raise ConfigError("override", word, f"must have one equals sign: {key}={value.lstrip('=')}")
-    meant = "" if equals else experiment_meant(word)
+    meant = "" if equals else suggest_experiment(word)
     raise ConfigError("override", word, f"must look like key=value{meant}" if meant else _FORM)
 
 
-def _said(key: str, value: Any) -> Override:
+def _make_override(key: str, value: Any) -> Override:
     """Build an override from a Python value."""
     try:
-        plain = json.loads(json.dumps(value, default=_plain))
+        plain = json.loads(json.dumps(value, default=_to_json_value))
     except (TypeError, ValueError, RecursionError):  # the last two of what holds itself, or is too large to be written
         bound = "must be text, a number, true, false, None, or made of these"
         raise ConfigError(key, f"a value of type {type(value).__name__}", bound) from None
     return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, plain, input_line=f"{key}={value}")
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return value.tolist() if hasattr(value, "tolist") else os.fspath(value)  # numpy's; or else a path, or a TypeError
 
 
-def _value(override: Override) -> Any:
+def _single_value(override: Override) -> Any:
     if override.is_sweep_override():
         raise ConfigError(override.key_or_group, override.get_value_string(), _SEVERAL)
     return override.value()
 
 
-def _in_grammar(override: str, *, swept: bool) -> str:
+def _quote_for_grammar(override: str, *, swept: bool) -> str:
     """Quote an override where Hydra's grammar requires it: non-ASCII words, paths and prompt templates.
 
     `swept`: a comma separates values.
@@ -397,28 +399,28 @@ def _in_grammar(override: str, *, swept: bool) -> str:
     if is_template := name == "data.prompt_template":
         value = value.replace("\\n", "\n").replace("\\t", "\t")
     if is_path and swept and "," in value and not value.startswith(_QUOTES):
-        value = ",".join(quoted(part) if part.startswith("~") else part for part in value.split(","))
+        value = ",".join(quote_word(part) if part.startswith("~") else part for part in value.split(","))
     elif (is_path or is_template) and value and not value.startswith(_QUOTES):
-        value = quoted(value)
+        value = quote_word(value)
     else:
-        value = _WORD.sub(lambda found: quoted(found[1]) if found[1] else found[0], value)
+        value = _WORD.sub(lambda found: quote_word(found[1]) if found[1] else found[0], value)
     return f"{key}{equals}{value}"
 
 
-def key_of(override: str) -> str:
+def override_key(override: str) -> str:
     """Return the key that an override sets, adds or deletes."""
     return override.lstrip("+~").partition("=")[0].strip()
 
 
-def value_of(override: str) -> Any:
+def override_value(override: str) -> Any:
     """Return the single value of an override."""
-    return _value(_parsed(override))
+    return _single_value(_parse_override(override))
 
 
-def _unknown(key: str, value: object) -> ConfigError:
+def _unknown_setting_error(key: str, value: object) -> ConfigError:
     """Build the error about an unknown setting, with a hint: fedtune's name for it, or the most similar known key."""
     last = key.rpartition(".")[2]
-    paths = [path.split(".") for path, _ in dotted(default_settings())]
+    paths = [path.split(".") for path, _ in flatten(default_settings())]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}
     of_tasks = (task.settings for task in TASKS.values() if task.settings is not None)
     every |= {f"task_settings.{one.name}" for settings in of_tasks for one in fields(settings)}

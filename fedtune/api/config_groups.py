@@ -15,21 +15,21 @@ def config_folder() -> Path:
 
 def config_groups() -> list[str]:
     """Return the names of the groups of settings."""
-    return sorted(one.name for one in config_folder().iterdir() if options_of(one.name))
+    return sorted(one.name for one in config_folder().iterdir() if list_options(one.name))
 
 
-def options_of(group: str) -> list[str]:
+def list_options(group: str) -> list[str]:
     """Return the options of a group, without private files (leading underscore); empty if conf/ has no such group."""
     found = (config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
     return sorted(one.stem for one in found)
 
 
-def experiment_meant(word: str) -> str:
+def suggest_experiment(word: str) -> str:
     """Return the hint for the end of an error message: the experiment that `word` probably means.
 
     Looks for the name in conf/experiment and for a YAML file, with or without its extension; empty if neither exists.
     """
-    named = word in options_of("experiment")
+    named = word in list_options("experiment")
     endings = ("",) if named or word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
     path = next((f"{word}{ending}" for ending in endings if named or os.path.isfile(f"{word}{ending}")), None)
     return f"; did you mean experiment={path if named or '/' in path else f'./{path}'}?" if path else ""

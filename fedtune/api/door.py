@@ -23,9 +23,9 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.verify import verify as verify_ledger
 from fedtune.process import torch_came_first
 from fedtune.runs.needed_packages import require_for_run
-from fedtune.runs.place_of_run import folder_of, going_on, is_finished
-from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
-from fedtune.runs.renewal import with_start
+from fedtune.runs.place_of_run import find_run_folder, going_on, is_finished
+from fedtune.runs.public_stage import needs_public_stage, public_stage_config
+from fedtune.runs.renewal import with_start_adapter
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -119,7 +119,7 @@ def simulate(
 
     from fedtune.flower import simulation
     from fedtune.show.run_progress import Display
-    from fedtune.sites.virtual_site import fitted
+    from fedtune.sites.virtual_site import fit_to_budgets
 
     config = compose_recipe(recipe, settings)
     if config.runtime.kind == "deployment":
@@ -134,12 +134,12 @@ def simulate(
             run_in_folder(config, folder, Teller(config, progress), work=work)
             return
         display = Display(Console(stderr=True), config, shown=True)
-        with display.following():
+        with display.show_progress_bar():
             run_in_folder(config, folder, display, work=work)
 
-    config = after_public_stage(config, run)
-    folder = folder_of(config)
-    run(config if config.resume else fitted(config, folder), folder)
+    config = start_after_public_stage(config, run)
+    folder = find_run_folder(config)
+    run(config if config.resume else fit_to_budgets(config, folder), folder)
     return load(folder)
 
 
@@ -181,9 +181,9 @@ def evaluate(run: Run, data: str | Path, *, progress: Callback = lambda told: No
     Raises:
         ValueError: the run is not finished, or the file cannot be used.
     """
-    from fedtune.runs.model_comparison import side_by_side
+    from fedtune.runs.model_comparison import compare_runs
 
-    return side_by_side({"tuned": (run.config, run.adapter)}, file=str(data), final=True, progress=stages(progress))
+    return compare_runs({"tuned": (run.config, run.adapter)}, file=str(data), final=True, progress=stages(progress))
 
 
 def compare(
@@ -202,13 +202,13 @@ def compare(
     Raises:
         ValueError: a run is not finished, or the runs' scores say nothing about each other.
     """
-    from fedtune.runs.model_comparison import side_by_side
+    from fedtune.runs.model_comparison import compare_runs
     from fedtune.runs.saved_model import BASE
 
     if not runs or BASE in runs:  # which is what their base is called
         raise ConfigError("runs", [*runs], f"must name at least one run, and none of them {BASE}")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
-    return side_by_side(finished, file=None if data is None else str(data), progress=stages(progress))
+    return compare_runs(finished, file=None if data is None else str(data), progress=stages(progress))
 
 
 def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
@@ -249,7 +249,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
         with Tracked(config, note=listener.note) as tracked:
             if config.resume is None:
                 made = files.create(config_yaml(config))
-            with files.held(), files.logged(config.tracking.log_level):
+            with files.hold_lock(), files.log_to_file(config.tracking.log_level):
                 tracked.begin()
                 result = work(config, folder, Followed(listener, tracked.update, page.update))
             from fedtune.report import model_card  # draws, which takes a second to import
@@ -265,23 +265,23 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
     return result
 
 
-def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
+def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
     """Return the run with the result of its public stage as its start adapter.
 
     A run that has begun or has no public stage is returned unchanged.  `train` runs the stage in its own folder next to
     the run's, resuming an unfinished stage; a finished stage is reused.
     """
-    if config.resume is not None or not awaits_public_stage(config):
+    if config.resume is not None or not needs_public_stage(config):
         return config
-    folder_of(replace(config, public=PublicSpec()))  # before anything is trained
+    find_run_folder(replace(config, public=PublicSpec()))  # before anything is trained
     require_for_run(config)
-    stage = public_stage_of(config)
+    stage = public_stage_config(config)
     folder = Path(stage.tracking.output_dir) / stage.name
     if RunFolder(folder).has_begun():
         stage = going_on(stage, folder, name=config.name)
     if stage.resume is None or not is_finished(folder):
         train(stage, folder)
-    return with_start(replace(config, model=replace(config.model, adapter=str(folder))))
+    return with_start_adapter(replace(config, model=replace(config.model, adapter=str(folder))))
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ class Run:
         if not task.answers or task.predicts_tokens:
             raise ConfigError("task", self.config.task, "has no label or number to predict: see generate and evaluate")
         each = texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
-        return [self._model.answer(Record(self._model.fields_of(text, at="text")))[1] for text in each]
+        return [self._model.answer_record(Record(self._model.fields_from_text(text, at="text")))[1] for text in each]
 
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
@@ -355,8 +355,8 @@ class Run:
         spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         if not self._model.model.task.predicts_tokens:
             raise ConfigError("task", self.config.task, "writes no text: see predict")
-        ids = self._model.prompt_ids(self._model.fields_of(prompt, at="prompt"), at="prompt")
-        return "".join(self._model.written(ids, spec))
+        ids = self._model.prompt_ids(self._model.fields_from_text(prompt, at="prompt"), at="prompt")
+        return "".join(self._model.generate_answer(ids, spec))
 
     def distil(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
         """Distill the tuned model into a smaller student, and write the student to a new folder.
@@ -383,19 +383,19 @@ class Run:
         from fedtune.runs.saved_model import SavedModel
 
         model = SavedModel(self.config, {"tuned": self.adapter})
-        model.use("tuned")
+        model.use_adapter("tuned")
         return model
 
     def report(self) -> Report:
         """Build the privacy report anew from the run's folder."""
         from fedtune.report import from_run
 
-        return from_run.build(self.folder)
+        return from_run.build_run_report(self.folder)
 
     def to_frame(self) -> pandas.DataFrame:
         """Return one row per round: seconds, number of sites, bytes, and scores on the validation file."""
         columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
-        return _frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})
+        return _to_data_frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})
 
 
 class Ledger:
@@ -422,17 +422,19 @@ class Ledger:
     @property
     def spending(self) -> Lifetime:
         """Epsilon spent over the ledger's lifetime, in the current period and by each run, derived from its events."""
-        from fedtune.report.from_ledger import lifetime_of
+        from fedtune.report.from_ledger import compute_current_lifetime
 
-        return lifetime_of(self.verified)
+        return compute_current_lifetime(self.verified)
 
     def to_frame(self) -> pandas.DataFrame:
         """Return one row per event: time, kind, run and round."""
         columns = ("sequence", "time", "kind", "run", "round")
-        return _frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
+        return _to_data_frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
 
 
-def _frame(rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]) -> pandas.DataFrame:
+def _to_data_frame(
+    rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]
+) -> pandas.DataFrame:
     """Build a data frame with one row per item, indexed by the first of `columns`; `other` adds more cells to a row."""
     require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
     import pandas

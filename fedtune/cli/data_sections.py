@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import is_far
+from fedtune.data.load import is_far_from_declared
 from fedtune.extras import install_command, is_installed
 from fedtune.lab.preparation import starter
 from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.lab.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.lab.preparation.detect import KINDS, Found
 from fedtune.lab.preparation.duplicates import Near
-from fedtune.show.terminal_tables import Section, pairs
+from fedtune.show.terminal_tables import Section, key_value_section
 from fedtune.spec import shown
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 _WORDS = tomllib.loads(Path(__file__).with_name("data_words.toml").read_text(encoding="utf-8"))
 ABOUT, ABOUT_COPIES = tuple(_WORDS["about"]), tuple(_WORDS["about_copies"])
@@ -35,51 +35,55 @@ _MOST_LINES = 6
 _BAR = 40
 
 
-def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
+def file_sections(found: Found, plan: starter.ExperimentPlan) -> Iterator[Section]:
     """Yield tables of a file's kind, columns, first rows and labels."""
-    unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
-    yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]})
+    unread = f", and {pluralize(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
+    yield key_value_section(
+        {"file": f"{found.path}, {pluralize(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]}
+    )
     headings: tuple[str, ...] = ("role", "column", "why", "another by")
     yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
-    yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
+    yield _truncated_section("Columns that no run reads", ("column", "why"), tuple(found.unread))
     counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
     every = found.columns.values()
     held = tuple((one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in every)
-    yield _shortened("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
+    yield _truncated_section("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
     odd = tuple(
-        (name, kind, f"{count:,}", ", ".join(f"{row}: {_short(text)}" for row, text in some))
+        (name, kind, f"{count:,}", ", ".join(f"{row}: {_shorten(text)}" for row, text in some))
         for name in found.roles.values()
         for kind, count, some in found.columns[name].strange
     )
-    yield _shortened("Odd values, whose rows a run may leave out", ("column", "are", "values", "row: value"), odd)
+    yield _truncated_section(
+        "Odd values, whose rows a run may leave out", ("column", "are", "values", "row: value"), odd
+    )
     columns = found.roles.values()
-    rows = [tuple(_short(_text(row.get(column, ""))) for column in columns) for row in found.first]
+    rows = [tuple(_shorten(_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
     headings = tuple(f"{role}: {column}" for role, column in found.roles.items())
     yield Section("First rows", headings, rows, words=range(len(columns)))
-    yield _labels(plan.labels, plan.usable)
+    yield _labels_section(plan.labels, plan.usable)
     yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
 
 
-def _text(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if isinstance(value, list):  # turns of a conversation
         turns = (": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value)
         return " | ".join(turns)
     return value if isinstance(value, str) else shown(value)
 
 
-def _short(text: str, most: int = _SHOWN) -> str:
+def _shorten(text: str, most: int = _SHOWN) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
-def _shortened(
+def _truncated_section(
     title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...], *, words: Collection[int] = range(4)
 ) -> Section:
     more = len(rows) - _MOST_COLUMNS
     return Section(title, headings, rows[:_MOST_COLUMNS], words=words, notes=[f"and {more:,} more"] if more > 0 else ())
 
 
-def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
+def input_section(found: Found, plan: starter.ExperimentPlan, model: str) -> Section:
     """Build the table of a file's features, shown only on the terminal, or of its records' token counts."""
     if found.features:
         rows = []
@@ -104,58 +108,58 @@ def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
 def check_sections(checked: Checked) -> Iterator[Section]:
     """Yield tables of the findings in an experiment's files."""
     for file in checked.files:
-        yield from _file_check(file, checked.max_length)
+        yield from _file_sections(file, checked.max_length)
     rows, far = list[tuple[str, ...]](), dict[int, str]()
     for place, (site, one) in enumerate(checked.sizes.items()):
         declared, true = one["declared"], one["true"]
         rows.append((site, f"{declared:,}", f"{true:,}", f"{declared / max(1, true):.2f}"))
-        far |= {place: "bold yellow"} if is_far(true, declared) else {}
+        far |= {place: "bold yellow"} if is_far_from_declared(true, declared) else {}
     headings = ("site", "declared", "to train on", "declared / true")
     yield Section("Declared sizes", headings, rows, styles=far, notes=[_WORDS["about_sizes"]])
     yield Section(title="Not looked at", notes=checked.skipped)
 
 
-def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
+def _file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     usable, left_out = sum(file.uses.values()), LeftOut(rows=file.rows, reasons=file.num_errors)
     uses = ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none"
     told = {"rows": f"{file.rows:,}", "usable": uses, "errors": f"{left_out.count:,}"}
-    yield pairs(told, title=file.path)
-    yield Section(notes=(f"{left_out}.",) if left_out.is_much else ())
+    yield key_value_section(told, title=file.path)
+    yield Section(notes=(f"{left_out}.",) if left_out.exceeds_threshold else ())
     left = left_out.count - len(file.errors)
     in_all = f"and {left:,} more; in all:" if left else "In all:"
     why = [in_all, *(f"{count:,} {why}" for why, count in file.num_errors.items())] if file.errors else ()
     yield Section("Errors", ("where", "what is there", "what a run needs"), file.errors, words={0, 1, 2}, notes=why)
     headings = ("what", "column", "records", "share", file.places)
-    rows = [_finding(one, usable) for one in file.findings] or [("nothing", "", "", "", "")]
+    rows = [_finding_row(one, usable) for one in file.findings] or [("nothing", "", "", "", "")]
     meanings = [*dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)]
     yield Section("Findings", headings, rows, words={0, 1, 4}, notes=meanings)
-    yield _labels(file.labels, usable)
-    notes = starter.about_spellings(file.labels)
+    yield _labels_section(file.labels, usable)
+    notes = starter.describe_spellings(file.labels)
     for label, count in file.spelt_otherwise.items():
-        notes.append(f"{counted(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces.")
+        notes.append(f"{pluralize(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces.")
     yield Section(title="Labels that are spelt in several ways", notes=notes)
     if file.lengths is not None:
-        yield _histogram(file.lengths, max_length)
+        yield _lengths_section(file.lengths, max_length)
 
 
-def _finding(one: Finding, usable: int) -> tuple[str, ...]:
+def _finding_row(one: Finding, usable: int) -> tuple[str, ...]:
     lines = [f"{line}" if like is None else f"{line} (as {like})" for line, like in one.lines[:_MOST_LINES]]
     more = ["..."] if one.count > len(lines) else []
     name = f"{_FOUND[one.kind][0]} {one.what}".strip()
     return name, one.column, f"{one.count:,}", f"{one.count / usable:.1%}", ", ".join([*lines, *more])
 
 
-def _labels(labels: Mapping[str, int], records: int, word: str = "label") -> Section:
+def _labels_section(labels: Mapping[str, int], records: int, word: str = "label") -> Section:
     most = sorted(labels.items(), key=lambda one: -one[1])
     left = most[_MOST_LABELS:]
-    notes = [f"and {counted(len(left), 'other')} with {sum(count for _, count in left):,} records"] if left else []
+    notes = [f"and {pluralize(len(left), 'other')} with {sum(count for _, count in left):,} records"] if left else []
     if missing := sum(not count for count in labels.values()):
-        notes.append(f"{counted(missing, f'declared {word}')} without a record")
+        notes.append(f"{pluralize(missing, f'declared {word}')} without a record")
     rows = [(label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MOST_LABELS]]
     return Section(f"{word.capitalize()}s", (word, "records", "share"), rows, notes=notes)
 
 
-def _histogram(found: Lengths, max_length: int) -> Section:
+def _lengths_section(found: Lengths, max_length: int) -> Section:
     most = max(count for *_, count in found.bins)
     bars = ((f"{start:,} to {end:,}", count, "\u2588" * -(-_BAR * count // most)) for start, end, count in found.bins)
     rows = [(tokens, f"{count:,}", bar) for tokens, count, bar in bars]
@@ -167,7 +171,7 @@ def _histogram(found: Lengths, max_length: int) -> Section:
 def clean_sections(done: Cleaned) -> Iterator[Section]:
     """Yield tables of the kept, dropped and masked rows."""
     dropped = done.dropped.total()
-    yield pairs({"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"})
+    yield key_value_section({"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"})
     why = {**RULES, UNREADABLE: "the row cannot be read"}
     by_rule = [(rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()]
     yield Section("Dropped", ("rule", "rows", ""), by_rule, words={0, 2})
@@ -180,17 +184,17 @@ def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapp
     """Yield tables of the records by code, and the hashes that must agree between all sites."""
     yield from clean_sections(replace(done, masked=Counter()))
     for column, names in codes.items():
-        yield _labels({name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column)
-    yield pairs(same, title="SHA-256 of what must be the same at every site")
+        yield _labels_section({name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column)
+    yield key_value_section(same, title="SHA-256 of what must be the same at every site")
     yield Section(notes=ABOUT[:1])
 
 
 def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, LeftOut]) -> Iterator[Section]:
     """Yield tables of how close synthetic records are to a site's own, compared with the own records' similarity."""
-    counts, rows, warned = Counter(what for one in usual for what in _of_another(one)), list[tuple[str, ...]](), {}
+    counts, rows, warned = Counter(what for one in usual for what in _match_kinds(one)), list[tuple[str, ...]](), {}
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
     for one in near:
-        for what in _of_another(one):
+        for what in _match_kinds(one):
             shares.setdefault(what, []).append(one.share)
     for what, some in shares.items():
         share, expected = len(some) / len(near), counts[what] / len(usual)
@@ -201,11 +205,13 @@ def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[s
     notes = [f"Ordinary: the same of {len(usual):,} own records beside the other own ones. Run / text: the median."]
     if warned:
         notes.append(f"WARNING, at least twice what is ordinary: {', '.join(rows[at][0] for at in warned)}.")
-    yield pairs({at.rpartition("/")[2]: f"{n.rows - n.count:,} of {counted(n.rows, 'row')}" for at, n in read.items()})
+    yield key_value_section(
+        {at.rpartition("/")[2]: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
+    )
     what_again = ("synthetic records with", "records", "share", "ordinary", "longest run / text")
     yield Section("What comes up again", what_again, rows, styles=warned, notes=notes)
     runs = [one for one in near[:10] if one.words]
-    longest = [(f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _short(one.run, 300)) for one in runs]
+    longest = [(f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _shorten(one.run, 300)) for one in runs]
     headings = ("words", "of text", "synthetic", "own", "run")
     yield Section("Longest runs of words", headings, longest, words={2, 3, 4}, whole={2, 3})
     again = sorted((count, kind, one.place, own) for one in near for kind, count, own in one.details)
@@ -217,7 +223,7 @@ def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[s
     yield Section(title="To know", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
 
 
-def _of_another(one: Near) -> Iterator[str]:
+def _match_kinds(one: Near) -> Iterator[str]:
     yield from (what for least, what in _RUNS.items() if one.words >= least)
     yield from [_LIKE[one.likeness]] if one.likeness else []
     yield from {f"a likely {kind}" for kind, _, _ in one.details}

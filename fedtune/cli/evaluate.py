@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.api.door import stages
-from fedtune.cli.command import AsJson, Option, answer
-from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
-from fedtune.cli.personalise import shown_progress
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, constant_words
+from fedtune.cli.command import AsJson, Option, print_answer
+from fedtune.cli.finished_run import Columns, Device, Run, comparison_rows, load_finished_run, name_columns_option
+from fedtune.cli.personalise import show_progress
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, describe_against_constant
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.tasks.measures import Detail
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
@@ -34,15 +34,15 @@ def evaluate(
     guarantee. Intervals come from resampling the records (whole users with all their records, if the run protects
     users).
     """
-    config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
-    from fedtune.runs.model_comparison import side_by_side
+    config, adapter = load_finished_run(run, device=device, columns=columns, generate=generate)
+    from fedtune.runs.model_comparison import compare_runs
     from fedtune.sites.data_warnings import is_training_file
 
-    with columns_by_option(), shown_progress() as progress:
-        found = side_by_side({"tuned": (config, adapter)}, file=data, final=True, progress=stages(progress))
+    with name_columns_option(), show_progress() as progress:
+        found = compare_runs({"tuned": (config, adapter)}, file=data, final=True, progress=stages(progress))
     tuned = found.measured["tuned"]
     in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # the task's own order
-    scores = {name: found.comparison("base", "tuned", name) for name in in_order}
+    scores = {name: found.compare_models("base", "tuned", name) for name in in_order}
     num_prompts, detail = len(tuned.texts.get("rouge_l", ())), found.detailed(tuned.examples)
     of_tuned = {name: one.tuned.value for name, one in scores.items()}
     figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "data": data, "scores": of_tuned}
@@ -52,16 +52,16 @@ def evaluate(
         figures |= {"constant_answer": {found.judged_by: found.constant}}
     if detail is not None:
         figures |= {"detail": detail}
-    notes = list(_notes(found, scores, num_prompts=num_prompts))
+    notes = list(_score_notes(found, scores, num_prompts=num_prompts))
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
-    title = f"{run} on {data}, {counted(len(found.records), 'record')}"
+    title = f"{run} on {data}, {pluralize(len(found.records), 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
-    scores_first = Section(title, headings, compared_rows(scores), words={0, 5}, notes=notes)
-    answer(figures, [scores_first, *(() if detail is None else _detailed(detail))], as_json=as_json)
+    scores_first = Section(title, headings, comparison_rows(scores), words={0, 5}, notes=notes)
+    print_answer(figures, [scores_first, *(() if detail is None else _detail_sections(detail))], as_json=as_json)
 
 
-def _detailed(detail: Detail) -> Iterator[Section]:
+def _detail_sections(detail: Detail) -> Iterator[Section]:
     most = sorted(detail.classes, key=lambda one: -one.support)
     left = len(most) - _MOST_LABELS
     rows = []
@@ -76,10 +76,12 @@ def _detailed(detail: Detail) -> Iterator[Section]:
     yield Section(title, headings, bins, words=(), notes=notes if bins else ())
 
 
-def _notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:
+def _score_notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:
     if found.constant is not None:
         tuned = scores[found.judged_by].tuned
-        yield constant_words("the tuned model", tuned, found.constant, score=found.judged_by, num_units=found.num_units)
+        yield describe_against_constant(
+            "the tuned model", tuned, found.constant, score=found.judged_by, num_units=found.num_units
+        )
     name, first = next(iter(scores.items()))
     before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))
     told = f"{before} before training, {after} after it"
@@ -87,9 +89,9 @@ def _notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: 
         yield f"On these records the tuned model {NO_DIFFERENCE} from its base by {name}: {told}."
     else:
         yield f"The tuned model is {first.verdict} than its base by {name}: {told}."
-    drawn = counted(found.num_units, found.unit)
+    drawn = pluralize(found.num_units, found.unit)
     if num_prompts:
-        drawn += f" ({counted(num_prompts, 'prompt')} for texts)"
+        drawn += f" ({pluralize(num_prompts, 'prompt')} for texts)"
     yield f"Intervals: 95 %, from {RESAMPLES:,} draws of {drawn}, with replacement. Base: before training."
     few = [f"{found.unit}s"] if found.num_units < FEWEST_UNITS else []
     few += ["prompts"] if 0 < num_prompts < FEWEST_UNITS else []

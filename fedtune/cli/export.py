@@ -8,13 +8,21 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option, answer
-from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run, roles_of
+from fedtune.cli.command import AsJson, Option, print_answer
+from fedtune.cli.finished_run import (
+    Columns,
+    Device,
+    Run,
+    comparison_rows,
+    load_finished_run,
+    name_columns_option,
+    parse_column_roles,
+)
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
-from fedtune.tasks.inputs import input_of
-from fedtune.words import counted, size
+from fedtune.tasks.inputs import get_input_for
+from fedtune.words import pluralize, size
 
 
 def export(
@@ -40,10 +48,10 @@ def export(
     The written model is loaded again, and must compute what the run's model computes. See docs/using_the_result.md
     for how to load and serve each format.
     """
-    config, adapter = finished_run(run)
+    config, adapter = load_finished_run(run)
     if merge and format is not None:
         raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
-    formats = input_of(config.data).formats(config.bound_task.formats)
+    formats = get_input_for(config.data).supported_formats(config.bound_task.formats)
     if merge and len(formats) == 1:
         raise ConfigError("--merge", NOT_GIVEN, f"is not possible for task {config.task}, which has adapters alone")
     chosen = format or formats[int(merge)]
@@ -55,13 +63,13 @@ def export(
     if to.absolute().resolve().is_relative_to(adapter.resolve()):
         raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
     from fedtune.export.export_formats import export as write  # torch takes seconds to import
-    from fedtune.export.onnx_graphs import served
+    from fedtune.export.onnx_graphs import measure_folder
     from fedtune.sites.run_records import LeadRecords
 
     # Before anything is written: without them nobody knows what int8 costs.
-    records = LeadRecords.to_score(config, None) if int8 else None
+    records = LeadRecords.read_for_scoring(config, None) if int8 else None
     files = write(adapter, config, to, format=chosen, private=private, int8=int8)
-    graphs = served(to, adapter, config, records) if records else []
+    graphs = measure_folder(to, adapter, config, records) if records else []
     rows = [(str(path.relative_to(to)), size(path.stat().st_size)) for path in files]
     figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "format": chosen}
     figures |= {"files": [name for name, _ in rows], "graphs": graphs}
@@ -70,7 +78,7 @@ def export(
         headings = ("graph", "size", "ms a text", *graphs[0].scores)
         costs = [_cost(one, graphs[0].scores) for one in graphs]
         sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
-    answer(figures, sections, as_json=as_json)
+    print_answer(figures, sections, as_json=as_json)
 
 
 def _cost(one: Any, scores: Iterable[str]) -> tuple[str, ...]:
@@ -101,13 +109,13 @@ def distil(
     charged. Texts without a card are assumed to be public, and the student has the run's epsilon; with a card, the
     epsilon of the card's runs is added.
     """
-    config, adapter = finished_run(run, device=device)
-    named = roles_of(columns, known=config.data.columns) if columns is not None else None
+    config, adapter = load_finished_run(run, device=device)
+    named = parse_column_roles(columns, known=config.data.columns) if columns is not None else None
     if int8 and format != "onnx":
         raise ConfigError("--int8", NOT_GIVEN, "goes with --format onnx")
     from fedtune.export import distillation  # torch takes seconds to import
 
-    with Console(stderr=True).status("Loading ...") as status, columns_by_option():
+    with Console(stderr=True).status("Loading ...") as status, name_columns_option():
         found = distillation.distil(
             config,
             adapter,
@@ -124,11 +132,11 @@ def distil(
     judged = config.bound_task.judged_by if found.scores else ""
     rows = [_cost(one, [judged] if judged else []) for one in found.served]
     headings = ("model", "size", "ms a text", *([judged] if judged else []))
-    notes = [f"Taught on {counted(found.texts, 'text')}. Times are of one thread."]
+    notes = [f"Taught on {pluralize(found.texts, 'text')}. Times are of one thread."]
     sections = [Section(title=f"A student of {run}, in {to}", headings=headings, rows=rows, words={0}, notes=notes)]
     if judged:
         told = ("metric", "teacher", "student", "difference", "95 % interval", "student is")
-        title = f"On {counted(found.records, 'test record')}"
-        sections.append(Section(title=title, headings=told, rows=compared_rows(found.scores), words={0, 5}))
+        title = f"On {pluralize(found.records, 'test record')}"
+        sections.append(Section(title=title, headings=told, rows=comparison_rows(found.scores), words={0, 5}))
     figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "distilled": found}
-    answer(figures, sections, as_json=as_json)
+    print_answer(figures, sections, as_json=as_json)

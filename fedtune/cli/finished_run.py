@@ -16,7 +16,7 @@ from fedtune.api.door import load
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.bootstrap import Comparison
-from fedtune.lab.studies.comparison import changed
+from fedtune.lab.studies.comparison import format_change
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
@@ -32,7 +32,7 @@ TopP = Annotated[float, Option("draw from the likeliest tokens that have this pr
 Seed = Annotated[int, Option("of the draws")]
 
 
-def finished_run(
+def load_finished_run(
     run: Path, *, device: str = "auto", columns: str | None = None, generate: int | None = None
 ) -> tuple[RunConfig, Path]:
     """Return the configuration and the adapter folder of a finished run, given its folder or its `adapter`.
@@ -44,7 +44,7 @@ def finished_run(
     config, settings = loaded.config, loaded.config.to_json()
     settings["runtime"]["device"] = device
     if columns is not None:
-        settings["data"]["columns"] |= roles_of(columns, known=config.data.columns)
+        settings["data"]["columns"] |= parse_column_roles(columns, known=config.data.columns)
     if generate is not None:
         if not config.bound_task.predicts_tokens:
             raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
@@ -53,7 +53,7 @@ def finished_run(
     return parse(settings), loaded.adapter
 
 
-def roles_of(columns: str, *, known: Collection[str] | None = None) -> dict[str, str]:
+def parse_column_roles(columns: str, *, known: Collection[str] | None = None) -> dict[str, str]:
     """Parse a `{role: column}` mapping that the user entered.
 
     Raises:
@@ -71,7 +71,7 @@ def roles_of(columns: str, *, known: Collection[str] | None = None) -> dict[str,
     return named
 
 
-def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
+def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
     """Return adapter folders by name, the run's own adapter first.
 
     The own adapter is named after its folder unless `others` names it.
@@ -84,7 +84,7 @@ def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
         check_name("--adapter", name)
         if name in named or name == "base":
             raise ConfigError("--adapter", word, f"the name {name} is taken")
-        named[name] = finished_run(Path(folder))[1]
+        named[name] = load_finished_run(Path(folder))[1]
     if any(folder.samefile(own) for folder in named.values()):
         return dict(sorted(named.items(), key=lambda item: not item[1].samefile(own)))
     name = own.absolute().parent.name or "tuned"
@@ -94,7 +94,7 @@ def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
 
 
 @contextmanager
-def columns_by_option() -> Iterator[None]:
+def name_columns_option() -> Iterator[None]:
     """Rewrite errors about a file's columns so that they name --columns instead of the run's setting."""
     try:
         yield
@@ -103,13 +103,13 @@ def columns_by_option() -> Iterator[None]:
         raise DataError(error.key, error.value, bound) from None
 
 
-def compared_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
+def comparison_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
     """Build table rows: each score of two models, their difference with its interval, and the verdict on the second."""
     both = {name: (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}") for name, one in scores.items()}
-    return [(name, *values, *changed(scores[name])) for name, values in both.items()]
+    return [(name, *values, *format_change(scores[name])) for name, values in both.items()]
 
 
-def warn_of_fixed_prompt(config: RunConfig) -> None:
+def warn_about_fixed_prompt(config: RunConfig) -> None:
     """Warn if the prompt template ignores the prompt, so that the model always continues the same words."""
     data = config.data
     if "prompt" in data.columns and "prompt" not in data.template_roles and config.bound_task.predicts_tokens:
@@ -117,17 +117,17 @@ def warn_of_fixed_prompt(config: RunConfig) -> None:
         sys.stderr.write(f"{template} has no {{prompt}}: what is asked changes nothing\n")
 
 
-def harmless(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Remove control characters, which could steer a terminal, from a model's text."""
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
 
 
-def print_streamed(parts: Iterator[str]) -> bool:
+def print_stream(parts: Iterator[str]) -> bool:
     """Print a text as it is generated; return True if Ctrl-C interrupted it."""
     stopped = False
     try:
         for part in parts:
-            sys.stdout.write(harmless(part))
+            sys.stdout.write(strip_control_characters(part))
             sys.stdout.flush()
     except KeyboardInterrupt:
         stopped = True

@@ -40,25 +40,25 @@ def generate(
     with --json.
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    config, own = runs.finished_run(run, device=device, columns=columns)
+    config, own = runs.load_finished_run(run, device=device, columns=columns)
     task = config.bound_task
     if not task.answers:
         raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
     if spec.temperature > 0 and not task.predicts_tokens:
         raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one draws nothing")
-    folders = runs.by_name(run, own, adapter)
+    folders = runs.name_adapters(run, own, adapter)
     if prompt is not None and file is not None:
         raise ConfigError("--prompt", prompt, "must not be given with --file: one stands instead of it")
     if prompt is None and file is None:
         raise ConfigError("--prompt", "", "must be given, or --file instead of it")
     if columns is not None and file is None:
         raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
-    runs.warn_of_fixed_prompt(config)
+    runs.warn_about_fixed_prompt(config)
     if prompt is None:
-        from fedtune.sites.run_records import asked_records  # torch takes seconds to import
+        from fedtune.sites.run_records import read_prompts  # torch takes seconds to import
 
-        with runs.columns_by_option():
-            records = asked_records(config, str(file), key="--file")
+        with runs.name_columns_option():
+            records = read_prompts(config, str(file), key="--file")
     else:
         records = [Record(task.prompt_fields(prompt, config.data, at="--prompt"))]
     from fedtune.runs.saved_model import BASE, SavedModel
@@ -70,11 +70,11 @@ def generate(
     ids = [saved.prompt_ids(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes]
 
     def parts(place: int, name: str) -> Iterator[str]:
-        saved.use(name)
+        saved.use_adapter(name)
         if writes:
-            yield from saved.written(ids[place], spec)
+            yield from saved.generate_answer(ids[place], spec)
         else:
-            yield saved.answer(records[place])[0]
+            yield saved.answer_record(records[place])[0]
 
     def told(place: int) -> dict[str, object]:
         """Return the answers to a record by adapter: generated texts, or the task's predictions."""
@@ -82,8 +82,8 @@ def generate(
             return {name: "".join(parts(place, name)) for name in names}
         answers = {}
         for name in names:
-            saved.use(name)
-            answers[name] = saved.answer(records[place])[1]
+            saved.use_adapter(name)
+            answers[name] = saved.answer_record(records[place])[1]
         return answers
 
     if prompt is not None and as_json:
@@ -91,7 +91,7 @@ def generate(
     elif prompt is not None:
         for name in names:
             sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")
-            if runs.print_streamed(parts(0, name)):
+            if runs.print_stream(parts(0, name)):
                 raise KeyboardInterrupt
     else:
         for place, record in enumerate(records):
@@ -99,6 +99,6 @@ def generate(
                 line = {"line": record.line, "fields": dict(record.fields), "answers": told(place)}
                 sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
             for name in [] if as_json else names:
-                text = runs.harmless("".join(parts(place, name))).replace("\n", "\\n")
+                text = runs.strip_control_characters("".join(parts(place, name))).replace("\n", "\\n")
                 sys.stdout.write(f"{name}\t{text}\n" if len(names) > 1 else f"{text}\n")
             sys.stdout.flush()

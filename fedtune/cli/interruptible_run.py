@@ -19,14 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.api.door import Work, after_public_stage, run_in_folder
-from fedtune.cli.command import InterruptTold, importing
+from fedtune.api.door import Work, run_in_folder, start_after_public_stage
+from fedtune.cli.command import InterruptTold, pause_garbage_collection
 from fedtune.config import RunConfig
-from fedtune.federation.kept_round import used_up_text
+from fedtune.federation.kept_round import explain_used_up
 from fedtune.federation.run_folder import RunFolder
-from fedtune.lab.studies.trials import Trial, Trials, price_text
-from fedtune.ops.files import signals_handled
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.lab.studies.trials import SearchTrial, Trials, describe_price
+from fedtune.ops.files import handle_signals
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
@@ -44,14 +44,14 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
     display = Display(console, config, shown=config.tracking.progress)
 
     def shown(config: RunConfig, folder: Path, listener: Any) -> RunResult:
-        with display.following():
+        with display.show_progress_bar():
             result = work(config, folder, listener)
         # Before more files are written, because the disk may be full.
         show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
         return result
 
     try:
-        with _interrupted_by_signals():
+        with _interrupt_on_signals():
             result = run_in_folder(config, folder, display, work=shown)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
@@ -74,17 +74,17 @@ def run_simulation(
     """
     began = time.monotonic()
     # Imported here, because torch and Flower take seconds, and a mistake in an override should not wait for them.
-    with importing():
+    with pause_garbage_collection():
         from fedtune.flower.simulation import simulate
-        from fedtune.sites.virtual_site import fitted
+        from fedtune.sites.virtual_site import fit_to_budgets
 
     if config.resume is None:
-        config = say_fitted(console, config, fitted(config, folder))
+        config = report_fitted_plan(console, config, fit_to_budgets(config, folder))
     again = again or f"fedtune simulate resume={folder}"
     return show_run(config, folder, console, work=partial(simulate, session=session), again=again, began=began)
 
 
-def after_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
+def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
     """Run a pending public stage with its progress shown; return the configuration that starts from its result.
 
     `again`: the command's arguments that resume it.
@@ -97,10 +97,10 @@ def after_shown_public_stage(config: RunConfig, console: Console, *, again: Sequ
         run_simulation(stage, folder, console, again=shlex.join(["fedtune", *again, *named]))
         say("The public stage is over: the run itself begins.", console=console)
 
-    return after_public_stage(config, train)
+    return start_after_public_stage(config, train)
 
 
-def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
+def report_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
     """Print how `fits`, the configuration within the sites' budgets, differs from `asked`; return `fits`."""
     if fits != asked:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
@@ -108,7 +108,7 @@ def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig
     return fits
 
 
-def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session) -> RunResult:
+def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session: Session) -> RunResult:
     """Run one of several trials, and print its result in one line; its folder contains the details.
 
     On a terminal, the latest line of the run's own progress is shown below.
@@ -125,9 +125,9 @@ def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session
         result = run_simulation(trial.config, trial.folder, unseen, session=session)
     scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
     said = (code.replace("_", " ") for code in result.final.findings)
-    parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *said]
+    parts = [*scores[:1], f"epsilon {format_epsilon(result.privacy.epsilon)}", *said]
     say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)
-    if missing := used_up_text(result.rounds, trial.config.federation):
+    if missing := explain_used_up(result.rounds, trial.config.federation):
         say(f"{name}: {missing}.", console=console)
     return result
 
@@ -135,7 +135,7 @@ def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session
 @contextmanager
 def several_runs(trials: Trials, console: Console, *, again: Sequence[str], as_json: bool = False) -> Iterator[None]:
     """Say what several runs spend before the first begins, and show them all in the end, however that comes."""
-    for text in price_text({folder.name: trial for folder, trial in trials.rows.items()}):
+    for text in describe_price({folder.name: trial for folder, trial in trials.rows.items()}):
         say(text, console=console)
     try:
         yield
@@ -153,12 +153,12 @@ def show_trials(console: Console, trials: Trials, *, again: str) -> None:
         say(f"{'picked:' if table.title == 'Trials' else 'best: '} {best.folder}", console=console)
     if trials.table.is_file():
         say(f"table: {trials.table} (every score, and each run's folder)", console=console)
-    if any(trial.can_go_on for trial in trials.rows.values()):
+    if any(trial.can_resume for trial in trials.rows.values()):
         say(f"Continue the {'search' if table.title == 'Trials' else 'sweep'} with: {again}", console=console)
 
 
 @contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
+def _interrupt_on_signals() -> Iterator[None]:
     """Let SIGTERM end a run like Ctrl-C, and SIGINT also in the background, where shells ignore it.
 
     Python drops exceptions raised in `__del__` or weak reference callbacks, so a dropped interrupt is sent again.
@@ -173,7 +173,7 @@ def _interrupted_by_signals() -> Iterator[None]:
         else:
             hook(about)
 
-    with signals_handled(interrupt):
+    with handle_signals(interrupt):
         hook, sys.unraisablehook = sys.unraisablehook, dropped
         try:
             yield

@@ -21,26 +21,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import event_text, filled, promise_text, spending_json
-from fedtune.federation.run_folder import run_folders_near
-from fedtune.ops.backup import MadeUp, anchors_at_hand, make_up_for
+from fedtune.cli.plain_words import describe_event, explain_guarantee, render_page, spending_json
+from fedtune.federation.run_folder import suggest_run_folders
+from fedtune.ops.backup import MadeUp, charge_missing_events, find_anchors
 from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy import events, filter
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import share_of_cap
+from fedtune.privacy.ledger.spending import spent_fraction_of_cap
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import load_catalogue
 from fedtune.show import budget_text
-from fedtune.show.budget_text import cap_text, mechanism_text, rounded_down, trust_words
-from fedtune.show.lines import printable
-from fedtune.show.terminal_tables import Section, json_text, print_json, require_agreed, say, show, write_file
+from fedtune.show.budget_text import describe_trust, format_cap, format_mechanism, format_rounded_down
+from fedtune.show.lines import to_printable
+from fedtune.show.terminal_tables import Section, print_json, require_confirmation, say, show, to_json_text, write_file
 from fedtune.spec import ConfigError
-from fedtune.words import counted, unbounded
+from fedtune.words import pluralize, unbounded
 
 if TYPE_CHECKING:  # it takes a while to import
     from fedtune.report.facts import Lifetime, LifetimeRun
@@ -63,13 +63,13 @@ def show_events(
     """Show a ledger's entries, oldest first: rounds, refusals, approvals, changes of the policy."""
     if last is not None and last < 1:
         raise ConfigError("--last", last, "must be at least 1")
-    file, verified = _verified(path)
+    file, verified = _verify_ledger(path)
     chosen = verified.events[-last:] if last else verified.events
     if as_json:
         print_json({**budget_text.identity_json(file, verified), "events": chosen})
         return
-    show_identity(file, verified)
-    show([entries(verified, chosen)])
+    print_identity(file, verified)
+    show([events_section(verified, chosen)])
 
 
 @command(app, "what was spent and what is left")
@@ -79,14 +79,14 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     The filter's figure holds even if each run was chosen after seeing earlier results; caps use it. The PLD figure
     is smaller, and proven only for each run alone. Every epsilon is rounded up.
     """
-    from fedtune.report.from_ledger import lifetime_of  # what other commands can do without
+    from fedtune.report.from_ledger import compute_current_lifetime  # what other commands can do without
 
-    file, verified = _verified(path)
+    file, verified = _verify_ledger(path)
     if as_json:
         print_json({**budget_text.identity_json(file, verified), **spending_json(verified)})
         return
-    show_identity(file, verified)
-    show_spent(verified.history, lifetime_of(verified))
+    print_identity(file, verified)
+    print_spending(verified.history, compute_current_lifetime(verified))
 
 
 @command(app, "was it changed or put back?", name="verify")
@@ -96,14 +96,14 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     With an anchor, kept on another disk, also check that no event is missing at the end. Exit code 1 if a check
     fails.
     """
-    file, verified = _verified(path, anchor=anchor, site_key=site_key)
+    file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     if as_json:
         print_json({**budget_text.identity_json(file, verified), **budget_text.verification_json(verified)})
         return
-    show_identity(file, verified)
-    show(findings(verified))
+    print_identity(file, verified)
+    show(verification_sections(verified))
     last = verified.events[-1]
-    say(f"Newest event: {last.sequence}, {moment(last)}, hash {last.hash}")
+    say(f"Newest event: {last.sequence}, {format_event_time(last)}, hash {last.hash}")
 
 
 @command(app, "everything as JSON")
@@ -116,15 +116,15 @@ def export(
     """Write a ledger's events, figures and verification as one JSON file."""
     if output is not None and output.exists():  # it might be the ledger, or the key
         raise ConfigError("--output", str(output), "exists already; choose a new file")
-    file, verified = _verified(path, anchor=anchor, site_key=site_key)
+    file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     proved = {"head": verified.events[-1], "verification": budget_text.verification_json(verified)}
     told = {"spending": spending_json(verified), "events": verified.events}
     whole = {**budget_text.identity_json(file, verified), **proved, **told}
     if output is None:
         print_json(whole)
         return
-    write_file(output, json_text(whole), option="--output")
-    say(f"{counted(len(verified.events), 'event')} of {file} written to {output}")
+    write_file(output, to_json_text(whole), option="--output")
+    say(f"{pluralize(len(verified.events), 'event')} of {file} written to {output}")
 
 
 @command(app, "write a signed head, to be kept elsewhere", name="anchor")
@@ -137,7 +137,7 @@ def write_anchor(
 
     If the file exists, the ledger must contain its anchor; otherwise an older ledger was put back.
     """
-    file, own = ledger_file(path), read_signing_key(key)
+    file, own = find_ledger_file(path), read_signing_key(key)
     before = Head.read(output) if output.exists() else None
     verified = verify(file, anchor=before, site_key=own.public)
     write_file(output, verified.history.head(own).to_bytes(), option="--output")
@@ -153,13 +153,13 @@ def restore(
 
     Stop training, copy the backup to the path in the policy, run this command, and start training again.
     """
-    site = _own_site(policy)
-    anchors = anchors_at_hand(site, anchor)
-    made_up = make_up_for(site.ledger, site, anchors)
+    site = _open_own_site(policy)
+    anchors = find_anchors(site, anchor)
+    made_up = charge_missing_events(site.ledger, site, anchors)
     if made_up.last is not None and site.anchor is not None:
         write_file(site.anchor, made_up.ledger.head().to_bytes(), option="anchor")
-    made_up.require_sure()
-    show_made_up(made_up, path=site.ledger, anchors=anchors)
+    made_up.require_no_missing_events()
+    print_restored_charge(made_up, path=site.ledger, anchors=anchors)
 
 
 @command(app, "end all training on a population")
@@ -172,9 +172,9 @@ def freeze(
     """
     if not why.strip():
         raise ConfigError("--why", why, "must say why; the ledger keeps it")
-    site = _own_site(policy)
+    site = _open_own_site(policy)
     verify(site.ledger)
-    site.open().freeze(why)
+    site.open_ledger().freeze(why)
     say(f"{site.ledger} is frozen: all training on this population has ended for ever.")
 
 
@@ -186,17 +186,19 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     next period by itself, and only if the server's time is in it too; any other period waits for this command.
     Compare the date with a clock that neither this machine nor the federation sets.
     """
-    site = _own_site(policy)
+    site = _open_own_site(policy)
     history = verify(site.ledger).history
     clock = f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC"
     say(f"{clock}; the ledger's newest event is of {history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be taken back.")
     if not yes:
-        require_agreed("Is the date of this machine right?", otherwise="nothing is changed: the date is not confirmed")
-    site.open().confirm_date()
+        require_confirmation(
+            "Is the date of this machine right?", otherwise="nothing is changed: the date is not confirmed"
+        )
+    site.open_ledger().confirm_date()
     say("Noted in the ledger.")
 
 
-def ledger_file(name: str) -> Path:
+def find_ledger_file(name: str) -> Path:
     """Return the ledger file for the argument PATH.
 
     Raises:
@@ -208,170 +210,183 @@ def ledger_file(name: str) -> Path:
     if (path / "ledger.db").is_file():
         return path / "ledger.db"
     found = ", ".join(str(file) for file in sorted(path.glob("sites/*/ledger.db")))
-    bound = f"must be one of {found}" if found else f"must be a ledger.db, or a folder with one{run_folders_near(path)}"
+    bound = (
+        f"must be one of {found}" if found else f"must be a ledger.db, or a folder with one{suggest_run_folders(path)}"
+    )
     raise ConfigError("ledger", name, bound)
 
 
-def _own_site(policy: Path) -> SiteFiles:
-    files = SiteFiles.of(policy)
+def _open_own_site(policy: Path) -> SiteFiles:
+    files = SiteFiles.from_site_toml(policy)
     if not files.ledger.is_file():  # it would be made
         raise ConfigError("ledger", str(files.ledger), f"must be a ledger: {policy} names it, and it is missing")
     act_as_owner(files.site_key, files.ledger)
-    files.key()  # a missing one would be made
+    files.load_key()  # a missing one would be made
     return files
 
 
-def _verified(path: str, *, anchor: Path | None = None, site_key: str | None = None) -> tuple[Path, Verified]:
+def _verify_ledger(path: str, *, anchor: Path | None = None, site_key: str | None = None) -> tuple[Path, Verified]:
     if site_key is not None:
         check_public_key("--site-key", site_key)
-    file = ledger_file(path)
+    file = find_ledger_file(path)
     return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
 
 
-def show_identity(path: Path, verified: Verified) -> None:
+def print_identity(path: Path, verified: Verified) -> None:
     """Print a ledger's site and population, its number of events and its newest one."""
-    opened, last = verified.history.opened, verified.events[-1]
-    say(f"Ledger of site {printable(opened.site)}, population {printable(opened.population)}", style="bold")
-    say(f"{path}: {counted(last.sequence, 'event')}, newest {moment(last)}")
+    opened, last = verified.history.opening, verified.events[-1]
+    say(f"Ledger of site {to_printable(opened.site)}, population {to_printable(opened.population)}", style="bold")
+    say(f"{path}: {pluralize(last.sequence, 'event')}, newest {format_event_time(last)}")
 
 
-def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
+def events_section(verified: Verified, chosen: Sequence[Event]) -> Section:
     """Build the table of the chosen events, one per row."""
-    unit = verified.history.opened.unit
+    unit = verified.history.opening.unit
     rows = []
     for event in chosen:
         when = (str(event.sequence), event.time[:16].replace("T", " "), event.kind.value)
-        rows.append((*when, printable(event.run), str(event.round or ""), event_text(event)))
-    title = f"{len(chosen)} of {counted(len(verified.events), 'event')}"
+        rows.append((*when, to_printable(event.run), str(event.round or ""), describe_event(event)))
+    title = f"{len(chosen)} of {pluralize(len(verified.events), 'event')}"
     headings = ("no.", "time (UTC)", "kind", "run", "round", "what")
     noise = f"noise: in units of the most that one {unit} can move a step's sum"
     notes = [f"rate: probability with which each {unit} joins a step; {noise}"]
     return Section(title, headings, rows, words={1, 2, 3, 5}, whole={2}, notes=notes)
 
 
-def _state(run: LifetimeRun, history: History) -> str:
+def _describe_state(run: LifetimeRun, history: History) -> str:
     proposal = history.runs[run.run].proposal
-    people = [f"{one['what']} by {printable(one['by'])}" for one in history.decided[proposal.digest()] if one["by"]]
+    people = [f"{one['what']} by {to_printable(one['by'])}" for one in history.decided[proposal.digest()] if one["by"]]
     return "\n".join([run.state, *people, *(["NO GUARANTEE"] if run.seeded_noise or not proposal.plan.private else [])])
 
 
-def show_spent(history: History, figures: Lifetime) -> None:
+def print_spending(history: History, figures: Lifetime) -> None:
     """Print a ledger's spending: a summary, tables, and remarks on restored backups and changed caps."""
-    unit = history.opened.unit
-    said = filled(
+    unit = history.opening.unit
+    said = render_page(
         "spent",
         figures=figures,
         delta=history.delta,
         unit=_UNITS.get(unit, "one unit"),
-        promised=promise_text(unit, epsilon=figures.epsilon, delta=history.delta) if figures.epsilon else "",
+        promised=explain_guarantee(unit, epsilon=figures.epsilon, delta=history.delta) if figures.epsilon else "",
     )
     say("\n" + said.pop("in a word"), style="" if figures.has_guarantee else "bold yellow")
     if figures.frozen:
         say("FROZEN: all training on this population has ended for ever.", style="bold")
-    show([_lifetime(history, figures), _by_arrival(figures), _methods(figures, said), _each_run(figures.runs, history)])
+    show(
+        [
+            _lifetime_section(history, figures),
+            _arrivals_section(figures),
+            _methods_section(figures, said),
+            _runs_section(figures.runs, history),
+        ]
+    )
     if history.restored:
         lacked = "What they lacked is in the figures for all events, but in no run's own."
         say(f"Backups put back so far: {len(history.restored)}. {lacked}")
     caps = [cap for _, cap, _ in history.policies]
     if len(set(caps)) > 1:
-        changes = ", then ".join(f"{cap_text(cap)} ({time[:10]})" for time, cap, _ in history.policies)
+        changes = ", then ".join(f"{format_cap(cap)} ({time[:10]})" for time, cap, _ in history.policies)
         say(f"The lifetime cap was changed: {changes}. A cap promises most when it never moves.")
-    if why := history.held_back():
+    if why := history.pending_period_reason():
         say(f"{why[0].upper()}{why[1:]}.")
 
 
-def _lifetime(history: History, figures: Lifetime) -> Section:
+def _lifetime_section(history: History, figures: Lifetime) -> Section:
     assert history.policy is not None
-    charged = history.charged()
-    share = share_of_cap(history, charged, cap=history.cap)
-    set_aside = share_of_cap(history, history.taken(history.now()), cap=history.cap)
+    charged = history.total_charges()
+    share = spent_fraction_of_cap(history, charged, cap=history.cap)
+    set_aside = spent_fraction_of_cap(history, history.charges_and_reservations(history.now()), cap=history.cap)
     with_set_aside = "the same, with all that open runs have set aside"
-    period = f"charged this {figures.period} ({cap_text(history.policy.budget.max_epsilon_per_period)})"
+    period = f"charged this {figures.period} ({format_cap(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
-    fixed = epsilon_text(filter.surcharge(history.order, history.delta))
+    fixed = format_epsilon(filter.epsilon_conversion_term(history.order, history.delta))
     note = f"A fixed part of {fixed} is due with the first noisy step, and only once; shares are of the cap's rest."
     left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
     runs = figures.reference_runs_left
-    fits = "" if runs is None else f": {counted(runs, 'run')} like the policy's reference"
-    fits = ": nothing, since it is frozen" if history.frozen else fits
+    fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
+    fits = ": nothing, since it is frozen" if history.is_frozen else fits
     rows = (
-        ("charged so far", epsilon_text(figures.epsilon), _share(share)),
-        (with_set_aside, epsilon_text(figures.with_set_aside), _share(set_aside)),
+        ("charged so far", format_epsilon(figures.epsilon), _format_share(share)),
+        (with_set_aside, format_epsilon(figures.with_set_aside), _format_share(set_aside)),
         ("cap", cap, "100 %" if share is not None else ""),
-        (f"left for new runs{fits}", rounded_down(unbounded(figures.left)), left),
-        (period, epsilon_text(figures.period_epsilon), ""),
+        (f"left for new runs{fits}", format_rounded_down(unbounded(figures.left)), left),
+        (period, format_epsilon(figures.period_epsilon), ""),
     )
-    title, headings = f"Lifetime budget of each {history.opened.unit}, by the filter", ("", "epsilon", "share of cap")
+    title, headings = f"Lifetime budget of each {history.opening.unit}, by the filter", ("", "epsilon", "share of cap")
     return Section(title, headings, rows, notes=[] if share is None else [note])
 
 
-def _by_arrival(figures: Lifetime) -> Section:
+def _arrivals_section(figures: Lifetime) -> Section:
     """Build the table of epsilon by time of arrival; empty if one figure holds for everybody."""
     rows = []
     for one in figures.cohorts or ():
-        spent = (epsilon_text(one.epsilon), epsilon_text(one.with_set_aside), rounded_down(unbounded(one.left)))
-        rows.append((catalogue("en").arrivals([one.people]).unescape(), *spent))
+        spent = (
+            format_epsilon(one.epsilon),
+            format_epsilon(one.with_set_aside),
+            format_rounded_down(unbounded(one.left)),
+        )
+        rows.append((load_catalogue("en").arrivals([one.people]).unescape(), *spent))
     headings = ("who", "charged", "with what open runs\nhave set aside", "left for new runs")
     note = "The cap holds for each line; the figures above are the largest of them."
     return Section("By arrival", headings, rows, notes=[note] if rows else [])
 
 
-def _methods(figures: Lifetime, said: Mapping[str, str]) -> Section:
+def _methods_section(figures: Lifetime, said: Mapping[str, str]) -> Section:
     epsilons = {"filter": figures.epsilon, "PLD": figures.epsilon_pld, "RDP": figures.epsilon_rdp}
-    rows = [(method, epsilon_text(epsilons[method]), meaning) for method, meaning in said.items()]
+    rows = [(method, format_epsilon(epsilons[method]), meaning) for method, meaning in said.items()]
     title, headings = "What the figures for all events mean", ("method", "epsilon", "meaning")
     return Section(title, headings, rows, words={0, 2}, whole={0})
 
 
-def _each_run(runs: Sequence[LifetimeRun], history: History) -> Section:
+def _runs_section(runs: Sequence[LifetimeRun], history: History) -> Section:
     title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
     if not runs:
         return Section(title=title, notes=("No run was accepted yet.",))
     rows, notes = [], []
     for run in runs:
         plan = history.runs[run.run].plan
-        rounds, noise, rate = f"{run.rounds}/{run.most_rounds}", f"{plan.counted_noise:g}", f"{plan.sampling_rate:g}"
-        epsilons = map(epsilon_text, (run.epsilon, run.planned_epsilon))
-        rows.append((printable(run.run), _state(run, history), rounds, noise, rate, *epsilons))
-        if run.rounds and (by_trust := plan.by_trust(run.rounds)):
-            notes.append(f"{printable(run.run)}: {trust_words(by_trust)}.")
+        rounds, noise, rate = f"{run.rounds}/{run.most_rounds}", f"{plan.accounted_noise:g}", f"{plan.sampling_rate:g}"
+        epsilons = map(format_epsilon, (run.epsilon, run.planned_epsilon))
+        rows.append((to_printable(run.run), _describe_state(run, history), rounds, noise, rate, *epsilons))
+        if run.rounds and (by_trust := plan.epsilons_by_trust(run.rounds)):
+            notes.append(f"{to_printable(run.run)}: {describe_trust(by_trust)}.")
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")
     return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)
 
 
-def findings(verified: Verified) -> Iterator[Section]:
+def verification_sections(verified: Verified) -> Iterator[Section]:
     """Yield the list of checks that passed and the list of checks that were not made."""
-    said = filled("ledger_check", verified=verified)
+    said = render_page("ledger_check", verified=verified)
     for part, title in (("checked", "Checked, and right:"), ("unchecked", "Not checked:")):
         yield Section(title=title, notes=[f"- {text}" for text in said[part].split("\n")] if part in said else ())
 
 
-def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
+def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
     """Print what a restored ledger lacked, and what it is charged for the missing events."""
     if made_up.last is None:
         say(f"{path} lacks nothing that {' and '.join(map(str, anchors))} know. Nothing was charged.")
         return
-    parts = [mechanism_text(event, count) for event, count in events.grouped(made_up.gap).items()]
+    parts = [format_mechanism(event, count) for event, count in events.count_mechanisms(made_up.gap).items()]
     say(f"{path} lacked events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
     for part in parts or ["nothing: no round was charged in what is lost"]:
         say(f"  {part}")
     now = made_up.ledger.history
-    say(f"Spent now: epsilon {epsilon_text(now.epsilon())} of {cap_text(now.cap)}.")
+    say(f"Spent now: epsilon {format_epsilon(now.epsilon())} of {format_cap(now.cap)}.")
     say("Lost for good: the missing events' runs, approvals, refusals and stored replies. Not lost: cost and denials.")
     if (since := made_up.since) is not None:
-        show_other_policy(since.caps[-1], time=since.time)
+        print_other_policy(since.caps[-1], time=since.time)
 
 
-def show_other_policy(cap: float | None, *, time: str) -> None:
+def print_other_policy(cap: float | None, *, time: str) -> None:
     """Print that a policy other than site.toml was in force at `time`, with its lifetime `cap`."""
-    other = f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {cap_text(cap)})"
+    other = f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {format_cap(cap)})"
     say(f"{other}. Compare caps, leads and all else before you start the site.")
 
 
-def moment(event: Event) -> str:
+def format_event_time(event: Event) -> str:
     """Format an event's time to the second."""
     return f"{event.time[:19].replace('T', ' ')} UTC"
 
 
-def _share(share: float | None) -> str:
+def _format_share(share: float | None) -> str:
     return "" if share is None else f"{math.ceil(share * 100 - 1e-9)} %"

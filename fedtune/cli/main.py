@@ -17,8 +17,8 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import click
 
-from fedtune.cli.command import SETTINGS, InterruptTold, importing, single
-from fedtune.show.lines import fold
+from fedtune.cli.command import SETTINGS, InterruptTold, make_command, pause_garbage_collection
+from fedtune.show.lines import wrap_text
 from fedtune.spec import ConfigError, FedtuneError, full_disk
 
 COMMANDS: Mapping[str, str] = {
@@ -60,15 +60,15 @@ class _Fedtune(click.Group):
         if cmd_name not in COMMANDS:
             return None
         # Nobody waits at a terminal in silence while libraries load.
-        timer = Timer(_LOADING_S, _tell, ["loading libraries ..."])
+        timer = Timer(_LOADING_S, _print_message, ["loading libraries ..."])
         if sys.stderr.isatty():
             timer.start()
         try:
-            with importing():
+            with pause_garbage_collection():
                 module = import_module(f"fedtune.cli.{_MODULES.get(cmd_name, cmd_name).replace('-', '_')}")
         finally:
             timer.cancel()
-        found: click.Command = getattr(module, "app", None) or single(getattr(module, cmd_name.replace("-", "_")))
+        found: click.Command = getattr(module, "app", None) or make_command(getattr(module, cmd_name.replace("-", "_")))
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -97,15 +97,15 @@ _about: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": Fal
 fedtune = click.option("--version", **_about, help="Show the version and exit.")(fedtune)
 
 
-def _tell(message: str) -> None:
+def _print_message(message: str) -> None:
     """Print a message to standard error: wrapped on a terminal, in one line for a service's log."""
     text = f"fedtune: {message}"
-    lines = fold(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
+    lines = wrap_text(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
     with suppress(OSError):  # there is nowhere else to say it
         sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
-def _writable(stream: TextIO | None) -> TextIO:
+def _make_writable(stream: TextIO | None) -> TextIO:
     """Return a standard stream that accepts any text; characters missing in its encoding become question marks."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
@@ -114,9 +114,9 @@ def _writable(stream: TextIO | None) -> TextIO:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 3 refused, 1 anything else."""
-    sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
+    sys.stdout, sys.stderr = _make_writable(sys.stdout), _make_writable(sys.stderr)
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        code = _run_command(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (full := full_disk(error)) is None:
             raise
-        _tell(f"{full}; make room, and give the command again")
+        _print_message(f"{full}; make room, and give the command again")
     try:
         sys.stdout.flush()
     except OSError:  # what could not be printed is lost; or Python would try again, and say so on many lines
@@ -132,11 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _run(words: list[str]) -> int:
+def _run_command(words: list[str]) -> int:
     try:
         os.getcwd()
     except OSError:
-        _tell("the working folder is gone, or may not be read: change to one that is there")
+        _print_message("the working folder is gone, or may not be read: change to one that is there")
         return ConfigError.exit_code
     try:
         with fedtune.make_context("fedtune", words) as context:
@@ -145,15 +145,15 @@ def _run(words: list[str]) -> int:
         return ended.exit_code
     except click.UsageError as error:
         asked = error.ctx.command_path if error.ctx else "fedtune"
-        _tell(f"{error.format_message().rstrip('.')} ({asked} --help says more)")
+        _print_message(f"{error.format_message().rstrip('.')} ({asked} --help says more)")
         return error.exit_code
     except FedtuneError as error:
         if isinstance(error, ConfigError) and full_disk(error):  # no value of a setting is wrong
             raise
-        _tell(str(error))
+        _print_message(str(error))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         if not isinstance(interrupt, InterruptTold):
-            _tell("interrupted")
+            _print_message("interrupted")
         return 1
     return 0

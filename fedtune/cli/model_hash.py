@@ -29,12 +29,12 @@ def model_hash(
         raise ConfigError("--json", NOT_GIVEN, "does not go with --files")
     # transformers takes seconds to import, and rich what matters to a command's help
     from fedtune.model.base_model import model_sha256
-    from fedtune.model.manifest import manifest_of
-    from fedtune.model.source import locate, model_folder
+    from fedtune.model.manifest import build_manifest
+    from fedtune.model.source import find_model_folder, resolve_model
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 
-    spec = locate(model)
-    manifest = None if spec.built_in else manifest_of(model_folder(spec), gguf_file=spec.gguf_file)
+    spec = resolve_model(model)
+    manifest = None if spec.is_built_in else build_manifest(find_model_folder(spec), gguf_file=spec.gguf_file)
     digest = model_sha256(spec) if manifest is None else manifest.sha256
     covered = () if manifest is None else manifest.files
     if as_json:

@@ -10,8 +10,8 @@ from typing import Annotated
 from rich.console import Console
 
 from fedtune.api import door
-from fedtune.cli.command import Argument, AsJson, answer
-from fedtune.cli.finished_run import Device, Run, finished_run
+from fedtune.cli.command import Argument, AsJson, print_answer
+from fedtune.cli.finished_run import Device, Run, load_finished_run
 from fedtune.lab.studies import personalised
 from fedtune.lab.studies.personalised import Personalised, sections, to_json
 
@@ -32,20 +32,20 @@ def personalise(
     generate, chat, evaluate and compare accept its folder. For a real site, use `fedtune site personalise`. Nothing
     is charged. See docs/own_adapter.md.
     """
-    config, adapter = finished_run(run, device=device)
+    config, adapter = load_finished_run(run, device=device)
     finished = door.Run(folder=adapter.absolute().parent, config=config)
-    print_made(partial(personalised.personalise, finished, sites), as_json=as_json)
+    print_personalization(partial(personalised.personalise, finished, sites), as_json=as_json)
 
 
 @contextmanager
-def shown_progress() -> Iterator[Callable[[door.Progress], None]]:
+def show_progress() -> Iterator[Callable[[door.Progress], None]]:
     """A line on the terminal that says how far scoring, or the training of own adapters, is."""
     with Console(stderr=True).status("Loading ...") as status:
         yield lambda told: status.update(f"{told.stage} ({told.done} of {told.total})" if told.total else told.stage)
 
 
-def print_made(make: Callable[..., Mapping[str, Personalised]], *, as_json: bool) -> None:
+def print_personalization(make: Callable[..., Mapping[str, Personalised]], *, as_json: bool) -> None:
     """Train personalized adapters with `make`, and print their comparison with the other models."""
-    with shown_progress() as progress:
+    with show_progress() as progress:
         made = make(progress=progress)
-    answer(to_json(made), sections(made), as_json=as_json)
+    print_answer(to_json(made), sections(made), as_json=as_json)

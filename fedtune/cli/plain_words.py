@@ -11,38 +11,38 @@ from typing import TYPE_CHECKING, Any
 from fedtune.codec import decode
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import load_catalogue
 from fedtune.show import budget_text
-from fedtune.show.budget_text import Amount, Differences, cap_text, mechanism_text, rounded_down
-from fedtune.show.lines import printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.show.budget_text import Amount, Differences, format_cap, format_mechanism, format_rounded_down
+from fedtune.show.lines import to_printable
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
 from fedtune.spec import ConfigError
-from fedtune.words import counted, spoken, spoken_start, unbounded
+from fedtune.words import group_hex_start, pluralize, spoken, unbounded
 
 if TYPE_CHECKING:  # it takes a while to import
     from jinja2 import Environment
 
 
-def reason_text(reason: str) -> str:
+def explain_refusal(reason: str) -> str:
     """Return the explanation of a site's refusal, worded as on a report's page."""
-    return catalogue("en").texts["refusal"].get(reason, "for a reason that this version does not know")
+    return load_catalogue("en").texts["refusal"].get(reason, "for a reason that this version does not know")
 
 
-def promise_text(unit: str, *, epsilon: float, delta: float) -> str:
+def explain_guarantee(unit: str, *, epsilon: float, delta: float) -> str:
     """Return the explanation of (epsilon, delta) for one unit, worded as on a report's page."""
-    texts = catalogue("en")
+    texts = load_catalogue("en")
     factor, addition = texts.figure(epsilon, "factor"), texts.figure(delta, "exact")
     return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 
 
-def event_text(event: Event) -> str:
+def describe_event(event: Event) -> str:
     """Describe a ledger event in words."""
     detail = event.detail
     match event.kind:
@@ -52,40 +52,40 @@ def event_text(event: Event) -> str:
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
             start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
-            what = f"{printable(proposal.task)} on {printable(proposal.dataset)}"
-            each = f"{counted(plan.num_rounds, 'round')}{spare}, each {_mechanisms(dp_events.to_json(plan.event()))}"
+            what = f"{to_printable(proposal.task)} on {to_printable(proposal.dataset)}"
+            each = f"{pluralize(plan.num_rounds, 'round')}{spare}, each {_describe_mechanisms(dp_events.to_json(plan.event()))}"
             kept = f"the cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
-            return f"run accepted from lead {spoken_start(proposal.lead)}: {what}, {each}; {kept}"
+            return f"run accepted from lead {group_hex_start(proposal.lead)}: {what}, {each}; {kept}"
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
-            return f"charged{again}: {_mechanisms(detail['event'])}"
+            return f"charged{again}: {_describe_mechanisms(detail['event'])}"
         case Kind.COMMIT:
             return "reply stored, may be sent"
         case Kind.RELEASE if detail.get("what") != "offer":
-            return f"handed out: {printable(detail.get('what'))}"
+            return f"handed out: {to_printable(detail.get('what'))}"
         case Kind.RELEASE:
             noise = detail["least_noise"]
             others = "no noise would be enough" if noise is None else f"noise of at least {noise:g}"
-            rounds = counted(detail["most_rounds"], "round")
+            rounds = pluralize(detail["most_rounds"], "round")
             return f"told a lead what a run may ask for: up to {rounds}, or {others}"
         case Kind.REFUSAL:
             rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
-            numbers = [f"asked for {printable(asked, 40)}"] if asked is not None else []
-            numbers += [f"allowed {printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
-            return f"refused: {reason_text(str(rule))} ({'; '.join([*numbers, f'rule {printable(rule)}'])})"
+            numbers = [f"asked for {to_printable(asked, 40)}"] if asked is not None else []
+            numbers += [f"allowed {to_printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
+            return f"refused: {explain_refusal(str(rule))} ({'; '.join([*numbers, f'rule {to_printable(rule)}'])})"
         case Kind.NOTE:
-            return _note_text(detail)
+            return _describe_note(detail)
 
 
-def _mechanisms(data: object) -> str:
-    parts = dp_events.grouped([dp_events.from_json(data)])
-    return " and ".join(mechanism_text(part, count) for part, count in parts.items()) or "nothing"
+def _describe_mechanisms(data: object) -> str:
+    parts = dp_events.count_mechanisms([dp_events.from_json(data)])
+    return " and ".join(format_mechanism(part, count) for part, count in parts.items()) or "nothing"
 
 
-def _note_text(detail: dict[str, Any]) -> str:
+def _describe_note(detail: dict[str, Any]) -> str:
     match detail["what"]:
         case "opened":
-            whose = f"population {printable(detail['population'])} of site {printable(detail['site'])}"
+            whose = f"population {to_printable(detail['population'])} of site {to_printable(detail['site'])}"
             promise = f"protects each {detail['unit']}, delta {detail['delta']:g}, filter order {detail['order']:g}"
             return f"ledger made for {whose}: {promise}"
         case "policy":
@@ -100,20 +100,20 @@ def _note_text(detail: dict[str, Any]) -> str:
         case "date_confirmed":
             return "a person at the site confirmed the date, so that a new period of the budget may begin"
         case "restored":
-            gap = [mechanism_text(dp_events.from_json(data), count) for data, count in detail["gap"]]
+            gap = [format_mechanism(dp_events.from_json(data), count) for data, count in detail["gap"]]
             charged = f"charged what it lacked up to event {detail['end']} of the lost ledger"
             return f"a backup was put back; {charged}: {' and '.join(gap) or 'nothing'}"
         case "in_doubt":
             lacking = f"a receipt of this site's own knows event {detail['sequence']}, which is missing"
             return f"IN DOUBT: {lacking}; nothing is trained until the ledger is restored"
         case "approved" | "denied" as decided:
-            who, ticket = printable(detail["by"]) or "a person at the site", printable(detail["ticket"])
-            why = "; ".join(filter(None, (ticket and f"ticket {ticket}", printable(detail["why"]))))
+            who, ticket = to_printable(detail["by"]) or "a person at the site", to_printable(detail["ticket"])
+            why = "; ".join(filter(None, (ticket and f"ticket {ticket}", to_printable(detail["why"]))))
             return f"{who} {decided} the run as it was proposed{why and f': {why}'}"
         case "frozen":
-            return f"FROZEN, all training has ended: {printable(detail['why'])}"
+            return f"FROZEN, all training has ended: {to_printable(detail['why'])}"
         case other:
-            return f"unknown note {printable(other)}"
+            return f"unknown note {to_printable(other)}"
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:
@@ -122,16 +122,16 @@ def check_policy(file: Path, *, as_json: bool) -> None:
     Raises:
         ConfigError: the ledger was made for other values than the policy's.
     """
-    files = SiteFiles.of(file, may_be_unanswered=True)
-    policy, amount = files.policy, budget_text.amount_of(files.policy)
-    cautions = tuple(budget_text.cautions_of(policy, amount, folder=file.parent))
+    files = SiteFiles.from_site_toml(file, may_be_unanswered=True)
+    policy, amount = files.policy, budget_text.compute_amount(files.policy)
+    cautions = tuple(budget_text.list_cautions(policy, amount, folder=file.parent))
     if not as_json:  # first, since the ledger beside it may not be what it should be
         say(f"Policy of site {policy.site} ({file})", style="bold")
         headings = ("key", "value, and what it means")
-        warnings = Section(counted(len(cautions), "warning"), headings, cautions, words={0, 1})
-        meaning = _meaning(policy, amount, folder=file.parent)
+        warnings = Section(pluralize(len(cautions), "warning"), headings, cautions, words={0, 1})
+        meaning = _policy_section(policy, amount, folder=file.parent)
         show([meaning, warnings if cautions else Section(notes=["No warnings."])])
-    verified, differences = budget_text.beside_of(files)
+    verified, differences = budget_text.compare_with_ledger(files)
     if as_json:
         ledger: dict[str, Any] | None = None
         if verified is not None:
@@ -142,34 +142,36 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         warned = [{"key": key, "text": text} for key, text in cautions]
         print_json(figures | {"policy": policy.to_json(), "amount": amount, "warnings": warned, "ledger": ledger})
     else:
-        _show_beside(files.ledger, verified, differences)
+        _print_ledger_summary(files.ledger, verified, differences)
     for key, made_for, asked in differences:
         bound = f"does not fit ledger {files.ledger}, which was made for {made_for}; set it back"
         raise ConfigError(f"{file}: {key}", asked, bound)
 
 
-def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
+def _policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Section:
     shown = [model if len(model) <= 16 else f"{model[:16]}..." for model in policy.allow.base_models]
-    said = filled(
+    said = render_page(
         "policy",
         policy=policy,
         amount=amount,
         folder=folder,
         models=shown,
-        promised=promise_text(policy.population.unit, epsilon=policy.budget.max_epsilon, delta=policy.budget.delta),
+        promised=explain_guarantee(
+            policy.population.unit, epsilon=policy.budget.max_epsilon, delta=policy.budget.delta
+        ),
         no_adapter=NO_ADAPTER,
         at_once=AT_ONCE,
     )
-    return pairs({about: f"{text}\n" for about, text in said.items()})
+    return key_value_section({about: f"{text}\n" for about, text in said.items()})
 
 
-def filled(page: str, **values: object) -> dict[str, str]:
+def render_page(page: str, **values: object) -> dict[str, str]:
     """Render a page of templates/ as a mapping from headings to texts.
 
     A line indented once starts a new line of the text; a line indented further continues it.
     """
     said: dict[str, str] = {}
-    for line in _templates().get_template(f"{page}.j2").render(**values).split("\n"):
+    for line in _load_templates().get_template(f"{page}.j2").render(**values).split("\n"):
         if not line.startswith("  "):
             name = line.removesuffix(":")
         elif line.startswith("    "):
@@ -180,7 +182,7 @@ def filled(page: str, **values: object) -> dict[str, str]:
 
 
 @cache
-def _templates() -> Environment:
+def _load_templates() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
@@ -191,23 +193,23 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     made.globals["unbounded"] = math.inf
-    made.filters |= {"g": "{:g}".format, "counted": counted, "cap": cap_text, "epsilon": epsilon_text}
-    made.filters |= {"printable": printable, "spoken": spoken}
+    made.filters |= {"g": "{:g}".format, "counted": pluralize, "cap": format_cap, "epsilon": format_epsilon}
+    made.filters |= {"printable": to_printable, "spoken": spoken}
     return made
 
 
-def _show_beside(ledger: Path, verified: Verified | None, differences: Differences) -> None:
-    from fedtune.report.from_ledger import lifetime_of
+def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: Differences) -> None:
+    from fedtune.report.from_ledger import compute_current_lifetime
 
     say("")
     if verified is None:
         say(f"No ledger yet at {ledger}; it is made when the site starts.")
         return
-    figures, cap = lifetime_of(verified), verified.history.cap
+    figures, cap = compute_current_lifetime(verified), verified.history.cap
     runs = figures.reference_runs_left
-    fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
-    left = f"left for new runs {rounded_down(unbounded(figures.left))}{fits}"
-    say(f"Ledger {ledger}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(cap)}, {left}.")
+    fits = "" if runs is None else f", enough for {pluralize(runs, 'run')} like the reference"
+    left = f"left for new runs {format_rounded_down(unbounded(figures.left))}{fits}"
+    say(f"Ledger {ledger}: spent epsilon {format_epsilon(figures.epsilon)} of {format_cap(cap)}, {left}.")
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended for ever.")
     if not figures.has_guarantee:
@@ -215,19 +217,19 @@ def _show_beside(ledger: Path, verified: Verified | None, differences: Differenc
     if differences:
         say("It does not fit this policy: the site would not start.", style="bold yellow")
         for key, made_for, asked in differences:
-            say(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}")
+            say(f"  {key}: made for {to_printable(made_for)}, the policy says {to_printable(asked)}")
 
 
 def spending_json(verified: Verified) -> dict[str, Any]:
     """Return a ledger's spending under stable JSON keys, with each run's noise and trust assumptions."""
-    from fedtune.report.from_ledger import lifetime_of  # what other commands can do without
+    from fedtune.report.from_ledger import compute_current_lifetime  # what other commands can do without
 
-    life, runs = lifetime_of(verified), verified.history.runs
+    life, runs = compute_current_lifetime(verified), verified.history.runs
     rows = []
     for run in life.runs:
         plan = runs[run.run].plan
-        by_trust = plan.by_trust(run.rounds) if run.rounds else None
-        of_plan = {"noise_multiplier": plan.counted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
+        by_trust = plan.epsilons_by_trust(run.rounds) if run.rounds else None
+        of_plan = {"noise_multiplier": plan.accounted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
         rows.append(asdict(run) | of_plan)
     more = {"max_epsilon": verified.history.cap, "guarantee": life.has_guarantee, "runs": rows}
     return {key: value for key, value in asdict(life).items() if key != "cohorts" or value is not None} | more

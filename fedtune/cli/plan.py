@@ -14,26 +14,26 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Option, Overrides
-from fedtune.cli.plain_words import filled, reason_text
+from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
-from fedtune.federation.calendar import about_calendar, calendar_rows
+from fedtune.federation.calendar import calendar_rows, describe_calendar
 from fedtune.federation.planner import Change, Price, signal_to_noise
-from fedtune.federation.verdict import Verdict, strictest_of
+from fedtune.federation.verdict import DryRun, find_strictest_dry_run
 from fedtune.lab.studies.trial_search import check_trials, price_section
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION, format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import price_of
-from fedtune.show.budget_text import SEEDED, contribution, noise_words, signal_words, trust_words
-from fedtune.show.lines import duration, printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.privacy.selection import compute_search_price
+from fedtune.show.budget_text import SEEDED, describe_contribution, describe_noise, describe_trust, explain_signal
+from fedtune.show.lines import duration, to_printable
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 from fedtune.version import __version__
-from fedtune.words import counted, jsonable, size, spoken_start
+from fedtune.words import group_hex_start, jsonable, pluralize, size
 
 if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast  # which imports torch
@@ -50,7 +50,7 @@ class Outlook:
     changes: tuple[Change, ...]
     forecast: Forecast | None
     device: str
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[DryRun, ...]
     lead_assumed: bool  # policies were asked for the first lead that each allows
     # of the base model's weights; None: the settings do not pin it, and no model was loaded
     model_sha256: str | None = None
@@ -70,7 +70,7 @@ class Outlook:
         return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
 
     @property
-    def noise_of_sums(self) -> float | None:
+    def relative_secure_noise(self) -> float | None:
         """Noise in an average with secure aggregation (`secure_sums`), relative to the plan's; None if not offered.
 
         Every site's noise has the same weight in the average, so the ratio is that of the noise multipliers.  If all
@@ -79,9 +79,9 @@ class Outlook:
         return None if self.secure_sums is None else self.secure_sums.noise_multiplier / self.plan.noise_multiplier
 
     @property
-    def strictest(self) -> Verdict | None:
+    def strictest(self) -> DryRun | None:
         """The dry run of the strictest site; None without policies, or if the run has no epsilon."""
-        return strictest_of(self.verdicts) if self.verdicts and self.plan.private else None
+        return find_strictest_dry_run(self.verdicts) if self.verdicts and self.plan.private else None
 
     @property
     def calibrated(self) -> bool:
@@ -119,7 +119,7 @@ class Outlook:
                 "signal_to_noise": self.signal_to_noise,
                 "what_if_epsilon": self.epsilon,
                 "what_if": self.changes,
-                "secure_sums": sums and {"plan": sums, "noise_in_average": self.noise_of_sums},
+                "secure_sums": sums and {"plan": sums, "noise_in_average": self.relative_secure_noise},
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
                 "lead_assumed": self.lead_assumed,
                 "strictest_site": strictest.site if strictest else None,
@@ -136,51 +136,51 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
     plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
     promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
     if plan.private:
-        rounds = counted(plan.num_rounds, "round") + (f" and {plan.spare_rounds} spare" if plan.spare_rounds else "")
-        bound = f"epsilon at most {epsilon_text(outlook.price.epsilon)} at delta {plan.delta:g} for each {plan.unit}"
+        rounds = pluralize(plan.num_rounds, "round") + (f" and {plan.spare_rounds} spare" if plan.spare_rounds else "")
+        bound = f"epsilon at most {format_epsilon(outlook.price.epsilon)} at delta {plan.delta:g} for each {plan.unit}"
         promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
     console.print(promise, style=style, markup=False, highlight=False)
     sections = [
-        pairs(_facts(outlook)),
-        _sites(outlook),
-        _rounds(outlook),
-        _accountants(outlook),
-        _calendar(outlook),
-        _what_if(outlook),
-        _bytes_and_time(outlook),
-        *(_policy(verdict, outlook) for verdict in outlook.verdicts),
-        _strictest(outlook),
+        key_value_section(_fact_rows(outlook)),
+        _sites_section(outlook),
+        _rounds_section(outlook),
+        _accountants_section(outlook),
+        _calendar_section(outlook),
+        _alternatives_section(outlook),
+        _resources_section(outlook),
+        *(_policy_rows(verdict, outlook) for verdict in outlook.verdicts),
+        _strictest_section(outlook),
     ]
     show(sections, console=console)
 
 
-def _facts(outlook: Outlook) -> dict[str, str]:
+def _fact_rows(outlook: Outlook) -> dict[str, str]:
     plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
     rate, head_rate = outlook.config.training.peak_rates(clipped=plan.private)
-    return filled(
+    return render_page(
         "plan",
         outlook=outlook,
         sites=price.sites,
         rate=rate,
         head_rate=head_rate,
-        contribution=contribution(plan) if plan.unit == "user" else "",
-        noise=noise_words(plan),
-        trust=trust_words(price.by_trust) if price.by_trust is not None else "",
-        signal=signal_words(ratio, outlook.config.task) if ratio is not None and plan.private else "",
+        contribution=describe_contribution(plan) if plan.unit == "user" else "",
+        noise=describe_noise(plan),
+        trust=describe_trust(price.by_trust) if price.by_trust is not None else "",
+        signal=explain_signal(ratio, outlook.config.task) if ratio is not None and plan.private else "",
     )
 
 
-def _sites(outlook: Outlook) -> Section:
+def _sites_section(outlook: Outlook) -> Section:
     rows = []
     for name, site in outlook.price.sites.items():
         batch = f"{site.expected_batch:,.0f}" if site.expected_batch >= 100 else f"{site.expected_batch:.3g}"
         failures = f"{site.expected_failures:.3g}" if outlook.plan.private else "-"
         rows.append((name, f"{site.declared_size:,}", f"{site.weight:.0%}", batch, failures))
     headings = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
-    return Section(title="Sites", headings=headings, rows=rows, notes=list(_about_sites(outlook)))
+    return Section(title="Sites", headings=headings, rows=rows, notes=list(_site_notes(outlook)))
 
 
-def _about_sites(outlook: Outlook) -> Iterator[str]:
+def _site_notes(outlook: Outlook) -> Iterator[str]:
     price, plan = outlook.price, outlook.plan
     if not plan.private:
         yield "Nothing bounds epsilon at any site."
@@ -204,10 +204,10 @@ def _about_sites(outlook: Outlook) -> Iterator[str]:
     yield f"delta x size: {given_away}; keep it far below 1."
 
 
-def _rounds(outlook: Outlook) -> Section:
+def _rounds_section(outlook: Outlook) -> Section:
     rounds, most, rows, notes = outlook.price.rounds, outlook.plan.most_rounds, [], []
     for one in rounds:
-        epsilons = map(epsilon_text, (one.pld, one.rdp, one.filter))
+        epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
         rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
     if any(one.spare for one in rounds):
         notes.append("* a spare round: charged only when an interrupted one is tried again.")
@@ -217,7 +217,7 @@ def _rounds(outlook: Outlook) -> Section:
     return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
 
 
-def _accountants(outlook: Outlook) -> Section:
+def _accountants_section(outlook: Outlook) -> Section:
     price = outlook.price
     if not outlook.plan.private:
         return Section()
@@ -231,26 +231,26 @@ def _accountants(outlook: Outlook) -> Section:
         ("starts anew each round", price.epsilon_of_one_round, anew),
     )
     title, headings = "What each accountant would say of the whole run", ("accountant", "epsilon", "what it is")
-    return Section(title, headings, [(name, epsilon_text(found), what) for name, found, what in rows], words={0, 2})
+    return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
 
 
-def _calendar(outlook: Outlook) -> Section:
+def _calendar_section(outlook: Outlook) -> Section:
     if not (runs := outlook.price.calendar):
         return Section()
-    title, *notes = about_calendar(outlook.plan)
+    title, *notes = describe_calendar(outlook.plan)
     headings = ("run", "admits", "epsilon of\nit alone", "oldest\nafter it", "newest\nafter it")
     return Section(title, headings, tuple(calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
 
 
-def _what_if(outlook: Outlook) -> Section:
+def _alternatives_section(outlook: Outlook) -> Section:
     if not outlook.changes:
         return Section()
-    epsilon = epsilon_text(outlook.price.epsilon_of_all_runs)
+    epsilon = format_epsilon(outlook.price.epsilon_of_all_runs)
     rows = [("as planned", f"{outlook.plan.noise_multiplier:.4f}", "100%", epsilon)]
     for change in outlook.changes:
         needed = "none suffices" if change.noise_needed is None else f"{change.noise_needed:.4f}"
         noise = "-" if change.step_noise is None else f"{change.step_noise:.0%}"
-        rows.append((change.what, needed, noise, epsilon_text(change.same_noise_epsilon)))
+        rows.append((change.what, needed, noise, format_epsilon(change.same_noise_epsilon)))
     noise = f"noise multiplier\nfor epsilon {outlook.epsilon:.4g}"
     headings = ("change", noise, "noise in a\nmean gradient", "epsilon at\nthis noise")
     title = "What if" if outlook.plan.runs == 1 else f"What if: epsilon of all {outlook.plan.runs} runs"
@@ -258,17 +258,17 @@ def _what_if(outlook: Outlook) -> Section:
     return Section(title, headings, rows, notes=[note])
 
 
-def _bytes_and_time(outlook: Outlook) -> Section:
+def _resources_section(outlook: Outlook) -> Section:
     found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
     if found is None:
         return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
     ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
     at = f" at {slowest}" if num_sites > 1 else ""
-    users = f" and {counted(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
+    users = f" and {pluralize(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
     data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"
-    full = f"at its full {data.max_length} tokens" if input_of(data).modality is None else "of this size"
-    whole = f"{counted(num_sites, 'site')} and {counted(plan.num_rounds, 'round')}"
+    full = f"at its full {data.max_length} tokens" if get_input_for(data).modality is None else "of this size"
+    whole = f"{pluralize(num_sites, 'site')} and {pluralize(plan.num_rounds, 'round')}"
     alone = duration(found.seconds_one_after_another)
     rows = (
         (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
@@ -283,21 +283,21 @@ def _bytes_and_time(outlook: Outlook) -> Section:
     return Section("Bytes and time", ("what", "how much"), rows, words={0, 1}, notes=notes)
 
 
-def _policy(verdict: Verdict, outlook: Outlook) -> Section:
+def _policy_rows(verdict: DryRun, outlook: Outlook) -> Section:
     rows = []
     for one in verdict.broken:
-        asked, allowed = printable(one.asked or "-", 40), printable(one.allowed or "-", 60)
-        rows.append((f"{reason_text(one.reason)} ({one.reason})", asked, allowed))
-    lead = f"Asked by lead {spoken_start(verdict.lead)}"
+        asked, allowed = to_printable(one.asked or "-", 40), to_printable(one.allowed or "-", 60)
+        rows.append((f"{explain_refusal(one.reason)} ({one.reason})", asked, allowed))
+    lead = f"Asked by lead {group_hex_start(verdict.lead)}"
     notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else lead]
     if verdict.taken is not None and verdict.would_be is not None:
         of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
         ledger = "Its ledger" if verdict.ledger == "read" else "No ledger beside the policy; a new one"
-        left = "" if verdict.runs_left is None else f" Room for {counted(verdict.runs_left, 'run')} like this one."
-        taken, would_be = epsilon_text(verdict.taken), epsilon_text(verdict.would_be)
+        left = "" if verdict.runs_left is None else f" Room for {pluralize(verdict.runs_left, 'run')} like this one."
+        taken, would_be = format_epsilon(verdict.taken), format_epsilon(verdict.would_be)
         notes.append(f"{ledger}: epsilon {taken} taken, {would_be} with this run, by the filter; {of}.{left}")
     if rows:
-        ways = [counted(verdict.most_rounds, "round")] if verdict.most_rounds else []
+        ways = [pluralize(verdict.most_rounds, "round")] if verdict.most_rounds else []
         ways += [f"noise multiplier {verdict.least_noise:g}"] if verdict.least_noise is not None else []
         accepted = f"Would be accepted: {' or '.join(ways)}, all else as planned."
         notes.append(accepted if ways else "Neither fewer rounds nor more noise alone would be accepted.")
@@ -308,14 +308,14 @@ def _policy(verdict: Verdict, outlook: Outlook) -> Section:
     return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
 
 
-def _strictest(outlook: Outlook) -> Section:
+def _strictest_section(outlook: Outlook) -> Section:
     if (strictest := outlook.strictest) is None:
         return Section()
     if strictest.most_epsilon is None:
         never = ", ".join(one.site for one in outlook.verdicts if one.most_epsilon is None)
         return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon, by the rules above."])
     limit = strictest.limit
-    why = "" if limit is None else f" ({limit.reason}: {printable(limit.allowed or '-', 60)})"
+    why = "" if limit is None else f" ({limit.reason}: {to_printable(limit.allowed or '-', 60)})"
     everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
     most = f"{everybody} this run up to privacy.epsilon={strictest.most_epsilon:g}"
     return Section(notes=[f"Strictest site: {strictest.site}{why}; {most}."])
@@ -359,18 +359,18 @@ def plan(
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
         compose = partial(compose_run, for_real_sites=bool(policy))
-        config, planned = _planned(compose, overrides, target)
+        config, planned = _solve_plan(compose, overrides, target)
         # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
         given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
         epsilon = planner.target_epsilon(planned) if given and planned.private else config.privacy.epsilon
-        forecast, device = _forecast(config, planned) if time else (None, "")
+        forecast, device = _forecast_resources(config, planned) if time else (None, "")
         # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
         sha256, sizes = config.model.sha256, config.declared_sizes()
         if sha256 is None and time:
             from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
             sha256 = model_sha256(config.model)
-        ask = partial(verdict.ask, declared_sizes=sizes, find_most_epsilon=planned.private)
+        ask = partial(verdict.dry_run, declared_sizes=sizes, find_most_epsilon=planned.private)
         outlook = Outlook(
             config=config,
             price=planner.price(planned, sizes, before=config.federation.renewal),
@@ -382,9 +382,9 @@ def plan(
             verdicts=tuple(ask(path, config.proposal(lead=asks, plan=planned)) for path, asks in leads.items()),
             lead_assumed=lead is None,
             model_sha256=sha256,
-            secure_sums=_secure_sums(config, planned, epsilon),
+            secure_sums=_plan_secure_aggregation(config, planned, epsilon),
         )
-        searched = None if trials is None else price_of([planned] * trials)
+        searched = None if trials is None else compute_search_price([planned] * trials)
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if as_json:
         print_json(figures)
@@ -394,7 +394,7 @@ def plan(
         show([price_section(searched, seeded_noise=config.runtime.seeded_noise)])
 
 
-def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
+def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
     """Plan the same run with secure aggregation; None if it is used already, or the settings exclude it."""
     if not planned.private or planned.shared is not None:
         return None
@@ -407,7 +407,7 @@ def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> Plan | Non
         return None
 
 
-def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
+def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
     if target is None:
         config = compose(overrides)
         return config, config.plan()
@@ -431,18 +431,18 @@ def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) 
     return config, planner.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
 
 
-def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
+def _forecast_resources(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Forecast bytes and time; return them with the type of device that they hold for."""
     # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
     from fedtune.federation.forecast import forecast
-    from fedtune.ops.round_bytes import round_bytes
+    from fedtune.ops.round_bytes import estimate_round_bytes
     from fedtune.tasks.task_model import build_task_model
-    from fedtune.training.machine import device_for, ready_model
+    from fedtune.training.machine import prepare_model, resolve_device
 
     runtime, length = config.runtime, config.data.max_length
     # A plan for a GPU can be made on a machine without one.
-    device = device_for(runtime.device, must_exist=False)
-    model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
-    sizes, traffic = config.declared_sizes(), round_bytes(config, plan, model)
+    device = resolve_device(runtime.device, must_exist=False)
+    model = prepare_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
+    sizes, traffic = config.declared_sizes(), estimate_round_bytes(config, plan, model)
     made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, traffic=traffic)
     return made, device.type

@@ -19,16 +19,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
+from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
+from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, key_fingerprint
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.members import JoinRequest, Member
 from fedtune.ops.kits.provisioning import Admitted
-from fedtune.show.lines import printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_agreed, say, show
+from fedtune.show.lines import to_printable
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import counted, spoken
+from fedtune.words import pluralize, spoken
 
 app = group(__doc__)
 _MOST_TEXT = 1000
@@ -48,7 +48,7 @@ def init(
 
     The folder must not exist yet. It contains secret keys; keep authority/ca_key.pem offline when it is not needed.
     """
-    made = provisioning.init(file, out=out, now=datetime.now(UTC))
+    made = provisioning.init_federation(file, out=out, now=datetime.now(UTC))
     say(f"Federation {made.settings.name} is in {made.folder}/.", style="bold")
     uses = {
         "authority": "signs certificates; keep it offline, and a backup of it",
@@ -58,12 +58,14 @@ def init(
     rows = [(f"{of}/", use, f"{made.certificates[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
     rows.append(("sites/", "the sites' kits, as they join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
-    _compare("Keys of the federation, to be read out to each site over the telephone:", _keys_of(made))
+    _print_fingerprints(
+        "Keys of the federation, to be read out to each site over the telephone:", _federation_keys(made)
+    )
     server = f"Copy {made.folder}/server to the machine that {made.settings.server} names"
     let_in = f"fedtune provision add-site join_request.json --federation {made.folder}"
     offline = f"Move {made.folder}/authority to a place that is offline. Only adding and renewing need it."
     ask = "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in"
-    _steps(offline, f"{server}, and start there what its README.md says.", f"{ask}: {let_in}")
+    _print_steps(offline, f"{server}, and start there what its README.md says.", f"{ask}: {let_in}")
 
 
 @command(app, "let a site in", name="add-site")
@@ -78,8 +80,8 @@ def add_site(
     Run this command during a phone call with the site. It shows the keys to compare and asks whether they agree;
     nothing is changed until you confirm. Then it says which file to send to whom.
     """
-    asked, let_in = provisioning.ask_to_add(federation, request=request, days=days, now=datetime.now(UTC))
-    _require_compared(federation, asked, already=compared)
+    asked, let_in = provisioning.check_join_request(federation, request=request, days=days, now=datetime.now(UTC))
+    _require_keys_compared(federation, asked, already=compared)
     done = let_in()
     say(f"Site {done.member.site} is in the federation.", style="bold")
     _show_admitted(federation, done)
@@ -109,14 +111,14 @@ def renew_site(
             raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
         done = provisioning.renew_site(federation, name, days=days, now=now)
     else:
-        asked, let_in = provisioning.ask_to_renew(
+        asked, let_in = provisioning.check_renewal_request(
             federation, name, request=request, days=days, new_site_key=new_site_key, now=now
         )
-        _require_compared(federation, asked, already=compared)
+        _require_keys_compared(federation, asked, already=compared)
         done = let_in()
     say(f"Site {done.member.site} is renewed. Nothing changes at the others.", style="bold")
     for change in done.changes:
-        say(printable(change, _MOST_TEXT))
+        say(to_printable(change, _MOST_TEXT))
     _show_admitted(federation, done, new_to_server=bool(done.changes))  # which knows the site by its key
 
 
@@ -128,20 +130,20 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
     """
     member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
     say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
-    _steps(_copy_the_roster(federation))
+    _print_steps(_roster_instruction(federation))
     say(f"To let it in again, with a new key: fedtune provision renew-site {member.site} REQUEST")
 
 
 @command(app, "a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
     """Create a new certificate for the server's key, for the server names now in federation.toml."""
-    _renew("server", federation, days)
+    _renew_certificate("server", federation, days)
 
 
 @command(app, "a new certificate for the lead", name="renew-lead")
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     """Create a new certificate for the lead's connection key. The key that signs requests stays the same."""
-    _renew("lead", federation, days)
+    _renew_certificate("lead", federation, days)
 
 
 @command(app, "the members, and when their certificates end", name="list")
@@ -152,14 +154,14 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     for member in made.roster.sites:
         datasets = "\n".join(f"{name} ({size:,})" for name, size in member.datasets.items())
         state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
-        rows.append((member.site, state, _until(Certificate.of(member.issued), now), datasets))
+        rows.append((member.site, state, _format_expiry(Certificate.from_x509(member.x509_certificate), now), datasets))
     headings, none = ("site", "state", "certificate until", "data sets (declared size)"), ["None has joined yet."]
-    sites = Section(counted(len(rows), "site"), headings, rows, words=range(4), notes=[] if rows else none)
-    own = [(name, _until(certificate, now)) for name, certificate in made.certificates.items()]
+    sites = Section(pluralize(len(rows), "site"), headings, rows, words=range(4), notes=[] if rows else none)
+    own = [(name, _format_expiry(certificate, now)) for name, certificate in made.certificates.items()]
     sections = [sites, Section("The federation's own certificates", ("of", "until"), own, words={0, 1})]
     heading = f"Federation {made.settings.name}, server {made.settings.server}"
-    answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
-    for warning in [] if as_json else _warnings(made, now):
+    print_answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
+    for warning in [] if as_json else _expiry_warnings(made, now):
         say(warning, style="bold yellow")
 
 
@@ -180,20 +182,20 @@ def restore(
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
 ) -> None:
     """Restore the federation's folder from a backup."""
-    from fedtune.ops.backup import put_back_federation
+    from fedtune.ops.backup import restore_federation
 
-    put_back_federation(file, out=out)
+    restore_federation(file, out=out)
     again = "Revoke again whom you revoked after the backup, and let in again whom you let in after it."
     say(f"The federation's folder is {out}. {again}")
 
 
-def _copy_the_roster(folder: Path) -> str:
+def _roster_instruction(folder: Path) -> str:
     until_then = "Until then nothing changes there; no restart is needed."
     other = f"A lead's kit on another machine needs {folder}/lead/roster.json."
     return f"Copy {folder}/server/roster.json into the server's kit. {until_then} {other}"
 
 
-def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
+def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
     """Show the keys of both sides, and ask a person to confirm that the site has the same ones, unless `already`
     confirmed.
 
@@ -204,65 +206,69 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
     for name, declared_size in request.datasets.items():
         say(f"Data set {name}: declared size {declared_size:,}.")
     call = "Telephone, at a number that you know from elsewhere, and let the site read out these."
-    keys = {"connection key": fingerprint_of(request.node_key), "site key": request.site_key}
-    _compare(f"{call} If one differs, somebody else made the request.", keys)
-    _compare("Read out these; the site notes them, and later compares them with its kit's README.md.", _keys_of(made))
+    keys = {"connection key": key_fingerprint(request.node_key), "site key": request.site_key}
+    _print_fingerprints(f"{call} If one differs, somebody else made the request.", keys)
+    _print_fingerprints(
+        "Read out these; the site notes them, and later compares them with its kit's README.md.", _federation_keys(made)
+    )
     say("")
     if not already:
         otherwise = f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the "
         otherwise += "request is somebody else's: have the site send its own again, over another way"
-        require_agreed("Did the site read out the same?", otherwise=otherwise)
+        require_confirmation("Did the site read out the same?", otherwise=otherwise)
 
 
 def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
-    say(f"Its certificate is valid until {Certificate.of(done.member.issued).not_after:%Y-%m-%d}.")
-    roster = [_copy_the_roster(folder)] if new_to_server else []
-    _steps(f"Send {done.archive} to the site; nothing in it is secret.", *roster)
+    say(f"Its certificate is valid until {Certificate.from_x509(done.member.x509_certificate).not_after:%Y-%m-%d}.")
+    roster = [_roster_instruction(folder)] if new_to_server else []
+    _print_steps(f"Send {done.archive} to the site; nothing in it is secret.", *roster)
 
 
-def _renew(of: Literal["server", "lead"], folder: Path, days: int | None) -> None:
-    certificate = provisioning.renew(folder, of, days=days, now=datetime.now(UTC))
+def _renew_certificate(of: Literal["server", "lead"], folder: Path, days: int | None) -> None:
+    certificate = provisioning.renew_own_certificate(folder, of, days=days, now=datetime.now(UTC))
     say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
     kit = f"from {folder / of} into the {of}'s kit, unless it is used from this folder"
     running = "A server that runs takes the certificate within seconds; after a change of kit.toml start it again."
-    _steps(f"Copy kit.toml, {of}.pem and README.md {kit}. {running}")
+    _print_steps(f"Copy kit.toml, {of}.pem and README.md {kit}. {running}")
 
 
-def _compare(title: str, fingerprints: Mapping[str, str]) -> None:
+def _print_fingerprints(title: str, fingerprints: Mapping[str, str]) -> None:
     say("\n" + title)
     for name, fingerprint in fingerprints.items():
         say(f"  {name:<14}  {spoken(fingerprint)}")
 
 
-def _steps(*steps: str) -> None:
+def _print_steps(*steps: str) -> None:
     say("\nWhat to do next:", style="bold")
     for number, step in enumerate(steps, 1):
         say(f" {number}. {step}")
 
 
-def _keys_of(made: FederationFolder) -> dict[str, str]:
+def _federation_keys(made: FederationFolder) -> dict[str, str]:
     return {"lead": made.lead_key, "authority": made.certificates["authority"].fingerprint}
 
 
-def _until(certificate: Certificate, now: datetime) -> str:
-    return f"{certificate.not_after:%Y-%m-%d} ({_left(certificate, now)})"
+def _format_expiry(certificate: Certificate, now: datetime) -> str:
+    return f"{certificate.not_after:%Y-%m-%d} ({_format_days_left(certificate, now)})"
 
 
-def _left(certificate: Certificate, now: datetime) -> str:
-    return "expired" if now > certificate.not_after else f"{counted(certificate.days_left(now), 'day')} left"
+def _format_days_left(certificate: Certificate, now: datetime) -> str:
+    return "expired" if now > certificate.not_after else f"{pluralize(certificate.days_left(now), 'day')} left"
 
 
-def _warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
+def _expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
     """Yield a warning for each certificate that has expired or is about to, with the command that renews it."""
     members = [one for one in made.roster.sites if not one.revoked]
-    found = [(f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}") for one in members]
+    found = [
+        (f"site {one.site}", Certificate.from_x509(one.x509_certificate), f"renew-site {one.site}") for one in members
+    ]
     own = made.certificates
     found += [(f"the {kind}", own[kind], f"renew-{kind}") for kind in ("server", "lead")]
     for name, certificate, renewal in found:
         if certificate.days_left(now) < SOON_DAYS:
-            yield f"The certificate of {name}: {_left(certificate, now)}. Renew it: fedtune provision {renewal}"
+            yield f"The certificate of {name}: {_format_days_left(certificate, now)}. Renew it: fedtune provision {renewal}"
     if own["authority"].days_left(now) < SOON_DAYS:
-        yield f"The authority: {_left(own['authority'], now)}. Provision the federation again."
+        yield f"The authority: {_format_days_left(own['authority'], now)}. Provision the federation again."
 
 
 def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
@@ -273,13 +279,13 @@ def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
         "lead": made.lead_key,
         "certificates": {name: _certificate_json(certificate, now) for name, certificate in made.certificates.items()},
         "sites": [_member_json(member, now) for member in made.roster.sites],
-        "warnings": [*_warnings(made, now)],
+        "warnings": [*_expiry_warnings(made, now)],
     }
 
 
 def _member_json(member: Member, now: datetime) -> dict[str, Any]:
-    certificate = _certificate_json(Certificate.of(member.issued), now)
-    keys = {"connection_key_sha256": fingerprint_of(member.node_key), "site_key": member.site_key}
+    certificate = _certificate_json(Certificate.from_x509(member.x509_certificate), now)
+    keys = {"connection_key_sha256": key_fingerprint(member.node_key), "site_key": member.site_key}
     datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
     return {"site": member.site, "revoked": member.revoked, "certificate": certificate, **keys, "datasets": datasets}
 

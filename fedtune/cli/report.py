@@ -20,23 +20,23 @@ from typing import Annotated
 
 import click
 
-from fedtune.cli.command import Argument, AsJson, Group, Language, Option, answer, command, group
-from fedtune.cli.ledger import ledger_file
+from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group, print_answer
+from fedtune.cli.ledger import find_ledger_file
 from fedtune.config import saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.about import AboutSpec
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, Known, check_report
-from fedtune.report.derive.verdicts import outcome_of, room_of
+from fedtune.report.derive.verdicts import explain_missing_room, report_outcome
 from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, schema_text
-from fedtune.report.page.catalogue import catalogue
-from fedtune.show.lines import printable
+from fedtune.report.page.catalogue import load_catalogue
+from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import Section, say
 from fedtune.spec import ConfigError, RunError
 
@@ -96,27 +96,27 @@ def build(
 
         if anchor is not None:
             raise ConfigError("--anchor", str(anchor), "belongs to a ledger's report; this is a run folder")
-        report, folder, settings = from_run.build(path), path, saved_config(path).report
+        report, folder, settings = from_run.build_run_report(path), path, saved_config(path).report
         own_language, about, place = settings.language, settings.about, "report.about"
     else:
         from fedtune.report import from_ledger
 
-        ledger = SiteFiles.of(path).ledger if of_policy else ledger_file(str(path))
-        report = from_ledger.build(path if of_policy else ledger, anchor=anchor)
+        ledger = SiteFiles.from_site_toml(path).ledger if of_policy else find_ledger_file(str(path))
+        report = from_ledger.build_ledger_report(path if of_policy else ledger, anchor=anchor)
         folder = ledger.with_name(f"{ledger.name}.report")
         own_language, about, place = "en", read_policy(path).about if of_policy else AboutSpec(), "[about] of site.toml"
     if key is not None:
-        report = signing.signed(report, key)
-        signing.check(report)  # a ledger's report is signed by the key that its events are signed by
+        report = signing.sign_report(report, key)
+        signing.verify_report_signature(report)  # a ledger's report is signed by the key that its events are signed by
     from fedtune.data.records import resolve_file
-    from fedtune.report.page.render import as_svg, write_files
-    from fedtune.report.registry_entry import REGISTRY, entry, to_text
+    from fedtune.report.page.render import render_label, write_files
+    from fedtune.report.registry_entry import REGISTRY, build_registry_entry, registry_to_json
     from fedtune.version import shipped_folders
 
     spoken = language or own_language
-    beside = {LABEL: as_svg(report, language=spoken).encode()} if label else {}
+    beside = {LABEL: render_label(report, language=spoken).encode()} if label else {}
     if registry:
-        beside[REGISTRY] = to_text(report, about).encode()
+        beside[REGISTRY] = registry_to_json(report, about).encode()
     if verifier:
         beside[_VERIFIER] = resolve_file(f"verifier/{_VERIFIER}", shipped_folders(), key="--verifier").read_bytes()
     if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
@@ -126,14 +126,14 @@ def build(
         beside |= card_of_adapter(folder, report)
     paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
-        say(catalogue("en").code("banner", code).unescape(), style="bold yellow")
-    verdict, style = verdict_line(report)
+        say(load_catalogue("en").code("banner", code).unescape(), style="bold yellow")
+    verdict, style = format_verdict(report)
     say(verdict, style=style)
     if report.epsilon:
-        say(catalogue("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
+        say(load_catalogue("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
     for written in (path for path in paths if path.parent == (output or folder)):
         say(f"{written.name + ':':<12} {written}")
-    if registry and (missing := entry(report, about)["missing"]):
+    if registry and (missing := build_registry_entry(report, about)["missing"]):
         text = f"{REGISTRY} lacks what only a person can say, in {place}: {', '.join(missing)}"
         say(text, style="bold yellow")
 
@@ -171,24 +171,24 @@ def verify(
     path, report = signing.read_report(file)
     if model is not None and not model.is_dir():
         raise ConfigError("--model", str(model), "must be a folder")
-    key, site_keys, *of_roster = _keys_by_roster(report, roster, key) if roster else (key, None)
+    key, site_keys, *of_roster = _keys_from_roster(report, roster, key) if roster else (key, None)
     known = Known(key=key, site_keys=site_keys, config_sha256=config, model=model)
     found = (*check_report(path, report, known), *of_roster)
     rows, styles = list[tuple[str, ...]](), dict[int, str]()
-    about = f"{report.verdict.state}, epsilon {epsilon_text(report.epsilon)} at delta {report.facts.delta:g}"
+    about = f"{report.verdict.state}, epsilon {format_epsilon(report.epsilon)} at delta {report.facts.delta:g}"
     rows.append(("it says", "", about))
     for check in found:
         mark, styles[len(rows)] = _MARKS[check.state]
         rows.append((check.name, mark, check.text))
         for problem in check.problems[:_MOST_PROBLEMS]:
-            said, again = printable(problem.said), printable(problem.found)
-            rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
+            said, again = to_printable(problem.said), to_printable(problem.found)
+            rows.append(("", "", f"{to_printable(problem.where)} says {said}, found {again}"))
         if len(check.problems) > _MOST_PROBLEMS:
             rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
-    heading = f"{path}: report of {report.facts.kind} {printable(report.facts.name)}"
+    heading = f"{path}: report of {report.facts.kind} {to_printable(report.facts.name)}"
     figures = {"verdict": report.verdict.state, "epsilon": report.epsilon}
-    answer({"file": str(path), **figures, "checks": found}, [section], as_json=as_json, heading=heading)
+    print_answer({"file": str(path), **figures, "checks": found}, [section], as_json=as_json, heading=heading)
     for state, said in (("wrong", "does not hold"), ("missing", "is not shown to hold; not compared")):
         if names := [check.name for check in found if check.state == state]:
             raise RunError(f"{path} {said}: {', '.join(names)}")
@@ -200,7 +200,7 @@ def schema() -> None:
     sys.stdout.write(schema_text())
 
 
-def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
+def _keys_from_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
     """Return the key that must have signed the report, the sites' keys, and the check of the roster.
 
     A ledger's report is signed by its site; a run's report by the lead, who also signed the roster.
@@ -216,23 +216,23 @@ def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, M
     if isinstance(report.facts, LedgerFacts):
         site = report.facts.site
         if (member := next((one for one in roster.sites if one.site == site), None)) is None:
-            raise ConfigError("--roster", str(path), f"must list the site {printable(site)}")
+            raise ConfigError("--roster", str(path), f"must list the site {to_printable(site)}")
         text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked."
         if member.revoked:
             text += f" {site} was revoked at {member.revoked}; a later report is none of this federation."
-        return key or member.site_key, keys, Check(name="roster", state="not_checked", text=printable(text))
+        return key or member.site_key, keys, Check(name="roster", state="not_checked", text=to_printable(text))
     signer = key or (report.signature.key if report.signature else "")
     try:
-        roster.check_signed(signer)
+        roster.check_lead_signature(signer)
     except ConfigError:
         raise RunError(f"the report is not signed by the lead, who signed {path}") from None
     return signer, keys, Check(name="roster", state="right", text=f"The key that signed the report signed {path}, too.")
 
 
-def verdict_line(report: Report) -> tuple[str, str]:
+def format_verdict(report: Report) -> tuple[str, str]:
     """Return the verdict with its epsilon and delta, and the style to print it in."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
-    style, facts = _NO_ROOM if room_of(report) else _STYLES[report.verdict.state], report.facts
-    said = catalogue("en").texts["verdict"][outcome_of(report)]
+    style, facts = _NO_ROOM if explain_missing_room(report) else _STYLES[report.verdict.state], report.facts
+    said = load_catalogue("en").texts["verdict"][report_outcome(report)]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
-    return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {facts.delta:g} for each {facts.unit}", style
+    return f"{shown}: epsilon {format_epsilon(report.epsilon)} at delta {facts.delta:g} for each {facts.unit}", style

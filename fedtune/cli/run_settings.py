@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from fedtune.api.compose import compose_run, for_hydra, with_interpolations
-from fedtune.api.experiment_file import composed_files, hydra_node
+from fedtune.api.compose import compose_run, hydra_overrides, restore_interpolations
+from fedtune.api.experiment_file import list_composed_files, read_hydra_settings
 from fedtune.config import RunConfig
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import AT_SITE
@@ -53,9 +53,15 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
         usual = asdict(PartitionSpec()).items()
         others += ["runtime=deployment", f"data.train_file={AT_SITE}"]
         others += [f"data.partition.{key}={json.dumps(value)}" for key, value in usual]
-    named = _names(wanted[-1]) if wanted else config.federation.active if begun else _in_experiment(others, kit)
+    named = (
+        _parse_site_names(wanted[-1])
+        if wanted
+        else config.federation.active
+        if begun
+        else _experiment_participants(others, kit)
+    )
     chosen = members(kit, named)
-    given = [*others, *_of_sites([member.site for member in chosen]), "federation.participants=[]"]
+    given = [*others, *_site_overrides([member.site for member in chosen]), "federation.participants=[]"]
     if "data.declared_sizes" in typed:
         return compose_run(given)
     # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
@@ -68,21 +74,21 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
 
 
-def _of_sites(names: Sequence[str]) -> list[str]:
+def _site_overrides(names: Sequence[str]) -> list[str]:
     listed = ",".join(f"'{name}'" for name in names)
     return [f"federation.num_sites={len(names)}", f"federation.site_names=[{listed}]"]
 
 
-def _in_experiment(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
+def _experiment_participants(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
     """Return the sites that an experiment file names in `federation.participants`; empty: the whole roster takes
     part.
     """
     others = [word for word in words if not word.startswith("data.declared_sizes=")]
-    known = _of_sites([member.site for member in members(kit, ())])
+    known = _site_overrides([member.site for member in members(kit, ())])
     return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
 
 
-def _names(override: str) -> list[str]:
+def _parse_site_names(override: str) -> list[str]:
     value = override.partition("=")[2]
     found = re.fullmatch(r"\[(.*)\]", value.strip())
     names = [name.strip().strip("'\"") for name in (found[1] if found else value).split(",")]
@@ -91,25 +97,25 @@ def _names(override: str) -> list[str]:
     return names
 
 
-def show_config(
+def print_config(
     words: Sequence[str], *, kit: Path | None, cfg: str | None, package: str | None, resolve: bool, info: str | None
 ) -> None:
     """Print the composed settings, or where they come from, and run nothing."""
     words = [word for word in words if not word.lstrip("+").startswith("audit.")]
     config = compose_run(words) if kit is None else compose_for_sites(words, kit=Kit.read(kit, kind="lead"))
     ours = [word for word in words if not (kit and word.startswith("sites="))]
-    hydras = for_hydra(ours)
+    hydras = hydra_overrides(ours)
     if info is not None:
-        node = hydra_node(hydras)
+        node = read_hydra_settings(hydras)
         path = [(one["provider"], f"{one['schema']}://{one['path']}") for one in node["runtime"]["config_sources"]]
-        headings, files = ("file", "package", "named by"), composed_files(hydras)
+        headings, files = ("file", "package", "named by"), list_composed_files(hydras)
         tables = {"searchpath": Section("Search path", ("provider", "path"), path, words={0, 1})}
         tables["defaults"] = Section("Files, in their order", headings, files, words={0, 1, 2})
         show(table for name, table in tables.items() if info in (name, "all"))
         return
     begun = any(word.startswith(("resume=", "renew=")) for word in words)
-    job = config.to_json() if resolve or begun else with_interpolations(config, ours)
-    found: Any = ({} if cfg == "job" else {"hydra": hydra_node(hydras)}) | ({} if cfg == "hydra" else job)
+    job = config.to_json() if resolve or begun else restore_interpolations(config, ours)
+    found: Any = ({} if cfg == "job" else {"hydra": read_hydra_settings(hydras)}) | ({} if cfg == "hydra" else job)
     for name in package.split(".") if package else ():
         if not (isinstance(found, dict) and name in found):
             raise ConfigError("--package", package, f"must be one of {', '.join(found)}")

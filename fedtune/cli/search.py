@@ -6,10 +6,10 @@ from typing import Annotated
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option, Overrides, same_command
-from fedtune.cli.interruptible_run import run_in_a_line, show_trials
+from fedtune.cli.command import AsJson, Option, Overrides, resume_command
+from fedtune.cli.interruptible_run import run_with_summary, show_trials
 from fedtune.lab.studies.trial_search import Method, Search, price_section
-from fedtune.lab.studies.trials import Trial, Trials
+from fedtune.lab.studies.trials import SearchTrial, Trials
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
@@ -35,19 +35,19 @@ def search(
     Repeat the same command to resume the search. See docs/search.md for the guarantee.
     """
     console = Console(stderr=as_json)
-    found = Search.of(overrides, method, trials=trials)
+    found = Search.from_overrides(overrides, method, trials=trials)
     show([price_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)], console=console)
     found.check_room()
     options = [f"--method={method}", *([] if trials is None else [f"--trials={trials}"])]
-    again = same_command("search", *overrides, name=found.asked.name, options=options)
+    again = resume_command("search", *overrides, name=found.asked.name, options=options)
     tried = Trials(found.folder / "trials.csv", fewest=1)
     try:
         with Session() as session:
 
-            def work(trial: Trial) -> RunResult:
+            def work(trial: SearchTrial) -> RunResult:
                 values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
                 say(f"\ntrial {len(tried.rows) + 1} of {found.number}: {values}", style="bold", console=console)
-                return run_in_a_line(trial, console=console, name=trial.folder.name, session=session)
+                return run_with_summary(trial, console=console, name=trial.folder.name, session=session)
 
             found.run(tried, work)
     finally:
@@ -56,7 +56,7 @@ def search(
         elif tried.rows:
             show_trials(console, tried, again=again)
     if (best := tried.best) is not None:
-        say(found.picked_text(best), console=console)
+        say(found.describe_selection(best), console=console)
         return
     say("Nothing is picked: no trial has a score.", console=console)
-    tried.raise_first()
+    tried.raise_first_error()

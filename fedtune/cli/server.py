@@ -45,7 +45,10 @@ def start(
     os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(log_level)
     service = ServerService(kit=own, host=host, port=port, data=data, health=(endpoint := Endpoint()))
-    with serve_health(health, endpoint, anywhere=health_anywhere), serve_metrics(metrics, service.metrics.figures):
+    with (
+        serve_health(health, endpoint, anywhere=health_anywhere),
+        serve_metrics(metrics, service.metrics.collect_values),
+    ):
         service.run()
 
 
@@ -68,8 +71,8 @@ def restore(
     """Restore the messages of a server that has none. Messages that arrived after the backup are lost; sites and lead
     send again what is still needed.
     """
-    from fedtune.ops.backup import put_back_server
+    from fedtune.ops.backup import restore_server
 
     os.umask(0o077)
-    put_back_server(file, data=data or kit)
+    restore_server(file, data=data or kit)
     sys.stdout.write("Put back. Start the server.\n")

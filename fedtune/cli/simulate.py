@@ -30,28 +30,28 @@ def simulate(
     # Hydra and the accountants take more than a second to import, and --help needs none of them.
     from rich.console import Console
 
-    from fedtune.api.compose import compose_run, quoted
-    from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, several_runs
+    from fedtune.api.compose import compose_run, quote_word
+    from fedtune.cli.interruptible_run import run_shown_public_stage, run_simulation, run_with_summary, several_runs
     from fedtune.lab.studies.trials import Trials
-    from fedtune.runs.place_of_run import folder_of
+    from fedtune.runs.place_of_run import find_run_folder
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
     from fedtune.sites.session import Session
     from fedtune.spec import ConfigError
 
     console = Console(stderr=as_json)
-    overrides = overrides if renew is None else (*overrides, f"renew={quoted(str(renew))}")
+    overrides = overrides if renew is None else (*overrides, f"renew={quote_word(str(renew))}")
     overrides = (*overrides, "tracking.log_level=debug") if verbose else overrides
-    trials = Trials.of_sweep(overrides) if multirun else None
+    trials = Trials.from_sweep(overrides) if multirun else None
     runs = [trial.config for trial in trials.rows.values()] if trials else [compose_run(overrides)]
     if any(config.runtime.kind == "deployment" for config in runs):
         raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if trials and len(runs) > 1:
         again = ["simulate", "-m", *trials.again]
         with several_runs(trials, console, again=again, as_json=as_json), Session() as session:
-            trials.run(lambda trial: run_in_a_line(trial, console=console, name=trial.folder.name, session=session))
+            trials.run(lambda trial: run_with_summary(trial, console=console, name=trial.folder.name, session=session))
         return
-    config = after_shown_public_stage(runs[0], console, again=["simulate", *overrides])
-    folder = folder_of(config)
+    config = run_shown_public_stage(runs[0], console, again=["simulate", *overrides])
+    folder = find_run_folder(config)
     result = run_simulation(config, folder, console)
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result}]})

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 from fedtune.evaluation.spec import SMALLEST
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 if TYPE_CHECKING:
     from fedtune.cli.site_actions import AtSite
@@ -70,7 +70,7 @@ def init(
 ) -> None:
     """Create the site's keys and a request to join. The keys are created here and never leave the site."""
     folder = (out or site).absolute().parent
-    _as_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
+    _switch_to_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
     from fedtune.ops.kits.members import next_steps, site_init
     from fedtune.show.terminal_tables import say
 
@@ -120,7 +120,7 @@ def start(
 
     A new certificate copied into the kit is used within seconds.
     """
-    own = _own_kit(kit)
+    own = _read_own_kit(kit)
     from fedtune.ops.health import Health as Endpoint
     from fedtune.ops.health import serve_health
     from fedtune.ops.logs import configure_logs
@@ -130,8 +130,8 @@ def start(
     configure_logs(log_level)
     endpoint = Endpoint()
     figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
-    with serve_health(health, endpoint, anywhere=health_anywhere), serve_metrics(metrics, figures.figures):
-        SiteService(kit=own, site_toml=site, health=endpoint, answered=figures.answered).run()
+    with serve_health(health, endpoint, anywhere=health_anywhere), serve_metrics(metrics, figures.collect_values):
+        SiteService(kit=own, site_toml=site, health=endpoint, answered=figures.record_answer).run()
 
 
 @command(app, "what a run would cost; let it start")
@@ -150,11 +150,11 @@ def approve(
     Required if site.toml contains approval = "manual". The site does nothing for a run before it is approved.
     """
     if run is None:
-        _at_site(kit, site).show_waiting(as_json=as_json)
+        _load_site_actions(kit, site).show_waiting(as_json=as_json)
     elif as_json:
         raise ConfigError("--json", NOT_GIVEN, "does not go with RUN")
     else:
-        _at_site(kit, site).approve(run, yes=yes, by=by, ticket=ticket, reason=reason)
+        _load_site_actions(kit, site).approve(run, yes=yes, by=by, ticket=ticket, reason=reason)
 
 
 @command(app, "refuse a run for good, also one that has begun")
@@ -174,7 +174,7 @@ def deny(
     The lead only receives 'denied': the reason stays at the site. A run with other settings is a new run, which
     waits for approval again.
     """
-    _at_site(kit, site).deny(run, reason, by=by, ticket=ticket)
+    _load_site_actions(kit, site).deny(run, reason, by=by, ticket=ticket)
 
 
 @command(app, "the federation's sites, beside those that this one sums with")
@@ -190,7 +190,7 @@ def members(
     key with that site directly. The command cannot tell an older roster from the newest: ask the lead for its
     number.
     """
-    _at_site(kit, site).show_members(roster, as_json=as_json)
+    _load_site_actions(kit, site).show_members(roster, as_json=as_json)
 
 
 @command(app, "score a final adapter on held-out records")
@@ -207,7 +207,7 @@ def score(
     Requires final_adapter = "keep" at the site, and data.heldout_fraction above 0 in the run. The scores are exact.
     They are only printed here: nothing is charged, and nothing leaves the site.
     """
-    _at_site(kit, site).score(run, by=by, smallest=smallest, as_json=as_json)
+    _load_site_actions(kit, site).score(run, by=by, smallest=smallest, as_json=as_json)
 
 
 @command(app, "the site's own model, which stays here")
@@ -217,20 +217,20 @@ def personalise(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson 
     Requires final_adapter = "keep". Nothing leaves the site, and nothing is charged. The result has no guarantee
     for the site's records: keep its folder, KIT/private_to_SITE/RUN, here. No run starts from it.
     """
-    _at_site(kit, site).personalise(run, as_json=as_json)
+    _load_site_actions(kit, site).personalise(run, as_json=as_json)
 
 
 @command(app, "pause")
 def pause(kit: KitFolder) -> None:
     """Pause the site. It answers every request with 'paused' until `fedtune site resume`."""
-    _site_state(kit).set_paused(True)
+    _load_site_state(kit).set_paused(True)
     sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
 
 
 @command(app, "go on after a pause")
 def resume(kit: KitFolder) -> None:
     """Take part again."""
-    _site_state(kit).set_paused(False)
+    _load_site_state(kit).set_paused(False)
     sys.stdout.write("The site takes part again.\n")
 
 
@@ -240,21 +240,21 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
 
     The ledger keeps its spending.
     """
-    own, state = _own_kit(kit), _site_state(kit)
+    own, state = _read_own_kit(kit), _load_site_state(kit)
     files = own.site_files(site)
-    ledger = files.open()
-    state.left.touch()  # first, so that no run begins meanwhile
+    ledger = files.open_ledger()
+    state.left_file.touch()  # first, so that no run begins meanwhile
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
     for name in open_runs:
-        ledger.end(name)
-    ended = f"{counted(len(open_runs), 'open run')} ended, and what they had set aside is free"
+        ledger.end_run(name)
+    ended = f"{pluralize(len(open_runs), 'open run')} ended, and what they had set aside is free"
     told = (
         f"{own.site} has left {own.federation}; {ended}.\nA running `fedtune site start` stops by itself. Ask the lead "
     )
     told += (
         f"to shut the site out:\n  fedtune provision revoke-site {own.site}\nKeep {files.ledger} and {files.site_key}: "
     )
-    sys.stdout.write(f"{told}they show what was spent. To come back, remove {state.left}.\n")
+    sys.stdout.write(f"{told}they show what was spent. To come back, remove {state.left_file}.\n")
 
 
 @command(app, "write a backup")
@@ -264,7 +264,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
 
     The backup contains no key: keep site_key.pem apart from it, since anybody with both could continue the ledger.
     """
-    _own_kit(kit)
+    _read_own_kit(kit)
     from fedtune.ops.backup import back_up_site
 
     back_up_site(file, kit=kit, site_toml=site)
@@ -284,44 +284,44 @@ def restore(
     ledger is used, it is charged everything that an anchor covers and it lacks: a ledger never falls behind its
     anchor.
     """
-    _as_owner(kit, *site.absolute().parents)
-    from fedtune.cli.ledger import show_made_up, show_other_policy
-    from fedtune.ops.backup import anchors_at_hand, put_back_site
+    _switch_to_owner(kit, *site.absolute().parents)
+    from fedtune.cli.ledger import print_other_policy, print_restored_charge
+    from fedtune.ops.backup import find_anchors, restore_site
 
-    files, made_up = put_back_site(file, kit=kit, site_toml=site, anchor=anchor)
+    files, made_up = restore_site(file, kit=kit, site_toml=site, anchor=anchor)
     if made_up is None:
         sys.stdout.write(f"{files.ledger} is whole, and stays. All else that was missing is put back.\n")
-        if (known := files.verified()) is not None and known.history.policy != files.policy:
-            show_other_policy(known.history.cap, time=known.history.policies[-1][0])
+        if (known := files.verify_ledger()) is not None and known.history.policy != files.policy:
+            print_other_policy(known.history.cap, time=known.history.policies[-1][0])
         return
-    show_made_up(made_up, path=files.ledger, anchors=anchors_at_hand(files, anchor))
+    print_restored_charge(made_up, path=files.ledger, anchors=find_anchors(files, anchor))
     sys.stdout.write("Put back. Check it with fedtune site doctor, then start the site.\n")
 
 
-def _at_site(kit: Path, site: Path) -> AtSite:
+def _load_site_actions(kit: Path, site: Path) -> AtSite:
     """Load the site's actions, after giving up root's rights and disabling access to the model hub."""
-    own = _own_kit(kit)
+    own = _read_own_kit(kit)
     from fedtune.cli.site_actions import AtSite
 
     return AtSite(own, site)
 
 
-def _site_state(kit: Path) -> SiteState:
-    own = _own_kit(kit)
+def _load_site_state(kit: Path) -> SiteState:
+    own = _read_own_kit(kit)
     from fedtune.ops.services.site_state import SiteState
 
-    return SiteState.of(own.folder)
+    return SiteState.in_kit(own.folder)
 
 
-def _own_kit(folder: Path) -> Kit:
+def _read_own_kit(folder: Path) -> Kit:
     """Read the site's kit as the account that runs the site's process."""
-    _as_owner(folder / "connection_key.pem", folder)
+    _switch_to_owner(folder / "connection_key.pem", folder)
     from fedtune.ops.kits.kit_file import Kit
 
     return Kit.read(folder, kind="site")
 
 
-def _as_owner(*places: Path) -> None:
+def _switch_to_owner(*places: Path) -> None:
     """Switch to the account that owns `places`, and forbid libraries to access a model hub."""
     from fedtune.ops.files import act_as_owner
 

@@ -11,32 +11,40 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.command import answer
-from fedtune.cli.finished_run import finished_run
-from fedtune.cli.personalise import print_made
-from fedtune.cli.plain_words import filled, reason_text
+from fedtune.cli.command import print_answer
+from fedtune.cli.finished_run import load_finished_run
+from fedtune.cli.personalise import print_personalization
+from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.verdict import Verdict, ask
+from fedtune.federation.verdict import DryRun, dry_run
 from fedtune.lab.studies.comparison import Line, score_side_by_side
-from fedtune.lab.studies.personalised import make
-from fedtune.lab.studies.trials import Trial
+from fedtune.lab.studies.personalised import make_personalized
+from fedtune.lab.studies.trials import SearchTrial
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.ops.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
+from fedtune.ops.doctor.check import REFUSED, SETTINGS, DoctorCheck, overall_exit_code
 from fedtune.ops.doctor.examination import Examination
-from fedtune.ops.files import person
+from fedtune.ops.files import current_account
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.services.site_state import SiteState
-from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import asked_and_allowed
-from fedtune.show.budget_text import contribution, noise_words, trust_words
-from fedtune.show.lines import fold, printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
+from fedtune.privacy.release import format_asked_and_allowed
+from fedtune.show.budget_text import describe_contribution, describe_noise, describe_trust
+from fedtune.show.lines import to_printable, wrap_text
+from fedtune.show.terminal_tables import (
+    SCHEMA_VERSION,
+    Section,
+    key_value_section,
+    print_json,
+    require_confirmation,
+    say,
+    show,
+)
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
-from fedtune.words import counted, dotted, spoken, spoken_start
+from fedtune.words import flatten, group_hex_start, pluralize, spoken
 
 _SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")
 """Groups of settings that the proposal's own rows say already."""
@@ -55,57 +63,59 @@ class AtSite:
 
     @property
     def state(self) -> SiteState:
-        return SiteState.of(self.kit.folder)
+        return SiteState.in_kit(self.kit.folder)
 
     def show_waiting(self, *, as_json: bool) -> None:
         """List the runs that wait for approval and their epsilon; null in JSON means no guarantee."""
         told, rows = [], []
-        for pending in self.state.waiting():
+        for pending in self.state.list_pending_runs():
             asked, since = pending.proposal, pending.since
-            spent = {"epsilon": (epsilon := _epsilon(asked)), "delta": asked.plan.delta}
+            spent = {"epsilon": (epsilon := _total_epsilon(asked)), "delta": asked.plan.delta}
             about_run = {"run": asked.run, "digest": asked.digest(), "since": since, "dataset": asked.dataset}
             told.append({**about_run, "lead": asked.lead, **spent})
-            about = (printable(asked.run), since[:10], printable(asked.dataset))
-            rows.append((*about, _price(epsilon), spoken_start(asked.lead)))
+            about = (to_printable(asked.run), since[:10], to_printable(asked.dataset))
+            rows.append((*about, _format_price(epsilon), group_hex_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "asked by lead")
         section = Section(headings=headings, rows=rows, words=range(5), whole={0, 1})
-        answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
+        print_answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
         if not (rows or as_json):
             say("No run waits for approval.")
 
     def approve(self, run: str, *, yes: bool, by: str | None, ticket: str | None, reason: str | None) -> None:
-        said, waiting = _decision(by, ticket, reason), self.state.waiting()
-        asked = _chosen([pending.proposal for pending in waiting], run, "waits for approval")
+        said, waiting = _check_decision(by, ticket, reason), self.state.list_pending_runs()
+        asked = _find_proposal([pending.proposal for pending in waiting], run, "waits for approval")
         pending = next(pending for pending in waiting if pending.proposal == asked)
-        verdict = ask(self.site_toml, asked, declared_sizes={})
+        verdict = dry_run(self.site_toml, asked, declared_sizes={})
         # Every other setting that the run's name stands for, whole: the end of a list may be what matters.
         settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
-        rows = {"fedtune at the lead": printable(pending.software)} if pending.software else {}
-        for key, value in dotted(settings):
+        rows = {"fedtune at the lead": to_printable(pending.software)} if pending.software else {}
+        for key, value in flatten(settings):
             listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
             if value not in (None, [], ""):
-                rows[key] = printable(listed, len(str(listed)))
-        show([_price_and_plan(pending.proposal, verdict), pairs(rows)])
+                rows[key] = to_printable(listed, len(str(listed)))
+        show([_proposal_section(pending.proposal, verdict), key_value_section(rows)])
         if verdict.ledger == "in doubt":
             raise RunError(verdict.note)
         if not verdict.allowed:
-            known = [(one.reason, asked_and_allowed(one.asked, one.allowed)) for one in verdict.broken]
-            rules = "; ".join(reason_text(reason) + (f" ({numbers})" if numbers else "") for reason, numbers in known)
+            known = [(one.reason, format_asked_and_allowed(one.asked, one.allowed)) for one in verdict.broken]
+            rules = "; ".join(
+                explain_refusal(reason) + (f" ({numbers})" if numbers else "") for reason, numbers in known
+            )
             raise RefusedError(f"policy or budget refuse this run: {rules}")
         if not yes:
-            require_agreed("Let it start?", otherwise="not approved: the run still waits")
-        self.files.open().approve(pending.proposal, **said)
-        self.state.forget(pending.proposal)
+            require_confirmation("Let it start?", otherwise="not approved: the run still waits")
+        self.files.open_ledger().approve(pending.proposal, **said)
+        self.state.remove_pending(pending.proposal)
         say("Approved, and noted in the ledger. It begins with the lead's next request.")
 
     def deny(self, run: str, reason: str, *, by: str | None, ticket: str | None) -> None:
-        said, verified = _decision(by, ticket, reason), self.files.verified()
+        said, verified = _check_decision(by, ticket, reason), self.files.verify_ledger()
         history = verified.history if verified else History()
         begun = [one.proposal for one in history.runs.values() if one.is_open(history.clock)]
-        waiting = [pending.proposal for pending in self.state.waiting()]
-        asked = _chosen([*waiting, *begun], run, "waits for approval or has begun")
-        self.files.open().deny(asked, **said)
-        self.state.forget(asked)
+        waiting = [pending.proposal for pending in self.state.list_pending_runs()]
+        asked = _find_proposal([*waiting, *begun], run, "waits for approval or has begun")
+        self.files.open_ledger().deny(asked, **said)
+        self.state.remove_pending(asked)
         say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
         if asked in begun:
             say("The run ends at this site: no further round is charged, and no reply of it leaves.")
@@ -115,7 +125,7 @@ class AtSite:
         roster = Roster.read_signed(path, kit=self.kit)
         gone = "in [trust].members, and not in the federation: take it out"
         found = {name: (key, gone) for name, key in trusted.items()}
-        found |= {one.site: (one.site_key, _state(one, trusted.get(one.site))) for one in roster.sites}
+        found |= {one.site: (one.site_key, _describe_member(one, trusted.get(one.site))) for one in roster.sites}
         found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
         rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
@@ -125,37 +135,39 @@ class AtSite:
         told = {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members}
         heading = f"Sites of {roster.federation}, by the lead's roster number {roster.number}:"
         section = Section(headings=headings, rows=rows, words=range(3), notes=[note])
-        answer(told, [section], as_json=as_json, heading=heading)
+        print_answer(told, [section], as_json=as_json, heading=heading)
 
     def score(self, run: str, *, by: str | None, smallest: int, as_json: bool) -> None:
         check_at_least("--smallest", smallest, FEWEST_UNITS)
-        folder = self._kept(run)
-        from fedtune.sites.real_site import site_records  # torch takes seconds to import
+        folder = self._find_kept_run(run)
+        from fedtune.sites.real_site import read_site_records  # torch takes seconds to import
 
-        config, adapter = finished_run(folder)
+        config, adapter = load_finished_run(folder)
         if config.data.heldout_fraction == 0:
             bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
             raise ConfigError("data.heldout_fraction", 0, bound)
-        if not (records := site_records(config, self.files).heldout):
+        if not (records := read_site_records(config, self.files).heldout):
             raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no record of this site")
-        lines = [Line(name="tuned", kind="run", run=Trial(config=config, folder=folder))]
+        lines = [Line(name="tuned", kind="run", run=SearchTrial(config=config, folder=folder))]
         runs = [(config, adapter)]
         compared = score_side_by_side(lines, runs, data=None, by=by, smallest=smallest, records=records)
-        answer(compared.to_json(), compared.sections(), as_json=as_json)
+        print_answer(compared.to_json(), compared.sections(), as_json=as_json)
 
     def personalise(self, run: str, *, as_json: bool) -> None:
-        folder, files = self._kept(run), self.files
-        config, adapter = finished_run(folder)
+        folder, files = self._find_kept_run(run), self.files
+        config, adapter = load_finished_run(folder)
         from fedtune.sites.personal import Parts
-        from fedtune.sites.real_site import site_records
+        from fedtune.sites.real_site import read_site_records
 
-        key, site = files.key().secret("own adapter"), files.policy.site
-        parts = Parts.of(site_records(config, files), key=key, unit=config.privacy.unit)
+        key, site = files.load_key().derive_secret("own adapter"), files.policy.site
+        parts = Parts.of(read_site_records(config, files), key=key, unit=config.privacy.unit)
         into, beside = self.kit.folder / f"private_to_{site}" / folder.name, files.ledger.parent
-        own = partial(make, config, adapter, parts, site=site, into=into, beside_ledger=beside, lenient=True)
-        print_made(lambda progress: {site: own(progress=progress)}, as_json=as_json)
+        own = partial(
+            make_personalized, config, adapter, parts, site=site, into=into, beside_ledger=beside, lenient=True
+        )
+        print_personalization(lambda progress: {site: own(progress=progress)}, as_json=as_json)
 
-    def _kept(self, run: str) -> Path:
+    def _find_kept_run(self, run: str) -> Path:
         """Return the folder of a kept final adapter's run, given by name or path.
 
         Raises:
@@ -169,7 +181,7 @@ class AtSite:
         raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {names}')
 
 
-def _state(member: Member, trusted: str | None) -> str:
+def _describe_member(member: Member, trusted: str | None) -> str:
     """Describe whether the policy lists a roster's site with the same key, and what to do if not."""
     revoked = f"revoked {member.revoked[:10]}" if member.revoked else ""
     if trusted is None:
@@ -181,60 +193,60 @@ def _state(member: Member, trusted: str | None) -> str:
     return "in [trust].members, with this key"
 
 
-def _decision(by: str | None, ticket: str | None, reason: str | None) -> dict[str, str]:
+def _check_decision(by: str | None, ticket: str | None, reason: str | None) -> dict[str, str]:
     """Validate the details of a decision, and return the fields to record in the ledger.
 
     Raises:
         ConfigError: a detail is not one short printable line.
     """
-    by = by or person()
+    by = by or current_account()
     for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
         if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MOST_REASON):
             raise ConfigError(option, given, f"must be one line of at most {_MOST_REASON} characters")
     return {"by": by, "ticket": ticket or "", "why": reason or ""}
 
 
-def _chosen(proposals: list[Proposal], run: str, state: str) -> Proposal:
+def _find_proposal(proposals: list[Proposal], run: str, state: str) -> Proposal:
     """Return the run with this name or digest prefix (at least 12 characters): two leads may use one name.
 
     Raises:
         ConfigError: no run matches, or several proposals have this name.
     """
     if not (found := [p for p in proposals if p.run == run or (len(run) >= 12 and p.digest().startswith(run))]):
-        names = ", ".join(printable(one.run) for one in proposals) or "none"
+        names = ", ".join(to_printable(one.run) for one in proposals) or "none"
         raise ConfigError("RUN", run, f"must be a run that {state}: {names}")
     if len(found) > 1:
-        digests = ", ".join(f"{one.digest()[:12]} (lead {spoken_start(one.lead)})" for one in found)
+        digests = ", ".join(f"{one.digest()[:12]} (lead {group_hex_start(one.lead)})" for one in found)
         raise ConfigError("RUN", run, f"was proposed in {len(found)} ways; name one by its digest: {digests}")
     return found[0]
 
 
-def _epsilon(asked: Proposal) -> float | None:
+def _total_epsilon(asked: Proposal) -> float | None:
     """Return the epsilon of the whole run by PLD; None if the run has no guarantee."""
     if asked.seeded_noise or not asked.plan.private:
         return None
-    return epsilon_pld([asked.plan.whole], asked.plan.delta)
+    return epsilon_pld([asked.plan.full_event], asked.plan.delta)
 
 
-def _price(epsilon: float | None) -> str:
-    return "NO GUARANTEE" if epsilon is None else epsilon_text(epsilon)
+def _format_price(epsilon: float | None) -> str:
+    return "NO GUARANTEE" if epsilon is None else format_epsilon(epsilon)
 
 
-def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
+def _proposal_section(asked: Proposal, verdict: DryRun) -> Section:
     plan = asked.plan
-    by_trust = plan.by_trust(plan.most_rounds)
-    said = filled(
+    by_trust = plan.epsilons_by_trust(plan.most_rounds)
+    said = render_page(
         "proposal",
         asked=asked,
         plan=plan,
         verdict=verdict,
-        price=_price(_epsilon(asked)),
-        noise=noise_words(plan),
-        trust=trust_words(by_trust) if by_trust else "",
-        contribution=contribution(plan) if plan.unit == "user" else "",
+        price=_format_price(_total_epsilon(asked)),
+        noise=describe_noise(plan),
+        trust=describe_trust(by_trust) if by_trust else "",
+        contribution=describe_contribution(plan) if plan.unit == "user" else "",
         no_adapter=NO_ADAPTER,
     )
-    return pairs(said)
+    return key_value_section(said)
 
 
 class SomethingFailed(FedtuneError):
@@ -248,11 +260,11 @@ def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequenc
     out.
     """
     asked = partial(compose_run, run, for_real_sites=True) if run else None
-    checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).checks()
-    finish(print_checks(checks, as_json=as_json))
+    checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).run_checks()
+    raise_failures(print_checks(checks, as_json=as_json))
 
 
-def print_checks(checks: Iterable[Check], *, as_json: bool) -> list[Check]:
+def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[DoctorCheck]:
     """Print each check as it finishes, then the number of checks by outcome; or print all of them as one JSON
     object.
     """
@@ -262,32 +274,34 @@ def print_checks(checks: Iterable[Check], *, as_json: bool) -> list[Check]:
         if not as_json:
             _print_line(console, check)
     if as_json:
-        print_json({"checks": [check.to_json() for check in made], "ok": exit_code_of(made) == 0})
+        print_json({"checks": [check.to_json() for check in made], "ok": overall_exit_code(made) == 0})
         return made
     counts = {mark: sum(check.status == mark for check in made) for mark in _MARKS}
     console.print("\n" + ", ".join(f"{count} {mark}" for mark, count in counts.items() if count))
     return made
 
 
-def finish(checks: Sequence[Check]) -> None:
+def raise_failures(checks: Sequence[DoctorCheck]) -> None:
     """Raise the error that corresponds to the failed checks, if any."""
     names = [check.name for check in checks if check.status == "failed"]
-    if code := exit_code_of(checks):
-        message = f"{counted(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
+    if code := overall_exit_code(checks):
+        message = f"{pluralize(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
         raise {SETTINGS: SomethingFailed, REFUSED: RefusedError}.get(code, RunError)(message)
 
 
-def _print_line(console: Console, check: Check) -> None:
+def _print_line(console: Console, check: DoctorCheck) -> None:
     found = check.found.removeprefix(f"{check.status}, ")
-    lines = [f"{check.status:<{_NAME}}{printable(check.name)}"]
+    lines = [f"{check.status:<{_NAME}}{to_printable(check.name)}"]
     if len(lines[0]) < _FOUND:
         lines[0] = lines[0].ljust(_FOUND)
     else:
         lines.append(" " * _FOUND)  # a long name has a line to itself
-    first, *rest = fold(printable(found, _MOST_TEXT), width=max(_NARROWEST, console.width - _FOUND))
+    first, *rest = wrap_text(to_printable(found, _MOST_TEXT), width=max(_NARROWEST, console.width - _FOUND))
     lines[-1] += first
     lines += [" " * _FOUND + part for part in rest]
-    fix = fold(printable(check.fix, _MOST_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
+    fix = (
+        wrap_text(to_printable(check.fix, _MOST_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
+    )
     lines += [("" if number else "->").rjust(_FIX - 1) + f" {part}" for number, part in enumerate(fix)]
     text = Text("\n".join(line.rstrip() for line in lines))
     text.stylize(_MARKS[check.status], 0, len(check.status))

@@ -11,19 +11,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fedtune.api import door
-from fedtune.cli.command import AsJson, Option, answer
-from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperature, TopP, finished_run, harmless
-from fedtune.cli.personalise import shown_progress
+from fedtune.cli.command import AsJson, Option, print_answer
+from fedtune.cli.finished_run import (
+    Device,
+    MaxNewTokens,
+    Run,
+    Seed,
+    Temperature,
+    TopP,
+    load_finished_run,
+    strip_control_characters,
+)
+from fedtune.cli.personalise import show_progress
 from fedtune.data.records import iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.studies import synthetic
 from fedtune.show.new_files import new_files
-from fedtune.show.terminal_tables import Section, pairs
-from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, file_sha256, note_written, require_apart
+from fedtune.show.terminal_tables import Section, key_value_section
+from fedtune.sites.run_records import (
+    LeadRecords,
+    RunRecords,
+    card_path,
+    file_sha256,
+    record_generated_texts,
+    require_disjoint,
+)
 from fedtune.spec import ConfigError, check_at_least, check_at_most
-from fedtune.tasks.measures import classified
+from fedtune.tasks.measures import classifier_accuracy
 from fedtune.version import shipped_folders
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
 Beside = Annotated[Path | None, Option("public records, with whose figures the card compares", metavar="FILE")]
@@ -54,27 +70,29 @@ class SyntheticFile:
             check_at_most("--rows", rows, _MOST_ROWS)
         if to.suffix != ".jsonl":
             raise ConfigError("--to", str(to), "must be a new file of JSON lines: its name must end in .jsonl")
-        config, adapter = finished_run(run, device=device)
+        config, adapter = load_finished_run(run, device=device)
         self.to, self.rows, self.beside, self.ballot, self.own = to, rows, beside, ballot, RunRecords(config)
         self.writer = door.Run(folder=adapter.absolute().parent, config=config)
-        self.columns = tuple(synthetic.columns_of(self.writer).values())
+        self.columns = tuple(synthetic.synthetic_columns(self.writer).values())
         for option, other in others.items():
             if other.config.privacy.unit != config.privacy.unit:
                 bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
                 raise ConfigError(option, str(other.folder), bound)
-        self.card = {suffix: card_of(to, suffix) for suffix in (".json", ".md")}
-        from fedtune.report.synthetic_card import run_of  # it imports torch, which takes seconds
+        self.card = {suffix: card_path(to, suffix) for suffix in (".json", ".md")}
+        from fedtune.report.synthetic_card import describe_run  # it imports torch, which takes seconds
 
         runs = (self.writer, *others.values())
-        digests = [synthetic.adapter_of(one).digest for one in runs]  # first: of a private one no report would be found
+        digests = [
+            synthetic.read_adapter(one).digest for one in runs
+        ]  # first: of a private one no report would be found
         self.reports = [one.report() for one in runs]
-        self.behind = list(map(run_of, self.reports, digests))
+        self.behind = list(map(describe_run, self.reports, digests))
         self._public: list[tuple[str, ...]] = []
         if beside is not None:
             records = LeadRecords.read(str(beside), config, key="--beside").records
             for own in (self.own, *(RunRecords(other.config) for other in others.values())):
-                require_apart(records, own, key="--beside", file=str(beside))
-            roles = synthetic.columns_of(self.writer)
+                require_disjoint(records, own, key="--beside", file=str(beside))
+            roles = synthetic.synthetic_columns(self.writer)
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
@@ -87,23 +105,23 @@ class SyntheticFile:
         known = read_card(place, self.behind[0], option=option)
         self.behind += known["runs"][1:]
         labels = [one["column"] for one in known["made"].get("labels", ())]
-        columns = synthetic.columns_of(self.writer)
+        columns = synthetic.synthetic_columns(self.writer)
         columns |= {f"label {column}": column for column in labels if column not in self.columns}
         records = iter_records(place, columns)
         return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
 
-    def opened(self) -> AbstractContextManager[dict[Path, str]]:
-        """Open the new files for `fill`, card first: records without a card would count as public."""
+    def open_files(self) -> AbstractContextManager[dict[Path, str]]:
+        """Open the new files for `fill_texts`, card first: records without a card would count as public."""
         places = [("--to", path) for path in (*self.card.values(), self.to)]
         return new_files(*places, *([("--ballot", self.ballot)] if self.ballot else []))
 
-    def fill(
+    def fill_texts(
         self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Sequence[Section]]:
         """Fill the texts of the new files with records and card, including how they were `made`; return card and
         sections.
         """
-        from fedtune.evaluation.generation import shared_pairs, variety
+        from fedtune.evaluation.generation import shared_bigrams, text_variety
         from fedtune.report import synthetic_card
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
@@ -114,25 +132,25 @@ class SyntheticFile:
         missing = 0 if self.rows is None else self.rows - len(written)
         counts = {"rows": len(written), "codes": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
-        told["classified"] = classified(written, self._public)
-        figures = {"these records": variety(said)}
+        told["classified"] = classifier_accuracy(written, self._public)
+        figures = {"these records": text_variety(said)}
         if self.beside is not None:
-            figures[self.beside.name] = variety(theirs)
-            told["beside"] = {"file": self.beside.name, "shared_pairs": shared_pairs(said, theirs)}
+            figures[self.beside.name] = text_variety(theirs)
+            told["beside"] = {"file": self.beside.name, "shared_pairs": shared_bigrams(said, theirs)}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-        note_written(self.writer.folder, said)
-        card = synthetic_card.as_json(self.to, lines.encode(), self.behind, made=told, figures=figures)
+        record_generated_texts(self.writer.folder, said)
+        card = synthetic_card.build_card(self.to, lines.encode(), self.behind, made=told, figures=figures)
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
-        texts[self.card[".md"]] = synthetic_card.card(self.reports, card)
+        texts[self.card[".md"]] = synthetic_card.render_card_markdown(self.reports, card)
         if self.ballot is not None:
             texts[self.ballot] = synthetic.ballot(found.rows, self.columns[-1], self.writer.config)
         some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
-        rows = tuple(tuple(map(harmless, row.values())) for row in some)
-        facts = {"records": f"{len(found.rows):,} of {counted(len(found.wanted), 'code')}"}
+        rows = tuple(tuple(map(strip_control_characters, row.values())) for row in some)
+        facts = {"records": f"{len(found.rows):,} of {pluralize(len(found.wanted), 'code')}"}
         facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
         facts |= {"missing": f"{missing:,}: the model wrote no more that keep the format"} if missing else {}
         examples = Section(title="Some of them", headings=tuple(some[0]), rows=rows)
-        return card, [pairs(facts, title=str(self.to)), examples]
+        return card, [key_value_section(facts, title=str(self.to)), examples]
 
 
 def synthesize(
@@ -174,11 +192,11 @@ def synthesize(
         sha256 = file_sha256(resolve_file(str(codes), shipped_folders(), key="--codes"), key="--codes")
     shares = "varied" if begun else "voted" if others else "declared"
     made = {"codes_file": named.name if named else None, "codes_sha256": sha256, "shares": shares, **asdict(spec)}
-    with file.opened() as texts, shown_progress() as progress:
+    with file.open_files() as texts, show_progress() as progress:
         write = partial(synthetic.synthesize, file.writer, codes, rows=rows, votes=others.get("--votes"))
         found = write(beginnings=begun, spec=spec, pattern=pattern, own=file.own, progress=progress)
-        told = file.fill(texts, found, made | {"left_out": dict(found.left_out)})
-    answer(*told, as_json=as_json)
+        told = file.fill_texts(texts, found, made | {"left_out": dict(found.left_out)})
+    print_answer(*told, as_json=as_json)
 
 
 def choose(
@@ -209,14 +227,14 @@ def choose(
     file = SyntheticFile(to, run, others, rows=rows, beside=beside)
     written, known = file.read(candidates, option="--candidates")
     made = {"labels": [], **known["made"]}
-    with file.opened() as texts:
-        found = synthetic.as_written(written, file.columns)
+    with file.open_files() as texts:
+        found = synthetic.load_synthetic(written, file.columns)
         if rows is not None:
             made |= {"candidates": len(found.rows), "chosen_by": others["--votes"].config.name}
-            found = synthetic.chosen(found, file.columns[-1], others["--votes"], keep=rows)
+            found = synthetic.select_by_votes(found, file.columns[-1], others["--votes"], keep=rows)
         if classifier := others.get("--labels"):
-            found = synthetic.labelled(found, file.columns[-1], classifier)
+            found = synthetic.relabel(found, file.columns[-1], classifier)
             new = {"column": classifier.config.data.columns["label"], "by": classifier.config.name}
             made["labels"] = [*(one for one in made["labels"] if one["column"] != new["column"]), new]
-        told = file.fill(texts, found, made)
-    answer(*told, as_json=as_json)
+        told = file.fill_texts(texts, found, made)
+    print_answer(*told, as_json=as_json)

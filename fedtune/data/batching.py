@@ -77,7 +77,7 @@ def collate(
         one = rows[0] if rows else np.zeros(1, dtype=np.int64)
         kind = np.float32 if one.dtype == np.float32 else np.int64
         out = np.full((*attended.shape, *one.shape[1:]), fill, dtype=kind)
-        for row, text in enumerate(dataset.texts_of(chosen)):
+        for row, text in enumerate(dataset.text_indices(chosen)):
             out[row, : lengths[row]] = rows[text]
         return torch.from_numpy(out)
 
@@ -90,7 +90,7 @@ def collate(
     return Batch(input_ids, mask, targets, empty_rows=empty * dataset.texts, texts=dataset.texts)
 
 
-def alone(batch: Batch, place: int | None) -> Batch:
+def isolate_example(batch: Batch, place: int | None) -> Batch:
     """Return a batch of the same shape that contains one example, in its first row, or no example at all."""
     num_rows, taken = len(batch.input_ids), 0 if place is None else 1
 
@@ -107,20 +107,25 @@ def alone(batch: Batch, place: int | None) -> Batch:
     return Batch(input_ids, mask, targets, prefix, reference, empty_rows=empty_rows, texts=batch.texts)
 
 
-def one_at_a_time(compute: Callable[[Batch], Computed], batch: Batch) -> tuple[Computed, Iterator[Computed | None]]:
+def compute_each_alone(
+    compute: Callable[[Batch], Computed], batch: Batch
+) -> tuple[Computed, Iterator[Computed | None]]:
     """Recompute a failed batch one example at a time, in the shape of the batch, after a trial without any example.
 
     An example that cannot be computed yields None and does not affect the others.  If the machine is at fault, and not
     an example, the computation without examples fails too, and its error is raised.  All tokens of its rows have a
-    target, so it needs as much memory as any example (`alone`).  The result of an example is in the first row.
+    target, so it needs as much memory as any example (`isolate_example`).  The result of an example is in the first
+    row.
 
     Returns:
         The result without examples, and an iterator over the result of each example.
     """
-    return compute(alone(batch, None)), (_computed(compute, alone(batch, row)) for row in range(len(batch)))
+    return compute(isolate_example(batch, None)), (
+        _try_compute(compute, isolate_example(batch, row)) for row in range(len(batch))
+    )
 
 
-def _computed(compute: Callable[[Batch], Computed], batch: Batch) -> Computed | None:
+def _try_compute(compute: Callable[[Batch], Computed], batch: Batch) -> Computed | None:
     try:
         with panics_as_errors():
             return compute(batch)

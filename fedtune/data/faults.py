@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedtune.spec import DataError
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 MUCH = 0.1  # of a file's rows: if a larger share cannot be used, a setting or the file is likely wrong
 _MOST_REASONS, _MOST_LINES = 3, 5  # shown of them in a message
@@ -26,10 +26,10 @@ class LeftOut:
         return sum(self.reasons.values())
 
     @property
-    def is_much(self) -> bool:
+    def exceeds_threshold(self) -> bool:
         return self.count > MUCH * self.rows
 
-    def with_those(self, other: LeftOut) -> LeftOut:
+    def merge_counts(self, other: LeftOut) -> LeftOut:
         reasons = Counter(self.reasons) + Counter(other.reasons)
         return LeftOut(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
 
@@ -37,9 +37,9 @@ class LeftOut:
         """Format as `30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 must be there (role
         label)`.
         """
-        rows = f"{self.count:,} of {counted(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
-        said = f"A LARGE PART, {rows}," if self.is_much else rows
-        return f"{said} cannot be used: {_listed(self.reasons)}"
+        rows = f"{self.count:,} of {pluralize(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
+        said = f"A LARGE PART, {rows}," if self.exceeds_threshold else rows
+        return f"{said} cannot be used: {_format_reasons(self.reasons)}"
 
 
 NONE_LEFT_OUT = LeftOut()
@@ -63,24 +63,24 @@ class Faults:
         if len(self._lines) < _MOST_LINES and line not in self._lines:
             self._lines.append(line)
 
-    def left_out(self, *, used: int) -> LeftOut:
+    def summarize(self, *, used: int) -> LeftOut:
         """Return the counts so far; `used` is the number of usable rows."""
         return LeftOut(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
 
-    def require_none(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise a DataError if any row is unusable: about the first one, with the total, the first line numbers and the
         reasons.
         """
         if self._first is None:
             return
         first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MOST_LINES else ""
-        several = f": {_listed(self._reasons)}" if len(self._reasons) > 1 else ""
+        several = f": {_format_reasons(self._reasons)}" if len(self._reasons) > 1 else ""
         all_of_them = f"{num:,} rows cannot be used, in lines {', '.join(map(str, self._lines))}{more}{several}"
         bound = f"{first.bound} ({all_of_them})" if num > 1 else first.bound
         raise DataError(first.key, first.value, bound)
 
 
-def _listed(reasons: Mapping[str, int]) -> str:
+def _format_reasons(reasons: Mapping[str, int]) -> str:
     most = Counter(reasons).most_common()
     rest = sum(count for _, count in most[_MOST_REASONS:])
     shown = "; ".join(f"{count:,} {reason}" for reason, count in most[:_MOST_REASONS])

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.records import Record
-from fedtune.data.values import FEATURE, NO_NAME, category_of, number_of, numbers_of
+from fedtune.data.values import FEATURE, NO_NAME, normalize_category, parse_numbers, read_number
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most, spec
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 MOST_VALUES = 65_536  # of a vector: a record keeps four bytes for each, and a step as many for each trained on it
 _MOST_NAMES = 10_000  # worked through for each record, or at each site, before it has answered
@@ -54,8 +54,8 @@ class FeatureSpec:
         check_names("columns", self.columns)
         check_names("categories", self.categories)
         for name in self.categories:
-            if name != category_of(name):  # no value would be it
-                raise ConfigError("categories", name, f"must be written as {category_of(name)}")
+            if name != normalize_category(name):  # no value would be it
+                raise ConfigError("categories", name, f"must be written as {normalize_category(name)}")
         if not self.columns:
             raise ConfigError("columns", self.columns, "must name at least one column")
         if (self.range is None) == (not self.categories):
@@ -70,7 +70,7 @@ class FeatureSpec:
             check_at_most("size", self.size, MOST_VALUES)
 
     @property
-    def numbers(self) -> int:
+    def num_numbers(self) -> int:
         """The number of values or categories per row: an upper bound on the squared norm before scaling."""
         return len(self.columns) * (self.size or 1)
 
@@ -79,7 +79,7 @@ class FeatureSpec:
         of_each = len(self.categories) + 1 if self.categories else self.size or 1
         return len(self.columns) * (of_each + (self.missing == "indicator"))
 
-    def values(self) -> Iterator[str]:
+    def value_names(self) -> Iterator[str]:
         """Yield a name for each value of the vector."""
         low, high = self.range or (0.0, 0.0)
         for column in self.columns:
@@ -93,7 +93,7 @@ class FeatureSpec:
             if self.missing == "indicator":
                 yield f"{column}: missing"
 
-    def raw(self, text: str, *, at: str) -> list[float]:
+    def parse_field(self, text: str, *, at: str) -> list[float]:
         """Parse one column's field of a record: numbers, or the index of a category; NaN if the value is missing.
 
         Raises:
@@ -105,18 +105,18 @@ class FeatureSpec:
             return [math.nan] * (self.size or 1)
         if self.categories:
             return [float(self.categories.index(text) if text in self.categories else len(self.categories))]
-        numbers = [float(number_of(text, at, role="feature"))] if self.size is None else numbers_of(text, at)
+        numbers = [float(read_number(text, at, role="feature"))] if self.size is None else parse_numbers(text, at)
         if len(numbers) != (self.size or 1):
-            raise DataError(at, counted(len(numbers), "number"), f"must be {self.size or 1}, as data.features says")
+            raise DataError(at, pluralize(len(numbers), "number"), f"must be {self.size or 1}, as data.features says")
         return numbers
 
-    def read(self, text: str, *, at: str) -> NDArray[np.float64]:
+    def encode_field(self, text: str, *, at: str) -> NDArray[np.float64]:
         """Encode one column's field of a record as values of the vector.
 
         Raises:
-            DataError: as in `raw`.
+            DataError: as in `parse_field`.
         """
-        found, raw = np.zeros(self.width // len(self.columns)), self.raw(text, at=at)
+        found, raw = np.zeros(self.width // len(self.columns)), self.parse_field(text, at=at)
         if math.isnan(raw[0]):
             found[-1] = 1.0
         elif self.range is None:
@@ -126,9 +126,9 @@ class FeatureSpec:
             found[: len(raw)] = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
         return found
 
-    def odd(self, text: str) -> str | None:
+    def describe_oddity(self, text: str) -> str | None:
         """Describe an unusual but usable field as "missing", "not declared" or "beyond its range", or return None."""
-        raw = self.raw(text, at="")
+        raw = self.parse_field(text, at="")
         if math.isnan(raw[0]):
             return "missing"
         if self.range is None:
@@ -145,18 +145,18 @@ class FeatureSpec:
         return repr(numbers[0]) if self.size is None else json.dumps(numbers)
 
 
-def vector_of(record: Record, features: Sequence[FeatureSpec]) -> NDArray[np.float32]:
+def encode_features(record: Record, features: Sequence[FeatureSpec]) -> NDArray[np.float32]:
     """Encode a record's features as one vector, of the features' total width.
 
     Raises:
         DataError: a column is not as declared.
     """
     found = [
-        one.read(record.fields[FEATURE + column], at=record.at(FEATURE + column))
+        one.encode_field(record.fields[FEATURE + column], at=record.at(FEATURE + column))
         for one in features
         for column in one.columns
     ]
-    return (np.concatenate(found) / math.sqrt(sum(one.numbers for one in features))).astype(np.float32)
+    return (np.concatenate(found) / math.sqrt(sum(one.num_numbers for one in features))).astype(np.float32)
 
 
 def check_range(key: str, bounds: tuple[float, float]) -> None:
@@ -191,7 +191,7 @@ def check_names(key: str, names: Sequence[str]) -> None:
             raise ConfigError(key, name, "must be declared once")
 
 
-def columns_of(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:
+def feature_columns(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:
     """Map the role of every feature to its column; `named` overrides the names of columns."""
     roles = (FEATURE + column for one in features for column in one.columns)
     return {role: named.get(role, role.removeprefix(FEATURE)) for role in roles}

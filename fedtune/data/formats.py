@@ -21,17 +21,17 @@ from fedtune.data.text_rows import (
     MOST_BYTES,
     RawRows,
     Row,
-    array_rows,
-    at_line,
+    catch_row_error,
     check_header,
-    line_rows,
-    or_fault,
-    parsed,
-    table_rows,
+    format_location,
+    parse_pieces,
+    read_json_array,
+    read_json_lines,
+    read_table,
 )
 from fedtune.extras import require_extra
 from fedtune.spec import NOT_GIVEN, DataError, check_name
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
@@ -40,7 +40,7 @@ _OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
 """Files of a folder that is a set of Hugging Face's, or meant to be one; any other folder is brat's."""
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
-_IN_LINES = dict.fromkeys((".conll", ".bio", ".iob"), marked.sentence) | {".pubtator": marked.document}
+_IN_LINES = dict.fromkeys((".conll", ".bio", ".iob"), marked.parse_conll_sentence) | {".pubtator": marked.document}
 _BIOC, _BRAT, _CLASSES = (".bioc", ".biocjson"), "brat", "classes"
 OF_RECORDS = frozenset({".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".json", ".ann"})
 """Endings of files with records, beside which images are no records of their own."""
@@ -71,16 +71,16 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
             holds no complete JSON array where one is required, or its header is unreadable or lacks a column.
         ConfigError: the package that reads the format is not installed.
     """
-    if format_of(path) not in (_BRAT, _CLASSES):
-        require_file(path)
+    if detect_format(path) not in (_BRAT, _CLASSES):
+        require_data_file(path)
     require_reader(path)
-    match format_of(path):
+    match detect_format(path):
         case ".jsonl":
-            return line_rows(path)
+            return read_json_lines(path)
         case ".json":
-            return array_rows(path, lenient=lenient)
+            return read_json_array(path, lenient=lenient)
         case ".csv" | ".tsv" as suffix:
-            return table_rows(path, columns, comma="," if suffix == ".csv" else "\t")
+            return read_table(path, columns, comma="," if suffix == ".csv" else "\t")
         case ".parquet" if path.suffix.lower() == ".gz":
             raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is packed in itself")
         case ".parquet":
@@ -90,19 +90,19 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         case "folder":
             return _arrow_rows(path, _saved_batches(path, columns))
         case suffix if suffix in _IN_LINES:
-            return parsed(path, marked.between_blank_lines(path), partial(_IN_LINES[suffix], path))
+            return parse_pieces(path, marked.split_at_blank_lines(path), partial(_IN_LINES[suffix], path))
         case suffix if suffix in _BIOC:
-            documents = array_rows(path, lenient=lenient, opens=marked.DOCUMENTS)
-            return parsed(path, documents, partial(marked.of_passages, path))
+            documents = read_json_array(path, lenient=lenient, opens=marked.DOCUMENTS)
+            return parse_pieces(path, documents, partial(marked.parse_bioc, path))
         case suffix if suffix == _CLASSES:
-            return parsed(path, enumerate(image_files(path), 1), partial(_of_class, path))
+            return parse_pieces(path, enumerate(image_files(path), 1), partial(_image_row, path))
         case suffix if suffix == _BRAT:
-            return parsed(path, enumerate(sorted(path.glob("*.ann")), 1), marked.of_two_files)
+            return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), marked.read_brat)
         case suffix:
             raise DataError(str(path), suffix, f"{SUFFIXES}, or be {_SAVED}, or brat's folder")
 
 
-def format_of(path: Path) -> str:
+def detect_format(path: Path) -> str:
     """Return the suffix that determines the format, without `.gz`, or "folder" (saved set), "classes" (images) or
     "brat".
     """
@@ -118,14 +118,14 @@ def require_reader(path: Path) -> None:
     Raises:
         ConfigError: it is not installed.
     """
-    if format_of(path) in (".parquet", "folder"):
+    if detect_format(path) in (".parquet", "folder"):
         require_extra(str(path), NOT_GIVEN, "data", "pyarrow")
 
 
 # What there is under a name.
 
 
-def what_is(path: Path) -> str | None:
+def describe_path(path: Path) -> str | None:
     """Describe what a path is, or return None for a data file, a saved set, or a folder of brat files or images."""
     try:
         mode = path.stat().st_mode
@@ -143,7 +143,7 @@ def what_is(path: Path) -> str | None:
     return {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
 
 
-def require_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
+def require_data_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
     """Require a data file before it is opened, because opening a pipe would block forever.
 
     `key` and `value` are the setting that named the file.  For a folder of several saved sets, the message lists the
@@ -152,7 +152,7 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
     Raises:
         DataError: the path is not a data file.
     """
-    if (found := what_is(path)) is None:
+    if (found := describe_path(path)) is None:
         return
     bound, splits = f"must be a file, or {_SAVED}", list[str]()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -160,18 +160,18 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
     if found == "a folder" and splits:
         bound = f"holds several sets, of which one is needed: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
-        bound = f"holds {counted(len(parts), 'part')} of a table, or of several: write those of one (train-*) as one "
+        bound = f"holds {pluralize(len(parts), 'part')} of a table, or of several: write those of one (train-*) as one "
         bound += "file, from a folder of their own: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
 
-def files_of(path: Path) -> list[Path]:
+def list_data_files(path: Path) -> list[Path]:
     """List the files of a data set: the file itself, or the files in the folder of a saved set, none of them outside
     it.
     """
     if not path.is_dir():
         return [path]
-    if format_of(path) in (_BRAT, _CLASSES):
+    if detect_format(path) in (_BRAT, _CLASSES):
         return marked.brat_files(path) or image_files(path)
     try:
         state = json.loads((path / _STATE).read_bytes())
@@ -197,16 +197,16 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in images.SUFFIXES)
 
 
-def _of_class(folder: Path, _: int, file: Path) -> Row:
+def _image_row(folder: Path, _: int, file: Path) -> Row:
     """Return the row of an image: its folder's name as the label, and a path relative to the parent of `folder`."""
     return {"image": str(file.relative_to(folder.parent)), "label": file.parent.name}
 
 
-def version_of(path: Path) -> list[object]:
+def fingerprint_files(path: Path) -> list[object]:
     """Return a fingerprint that changes whenever a file of the data set changes; unreadable files are part of it."""
     found: list[object] = []
-    for file in files_of(path):
-        about = or_fault("", file.stat)
+    for file in list_data_files(path):
+        about = catch_row_error("", file.stat)
         told = () if isinstance(about, DataError) else (about.st_ino, about.st_size, about.st_mtime_ns)
         found.append([str(file), *told])
     return found
@@ -218,15 +218,15 @@ def version_of(path: Path) -> list[object]:
 def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with _whole(path, "Parquet"):
+    with _damage_as_data_error(path, "Parquet"):
         # Page by page: a group of rows may be larger than the memory.
-        file = parquet.ParquetFile(path, metadata=_plain_footer(path), buffer_size=1 << 20, pre_buffer=False)
+        file = parquet.ParquetFile(path, metadata=_read_footer(path), buffer_size=1 << 20, pre_buffer=False)
         check_header(file.schema_arrow.names, columns or {}, at=str(path))
         wanted = None if columns is None else sorted(set(columns.values()))
         yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False)
 
 
-def _plain_footer(path: Path) -> Any:
+def _read_footer(path: Path) -> Any:
     """Read a Parquet file's metadata without the writer's Arrow types.
 
     With these types, dictionary columns reject text that is not UTF-8, so that one bad record would make the whole file
@@ -249,8 +249,12 @@ def _plain_footer(path: Path) -> Any:
 def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
     import pyarrow
 
-    for file in files_of(path):
-        with _whole(file, "Arrow"), pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+    for file in list_data_files(path):
+        with (
+            _damage_as_data_error(file, "Arrow"),
+            pyarrow.memory_map(str(file)) as source,
+            pyarrow.ipc.open_stream(source) as stream,
+        ):
             check_header(stream.schema.names, columns or {}, at=str(file))
             for batch in stream:
                 # A reader of Arrow believes its offsets, and reads beyond its memory where they are damaged.  Text is
@@ -263,7 +267,7 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
 
 
 @contextlib.contextmanager
-def _whole(path: Path, kind: str) -> Iterator[None]:
+def _damage_as_data_error(path: Path, kind: str) -> Iterator[None]:
     """Turn Arrow's errors about a damaged file into a DataError, because Arrow's own messages may quote the file."""
     import pyarrow
 
@@ -280,17 +284,17 @@ def _as_bytes(array: Any) -> Any:
     import pyarrow
 
     texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-    kind = _replaced(array.type, texts | {pyarrow.string_view(): pyarrow.binary_view()})
+    kind = _replace_types(array.type, texts | {pyarrow.string_view(): pyarrow.binary_view()})
     return array if kind == array.type else array.view(kind)
 
 
-def _replaced(kind: Any, others: Mapping[Any, Any], *, decode: bool = False) -> Any:
+def _replace_types(kind: Any, others: Mapping[Any, Any], *, decode: bool = False) -> Any:
     """Substitute some types within an Arrow type, also within lists and structs; `decode` also removes dictionaries."""
     import pyarrow
     from pyarrow import types
 
     def inner(part: Any) -> Any:
-        return _replaced(part, others, decode=decode)
+        return _replace_types(part, others, decode=decode)
 
     if types.is_dictionary(kind):
         values = inner(kind.value_type)
@@ -313,19 +317,19 @@ def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
         names = _label_names(batch.schema) if names is None else names
         for place in range(batch.num_rows):
             number += 1
-            at = at_line(path, number)
-            yield number, or_fault(at, _arrow_row, batch, place, names, at=at)
+            at = format_location(path, number)
+            yield number, catch_row_error(at, _arrow_row, batch, place, names, at=at)
 
 
 @lru_cache(maxsize=4)
-def _kinds_alone(schema: Any) -> list[Any]:
+def _standalone_types(schema: Any) -> list[Any]:
     """Return each column's type without dictionaries and views, so that a row's values do not share memory with other
     rows.
     """
     import pyarrow
 
     views = {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}
-    return [_replaced(kind, views, decode=True) for kind in schema.types]
+    return [_replace_types(kind, views, decode=True) for kind in schema.types]
 
 
 def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
@@ -334,11 +338,11 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
         # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
         columns = [
             column if column.type == kind else column.cast(kind)
-            for column, kind in zip(one.columns, _kinds_alone(batch.schema), strict=True)
+            for column, kind in zip(one.columns, _standalone_types(batch.schema), strict=True)
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {
-            name: _plain(column[0].as_py()) if num_bytes <= MOST_BYTES else None
+            name: _to_plain_value(column[0].as_py()) if num_bytes <= MOST_BYTES else None
             for name, column in zip(one.schema.names, columns, strict=True)
         }
     except UnicodeDecodeError:
@@ -347,13 +351,13 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
         raise DataError(at, type(error).__name__, "must have values that Python can hold") from None
     if num_bytes > MOST_BYTES:
         raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
-    return row | {column: _named(row[column], of_label) for column, of_label in names.items() if column in row}
+    return row | {column: _label_name(row[column], of_label) for column, of_label in names.items() if column in row}
 
 
-def _plain(value: Any) -> Any:
+def _to_plain_value(value: Any) -> Any:
     """Convert a database's decimals to numbers, and its bytes to text if they are valid UTF-8."""
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_to_plain_value(one) for one in value]
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
@@ -362,10 +366,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _named(value: Any, names: Sequence[str]) -> Any:
+def _label_name(value: Any, names: Sequence[str]) -> Any:
     """Replace a label's number by its name, also within lists; -1 means null, an example without a label."""
     if isinstance(value, list):
-        return [_named(one, names) for one in value]
+        return [_label_name(one, names) for one in value]
     if type(value) is not int or value >= len(names):
         return value
     return names[value] if value >= 0 else None if value == -1 else value

@@ -29,7 +29,7 @@ WITHIN = "data:;base64,"
 _BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
 
 
-def image_of(value: object, at: str) -> str:
+def read_image_field(value: object, at: str) -> str:
     """Read the field of an image: a path unchanged, or the image's bytes as text; {bytes, path} prefers the bytes.
 
     Raises:
@@ -45,14 +45,14 @@ def image_of(value: object, at: str) -> str:
     return value
 
 
-def decoded(field: str, *, file: str, at: str) -> Any:
+def decode_image(field: str, *, file: str, at: str) -> Any:
     """Decode a record's image to RGB (`PIL.Image.Image`), rotated by its EXIF orientation.
 
     16-bit gray images are reduced to their upper 8 bits, transparency is dropped, as in transformers, and only the
     first frame counts.
 
     Args:
-        field: the field from `image_of`.
+        field: the field from `read_image_field`.
         file: the record's file; image paths must stay below its folder.  Empty: any path is allowed.
         at: the name of the field in messages.
 
@@ -62,7 +62,7 @@ def decoded(field: str, *, file: str, at: str) -> Any:
     require_pillow()
     from PIL import Image, ImageFile, ImageOps
 
-    content = _content(field, file, at=at)
+    content = _read_content(field, file, at=at)
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MOST_SCANS:
         raise DataError(at, f"more than {_MOST_SCANS} scans", f"must have at most {_MOST_SCANS} scans, as a JPEG")
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library of this process wants
@@ -91,7 +91,7 @@ def decoded(field: str, *, file: str, at: str) -> Any:
         raise DataError(at, "no image that can be decoded", _BOUND) from None
 
 
-def _content(field: str, file: str, *, at: str) -> bytes:
+def _read_content(field: str, file: str, *, at: str) -> bytes:
     """Return the bytes of an image file.  Relative paths must stay below the folder of the data file."""
     is_within = field.startswith(WITHIN)
     try:
@@ -103,7 +103,7 @@ def _content(field: str, file: str, *, at: str) -> bytes:
             if file and not path.is_relative_to(folder):
                 raise DataError(at, "a path out of the folder", "must be a path below the folder of the record's file")
             if not path.is_file():
-                raise DataError(at, "no such file", _why_missing(folder / field, field))
+                raise DataError(at, "no such file", _explain_missing(folder / field, field))
             with path.open("rb") as stream:
                 found = stream.read(MOST_BYTES + 1)
     except DataError:
@@ -116,7 +116,7 @@ def _content(field: str, file: str, *, at: str) -> bytes:
     return found
 
 
-def _why_missing(path: Path, field: str) -> str:
+def _explain_missing(path: Path, field: str) -> str:
     """Return the message for a missing image file, with a hint at the likeliest mistake."""
     if "\\" in field:
         return "must have / between its folders, and not \\ as in Windows"
@@ -125,13 +125,13 @@ def _why_missing(path: Path, field: str) -> str:
     return f"must be the path of an image, from the folder of the record's file{case}"
 
 
-def noise(draw: Callable[[int], int]) -> str:
+def random_image_field(draw: Callable[[int], int]) -> str:
     """Generate the field of a random image; `draw(n)` returns a random integer below n."""
     from PIL import Image
 
     stream, pixels = io.BytesIO(), bytes(int(draw(256)) for _ in range(3 * 8 * 8))
     Image.frombytes("RGB", (8, 8), pixels).save(stream, "PNG")
-    return image_of(stream.getvalue(), "image")
+    return read_image_field(stream.getvalue(), "image")
 
 
 def require_pillow() -> None:

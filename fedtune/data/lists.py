@@ -18,13 +18,13 @@ _PRINTED_LIST = re.compile(
 """A list, tuple, set or array as Python and numpy print it, with or without commas, and as pandas writes it."""
 
 
-def listed_in(value: object) -> list[Any] | None:
+def parse_list(value: object) -> list[Any] | None:
     """Parse a value as a list (blank text is an empty list); return None for text that is not a list.
 
     A value that is neither a text nor a list becomes a list of one item.
     """
     try:
-        listed = json_list(value.strip() or "[]") if isinstance(value, str) else value
+        listed = parse_json_list(value.strip() or "[]") if isinstance(value, str) else value
     except RecursionError:
         listed = [None]
     if isinstance(value, str) and listed is None:
@@ -37,7 +37,7 @@ def listed_in(value: object) -> list[Any] | None:
     return listed if isinstance(listed, list) else [listed]
 
 
-def json_list(text: str) -> list[Any] | None:
+def parse_json_list(text: str) -> list[Any] | None:
     """Parse a text as a JSON list; return None for any other text."""
     if not text.startswith("["):
         return None
@@ -48,7 +48,7 @@ def json_list(text: str) -> list[Any] | None:
     return found
 
 
-def rows_of(value: object) -> object:
+def columns_to_rows(value: object) -> object:
     """Convert an object with a list under each name, Hugging Face's form of a list of objects, to that list of objects.
 
     OpenAI's object of messages is converted to the messages, unless it also has tools.  Other values are returned
@@ -63,6 +63,6 @@ def rows_of(value: object) -> object:
     return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
 
 
-def as_json(values: Sequence[object]) -> str:
+def to_compact_json(values: Sequence[object]) -> str:
     """Format a list as a record's field: JSON without spaces."""
     return json.dumps(values, separators=(",", ":"), ensure_ascii=False)

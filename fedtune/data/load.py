@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtune.data.faults import NONE_LEFT_OUT, Faults, LeftOut
 from fedtune.data.partition import is_selected, partition_records, split_heldout, unit_hash
-from fedtune.data.records import Fault, Record, resolve_file, usable_records, without_records
+from fedtune.data.records import Fault, Record, empty_file_error, iter_usable_records, resolve_file
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
@@ -20,7 +20,7 @@ from fedtune.version import shipped_folders
 _ROWS_KEY = b"fedtune rows"  # one for all runs, so that a score on some rows of a file is about the same rows in each
 
 
-def is_far(true: int, declared: int) -> bool:
+def is_far_from_declared(true: int, declared: int) -> bool:
     """Whether a declared size differs from the true one by a factor of 1.5 or more."""
     return not 1 / 1.5 < true / declared < 1.5
 
@@ -56,7 +56,7 @@ class Dealt:
     shared_users: int = 0
 
 
-def deal(
+def partition_training_files(
     spec: DataSpec,
     columns: Mapping[str, str],
     names: Sequence[str],
@@ -84,10 +84,10 @@ def deal(
     for site in names if by_file else names[:1]:
         name, skips = spec.train_file.replace(SITE, site), spec.skips_unusable
         records, of_file = lead_records(name, columns=columns, key="data.train_file", fault=fault, leave_out=skips)
-        left_out = left_out.with_those(of_file)
+        left_out = left_out.merge_counts(of_file)
         of_files.append([])
         for record in records:
-            side = lead_side(record, spec, key=key, unit=unit)
+            side = assign_to_lead(record, spec, key=key, unit=unit)
             if side is not None:
                 lead[side].append(record)
             elif is_selected(record, fraction=spec.train_fraction, key=key, unit=unit):
@@ -115,7 +115,7 @@ def deal(
     )
 
 
-def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:
+def assign_to_lead(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:
     """Return "validation" or "test" if a record of a simulation's training file belongs to the lead, or None for a
     site.
     """
@@ -139,9 +139,9 @@ def own_records(
     depend on whether some record satisfies it.
     """
     faults = Faults()
-    records = usable_records(Path(spec.train_file), columns, fault=fault, faults=faults)
+    records = iter_usable_records(Path(spec.train_file), columns, fault=fault, faults=faults)
     training, heldout = split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit)
-    return SiteRecords(training, heldout, faults.left_out(used=len(training) + len(heldout)))
+    return SiteRecords(training, heldout, faults.summarize(used=len(training) + len(heldout)))
 
 
 def lead_records(
@@ -153,15 +153,15 @@ def lead_records(
         DataError: no record is usable; or, without `leave_out`, some record is not.
     """
     path, faults = resolve_file(name, shipped_folders(), key=key), Faults()
-    records = list(usable_records(path, columns, fault=fault, faults=faults, lenient=False))
+    records = list(iter_usable_records(path, columns, fault=fault, faults=faults, lenient=False))
     if not records or not leave_out:
-        faults.require_none()
+        faults.raise_if_any()
     if not records:
-        raise without_records(path)
-    return records, faults.left_out(used=len(records))
+        raise empty_file_error(path)
+    return records, faults.summarize(used=len(records))
 
 
-def chosen_rows(records: Sequence[Record], rows: int | None) -> list[Record]:
+def sample_rows(records: Sequence[Record], rows: int | None) -> list[Record]:
     """Select the `rows` records with the smallest hashes, in their order, or all records if `rows` is None."""
     if rows is None or rows >= len(records):
         return list(records)

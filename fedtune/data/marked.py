@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedtune.data.lists import as_json, listed_in, rows_of
-from fedtune.data.text_rows import MOST_BYTES, Cut, Row, at_line, cut_rows, json_type, text_of
+from fedtune.data.lists import columns_to_rows, parse_list, to_compact_json
+from fedtune.data.text_rows import MOST_BYTES, Cut, Row, cut_rows, decode_text, format_location, json_type
 from fedtune.spec import DataError
 
 _TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a token's tag in a scheme: its letter, and the type
@@ -33,9 +33,9 @@ DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
 _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
 
-def words_of(value: object, at: str, role: str = "tokens") -> str:
+def read_words(value: object, at: str, role: str = "tokens") -> str:
     """Read the tokens of a record, or their tags, from a list or its text form (as in `labels_of`); one per line."""
-    listed = listed_in(value)
+    listed = parse_list(value)
     if role == "tags" and listed and any(type(one) is int for one in listed):
         raise DataError(at, "numbers", "must be the names of tags, such as B-PER and O, which numbers lack (role tags)")
     if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
@@ -44,7 +44,7 @@ def words_of(value: object, at: str, role: str = "tokens") -> str:
     return "\n".join(" ".join(str(one).split()) for one in listed)
 
 
-def spans_of(value: object, at: str) -> str:
+def read_spans(value: object, at: str) -> str:
     """Read the spans of a text as a JSON list of [start, end, label], `end` exclusive; an empty list is allowed.
 
     Accepted are such lists (doccano); objects with start, end and label under one of the names in `_PARTS` (Prodigy,
@@ -54,10 +54,10 @@ def spans_of(value: object, at: str) -> str:
     Raises:
         DataError: the value has another form.
     """
-    listed = listed_in(rows_of(value))
+    listed = parse_list(columns_to_rows(value))
     if listed is None:
         raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
-    annotated = _annotated(listed, at, "spans")
+    annotated = _first_annotation(listed, at, "spans")
     listed = listed if annotated is None else [one for one in annotated if "labels" in one]  # others are choices
     found = []
     for number, one in enumerate(listed, 1):
@@ -71,10 +71,10 @@ def spans_of(value: object, at: str) -> str:
             raise DataError(f"{at}, span {number}", json_type(one), bound)
         unit = ["utf-16"] if isinstance(one, dict) and "labels" in one else []
         found.append([*given[:2], str(given[2]), *unit])
-    return as_json(found)
+    return to_compact_json(found)
 
 
-def names_in(value: object, at: str) -> object:
+def convert_labels(value: object, at: str) -> object:
     """Convert the labels of another annotation program to a list; return any other value unchanged.
 
     Converted are spaCy's `cats` (an object of names with 1 or 0), Label Studio's choices, and doccano's objects with a
@@ -85,14 +85,14 @@ def names_in(value: object, at: str) -> object:
         return [name for name, one in value.items() if one] if of_cats else value.get("choices", value)
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         return value
-    annotated = _annotated(value, at, "labels")
+    annotated = _first_annotation(value, at, "labels")
     if annotated is not None:
         return [name for one in annotated for name in one.get("choices", ())]
     is_span = any(key in one for one in value for keys in _PARTS[:2] for key in keys)
     return value if is_span else [one.get("label") for one in value]
 
 
-def _annotated(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
+def _first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
     """Return the values of Label Studio's first annotation that was not skipped, or None if there are no annotations.
 
     Raises:
@@ -107,7 +107,7 @@ def _annotated(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, A
     return [one["value"] for one in kept if isinstance(one, dict) and isinstance(one.get("value"), dict)]
 
 
-def read_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
+def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
     """Split a token's tag into the letter of its scheme (empty without one) and its type; "O" gives ("O", "").
 
     A tag that is one of the declared `types` has no scheme, whatever its first letter.
@@ -121,14 +121,14 @@ def read_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", tag)
 
 
-def entities_of(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
+def entities_from_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
     """Decode tags into entities (first token, end, type); the second value is True if a tag continues no open
     entity.
     """
     found: list[tuple[int, int, str]] = []
     is_open = is_broken = False
     for place, tag in enumerate(tags):
-        letter, name = read_tag(tag, types)
+        letter, name = split_tag(tag, types)
         if letter == "O":
             is_open = False
             continue
@@ -139,23 +139,23 @@ def entities_of(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[
     return found, is_broken
 
 
-def entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
+def count_entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
     """Count a record's entities by type, in the order of their first appearance, from its tags or spans."""
     if "tags" in fields:
-        return dict(Counter(name for *_, name in entities_of(fields["tags"].split("\n"), types)[0]))
+        return dict(Counter(name for *_, name in entities_from_tags(fields["tags"].split("\n"), types)[0]))
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
 
 
 # Files.
 
 
-def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
+def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
     """Parse a CoNLL sentence, with a token and its tag on each line (`_tagged`).
 
     Columns are separated by tabs or spaces.  Lines -DOCSTART- and comments are skipped.  A comment starts with # and a
     space, and its number of columns differs from the other lines', or it lacks a tag where those all have one.
     """
-    lines = [one for one in _lines_of(raw, at=at_line(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
+    lines = [one for one in _split_lines(raw, at=format_location(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
     others = [one for one in lines if not one.startswith("# ")]
     # A token may hold any other kind of space, and where there are tabs a plain one.
     tabs = bool(others) and all("\t" in one for one in others)
@@ -166,8 +166,10 @@ def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
     own = {place for place in places if not is_tagged or _LIKE_TAG.fullmatch(cells[place][-1].strip())}
     cells = [one for place, one in enumerate(cells) if place in own or not lines[place].startswith("# ")]
     if any(len(one) < 2 for one in cells):
-        raise DataError(at_line(path, line), "a line of one column", "must have a token and its tag on each line")
-    return _tagged(cells, at=at_line(path, line)) if cells else None
+        raise DataError(
+            format_location(path, line), "a line of one column", "must have a token and its tag on each line"
+        )
+    return _tagged(cells, at=format_location(path, line)) if cells else None
 
 
 def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
@@ -213,8 +215,8 @@ def _counts(column: Sequence[str], *, of: int) -> bool:
 
 def document(path: Path, line: int, raw: bytes | None) -> Row:
     """Parse a PubTator document: a title and an abstract, followed by a line for each span."""
-    at, parts, spans = at_line(path, line), {}, []
-    for one in _lines_of(raw, at=at):
+    at, parts, spans = format_location(path, line), {}, []
+    for one in _split_lines(raw, at=at):
         number, mark, rest = one.partition("|")
         cells = one.split("\t")
         if mark and rest[:2] in ("t|", "a|") and "\t" not in number:
@@ -225,16 +227,16 @@ def document(path: Path, line: int, raw: bytes | None) -> Row:
             raise DataError(at, "a line of another kind", "must be id|t|, id|a|, or a span in tabs (PubTator)")
     if "t" not in parts:
         raise DataError(at, "no title", "must have a line id|t| (PubTator)")
-    return _marked(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
+    return _spans_row(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
 
 
-def of_passages(path: Path, line: int, document: Row | DataError) -> Row:
+def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
     """Convert a BioC JSON document; its offsets are relative to the document, with any number of spaces between
     passages.
     """
     if isinstance(document, DataError):
         raise document
-    at, text, spans, begins = at_line(path, line), "", [], []
+    at, text, spans, begins = format_location(path, line), "", [], []
     try:
         passages: Any = document["passages"]
         for passage in passages:
@@ -252,7 +254,7 @@ def of_passages(path: Path, line: int, document: Row | DataError) -> Row:
     except (AttributeError, KeyError, TypeError, ValueError):
         bound = "must have passages with offset and text, and annotations of one part with infons.type (BioC)"
         raise DataError(at, "a document of another form", bound) from None
-    return _marked(text, spans, at=at)
+    return _spans_row(text, spans, at=at)
 
 
 def brat_files(folder: Path) -> list[Path]:
@@ -261,7 +263,7 @@ def brat_files(folder: Path) -> list[Path]:
     return [file for one in found for file in (one.with_suffix(".txt"), one)]
 
 
-def of_two_files(_: int, marks: Path) -> Row:
+def read_brat(_: int, marks: Path) -> Row:
     """Read a brat document: a text file, and an annotation file with the same name."""
     at, texts = str(marks), []
     with suppress(OSError, UnicodeDecodeError):
@@ -277,17 +279,17 @@ def of_two_files(_: int, marks: Path) -> Row:
         raise DataError(at, "a span in several parts, or of another form", "must be one part of the text")
     # What a span names has spaces where the text has ends of lines.
     flat = re.sub(r"[\r\n]", " ", texts[0])
-    return {**_marked(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at), "text": texts[0]}
+    return {**_spans_row(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at), "text": texts[0]}
 
 
-def _marked(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
+def _spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
     """Build a row with spans, after checking that each span's text matches its position."""
     if any(text[start:end] != said for start, end, _, said in spans):
         raise DataError(at, "a span beside what it names", "must count characters, and name what stands there")
     return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
 
 
-def between_blank_lines(path: Path) -> Cut:
+def split_at_blank_lines(path: Path) -> Cut:
     """Yield (first line, bytes) for each block between blank lines; the bytes are None if a block is too long."""
     kept: list[bytes] = []
     first = size = 0
@@ -304,8 +306,8 @@ def between_blank_lines(path: Path) -> Cut:
             kept, size = [], 0
 
 
-def _lines_of(raw: bytes | None, *, at: str) -> list[str]:
+def _split_lines(raw: bytes | None, *, at: str) -> list[str]:
     if raw is None:
         bound = f"must have at most {MOST_BYTES} bytes a record; a blank line ends one"
         raise DataError(at, f"more than {MOST_BYTES} bytes", bound)
-    return [line.rstrip("\r") for line in text_of(raw, at=at).removesuffix("\n").split("\n")]
+    return [line.rstrip("\r") for line in decode_text(raw, at=at).removesuffix("\n").split("\n")]

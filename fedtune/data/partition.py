@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fedtune.data.records import Record, record_key
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, check_positive, spec
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 
 @spec
@@ -114,7 +114,7 @@ def partition_records(
         # Each site protects its own part alone, so the person's total loss would be the sum over sites.
         first = next(iter(torn.values()))
         bound = (
-            f"must lead to one site for all records of a user, as privacy.unit is user; {counted(len(torn), 'user')} "
+            f"must lead to one site for all records of a user, as privacy.unit is user; {pluralize(len(torn), 'user')} "
             "here would be at several. Give one person's records one value, or where an id means another person at "
             "each site, give each site a file of its own (data.partition.kind=file)"
         )

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedtune.data.faults import Faults
-from fedtune.data.formats import raw_rows, require_file, what_is
-from fedtune.data.text_rows import Row, absent, at_line, or_fault
-from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is_whole, read_value, texts_of
+from fedtune.data.formats import describe_path, raw_rows, require_data_file
+from fedtune.data.text_rows import Row, catch_row_error, format_location, missing_column_error
+from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is_whole, read_value, split_texts
 from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
@@ -36,15 +36,15 @@ class Record:
 
     def at(self, role: str) -> str:
         """Format the position of a field for messages: `train.jsonl:12, label`."""
-        return f"{at_line(self.file, self.line)}, {role}" if self.file else role
+        return f"{format_location(self.file, self.line)}, {role}" if self.file else role
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yield the record's texts with their roles; a conversation yields one text per turn."""
         for role, text in self.fields.items():
-            yield from ((role, one) for one in texts_of(role, text))
+            yield from ((role, one) for one in split_texts(role, text))
 
     @property
-    def said(self) -> str:
+    def full_text(self) -> str:
         """All texts of the record joined into one, or its features or image if it has no text."""
         found = [text for _, text in self.texts()]
         if not found:  # as JSON: which of two features has no value is told by its place
@@ -52,7 +52,7 @@ class Record:
         return " ".join(" ".join(found).split())
 
     @property
-    def answer(self) -> str:
+    def target_key(self) -> str:
         """The record's targets other than text, as JSON by role; records with different targets are not duplicates."""
         return json.dumps({role: text for role, text in self.fields.items() if role in ANSWERS}, sort_keys=True)
 
@@ -69,17 +69,17 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
         DataError: there is no such data file.
     """
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
-    found = {folder / name: what_is(folder / name) for folder in folders}
+    found = {folder / name: describe_path(folder / name) for folder in folders}
     for path, other in found.items():
         if other is None:
             return path
     for path, other in found.items():
         if other != "no such file":
-            require_file(path, key=key, value=name)
+            require_data_file(path, key=key, value=name)
     raise DataError(key, name, f"no such file, looked in {', '.join(map(str, folders))}")
 
 
-def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+def chunk_records(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Group records into lists of at most 256."""
     iterator = iter(records)
     while chunk := list(islice(iterator, _CHUNK_ROWS)):
@@ -114,7 +114,7 @@ def column_values(records: Sequence[Record], column: str, *, key: str, role: str
     return [values.get((record.file, record.line), NO_VALUE) for record in records]
 
 
-def without_records(path: Path) -> DataError:
+def empty_file_error(path: Path) -> DataError:
     """Return the error for a file without records."""
     found = "an empty file" if path.is_file() and not path.stat().st_size else "no records"
     return DataError(str(path), found, "must hold at least one record")
@@ -130,13 +130,13 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
             first such row and counts the others.
     """
     faults = Faults()
-    for record in usable_records(path, columns, faults=faults, lenient=False):
+    for record in iter_usable_records(path, columns, faults=faults, lenient=False):
         if not faults:
             yield record
-    faults.require_none()
+    faults.raise_if_any()
 
 
-def usable_records(
+def iter_usable_records(
     path: Path,
     columns: Mapping[str, str],
     *,
@@ -166,22 +166,22 @@ def usable_records(
     Raises:
         DataError: the file as a whole is unusable, as in `raw_rows`.
     """
-    for line, found in judged(path, columns, fault=fault, lenient=lenient):
+    for line, found in validate_rows(path, columns, fault=fault, lenient=lenient):
         if isinstance(found, Record):
             yield found
         elif faults is not None:
             faults.add(found, line)
 
 
-def judged(
+def validate_rows(
     path: Path, columns: Mapping[str, str], *, fault: Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
-    """Yield (line, record) for each row of a file, or (line, error) if the row is unusable; see `usable_records`."""
+    """Yield (line, record) for each row of a file, or (line, error) if the row is unusable; see `iter_usable_records`."""
     for line, row in raw_rows(path, columns, lenient=lenient):
         if isinstance(row, DataError):
             yield line, row
             continue
-        record = or_fault(at_line(path, line), record_of, row, columns, file=str(path), line=line)
+        record = catch_row_error(format_location(path, line), parse_record, row, columns, file=str(path), line=line)
         yield line, record if isinstance(record, DataError) else fault(record) or record
 
 
@@ -189,24 +189,24 @@ def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError |
     """A function from a record to the error that `read` raises about it; None: nothing."""
 
     def found(record: Record) -> DataError | None:
-        target = or_fault(record.at("record"), read, record)
+        target = catch_row_error(record.at("record"), read, record)
         return target if isinstance(target, DataError) else None
 
     return found
 
 
-def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
+def parse_record(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
     """Convert a row to a record, with the `columns` (role to column).
 
     Raises:
         DataError: a value is missing or does not suit its role.
     """
-    at, fields = at_line(file, line), {}
+    at, fields = format_location(file, line), {}
     for role, column in columns.items():
         if role in OPTIONAL_ROLES and is_missing(row.get(column)):
             fields[role] = ""
         elif column not in row:
-            raise absent(row, column, role=role, at=at)
+            raise missing_column_error(row, column, role=role, at=at)
         else:
             # A task of Label Studio that nobody has annotated is no text without spans.
             of_studio = role == "spans" and isinstance(row.get(columns.get("text", "")), dict)

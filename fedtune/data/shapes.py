@@ -50,7 +50,9 @@ class Shapes:
     fixed: bool = False  # every record is as long as any: there is no padding, no mask, and so one code path
 
     @classmethod
-    def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None, fixed: bool = False) -> Shapes:
+    def from_limits(
+        cls, *, max_length: int, max_tokens: int, positions: int | None = None, fixed: bool = False
+    ) -> Shapes:
         """Choose the shapes for records of at most `max_length` tokens, on a model with `positions` positions.
 
         With `fixed`, every record has exactly `max_length` tokens.
@@ -65,26 +67,26 @@ class Shapes:
         shorter = tuple(step for step in steps if _SHORTEST <= step < 0.8 * roomy and step % 4 == 0)
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
-    def most_tokens(self, length: int) -> int:
+    def longest_record(self, length: int) -> int:
         """Return the number of tokens of the longest record that is padded to `length`."""
         return length - (length != self.full)
 
     def rows(self, length: int) -> tuple[int, ...]:
         """Return the allowed numbers of rows of a micro-batch of this length, descending."""
-        fewest, most = self.fewest_rows(length), self.max_tokens // length
+        fewest, most = self.min_rows(length), self.max_tokens // length
         if self.most_rows:
             most = min(most, self.most_rows[self.lengths.index(length)])
         return tuple(sorted({max(fewest, most // share) for share in self.row_shares}, reverse=True))
 
-    def fewest_rows(self, length: int) -> int:
+    def min_rows(self, length: int) -> int:
         """Return the number of rows of the smallest micro-batch of this length."""
-        return 1 + self._spare(length)
+        return 1 + self._num_padding_rows(length)
 
-    def room(self, length: int, rows: int) -> int:
+    def capacity(self, length: int, rows: int) -> int:
         """Return the number of records that fit a micro-batch of this shape."""
-        return rows - self._spare(length)
+        return rows - self._num_padding_rows(length)
 
-    def _spare(self, length: int) -> int:
+    def _num_padding_rows(self, length: int) -> int:
         """Return the number of rows that stay empty to provide padding."""
         return int(length == self.full and not self.fixed)
 
@@ -95,28 +97,30 @@ class Shapes:
             places: indices of records in the data set.
             num_tokens: the number of tokens of the longest text of each record in the data set.
         """
-        bucket = np.searchsorted([self.most_tokens(length) for length in self.lengths], num_tokens[places])
+        bucket = np.searchsorted([self.longest_record(length) for length in self.lengths], num_tokens[places])
         assert (bucket < len(self.lengths)).all(), "a record is longer than tokenising may leave it"
         for number, length in enumerate(self.lengths):
             yield from self._cut(places[bucket == number], length)
 
     def _cut(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
         most = self.rows(length)[0]
-        room = self.room(length, most)
+        room = self.capacity(length, most)
         while len(places) >= 2 * room:
             yield Part(places[:room], most, length)
             places = places[room:]
-        for rows in _least_work(self, length, len(places)):
-            room = self.room(length, rows)
+        for rows in _cheapest_rows(self, length, len(places)):
+            room = self.capacity(length, rows)
             yield Part(places[:room], rows, length)
             places = places[room:]
 
 
 @cache
-def _least_work(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
+def _cheapest_rows(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
     """Return the numbers of rows of the cheapest micro-batches for `count` records, the largest first."""
     if count <= 0:
         return ()
-    ways = ((rows, *_least_work(shapes, length, count - shapes.room(length, rows))) for rows in shapes.rows(length))
+    ways = (
+        (rows, *_cheapest_rows(shapes, length, count - shapes.capacity(length, rows))) for rows in shapes.rows(length)
+    )
     best = min(ways, key=lambda way: sum(rows * length + _TOKENS_OF_A_CALL for rows in way))
     return tuple(sorted(best, reverse=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, columns_of
+from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, feature_columns
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES
 from fedtune.privacy.mechanism import Unit
@@ -146,7 +146,7 @@ class DataSpec:
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)
         check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)
-        of_features = columns_of(self.features, self.columns).values()
+        of_features = feature_columns(self.features, self.columns).values()
         times = Counter([*of_features, *(column for role, column in self.columns.items() if role in ANSWERS)])
         if twice := [column for column in of_features if times[column] > 1]:
             bound = "must be the column of one feature, and not of the answer, which would be learnt from itself"
@@ -187,7 +187,7 @@ class DataSpec:
             bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
-    def check_may_decide(self) -> None:
+    def require_decisive_validation(self) -> None:
         """Require a validation file of the lead's own, whose exact scores may decide early stopping, checkpoints or a
         search.
 
@@ -201,7 +201,7 @@ class DataSpec:
             )
             raise ConfigError("validation_file", self.validation_file, bound)
 
-    def check_lead_has_files(self) -> None:
+    def require_lead_files(self) -> None:
         """Require that validation and test records come from the lead's own files: the lead has no access to real
         sites' files.
 
@@ -213,7 +213,7 @@ class DataSpec:
                 bound = f"must be 0 with real sites, whose files the lead has not: give data.{key[:-9]}_file"
                 raise ConfigError(key, getattr(self, key), bound)
 
-    def needed_columns(
+    def required_columns(
         self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
     ) -> dict[str, str]:
         """Map each required role to its column: `roles`, the privacy unit, the role for the partition, and all
@@ -223,14 +223,14 @@ class DataSpec:
         if partition and self.partition.kind in _ROLE_OF_PARTITION:
             needed.add(_ROLE_OF_PARTITION[self.partition.kind])
         own = {role: column for role, column in self.columns.items() if role in needed}
-        return own | columns_of(self.features, self.columns)
+        return own | feature_columns(self.features, self.columns)
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
         """Return the settings that are sent to sites: columns by `roles`, all records, and none of the lead's files."""
         unsaid: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_THE_LEAD}
         return replace(self, **unsaid, train_file=AT_SITE, columns={role: role for role in roles})
 
-    def at_site(self, dataset: Dataset, *, folder: Path) -> DataSpec:
+    def for_site_dataset(self, dataset: Dataset, *, folder: Path) -> DataSpec:
         """Apply the settings to a site's own file, whose path in the policy is relative to `folder`.
 
         Raises:
@@ -243,7 +243,7 @@ class DataSpec:
                 raise ConfigError("columns", dict(dataset.columns), f"must name the column for role {role!r}")
         return replace(self, train_file=str(folder / dataset.path), columns=columns)
 
-    def sizes(self, num_sites: int) -> tuple[int, ...]:
+    def site_sizes(self, num_sites: int) -> tuple[int, ...]:
         """Return the declared size of each site.
 
         Raises:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeAlias, TypeVar, cast
 
 from fedtune.spec import DataError
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 Row: TypeAlias = Mapping[str, object]  # column to value, as a file has it
 RawRows: TypeAlias = Iterator[tuple[int, Row | DataError]]
@@ -43,19 +43,21 @@ _BLANK = b" \t\r\n,;"  # of a table's line that holds nothing
 _BLOCK_BYTES = 1 << 20  # read at once: a few kilobytes of gzip can hold a line that fills the memory
 
 
-def at_line(file: Path | str, line: int) -> str:
+def format_location(file: Path | str, line: int) -> str:
     """Format a position in a file for messages."""
     return f"{file}:{line}"
 
 
-def absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
+def missing_column_error(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
     """Return the error for a column that is not among the columns `present`."""
     names = ", ".join(repr(name) for name in islice(present, 10)) or "none"
     bound = f"must be there (role {role}); set data.columns.{role} to one of {names}"
     return DataError(f"{at}, column {column!r}", "absent", bound)
 
 
-def or_fault(at: str, read: Callable[Given, Made], /, *args: Given.args, **options: Given.kwargs) -> Made | DataError:
+def catch_row_error(
+    at: str, read: Callable[Given, Made], /, *args: Given.args, **options: Given.kwargs
+) -> Made | DataError:
     """Return the result of `read` on one row or record, or a DataError for whatever it raises.
 
     An exception other than a DataError would be a bug in fedtune.  If it stopped the reading, a site's answer would
@@ -69,15 +71,15 @@ def or_fault(at: str, read: Callable[Given, Made], /, *args: Given.args, **optio
         return DataError(at, type(error).__name__, "must be a record that can be read")
 
 
-def parsed(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callable[[int, Piece], Row | None]) -> RawRows:
+def parse_pieces(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callable[[int, Piece], Row | None]) -> RawRows:
     """Yield the parsed row of each piece of a file, or its error; a piece that `parse` turns into None is skipped."""
     for line, piece in pieces:
-        row = or_fault(at_line(path, line), parse, line, piece)
+        row = catch_row_error(format_location(path, line), parse, line, piece)
         if row is not None:
             yield line, row
 
 
-def text_of(raw: bytes | None, *, at: str) -> str:
+def decode_text(raw: bytes | None, *, at: str) -> str:
     """Decode the text of a row.
 
     Raises:
@@ -93,19 +95,22 @@ def text_of(raw: bytes | None, *, at: str) -> str:
         raise DataError(at, found, _UTF_8) from None
 
 
-def line_rows(path: Path) -> RawRows:
+def read_json_lines(path: Path) -> RawRows:
     """Yield the rows of a JSON lines file; blank lines are skipped."""
 
     def parse(line: int, raw: bytes | None) -> Row | None:
-        text, bound = text_of(raw, at=at_line(path, line)).rstrip(), "must be one whole JSON object on a line"
+        text, bound = (
+            decode_text(raw, at=format_location(path, line)).rstrip(),
+            "must be one whole JSON object on a line",
+        )
         if text[:1] == "[":
             bound += "; a file that is an array of objects ends in .json"
         return _json_object(text, path, line, bound=bound) if text else None
 
-    return parsed(path, cut_rows(path), parse)
+    return parse_pieces(path, cut_rows(path), parse)
 
 
-def _once(pairs: list[tuple[str, object]]) -> Row:
+def _unique_keys(pairs: list[tuple[str, object]]) -> Row:
     """Build an object from JSON's key-value pairs; raise KeyError for a duplicate key, which json would silently
     overwrite.
     """
@@ -116,16 +121,16 @@ def _once(pairs: list[tuple[str, object]]) -> Row:
 
 def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
     try:
-        row = json.loads(text, object_pairs_hook=_once)
+        row = json.loads(text, object_pairs_hook=_unique_keys)
     except KeyError:
-        raise DataError(at_line(path, line), "a key twice in an object", "must have each key once") from None
+        raise DataError(format_location(path, line), "a key twice in an object", "must have each key once") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg} at place {error.pos + 1} of the record"
-        raise DataError(at_line(path, line + error.lineno - 1), found, bound) from None
+        raise DataError(format_location(path, line + error.lineno - 1), found, bound) from None
     except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
-        raise DataError(at_line(path, line), "too large a value", bound) from None
+        raise DataError(format_location(path, line), "too large a value", bound) from None
     if not isinstance(row, dict):
-        raise DataError(at_line(path, line), json_type(row), bound)
+        raise DataError(format_location(path, line), json_type(row), bound)
     return row
 
 
@@ -138,7 +143,7 @@ def json_type(value: object) -> str:
 # Tables of text.
 
 
-def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> RawRows:
+def read_table(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> RawRows:
     """Yield the rows of a table whose header has the `columns` (role to column), with `comma` as the separator.
 
     Semicolons are accepted instead of commas, because spreadsheets write them in locales with decimal commas.
@@ -148,19 +153,19 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> 
         first = re.sub(rb'"[^"]*"', b"", next(lines, None) or b"")
         comma = ";" if first.count(b";") > max(map(first.count, (b",", b"\t", b"|"))) else ","
     rows = cut_rows(path, comma=comma.encode())
-    header = _header(path, rows, columns or {}, comma=comma)
-    yield from parsed(path, rows, partial(_table_row, path, header=header, comma=comma))
+    header = _read_header(path, rows, columns or {}, comma=comma)
+    yield from parse_pieces(path, rows, partial(_parse_table_row, path, header=header, comma=comma))
 
 
-def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str], comma: str) -> Row | None:
-    at, text = at_line(path, line), text_of(raw, at=at_line(path, line))
+def _parse_table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str], comma: str) -> Row | None:
+    at, text = format_location(path, line), decode_text(raw, at=format_location(path, line))
     try:
-        cells = _cells(text, comma=comma, at=at)
+        cells = _split_cells(text, comma=comma, at=at)
         if cells and len(cells) != len(header):
             hint = "; a quote behind a comma and a space opens no cell" if f'{comma} "' in text else ""
             hint = "; the header begins with #, as a comment above it does" if header[0].startswith("#") else hint
-            bound = f"must have {counted(len(header), 'cell')}, as the header{hint}"
-            raise DataError(at, counted(len(cells), "cell"), bound)
+            bound = f"must have {pluralize(len(header), 'cell')}, as the header{hint}"
+            raise DataError(at, pluralize(len(cells), "cell"), bound)
     except DataError as error:
         if not (more := text.rstrip().count("\n")):
             raise
@@ -170,11 +175,11 @@ def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str
     return dict(zip(header, cells, strict=True)) if cells else None
 
 
-def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) -> Sequence[str]:
+def _read_header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) -> Sequence[str]:
     """Return the names in the first row that is not blank; an error in this row is an error of the whole file."""
     for line, raw in rows:
-        at = at_line(path, line)
-        if cells := _cells(text_of(raw, at=at), comma=comma, at=at):
+        at = format_location(path, line)
+        if cells := _split_cells(decode_text(raw, at=at), comma=comma, at=at):
             # A table may have columns without a name; each is one of its own.
             header = [name.strip() or (f"(column {place})" if place > 1 else "") for place, name in enumerate(cells, 1)]
             _require_separated(header, comma=comma, at=at)
@@ -210,12 +215,12 @@ def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) 
     """
     for role, column in columns.items():
         if column not in header:
-            raise absent(header, column, role=role, at=at)
+            raise missing_column_error(header, column, role=role, at=at)
         if header.count(column) > 1:
             raise DataError(f"{at}, column {column!r}", f"{header.count(column)} times", "must appear once")
 
 
-def _cells(text: str, *, comma: str, at: str) -> list[str]:
+def _split_cells(text: str, *, comma: str, at: str) -> list[str]:
     """Split a row into cells; a blank line, or a row of empty cells, gives none."""
     # The csv module's own bound on a cell is 131,072 characters, and belongs to the whole process: anybody may have set
     # it.  A record is bounded already, so it is raised out of the way, and never lowered for others.
@@ -251,7 +256,7 @@ class _Growing:
         else:
             self.kept.clear()
 
-    def taken(self) -> tuple[int, bytes | None]:
+    def take_row(self) -> tuple[int, bytes | None]:
         """Return the finished row, and start the next one."""
         row = self.first, bytes(self.kept) if self.size <= MOST_BYTES else None
         self.first, self.size = self.line, 0
@@ -268,19 +273,19 @@ def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
     """
     row, begins = _Growing(), comma or b""
     quoted, state = begins + b'"', begins
-    for block in _blocks(path):
+    for block in _read_blocks(path):
         # A block without a quote, within a quoted cell, is one piece: a cell may have millions of lines.
         for piece in [block] if comma and state == quoted and b'"' not in block else _LINES.findall(block):
-            state = table_state(piece, state, comma=comma) if comma else begins
+            state = quote_state(piece, state, comma=comma) if comma else begins
             row.add(piece)
             if piece.endswith(b"\n") and not (comma and state == quoted):
-                yield row.taken()
+                yield row.take_row()
                 state = begins
     if row.size:
-        yield row.taken()
+        yield row.take_row()
 
 
-def table_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
+def quote_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
     """Return the parser state after `piece`: the shortest text that leads to the same state from the start of a row.
 
     The states are: start of a cell (a comma), in an unquoted cell (x), in a quoted cell (comma, quote), and after a
@@ -317,7 +322,7 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
     can swallow other elements, and no JSON writer produces one from a record's text.
     """
     row, depth, in_string, escaped = _Growing(), 1, False, False
-    for block in _in_array(path, row) if opens is None else _in_object(path, row, opens):
+    for block in _array_blocks(path, row) if opens is None else _object_blocks(path, row, opens):
         begin = place = 0
         while place < len(block) and depth:
             if escaped:
@@ -332,35 +337,35 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
                 in_string = mark == b'"'
                 if depth == 1 and mark in b",]":
                     row.add(block[begin : place - 1])
-                    yield *row.taken(), mark
+                    yield *row.take_row(), mark
                     begin, depth = place, int(mark == b",")
                 elif not in_string:
                     depth = depth + 1 if mark in b"[{" else max(1, depth - 1)
         row.add(block[begin:])
-    yield *row.taken(), b""
+    yield *row.take_row(), b""
 
 
-def _in_array(path: Path, row: _Growing) -> Iterator[bytes]:
+def _array_blocks(path: Path, row: _Growing) -> Iterator[bytes]:
     """Yield the blocks of a file after the bracket that opens its array; none for an empty file."""
     opened = False
-    for block in _blocks(path):
+    for block in _read_blocks(path):
         text = block if opened else block.lstrip()
         if not opened:
             row.first = row.line = row.line + block[: len(block) - len(text)].count(b"\n")
             if text and not text.startswith(b"["):
                 found = "an object" if text.startswith(b"{") else "no bracket"
                 bound = "must begin with [, as an array of objects; a file with one object on each line ends in .jsonl"
-                raise DataError(at_line(path, row.line), found, bound)
+                raise DataError(format_location(path, row.line), found, bound)
         yield text if opened else text[1:]
         opened = opened or bool(text)
 
 
-def _in_object(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[bytes]:
+def _object_blocks(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[bytes]:
     """Yield the blocks of a file after the match of `opens`, which must be near its beginning; none for an empty
     file.
     """
     before, found = b"", None
-    for block in _blocks(path):
+    for block in _read_blocks(path):
         if found is None:
             before += block
             if (found := opens.search(before)) is None:
@@ -371,10 +376,12 @@ def _in_object(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[
             block = before[found.end() :]
         yield block
     if found is None and before.strip():
-        raise DataError(at_line(path, 1), "another form", "must be an object with an array of documents (BioC as JSON)")
+        raise DataError(
+            format_location(path, 1), "another form", "must be an object with an array of documents (BioC as JSON)"
+        )
 
 
-def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = None) -> RawRows:
+def read_json_array(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = None) -> RawRows:
     """Yield the elements of a JSON array; `lenient` accepts a truncated array and yields its complete elements.
 
     If the array is part of an object (`opens`), the rest of the object is ignored.
@@ -383,11 +390,18 @@ def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = N
     for line, raw, mark in cut_elements(path, opens):
         if opens is not None and before == b"]":
             if raw is None or opens.search(raw):
-                yield line, DataError(at_line(path, line), "a second array", "must be one array of objects")
+                yield line, DataError(format_location(path, line), "a second array", "must be one array of objects")
             return
         text = (raw or b"").lstrip()
         line += (raw or b"")[: len(raw or b"") - len(text)].count(b"\n")
-        row = or_fault(at_line(path, line), _element, path, line, None if raw is None else text, between=(before, mark))
+        row = catch_row_error(
+            format_location(path, line),
+            _parse_element,
+            path,
+            line,
+            None if raw is None else text,
+            between=(before, mark),
+        )
         if isinstance(row, DataError) and not mark and not lenient:
             raise row  # what is missing may be any number of records
         if row is not None:
@@ -395,24 +409,24 @@ def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = N
         before = before if before == b"]" else mark
 
 
-def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, bytes]) -> Row | None:
+def _parse_element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, bytes]) -> Row | None:
     """Parse an element of an array; return None for the blank text in an empty array or after an array's end."""
-    (before, behind), at, bound = between, at_line(path, line), "must be one array of objects"
+    (before, behind), at, bound = between, format_location(path, line), "must be one array of objects"
     if raw == b"" and (before == b"]" or (before == b"" and behind != b",")):
         return None
     if before == b"]":
         raise DataError(at, "more behind the array's end", bound)
     if not behind:
-        whole = or_fault(at, lambda: _json_object(text_of(raw, at=""), path, line, bound=""))
+        whole = catch_row_error(at, lambda: _json_object(decode_text(raw, at=""), path, line, bound=""))
         rest = "the rest of this record, and " if isinstance(whole, DataError) else ""
         missing = "a record behind the last comma, and " if raw == b"" else rest
         raise DataError(at, "the end of the file", f"{bound}; it breaks off, and lacks {missing}] at its end")
     if raw == b"":
         raise DataError(at, "a comma without an object", f"{bound}, with a comma between two")
-    return _json_object(text_of(raw, at=at), path, line, bound="must be one whole JSON object")
+    return _json_object(decode_text(raw, at=at), path, line, bound="must be one whole JSON object")
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def _read_blocks(path: Path) -> Iterator[bytes]:
     """Yield the bytes of a file in blocks, decompressed and without a byte order mark."""
     line = 1
     try:
@@ -425,6 +439,6 @@ def _blocks(path: Path) -> Iterator[bytes]:
                 block = stream.read1(_BLOCK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         found = "an early end" if isinstance(error, EOFError) else "no gzip, or damaged"  # its own words quote the file
-        raise DataError(at_line(path, line), found, "must be a whole gzip file") from None
+        raise DataError(format_location(path, line), found, "must be a whole gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a file that can be read") from None

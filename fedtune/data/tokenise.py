@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.records import Record
-from fedtune.data.text_rows import or_fault
+from fedtune.data.text_rows import catch_row_error
 from fedtune.spec import DataError, panics_as_errors
 
 if TYPE_CHECKING:
@@ -84,19 +84,19 @@ class TextDataset:
     def num_tokens(self) -> int:
         return int(self.text_lengths.sum())
 
-    def texts_of(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+    def text_indices(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the indices of these examples' texts among the texts of the data set."""
         of_each = np.asarray(places, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
         return of_each.ravel()
 
-    def chosen(self, places: Sequence[int] | NDArray[np.integer]) -> TextDataset:
+    def select_examples(self, places: Sequence[int] | NDArray[np.integer]) -> TextDataset:
         """Return the examples at these indices, in this order; an index may be repeated."""
-        targets, texts = self.targets, self.texts_of(places)
+        targets, texts = self.targets, self.text_indices(places)
         taken = tuple(targets[i] for i in texts) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]
         return TextDataset(tuple(self.input_ids[text] for text in texts), taken, self.texts)
 
 
-def most_characters(max_length: int) -> int:
+def max_characters(max_length: int) -> int:
     """Return the maximum number of characters of a text that are encoded for an example of `max_length` tokens."""
     return _CHARACTERS_A_TOKEN * max_length
 
@@ -130,7 +130,7 @@ def encode(
         )["input_ids"]
         return [(ids, ()) for ids in found]
 
-    return (ids for ids, _ in _each(texts, encoded, getattr(tokenizer, "backend_tokenizer", None), within))
+    return (ids for ids, _ in _encode_each(texts, encoded, getattr(tokenizer, "backend_tokenizer", None), within))
 
 
 def whole_texts(
@@ -145,7 +145,7 @@ def whole_texts(
     Texts of two roles are encoded as a pair.  And whether each could be encoded: with `lenient_within`, as
     `Task.tokenise` has it, what cannot is one token, 0; otherwise it is a DataError.
     """
-    most = most_characters(max_length)
+    most = max_characters(max_length)
     cuts = [tuple(record.fields[role][:most] for role in roles) for record, roles in fields]
     texts = [one if len(one) > 1 else one[0] for one in cuts]
     encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
@@ -178,7 +178,7 @@ def encode_words(
             for one, text in zip(found.encodings, some, strict=True)  # type: ignore[attr-defined]
         ]
 
-    return _each(texts, encoded, tokenizer.backend_tokenizer, within)
+    return _encode_each(texts, encoded, tokenizer.backend_tokenizer, within)
 
 
 def _words_by_token(encoding: Any, text: str) -> list[tuple[int, int]]:
@@ -210,7 +210,7 @@ class MarkedTokenizer:
     _backend: Backend
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, marks: Collection[int]) -> MarkedTokenizer:
+    def from_tokenizer(cls, tokenizer: Tokenizer, marks: Collection[int]) -> MarkedTokenizer:
         """Copy a tokenizer with these tokens, and all special tokens, as marks."""
         from tokenizers import Tokenizer as Backend
 
@@ -244,47 +244,47 @@ class MarkedTokenizer:
             found = self._backend.encode_batch(list(some), add_special_tokens=False)
             return [(one.ids, one.offsets) for one in found]
 
-        return _each(texts, encoded, self._backend, within)
+        return _encode_each(texts, encoded, self._backend, within)
 
 
-def _each(
+def _encode_each(
     texts: Sequence[Any], encoded: Callable[[Sequence[Any]], list[Encoded]], backend: Any, within: int | None
 ) -> Iterator[Encoded]:
     encoded, normalizer = panics_as_errors()(encoded), getattr(backend, "normalizer", None)
-    for some in _chunks(texts):
+    for some in _chunk_texts(texts):
         if within is None:
             yield from encoded(some)
             continue
-        fits = [all(_stays_short(part, normalizer) for part in _parts(text)) for text in some]
+        fits = [all(_has_bounded_length(part, normalizer) for part in _as_tuple(text)) for text in some]
         bounded = [text for text, short in zip(some, fits, strict=True) if short]
-        found = or_fault("", encoded, bounded)
+        found = catch_row_error("", encoded, bounded)
         if isinstance(found, DataError):  # about one text, whatever the tokenizer's library raised
-            alone = (or_fault("", encoded, [text]) for text in bounded)
+            alone = (catch_row_error("", encoded, [text]) for text in bounded)
             found = [([], ()) if isinstance(one, DataError) else one[0] for one in alone]
         left = iter(found)
         for one in (next(left) if short else ([], ()) for short in fits):
             yield one if all(0 <= number < within for number in one[0]) else ([], ())
 
 
-def _stays_short(text: str, normalizer: Any) -> bool:
+def _has_bounded_length(text: str, normalizer: Any) -> bool:
     """Whether a tokenizer's normalizer lengthens a text only within fixed limits; None means that there is no
     normalizer.
     """
     if normalizer is None:
         return True
-    made = or_fault("", panics_as_errors()(normalizer.normalize_str), text)
+    made = catch_row_error("", panics_as_errors()(normalizer.normalize_str), text)
     return not isinstance(made, DataError) and len(made) <= _MOST_LONGER * len(text) + _ROOM
 
 
-def _parts(text: Text) -> tuple[str, ...]:
+def _as_tuple(text: Text) -> tuple[str, ...]:
     return (text,) if isinstance(text, str) else text
 
 
-def _chunks(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
+def _chunk_texts(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
     """Yield the texts in order, in chunks, to bound the tokenizer's memory."""
     first, characters = 0, 0
     for place, text in enumerate(texts):
-        length = sum(map(len, _parts(text)))
+        length = sum(map(len, _as_tuple(text)))
         characters += length
         if place > first and (place - first == _CHUNK_TEXTS or characters > _CHUNK_CHARACTERS):
             yield texts[first:place]

@@ -15,9 +15,9 @@ from contextlib import suppress
 from datetime import date, datetime
 from typing import Any, TypeGuard, cast
 
-from fedtune.data.images import image_of
-from fedtune.data.lists import as_json, json_list, listed_in, rows_of
-from fedtune.data.marked import names_in, spans_of, words_of
+from fedtune.data.images import read_image_field
+from fedtune.data.lists import columns_to_rows, parse_json_list, parse_list, to_compact_json
+from fedtune.data.marked import convert_labels, read_spans, read_words
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError
 
@@ -72,15 +72,15 @@ def read_value(value: object, role: str, *, at: str) -> str:
         DataError: the value does not suit the role.
     """
     if role.startswith(FEATURE):
-        text = feature_of(value, at)
+        text = read_feature(value, at)
     elif is_null(value):
         raise DataError(at, "null", f"must not be null (role {role})")
     elif role in _READ_ALONE:
         text = _READ_ALONE[role](value, at)
     elif role in CATEGORY_ROLES:
-        text = _name(value, role, at=at)
+        text = _read_name(value, role, at=at)
     else:
-        text = _text(value, role, accepted="text", at=at)
+        text = _read_text_value(value, role, accepted="text", at=at)
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no tokenizer takes
@@ -88,17 +88,17 @@ def read_value(value: object, role: str, *, at: str) -> str:
     return text
 
 
-def is_written(role: str) -> bool:
+def is_free_text(role: str) -> bool:
     """Whether a role's values are texts that a person wrote, which may contain names and may be masked."""
     return role not in _NO_TEXT and not role.startswith(FEATURE)
 
 
-def texts_of(role: str, text: str) -> list[str]:
+def split_texts(role: str, text: str) -> list[str]:
     """Return the texts in a record's field: one per turn of a conversation, and none for an answer or a feature."""
-    turns = json.loads(text) if role == "messages" else turns_said(text) if role in SAID else None
+    turns = json.loads(text) if role == "messages" else parse_continuation(text) if role in SAID else None
     if turns is not None:
         return [turn["content"] for turn in turns]
-    return [text] if is_written(role) else []
+    return [text] if is_free_text(role) else []
 
 
 def is_null(value: object) -> bool:
@@ -119,7 +119,7 @@ def is_whole(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
-def one_form(text: str) -> str:
+def normalize_name(text: str) -> str:
     r"""Normalize a name: composed (NFC), without invisible characters, with single spaces.
 
     >>> one_form("Jose\u0301\u200b ") == "Jos\u00e9"
@@ -128,7 +128,7 @@ def one_form(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
 
 
-def _text(value: object, role: str, *, accepted: str, at: str) -> str:
+def _read_text_value(value: object, role: str, *, accepted: str, at: str) -> str:
     if role == "text" and isinstance(value, dict) and isinstance(value.get("text"), str):
         value = value["text"]  # as Label Studio has it
     if not isinstance(value, str):
@@ -138,7 +138,7 @@ def _text(value: object, role: str, *, accepted: str, at: str) -> str:
     return value
 
 
-def _name(value: object, role: str, *, at: str) -> str:
+def _read_name(value: object, role: str, *, at: str) -> str:
     """Read a label, a site or a user; user ids are normalized, so that no person counts as several users."""
     if role == "user" and (isinstance(value, list) or (isinstance(value, str) and set(_BETWEEN_NAMES) & set(value))):
         # It would count for one of them, and the others would not be protected.
@@ -149,10 +149,10 @@ def _name(value: object, role: str, *, at: str) -> str:
         value = str(int(value))
     elif role in ("label", "event") and isinstance(value, bool):
         value = str(value).lower()
-    text = _text(value, role, accepted="text or an integer", at=at).strip()
+    text = _read_text_value(value, role, accepted="text or an integer", at=at).strip()
     if role != "user":
         return text
-    found = one_form(text)
+    found = normalize_name(text)
     if found in NO_NAME:
         raise DataError(at, "no id", "must name a user (role user)")
     if _WITH_EXPONENT.fullmatch(found):
@@ -165,7 +165,7 @@ def _name(value: object, role: str, *, at: str) -> str:
 _JSON_TURNS = "must be a JSON list of turns, as Python's json.dumps writes it and str and pandas do not"
 
 
-def messages_of(value: object, *, at: str) -> str:
+def read_messages(value: object, *, at: str) -> str:
     """Read a conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
 
     An answer that is excluded from training also has "train": false.  Accepted are turns with `role` and `content`
@@ -180,10 +180,10 @@ def messages_of(value: object, *, at: str) -> str:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise DataError(at, "text that is no JSON", f"{_JSON_TURNS} (role messages)") from None
-    value = rows_of(value)
+    value = columns_to_rows(value)
     if not isinstance(value, list):
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
-    turns = _turns(value, at=at)
+    turns = _read_turns(value, at=at)
     roles = [turn["role"] for turn in turns]
     first = int(roles[:1] == ["system"])
     for place in range(first, len(roles)):
@@ -191,43 +191,43 @@ def messages_of(value: object, *, at: str) -> str:
         if roles[place] != wanted:
             bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
             raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
-    return as_json(turns)
+    return to_compact_json(turns)
 
 
-def said_of(value: object, at: str) -> str:
+def read_continuation(value: object, at: str) -> str:
     """Read the continuation of a prompt or a conversation: a text unchanged, or turns (also a single one) as canonical
     JSON.
     """
-    value = rows_of(value)
+    value = columns_to_rows(value)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list) and value:
-        return as_json(_turns(value, at=at))
+        return to_compact_json(_read_turns(value, at=at))
     if not isinstance(value, str):
         raise DataError(at, json_type(value), "must be text, or a list of at least one turn")
     if not value.strip():
         raise DataError(at, "blank", "must not be blank: it is what the model learns to write, or not to")
     try:
-        turns = _turns_in(value)
+        turns = _parse_turns_text(value)
     except RecursionError:  # taken as text here, it might be turns where the stack is less deep
         raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None
     if turns is None and _PRINTED_TURNS.match(value):
         raise DataError(at, "text that is no JSON", _JSON_TURNS)
-    return value if turns is None else as_json(turns)
+    return value if turns is None else to_compact_json(turns)
 
 
-def turns_said(text: str) -> list[dict[str, Any]] | None:
-    """Parse the turns in a field of role `chosen` or `rejected`, as written by `said_of`; return None if it is a
-    text.
+def parse_continuation(text: str) -> list[dict[str, Any]] | None:
+    """Parse the turns in a field of role `chosen` or `rejected`, as written by `read_continuation`; return None if it
+    is a text.
     """
     if not text.startswith(_WRITTEN_TURNS):
         return None
     with suppress(RecursionError):  # turns that were written once are not deep
-        return _turns_in(text)
+        return _parse_turns_text(text)
     return None
 
 
-def turns_like(value: object) -> list[dict[str, Any]]:
+def guess_turns(value: object) -> list[dict[str, Any]]:
     """Return the turns that a value seems to contain, valid or not, also as JSON text; empty if it is something
     else.
     """
@@ -236,13 +236,13 @@ def turns_like(value: object) -> list[dict[str, Any]]:
     if isinstance(value, str) and _LIKE_TURNS.match(value):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
-    value = rows_of(value)
+    value = columns_to_rows(value)
     listed = value if isinstance(value, list) else [value]
     turns = [turn for turn in listed if isinstance(turn, dict) and {"role", "from"} & set(turn)]
     return turns if len(turns) == len(listed) else []
 
 
-def speaker_of(name: object) -> str:
+def speaker_role(name: object) -> str:
     """Map a file's name for a speaker to its role: `system`, `user`, `assistant`, or the name itself if it is
     unknown.
     """
@@ -250,19 +250,19 @@ def speaker_of(name: object) -> str:
     return _SPEAKERS.get(said, said)
 
 
-def _turns_in(text: str) -> list[dict[str, Any]] | None:
+def _parse_turns_text(text: str) -> list[dict[str, Any]] | None:
     if not _LIKE_TURNS.match(text):
         return None
     with suppress(DataError):
-        return _turns(json_list(text.lstrip()) or [None], at="")
+        return _read_turns(parse_json_list(text.lstrip()) or [None], at="")
     return None
 
 
-def _turns(values: Sequence[object], *, at: str) -> list[dict[str, Any]]:
-    return [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(values, 1)]
+def _read_turns(values: Sequence[object], *, at: str) -> list[dict[str, Any]]:
+    return [_read_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(values, 1)]
 
 
-def _turn(turn: object, *, at: str) -> dict[str, Any]:
+def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise DataError(at, json_type(turn), "must be an object with role and content, or from and value")
     # A table has one set of columns: beside a turn of the other form, a turn has nulls under that form's names.
@@ -272,7 +272,7 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
     speaker, content = turn[who], turn[what]
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
         content = content[0].get("text", content)  # a list of one part, which is a text
-    role = speaker_of(speaker)
+    role = speaker_role(speaker)
     calls = [name for name in _CALLS if turn.get(name)]
     if calls:
         raise DataError(f"{at}, {calls[0]}", "a call", "must not be there: turns of tools are not supported")
@@ -300,15 +300,16 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
 # Labels and numbers.
 
 
-def labels_of(value: object, at: str) -> str:
+def read_labels(value: object, at: str) -> str:
     """Read the labels of a record that may have several: a list as JSON, or a text unchanged.
 
     No label is `[]` or a blank text; null is an error, because it means that the record was not labeled.  A list may
-    also be text, as JSON or as Python prints it, or have the form of another program (`names_in`).  It is rewritten as
+    also be text, as JSON or as Python prints it, or have the form of another program (`convert_labels`).  It is
+    rewritten as
     a flat list: the maximum nesting depth depends on the parser, and `split_labels` must find the same labels.
     """
-    value = names_in(value, at)
-    listed = listed_in(value)
+    value = convert_labels(value, at)
+    listed = parse_list(value)
     if listed is None:
         return str(value).strip()
     if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
@@ -317,7 +318,7 @@ def labels_of(value: object, at: str) -> str:
     if len(set(labels)) < len(labels):
         bound = "must name each label once (role labels); a vector of 0 and 1 is no list of labels: write their names"
         raise DataError(at, "a label twice", bound)
-    return as_json(labels)
+    return to_compact_json(labels)
 
 
 def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
@@ -328,11 +329,11 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
     >>> split_labels('["late","damaged"]', separator=";")
     ('late', 'damaged')
     """
-    listed = json_list(text)
+    listed = parse_json_list(text)
     return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
 
 
-def number_of(value: object, at: str, *, role: str = "target") -> str:
+def read_number(value: object, at: str, *, role: str = "target") -> str:
     """Read a finite number, and return it as Python prints it."""
     number = math.nan
     if type(value) in (int, float) or (isinstance(value, str) and _is_number(value.strip())):
@@ -344,7 +345,7 @@ def number_of(value: object, at: str, *, role: str = "target") -> str:
     return repr(number)
 
 
-def arrival_of(value: object, at: str) -> str:
+def arrival_month(value: object, at: str) -> str:
     """Return the month of an ISO date, such as "2026-03", or "" for any other value.
 
     Nothing is raised: when dates are read, the round is already charged, so no record may stop it.
@@ -360,58 +361,62 @@ def arrival_of(value: object, at: str) -> str:
     return "" if found is None else f"{found.year:04}-{found.month:02}"
 
 
-def feature_of(value: object, at: str) -> str:
+def read_feature(value: object, at: str) -> str:
     """Read the field of a feature: a number, a name, a list of numbers as JSON, or "" if the value is missing."""
     if is_missing(value):
         return ""
     if isinstance(value, list):
-        return json.dumps([float(number_of(one, at, role="feature")) for one in value])
+        return json.dumps([float(read_number(one, at, role="feature")) for one in value])
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return str(int(value)) if type(value) is int or is_whole(value) else number_of(value, at, role="feature")
-    return category_of(_text(value, "feature", accepted="a number, a text or a list of numbers", at=at).strip())
+        return str(int(value)) if type(value) is int or is_whole(value) else read_number(value, at, role="feature")
+    return normalize_category(
+        _read_text_value(value, "feature", accepted="a number, a text or a list of numbers", at=at).strip()
+    )
 
 
-def category_of(text: str) -> str:
+def normalize_category(text: str) -> str:
     """Normalize a category's name to its JSON form: a program may have written 1 as 1.0, and true as True or TRUE."""
     return text.lower() if text.lower() in ("true", "false") else _WHOLE_DECIMAL.sub(r"\1", text)
 
 
-def numbers_of(text: str, at: str) -> list[float]:
+def parse_numbers(text: str, at: str) -> list[float]:
     """Parse the numbers in a record's field for a column of lists.
 
     Raises:
         DataError: the field is not a list of numbers.
     """
-    listed = listed_in(text)
+    listed = parse_list(text)
     if listed is None:
         raise DataError(at, "no list", "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)")
-    if all(type(one) is float and math.isfinite(one) for one in listed):  # as `feature_of` wrote it: thousands of them
+    if all(
+        type(one) is float and math.isfinite(one) for one in listed
+    ):  # as `read_feature` wrote it: thousands of them
         return listed
-    return [float(number_of(one, at, role="feature")) for one in listed]
+    return [float(read_number(one, at, role="feature")) for one in listed]
 
 
 def _is_number(text: str) -> bool:
     return len(text) <= _LONGEST_NUMBER and NUMBER.fullmatch(text) is not None
 
 
-def is_number_in_another_form(value: object) -> bool:
+def is_localized_number(value: object) -> bool:
     """Whether a text is a number for people but not for fedtune: 3,5 or $1,200 or 50%."""
     return isinstance(value, str) and not _is_number(value.strip()) and bool(_OTHER_NUMBER.fullmatch(value.strip()))
 
 
 _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
-    "messages": lambda value, at: messages_of(value, at=at),
-    "labels": labels_of,
-    "target": number_of,
-    "time": lambda value, at: number_of(value, at, role="time"),
-    "image": image_of,
-    "arrival": arrival_of,
-    "tokens": words_of,
-    "tags": lambda value, at: words_of(value, at, "tags"),
-    "spans": spans_of,
-    **dict.fromkeys(SAID, said_of),
+    "messages": lambda value, at: read_messages(value, at=at),
+    "labels": read_labels,
+    "target": read_number,
+    "time": lambda value, at: read_number(value, at, role="time"),
+    "image": read_image_field,
+    "arrival": arrival_month,
+    "tokens": read_words,
+    "tags": lambda value, at: read_words(value, at, "tags"),
+    "spans": read_spans,
+    **dict.fromkeys(SAID, read_continuation),
 }
 """Roles whose values need not be texts in a file, and how they become some."""
 

@@ -9,7 +9,7 @@ The number of guesses r must be fixed before anybody looks at the results; the c
 guesses may depend on everything that was released.  fedtune uses one r per audit (`audit.guesses`), so no correction
 for multiple tests is needed.  A caller who computes bounds for k values of r and keeps the largest must ask for
 confidence 1 - (1 - confidence) / k each time (Bonferroni), and so must a caller who judges a run by the worst of its k
-sites (`allowed_errors`).
+sites (`split_error_probability`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: f
         delta: the delta under test.
     """
     assert 0 <= right <= guesses <= canaries
-    chances = binomial(guesses, log_odds=epsilon)
+    chances = binomial_probabilities(guesses, log_odds=epsilon)
     beta = float(chances[right:].sum())
     below = np.cumsum(chances[:right][::-1])  # P[v > W >= v - i] for i = 1, 2, ... v
     alpha = float((below / np.arange(1, right + 1)).max(initial=0.0))
@@ -78,7 +78,7 @@ def epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float
     return low
 
 
-def allowed_errors(confidence: float, sites: Sequence[str | None]) -> list[float]:
+def split_error_probability(confidence: float, sites: Sequence[str | None]) -> list[float]:
     """Split the error probability 1 - `confidence` over several bounds, so that all of them hold together (Bonferroni).
 
     An attacker at a site sees most of what there is to see, so the sites share nine tenths of the error probability,
@@ -93,7 +93,7 @@ def allowed_errors(confidence: float, sites: Sequence[str | None]) -> list[float
     return [of_average / (len(sites) - num_sites) if site is None else of_sites / num_sites for site in sites]
 
 
-def best_possible(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
+def max_lower_bound(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
     """Return the bound for an attacker whose guesses are all correct: the most that an audit with `canaries` can show.
 
     >>> [round(best_possible(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
@@ -103,7 +103,7 @@ def best_possible(canaries: int, *, delta: float, confidence: float, guesses: in
     return epsilon_lower_bound(canaries, guesses, guesses, delta=delta, confidence=confidence)
 
 
-def binomial(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
+def binomial_probabilities(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
     """Return the binomial probabilities of 0 to `count` hits, shape (count + 1,).
 
     They are computed through logarithms; the success probability is 1 / (1 + e^-log_odds).

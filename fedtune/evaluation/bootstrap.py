@@ -77,7 +77,7 @@ class Drawn:
         low, high = found.low - 2 * bias, min(1.0, found.high - 2 * bias)
         return Estimate(value, min(low, value), max(high, value))
 
-    def comparison(self, base: str, tuned: str, score: str, *, judged: str | None = None) -> Comparison:
+    def compare_scores(self, base: str, tuned: str, score: str, *, judged: str | None = None) -> Comparison:
         """Compare two models by one score.
 
         Args:
@@ -91,7 +91,7 @@ class Drawn:
         with np.errstate(invalid="ignore"):  # infinity less infinity
             difference = _estimate(float(np.subtract(values[1], values[0])), draws[1] - draws[0])
         one, other = self.estimate(base, score), self.estimate(tuned, score)
-        sign, verdict = direction(judged or score), NO_DIFFERENCE
+        sign, verdict = score_direction(judged or score), NO_DIFFERENCE
         ends = sorted((sign * difference.low, sign * difference.high))
         if self.num_units >= FEWEST_UNITS and math.isfinite(one.value) != math.isfinite(other.value):
             verdict = "better" if math.isfinite(other.value) else "worse"
@@ -148,7 +148,7 @@ def drawn(
     return Drawn(observed, draws, num_units)
 
 
-def compared(
+def compare_by_scores(
     base: Figures,
     tuned: Figures,
     *,
@@ -158,7 +158,7 @@ def compared(
 ) -> dict[str, Comparison]:
     """Compare two models by every score; the arguments are those of `drawn`."""
     found = drawn({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
-    return {score: found.comparison("base", "tuned", score) for score in found.values["base"]}
+    return {score: found.compare_scores("base", "tuned", score) for score in found.values["base"]}
 
 
 def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
@@ -168,18 +168,18 @@ def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def constant_words(model: str, found: Estimate, constant: float, *, score: str, num_units: int) -> str:
+def describe_against_constant(model: str, found: Estimate, constant: float, *, score: str, num_units: int) -> str:
     """Describe how a model compares with the best constant answer, by the model's confidence interval.
 
     The score of the constant answer, on the same units, is treated as known exactly.
     """
-    ends = sorted(direction(score) * (end - constant) for end in (found.low, found.high))
+    ends = sorted(score_direction(score) * (end - constant) for end in (found.low, found.high))
     is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)
     what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
     told = f"{score_words(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
     return f"{model[:1].upper()}{model[1:]} {what} the best constant answer, the same to each record: {told}."
 
 
-def direction(name: str) -> int:
+def score_direction(name: str) -> int:
     """Return 1 if higher values of a score are better, and -1 if lower values are."""
     return -1 if name in _LOWER_IS_BETTER else 1

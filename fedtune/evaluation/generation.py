@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.data.batching import micro_batches
-from fedtune.evaluation.scoring import batches_within_memory, scoring
+from fedtune.evaluation.scoring import evaluation_mode, report_out_of_memory
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.model.fits import usable_positions
+from fedtune.model.fits import max_positions
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.task_model import TaskModel
 
@@ -29,12 +29,12 @@ _LIKELIEST = 1024  # tokens that nearly always have `top_p` together; a whole vo
 _LEAVE = 3 / 4  # rows whose texts have ended leave their batch when this share or less goes on
 
 
-def greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
+def choose_greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
     """Return the likeliest token of each row, (n,)."""
     return logits.argmax(dim=-1)
 
 
-def write(
+def stream_tokens(
     task_model: TaskModel, prompt: npt.NDArray[np.int32], *, end_ids: Collection[int], spec: WritingSpec
 ) -> Iterator[int]:
     """Continue one prompt, token by token, until one of `end_ids`, `spec.max_new_tokens` or the model's last position.
@@ -54,23 +54,23 @@ def write(
     Raises:
         ConfigError: for `adapter`: the logits are not finite, so its training diverged.
     """
-    positions = usable_positions(task_model.base.get_base_model())
+    positions = max_positions(task_model.base.get_base_model())
     room = spec.max_new_tokens if positions is None else min(spec.max_new_tokens, positions - len(prompt))
     draws = torch.Generator().manual_seed(spec.seed)
     token_ids, cache = torch.as_tensor(prompt, dtype=torch.int64, device=task_model.device)[None], None
     for _ in range(room):
         # Entered for each token: between two of them the caller's own code runs, which may want gradients.
-        with scoring(task_model):
+        with evaluation_mode(task_model):
             output = task_model.base(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
-        chosen = _chosen(output.logits[0, -1].float().cpu(), spec, draws)
+        chosen = _choose_token(output.logits[0, -1].float().cpu(), spec, draws)
         if chosen in end_ids:
             return
         yield chosen
         token_ids = torch.tensor([[chosen]], device=task_model.device)
 
 
-def as_text(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def decode_stream(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield the text that each token adds, without special tokens and surrounding space.
 
     A character that takes several tokens appears with the last of them, and a space with the text that follows it.  The
@@ -80,12 +80,12 @@ def as_text(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Ite
     shown = ""
     for token in token_ids:
         kept.append(token)
-        text = _decoded(kept, tokenizer)
+        text = _decode_tokens(kept, tokenizer)
         # The tokenizer decodes the first bytes of a character to the mark of a broken one.
         if not text.endswith(_BROKEN) and text.startswith(shown) and len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
-    rest = _decoded(kept, tokenizer)
+    rest = _decode_tokens(kept, tokenizer)
     if len(rest) > len(shown) and rest.startswith(shown):
         yield rest[len(shown) :]
 
@@ -93,11 +93,11 @@ def as_text(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Ite
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
-def _decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _decode_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
-def _chosen(
+def _choose_token(
     logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator, *, against: torch.Tensor | None = None
 ) -> int:
     """Choose the next token from its logits, (vocabulary,); `against` has the logits for another prompt and the same
@@ -125,7 +125,7 @@ def _chosen(
     return int(order[torch.multinomial(likeliest, 1, generator=draws)])
 
 
-def by_prompt(
+def group_by_prompt(
     prompts: Sequence[np.ndarray], references: Sequence[str], *, rows: int | None = None
 ) -> tuple[list[np.ndarray], list[list[str]]]:
     """Group n references by the token ids of their prompts.
@@ -179,19 +179,19 @@ def generate(
     Raises:
         ConfigError: a prompt and its text exceed the model's positions, or a batch exceeds the device's memory.
     """
-    written = write_batches(
+    written = generate_batches(
         task_model,
         prompts,
         tokenizer=tokenizer,
         end_ids=end_ids,
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
-        choose=greedily,
+        choose=choose_greedily,
     )
     return [text for _, text, _ in sorted(written)]
 
 
-def draw(
+def sample_completions(
     task_model: TaskModel,
     prompts: Sequence[np.ndarray],
     *,
@@ -231,12 +231,12 @@ def draw(
         rows = logits.float().cpu()
         others = rows[len(places) :] if against else [None] * len(places)
         chosen = [
-            _chosen(row, spec, streams[place], against=other)
+            _choose_token(row, spec, streams[place], against=other)
             for row, other, place in zip(rows, others, places, strict=False)
         ]
         return torch.tensor(chosen, device=logits.device)
 
-    written = write_batches(
+    written = generate_batches(
         task_model,
         prompts,
         tokenizer=tokenizer,
@@ -250,7 +250,7 @@ def draw(
     yield from ((index, text if ended else None) for index, text, ended in written)
 
 
-def write_batches(
+def generate_batches(
     task_model: TaskModel,
     prompts: Sequence[np.ndarray],
     *,
@@ -275,7 +275,7 @@ def write_batches(
         prompts, against = ([*map(np.concatenate, them)] for them in pairs)
     both = zip(prompts, against or prompts, strict=True)
     lengths = np.array([max(map(len, pair)) for pair in both], dtype=np.int32) + max_new_tokens
-    longest, most = int(lengths.max(initial=0)), usable_positions(task_model.base.get_base_model())
+    longest, most = int(lengths.max(initial=0)), max_positions(task_model.base.get_base_model())
     if most is not None and longest > most:
         bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
@@ -285,8 +285,8 @@ def write_batches(
         def of_batch(logits: torch.Tensor, rows: Places, indices: Places = indices) -> torch.Tensor:
             return choose(logits, indices[rows])
 
-        with scoring(task_model), batches_within_memory(max_tokens):
-            written = write_batch(
+        with evaluation_mode(task_model), report_out_of_memory(max_tokens):
+            written = generate_batch(
                 task_model.base,
                 [prompts[index] for index in indices],
                 end_ids=end_ids,
@@ -298,11 +298,13 @@ def write_batches(
             )
         for index, token_ids in zip(indices, written, strict=True):
             text = list(takewhile(lambda token_id: token_id not in end_ids, token_ids))
-            whole = _decoded([*(begun[index] if begun else ()), *text], tokenizer)
+            whole = _decode_tokens([*(begun[index] if begun else ()), *text], tokenizer)
             yield int(index), whole, len(text) < len(token_ids)
 
 
-def text_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[np.float64]]:
+def text_statistics(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, npt.NDArray[np.float64]]:
     """Compute the inputs of `text_scores` for each text: one hypothesis per prompt, against all references of that
     prompt.
 
@@ -333,7 +335,7 @@ def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, flo
     """Compute corpus BLEU with exponential smoothing, in [0, 100], and mean ROUGE-L, in [0, 1].
 
     Args:
-        figures: the values that `text_figures` returns for n texts, n at least 1.
+        figures: the values that `text_statistics` returns for n texts, n at least 1.
 
     Returns:
         The scores `bleu` and `rouge_l`.
@@ -345,7 +347,7 @@ def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, flo
     return {"bleu": float(bleu.score), "rouge_l": float(np.mean(figures["rouge_l"]))}
 
 
-def write_batch(
+def generate_batch(
     model: PeftModel,
     prompts: Sequence[np.ndarray],
     *,
@@ -409,7 +411,7 @@ def write_batch(
     return rows
 
 
-def variety(texts: Sequence[str]) -> dict[str, Any]:
+def text_variety(texts: Sequence[str]) -> dict[str, Any]:
     """Measure the variety of one or more texts, for the card of synthetic records; words are split at whitespace."""
     times, lengths = Counter(texts), [len(text.split()) for text in texts]
     cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
@@ -422,7 +424,7 @@ def variety(texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def shared_pairs(texts: Sequence[str], others: Sequence[str]) -> float:
+def shared_bigrams(texts: Sequence[str], others: Sequence[str]) -> float:
     """Return the share of the word pairs in `others`, counted with repetition, that also occur in `texts`."""
     known = {pair for text in texts for pair in pairwise(text.lower().split())}
     found = [pair in known for text in others for pair in pairwise(text.lower().split())]

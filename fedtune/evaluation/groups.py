@@ -83,7 +83,7 @@ def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[
     )
 
 
-def by_group(
+def score_groups(
     models: Mapping[str, Figures],
     groups: Groups,
     *,
@@ -125,7 +125,7 @@ def by_group(
         scores={name: {model: found.estimate(model, f"in {n}") for model in models} for name, n in numbers.items()},
         gaps={name: {model: found.estimate(model, f"gap {n}") for model in models} for name, n in numbers.items()},
         changes={
-            name: {pair: of_group[n].comparison(*pair, f"in {n}", judged=score) for pair in pairs}
+            name: {pair: of_group[n].compare_scores(*pair, f"in {n}", judged=score) for pair in pairs}
             for name, n in numbers.items()
         },
     )

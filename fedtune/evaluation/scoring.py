@@ -24,7 +24,7 @@ KeptBatches = dict[int, Batch]
 """A data set in batches, with what the frozen base made of each: by the first example's place, on the CPU."""
 
 
-def figures_of(
+def evaluate_examples(
     task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None = None
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Compute the inputs of `Task.scores` for every example of `dataset`: arrays of shape (examples, ...), by name.
@@ -44,14 +44,14 @@ def figures_of(
         ConfigError: for `evaluation.max_tokens`: a batch does not fit into the device's memory.
     """
     figures: dict[str, npt.NDArray[np.float64]] = {}
-    with scoring(task_model), batches_within_memory(max_tokens):
-        batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
+    with evaluation_mode(task_model), report_out_of_memory(max_tokens):
+        batches = batches_with_cache(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
             for name, of_batch in task_model.figures(batch).items():
                 if name not in figures:
                     figures[name] = np.zeros((len(dataset), *of_batch.shape[1:]))
                 figures[name][indices] = of_batch.cpu()
-    return dict(task_model.task.completed(figures))
+    return dict(task_model.task.postprocess_dataset(figures))
 
 
 def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
@@ -64,7 +64,7 @@ def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> 
     The scores themselves are exact and must not leave the site.
     """
     scores = np.zeros(len(dataset))
-    with scoring(task_model):
+    with evaluation_mode(task_model):
         for index in range(len(dataset)):
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
             # Of a record that cannot be computed: 0, and the others as they are.
@@ -88,7 +88,7 @@ def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.
 
 
 @contextmanager
-def scoring(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` into evaluation mode without gradients, and restore each module's flag on exit.
 
     The flags are set and restored one by one, and not by `eval()` and `train()`: the trainable leaves of a task model
@@ -109,7 +109,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def batches_within_memory(max_tokens: int) -> Iterator[None]:
+def report_out_of_memory(max_tokens: int) -> Iterator[None]:
     """Turn an out-of-memory error of the accelerator into a ConfigError for `evaluation.max_tokens`."""
     try:
         yield
@@ -131,7 +131,7 @@ def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> 
         yield indices, collate(dataset, indices, pad_id=pad_id)
 
 
-def batches_to_score(
+def batches_with_cache(
     model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield (indices, batch) like `batches_by_length`, on the model's device, with cached outputs of the frozen base.

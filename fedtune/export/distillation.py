@@ -19,26 +19,26 @@ import torch
 
 from fedtune.config import RunConfig
 from fedtune.data.batching import collate
-from fedtune.evaluation.bootstrap import Comparison, compared
-from fedtune.export.export_formats import WRITERS, Source, form_of, new_folder
-from fedtune.export.onnx_graphs import Served, graphs, scored
+from fedtune.evaluation.bootstrap import Comparison, compare_by_scores
+from fedtune.export.export_formats import WRITERS, Source, card_form, new_folder
+from fedtune.export.onnx_graphs import Served, measure_graphs, measure_model
 from fedtune.federation.run_folder import CARD
 from fedtune.model.base_model import model_sha256
-from fedtune.model.layers import layer_stack
+from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
 from fedtune.report.facts import RunFacts
 from fedtune.report.model_card import card_files, card_text
-from fedtune.report.synthetic_card import in_words, read_card, run_of, together
-from fedtune.runs.earlier_debts import debts_of_base
-from fedtune.runs.environment import mark
-from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, card_of, file_sha256, require_apart
-from fedtune.sites.shared_model import LeadData, Progress, ready, silent
+from fedtune.report.synthetic_card import describe_run, format_total_loss, read_card, together
+from fedtune.runs.earlier_debts import read_base_lineage
+from fedtune.runs.environment import mark_lineage
+from fedtune.sites.run_records import LeadRecords, RunRecords, card_path, file_sha256, read_prompts, require_disjoint
+from fedtune.sites.shared_model import LeadData, Progress, load_tokenizer_and_model, no_progress
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 from fedtune.tasks.task_model import build_task_model
-from fedtune.training.machine import device_for
-from fedtune.words import counted, score_words
+from fedtune.training.machine import resolve_device
+from fedtune.words import pluralize, score_words
 
 HALF, FEWEST = "half", 100  # a student's layers, and its texts
 _BATCH, _RATE, _HEAD_RATE = 32, 6e-4, 6e-3
@@ -69,7 +69,7 @@ def distil(
     int8: bool = False,
     seed: int = 0,
     passes: int = 10,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Distilled:
     """Distill a run's model into a student, and write it to a new folder that its library loads without fedtune.
 
@@ -101,44 +101,50 @@ def distil(
     check_at_least("--passes", passes, 1)
     check_at_most("--passes", passes, 1_000)
     check_at_least("--seed", seed, 0)
-    asked, own_records = asked_records(config, texts, key="--texts", columns=columns), RunRecords(config)
-    require_apart(asked, own_records, key="--texts", file=texts, may_owe=True)
+    asked, own_records = read_prompts(config, texts, key="--texts", columns=columns), RunRecords(config)
+    require_disjoint(asked, own_records, key="--texts", file=texts, may_owe=True)
     sha256 = file_sha256(file := Path(asked[0].file), key="--texts")
     if len(asked) < FEWEST:
-        raise DataError("--texts", counted(len(asked), "text"), f"must be at least {FEWEST}")
+        raise DataError("--texts", pluralize(len(asked), "text"), f"must be at least {FEWEST}")
     records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
-    owed, behind = _owed(file, adapter)
-    teacher, reference = Source.of(model, config, adapter, private_to=None)
+    owed, behind = _inherited_privacy(file, adapter)
+    teacher, reference = Source.from_model(model, config, adapter, private_to=None)
     if (base := None if student == HALF or student.isdecimal() else ModelSpec(path=student)) is None:
-        own = _lower(student, teacher)
-    elif debts_of_base(base):
+        own = _keep_lower_layers(student, teacher)
+    elif read_base_lineage(base):
         raise ConfigError("--student", student, "must be no base that comes from a run, which its config.json tells of")
     else:  # with a head as a run of it would begin with, and made-up tokens for it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
-        own, reference = Source.of(ready(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None)
-    mark(own.base.config, adapter, private_to=None, texts=behind)
+        own, reference = Source.from_model(
+            load_tokenizer_and_model(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None
+        )
+    mark_lineage(own.base.config, adapter, private_to=None, texts=behind)
     card: dict[str, bytes] = {}
     with new_folder(to, config, card, int8=int8) as folder:
-        own = _taught(own, teacher, records, seed=seed, passes=passes, progress=progress)
-        nets, found = [one.scores(one.base) for one in (teacher, own)], []
+        own = _train_student(own, teacher, records, seed=seed, passes=passes, progress=progress)
+        nets, found = [one.wrap_base(one.base) for one in (teacher, own)], []
         for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
             # Without a test the texts show how long it takes, and their made-up answers score nothing.
             data = LeadData.of(test or records, config, one.tokenizer)
             size = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
-            found.append(scored(net, model, data, config, one.tokenizer, name, size))
+            found.append(measure_model(net, model, data, config, one.tokenizer, name, size))
         (was, before), (now, after) = found
-        scores = compared(was, now, scores=lambda figures: task.final_scores(figures, spec=model.spec)) if test else {}
+        scores = (
+            compare_by_scores(was, now, scores=lambda figures: task.final_scores(figures, spec=model.spec))
+            if test
+            else {}
+        )
         told = Distilled([before, after], scores, len(test.records) if test else 0, len(asked), sha256)
-        card |= _card(told, teacher, own, format=format, file=file.name, base=base, owed=owed)
+        card |= _build_card(told, teacher, own, format=format, file=file.name, base=base, owed=owed)
         own.tokenizer.save_pretrained(folder)
         WRITERS[format](own, replace(reference, logits=nets[1](reference.input_ids, reference.attention_mask)), folder)
-    served = [*told.served, *(graphs(to, model, data, config, own.tokenizer) if int8 else ())]
+    served = [*told.served, *(measure_graphs(to, model, data, config, own.tokenizer) if int8 else ())]
     return replace(told, served=[one if test else replace(one, scores={}) for one in served])
 
 
-def _owed(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]:
+def _inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]:
     """Return the privacy statement that a student inherits from its texts' card, and the runs behind them.
 
     Returns an empty text and no runs if the texts have no card, because they then count as public.
@@ -146,28 +152,33 @@ def _owed(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]
     Raises:
         ConfigError: the card's runs have no finite epsilon, or protect another unit than the teacher's run.
     """
-    if not os.path.lexists(card_of(texts.resolve(), ".json")):
+    if not os.path.lexists(card_path(texts.resolve(), ".json")):
         return "", ()
     runs = read_card(texts, option="--texts")["runs"]
-    own = run_of(from_run.build(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
+    own = describe_run(from_run.build_run_report(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"must have a card with an epsilon for each {own['unit']} behind them: else nothing bounds the student"
         raise ConfigError("--texts", str(texts), bound)
-    names, both = ", ".join(one["run"] for one in runs), in_words([own, *runs]) or "nothing, as its teacher has none"
-    promised = f"The card of these texts promises {in_words(runs)} for each {own['unit']} of the runs behind them"
+    names, both = (
+        ", ".join(one["run"] for one in runs),
+        format_total_loss([own, *runs]) or "nothing, as its teacher has none",
+    )
+    promised = (
+        f"The card of these texts promises {format_total_loss(runs)} for each {own['unit']} of the runs behind them"
+    )
     words = f"what is said of privacy below is of its teacher alone. {promised} ({names}). "
     words += f"Both together, at most, promise of the student: {both}."
     return words, runs
 
 
-def _lower(layers: str, teacher: Source) -> Source:
+def _keep_lower_layers(layers: str, teacher: Source) -> Source:
     """Copy the teacher's base without its upper layers.
 
     Raises:
         ConfigError: `layers` does not leave at least one layer and remove at least one.
     """
     base = copy.deepcopy(teacher.base)
-    stack, settings = layer_stack(base)[1], base.config.get_text_config()
+    stack, settings = find_layer_stack(base)[1], base.config.get_text_config()
     kept, count = len(stack) // 2 if layers == HALF else int(layers), len(stack)
     if not 1 <= kept < count:
         raise ConfigError("--student", layers, f"must leave 1 to {count - 1} of the base's {count} layers")
@@ -178,14 +189,14 @@ def _lower(layers: str, teacher: Source) -> Source:
     return replace(teacher, base=base, readout=copy.deepcopy(teacher.readout))
 
 
-def _taught(
+def _train_student(
     student: Source, teacher: Source, records: LeadRecords, *, seed: int, passes: int, progress: Progress
 ) -> Source:
     """Train the student to match the teacher's outputs: mean squared error, relative to the variance of these
     outputs.
     """
-    device, sides = device_for(student.config.runtime.device), (teacher, student)
-    nets = [one.scores(one.base).to(device) for one in sides]
+    device, sides = resolve_device(student.config.runtime.device), (teacher, student)
+    nets = [one.wrap_base(one.base).to(device) for one in sides]
     rows = [LeadData.of(records, one.config, one.tokenizer).examples for one in sides]
 
     def answers(side: int, places: np.ndarray) -> torch.Tensor:
@@ -215,26 +226,28 @@ def _taught(
     return replace(student, readout=(*student.readout[:-1], (last.detach().cpu(), student.readout[-1][1])))
 
 
-def _card(
+def _build_card(
     found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None, owed: str
 ) -> Mapping[str, bytes]:
     """Build the student's model card from the run's card, with the student's scores; `base` is a student's own base."""
     run, score, scores = teacher.adapter.absolute().parent, teacher.task.judged_by, ""
-    record, report = from_run.read_run(run), (of_run := from_run.build(run))
-    kept, count = (len(layer_stack(one.base)[1]) for one in (student, teacher))
+    record, report = from_run.read_run(run), (of_run := from_run.build_run_report(run))
+    kept, count = (len(find_layer_stack(one.base)[1]) for one in (student, teacher))
     made = f"the lowest {kept} of the base's {count} layers"
     if base is not None:  # whose card must not count as one of the run's base
         record = replace(record, config=replace(record.config, model=replace(record.config.model, public_id=None)))
-        made = f"on a base of its own, {base.shown_path}, SHA-256 {model_sha256(base)}"
+        made = f"on a base of its own, {base.public_path}, SHA-256 {model_sha256(base)}"
     if found.scores and isinstance(report.facts, RunFacts):
         after = {name: one.tuned.value for name, one in found.scores.items()}
         report = replace(report, facts=replace(report.facts, final=after))
         scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
     public = "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for "
     said = owed or f"{public}its teacher (post-processing). For the texts themselves nothing is promised."
-    taught = f"taught without noise to answer {counted(found.texts, 'text')} of {file} (SHA-256 {found.sha256}) as its "
+    taught = (
+        f"taught without noise to answer {pluralize(found.texts, 'text')} of {file} (SHA-256 {found.sha256}) as its "
+    )
     what = f"A smaller model ({made}), {taught}teacher does. It read no record of a site: {said}{scores} "
     what += "Its teacher is a tuned model"
-    form = replace(form_of(format, record.config), what=what, has_label=not owed)
+    form = replace(card_form(format, record.config), what=what, has_label=not owed)
     label = card_files(record, of_run, form) if form.has_label else {}  # the run's, whose figure is too small else
     return {**label, CARD: card_text(record, report, form).encode()}

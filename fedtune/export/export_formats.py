@@ -27,22 +27,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch
-from fedtune.data.features import FeatureSpec, vector_of
+from fedtune.data.features import FeatureSpec, encode_features
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
 from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantise, write_graph
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.model.base_model import load_base, save_plain
-from fedtune.model.ia3_and_dora import merged
+from fedtune.model.base_model import load_base, save_as_plain_model
+from fedtune.model.ia3_and_dora import merge_adapter
 from fedtune.model.quiet import quiet
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.model_card import Form, card_files, loading_of
-from fedtune.runs.environment import mark
+from fedtune.runs.environment import mark_lineage
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
 from fedtune.tasks.task_model import TaskModel
 
@@ -64,21 +64,21 @@ class Source:
     private_to: str | None  # the site to which the adapter is private; None: nobody's
 
     @classmethod
-    def of(
+    def from_model(
         cls, model: TaskModel, config: RunConfig, adapter: Path, *, private_to: str | None
-    ) -> tuple[Source, Reference]:
+    ) -> tuple[Source, ReferenceOutputs]:
         """Record a model's outputs on artificial tokens, then merge the adapter into its base; both share the merged
         base.
         """
-        reference = Reference.of(model)
-        readout = model.task.readout(model)
+        reference = ReferenceOutputs.from_model(model)
+        readout = model.task.readout_layers(model)
         with quiet():
-            base = merged(model.base)
-        mark(base.config, adapter, private_to=private_to)
-        if outputs := model.task.outputs_of(config.data.labels):
+            base = merge_adapter(model.base)
+        mark_lineage(base.config, adapter, private_to=private_to)
+        if outputs := model.task.output_labels(config.data.labels):
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}
-        tokenizer = input_of(config.data).reader(config.data, model.spec.model)
+        tokenizer = get_input_for(config.data).load_reader(config.data, model.spec.model)
         if "text_pair" in config.data.columns:  # trained without numbers of the texts that tokens are of
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if base.can_generate():
@@ -94,14 +94,14 @@ class Source:
         )
         return source, reference
 
-    def scores(self, base: PreTrainedModel | PeftModel) -> Scores:
+    def wrap_base(self, base: PreTrainedModel | PeftModel) -> Scores:
         """Wrap a newly loaded base with the run's readout."""
-        pooled = own.pooled if (own := input_of(self.config.data)).is_fixed else None
+        pooled = own.embed_rows if (own := get_input_for(self.config.data)).is_fixed else None
         return Scores(base, self.readout, reads_tokens=self.task.reads_tokens, pooled=pooled)
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceOutputs:
     """Outputs of a run's own model on artificial tokens: `logits` of `input_ids` (2, t), the last of which are
     padding.
     """
@@ -111,20 +111,20 @@ class Reference:
     logits: torch.Tensor
 
     @classmethod
-    def of(cls, model: TaskModel) -> Reference:
+    def from_model(cls, model: TaskModel) -> ReferenceOutputs:
         """Compute the reference outputs; models with the same vocabulary get the same tokens."""
         draws = np.random.default_rng(0)
         rows = torch.from_numpy(np.stack(model.made_up([9, 9], draws)))
         input_ids = rows if rows.is_floating_point() else rows.long()
         mask = torch.ones(rows.shape[:2], dtype=torch.int64)
-        if not input_of(model.spec).is_fixed:
+        if not get_input_for(model.spec).is_fixed:
             mask[1, 5:] = 0
         with torch.no_grad():
             logits = model.logits(Batch(input_ids, mask, torch.zeros(2, dtype=torch.int64)))
-            logits = model.task.read_out(logits, spec=model.spec)
+            logits = model.task.exported_output(logits, spec=model.spec)
         return cls(input_ids, mask, logits)
 
-    def require(self, found: torch.Tensor, *, form: str) -> None:
+    def require_match(self, found: torch.Tensor, *, form: str) -> None:
         """Check logits that another library computed against the reference.
 
         Raises:
@@ -197,7 +197,7 @@ def export(
     """
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
-        card = card_files(from_run.read_run(run), from_run.build(run), form_of(format, config))
+        card = card_files(from_run.read_run(run), from_run.build_run_report(run), card_form(format, config))
     elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
         raise ConfigError("adapter", str(adapter), f"must hold the {missing[0]} that says whose it is")
     else:
@@ -207,12 +207,12 @@ def export(
             _write_features(adapter, config, folder, format=format, private_to=private_to)
         else:
             model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=private)
-            source, reference = Source.of(model, config, adapter, private_to=private_to)
+            source, reference = Source.from_model(model, config, adapter, private_to=private_to)
             source.tokenizer.save_pretrained(folder)
             WRITERS[format](source, reference, folder)
     if private_to is None:
         with suppress(OSError):  # a run's folder that cannot be written tells nothing of its exports
-            RunFolder(run).note_export(target)
+            RunFolder(run).record_export(target)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
@@ -235,7 +235,7 @@ def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, in
             if int8:
                 quantise(folder / WHOLE, folder / INT8)
             if config.data.labels:
-                lines = (" ".join(label.split()) for label in config.bound_task.outputs_of(config.data.labels))
+                lines = (" ".join(label.split()) for label in config.bound_task.output_labels(config.data.labels))
                 (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             for name, data in card.items():
                 (folder / name).write_bytes(data)
@@ -244,7 +244,7 @@ def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, in
         raise ConfigError("--to", str(target), f"must be a folder that can be written ({error.strerror})") from error
 
 
-def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
+def _write_adapter(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
     # Written anew from what was loaded: a run's folder may come from anybody, and its files be links to others.
     # Beside the base as others load it: where DoRA starts follows from the weights.
     private = source.private_to is not None
@@ -255,30 +255,30 @@ def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
     with quiet(), torch.no_grad():
         base = load_base(model.spec.model, predicts_tokens=source.task.predicts_tokens)
         loaded = PeftModel.from_pretrained(base, folder)
-        scores = source.scores(loaded)(reference.input_ids, reference.attention_mask)
-    reference.require(scores, form="peft")
+        scores = source.wrap_base(loaded)(reference.input_ids, reference.attention_mask)
+    reference.require_match(scores, form="peft")
 
 
-def _write_merged(source: Source, reference: Reference, folder: Path) -> None:
-    plain = source.scores(_plain(source, folder))
+def _write_merged(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
+    plain = source.wrap_base(_reload_plain(source, folder))
     with torch.no_grad():
-        reference.require(plain(reference.input_ids, reference.attention_mask), form="merged")
+        reference.require_match(plain(reference.input_ids, reference.attention_mask), form="merged")
 
 
-def _plain(source: Source, folder: Path) -> PreTrainedModel:
+def _reload_plain(source: Source, folder: Path) -> PreTrainedModel:
     """Save the merged base, and load it again with transformers alone."""
     with quiet():
-        save_plain(source.task.whole(source.base, source.readout), folder)
+        save_as_plain_model(source.task.whole(source.base, source.readout), folder)
         loaded: PreTrainedModel = getattr(transformers, source.task.auto).from_pretrained(folder, local_files_only=True)
     return loaded.eval()
 
 
-def _write_sentence_transformers(source: Source, reference: Reference, folder: Path) -> None:
+def _write_sentence_transformers(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
     require_extra("--format", "sentence-transformers", "export", "sentence_transformers")
     library = importlib.import_module("sentence_transformers")
     modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
     with TemporaryDirectory() as scratch:
-        _plain(source, Path(scratch))
+        _reload_plain(source, Path(scratch))
         source.tokenizer.save_pretrained(scratch)
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -294,18 +294,18 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
             loaded = library.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
             tokens = {"input_ids": reference.input_ids, "attention_mask": reference.attention_mask}
             with torch.no_grad():
-                reference.require(loaded(tokens)["sentence_embedding"], form="sentence-transformers")
+                reference.require_match(loaded(tokens)["sentence_embedding"], form="sentence-transformers")
 
 
-def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
+def _write_onnx(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
     with TemporaryDirectory() as scratch:
-        plain = source.scores(_plain(source, Path(scratch))).eval()
+        plain = source.wrap_base(_reload_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
         sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
         given = {name: (getattr(reference, name), sizes) for name in ("input_ids", "attention_mask")}
         write_graph(plain, given, "logits", folder / WHOLE)
     logits = load_graph(folder / WHOLE)(**{name: tensor for name, (tensor, _) in given.items()})
-    reference.require(logits, form="onnx")
+    reference.require_match(logits, form="onnx")
 
 
 class RawScores(nn.Module):
@@ -319,8 +319,8 @@ class RawScores(nn.Module):
         super().__init__()
         assert model.head is not None
         self.head, self.features = model.head, features
-        self.read_out, self.spec = model.task.read_out, model.spec
-        self.norm = sum(one.numbers for one in features) ** 0.5
+        self.read_out, self.spec = model.task.exported_output, model.spec
+        self.norm = sum(one.num_numbers for one in features) ** 0.5
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Return the logits, or the predicted number for a regression."""
@@ -343,7 +343,7 @@ class RawScores(nn.Module):
         return self.read_out(logits, spec=self.spec)
 
 
-def _made_up(one: FeatureSpec, draw: Callable[[int], int]) -> str:
+def _random_field(one: FeatureSpec, draw: Callable[[int], int]) -> str:
     """Generate a random field; occasionally it is missing or outside the declared values."""
     match int(draw(8)):
         case 0 if one.missing == "indicator":
@@ -365,14 +365,17 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
-    records = [Record({role: _made_up(one, draws.integers) for one, role in columns}) for _ in range(_ROWS)]
-    vectors = torch.from_numpy(np.stack([vector_of(record, features) for record in records]))
+    records = [Record({role: _random_field(one, draws.integers) for one, role in columns}) for _ in range(_ROWS)]
+    vectors = torch.from_numpy(np.stack([encode_features(record, features) for record in records]))
     batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
     raw = torch.tensor(
-        [[value for one, role in columns for value in one.raw(record.fields[role], at=role)] for record in records]
+        [
+            [value for one, role in columns for value in one.parse_field(record.fields[role], at=role)]
+            for record in records
+        ]
     )
     with torch.no_grad():
-        ours = model.task.read_out(model.logits(batch), spec=model.spec)
+        ours = model.task.exported_output(model.logits(batch), spec=model.spec)
         write_task_model(model, folder, private_to=private_to)
         if format == "onnx":
             values = {"values": (raw, {0: torch.export.Dim("rows")})}
@@ -380,11 +383,11 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
             theirs = load_graph(folder / WHOLE)(values=raw)
         else:
             theirs = RawScores(load_task_model(folder, private=True), features)(raw)
-    Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
+    ReferenceOutputs(vectors, batch.attention_mask, ours).require_match(theirs, form=format)
     (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
 
 
-def _write_whole(source: Source, reference: Reference, folder: Path) -> None:
+def _write_whole(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
     """Write the merged base in transformers' format, with the head and its settings as separate files."""
     _write_merged(source, reference, folder)
     with TemporaryDirectory() as scratch:
@@ -393,7 +396,7 @@ def _write_whole(source: Source, reference: Reference, folder: Path) -> None:
             shutil.copyfile(Path(scratch, name), folder / name)
 
 
-WRITERS: Mapping[str, Callable[[Source, Reference, Path], None]] = {
+WRITERS: Mapping[str, Callable[[Source, ReferenceOutputs, Path], None]] = {
     "peft": _write_adapter,
     "merged": _write_merged,
     "safetensors": _write_whole,
@@ -448,15 +451,15 @@ print(model.similarity(embeddings, embeddings))
 """Of a sentence-transformers folder without a head."""
 
 
-def form_of(format: str, config: RunConfig) -> Form:
+def card_form(format: str, config: RunConfig) -> Form:
     """Return the wording of a run's model card for a format."""
-    own = input_of(config.data)
+    own = get_input_for(config.data)
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
         loading = loading_of(config, base="folder", folder="folder")
         return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
     if format in ("peft", "safetensors"):
-        return Form.adapter(config, folder="folder")
-    if lines := own.loading(config.data, base="", folder="folder", graph=True):
+        return Form.for_adapter(config, folder="folder")
+    if lines := own.loading_code(config.data, base="", folder="folder", graph=True):
         lines += f"print({config.bound_task.reads})\n"
         return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]

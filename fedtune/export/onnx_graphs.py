@@ -23,8 +23,8 @@ from fedtune.evaluation.bootstrap import Figures
 from fedtune.extras import require_extra
 from fedtune.model.quiet import quiet
 from fedtune.sites.run_records import LeadRecords
-from fedtune.sites.shared_model import LeadData, Measured
-from fedtune.tasks.inputs import input_of
+from fedtune.sites.shared_model import Evaluation, LeadData
+from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.saved import load_task_model
 from fedtune.tasks.task_model import TaskModel
 
@@ -92,7 +92,7 @@ def quantise(whole: Path, to: Path) -> None:
         tools.quantize_dynamic(ready, to, weight_type=tools.QuantType.QInt8, per_channel=True, reduce_range=True)
 
 
-def served(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords) -> list[Served]:
+def measure_folder(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords) -> list[Served]:
     """Score and time both graphs of an exported folder.
 
     Args:
@@ -102,17 +102,20 @@ def served(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords)
         records: the run's test records, which never leave this machine.
     """
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=True)
-    reader = input_of(config.data).reader(config.data, model.spec.model)
-    return graphs(folder, model, LeadData.of(records, config, reader), config, reader)
+    reader = get_input_for(config.data).load_reader(config.data, model.spec.model)
+    return measure_graphs(folder, model, LeadData.of(records, config, reader), config, reader)
 
 
-def graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, reader: Any) -> list[Served]:
+def measure_graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, reader: Any) -> list[Served]:
     """Score and time both graphs of a folder as the source of a loaded model's logits."""
     files = (folder / WHOLE, folder / INT8)
-    return [scored(load_graph(file), model, data, config, reader, file.name, file.stat().st_size)[1] for file in files]
+    return [
+        measure_model(load_graph(file), model, data, config, reader, file.name, file.stat().st_size)[1]
+        for file in files
+    ]
 
 
-def scored(
+def measure_model(
     run: Run, model: TaskModel, data: LeadData, config: RunConfig, reader: Any, name: str, size: int
 ) -> tuple[Figures, Served]:
     """Evaluate a model with `run` computing its logits, and time `run` for single texts on one CPU thread.
@@ -122,7 +125,7 @@ def scored(
     Returns:
         (the figures of the records, the scores and times).
     """
-    zero, one = (model.task.read_out(torch.tensor(logit), spec=model.spec) for logit in (0.0, 1.0))
+    zero, one = (model.task.exported_output(torch.tensor(logit), spec=model.spec) for logit in (0.0, 1.0))
 
     def logits(batch: Batch) -> torch.Tensor:
         rows = batch.input_ids if batch.input_ids.is_floating_point() else batch.input_ids.long()
@@ -133,7 +136,7 @@ def scored(
     threads, taken = torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:
-        measured = Measured.of(model, reader, data, config, generate=False)
+        measured = Evaluation.of(model, reader, data, config, generate=False)
         for index in range(min(_TIMED, len(data.examples))):
             batch = collate(data.examples, np.array([index]), pad_id=reader.pad_token_id)
             began = time.process_time()

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.cohorts import Cohorts, moved
 from fedtune.privacy.run_plan import Plan
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 _OFTEN = {"month": "Twelve runs a year", "quarter": "Four runs a year", "year": "One run a year"}
 _MOST_SHOWN = 24
@@ -30,7 +30,7 @@ class CalendarRun:
     newest: float
 
 
-def most_of_one(plan: Plan) -> int | None:
+def max_runs_per_person(plan: Plan) -> int | None:
     """Return the largest number of runs that a person can take part in if the cohort window moves by one period per
     run.
 
@@ -42,12 +42,12 @@ def most_of_one(plan: Plan) -> int | None:
     return last - first + 1
 
 
-def epsilon_of(plan: Plan, *, runs: int) -> float:
+def epsilon_of_runs(plan: Plan, *, runs: int) -> float:
     """Compute the PLD epsilon of `runs` runs with this plan for a person who takes part in all of them."""
     return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds * runs)], plan.delta)
 
 
-def calendar_of(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
+def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
     """List the next `plan.runs` runs of the calendar, at most 24.
 
     Without cohorts, or if their window has no first cohort, the list holds only the runs that are left.  Empty for a
@@ -59,11 +59,11 @@ def calendar_of(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
     """
     if not plan.private or plan.runs == 1:
         return ()
-    window, cohorts, found = most_of_one(plan), plan.cohorts, []
+    window, cohorts, found = max_runs_per_person(plan), plan.cohorts, []
     for step in range(min(_MOST_SHOWN, plan.runs if window else plan.runs - before)):
         number = before + step + 1
-        oldest = epsilon_of(plan, runs=number if window is None else min(number, window))
-        admits, newest = (moved(cohorts, by=step), epsilon_of(plan, runs=1)) if cohorts else (None, oldest)
+        oldest = epsilon_of_runs(plan, runs=number if window is None else min(number, window))
+        admits, newest = (moved(cohorts, by=step), epsilon_of_runs(plan, runs=1)) if cohorts else (None, oldest)
         found.append(CalendarRun(number=number, cohorts=admits, oldest=oldest, newest=newest))
     return tuple(found)
 
@@ -76,30 +76,30 @@ def calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str
         admits = "everybody"
         if one.cohorts is not None:
             admits = f"{one.cohorts.first} to {one.cohorts.last}" if one.cohorts.first else f"up to {one.cohorts.last}"
-        yield str(one.number), admits, *map(epsilon_text, (epsilon_of(plan, runs=1), one.oldest, one.newest))
+        yield str(one.number), admits, *map(format_epsilon, (epsilon_of_runs(plan, runs=1), one.oldest, one.newest))
 
 
-def runs_words(plan: Plan) -> str:
+def describe_shared_epsilon(plan: Plan) -> str:
     """Return the clause that follows a plan's noise and says how many runs share an epsilon; empty for a single run."""
     if plan.runs == 1 or not plan.private:
         return ""
-    return f", so that {plan.runs} runs like this one come to epsilon {epsilon_text(epsilon_of(plan, runs=plan.runs))}"
+    return f", so that {plan.runs} runs like this one come to epsilon {format_epsilon(epsilon_of_runs(plan, runs=plan.runs))}"
 
 
-def about_calendar(plan: Plan) -> Iterator[str]:
+def describe_calendar(plan: Plan) -> Iterator[str]:
     """Yield sentences that describe the calendar of a plan with several runs; the first sentence is a summary."""
-    window = most_of_one(plan)
+    window = max_runs_per_person(plan)
     most = plan.runs if window is None else min(window, plan.runs)
-    often = _OFTEN[plan.cohorts.period] if plan.cohorts else counted(plan.runs, "run")
+    often = _OFTEN[plan.cohorts.period] if plan.cohorts else pluralize(plan.runs, "run")
     who = "a person is in at most" if plan.cohorts else "everybody is in at most"
-    alone, whole = (epsilon_text(epsilon_of(plan, runs=runs)) for runs in (1, most))
-    yield f"{often} at epsilon {alone} each: {who} {counted(most, 'run')}, epsilon {whole} in all."
+    alone, whole = (format_epsilon(epsilon_of_runs(plan, runs=runs)) for runs in (1, most))
+    yield f"{often} at epsilon {alone} each: {who} {pluralize(most, 'run')}, epsilon {whole} in all."
     many = plan.event(rounds=plan.most_rounds * most)
-    cap = filter.least_cap(many, more=plan.whole, reference=plan.whole, delta=plan.delta, digits=3)
+    cap = filter.tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
     yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its filter."
     if plan.cohorts and (window is None or window > plan.runs):
-        who = "who have no date or came before it" if window is None else f"of {counted(window, 'period')}"
+        who = "who have no date or came before it" if window is None else f"of {pluralize(window, 'period')}"
         yield (
             f"CAUTION: the window admits people {who} to more runs than privacy.runs = {plan.runs}. Sites whose cap is "
-            f"for {counted(plan.runs, 'run')} refuse the next one: give the window a beginning, or fewer periods."
+            f"for {pluralize(plan.runs, 'run')} refuse the next one: give the window a beginning, or fewer periods."
         )

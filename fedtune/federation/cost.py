@@ -78,7 +78,7 @@ class Meter:
 
     def __init__(self, spec: CostSpec) -> None:
         self._country, self._began = spec.country, time.monotonic()
-        self._tracker = _tracker(spec.country) if spec.energy else None
+        self._tracker = _start_tracker(spec.country) if spec.energy else None
 
     def __enter__(self) -> Meter:
         return self
@@ -102,7 +102,7 @@ class Meter:
         return None
 
 
-def _tracker(country: str | None) -> Any:
+def _start_tracker(country: str | None) -> Any:
     """Start a codecarbon tracker that neither writes files nor sends anything."""
     from codecarbon import OfflineEmissionsTracker
 

@@ -45,7 +45,9 @@ class Fall:
     smallest: float
 
 
-def held_out_of(rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, noise: float, run: str) -> HeldOut | None:
+def pool_held_out_scores(
+    rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, noise: float, run: str
+) -> HeldOut | None:
     """Pool the noised held-out scores of all rounds and sites of a run into one mean.
 
     The noised figures of a site are shares of the held-out size that it declares; `noise` is the noise multiplier of
@@ -62,7 +64,7 @@ def held_out_of(rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, no
     return HeldOut(run=run, date=max(one.ended for one in rounds), mean=mean, deviation=math.sqrt(variance))
 
 
-def fall_of(line: Sequence[HeldOut]) -> Fall | None:
+def detect_score_drop(line: Sequence[HeldOut]) -> Fall | None:
     """Test whether the score dropped in the newest two runs, compared with all runs before (with two runs: the newest).
 
     A one-sided z-test on means, at a false alarm rate of 5 %, or less if runs share held-out records.  `line` is
@@ -71,12 +73,12 @@ def fall_of(line: Sequence[HeldOut]) -> Fall | None:
     if len(line) < 2:
         return None
     cut = max(1, len(line) - 2)
-    (before, old), (now, new) = _mean(line[:cut]), _mean(line[cut:])
+    (before, old), (now, new) = _weighted_mean(line[:cut]), _weighted_mean(line[cut:])
     deviation, limit = math.hypot(old, new), NormalDist().inv_cdf(0.95)
     change, smallest = now - before, deviation * (limit + NormalDist().inv_cdf(0.8))
     return Fall(change=change, found=-change > limit * deviation, smallest=smallest)
 
 
-def _mean(line: Sequence[HeldOut]) -> tuple[float, float]:
+def _weighted_mean(line: Sequence[HeldOut]) -> tuple[float, float]:
     weights = [one.deviation**-2 for one in line]  # which make the mean's own deviation least
     return fmean([one.mean for one in line], weights), sum(weights) ** -0.5

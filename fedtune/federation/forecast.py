@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.machine import model_bytes, place_for_states, seconds_per_example
+from fedtune.training.machine import choose_states_location, measure_example_seconds, model_bytes
 from fedtune.training.spec import RuntimeSpec
 
 
@@ -58,8 +58,8 @@ def forecast(
     """
     num_values, draws = sum(one.numel() for one in model.trainable().values()), np.random.default_rng(0)
     num_records = sum(declared_sizes.values()) * plan.records_per_user
-    kept, _ = place_for_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
-    below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept, draws=draws)
+    kept, _ = choose_states_location(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
+    below, above = measure_example_seconds(model, max_length=max_length, runtime=runtime, kept=kept, draws=draws)
     in_step = plan.sampling_rate * plan.records_per_user  # records, for each declared unit
     steps = {site: in_step * size * above for site, size in declared_sizes.items()}
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
@@ -69,7 +69,7 @@ def forecast(
         bytes_down=traffic[0],
         bytes_up=traffic[1],
         bytes_total=sum(traffic) * len(declared_sizes) * plan.num_rounds,
-        frozen_states_kept=kept and model.skips_layers,
+        frozen_states_kept=kept and model.has_frozen_prefix,
         first_seconds=num_records * below,
         step_seconds=steps,
         round_seconds=rounds,

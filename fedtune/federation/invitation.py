@@ -31,7 +31,7 @@ class ProposedRun:
     # site -> the public key under which it signs, where that is known beforehand
     site_keys: Mapping[str, str] = field(default_factory=dict)
 
-    def without_foreign_receipt(self, site: str, reply: Reply) -> Reply:
+    def drop_foreign_receipt(self, site: str, reply: Reply) -> Reply:
         """Return a site's reply, with the receipt removed if it is signed with a key other than the site's known
         key.
         """
@@ -63,8 +63,8 @@ class Answers:
         less = {site: f"has room for {rounds} rounds" for site, rounds in rooms.items()}
         refused = [*less, *(site for site, refusal in self.refusals.items() if refusal.reason.is_final)]
         error = RefusedError if len(federation.active) - len(refused) < federation.least_sites else RunError
-        others = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent) | less
-        too_few = federation.too_few(len(ready), "would take part", others=others)
+        others = {site: refusal.as_text for site, refusal in self.refusals.items()} | dict(self.silent) | less
+        too_few = federation.too_few_message(len(ready), "would take part", others=others)
         raise error(f"{too_few}; nothing was charged for this run")
 
 
@@ -80,9 +80,9 @@ def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> A
     expires, questions = time.time() + timeout_s, []
     for site in asked.federation.active:
         invitation = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
-        questions.append(Question(site=site, signed=invitation.signed(asked.key), settings=asked.settings))
+        questions.append(Question(site=site, signed=invitation.sign_with(asked.key), settings=asked.settings))
     answered = transport.invite(questions, timeout_s=timeout_s)
-    replies = {site: asked.without_foreign_receipt(site, reply) for site, reply in answered}
+    replies = {site: asked.drop_foreign_receipt(site, reply) for site, reply in answered}
     offers: dict[str, Offer] = {}
     refusals: dict[str, Refusal] = {}
     silent: dict[str, str] = {}
@@ -101,6 +101,6 @@ def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> A
             silent[site] = reply.body.reason.value  # it is shown, and may change
         else:
             silent[site] = UNSIGNED_REPLY
-    for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
+    for site, why in {**{site: body.as_text for site, body in refusals.items()}, **silent}.items():
         log.warning("%s does not take part: %s", site, why)
     return Answers(offers=offers, refusals=refusals, silent=silent)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.evaluation.bootstrap import direction
+from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.release import Reason
 from fedtune.spec import spec
@@ -39,14 +39,14 @@ class Kept:
     ended_early: bool
 
 
-def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> Kept | None:
+def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> Kept | None:
     """Choose the round to keep, and decide on early stopping, from the scores of the finished rounds.
 
     Returns None if the settings use neither, or no round is finished.
     """
-    if not federation.chooses or not rounds:
+    if not federation.uses_validation_scores or not rounds:
         return None
-    sign = direction(judged_by)
+    sign = score_direction(judged_by)
 
     def gain(result: RoundResult) -> float:
         score = finite(result.metrics.get(judged_by))
@@ -61,24 +61,24 @@ def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged
         round=kept.round,
         judged_by=judged_by,
         score=finite(kept.metrics.get(judged_by)),
-        ended_early=stops and len(rounds) < rounds_in_all(rounds, federation),
+        ended_early=stops and len(rounds) < count_rounds(rounds, federation),
     )
 
 
-def rounds_in_all(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
+def count_rounds(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
     """Count the rounds of a run as things stand; spare rounds replace rounds without a usable update."""
     return federation.num_rounds + min(federation.spare_rounds, sum(not one.sites for one in rounds))
 
 
-def is_over(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> bool:
+def should_stop(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> bool:
     """Return True if a run with these finished rounds has no further round."""
-    if is_used_up(rounds):
+    if is_budget_used_up(rounds):
         return True
-    kept = kept_of(rounds, federation, judged_by=judged_by)
-    return len(rounds) >= rounds_in_all(rounds, federation) or (kept is not None and kept.ended_early)
+    kept = find_kept_round(rounds, federation, judged_by=judged_by)
+    return len(rounds) >= count_rounds(rounds, federation) or (kept is not None and kept.ended_early)
 
 
-def is_used_up(rounds: Sequence[RoundResult]) -> bool:
+def is_budget_used_up(rounds: Sequence[RoundResult]) -> bool:
     """Return True if the newest round failed because too few sites had a round of the plan left.
 
     A site charges a round before it trains, so an interrupted round counts, and is charged again when it is repeated.
@@ -87,11 +87,11 @@ def is_used_up(rounds: Sequence[RoundResult]) -> bool:
     return bool(rounds) and not rounds[-1].sites and Reason.PLAN_EXHAUSTED in rounds[-1].failed_sites.values()
 
 
-def used_up_text(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
+def explain_used_up(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
     """Explain which round is missing because the plan was used up, and which setting would have kept it; empty if none
     is missing.
     """
-    if not is_used_up(rounds):
+    if not is_budget_used_up(rounds):
         return ""
     missing, spare = rounds[-1], federation.spare_rounds
     sites = ", ".join(site for site, reason in missing.failed_sites.items() if reason == Reason.PLAN_EXHAUSTED)
@@ -102,7 +102,7 @@ def used_up_text(rounds: Sequence[RoundResult], federation: FederationSpec) -> s
     )
 
 
-def again_text(round: int) -> str:
+def warn_of_interrupted_round(round: int) -> str:
     """Return the warning that a resumed run prints about an interrupted round."""
     return (
         f"Round {round} was interrupted: a site that was charged for it and had no answer yet is charged again. If no "

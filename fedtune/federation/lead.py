@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_tensors
 
 from fedtune.codec import decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, RoundReplies
-from fedtune.federation.run_folder import ASKED, checkpoint_name, locked, saved_checkpoints
+from fedtune.federation.run_folder import ASKED, checkpoint_name, lock_folder, saved_checkpoints
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
@@ -67,7 +67,7 @@ class RoundResult:
     ended: str
     diverged: bool = False
 
-    def has_update_of(self, site: str) -> bool:
+    def has_update_from(self, site: str) -> bool:
         """Return True if the site sent an update in this round, and so was charged, even if the lead rejected the
         update.
         """
@@ -92,12 +92,12 @@ class LeadState:
     data_changed: tuple[str, ...] = ()  # simulated sites whose records were others when the run was resumed
 
     @property
-    def kept(self) -> Adapter:
+    def kept_adapter(self) -> Adapter:
         """The adapter that the run would keep if it ended now."""
         return self.adapter if self.best is None else self.best
 
     @property
-    def pace_s(self) -> float | None:
+    def seconds_per_round(self) -> float | None:
         """The expected time for another round with its scores, in seconds; None after fewer than two rounds.
 
         The first round is ignored because it includes one-time work.  The median leaves out interruptions.
@@ -127,9 +127,9 @@ class LeadState:
         if receipt is None or (receipt.run, receipt.site) != (run, site):
             return None
         # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
-        updates = update + sum(result.has_update_of(site) for result in self.rounds)
+        updates = update + sum(result.has_update_from(site) for result in self.rounds)
         # No ledger grants a run more rounds than its plan has.
-        if not (updates <= receipt.charged_rounds <= plan.most_rounds and receipt.is_signed()):
+        if not (updates <= receipt.charged_rounds <= plan.most_rounds and receipt.has_valid_signature()):
             return None
         old = self.receipts.get(site, receipt)
         newer = receipt.charged_rounds >= old.charged_rounds and receipt.sequence >= old.sequence
@@ -139,7 +139,7 @@ class LeadState:
         return replace(self, receipts={**self.receipts, site: receipt}, unanswered=unanswered)
 
 
-def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
+def merge_receipts(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
     """Merge two sets of receipts, and keep the newer receipt of each site.
 
     If the keys differ, the ledgers differ too, and the receipt in `other` is kept.
@@ -170,11 +170,11 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
         raise RunError(f"{path} is damaged; the sites' last receipts are not known") from error
 
 
-def keep_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
+def save_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
     """Merge `receipts` into the file, and keep the newer receipt of each site."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent):  # two runs of a lead may end at once
-        newest = {site: receipt.to_json() for site, receipt in newest_of(read_receipts(path), receipts).items()}
+    with lock_folder(path.parent):  # two runs of a lead may end at once
+        newest = {site: receipt.to_json() for site, receipt in merge_receipts(read_receipts(path), receipts).items()}
         write_durably(path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
@@ -198,12 +198,12 @@ class SiteCharge:
     upper_bound: bool  # the site fell silent, so every round asked of it since its last receipt is counted as charged
 
     @property
-    def claim(self) -> float | None:
+    def proven_epsilon(self) -> float | None:
         """The proven epsilon, valid however the run ended: that of the whole plan, or 0 if no round was charged."""
         return self.planned_epsilon if self.rounds else self.epsilon
 
 
-def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
+def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     """Derive the privacy cost of this run at `site` from its charged rounds; only `planned_epsilon` covers the whole
     plan.
 
@@ -254,22 +254,22 @@ class Checkpoints:
         self._asked, self._session = folder / ASKED, folder / "session.json"
 
     @property
-    def arrived(self) -> Path:
+    def updates_folder(self) -> Path:
         """The folder that holds the updates of a round until they are averaged."""
         return self._folder / "arrived"
 
-    def keep_session(self, session: bytes) -> None:
+    def save_session(self, session: bytes) -> None:
         """Store the state of secure aggregation: the current session, and the sites accused of wrong shares."""
         write_durably(self._session, session)
 
     def session(self) -> bytes:
-        """Read the session stored last by `keep_session`; empty if none was stored."""
+        """Read the session stored last by `save_session`; empty if none was stored."""
         return self._session.read_bytes() if self._session.exists() else b""
 
-    def ask(self, round: int, sites: list[str]) -> None:
+    def record_request(self, round: int, sites: list[str]) -> None:
         """Record in the journal, before a request is sent, that `sites` may be charged for `round`."""
         line = json.dumps([round, sites]).encode() + b"\n"
-        write_durably(self._asked, b"".join(self._whole_lines()) + line)
+        write_durably(self._asked, b"".join(self._complete_lines()) + line)
 
     def asked(self, *, after: int) -> list[tuple[int, tuple[str, ...]]]:
         """List the requested rounds later than `after`, each with its sites.
@@ -278,7 +278,7 @@ class Checkpoints:
             RunError: the journal is damaged.
         """
         try:
-            lines = map(json.loads, self._whole_lines())
+            lines = map(json.loads, self._complete_lines())
             rounds = [decode_value("asked", line, tuple[int, tuple[str, ...]]) for line in lines]
             return [(round, sites) for round, sites in rounds if round > after]
         except (ValueError, RecursionError) as error:
@@ -290,7 +290,7 @@ class Checkpoints:
         arrays = {"adapter": state.adapter.tensors, "best": best or {}, "strategy": state.strategy}
         tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
         about = {"config_sha256": self._config, **{of: list(named) for of, named in arrays.items()}}
-        about |= {name: getattr(state, name) for name in _plain_fields()}
+        about |= {name: getattr(state, name) for name in _non_array_fields()}
         metadata = {
             "fedtune": json.dumps(about, default=lambda one: one.to_json() if isinstance(one, Receipt) else asdict(one))
         }
@@ -321,18 +321,18 @@ class Checkpoints:
                 adapter=Adapter(arrays["adapter"]),
                 best=Adapter(arrays["best"]) if arrays["best"] else None,
                 strategy=arrays["strategy"],
-                **{name: decode_value(name, about[name], hint) for name, hint in _plain_fields().items()},
+                **{name: decode_value(name, about[name], hint) for name, hint in _non_array_fields().items()},
             )
             check_at_least("rounds", min(state.round, *state.unanswered.values(), 0), 0)
         except Exception as error:
-            raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_way_on(found)}") from error
+            raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_recovery_hint(found)}") from error
         if other:
             raise ConfigError("resume", str(self._folder.parent), "was made with another configuration")
         for _, sites in self.asked(after=state.round):
             state = state.asked(sites)
         return state
 
-    def _whole_lines(self) -> list[bytes]:
+    def _complete_lines(self) -> list[bytes]:
         """Return the complete lines of the journal.
 
         An incomplete last line was cut short by a crash, before any request of its round was sent.
@@ -341,7 +341,7 @@ class Checkpoints:
         return [line for line in lines if line.endswith(b"\n")]
 
 
-def _way_on(found: Sequence[Path]) -> str:
+def _recovery_hint(found: Sequence[Path]) -> str:
     """Say how to continue when the newest checkpoint is damaged.
 
     A run resumed from the checkpoint before it repeats the requests of the later rounds, which are not charged again.
@@ -351,14 +351,14 @@ def _way_on(found: Sequence[Path]) -> str:
     return f"move it away, and resume the run from {found[-2].name}"
 
 
-def _plain_fields() -> Mapping[str, Any]:
+def _non_array_fields() -> Mapping[str, Any]:
     """Return the fields of `LeadState` that hold no arrays, with their types."""
     hints = get_type_hints(LeadState)
     return {name: hint for name, hint in hints.items() if name not in ("adapter", "best", "strategy")}
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class AggregationResult:
     """The result of one round.
 
     Attributes:
@@ -395,7 +395,7 @@ class Aggregation(Protocol):
     def prepare(self) -> Sequence[str]:
         """Choose the sites of the next round, before any is charged; raises RunError if they are too few."""
 
-    def combine(self, state: LeadState, replies: RoundReplies) -> Made:
+    def combine(self, state: LeadState, replies: RoundReplies) -> AggregationResult:
         """Combine a round's valid updates into the next adapter; raises RunError if rounds cannot go on."""
 
     def restore(self, strategy: Arrays) -> None:

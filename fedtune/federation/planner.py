@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from fedtune.federation.calendar import CalendarRun, calendar_of, epsilon_of
+from fedtune.federation.calendar import CalendarRun, epsilon_of_runs, list_calendar_runs
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.run_plan import Plan
@@ -103,12 +103,12 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
         declared_sizes: site -> its declared size in records or persons.
         before: how many runs of the plan's calendar are already over.
     """
-    sites = {site: _site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
+    sites = {site: _price_site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
     if not plan.private:
         return Price(plan=plan, sites=sites, largest=largest)
-    whole, delta = plan.whole, plan.delta
-    _, order = filter.cheapest(whole, delta=delta)
+    whole, delta = plan.full_event, plan.delta
+    _, order = filter.smallest_cap(whole, delta=delta)
     # All rounds, or about twenty of them at even distances (rounded up), with the first, the last and the last planned.
     count, every = plan.most_rounds, -(-plan.most_rounds // _MOST_POINTS)
     shown = sorted({1, *range(every, count, every), plan.num_rounds, count})
@@ -116,15 +116,15 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
         plan=plan,
         sites=sites,
         largest=largest,
-        rounds=tuple(_round(plan, number, order) for number in shown),
+        rounds=tuple(_price_round(plan, number, order) for number in shown),
         epsilon=accountant.epsilon_pld([whole], delta),
-        epsilon_of_all_runs=epsilon_of(plan, runs=plan.runs),
+        epsilon_of_all_runs=epsilon_of_runs(plan, runs=plan.runs),
         epsilon_rdp=accountant.epsilon_rdp([whole], delta),
         epsilon_filter=filter.epsilon_filter([whole], order=order, delta=delta),
         filter_order=order,
         epsilon_of_one_round=accountant.epsilon_pld([plan.event()], delta, interval=accountant.COARSE),
-        by_trust=plan.by_trust(plan.most_rounds),
-        calendar=calendar_of(plan, before=before),
+        by_trust=plan.epsilons_by_trust(plan.most_rounds),
+        calendar=list_calendar_runs(plan, before=before),
     )
 
 
@@ -186,11 +186,11 @@ def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     found = []
     for what, changed, keep in changes:
         with suppress(ConfigError):
-            found.append(_change(what, dataclasses.replace(plan, **changed), keep, original=plan))
+            found.append(_price_change(what, dataclasses.replace(plan, **changed), keep, original=plan))
     return tuple(found)
 
 
-def _change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
+def _price_change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
     noise = least_noise(plan, epsilon=epsilon)
     before = original.noise_multiplier / original.sampling_rate
     return Change(
@@ -203,7 +203,7 @@ def _change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
     )
 
 
-def _site(plan: Plan, size: int, *, total: int) -> SitePrice:
+def _price_site(plan: Plan, size: int, *, total: int) -> SitePrice:
     batch = plan.sampling_rate * size
     return SitePrice(
         declared_size=size,
@@ -214,7 +214,7 @@ def _site(plan: Plan, size: int, *, total: int) -> SitePrice:
     )
 
 
-def _round(plan: Plan, number: int, order: float) -> RoundPrice:
+def _price_round(plan: Plan, number: int, order: float) -> RoundPrice:
     spent = [plan.event(rounds=number)]
     return RoundPrice(
         round=number,
@@ -232,7 +232,7 @@ def target_epsilon(plan: Plan) -> float:
 
     Uses the coarse grid of the calibration, which is never far above the fine grid.
     """
-    return accountant.epsilon_pld([plan.of_all_runs], plan.delta, interval=accountant.COARSE)
+    return accountant.epsilon_pld([plan.all_runs_event], plan.delta, interval=accountant.COARSE)
 
 
 def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
@@ -268,7 +268,7 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
     def at(rate: float) -> Plan:
         return dataclasses.replace(plan, sampling_rate=rate)
 
-    rate = accountant.last_within(
+    rate = accountant.find_boundary(
         lambda rate: target_epsilon(at(rate)),
         epsilon,
         start=max(plan.sampling_rate, least),
@@ -291,7 +291,7 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
     most = plan.with_noise(accountant.MOST_NOISE)
     if plan.releases_metrics and target_epsilon(most) > epsilon:
         return None  # the released scores alone exceed it; a search would try a thousand noises in vain
-    noise = accountant.last_within(
+    noise = accountant.find_boundary(
         lambda noise: target_epsilon(plan.with_noise(noise)),
         epsilon,
         start=plan.noise_multiplier,

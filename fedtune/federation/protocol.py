@@ -54,7 +54,7 @@ class _Word(ABC):
 
     @property
     @abstractmethod
-    def speaker(self) -> str:
+    def signer_key(self) -> str:
         """The public key of the lead that signed the message."""
 
     @abstractmethod
@@ -66,13 +66,13 @@ class _Word(ABC):
     def _from_json(cls, fields: dict[str, Any]) -> Self:
         """Build the message from the object that `_to_json` returns; raises ConfigError for anything else."""
 
-    def signed(self, lead: SigningKey) -> Signed:
+    def sign_with(self, lead: SigningKey) -> Signed:
         """Return the message as it is sent, with the lead's signature."""
         text = json.dumps(self._to_json(), sort_keys=True)
         return Signed(text=text, signature=lead.sign(self.purpose, text.encode()))
 
     @classmethod
-    def of(cls, signed: Signed) -> Self:
+    def from_signed(cls, signed: Signed) -> Self:
         """Read a signed message and verify the signature of the lead that it names.
 
         Raises:
@@ -86,7 +86,7 @@ class _Word(ABC):
             said = cls._from_json(parse_json(text, key="text", bound="must be an object"))
         except ValueError as error:
             raise ConfigError(cls.purpose, signed.text[:80], f"must be a lead's {cls.purpose}") from error
-        if not is_signed(said.speaker, cls.purpose, text, signed.signature):
+        if not is_signed(said.signer_key, cls.purpose, text, signed.signature):
             raise Refused(Reason.WRONG_SIGNATURE)
         return said
 
@@ -106,7 +106,7 @@ class _Question(_Word):
         return self.proposal.run
 
     @property
-    def speaker(self) -> str:
+    def signer_key(self) -> str:
         return self.proposal.lead
 
     def digest(self) -> str:
@@ -184,7 +184,7 @@ class RoundRequest(_Question):
 ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"
 
 
-def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> Terms:
+def derive_terms(proposal: Proposal, *, members: Mapping[str, str], length: int) -> Terms:
     """Build the terms of a run's secure aggregation; the lead and every site derive identical terms.
 
     Args:
@@ -192,7 +192,7 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
         members: site -> its public identity key.
         length: the number of values in an adapter.
     """
-    sums = proposal.plan.sums
+    sums = proposal.plan.secure_noise
     return Terms(
         run=proposal.run,
         proposal=proposal.digest(),
@@ -211,7 +211,7 @@ class SumRequest(_Question):
     round: ClassVar[int] = 0  # it is charged to none
     step: str  # "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum
     session: str  # 32 random hexadecimal digits, the lead's name for the session that is announced
-    # `digest_of_parts` of the messages that travel with the question.  A carrier who changes one cannot make a
+    # `parts_digest_of` of the messages that travel with the question.  A carrier who changes one cannot make a
     # site answer what the lead did not ask.
     parts_digest: str
 
@@ -221,7 +221,7 @@ class SumRequest(_Question):
         _require("parts_digest", _SHA256.fullmatch(self.parts_digest))
 
 
-def digest_of_parts(parts: Iterable[bytes]) -> str:
+def parts_digest_of(parts: Iterable[bytes]) -> str:
     """Return the SHA-256, in hex, of the messages sent with a `SumRequest`, in their order."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
@@ -236,7 +236,7 @@ class EndOfRun(_Word):
     adapter_digest: str = ""  # of the final adapter that travels with the notice; empty: none does
 
     @property
-    def speaker(self) -> str:
+    def signer_key(self) -> str:
         return self.lead
 
     def _to_json(self) -> dict[str, Any]:
@@ -267,7 +267,11 @@ class Reply:
         Nobody who relays an answer, the federation's server included, can therefore change it.
         """
         try:
-            return self.receipt is not None and self.receipt.reply == digest_of(self.body) and self.receipt.is_signed()
+            return (
+                self.receipt is not None
+                and self.receipt.reply == answer_digest(self.body)
+                and self.receipt.has_valid_signature()
+            )
         except Exception:  # arrays of texts, for instance: numpy alone raises five kinds
             return False
 
@@ -277,7 +281,7 @@ class Reply:
         return self.body.site, self.body.run, self.body.round
 
 
-def digest_of(body: Answer) -> str:
+def answer_digest(body: Answer) -> str:
     """Return the SHA-256, in hex, of an answer's canonical bytes; for an update, the site's ledger records the same
     digest.
     """

@@ -13,14 +13,14 @@ import numpy.typing as npt
 from fedtune.federation.protocol import Reply
 from fedtune.federation.rounding import MOST_ROUNDING, add_difference
 from fedtune.federation.spec import FederationSpec
-from fedtune.federation.update_store import Arrived
+from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Refusal, Tensors, Update
 from fedtune.privacy.run_plan import Plan
 
 if TYPE_CHECKING:  # it imports torch
-    from fedtune.training.reach import Reach
+    from fedtune.training.reach import UpdateBound
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
@@ -33,7 +33,7 @@ BEYOND_PLAN = "beyond_plan"  # of an update that moves the adapter further than 
 
 
 @dataclass
-class Closing:
+class StoppingRule:
     """A stopping rule for waiting on sites; it depends on who has answered, never on the content of an answer.
 
     The wait ends `grace_s` seconds after `enough_sites` usable answers have arrived, or `grace_s` seconds after
@@ -89,22 +89,22 @@ class RoundReplies:
     proposal: Proposal  # of the run
     round: int  # of the run
     sent: Adapter  # the adapter that the round began in
-    reaches: Mapping[str, Reach]  # asked site -> how far its training may take the adapter, in the sites' order
-    arrived: Arrived  # where the valid updates are kept
+    reaches: Mapping[str, UpdateBound]  # asked site -> how far its training may take the adapter, in the sites' order
+    arrived: UpdateStore  # where the valid updates are kept
     update_dtype: str  # the number format in which plain updates come
     left_out: Collection[str] = ()  # sites that are asked no more, and not heard
     # site -> its upload to a secure sum, which nothing can be said of by itself
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
-    def take(self, site: str, reply: Reply) -> None:
+    def add_reply(self, site: str, reply: Reply) -> None:
         """Validate a reply from a site that was asked, and store its update if it is valid.
 
         A later reply from the same site replaces the earlier one.
         """
         if site not in self.reaches or site in self.left_out:
             return
-        outcome, found = self._judge(site, reply)
+        outcome, found = self._validate_reply(site, reply)
         if isinstance(found, Masked):
             self.masked[site] = found
         elif found is not None:
@@ -114,28 +114,28 @@ class RoundReplies:
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites with a valid update, in a fixed order, so that floating-point sums are reproducible."""
-        return tuple(site for site, outcome in self._in_order() if not outcome.failure)
+        return tuple(site for site, outcome in self._ordered_outcomes() if not outcome.failure)
 
     @property
     def scores(self) -> dict[str, tuple[float, float]]:
         """The noised score and count of each site's held-out records, by site, if the plan releases them."""
-        return {site: outcome.scores for site, outcome in self._in_order() if outcome.scores is not None}
+        return {site: outcome.scores for site, outcome in self._ordered_outcomes() if outcome.scores is not None}
 
     @property
     def failures(self) -> dict[str, str]:
         """The reason for each site that was asked and has no usable update, by site."""
-        return {site: outcome.failure for site, outcome in self._in_order() if outcome.failure}
+        return {site: outcome.failure for site, outcome in self._ordered_outcomes() if outcome.failure}
 
     @property
     def refusals(self) -> dict[str, Refusal]:
         """The signed refusals, by site, with the requested and the allowed value."""
-        return {site: outcome.refusal for site, outcome in self._in_order() if outcome.refusal is not None}
+        return {site: outcome.refusal for site, outcome in self._ordered_outcomes() if outcome.refusal is not None}
 
-    def _in_order(self) -> list[tuple[str, _Outcome]]:
+    def _ordered_outcomes(self) -> list[tuple[str, _Outcome]]:
         silent = {site: _Outcome(failure=LEFT_OUT if site in self.left_out else NO_REPLY) for site in self.reaches}
         return [(site, self._outcomes.get(site, why)) for site, why in silent.items()]
 
-    def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
+    def _validate_reply(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
         """Return the outcome of a reply, with the adapter of a valid update or the upload to secure aggregation."""
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
@@ -148,20 +148,20 @@ class RoundReplies:
         if not (own and about_this):
             return _Outcome(failure=UNSIGNED_REPLY), None
         plan = self.proposal.plan
-        if not (isinstance(body, Update) and _are_scores_of(plan, body.scores)):
+        if not (isinstance(body, Update) and _are_valid_scores(plan, body.scores)):
             return _Outcome(failure=INVALID_UPDATE), None
         came, outcome = body.tensors, _Outcome(scores=body.scores)
         if plan.shared is not None:
             return (outcome, came) if isinstance(came, Masked) else (_Outcome(failure=INVALID_UPDATE), None)
         rounded = isinstance(came, Difference)
-        tensors = _tensors_of(came, self.sent) if rounded == (self.update_dtype == "bfloat16") else None
+        tensors = _decode_update(came, self.sent) if rounded == (self.update_dtype == "bfloat16") else None
         if tensors is None:
             return _Outcome(failure=INVALID_UPDATE), None
-        within = self.reaches[site].includes(tensors, sent=self.sent, rounding=MOST_ROUNDING * rounded)
+        within = self.reaches[site].allows(tensors, sent=self.sent, rounding=MOST_ROUNDING * rounded)
         return (outcome, tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
 
-def _are_scores_of(plan: Plan, scores: tuple[float, float] | None) -> bool:
+def _are_valid_scores(plan: Plan, scores: tuple[float, float] | None) -> bool:
     """Return True if scores are present exactly when the plan releases them, and are within a plausible range.
 
     Scores and counts are shares of the declared size.
@@ -169,7 +169,7 @@ def _are_scores_of(plan: Plan, scores: tuple[float, float] | None) -> bool:
     return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
-def _tensors_of(came: Tensors | Difference | Masked, sent: Adapter) -> Tensors | None:
+def _decode_update(came: Tensors | Difference | Masked, sent: Adapter) -> Tensors | None:
     """Return the adapter of an update; None if its names, order, shapes or dtype differ from `sent`, or a value is not
     finite.
 

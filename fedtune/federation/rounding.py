@@ -14,7 +14,7 @@ MOST_ROUNDING = 2.0**-8
 """The most that a difference is rounded by, relative to the rounded one: half of the last of 8 binary digits."""
 
 
-def rounded_difference(trained: Tensors, sent: Tensors) -> Difference:
+def round_difference(trained: Tensors, sent: Tensors) -> Difference:
     """Subtract `sent` from `trained` and round each value to the nearest bfloat16, ties to even; NaN stays NaN."""
     halves = {}
     for name, value in trained.items():

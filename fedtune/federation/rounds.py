@@ -16,17 +16,17 @@ from datetime import UTC, datetime
 import numpy as np
 
 from fedtune.federation.invitation import invite
-from fedtune.federation.kept_round import is_over, kept_of
-from fedtune.federation.lead import Aggregation, Lead, LeadState, Made, RoundResult, Scores, newest_of
+from fedtune.federation.kept_round import find_kept_round, should_stop
+from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadState, RoundResult, Scores, merge_receipts
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
 from fedtune.federation.transport import Question, Transport
-from fedtune.federation.update_store import Arrived
+from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Update
 from fedtune.spec import RefusedError, RunError, StuckError
-from fedtune.training.reach import reach
+from fedtune.training.reach import bound_update
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
         RefusedError: so many sites refuse, or have used up their plan, that no round can succeed.
         StuckError: two rounds in a row diverged; a resumed run would fail again.
     """
-    there = transport.reach(lead.declared_sizes, timeout_s=lead.asked.federation.round_timeout_s)
+    there = transport.wait_for_sites(lead.declared_sizes, timeout_s=lead.asked.federation.round_timeout_s)
     if missing := sorted(set(lead.declared_sizes) - set(there)):
         raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")
     if state.round == 0:
@@ -53,16 +53,16 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     state = aggregation.resume(state)
     transport.traffic()  # reset the counter: invitations belong to no round
     try:
-        while not is_over(state.rounds, lead.asked.federation, judged_by=lead.judged_by):
+        while not should_stop(state.rounds, lead.asked.federation, judged_by=lead.judged_by):
             state = _run_round(transport, lead, state, aggregation)
             lead.checkpoints.save(state)
             lead.finished(state)
     except (RefusedError, StuckError):
         # No round can succeed any more: let the sites that accepted release the budget they set aside.
-        lead.checkpoints.save(_ended(transport, lead, state, adapter=None))
+        lead.checkpoints.save(_announce_end(transport, lead, state, adapter=None))
         raise
     trained = any(result.sites for result in state.rounds)
-    state = _ended(transport, lead, state, adapter=state.kept if trained else None)
+    state = _announce_end(transport, lead, state, adapter=state.kept_adapter if trained else None)
     lead.checkpoints.save(state)
     if not trained:
         raise RunError(f"no round of {lead.run} had a result; nothing was trained")
@@ -73,15 +73,15 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     """Run one more round and return the new state."""
     round, started = state.round + 1, time.monotonic()
     sites = list(aggregation.prepare())
-    lead.checkpoints.ask(round, sites)
+    lead.checkpoints.record_request(round, sites)
     state = state.asked(sites)
-    questions = _requests(lead, state, session=aggregation.session, sites=sites)
-    rests, sent = lead.lora.rests_in(round), state.adapter
+    questions = _build_requests(lead, state, session=aggregation.session, sites=sites)
+    rests, sent = lead.lora.frozen_name_part(round), state.adapter
     reaches = {
-        site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
+        site: bound_update(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
         for site, size in lead.declared_sizes.items()
     }
-    with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
+    with UpdateStore(lead.checkpoints.updates_folder, state.adapter) as arrived:
         replies = RoundReplies(
             proposal=lead.asked.proposal,
             round=round,
@@ -92,25 +92,25 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             left_out=aggregation.left_out,
         )
         for site, reply in transport.train(questions, timeout_s=lead.asked.federation.round_timeout_s):
-            receipt, update = lead.asked.without_foreign_receipt(site, reply).receipt, isinstance(reply.body, Update)
+            receipt, update = lead.asked.drop_foreign_receipt(site, reply).receipt, isinstance(reply.body, Update)
             if receipt and (receipt.site, receipt.run) != (site, lead.run):
                 receipt = None
             # A server may attach a receipt for another answer, which does not show what this round was charged.
             own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
             after = state.with_receipt(site, own, run=lead.run, plan=lead.plan, update=update)
             # An update without its receipt does not count: the lead could not derive the site's epsilon.
-            replies.take(site, replace(reply, receipt=receipt if after or not own else None))
+            replies.add_reply(site, replace(reply, receipt=receipt if after or not own else None))
             state = after or state
-        if any(result.sites for result in state.rounds) and _is_spent(replies, lead):
+        if any(result.sites for result in state.rounds) and _is_plan_spent(replies, lead):
             # The rounds before are the run: resumed, it would be refused for ever.
-            made = Made(state.adapter, (), replies.failures, state.strategy)
+            made = AggregationResult(state.adapter, (), replies.failures, state.strategy)
         else:
-            _require_enough(replies, lead, round)
+            _require_enough_updates(replies, lead, round)
             made = aggregation.combine(state, replies)
     bytes_down, bytes_up = transport.traffic()
     metrics: Scores = lead.evaluate(adapter := made.adapter)
-    if diverged := not _is_sound(adapter, metrics):
-        adapter, metrics = _back(lead, state, aggregation, metrics)
+    if diverged := not _is_finite(adapter, metrics):
+        adapter, metrics = _roll_back(lead, state, aggregation, metrics)
     result = RoundResult(
         round=round,
         seconds=time.monotonic() - started,
@@ -124,24 +124,24 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         diverged=diverged,
     )
     rounds = (*state.rounds, result)
-    kept = kept_of(rounds, lead.asked.federation, judged_by=lead.judged_by)
+    kept = find_kept_round(rounds, lead.asked.federation, judged_by=lead.judged_by)
     return replace(
         state,
         round=round,
         adapter=adapter,
-        best=None if kept is None or kept.round == round else state.kept,
+        best=None if kept is None or kept.round == round else state.kept_adapter,
         strategy=state.strategy if diverged else made.strategy,
         rounds=rounds,
         seconds=lead.elapsed(),
     )
 
 
-def _is_sound(adapter: Adapter, metrics: Scores) -> bool:
+def _is_finite(adapter: Adapter, metrics: Scores) -> bool:
     values = all(bool(np.isfinite(tensor).all()) for tensor in adapter.tensors.values())
     return values and all(score is not None and math.isfinite(score) for score in metrics.values())
 
 
-def _back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores) -> tuple[Adapter, Scores]:
+def _roll_back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores) -> tuple[Adapter, Scores]:
     """Roll back a round that diverged: return the adapter before the round, with its scores, and restore the server
     optimizer.
 
@@ -151,7 +151,7 @@ def _back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores
     shown = ", ".join(f"{name} {score:g}" for name, score in scores.items())
     text = f"round {state.round + 1} diverged ({shown or 'the average is not finite'})"
     if state.rounds and state.rounds[-1].diverged:
-        rates = lead.training.lower_rates(clipped=lead.plan.private)
+        rates = lead.training.suggest_lower_rates(clipped=lead.plan.private)
         lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
         raise StuckError(
             f"{text}, as the round before did; the checkpoint of round {state.round} holds the last good adapter.  "
@@ -163,8 +163,8 @@ def _back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
 
-def _requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str]) -> list[Question]:
-    receipts, digest = newest_of(lead.earlier_receipts, state.receipts), state.adapter.digest()
+def _build_requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str]) -> list[Question]:
+    receipts, digest = merge_receipts(lead.earlier_receipts, state.receipts), state.adapter.digest()
     expires, questions = time.time() + lead.asked.federation.round_timeout_s, []
     for site in sites:
         request = RoundRequest(
@@ -176,39 +176,39 @@ def _requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str
             receipt=receipts.get(site),
             expires=expires,
         )
-        signed = request.signed(lead.asked.key)
+        signed = request.sign_with(lead.asked.key)
         questions.append(Question(site=site, signed=signed, adapter=state.adapter, settings=lead.asked.settings))
     return questions
 
 
-def _is_spent(replies: RoundReplies, lead: Lead) -> bool:
+def _is_plan_spent(replies: RoundReplies, lead: Lead) -> bool:
     """Return True if so many sites have used up the run's plan that no further round can succeed."""
     spent = sum(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
     return len(lead.declared_sizes) - spent < lead.asked.federation.least_sites
 
 
-def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
+def _require_enough_updates(replies: RoundReplies, lead: Lead, round: int) -> None:
     least = lead.asked.federation.least_sites
     if len(replies.sites) >= least:
         return
-    refusals = {site: refusal.in_words for site, refusal in replies.refusals.items()}
+    refusals = {site: refusal.as_text for site, refusal in replies.refusals.items()}
     others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
-    too_few = lead.asked.federation.too_few(len(replies.sites), "sent an update", others=others)
+    too_few = lead.asked.federation.too_few_message(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < least:
-        hint = "; interrupted rounds count, plan with federation.spare_rounds" if _is_spent(replies, lead) else ""
+        hint = "; interrupted rounds count, plan with federation.spare_rounds" if _is_plan_spent(replies, lead) else ""
         raise RefusedError(f"round {round}: refused by policy or budget; {too_few}{hint}")
     raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
 
 
-def _ended(transport: Transport, lead: Lead, state: LeadState, *, adapter: Adapter | None) -> LeadState:
+def _announce_end(transport: Transport, lead: Lead, state: LeadState, *, adapter: Adapter | None) -> LeadState:
     """Notify every site that the run is over, and add the receipts from their answers to the state.
 
     Sites that miss the notice let the run expire.
     """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.asked.key.public, adapter_digest=given.digest() if given else "")
-    signed = notice.signed(lead.asked.key)
+    signed = notice.sign_with(lead.asked.key)
     questions = [Question(site=site, signed=signed, adapter=given) for site in lead.asked.federation.active]
     timeout_s = min(lead.asked.federation.round_timeout_s, _END_TIMEOUT_S)
     for site, receipt in transport.end(questions, timeout_s=timeout_s):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune.codec import parse_json
-from fedtune.privacy.durable import hashes, write_durably
+from fedtune.privacy.durable import hash_files, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk
 from fedtune.system import lock, open_to_lock
 
@@ -37,7 +37,7 @@ def saved_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(checkpoint_name()), key=lambda path: (len(path.name), path.name))
 
 
-def run_folders_near(folder: Path) -> str:
+def suggest_run_folders(folder: Path) -> str:
     """Return the end of an error message about a folder without a run: the run that was probably meant, or the existing
     runs.
 
@@ -53,7 +53,7 @@ def run_folders_near(folder: Path) -> str:
     return ""
 
 
-def _digest_in(file: Path) -> str | None:
+def _read_adapter_digest(file: Path) -> str | None:
     """Read the adapter digest from a JSON file; None if the file has none or cannot be read."""
     with contextlib.suppress(OSError, ConfigError):
         found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest")
@@ -62,7 +62,7 @@ def _digest_in(file: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock `folder` for this process; wait while another process holds the lock.
 
     Raises:
@@ -171,29 +171,29 @@ class RunFolder:
         """
         if not self.adapter.is_dir():
             raise ConfigError("run folder", str(self.path), "must hold a finished adapter/; resume the run first")
-        self.require_own(_digest_in(self.adapter / "fedtune.json"))
+        self.require_own_adapter(_read_adapter_digest(self.adapter / "fedtune.json"))
         return self.adapter
 
-    def exported(self) -> dict[str, str]:
+    def read_exports(self) -> dict[str, str]:
         """Read the record of exports: file name, relative to the parent of its export folder -> SHA-256."""
         if not self.exports.is_file():
             return {}
         noted = parse_json(self.exports.read_bytes(), key=str(self.exports), bound="must be an object")
         return {str(name): str(digest) for name, digest in noted.items()}
 
-    def note_export(self, target: Path) -> None:
+    def record_export(self, target: Path) -> None:
         """Record the hashes of an export's files, so that the run's report can list them."""
-        new = hashes(target, besides=(CARD, LABEL))
-        noted = self.exported() | {f"{target.name}/{name}": digest for name, digest in new.items()}
+        new = hash_files(target, besides=(CARD, LABEL))
+        noted = self.read_exports() | {f"{target.name}/{name}": digest for name, digest in new.items()}
         write_durably(self.exports, json.dumps(noted, indent=1).encode() + b"\n")
 
-    def require_own(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
+    def require_own_adapter(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
         """Check that the adapter with this digest is the result of this run.
 
         Raises:
             ConfigError: the adapter comes from an audit, or run.json has another digest.
         """
-        bound, mark, named = "", self.audit_mark.name, _digest_in(self.result)
+        bound, mark, named = "", self.audit_mark.name, _read_adapter_digest(self.result)
         if self.audit_mark.exists():
             bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
         elif not self.result.exists():  # beside a site's copy are no checkpoints either: it has no report, and no card
@@ -218,12 +218,12 @@ class RunFolder:
         if self.saved_checkpoints or self.result.exists():
             return True
         if self.config.is_file() and self.log.is_file():  # whatever has no log was no run
-            with self.held():
+            with self.hold_lock():
                 shutil.rmtree(self.path)  # without a checkpoint no site was asked, so no ledger has begun
         return False
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def hold_lock(self) -> Iterator[None]:
         """Hold the lock of the folder, because two processes that run it would mix their ledgers and checkpoints.
 
         Raises:
@@ -249,7 +249,7 @@ class RunFolder:
         return False
 
     @contextlib.contextmanager
-    def logged(self, level: str) -> Iterator[None]:
+    def log_to_file(self, level: str) -> Iterator[None]:
         """Send the logs of fedtune and Flower to a file, so that the terminal shows only the progress of the run."""
         handler = _LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.codec import parse_json
-from fedtune.federation.lead import Arrays, Lead, LeadState, Made, RoundResult
-from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, digest_of_parts, terms_of
+from fedtune.federation.lead import AggregationResult, Arrays, Lead, LeadState, RoundResult
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, derive_terms, parts_digest_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, RoundReplies
-from fedtune.federation.secure.agreement import Rejected, Session
-from fedtune.federation.secure.summation import Summation, Unreadable, session_of
+from fedtune.federation.secure.agreement import KeyAgreement, Rejected
+from fedtune.federation.secure.summation import Summation, Unreadable, build_session
 from fedtune.federation.transport import Question, Transport
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.spec import RunError
-from fedtune.training.lead_step import lead_step
+from fedtune.training.lead_step import secure_server_step
 
 log = logging.getLogger(__name__)
 
@@ -53,29 +53,29 @@ class SecureSums:
     def __init__(self, transport: Transport, lead: Lead, state: LeadState) -> None:
         self._transport, self._lead = transport, lead
         members = {site: lead.asked.site_keys[site] for site in lead.declared_sizes}
-        self._terms = terms_of(lead.asked.proposal, members=members, length=state.adapter.num_values)
+        self._terms = derive_terms(lead.asked.proposal, members=members, length=state.adapter.num_values)
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
         self.session, self.left_out = "", frozenset[str]()
         self._announced: tuple[bytes, ...] = ()  # by each member, in the members' order
-        self._begun: Session | None = None  # None: a session has to begin
+        self._begun: KeyAgreement | None = None  # None: a session has to begin
         self._accused: set[frozenset[str]] = set()  # two sites each, of which one is at fault for a wrong share
         if kept := lead.checkpoints.session():
-            self._go_on(kept)
+            self._restore_session(kept)
 
-    def _go_on(self, kept: bytes) -> None:
+    def _restore_session(self, kept: bytes) -> None:
         """Restore the state that an earlier lead stored; its session is dropped if it does not match the terms."""
         try:
             fields = parse_json(kept, key="session", bound="must be JSON")
             self.left_out = frozenset(map(str, fields["left_out"]))
             self._accused = {frozenset(map(str, pair)) for pair in fields["accused"]}
             announced = tuple(text.encode() for text in fields["announced"])
-            begun = session_of(self._terms, dict(zip(self._terms.sites, announced, strict=True)))
+            begun = build_session(self._terms, dict(zip(self._terms.sites, announced, strict=True)))
             self.session, self._announced, self._begun = str(fields["name"]), announced, begun
         except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("no session of the secure sum to go on in: %s", error)
 
-    def _keep(self) -> None:
+    def _save_session(self) -> None:
         """Store the state, all of it public, for a lead that is restarted."""
         fields = {
             "left_out": sorted(self.left_out),
@@ -83,7 +83,7 @@ class SecureSums:
             "name": self.session,
             "announced": [message.decode() for message in self._announced],
         }
-        self._lead.checkpoints.keep_session(json.dumps(fields).encode())
+        self._lead.checkpoints.save_session(json.dumps(fields).encode())
 
     def resume(self, state: LeadState) -> LeadState:
         """Count every round that an earlier lead requested as lost; none of these releases is restarted.
@@ -109,7 +109,7 @@ class SecureSums:
     def restore(self, strategy: Arrays) -> None:
         """Do nothing: the optimizer's state is part of the run's state."""
 
-    def combine(self, state: LeadState, replies: RoundReplies) -> Made:
+    def combine(self, state: LeadState, replies: RoundReplies) -> AggregationResult:
         """Apply an optimizer step with the sum of a round's uploads; if the sum cannot be computed, keep the previous
         adapter.
 
@@ -121,7 +121,7 @@ class SecureSums:
         try:
             uploads = {site: upload for site, upload in replies.masked.items() if site in replies.sites}
             total, sites = self.total(replies.round, uploads)
-            adapter, strategy = lead_step(
+            adapter, strategy = secure_server_step(
                 state.adapter,
                 total,
                 state.strategy,
@@ -141,7 +141,7 @@ class SecureSums:
                 raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
             log.error("%s; going on with the next round", error)
         failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
-        return Made(adapter, sites, {**replies.failures, **failures}, strategy)
+        return AggregationResult(adapter, sites, {**replies.failures, **failures}, strategy)
 
     def prepare(self) -> tuple[str, ...]:
         """Return the members that can take part in a round, all in one session, before any site is charged.
@@ -156,13 +156,13 @@ class SecureSums:
         here, missing = self._rejoin()
         lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
         if self._begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
-            failed = self._begin()
+            failed = self._begin_session()
             self._failed[lost] += bool(failed)
             here, missing = self._rejoin()
         ready = self._ready = tuple(site for site in here if site not in self.left_out)
         if len(ready) < self._terms.threshold:
             left_out = dict.fromkeys(self.left_out, "deals or gives wrong shares")
-            why = {**_in_words(missing), **failed, **left_out}
+            why = {**_describe_missing(missing), **failed, **left_out}
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
             all_of = f"{len(ready)} of {len(self._terms.members)} sites are in a session of the secure sum"
             raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
@@ -174,34 +174,34 @@ class SecureSums:
         """
         if self._begun is None:
             return [], {}
-        joined, missing = self._ask(JOIN, self.session, dict.fromkeys(self._terms.sites, self._announced))
+        joined, missing = self._request_step(JOIN, self.session, dict.fromkeys(self._terms.sites, self._announced))
         right = [site for site, digest in joined.items() if digest == self._begun.digest.encode()]
         return right, missing
 
-    def _begin(self) -> dict[str, str]:
+    def _begin_session(self) -> dict[str, str]:
         """Begin a session with keys from all members; return the sites that prevented it, with reasons (empty on
         success).
         """
         why: dict[str, str] = {}
         for _ in range(_SESSIONS):
             name = secrets.token_hex(16)
-            announced, missing = self._ask(ANNOUNCE, name, dict.fromkeys(self._terms.sites, ()))
+            announced, missing = self._request_step(ANNOUNCE, name, dict.fromkeys(self._terms.sites, ()))
             if missing:
-                why = _in_words(missing)
+                why = _describe_missing(missing)
                 break
             try:
-                session = session_of(self._terms, announced)
+                session = build_session(self._terms, announced)
             except Rejected as rejected:
                 why = {rejected.site: f"the key that came from it is not taken ({rejected.wrong})"}
                 continue
             parts = tuple(announced.values())
-            joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, parts))
+            joined, missing = self._request_step(JOIN, name, dict.fromkeys(self._terms.sites, parts))
             if not missing and set(joined.values()) == {session.digest.encode()}:
                 self.session, self._announced, self._begun = name, parts, session
-                self._keep()
+                self._save_session()
                 return {}
             if missing:  # each further try would take the others from the session that they came from
-                why = _in_words(missing)
+                why = _describe_missing(missing)
                 break
             other = (site for site, digest in joined.items() if digest != session.digest.encode())
             why = dict.fromkeys(other, "was shown other keys")
@@ -216,26 +216,26 @@ class SecureSums:
         """
         assert self._begun is not None, "prepare first"
         release = Summation(self._begun, release=round)
-        _take(uploads, release.add_upload)
+        _add_messages(uploads, release.add_upload)
         if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.least_sites):
             raise Unreadable(round, f"{uploaded} sites uploaded, and {least} must")
         request = release.confirm_request()
         # Sites that did not upload may help, too.
-        confirmed, _ = self._ask(CONFIRM, self.session, dict.fromkeys(self._ready, (request,)))
-        _take(confirmed, release.add_confirmation)
+        confirmed, _ = self._request_step(CONFIRM, self.session, dict.fromkeys(self._ready, (request,)))
+        _add_messages(confirmed, release.add_confirmation)
         requests = {site: (release.unmask_request(site),) for site in confirmed}
-        revealed, _ = self._ask(UNMASK, self.session, requests)
-        _take(revealed, release.add_revealed)
+        revealed, _ = self._request_step(UNMASK, self.session, requests)
+        _add_messages(revealed, release.add_revealed)
         try:
             return release.total(), tuple(release.survivors)
         except Unreadable as error:
-            self._suspect(error.site, release.wrong_shares)
+            self._exclude_suspect(error.site, release.wrong_shares)
             raise
         finally:
             for holder, dealer in sorted(release.wrong_shares):
                 log.warning("secure sum: a wrong share of %s's, by %s", dealer, holder)
 
-    def _suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
+    def _exclude_suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
         """Exclude the site that made a sum unreadable, if it can be identified.
 
         Either the holder or the dealer of a wrong share is at fault.  A site is excluded if it is involved in wrong
@@ -251,9 +251,9 @@ class SecureSums:
         if dealer is not None:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
             self.left_out |= {dealer}
-        self._keep()
+        self._save_session()
 
-    def _ask(
+    def _request_step(
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
     ) -> tuple[dict[str, bytes], dict[str, Refusal | None]]:
         """Send one step's request to the sites; return their answers, in the members' order, and the refusals of the
@@ -274,14 +274,14 @@ class SecureSums:
                 expires=expires,
                 step=step,
                 session=session,
-                parts_digest=digest_of_parts(own),
+                parts_digest=parts_digest_of(own),
             )
             # A site that has a part in the session knows them; one that has lost it says so, and announces again.
             settings = run.settings if step == ANNOUNCE else ""
-            questions.append(Question(site=site, signed=asked.signed(run.key), settings=settings, parts=own))
+            questions.append(Question(site=site, signed=asked.sign_with(run.key), settings=settings, parts=own))
         answers: dict[str, bytes] = {}
         missing: dict[str, Refusal | None] = dict.fromkeys(parts)
-        for site, answer in self._transport.sum_up(questions, timeout_s=timeout_s):
+        for site, answer in self._transport.take_sum_step(questions, timeout_s=timeout_s):
             if isinstance(answer, Refusal):
                 missing[site] = answer
             else:
@@ -290,11 +290,11 @@ class SecureSums:
         return {site: answers[site] for site in self._terms.sites if site in answers}, missing
 
 
-def _in_words(missing: Mapping[str, Refusal | None]) -> dict[str, str]:
-    return {site: NO_REPLY if why is None else why.in_words for site, why in missing.items()}
+def _describe_missing(missing: Mapping[str, Refusal | None]) -> dict[str, str]:
+    return {site: NO_REPLY if why is None else why.as_text for site, why in missing.items()}
 
 
-def _take(messages: Mapping[str, bytes], add: Callable[[str, bytes], None]) -> None:
+def _add_messages(messages: Mapping[str, bytes], add: Callable[[str, bytes], None]) -> None:
     for site, data in messages.items():
         try:
             add(site, data)

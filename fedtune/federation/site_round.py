@@ -26,17 +26,17 @@ from fedtune.federation.protocol import (
     RoundRequest,
     Signed,
     SumRequest,
-    digest_of,
-    digest_of_parts,
-    terms_of,
+    answer_digest,
+    derive_terms,
+    parts_digest_of,
 )
-from fedtune.federation.rounding import rounded_difference
+from fedtune.federation.rounding import round_difference
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.durable import require_room
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.durable import require_disk_space
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
 from fedtune.spec import ConfigError, panics_as_errors
@@ -79,7 +79,7 @@ class Site(ABC):
         sums: the site's state in secure aggregation; None if it takes part in none.
     """
 
-    def __init__(self, ledger: Ledger, *, sums: SumsAtSite | None = None) -> None:
+    def __init__(self, ledger: SiteLedger, *, sums: SumsAtSite | None = None) -> None:
         self.name, self.ledger, self.sums = ledger.policy.site, ledger, sums
 
     @property
@@ -104,10 +104,10 @@ class Site(ABC):
             Refused: the site cannot take part in the run.
         """
 
-    def store(self, proposal: Proposal) -> None:  # noqa: B027
+    def store_run(self, proposal: Proposal) -> None:  # noqa: B027
         """Write the run's files before a round is charged, so that a failed write charges nothing."""
 
-    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
+    def user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
         """Determine each user's cohort from the user's own records, for a run that is limited to cohorts."""
         raise NotImplementedError
 
@@ -117,11 +117,11 @@ class Site(ABC):
     ) -> Trained:
         """Train the adapter in a round of a prepared run; `attempt` numbers the tries of the round.
 
-        Only this method and `arrivals` read records.  Training uses the records of the users in `admitted`; None: of
-        all users.
+        Only this method and `user_cohorts` read records.  Training uses the records of the users in `admitted`; None:
+        of all users.
         """
 
-    def keep(self, run: str, adapter: Adapter) -> None:  # noqa: B027
+    def store_adapter(self, run: str, adapter: Adapter) -> None:  # noqa: B027
         """Store the final adapter of a run."""
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:  # noqa: B027
@@ -135,37 +135,39 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     leaves the site: an unexpected failure becomes `site_error`, and its details stay in the site's log.  A sender that
     is not an allowed lead learns nothing about the ledger.
     """
-    return _reply(site, signed, RoundRequest.of, lambda request: _update(site, request, adapter))
+    return _make_reply(
+        site, signed, RoundRequest.from_signed, lambda request: _train_and_commit(site, request, adapter)
+    )
 
 
-def consider(site: Site, signed: Signed) -> Reply:
+def answer_invitation(site: Site, signed: Signed) -> Reply:
     """Answer an invitation with an offer, or with a refusal for a reason from the closed list.
 
     Guarantee: as for `answer`, and nothing is charged or reserved.
     """
-    return _reply(site, signed, Invitation.of, lambda asked: _offer(site, asked))
+    return _make_reply(site, signed, Invitation.from_signed, lambda asked: _make_offer(site, asked))
 
 
-def take_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
+def answer_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
     """Perform a step of secure aggregation, and return a protocol message or a refusal for a reason from the closed
     list.
 
     Guarantee: nothing is charged and no record is read; the answer depends only on keys, seeds and the lead's messages
     (`fedtune.federation.secure`).
     """
-    return _attempt(site, signed, SumRequest.of, lambda request: _step(site, request, parts))[1]
+    return _answer_or_refuse(site, signed, SumRequest.from_signed, lambda request: _run_step(site, request, parts))[1]
 
 
-def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
+def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     _check_asker(site, request)
-    if request.parts_digest != digest_of_parts(parts):
+    if request.parts_digest != parts_digest_of(parts):
         raise Rejected(Wrong.REQUEST_CHANGED)
-    sums, proposal = _sums_of(site, request.proposal), request.proposal.digest()
+    sums, proposal = _require_sums(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:
-        run = _prepared(site, request)
+        run = _prepare_run(site, request)
         asked, length = request.proposal, run.template.num_values
         return sums.announce(
-            request.session, run.members, lambda members: terms_of(asked, members=members, length=length)
+            request.session, run.members, lambda members: derive_terms(asked, members=members, length=length)
         )
     # Shares help to unmask uploads, so a site gives none if its policy has forbidden the run since.
     site.ledger.policy.check(request.proposal)
@@ -176,30 +178,32 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
             raise Refused(Reason.PAUSED)
         site.ledger.require_another_round(request.proposal)
         return sums.join(proposal, request.session, parts)
-    party, (message, *others) = _party(site, request), parts or [b""]
+    party, (message, *others) = _current_party(site, request), parts or [b""]
     if others:
         raise Rejected(Wrong.MALFORMED)
     return party.confirm(message) if request.step == CONFIRM else party.unmask(message)
 
 
-def _party(site: Site, request: RoundRequest | SumRequest) -> Party:
-    return _sums_of(site, request.proposal).party(request.proposal.digest(), request.session)
+def _current_party(site: Site, request: RoundRequest | SumRequest) -> Party:
+    return _require_sums(site, request.proposal).party(request.proposal.digest(), request.session)
 
 
-def _sums_of(site: Site, proposal: Proposal) -> SumsAtSite:
+def _require_sums(site: Site, proposal: Proposal) -> SumsAtSite:
     if site.sums is None or proposal.plan.shared is None:
         raise Refused(Reason.SECURE_SUMS)
     return site.sums
 
 
-def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: Callable[[_R], Update | Offer]) -> Reply:
-    request, body = _attempt(site, signed, read, body_for)
-    if request is None or (isinstance(body, Refusal) and body.reason.is_of_a_stranger):
+def _make_reply(
+    site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: Callable[[_R], Update | Offer]
+) -> Reply:
+    request, body = _answer_or_refuse(site, signed, read, body_for)
+    if request is None or (isinstance(body, Refusal) and body.reason.is_from_stranger):
         return Reply(body=body, receipt=None)  # a receipt would tell a stranger what the ledger holds
-    return Reply(body=body, receipt=_receipt(site, request.run, request.speaker, reply=digest_of(body)))
+    return Reply(body=body, receipt=_make_receipt(site, request.run, request.signer_key, reply=answer_digest(body)))
 
 
-def _attempt(
+def _answer_or_refuse(
     site: Site, signed: Signed, read: Callable[[Signed], _R], work: Callable[[_R], _T]
 ) -> tuple[_R | None, _T | Refusal]:
     """Read a request and run `work` on it; return the request (None if unreadable) and the result, or a refusal for a
@@ -218,8 +222,8 @@ def _attempt(
     except Rejected as rejected:
         return request, _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
     except Exception:
-        log.exception("%s failed in %s", site.name, _about(request))
-        return request, _refusal(site, request, Refused(Reason.SITE_ERROR))
+        log.exception("%s failed in %s", site.name, _describe_request(request))
+        return request, _make_refusal(site, request, Refused(Reason.SITE_ERROR))
 
 
 def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | None:
@@ -237,7 +241,7 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     Raises:
         Refused: the sender is not the run's lead, or the adapter does not match the notice.
     """
-    notice = EndOfRun.of(signed)
+    notice = EndOfRun.from_signed(signed)
     known = site.ledger.history.runs.get(notice.run)
     if known is None and not site.ledger.history.has_refused(notice.run, notice.lead):
         return None
@@ -245,33 +249,33 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
         raise Refused(Reason.LEADS, asked=notice.lead)
     if adapter is not None and adapter.digest() != notice.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
-    site.ledger.end(notice.run, lead=notice.lead, adapter_sha256=notice.adapter_digest)
+    site.ledger.end_run(notice.run, lead=notice.lead, adapter_sha256=notice.adapter_digest)
     # The first notice counts, so that the kept adapter is the one that the ledger names.
     kept = known is not None and known.adapter == notice.adapter_digest
     if adapter is not None and kept and site.ledger.policy.final_adapter == "keep":
-        site.keep(notice.run, adapter)
-    return _receipt(site, notice.run, notice.lead)
+        site.store_adapter(notice.run, adapter)
+    return _make_receipt(site, notice.run, notice.lead)
 
 
-def _receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receipt | None:
+def _make_receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receipt | None:
     # After a failed write the ledger has forgotten what it read; it must not claim that nothing was charged.
-    return site.ledger.receipt(run, lead=lead, reply=reply) if site.ledger.history.length else None
+    return site.ledger.sign_receipt(run, lead=lead, reply=reply) if site.ledger.history.length else None
 
 
-def _offer(site: Site, asked: Invitation) -> Offer:
+def _make_offer(site: Site, asked: Invitation) -> Offer:
     proposal, plan = asked.proposal, asked.proposal.plan
     offer = Offer(site=site.name, run=proposal.run, most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier)
     try:
-        _prepared(site, asked)
+        _prepare_run(site, asked)
     except Refused as refused:
-        if not (asked.less and refused.reason.is_about_budget):
+        if not (asked.less and refused.reason.concerns_budget):
             raise
-        offer = site.ledger.offer(proposal)
+        offer = site.ledger.make_offer(proposal)
     log.info("%s would take part in %s, which a lead with fedtune %s asks", site.name, asked.run, asked.software)
     return replace(offer, nonce=asked.nonce, software=build())
 
 
-def _prepared(site: Site, request: Request) -> Prepared:
+def _prepare_run(site: Site, request: Request) -> Prepared:
     """Prepare a run that the site may take part in, without charging anything; raises Refused if the site may not."""
     _check_asker(site, request)
     if site.paused:
@@ -302,29 +306,29 @@ def _check_asker(site: Site, request: Request) -> None:
         raise Refused(Reason.REQUEST_EXPIRED)
 
 
-def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
-    run = _prepared(site, request)
+def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
+    run = _prepare_run(site, request)
     _check_adapter(request, adapter, template=run.template)
     if request.receipt is not None:
-        site.ledger.require_contains(request.receipt)
+        site.ledger.require_receipt(request.receipt)
 
     def make_ready() -> None:
         if request.session:
             # A restarted site has lost its keys, and must not be charged for what it could not upload.
-            _party(site, request).require_open(request.round)
+            _current_party(site, request).require_open(request.round)
         # Not before, so that a request that is never charged writes nothing.
-        site.store(request.proposal)
+        site.store_run(request.proposal)
         # Require room on disk now: a round whose reply could not be stored would be charged for nothing.
-        require_room(site.ledger.folder, 16 * run.template.num_values)
+        require_disk_space(site.ledger.folder, 16 * run.template.num_values)
 
     with ExitStack() as schedule:
 
         def begin() -> None:
-            schedule.enter_context(_held_to_a_schedule(site.ledger.policy.releases.reply_after_s))
+            schedule.enter_context(_pad_duration(site.ledger.policy.releases.reply_after_s))
 
         def arrivals() -> Mapping[str, int]:
             begin()  # since dates are read of records
-            return site.arrivals(request)
+            return site.user_cohorts(request)
 
         granted = site.ledger.reserve(
             request.proposal, round=request.round, request=request.digest(), before_charge=make_ready, arrivals=arrivals
@@ -356,14 +360,14 @@ def _protect(
     if request.session:  # set if and only if the plan has secure sums
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
-        return _party(site, request).upload(request.round, trained.share)
+        return _current_party(site, request).upload(request.round, trained.share)
     assert trained.adapter is not None
     after = trained.adapter.tensors
-    return rounded_difference(after, sent.tensors) if dtype == "bfloat16" else after
+    return round_difference(after, sent.tensors) if dtype == "bfloat16" else after
 
 
 def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
-    if not adapter.same_shapes(template):
+    if not adapter.has_same_shapes(template):
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
@@ -377,22 +381,22 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
     if request and refused.reason in (Reason.SETTINGS, Reason.PLAN_CHANGED) and request.software != build():
         asked = f"{refused.asked or 'these settings'} (fedtune {request.software})"
         refused = Refused(refused.reason, asked=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
-    log.warning("%s refused %s: %s", site.name, _about(request), refused)
-    if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.held_back):
+    log.warning("%s refused %s: %s", site.name, _describe_request(request), refused)
+    if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.pending_period_reason):
         log.warning("%s: %s", site.name, why)
     if request is not None:
         try:
-            site.ledger.refuse(
-                refused, run=request.run, lead=request.speaker, round=request.round, request=request.digest()
+            site.ledger.record_refusal(
+                refused, run=request.run, lead=request.signer_key, round=request.round, request=request.digest()
             )
             if refused.reason is Reason.AWAITING_APPROVAL:
                 site.await_approval(request.proposal, software=request.software)
         except Exception:  # the refusal stands, even if it cannot be recorded
             log.exception("%s could not record a refusal", site.name)
-    return _refusal(site, request, refused)
+    return _make_refusal(site, request, refused)
 
 
-def _about(request: Request | None) -> str:
+def _describe_request(request: Request | None) -> str:
     if isinstance(request, Invitation):
         return "to take part"
     if isinstance(request, SumRequest):
@@ -400,7 +404,7 @@ def _about(request: Request | None) -> str:
     return f"round {request.round}" if request else "a question"
 
 
-def _refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
+def _make_refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
     return Refusal(
         site=site.name,
         run=request.run if request else "",
@@ -412,7 +416,7 @@ def _refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
 
 
 @contextmanager
-def _held_to_a_schedule(every_s: float) -> Iterator[None]:
+def _pad_duration(every_s: float) -> Iterator[None]:
     """Pad the time spent on records to a multiple of `every_s`, even on failure, because the duration reveals how many
     there are.
 

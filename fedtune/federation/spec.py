@@ -157,7 +157,7 @@ class FederationSpec:
         return Together(num_sites=sites, threshold=threshold, colluders=self.colluders)
 
     @property
-    def chooses(self) -> bool:
+    def uses_validation_scores(self) -> bool:
         """Whether validation scores decide when the run ends, or which adapter it keeps."""
         return self.stop_after is not None or self.keep_round == "best"
 
@@ -172,7 +172,7 @@ class FederationSpec:
         chosen = set(self.participants or self.names)
         return tuple(name for name in self.names if name in chosen)
 
-    def too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
+    def too_few_message(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
         """Return an error text saying that fewer than `least_sites` sites did something, with the reasons of the other
         sites.
         """

@@ -30,11 +30,11 @@ class Transport(Protocol):
     at a time.
 
     An exchange ends when all sites have answered or `timeout_s` is over; with real sites it can end sooner, by the rule
-    in `Closing`.  A site that answers with a message of another type counts as silent.  No message is trusted without a
-    site's signature.
+    in `StoppingRule`.  A site that answers with a message of another type counts as silent.  No message is trusted
+    without a site's signature.
     """
 
-    def reach(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
+    def wait_for_sites(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
         """Wait for `sites`, and return all sites that can be asked."""
 
     def invite(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
@@ -43,7 +43,9 @@ class Transport(Protocol):
     def train(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
         """Request updates from sites."""
 
-    def sum_up(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, bytes | Refusal]]:
+    def take_sum_step(
+        self, questions: Sequence[Question], *, timeout_s: float
+    ) -> Iterator[tuple[str, bytes | Refusal]]:
         """Request a step of secure aggregation from sites."""
 
     def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:

@@ -16,7 +16,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.spec import RunError
 
 
-class Arrived:
+class UpdateStore:
     """Updates with the names and shapes of `sent`, each stored as one flat vector.
 
     A context manager, which deletes the store on exit; files left by a killed process are removed by the next one.  The
@@ -30,7 +30,7 @@ class Arrived:
     def __init__(self, folder: Path, sent: Adapter) -> None:
         self._folder, self.sent = folder, sent
 
-    def __enter__(self) -> Arrived:
+    def __enter__(self) -> UpdateStore:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, mode=0o700)
         return self

@@ -32,7 +32,7 @@ _LESS_NOISE = 0.97  # of the least noise that is accepted: so much less that the
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class DryRun:
     """The expected answer of one site to a run that the site does not know yet.
 
     Attributes:
@@ -81,14 +81,14 @@ class Verdict:
         return fields | {"broken": [one.to_json() for one in self.broken], "limit": limit, "allowed": self.allowed}
 
 
-def strictest_of(verdicts: Sequence[Verdict]) -> Verdict:
+def find_strictest_dry_run(verdicts: Sequence[DryRun]) -> DryRun:
     """Return the verdict with the smallest `most_epsilon`, an epsilon at which every site accepts the run."""
     return min(verdicts, key=lambda one: 0.0 if one.most_epsilon is None else one.most_epsilon)
 
 
-def ask(
+def dry_run(
     path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int], find_most_epsilon: bool = False
-) -> Verdict:
+) -> DryRun:
     """Check a proposal against the policy file at `path`; the ledger is read if it exists, and never written.
 
     Args:
@@ -100,31 +100,31 @@ def ask(
     Raises:
         ConfigError: the file is not a policy.
     """
-    files = SiteFiles.of(path)
+    files = SiteFiles.from_site_toml(path)
     policy, plan = files.policy, proposal.plan
     note = "" if policy.site in declared_sizes else f"the run names no site {policy.site}"
-    budget: _Budget | None = None
+    budget: _PolicyBudget | None = None
     try:
-        budget = _Budget(policy, history_of(files))
+        budget = _PolicyBudget(policy, read_history(files))
     except FedtuneError as error:  # an inconsistent ledger: the site would train nothing
         note = f"the site would not start: {error}"
     against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
-    wrong_size = _wrong_size(policy, proposal, declared_sizes)
+    wrong_size = _size_refusals(policy, proposal, declared_sizes)
     broken = [*policy.broken_rules(proposal), *against, *wrong_size]
     may_fit = budget is not None and not wrong_size
     most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if may_fit else (0, None)
     if budget and may_fit and broken:
-        most_rounds = spending.most_rounds(proposal, budget.accepts)
-        least_noise = spending.least_noise(proposal, budget.accepts)
+        most_rounds = spending.find_max_rounds(proposal, budget.accepts)
+        least_noise = spending.find_min_noise(proposal, budget.accepts)
     most_epsilon, limit = budget.most_epsilon(proposal) if budget and may_fit and find_most_epsilon else (None, None)
-    return Verdict(
+    return DryRun(
         policy=str(path),
         site=policy.site,
         lead=proposal.lead,
         broken=tuple(broken),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
         taken=budget.epsilon(plan, Counter()) if budget else None,
-        would_be=budget.epsilon(plan, events.grouped([plan.whole])) if budget else None,
+        would_be=budget.epsilon(plan, events.count_mechanisms([plan.full_event])) if budget else None,
         max_epsilon=policy.budget.max_epsilon,
         runs_left=budget.runs_left(plan) if budget else None,
         most_rounds=most_rounds,
@@ -135,7 +135,7 @@ def ask(
     )
 
 
-class _Budget:
+class _PolicyBudget:
     """A policy and the rest of its budget at one moment."""
 
     def __init__(self, policy: Policy, history: History) -> None:
@@ -149,7 +149,7 @@ class _Budget:
     def refusals(self, proposal: Proposal) -> Iterator[Refused]:
         """Yield the ledger's reasons to refuse `proposal`."""
         try:
-            spending.require_usable(self._history)
+            spending.require_usable_ledger(self._history)
         except Refused as refused:
             yield refused
         try:
@@ -180,7 +180,7 @@ class _Budget:
             if noise <= accountant.LEAST_SOUGHT or target_epsilon(tried.plan) >= MOST_EPSILON:
                 return MOST_EPSILON, None
             tried = at(max(noise / 2, accountant.LEAST_SOUGHT))
-        least = spending.least_noise(tried, self.accepts)
+        least = spending.find_min_noise(tried, self.accepts)
         if least is None:
             return None, None
         most = target_epsilon(at(least).plan)
@@ -196,28 +196,31 @@ class _Budget:
         cohort with the highest spending.
         """
         cohorts = self._history.cohorts(plan.cohorts)
-        return max(self._history.epsilon(self._history.taken(self._now, cohort) + asked) for cohort in cohorts)
+        return max(
+            self._history.epsilon(self._history.charges_and_reservations(self._now, cohort) + asked)
+            for cohort in cohorts
+        )
 
     def runs_left(self, plan: Plan) -> int | None:
         """Count how many runs with this plan still fit the lifetime cap; None without a cap."""
-        return spending.runs_left(self._history, self._policy, plan.whole, self._now, admitted=plan.cohorts)
+        return spending.remaining_runs(self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts)
 
 
-def history_of(files: SiteFiles) -> History:
+def read_history(files: SiteFiles) -> History:
     """Load the history of a site's ledger, with every event verified; empty if there is no ledger yet.
 
     Raises:
         RunError: the ledger is inconsistent, or was made for another policy.
     """
-    verified = files.verified()
+    verified = files.verify_ledger()
     if verified is None:
-        return History.before(files.policy)
-    for key, made_for, says in verified.history.opened.differences(files.policy):
+        return History.empty(files.policy)
+    for key, made_for, says in verified.history.opening.differences(files.policy):
         raise RunError(f"the ledger was made for {key} = {made_for}, the policy says {says}")
     return verified.history
 
 
-def _wrong_size(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
+def _size_refusals(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
     """Return a refusal if the run's size for the site differs from the size that the site declares; both sizes are
     public.
     """

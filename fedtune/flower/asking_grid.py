@@ -21,7 +21,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.federation.replies import Closing
+from fedtune.federation.replies import StoppingRule
 from fedtune.spec import RunError
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class AskingGrid(ABC):
         sites: Mapping[str, bytes],
         *,
         hear: Callable[[int, Message, Message], Heard],
-        closing: Callable[[], Closing],
+        closing: Callable[[], StoppingRule],
     ) -> None:
         self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
         self._hear, self._closing = hear, closing
@@ -106,13 +106,13 @@ class AskingGrid(ABC):
         """Yield the answers that have arrived."""
 
     @abstractmethod
-    def _mend(self, trouble: Exception, questions: Questions) -> None:
+    def _recover(self, trouble: Exception, questions: Questions) -> None:
         """Wait or reconnect after one of `troubles`; raise an error if waiting cannot help."""
 
     def get_node_ids(self) -> Sequence[int]:
         return list(self._numbers.values())
 
-    def online(self) -> list[int]:
+    def online_nodes(self) -> list[int]:
         """Return the nodes that are connected to the server now."""
         return sorted(self._nodes())
 
@@ -125,7 +125,7 @@ class AskingGrid(ABC):
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         while open_ and (left := deadline - time.monotonic()) > 0:
             try:
-                online = self._ask(open_, ttl=left)
+                online = self._send_open_questions(open_, ttl=left)
                 for answer, heard in self._collect(open_, left_s=left):
                     good += heard.good
                     yield answer
@@ -133,12 +133,12 @@ class AskingGrid(ABC):
                 if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
                     break
             except self.troubles as trouble:
-                self._mend(trouble, open_)
+                self._recover(trouble, open_)
             else:
                 time.sleep(_POLL_S)
         yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
 
-    def _ask(self, questions: Questions, *, ttl: float) -> Mapping[int, Any]:
+    def _send_open_questions(self, questions: Questions, *, ttl: float) -> Mapping[int, Any]:
         """Send each question that was not sent yet, or may have been forgotten, to its site if that is online; return
         the online nodes.
         """
@@ -168,7 +168,7 @@ class AskingGrid(ABC):
         asked = {id: number for number, question in questions.items() for id in question.message_ids}
         if not asked:
             return
-        for message_id, found, is_lost in self._pulled(list(asked), questions, left_s=left_s):
+        for message_id, found, is_lost in self._pull_or_ask_again(list(asked), questions, left_s=left_s):
             number = asked.get(message_id)
             if number is None:
                 log.warning("an answer to no question of this run's is left aside")
@@ -196,7 +196,9 @@ class AskingGrid(ABC):
                 question.provisional, question.idle = answer, heard.idle
                 question.not_before = time.monotonic() + heard.again_s
 
-    def _pulled(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
+    def _pull_or_ask_again(
+        self, message_ids: Sequence[str], questions: Questions, *, left_s: float
+    ) -> Iterator[Pulled]:
         try:
             yield from self._pull(message_ids, questions, left_s=left_s)
         except self.troubles:
@@ -226,30 +228,30 @@ class FlowerGrid(AskingGrid):
         """Do nothing: the connection belongs to Flower."""
 
     def _nodes(self) -> Mapping[int, Any]:
-        with _read():
+        with _errors_as_away():
             online = {bytes(node.public_key): node for node in self._grid.get_nodes()}
         return {number: online[key] for key, number in self._numbers.items() if key in online}
 
     def _push(self, message: Message) -> str | None:
-        with _read():
+        with _errors_as_away():
             ids = list(self._grid.push_messages([message]))
         return (ids[0] or "") if ids else None  # the public Grid gives no id at all for what is too large
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
-        with _read():
+        with _errors_as_away():
             found = list(self._grid.pull_messages(message_ids))
         for answer in found:
             if answer.has_error():  # its app failed: the site's process was away, for one
                 log.info("no answer came (error %d of Flower's); asking again", answer.error.code)
             yield answer.metadata.reply_to_message_id, answer, answer.has_error()
 
-    def _mend(self, trouble: Exception, questions: Questions) -> None:
+    def _recover(self, trouble: Exception, questions: Questions) -> None:
         log.warning("the SuperLink cannot be reached (%s); trying again", trouble)
         time.sleep(RECONNECT_S)
 
 
 @contextmanager
-def _read() -> Iterator[None]:
+def _errors_as_away() -> Iterator[None]:
     """Turn every error of Flower's client, which has no public error classes, into `_Away`."""
     try:
         yield

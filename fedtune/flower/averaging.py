@@ -10,11 +10,11 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
-from fedtune.federation.lead import Arrays, LeadState, Made
+from fedtune.federation.lead import AggregationResult, Arrays, LeadState
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.spec import FederationSpec
-from fedtune.federation.update_store import Arrived
-from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, from_arrays, to_arrays, weighted
+from fedtune.federation.update_store import UpdateStore
+from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, from_arrays, to_arrays, weighted_record
 from fedtune.model.adapter import Adapter
 
 _VALUES = "values"
@@ -45,12 +45,12 @@ class Average:
     def prepare(self) -> tuple[str, ...]:
         return tuple(self._sizes)
 
-    def combine(self, state: LeadState, replies: RoundReplies) -> Made:
+    def combine(self, state: LeadState, replies: RoundReplies) -> AggregationResult:
         weights = {site: self._sizes[site] for site in replies.sites}
         adapter = self.average(replies.round, replies.arrived, weights)
-        return Made(adapter, replies.sites, replies.failures, self.state)
+        return AggregationResult(adapter, replies.sites, replies.failures, self.state)
 
-    def average(self, round: int, arrived: Arrived, weights: Mapping[str, float]) -> Adapter:
+    def average(self, round: int, arrived: UpdateStore, weights: Mapping[str, float]) -> Adapter:
         """Aggregate updates with the strategy, piece by piece; the result is bit-identical to aggregating all values at
         once.
 
@@ -65,8 +65,8 @@ class Average:
         for start in range(0, len(flat), step):
             piece = flat[start : start + step]
             parts = {site: {_VALUES: arrived.values(site, start=start, count=len(piece))} for site in weights}
-            updates = [Message(weighted(parts[site], weight), 1, "train") for site, weight in weights.items()]
-            piece[:] = _arrays(take(round, updates))[_VALUES]
+            updates = [Message(weighted_record(parts[site], weight), 1, "train") for site, weight in weights.items()]
+            piece[:] = _require_arrays(take(round, updates))[_VALUES]
         adapter = arrived.adapter(flat)
         if optimizer is None:
             return adapter
@@ -75,9 +75,9 @@ class Average:
             optimizer.current_arrays = dict(arrived.sent.tensors)
         else:
             optimizer.current_arrays = to_arrays(arrived.sent.tensors)
-        update = Message(weighted(adapter.tensors, next(iter(weights.values()))), 1, "train")
+        update = Message(weighted_record(adapter.tensors, next(iter(weights.values()))), 1, "train")
         # FedAdam counts in float64; an adapter is float32 everywhere.
-        arrays = _arrays(optimizer.aggregate_train(round, [update]))
+        arrays = _require_arrays(optimizer.aggregate_train(round, [update]))
         return Adapter({name: value.astype(np.float32) for name, value in arrays.items()})
 
     @property
@@ -103,7 +103,7 @@ class Average:
             self._strategy.momentum_vector = [value for _, value in sorted(part("momentum").items())] or None
 
 
-def _arrays(outcome: tuple[ArrayRecord | None, MetricRecord | None]) -> Arrays:
+def _require_arrays(outcome: tuple[ArrayRecord | None, MetricRecord | None]) -> Arrays:
     arrays, _ = outcome
     assert arrays is not None, "there is an update"
     return from_arrays(arrays)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedtune.federation.protocol import Reply
-from fedtune.federation.site_round import Site, answer, consider, end_run, take_step
+from fedtune.federation.site_round import Site, answer, answer_invitation, answer_step, end_run
 from fedtune.flower import flower_records
 from fedtune.flower.site_socket import Answering
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 _Answer = Callable[[Site], RecordDict]
 
 
-def context_of(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Context:
+def make_node_context(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Context:
     """Build the Flower context that describes a node to its app."""
     return Context(run_id, node_id, dict(node_config), state=RecordDict(), run_config={})
 
 
-def answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
+def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
     """Return a function that answers messages for the site `name`, which `site_of` opens.
 
     `site_of` opens the site with its ledger for a run with the given settings (unvalidated JSON; empty if the site
@@ -38,14 +38,14 @@ def answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
         if kind == "query":
             return RecordDict({flower_records.SITE: ConfigRecord({"name": name})})
         if kind == f"query.{flower_records.END}":
-            return _end(site_of, content, name=name)
+            return _end_run(site_of, content, name=name)
         reason = Reason.MALFORMED_REQUEST
         try:
             with panics_as_errors():
                 answer, settings = _READERS[kind](content), flower_records.to_settings(content)
                 reason = Reason.SITE_ERROR
                 site = site_of(settings)
-                site.ledger.asked_at(created_at)
+                site.ledger.set_server_time(created_at)
                 return answer(site)
         except Exception:
             log.exception("%s could not answer", name)
@@ -59,7 +59,7 @@ class SiteApp:
     """A real site, opened by `site_of`, that answers Flower messages."""
 
     def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
-        self.answering = answering(site_of, name=name)
+        self.answering = make_answering(site_of, name=name)
 
     def answer(self, message: Message) -> Message:
         """Answer a message, regardless of its content; raises only for a message type to which Flower has no reply."""
@@ -68,7 +68,7 @@ class SiteApp:
         return Message(self.answering(about.message_type, about.created_at, content), reply_to=message)
 
     @staticmethod
-    def answer_in(content: RecordDict) -> Update | Refusal | Offer | None:
+    def read_answer(content: RecordDict) -> Update | Refusal | Offer | None:
         """Return the answer to a round or an invitation in a reply; None if the reply is of another type."""
         try:
             return flower_records.to_reply(content).body
@@ -76,7 +76,7 @@ class SiteApp:
             return None
 
 
-def _end(site_of: Callable[[str], Site], content: RecordDict, *, name: str) -> RecordDict:
+def _end_run(site_of: Callable[[str], Site], content: RecordDict, *, name: str) -> RecordDict:
     receipt = None
     try:
         with panics_as_errors():
@@ -88,23 +88,23 @@ def _end(site_of: Callable[[str], Site], content: RecordDict, *, name: str) -> R
     return flower_records.from_receipt(receipt)
 
 
-def _to_round(content: RecordDict) -> _Answer:
+def _read_round(content: RecordDict) -> _Answer:
     signed, adapter = flower_records.to_signed(content), flower_records.to_adapter(content)
     return lambda site: flower_records.from_reply(answer(site, signed, adapter))
 
 
-def _to_invitation(content: RecordDict) -> _Answer:
+def _read_invitation(content: RecordDict) -> _Answer:
     signed = flower_records.to_signed(content)
-    return lambda site: flower_records.from_reply(consider(site, signed))
+    return lambda site: flower_records.from_reply(answer_invitation(site, signed))
 
 
-def _to_sum(content: RecordDict) -> _Answer:
+def _read_sum_step(content: RecordDict) -> _Answer:
     signed, parts = flower_records.to_signed(content), flower_records.to_parts(content)
-    return lambda site: flower_records.from_step(take_step(site, signed, parts))
+    return lambda site: flower_records.from_step(answer_step(site, signed, parts))
 
 
 _READERS: Mapping[str, Callable[[RecordDict], _Answer]] = {
-    "train": _to_round,
-    f"query.{flower_records.INVITE}": _to_invitation,
-    f"query.{flower_records.SUM}": _to_sum,
+    "train": _read_round,
+    f"query.{flower_records.INVITE}": _read_invitation,
+    f"query.{flower_records.SUM}": _read_sum_step,
 }

@@ -23,7 +23,7 @@ from fedtune.federation.transport import Question
 from fedtune.flower.site_socket import END as END
 from fedtune.flower.site_socket import INVITE as INVITE
 from fedtune.flower.site_socket import SUM as SUM
-from fedtune.flower.site_socket import bytes_of, record_of
+from fedtune.flower.site_socket import bytes_from_record, record_from_bytes
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Answer, Offer, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
@@ -56,7 +56,7 @@ def num_bytes(content: RecordDict) -> int:
 
 
 @contextmanager
-def _reading(content: RecordDict, key: str, bound: str) -> Iterator[None]:
+def _errors_as_config_error(content: RecordDict, key: str, bound: str) -> Iterator[None]:
     """Turn every error raised by Flower's records, JSON, safetensors or fedtune's readers into a ConfigError."""
     try:
         yield
@@ -66,13 +66,13 @@ def _reading(content: RecordDict, key: str, bound: str) -> Iterator[None]:
 
 def from_adapter(adapter: Adapter) -> ArrayRecord:
     """Encode an adapter; the record can be used in several messages."""
-    return record_of(adapter.to_bytes())
+    return record_from_bytes(adapter.to_bytes())
 
 
 def to_adapter(content: RecordDict) -> Adapter:
     """Decode the adapter in a message."""
-    with _reading(content, "message", "must hold an adapter"):
-        return Adapter.from_bytes(bytes_of(content.array_records[ADAPTER]))
+    with _errors_as_config_error(content, "message", "must hold an adapter"):
+        return Adapter.from_bytes(bytes_from_record(content.array_records[ADAPTER]))
 
 
 def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict:
@@ -92,7 +92,7 @@ def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict
 
 def to_signed(content: RecordDict) -> Signed:
     """Decode the lead's signed question in a message."""
-    with _reading(content, "message", "must hold a signed request"):
+    with _errors_as_config_error(content, "message", "must hold a signed request"):
         record = content.config_records[REQUEST]
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
 
@@ -101,14 +101,14 @@ def to_settings(content: RecordDict) -> str:
     """Return the JSON text of the run's configuration in a message; empty if there is none."""
     if SETTINGS not in content:
         return ""
-    with _reading(content, "message", "must hold settings as text"):
+    with _errors_as_config_error(content, "message", "must hold settings as text"):
         return str(content.config_records[SETTINGS]["json"])
 
 
 def to_parts(content: RecordDict) -> list[bytes]:
     """Decode the protocol messages attached to a request for a step of secure aggregation."""
     parts: list[bytes] = []
-    with _reading(content, "message", "must hold messages of a secure sum"):
+    with _errors_as_config_error(content, "message", "must hold messages of a secure sum"):
         for _, part in sorted(content.config_records[PARTS].items()):
             if type(part) is not bytes:
                 raise TypeError("bytes")
@@ -143,7 +143,7 @@ def from_receipt(receipt: Receipt | None) -> RecordDict:
 
 def to_receipt(content: RecordDict) -> Receipt | None:
     """Decode a site's answer to the end of a run; None if the site has no receipt to give."""
-    with _reading(content, "receipt", "must be a site's receipt"):
+    with _errors_as_config_error(content, "receipt", "must be a site's receipt"):
         fields = json.loads(str(content.config_records[RECEIPT]["json"]))
         return None if fields is None else Receipt.from_json(fields)
 
@@ -153,24 +153,24 @@ def from_reply(reply: Reply) -> RecordDict:
     body, receipt = reply.body, None if reply.receipt is None else reply.receipt.to_json()
     if isinstance(body, Update):
         text = json.dumps({"kind": UPDATE, "receipt": receipt})
-        return RecordDict({UPDATE: record_of(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
+        return RecordDict({UPDATE: record_from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
     kind = next(kind for kind, release in _AS_JSON.items() if isinstance(body, release))
     return RecordDict({REPLY: ConfigRecord({"json": json.dumps({"kind": kind, "receipt": receipt, **body.to_json()})})})
 
 
 def to_reply(content: RecordDict) -> Reply:
     """Decode a site's answer to a round or an invitation."""
-    with _reading(content, "reply", "must be a site's answer"):
+    with _errors_as_config_error(content, "reply", "must be a site's answer"):
         fields = json.loads(str(content.config_records[REPLY]["json"]))
         kind, receipt = fields.pop("kind"), fields.pop("receipt")
         body: Answer
         if kind in _AS_JSON:
             body = _AS_JSON[kind].from_json(fields)
         else:
-            body = Update.from_bytes(bytes_of(content.array_records[UPDATE]))
+            body = Update.from_bytes(bytes_from_record(content.array_records[UPDATE]))
         return Reply(body=body, receipt=None if receipt is None else Receipt.from_json(receipt))
 
 
-def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
+def weighted_record(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
     """Build the input for Flower's strategies: an update, or a part of an update, with its public weight."""
     return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: weight})})

@@ -44,7 +44,7 @@ class GridTransport:
         self._bytes_down = self._bytes_up = 0  # since they were last asked for
         self._apart: dict[str, str] = {}  # sites that refused the last exchange for its protocol, with what they speak
 
-    def reach(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
+    def wait_for_sites(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
         if not self._nodes:
             deadline = time.monotonic() + timeout_s
             while len(node_ids := list(self._grid.get_node_ids())) < len(sites) and time.monotonic() < deadline:
@@ -62,7 +62,9 @@ class GridTransport:
     def train(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
         return self._exchange("train", questions, flower_records.to_reply, timeout_s)
 
-    def sum_up(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, bytes | Refusal]]:
+    def take_sum_step(
+        self, questions: Sequence[Question], *, timeout_s: float
+    ) -> Iterator[tuple[str, bytes | Refusal]]:
         return self._exchange(f"query.{flower_records.SUM}", questions, flower_records.to_step, timeout_s)
 
     def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:
@@ -74,7 +76,7 @@ class GridTransport:
         return traffic
 
     @contextmanager
-    def one_protocol(self) -> Iterator[None]:
+    def explain_protocol_mismatch(self) -> Iterator[None]:
         """Turn a RunError for too few sites into a ConfigError that names the sites, if they use another protocol
         version.
         """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flwr.superlink.grid import HttpGrid
 
 
-def identify(**numbers: int) -> None:
+def set_sender_ids(**numbers: int) -> None:
     """Set the `run_id`, `node_id` or `task_id` that Flower's message constructor uses as the sender in this process."""
     for name, number in numbers.items():
         setattr(TaskIdentity, name, number)

@@ -33,9 +33,9 @@ from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import LeadState
 from fedtune.federation.transport import Transport
 from fedtune.flower.bundle import LEAD_SOCKET, NODES, PULL, PUSH, write_bundle
-from fedtune.flower.client import answering
+from fedtune.flower.client import make_answering
 from fedtune.flower.grid_transport import GridTransport
-from fedtune.flower.internals import identify
+from fedtune.flower.internals import set_sender_ids
 from fedtune.flower.site_socket import Answering, pack, unpack_whole
 from fedtune.process import torch
 from fedtune.sites.virtual_site import Participants
@@ -200,7 +200,7 @@ class RelayedGrid:
     def __init__(self, line: Connection) -> None:
         self._line = line
         # This is no process of Flower's, and nobody has said who sends; the relay's own messages name its run.
-        identify(run_id=1, node_id=0, task_id=0)
+        set_sender_ids(run_id=1, node_id=0, task_id=0)
 
     def get_node_ids(self) -> Sequence[int]:
         return list(json.loads(self._ask(NODES)))
@@ -237,7 +237,7 @@ def simulated_site(run_file: str, number: int) -> Answering:
     """
     participants = _of_this_actor(run_file)
     name = participants.config.federation.active[number]
-    return answering(lambda _: participants.site(number), name=name)
+    return make_answering(lambda _: participants.site(number), name=name)
 
 
 @lru_cache(maxsize=1)

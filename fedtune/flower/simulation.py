@@ -13,14 +13,14 @@ from fedtune.config import RunConfig
 from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.site_round import Site
 from fedtune.flower.averaging import Average
-from fedtune.flower.client import answering, context_of
+from fedtune.flower.client import make_answering, make_node_context
 from fedtune.flower.grid_transport import GridTransport
-from fedtune.flower.internals import identify, set_metadata
+from fedtune.flower.internals import set_metadata, set_sender_ids
 from fedtune.flower.local_engine import on_flower
 from fedtune.flower.site_socket import make_client_app
 from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
-from fedtune.sites.data_warnings import site_notes
+from fedtune.sites.data_warnings import site_data_warnings
 from fedtune.sites.session import Session
 from fedtune.sites.virtual_site import RECEIPTS, Participants
 
@@ -48,9 +48,9 @@ def simulate(
     def ready() -> tuple[Sequence[str], Sequence[str]]:
         listener.preparing("reading the sites' records", 0, 0)
         _ = [work.examples for work in everyone.work.values()]
-        everyone.sites.check_dealt_out()
-        changed = everyone.changed() if config.resume is not None else ()
-        return tuple(site_notes(config, everyone.records.dealt)), changed
+        everyone.sites.check_partition()
+        changed = everyone.changed_sites() if config.resume is not None else ()
+        return tuple(site_data_warnings(config, everyone.records.dealt)), changed
 
     return FederationRun(
         config=config,
@@ -64,23 +64,23 @@ def simulate(
         ),
         average=Average(config.federation, config.declared_sizes()),
         receipts=everyone.sites.folder / RECEIPTS,
-        engine=_engine(config, folder, everyone, listener),
+        engine=_make_engine(config, folder, everyone, listener),
         ready=ready,
-    ).to_its_end(listener)
+    ).run_to_end(listener)
 
 
-def _engine(config: RunConfig, folder: Path, everyone: Participants, listener: Listener) -> Engine:
+def _make_engine(config: RunConfig, folder: Path, everyone: Participants, listener: Listener) -> Engine:
     if config.runtime.kind == "ray":
         return lambda run: on_flower(run, config, folder, everyone.sites.folder)
-    client_app = _client_app(config.federation.active, everyone.site)
+    client_app = _make_client_app(config.federation.active, everyone.site)
     grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
     return lambda run: run(GridTransport(grid))
 
 
-def _client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:
+def _make_client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:
     def answer(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
         index = int(context.node_config["partition-id"])
-        return answering(lambda _: site(index), name=names[index])(kind, created_at, content)
+        return make_answering(lambda _: site(index), name=names[index])(kind, created_at, content)
 
     return make_client_app(answer)
 
@@ -96,11 +96,11 @@ class InProcessGrid:
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:
         self._client_app, self._replied = client_app, replied
         self._contexts = {
-            index + 1: context_of(_RUN_ID, index + 1, {"partition-id": index, "num-partitions": num_nodes})
+            index + 1: make_node_context(_RUN_ID, index + 1, {"partition-id": index, "num-partitions": num_nodes})
             for index in range(num_nodes)
         }
         # Outside a process of Flower's nobody has said who sends.
-        identify(run_id=_RUN_ID, node_id=0, task_id=0)
+        set_sender_ids(run_id=_RUN_ID, node_id=0, task_id=0)
 
     def get_node_ids(self) -> Sequence[int]:
         return list(self._contexts)

@@ -14,7 +14,7 @@ import sys
 
 from flwr.app import Context, RecordDict
 
-from fedtune.flower.site_socket import ask, make_client_app
+from fedtune.flower.site_socket import ask_site, make_client_app
 
 SOCKET = "/run/fedtune/site.sock"
 
@@ -23,7 +23,7 @@ class SiteAway(Exception):
     """The site's process gave no answer; the lead will ask again."""
 
 
-def hand_over(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+def forward_message(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
     """Forward a message to the site's process and return its answer.
 
     Raises:
@@ -36,9 +36,9 @@ def hand_over(context: Context, kind: str, created_at: float, content: RecordDic
         site = simulated_site(str(context.run_config["run"]), int(context.node_config["partition-id"]))
         return site(kind, created_at, content)
     try:
-        return ask(str(context.node_config.get("fedtune-socket", SOCKET)), kind, created_at, content)
+        return ask_site(str(context.node_config.get("fedtune-socket", SOCKET)), kind, created_at, content)
     except Exception as error:
         raise SiteAway(type(error).__name__) from None
 
 
-app = make_client_app(hand_over)
+app = make_client_app(forward_message)

@@ -50,13 +50,13 @@ _PEER_GROUPS, _MOST_OPTION = 59, 1024  # SO_PEERGROUPS of Linux, which Python ha
 _BYTES = "bytes"
 
 
-def record_of(data: bytes) -> ArrayRecord:
+def record_from_bytes(data: bytes) -> ArrayRecord:
     """Return a record that holds exactly these bytes."""
     return ArrayRecord({_BYTES: Array(dtype="uint8", shape=(len(data),), stype=_BYTES, data=data)})
 
 
-def bytes_of(record: ArrayRecord) -> bytes:
-    """Return the bytes in a record made by `record_of`; raise ValueError for any other record."""
+def bytes_from_record(record: ArrayRecord) -> bytes:
+    """Return the bytes in a record made by `record_from_bytes`; raise ValueError for any other record."""
     (array,) = record.values()
     if (list(record), array.stype, array.dtype, array.shape) != ([_BYTES], _BYTES, "uint8", (len(array.data),)):
         raise ValueError("not bytes")  # whatever else it says would be no part of what is signed
@@ -91,7 +91,7 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
     if content.metric_records:
         raise ValueError("metrics")
     for key, arrays in content.array_records.items():
-        body.append(bytes_of(arrays))
+        body.append(bytes_from_record(arrays))
         records[key] = len(body[-1])
     for key, words in content.config_records.items():
         records[key] = {}
@@ -123,7 +123,7 @@ def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float
             words = {name: (is_text, take(size)) for name, (is_text, size) in record.items()}
             content[key] = ConfigRecord({name: d.decode() if text else d for name, (text, d) in words.items()})
         else:
-            content[key] = record_of(take(record))
+            content[key] = record_from_bytes(take(record))
     if taken != len(rest):
         raise ValueError("more than was announced")
     return str(said["kind"]), float(said["created_at"]), content
@@ -135,7 +135,7 @@ def unpack_whole(packed: bytes) -> tuple[str, float, RecordDict]:
     return unpack(packed[_LENGTHS.size : size], packed[size:])
 
 
-def ask(path: str, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+def ask_site(path: str, kind: str, created_at: float, content: RecordDict) -> RecordDict:
     """Send a message to the site's process at the socket `path`, and return its answer, however long training takes.
 
     Raises:
@@ -149,7 +149,7 @@ def ask(path: str, kind: str, created_at: float, content: RecordDict) -> RecordD
 
 
 @contextmanager
-def listening(path: Path) -> Iterator[socket.socket]:
+def listen_at(path: Path) -> Iterator[socket.socket]:
     """Listen at `path` while the block runs, for the same user and the group of the process.
 
     Raises:

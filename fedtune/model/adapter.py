@@ -54,7 +54,7 @@ class Adapter:
         object.__setattr__(self, "tensors", MappingProxyType(frozen))
 
     @classmethod
-    def of(cls, model: _Trained) -> Adapter:
+    def from_task_model(cls, model: _Trained) -> Adapter:
         """Copy the model's current trainable tensors."""
         return cls({name: parameter.detach().cpu().numpy() for name, parameter in model.trainable().items()})
 
@@ -71,11 +71,11 @@ class Adapter:
         """
         copy_tensors(self.tensors, model.trainable())
 
-    def within(self, most: float) -> Adapter:
+    def clip_values(self, most: float) -> Adapter:
         """Return a copy with every value clipped to [-most, most]; NaN stays NaN."""
         return Adapter({name: np.clip(value, -most, most) for name, value in self.tensors.items()})
 
-    def same_shapes(self, other: Adapter) -> bool:
+    def has_same_shapes(self, other: Adapter) -> bool:
         """Return True if both adapters have the same names and shapes."""
         return {n: value.shape for n, value in self.tensors.items()} == {n: v.shape for n, v in other.tensors.items()}
 

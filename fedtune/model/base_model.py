@@ -36,14 +36,14 @@ from transformers import (
 )
 
 from fedtune.extras import require_extra
-from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder, require_kind
-from fedtune.model.layers import compute_by_row, layer_stack
-from fedtune.model.manifest import manifest_of, staged
-from fedtune.model.products import round_products
-from fedtune.model.quantized import keep_in_four_bits
-from fedtune.model.quiet import first_line, loading, quiet
+from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder, require_modality
+from fedtune.model.layers import find_layer_stack, make_activations_rowwise
+from fedtune.model.manifest import build_manifest, stage_files
+from fedtune.model.products import convert_to_bfloat16
+from fedtune.model.quantized import quantize_linear_layers
+from fedtune.model.quiet import first_line, library_errors_as_config_errors, quiet
 from fedtune.model.refusals import PROCESSOR, PROCESSOR_KIND, VISION, config_refusal
-from fedtune.model.source import cache_folder, model_folder
+from fedtune.model.source import cache_folder, find_model_folder
 from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError
@@ -62,8 +62,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         ConfigError: for `model.path`, if it has no usable tokenizer, or for `model.sha256`.
     """
     if spec.path.startswith(RANDOM):
-        return tiny_tokenizer(spec.path)
-    with _pinned_files(spec, with_weights=False) as folder, _loading(spec):
+        return build_tiny_tokenizer(spec.path)
+    with _pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN)
     # The rules that the library made: from an older file than tokenizer.json, they stand in none.
     if not tokenizer.is_fast:
@@ -88,9 +88,9 @@ def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
         ConfigError: for `model.path`, if it has no processor whose output is square three-channel images of whole
             patches, or for `model.sha256`.
     """
-    with _pinned_files(spec, with_weights=False) as folder, _loading(spec):
+    with _pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
         config = AutoConfig.from_pretrained(folder, **_OWN)
-        require_kind(config, images=True, path=spec.path)
+        require_modality(config, images=True, path=spec.path)
         if not (folder / PROCESSOR).is_file():
             raise ConfigError("model.path", spec.path, f"must hold {PROCESSOR}, which says how images are read")
         fields = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
@@ -124,19 +124,19 @@ def load_base(
     if spec.path.startswith(RANDOM):
         if spec.sha256 is not None:
             _require_pinned(spec, model_sha256(spec))
-        model = tiny_base(spec.path, predicts_tokens=predicts_tokens, dtype=_DTYPES[spec.dtype])
+        model = build_tiny_base(spec.path, predicts_tokens=predicts_tokens, dtype=_DTYPES[spec.dtype])
     else:
         with _pinned_files(spec) as folder:
-            model = _pretrained(spec, folder, predicts_tokens=predicts_tokens, images=images)
+            model = _load_pretrained(spec, folder, predicts_tokens=predicts_tokens, images=images)
     check_ignores_batch_length(model, path=spec.path)
-    compute_by_row(model)
+    make_activations_rowwise(model)
     # Training never reads the key-value cache; a generator asks for it by argument.
     model.config.use_cache = False
     model.requires_grad_(False).eval()
     if spec.dtype == "mixed":
-        round_products(layer_stack(model)[1])
+        convert_to_bfloat16(find_layer_stack(model)[1])
     if spec.dtype == "nf4":
-        keep_in_four_bits(layer_stack(model)[1], device=device)
+        quantize_linear_layers(find_layer_stack(model)[1], device=device)
     return model.to(torch.device(device))
 
 
@@ -146,10 +146,10 @@ def model_sha256(spec: ModelSpec) -> str:
     A random model is hashed over its tensors' bytes, in the order of their names.  Without a base, the hash is that of
     no bytes.
     """
-    if not spec.built_in:
-        return manifest_of(model_folder(spec), gguf_file=spec.gguf_file).sha256
+    if not spec.is_built_in:
+        return build_manifest(find_model_folder(spec), gguf_file=spec.gguf_file).sha256
     digest = hashlib.sha256()
-    for _, tensor in sorted(tiny_base(spec.path).state_dict().items()) if spec.path != NO_BASE else ():
+    for _, tensor in sorted(build_tiny_base(spec.path).state_dict().items()) if spec.path != NO_BASE else ():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
@@ -160,23 +160,23 @@ def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Pat
     if spec.gguf_file is not None:
         require_extra("model.gguf_file", spec.gguf_file, "gguf")
     reads_weights = with_weights or bool(spec.gguf_file)
-    with staged(model_folder(spec), gguf_file=spec.gguf_file, with_weights=reads_weights) as (own, manifest):
+    with stage_files(find_model_folder(spec), gguf_file=spec.gguf_file, with_weights=reads_weights) as (own, manifest):
         _require_pinned(spec, manifest.sha256)
         if not spec.gguf_file:
             yield own
             return
         # Derived from the pinned file, by us, into the cache of this account, which is trusted as its Python is.
-        expanded = expanded_gguf(own / spec.gguf_file, sha256=manifest.sha256, cache=cache_folder(spec))
-        with staged(expanded, with_weights=with_weights) as (derived, _):
+        expanded = expand_gguf(own / spec.gguf_file, sha256=manifest.sha256, cache=cache_folder(spec))
+        with stage_files(expanded, with_weights=with_weights) as (derived, _):
             yield derived
 
 
-def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images: bool | None) -> PreTrainedModel:
+def _load_pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images: bool | None) -> PreTrainedModel:
     auto = AutoModelForCausalLM if predicts_tokens else AutoModel
-    with _loading(spec):
+    with _report_loading_errors(spec):
         config = AutoConfig.from_pretrained(folder, **_OWN)
         if images is not None:
-            require_kind(config, images=images, path=spec.path)
+            require_modality(config, images=images, path=spec.path)
         check_size(config, auto, folder=folder, path=spec.path)
         if predicts_tokens:
             require_decoder(config, path=spec.path)
@@ -197,14 +197,14 @@ def _require_pinned(spec: ModelSpec, found: str) -> None:
         raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
 
 
-def _loading(spec: ModelSpec) -> AbstractContextManager[None]:
-    return loading("model.path", spec.path, "cannot be loaded: {}")
+def _report_loading_errors(spec: ModelSpec) -> AbstractContextManager[None]:
+    return library_errors_as_config_errors("model.path", spec.path, "cannot be loaded: {}")
 
 
 _log = logging.getLogger(__name__)
 
 
-def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
+def expand_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
     """Return the folder with the model and tokenizer of a GGUF file in safetensors format, from the cache or newly
     expanded.
 
@@ -225,7 +225,7 @@ def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".draft-", dir=target.parent) as scratch:
             draft = Path(scratch, "draft")
-            _expand(file, draft)
+            _convert_gguf(file, draft)
             try:
                 os.rename(draft, target)
             except OSError:  # another process that was faster has written the same
@@ -242,7 +242,7 @@ def load_gguf(file: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **_OWN)
 
 
-def save_plain(model: PreTrainedModel, folder: Path) -> None:
+def save_as_plain_model(model: PreTrainedModel, folder: Path) -> None:
     """Save a model as an ordinary instance of its class, for other programs to load.
 
     Transformers treats a model from a GGUF file as quantized, and its `save_pretrained` refuses it.  A frozen base has
@@ -261,10 +261,10 @@ def save_plain(model: PreTrainedModel, folder: Path) -> None:
     plain.save_pretrained(folder)
 
 
-def _expand(file: Path, folder: Path) -> None:
+def _convert_gguf(file: Path, folder: Path) -> None:
     # One progress bar asks no setting whether it may show.
     bound = "must be a GGUF causal language model ({})"
-    with loading("model.gguf_file", file.name, bound), redirect_stderr(StringIO()):
+    with library_errors_as_config_errors("model.gguf_file", file.name, bound), redirect_stderr(StringIO()):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
         # What a config.json would be refused for, before memory is set aside for it.
         fields = json.loads(config.to_json_string(use_diff=False))
@@ -273,7 +273,7 @@ def _expand(file: Path, folder: Path) -> None:
         model = load_gguf(file)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
     with quiet():
-        save_plain(model, folder)
+        save_as_plain_model(model, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -283,15 +283,15 @@ _BERT_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 _LLAMA_SPECIAL = ("<s>", "</s>")
 
 
-def tiny_base(path: str, *, predicts_tokens: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_tiny_base(path: str, *, predicts_tokens: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the tiny random model for `path` ("random:bert" or "random:llama"), with the same weights in every call."""
     auto = AutoModelForCausalLM if predicts_tokens else AutoModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        return auto.from_config(_config(path), dtype=dtype)
+        return auto.from_config(_tiny_config(path), dtype=dtype)
 
 
-def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
+def build_tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per byte.
 
     As in many chat models, the padding token of `random:llama` is its end-of-text token.
@@ -315,7 +315,7 @@ def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _config(path: str) -> PreTrainedConfig:
+def _tiny_config(path: str) -> PreTrainedConfig:
     # Wider than the usual 0.02: in a model this narrow the input would otherwise hardly reach the output.
     shape = {
         "hidden_size": _HIDDEN,

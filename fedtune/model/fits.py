@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fedtune.model.quiet import loading
+from fedtune.model.quiet import library_errors_as_config_errors
 from fedtune.model.refusals import ENCODERS, VISION, rotary_refusal
 from fedtune.spec import ConfigError
 
@@ -70,7 +70,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedMod
     if tokenizer.pad_token_id is None:
         raise ConfigError("model.path", path, "its tokenizer must have a padding token or an end-of-text token")
     # What a template adds to a text stands in no vocabulary; it is the same for every text.
-    added = ids_of(tokenizer, "a", path=path) + ids_of(tokenizer, "", path=path)
+    added = tokenize_public_text(tokenizer, "a", path=path) + tokenize_public_text(tokenizer, "", path=path)
     known = itertools.chain(tokenizer.get_vocab().values(), tokenizer.added_tokens_decoder, tokenizer.all_special_ids)
     rows, largest = base.get_input_embeddings().weight.shape[0], max(itertools.chain(known, added))
     if largest >= rows:
@@ -78,18 +78,20 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedMod
         raise ConfigError("model.path", path, bound)
 
 
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, path: str, max_length: int | None = None) -> list[int]:
+def tokenize_public_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, path: str, max_length: int | None = None
+) -> list[int]:
     """Tokenize a public text.
 
     Raises:
         ConfigError: for `model.path`, if the tokenizer cannot encode the text.
     """
-    with loading("model.path", path, "its tokenizer cannot encode a text: {}"):
+    with library_errors_as_config_errors("model.path", path, "its tokenizer cannot encode a text: {}"):
         ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
     return ids
 
 
-def usable_positions(base: nn.Module) -> int | None:
+def max_positions(base: nn.Module) -> int | None:
     """Return the maximum number of tokens of an example, or None if there is no limit.
 
     A position table with a padding row starts after that row (RoBERTa: 514 rows, 512 positions), and one with an offset
@@ -111,7 +113,7 @@ def usable_positions(base: nn.Module) -> int | None:
 _TOKEN_IDS = ((1, 2, 3), (3, 2, 1))  # two examples of three tokens, which every vocabulary has
 
 
-def check_examples_apart(base: nn.Module, run: Callable[[], Any] | None = None, *, places: int = 3) -> None:
+def check_examples_independent(base: nn.Module, run: Callable[[], Any] | None = None, *, places: int = 3) -> None:
     """Require that every trainable module runs, on inputs whose first axis is the example.
 
     A module that flattens (examples x tokens), as some feed-forward blocks and all routed experts do, loses track of
@@ -138,7 +140,7 @@ def check_examples_apart(base: nn.Module, run: Callable[[], Any] | None = None, 
             handles.append(module.register_forward_pre_hook(record))
     try:
         with torch.no_grad():
-            _run(base, torch.tensor(_TOKEN_IDS)) if run is None else run()
+            _run_base(base, torch.tensor(_TOKEN_IDS)) if run is None else run()
     finally:
         for handle in handles:
             handle.remove()
@@ -164,12 +166,12 @@ def check_causal(base: PreTrainedModel, *, path: str) -> None:
     later_changed = token_ids.clone()
     later_changed[:, -1] = token_ids[:, 0]
     with torch.no_grad():
-        logits, changed = (_run(base, ids).logits[:, 0].float() for ids in (token_ids, later_changed))
+        logits, changed = (_run_base(base, ids).logits[:, 0].float() for ids in (token_ids, later_changed))
     if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3):
         raise ConfigError("model.path", path, f"{_NEEDED}: its tokens see later ones")
 
 
-def require_kind(config: PreTrainedConfig, *, images: bool, path: str) -> None:
+def require_modality(config: PreTrainedConfig, *, images: bool, path: str) -> None:
     """Require an image model for image records, and a text model for all others.
 
     Raises:
@@ -194,6 +196,6 @@ def require_decoder(config: PreTrainedConfig, *, path: str) -> None:
         raise ConfigError("model.path", path, f"{_NEEDED}: {kind} is an encoder")
 
 
-def _run(base: nn.Module, token_ids: torch.Tensor) -> Any:
+def _run_base(base: nn.Module, token_ids: torch.Tensor) -> Any:
     token_ids = token_ids.to(next(base.parameters()).device)
     return base(input_ids=token_ids, attention_mask=torch.ones_like(token_ids))

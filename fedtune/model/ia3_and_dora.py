@@ -50,40 +50,40 @@ def scale_modules(model: PeftModel) -> None:
     """
     for name, layer in model.named_modules():
         if isinstance(layer, ia3.Linear):
-            layer.forward = partial(_scaled, layer)
+            layer.forward = partial(_ia3_forward, layer)
         elif isinstance(layer, lora.Linear) and "default" in layer.lora_variant:
             layer.lora_variant["default"] = _Dora()
-            lengths = _row_lengths(layer)
+            lengths = _row_norms(layer)
             if not lengths.all():
                 bound = f"cannot scale {name}, whose weights have a row of zeros"
                 raise ConfigError("lora.kind", "dora", bound)
             layer.lora_magnitude_vector["default"].weight = nn.Parameter(lengths)
         else:
             continue
-        start = _start(layer).requires_grad_(False)
+        start = _initial_scale(layer).requires_grad_(False)
         layer.scales = Scales(start)
 
 
-def as_peft(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+def iter_peft_scales(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
     """Yield PEFT's own scales: the name in a saved adapter, the tensor, and the current values."""
     for name, layer in model.named_modules():
         if isinstance(scales := getattr(layer, "scales", None), Scales):
-            start, scale = _start(layer), 1 + scales.offset.detach()
+            start, scale = _initial_scale(layer), 1 + scales.offset.detach()
             ending = PEFT_SCALES[isinstance(layer, lora.Linear)]
             yield name + ending, start, start.detach() * scale.view_as(start)
 
 
-def merged(model: PeftModel) -> Any:
+def merge_adapter(model: PeftModel) -> Any:
     """Merge the adapter into the base's weights by PEFT and return the plain base; `model` must not be used
     afterwards.
     """
     with torch.no_grad():
-        for _, start, values in as_peft(model):
+        for _, start, values in iter_peft_scales(model):
             start.copy_(values)
     return model.merge_and_unload()
 
 
-def _start(layer: Any) -> nn.Parameter:
+def _initial_scale(layer: Any) -> nn.Parameter:
     """Return PEFT's own tensor: ones for IA3, and the norms of the base's rows for DoRA."""
     own: nn.Parameter = (
         layer.ia3_l["default"] if isinstance(layer, ia3.Linear) else layer.lora_magnitude_vector["default"].weight
@@ -91,7 +91,7 @@ def _start(layer: Any) -> nn.Parameter:
     return own
 
 
-def _scaled(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
+def _ia3_forward(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
     """Run the IA3 forward pass (Liu et al. 2022, arXiv 2205.05638)."""
     output: torch.Tensor = layer.base_layer(inputs)
     return output if layer.disable_adapters else layer.scales(output.float()).to(output.dtype)
@@ -110,11 +110,11 @@ class _Dora(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
         bias = module.get_base_layer().bias
         own = (result if bias is None else result - bias).float()
         start = module.lora_magnitude_vector[active_adapter].weight
-        scaled = module.scales((own + low_rank) * (start / _row_lengths(module)))
+        scaled = module.scales((own + low_rank) * (start / _row_norms(module)))
         return result + (scaled - own)  # at the start this adds zero, exactly
 
 
-def _row_lengths(module: lora.Linear) -> torch.Tensor:
+def _row_norms(module: lora.Linear) -> torch.Tensor:
     """Compute the L2 norms of the rows of W + s B A, (outputs,)."""
     with torch.no_grad():
         low_rank = module.lora_B["default"].weight @ module.lora_A["default"].weight

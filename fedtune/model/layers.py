@@ -67,7 +67,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
 
 
 def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
-    stack_name, stack = layer_stack(base)
+    stack_name, stack = find_layer_stack(base)
     count = len(stack)
     if not all(-count <= layer < count for layer in spec.layers or ()):
         bound = f"must lie from {-count} to {count - 1}: the base has {count} layers; lora.layers=null adapts them all"
@@ -107,7 +107,7 @@ def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
     )
 
 
-def layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name of the base's transformer layers, and the layers.
 
     Raises:
@@ -121,7 +121,7 @@ def layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 @contextmanager
-def without_adapters(base: PeftModel) -> Iterator[None]:
+def adapters_disabled(base: PeftModel) -> Iterator[None]:
     """Disable the adapters inside the block; which parameters train does not change."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     try:
@@ -154,7 +154,7 @@ class FrozenPrefix:
             layer.forward = partial(self._run, layer.forward, number == self.depth - 1)
 
     @contextmanager
-    def given(self, states: torch.Tensor | None) -> Iterator[None]:
+    def use_states(self, states: torch.Tensor | None) -> Iterator[None]:
         """Use a cached output, (n, t, h), of the skippable layers inside the block; None skips nothing."""
         before, self._given = self._given, states
         try:
@@ -162,7 +162,7 @@ class FrozenPrefix:
         finally:
             self._given = before
 
-    def states(self, run: Callable[[], object]) -> torch.Tensor | None:
+    def compute_states(self, run: Callable[[], object]) -> torch.Tensor | None:
         """Compute the output of the skippable layers, (n, t, h), by calling the base with `run` and stopping after
         them.
 
@@ -199,9 +199,9 @@ class OutputLayer:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._layer = base.get_output_embeddings()
-        self._apart = isinstance(self._layer, nn.Linear) and self._is_last(base)
+        self._apart = isinstance(self._layer, nn.Linear) and self._is_final_output(base)
 
-    def inputs(self, run: Callable[[], Any]) -> torch.Tensor:
+    def compute_inputs(self, run: Callable[[], Any]) -> torch.Tensor:
         """Compute the layer's input, (n, t, h), by calling the base with `run`; if the base runs as a whole, return its
         scores.
         """
@@ -224,7 +224,7 @@ class OutputLayer:
         """Compute float32 scores, (p, vocabulary), from p positions of the layer's input."""
         return (self._layer(inputs) if self._apart else inputs).float()
 
-    def _is_last(self, base: PreTrainedModel) -> bool:
+    def _is_final_output(self, base: PreTrainedModel) -> bool:
         """Whether the base returns this layer's output as it is, without changing it in place."""
         seen: list[tuple[torch.Tensor, int]] = []
         hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append((output, output._version)))
@@ -291,7 +291,7 @@ class RowByRow(nn.Module):
         return torch.stack([self.activation(row.clone()) for row in values])
 
 
-def compute_by_row(base: nn.Module) -> None:
+def make_activations_rowwise(base: nn.Module) -> None:
     """Wrap every activation in `base` in `RowByRow`."""
     for module in list(base.modules()):
         for name, child in module.named_children():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedtune.model.refusals import PROCESSOR, VISION, check_content, most_bytes
+from fedtune.model.refusals import PROCESSOR, VISION, check_content, max_file_bytes
 from fedtune.spec import ConfigError, RunError
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,7 +65,9 @@ class Manifest:
 
 
 @contextmanager
-def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = True) -> Iterator[tuple[Path, Manifest]]:
+def stage_files(
+    folder: Path, *, gguf_file: str | None = None, with_weights: bool = True
+) -> Iterator[tuple[Path, Manifest]]:
     """Put exactly the files of a model's manifest into a temporary folder for the duration of the block, and hash them.
 
     All files except the weights are read once: the bytes that are checked and hashed are the bytes that are loaded.
@@ -93,18 +95,18 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
         place = Path(scratch, "model")
         place.mkdir()
         hashes, weights = {}, {}
-        for name in () if gguf_file else _settings_names(folder):
+        for name in () if gguf_file else _list_settings_files(folder):
             if name == PROCESSOR and json.loads((place / "config.json").read_bytes()).get("model_type") not in VISION:
                 continue  # beside a model of texts nothing reads it
-            content = _read(folder, name)
+            content = _read_checked(folder, name)
             try:
                 (place / name).write_bytes(content)
             except OSError as error:
                 raise RunError(f"{place} cannot be written ({error.strerror})") from error
             hashes[name] = hashlib.sha256(content).hexdigest()
-        for name in (gguf_file,) if gguf_file else _weights_names(folder, place):
-            file = _own_file(folder, name)
-            weights[file] = _about(file)
+        for name in (gguf_file,) if gguf_file else _list_weights_files(folder, place):
+            file = _resolve_inside(folder, name)
+            weights[file] = _stat_fingerprint(file)
             if with_weights or (file, weights[file]) not in _hashed:
                 try:
                     with file.open("rb") as stream:
@@ -116,21 +118,21 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
                 (place / name).symlink_to(file)
         yield place, Manifest(files=tuple(sorted(hashes.items())))
         for file, before in weights.items():
-            if _about(file) != before:
+            if _stat_fingerprint(file) != before:
                 raise ConfigError("model.path", str(folder), f"must not change while it is loaded: {file.name} did")
 
 
-def manifest_of(folder: Path, *, gguf_file: str | None = None) -> Manifest:
+def build_manifest(folder: Path, *, gguf_file: str | None = None) -> Manifest:
     """Return the manifest of the model in a folder; every file is read and checked.
 
     Raises:
-        ConfigError: as in `staged`.
+        ConfigError: as in `stage_files`.
     """
-    with staged(folder, gguf_file=gguf_file) as (_, manifest):
+    with stage_files(folder, gguf_file=gguf_file) as (_, manifest):
         return manifest
 
 
-def _settings_names(folder: Path) -> list[str]:
+def _list_settings_files(folder: Path) -> list[str]:
     """List the files next to the weights, after checking the folder's listing."""
     try:
         listed = sorted(os.listdir(folder))
@@ -151,7 +153,7 @@ def _settings_names(folder: Path) -> list[str]:
     return names if WEIGHTS in listed else [*names, SHARD_INDEX]
 
 
-def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:
+def _list_weights_files(folder: Path, place: Path) -> tuple[str, ...]:
     """Return the names of the weights files, from the staged index if there is one."""
     index = place / SHARD_INDEX
     if not index.exists():
@@ -167,17 +169,17 @@ def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:
     return names
 
 
-def _read(folder: Path, name: str) -> bytes:
+def _read_checked(folder: Path, name: str) -> bytes:
     try:
-        with _own_file(folder, name).open("rb") as stream:
-            content = stream.read(most_bytes(name) + 1)
+        with _resolve_inside(folder, name).open("rb") as stream:
+            content = stream.read(max_file_bytes(name) + 1)
     except OSError as error:
         raise ConfigError("model.path", str(folder), f"must hold a {name} that can be read") from error
     check_content(name, content, folder=str(folder))
     return content
 
 
-def _own_file(folder: Path, name: str) -> Path:
+def _resolve_inside(folder: Path, name: str) -> Path:
     """Resolve a file's path, which must be in the folder, or in the hub's cache if the folder is a snapshot of it."""
     inside = folder.resolve()
     if inside.parent.name == "snapshots" and (inside.parent.parent / "blobs").is_dir():
@@ -194,10 +196,10 @@ def _own_file(folder: Path, name: str) -> Path:
     return file
 
 
-_hashed: dict[tuple[Path, tuple[int, ...]], str] = {}  # of weights, by what `_about` says of them
+_hashed: dict[tuple[Path, tuple[int, ...]], str] = {}  # of weights, by what `_stat_fingerprint` says of them
 
 
-def _about(file: Path) -> tuple[int, ...]:
+def _stat_fingerprint(file: Path) -> tuple[int, ...]:
     """Return a file's device, inode, size, and modification and change times; empty if it does not exist."""
     try:
         found = file.stat()

@@ -33,13 +33,13 @@ def is_slow_on_cpu(dtype: str) -> bool:
     return dtype in ("mixed", "bfloat16", "nf4") and not has_bfloat16
 
 
-def goes_by_rows(dtype: str, device: torch.device) -> bool:
+def depends_on_row_count(dtype: str, device: torch.device) -> bool:
     """Whether a row's product depends on the number of rows, as with AMX in bfloat16, and on every GPU."""
     amx = dtype in ("mixed", "bfloat16", "nf4") and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     return amx or device.type == "cuda"  # in every number format that was tried (simulations/gpu)
 
 
-class _Product(torch.autograd.Function):
+class _LinearFunction(torch.autograd.Function):
     """The float32 product of `values` (..., k) and `weight` (n, k) transposed, plus `bias` (n,).
 
     Only `values` gets a gradient.
@@ -48,48 +48,48 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return _multiply(values, weight, bias)
+        return _multiply_onednn(values, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         (weight,) = ctx.saved_tensors
-        return (_multiply(gradients[0], weight.t(), None) if ctx.needs_input_grad[0] else None), None, None
+        return (_multiply_onednn(gradients[0], weight.t(), None) if ctx.needs_input_grad[0] else None), None, None
 
 
 class FrozenLinear(nn.Linear):
     """A linear module whose weights never train."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return product(values, self.weight, self.bias)
+        return multiply_frozen(values, self.weight, self.bias)
 
 
 class FrozenConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types for it
     """A frozen linear module with transposed weights, as in GPT-2."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return product(values, self.weight.t(), self.bias)
+        return multiply_frozen(values, self.weight.t(), self.bias)
 
 
 class RoundedLinear(nn.Linear):
     """A frozen linear module that computes in bfloat16, with float32 inputs and outputs."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return rounded_product(values, self.weight, self.bias)
+        return multiply_bfloat16(values, self.weight, self.bias)
 
 
 class RoundedConv1D(Conv1D):  # type: ignore[misc]  # as above
     """A frozen bfloat16 linear module with transposed weights, as in GPT-2."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return rounded_product(values, self.weight.t(), self.bias)
+        return multiply_bfloat16(values, self.weight.t(), self.bias)
 
 
 _FROZEN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D}
 _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RoundedLinear, Conv1D: RoundedConv1D}
 
 
-def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply_bfloat16(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiply `values` (..., k) by bfloat16 `weight` (n, k) transposed, and add bfloat16 `bias` (n,).
 
     The result has the dtype of `values`.  Each value is rounded separately, so that no row depends on another.
@@ -97,12 +97,12 @@ def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     rounded = values.bfloat16()
     if values.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         # By oneDNN here too: MKL's product of a row differs between 2, 3 and more rows on some CPUs.
-        exact = product(rounded.float(), weight.float(), None if bias is None else bias.float())
+        exact = multiply_frozen(rounded.float(), weight.float(), None if bias is None else bias.float())
         return exact.bfloat16().to(values.dtype)
     return nn.functional.linear(rounded, weight, bias).to(values.dtype)
 
 
-def round_products(layers: nn.Module) -> None:
+def convert_to_bfloat16(layers: nn.Module) -> None:
     """Convert every frozen linear module of `layers` to bfloat16 weights and products."""
     for module in layers.modules():
         if (kind := _ROUNDED.get(type(module))) is not None:
@@ -111,17 +111,17 @@ def round_products(layers: nn.Module) -> None:
             module.bfloat16()
 
 
-def product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply_frozen(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiply `values` (..., k) by `weight` (n, k) transposed, and add `bias` (n,); equals torch's product up to
     rounding.
     """
     float32 = weight.dtype == values.dtype == torch.float32
     if weight.requires_grad or not float32 or not values.numel() or not _HAS_ONEDNN:
         return nn.functional.linear(values, weight, bias)
-    return _Product.apply(values, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearFunction.apply(values, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def multiply_by_onednn(base: nn.Module) -> None:
+def switch_to_onednn(base: nn.Module) -> None:
     """Make every frozen linear module of `base` multiply by oneDNN, if torch has it and the CPU is x86.
 
     On other machines nothing changes, because it is untested there whether a row's product depends on the other rows.
@@ -136,11 +136,11 @@ def multiply_by_onednn(base: nn.Module) -> None:
 
 
 def uses_onednn(model: nn.Module) -> bool:
-    """Return True if `multiply_by_onednn` has changed any module of `model`."""
+    """Return True if `switch_to_onednn` has changed any module of `model`."""
     return any(isinstance(module, FrozenLinear | FrozenConv1D) for module in model.modules())
 
 
-def _multiply(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiply_onednn(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     # It reads a bias as if its values lay side by side.
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
         values, weight, None if bias is None else bias.contiguous(), "none", [], ""

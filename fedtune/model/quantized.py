@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.model.products import rounded_product
+from fedtune.model.products import multiply_bfloat16
 from fedtune.spec import ConfigError
 
 BLOCK = 64  # weights with one scale
@@ -35,7 +35,7 @@ LEVELS = (
 """Quantiles of a normal distribution whose largest is 1, and zero: appendix E of the paper."""
 
 
-def to_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize weights: return the codes (weights / 2,), two per byte, and the float32 scales (weights / 64,)."""
     blocks = weight.detach().float().reshape(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
@@ -48,14 +48,14 @@ def to_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return first << 4 | second, scales
 
 
-def to_weights(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Dequantize to bfloat16 (weights,): each level times its block's scale, rounded once."""
-    pairs = _pairs(codes.device).index_select(0, codes.int()).view(torch.float32)
+    pairs = _pair_lookup_table(codes.device).index_select(0, codes.int()).view(torch.float32)
     return pairs.view(-1, BLOCK).mul_(scales.unsqueeze(1)).flatten().bfloat16()
 
 
 @cache
-def _pairs(device: torch.device) -> torch.Tensor:
+def _pair_lookup_table(device: torch.device) -> torch.Tensor:
     """Return a lookup table, (256,), with both levels of each byte in one 64-bit word, for a single memory access."""
     levels = torch.tensor(LEVELS)
     both = torch.stack([levels.repeat_interleave(len(levels)), levels.repeat(len(levels))], dim=1)
@@ -63,7 +63,7 @@ def _pairs(device: torch.device) -> torch.Tensor:
 
 
 class FourBit(nn.Module):
-    """A frozen linear module that stores quantized weights (see `to_codes`), and dequantizes `weight` on access.
+    """A frozen linear module that stores quantized weights (see `quantize_nf4`), and dequantizes `weight` on access.
 
     Args:
         module: the frozen module to replace; its bias is kept unquantized.
@@ -92,28 +92,28 @@ class FourBit(nn.Module):
             raise ConfigError("model.dtype", "nf4", bound)
         del self.weight
         self.shape, self.bias = weight.shape, module.bias
-        codes, scales = to_codes(weight.detach().to(device))
+        codes, scales = quantize_nf4(weight.detach().to(device))
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
     @property
     def weight(self) -> torch.Tensor:
         """The dequantized weights, as a new tensor: changes to it have no effect on the module."""
-        return to_weights(self.codes, self.scales).view(self.shape)
+        return dequantize_nf4(self.codes, self.scales).view(self.shape)
 
-    def by_output(self) -> torch.Tensor:
+    def output_first_weight(self) -> torch.Tensor:
         """Return the weights as (out, in); GPT-2's Conv1D stores them transposed."""
         return self.weight if isinstance(self, nn.Linear) else self.weight.t()
 
     def keep(self, weight: torch.Tensor) -> None:
         """Quantize and store new weights of the same shape."""
-        codes, scales = to_codes(weight)
+        codes, scales = quantize_nf4(weight)
         self.codes.copy_(codes)
         self.scales.copy_(scales)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Apply the layer, (..., in) -> (..., out)."""
-        return _Product.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _QuantizedLinearFunction.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class FourBitLinear(FourBit, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
@@ -124,23 +124,23 @@ class FourBitConv1D(FourBit, Conv1D):  # type: ignore[misc]  # transformers has 
     """A four-bit version of GPT-2's Conv1D, whose weights are (in, out)."""
 
 
-class _Product(torch.autograd.Function):
+class _QuantizedLinearFunction(torch.autograd.Function):
     """The product of `values` (..., in) and a layer's weights, plus its bias, in the dtype of `values`."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: FourBit) -> torch.Tensor:
         ctx.layer = layer  # not its weights, or all layers' would be there until the way back is over
-        return rounded_product(values, layer.by_output(), layer.bias)
+        return multiply_bfloat16(values, layer.output_first_weight(), layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return rounded_product(gradients[0], ctx.layer.by_output().t(), None), None
+        return multiply_bfloat16(gradients[0], ctx.layer.output_first_weight().t(), None), None
 
 
-def keep_in_four_bits(layers: nn.Module, *, device: torch.device | str) -> None:
+def quantize_linear_layers(layers: nn.Module, *, device: torch.device | str) -> None:
     """Replace every frozen linear module of `layers` by a four-bit version on `device`.
 
     The modules are moved one after the other, so that the device never holds all of the unquantized weights.

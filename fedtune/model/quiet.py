@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def loading(key: str, value: object, bound: str) -> Iterator[None]:
+def library_errors_as_config_errors(key: str, value: object, bound: str) -> Iterator[None]:
     """Like `quiet`, and turn any library error into a ConfigError; `{}` in `bound` becomes its first line."""
     try:
         with quiet(), panics_as_errors():

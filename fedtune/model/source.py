@@ -19,7 +19,7 @@ _HUB_FILES = ["*.safetensors", SHARD_INDEX, *sorted(SETTINGS_FILES)]
 _HUB_TIMEOUT_S = 5.0
 
 
-def model_folder(spec: ModelSpec) -> Path:
+def find_model_folder(spec: ModelSpec) -> Path:
     """Return the local folder with the model's files; download them from the hub if they are not cached.
 
     Raises:
@@ -41,15 +41,15 @@ def model_folder(spec: ModelSpec) -> Path:
     return folder
 
 
-def public_place(spec: ModelSpec) -> str:
+def public_location(spec: ModelSpec) -> str:
     """Return the path or id for loading the base with plain transformers: its public id, its path, or its package's
     folder.
     """
     inside = spec.public_id is None and spec.path.startswith(PACKAGE)
-    return str(model_folder(spec)) if inside else spec.public_id or spec.path
+    return str(find_model_folder(spec)) if inside else spec.public_id or spec.path
 
 
-def locate(path: str) -> ModelSpec:
+def resolve_model(path: str) -> ModelSpec:
     """Resolve a path that a person gave: a folder, a folder with a single GGUF file, a GGUF file, or any `model.path`.
 
     Raises:
@@ -62,10 +62,10 @@ def locate(path: str) -> ModelSpec:
         folder, _, name = path.rpartition("/")
         return ModelSpec(path=folder or ".", gguf_file=name)
     found = _package_folder(path) if path.startswith(PACKAGE) else place
-    return ModelSpec(path=path, gguf_file=only_gguf(found) if found.is_dir() else None)
+    return ModelSpec(path=path, gguf_file=find_single_gguf(found) if found.is_dir() else None)
 
 
-def only_gguf(folder: Path) -> str | None:
+def find_single_gguf(folder: Path) -> str | None:
     """Return the name of a folder's only GGUF file, or None if the folder holds safetensors weights, which take
     precedence.
 

@@ -99,12 +99,12 @@ class ModelSpec:
             raise ConfigError("dtype", self.dtype, "cannot be had of a GGUF file, whose weights are rounded already")
 
     @property
-    def built_in(self) -> bool:
+    def is_built_in(self) -> bool:
         """Whether the model is built from these settings alone: no file is read, and nobody chose its weights."""
         return self.path == NO_BASE or self.path.startswith(RANDOM)
 
     @property
-    def shown_path(self) -> str:
+    def public_path(self) -> str:
         """The path for publication: the last name of a local folder, without its location on this machine."""
         return Path(self.path).name if self.path.startswith(("/", "~", ".")) else self.path
 
@@ -138,7 +138,7 @@ class LoraSpec:
     train_a: bool = True
     alternate: bool = False
 
-    def rests_in(self, round: int) -> str | None:
+    def frozen_name_part(self, round: int) -> str | None:
         """Return the part of a tensor name that marks tensors frozen in a round (from 1), or None if all tensors train.
 
         B trains first, because A has no gradient while B is zero.
@@ -152,12 +152,12 @@ class LoraSpec:
         return 1.0 if without else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
-    def matrices(self) -> int:
+    def effective_rank(self) -> int:
         """The rank for a site's limits; 1 for adapters without low-rank matrices."""
         return 1 if self.kind in ("ia3", NO_ADAPTER) else self.rank
 
     @property
-    def modules(self) -> tuple[str, ...]:
+    def adapted_modules(self) -> tuple[str, ...]:
         """The names of the adapted modules, as in the request to a site; empty without adapters."""
         named = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         return () if self.kind == NO_ADAPTER else named

@@ -94,14 +94,14 @@ def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
     truncation, because each call sets them anew.
     """
     try:
-        growth = _normalizers_growth(fields.get("normalizer"))
-        for step in _steps(fields.get("pre_tokenizer"), "pretokenizers", known=_PRE_TOKENIZERS):
+        growth = _max_growth(fields.get("normalizer"))
+        for step in _flatten_steps(fields.get("pre_tokenizer"), "pretokenizers", known=_PRE_TOKENIZERS):
             growth *= _PRE_TOKENIZERS[step["type"]]
             if step["type"] == "Split":
-                _least_match(step.get("pattern"))
+                _min_match_length(step.get("pattern"))
         if growth > _MOST_GROWTH:
             raise _Unknown(f"has steps that make up to {growth} characters of one, more than {_MOST_GROWTH}")
-        for step in _steps(fields.get("post_processor"), "processors", known=_POST_PROCESSORS):
+        for step in _flatten_steps(fields.get("post_processor"), "processors", known=_POST_PROCESSORS):
             if step["type"] == "TemplateProcessing":
                 _check_template(step)
         _check_model(fields["model"])
@@ -114,7 +114,7 @@ def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
     return None
 
 
-def short(value: object) -> str:
+def shorten_value(value: object) -> str:
     """Shorten a value from a file for an error message, because such values can be long or contain unprintable
     characters.
     """
@@ -122,7 +122,7 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
+def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
     """Flatten a part of a tokenizer into its steps; `inner` is the key under which a sequence stores its steps."""
     steps, waiting = [], [part] if part is not None else []
     while waiting:
@@ -130,7 +130,7 @@ def _steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
         if step["type"] == "Sequence":
             waiting = [*step[inner], *waiting]
         elif step["type"] not in known:
-            raise _Unknown(f"has a step {short(step['type'])}, which fedtune does not know")
+            raise _Unknown(f"has a step {shorten_value(step['type'])}, which fedtune does not know")
         else:
             steps.append(step)
         if len(steps) + len(waiting) > _MOST_PARTS:
@@ -138,25 +138,25 @@ def _steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
     return steps
 
 
-def _normalizers_growth(normalizer: Any) -> int:
+def _max_growth(normalizer: Any) -> int:
     """Return the maximum number of characters into which the normalizers can turn one character."""
     growth, chosen = 1, False
-    for step in _steps(normalizer, "normalizers", known=_NORMALIZERS):
+    for step in _flatten_steps(normalizer, "normalizers", known=_NORMALIZERS):
         kind = step["type"]
         growth *= _MOST_COMPATIBLE if kind in _COMPATIBLE and chosen else _NORMALIZERS[kind]
         if kind == "Replace":
-            least, put = _least_match(step["pattern"]), len(step["content"])
+            least, put = _min_match_length(step["pattern"]), len(step["content"])
             if put > least:
                 raise _Unknown(f"replaces {least} characters by {put}, which makes a text longer")
         elif kind == "Prepend" and len(step["prepend"]) > _MOST_PREPENDED:
             raise _Unknown(f"puts more than {_MOST_PREPENDED} characters before a text")
         elif kind == "Precompiled":
-            growth *= _table_growth(step.get("precompiled_charsmap") or "")
+            growth *= _longest_replacement(step.get("precompiled_charsmap") or "")
         chosen |= kind == "Precompiled" or not (step.get("content") or step.get("prepend") or "").isascii()
     return growth
 
 
-def _table_growth(encoded: str) -> int:
+def _longest_replacement(encoded: str) -> int:
     """Return the length of the longest replacement in a SentencePiece table.
 
     The table consists of the size of an index (four bytes), the index, and texts that end in 0.  The index may point
@@ -172,7 +172,7 @@ def _table_growth(encoded: str) -> int:
     return longest
 
 
-def _least_match(pattern: Any) -> int:
+def _min_match_length(pattern: Any) -> int:
     """Return the minimum number of characters that a pattern matches."""
     ((kind, text),) = pattern.items()
     if kind == "String" and 0 < len(text) <= _MOST_PATTERN:
@@ -183,7 +183,7 @@ def _least_match(pattern: Any) -> int:
         return 1
     simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MOST_PATTERN else None
     if simple is None:
-        raise _Unknown(f"has the pattern {short(text)}, and fedtune does not know whether it takes linear time")
+        raise _Unknown(f"has the pattern {shorten_value(text)}, and fedtune does not know whether it takes linear time")
     return min(int(simple["least"] or 1), int(simple["most"] or 99))
 
 
@@ -201,10 +201,12 @@ def _check_template(step: dict[str, Any]) -> None:
 
 def _check_model(model: dict[str, Any]) -> None:
     if model.get("type") not in _MODELS:
-        raise _Unknown(f"has a model {short(model['type'])}, which fedtune does not know")
+        raise _Unknown(f"has a model {shorten_value(model['type'])}, which fedtune does not know")
     # BPE-dropout would draw a record's tokens anew in each pass.
     if model.get("dropout"):
-        raise _Unknown(f"has dropout = {short(model['dropout'])}, so that the same text gives other tokens each time")
+        raise _Unknown(
+            f"has dropout = {shorten_value(model['dropout'])}, so that the same text gives other tokens each time"
+        )
     if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
         raise _Unknown(f"looks at words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
     vocabulary = model.get("vocab") or ()

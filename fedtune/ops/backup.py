@@ -23,13 +23,13 @@ from typing import IO, Literal
 
 from dp_accounting import DpEvent
 
-from fedtune.ops.files import new_folder, writing
+from fedtune.ops.files import new_folder, translate_write_errors
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
-from fedtune.ops.services.site_state import serving
+from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
@@ -56,7 +56,10 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
     """
     if os.path.lexists(target):
         raise ConfigError("FILE", str(target), "exists already; choose a new file")
-    with writing(target, key="FILE"), tempfile.TemporaryDirectory(prefix=".backup.", dir=target.parent) as folder:
+    with (
+        translate_write_errors(target, key="FILE"),
+        tempfile.TemporaryDirectory(prefix=".backup.", dir=target.parent) as folder,
+    ):
         building, copy = Path(folder) / "backup.zip", Path(folder) / "copy.db"
         hashes = {}
         with zipfile.ZipFile(building, "x", zipfile.ZIP_DEFLATED) as archive:
@@ -68,7 +71,7 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
                     copy_database(path, copy)
                     path = copy
                 with path.open("rb") as source, archive.open(about_file, "w", force_zip64=True) as entry:
-                    hashes[name] = _copied(source, entry)
+                    hashes[name] = _copy_and_hash(source, entry)
             made = datetime.now(UTC).isoformat(timespec="seconds")
             about = {"kind": kind, "made": made, "fedtune_version": __version__, "sha256": hashes}
             archive.writestr(_LIST, json.dumps(about, indent=1))
@@ -98,7 +101,7 @@ def copy_database(source: Path, target: Path) -> None:
         raise ConfigError("database", str(source), f"cannot be copied ({error})") from None
 
 
-def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
+def _restore_file(name: str, archive: zipfile.ZipFile, target: Path) -> None:
     """Restore one file of a backup, completely or not at all; an existing file is left alone.
 
     Raises:
@@ -106,14 +109,14 @@ def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
     """
     if os.path.lexists(target):
         return
-    with writing(target, key="restore"):
+    with translate_write_errors(target, key="restore"):
         missing = [folder for folder in target.parents if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(mode=0o700)
         descriptor, building = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file, archive.open(name) as entry:
-                _copied(entry, file)
+                _copy_and_hash(entry, file)
                 file.flush()
                 change_mode(descriptor, 0o600 | archive.getinfo(name).external_attr >> 16 & 0o044)  # as it was
                 os.fsync(file.fileno())
@@ -124,7 +127,7 @@ def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
 
 
 @contextmanager
-def opened_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, list[str]]]:
+def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, list[str]]]:
     """Open a backup after checking the hash of every file; yield the archive and the names of its files.
 
     Raises:
@@ -143,7 +146,7 @@ def opened_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile
                 raise ValueError("a name leads out of the folder")
             for name, sha256 in hashes.items():
                 with archive.open(name) as entry:
-                    if _copied(entry, None) != sha256:
+                    if _copy_and_hash(entry, None) != sha256:
                         raise ValueError(f"{name} was changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
             raise ConfigError("FILE", str(source), f"must be a whole backup that fedtune wrote ({error})") from error
@@ -152,7 +155,7 @@ def opened_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile
         yield archive, list(hashes)
 
 
-def tree(folder: Path, *, under: str) -> dict[str, Path]:
+def list_backup_files(folder: Path, *, under: str) -> dict[str, Path]:
     """Map the name that each file of a folder has in a backup to its path; symbolic links and partial files are
     skipped.
     """
@@ -160,7 +163,7 @@ def tree(folder: Path, *, under: str) -> dict[str, Path]:
     return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in found if ".partial" not in path.name}
 
 
-def _copied(source: IO[bytes], target: IO[bytes] | None) -> str:
+def _copy_and_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
     """Copy a stream to its end and return the SHA-256 of the data in hex; without `target`, only hash the stream."""
     sha256 = hashlib.sha256()
     while part := source.read(_CHUNK):
@@ -180,33 +183,33 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
         ConfigError: the policy is invalid, the ledger is missing, or `target` cannot be written.
         RunError: the ledger is inconsistent, or older than its anchor.
     """
-    files = SiteFiles.of(site_toml)
-    if files.verified() is None:
+    files = SiteFiles.from_site_toml(site_toml)
+    if files.verify_ledger() is None:
         raise ConfigError("ledger", str(files.ledger), "is missing: there is nothing to back up")
     state = {name: kit / name for name in _STATE if (kit / name).exists()}
     own = {"site.toml": site_toml, "ledger.db": files.ledger}
-    write_backup(target, kind="site", files={**own, **state, **tree(kit / "adapters", under="adapters")})
+    write_backup(target, kind="site", files={**own, **state, **list_backup_files(kit / "adapters", under="adapters")})
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp:
     """A restored ledger that has been charged for the events that only the anchors know."""
 
-    ledger: Ledger
+    ledger: SiteLedger
     gap: Counter[DpEvent]  # what was charged for that
     last: int | None  # the newest event that an anchor knew and the ledger lacked; None: it lacked nothing
     since: Head | None  # the newest such anchor, where it knows another policy than site.toml; that one was in force.
 
-    def require_sure(self) -> None:
+    def require_no_missing_events(self) -> None:
         """Raise RunError if a receipt still proves that events are missing from the ledger."""
-        if (doubt := self.ledger.history.in_doubt) is not None:
+        if (doubt := self.ledger.history.furthest_doubt) is not None:
             raise RunError(
                 f"the ledger is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
                 "missing, and no anchor given knows it; find a newer anchor, or freeze the population"
             )
 
 
-def anchors_at_hand(site: SiteFiles, given: Path | None) -> list[Path]:
+def find_anchors(site: SiteFiles, given: Path | None) -> list[Path]:
     """List the anchors against which a restored ledger is checked: the given anchor and the policy's own.
 
     Raises:
@@ -220,7 +223,7 @@ def anchors_at_hand(site: SiteFiles, given: Path | None) -> list[Path]:
     return found
 
 
-def make_up_for(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
+def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
     """Charge the ledger at `path` for the events that the anchors know and the ledger lacks.
 
     Raises:
@@ -228,18 +231,18 @@ def make_up_for(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
         RunError: the ledger was altered, or an anchor belongs to another ledger.
     """
     verify(path)  # an older ledger is what is expected here; one that was changed is not
-    ledger = Ledger(path, site.policy, site.key())
+    ledger = SiteLedger(path, site.policy, site.load_key())
     # The policy's own anchor is the one that knows most, whichever was given.
     heads = sorted((Head.read(anchor) for anchor in anchors), key=lambda head: head.sequence, reverse=True)
     gap: Counter[DpEvent] = Counter()
-    lacking = [head for head in heads if not ledger.history.holds(head)]
+    lacking = [head for head in heads if not ledger.history.covers_head(head)]
     for head in lacking:
         gap += ledger.charge_gap(head)
     since = next((head for head in lacking[:1] if head.policy not in ("", site.policy.digest())), None)
     return MadeUp(ledger=ledger, gap=gap, last=max((head.sequence for head in lacking), default=None), since=since)
 
 
-def put_back_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:
+def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:
     """Restore a site's missing files from a backup.
 
     The ledger is only restored after it has been charged for the events that an anchor knows and the backup lacks.
@@ -252,23 +255,23 @@ def put_back_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | No
             the existing ledger is another ledger or older than the backup's.
         RunError: the backup's ledger cannot be trusted.
     """
-    with opened_backup(source, kind="site") as (archive, names):
-        _put("site.toml", archive, site_toml)
-        files = SiteFiles.of(site_toml)
-        with serving(files.ledger):
-            made_up = _put_ledger(archive, files, anchor)
+    with open_backup(source, kind="site") as (archive, names):
+        _restore_file("site.toml", archive, site_toml)
+        files = SiteFiles.from_site_toml(site_toml)
+        with lock_ledger(files.ledger):
+            made_up = _restore_ledger(archive, files, anchor)
         if kit.is_dir():  # `fedtune site init` makes it, and takes no folder that is there
             for name in names:
                 if name in _STATE or name.startswith("adapters/"):
-                    _put(name, archive, kit / name)
+                    _restore_file(name, archive, kit / name)
     return files, made_up
 
 
-def _put_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None) -> MadeUp | None:
-    key = files.key()
+def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None) -> MadeUp | None:
+    key = files.load_key()
     with tempfile.TemporaryDirectory(prefix=".restore.", dir=files.ledger.parent) as folder:
         copy = Path(folder) / "ledger.db"
-        _put("ledger.db", archive, copy)
+        _restore_file("ledger.db", archive, copy)
         inside = verify(copy, site_key=key.public)
         if files.ledger.exists():
             try:
@@ -281,15 +284,15 @@ def _put_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None)
                     bound = "is another ledger, or an older one than the backup's: move it away"
                     raise ConfigError("ledger", str(files.ledger), bound)
                 return None
-        made_up = make_up_for(copy, files, anchors_at_hand(files, anchor))
-        made_up.require_sure()
+        made_up = charge_missing_events(copy, files, find_anchors(files, anchor))
+        made_up.require_no_missing_events()
         # A damaged ledger makes room, and with it a journal, which SQLite would apply to what takes the ledger's place.
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         for ending in ("-journal", "-wal", "-shm", ""):
             part = files.ledger.with_name(f"{files.ledger.name}{ending}")
             if part.exists():
                 part.rename(files.ledger.with_name(f"{files.ledger.name}.damaged-{stamp}{ending}"))
-        with writing(files.ledger, key="ledger"):
+        with translate_write_errors(files.ledger, key="ledger"):
             os.link(copy, files.ledger)
             fsync_folder(files.ledger.parent)
         if files.anchor is not None:
@@ -312,18 +315,18 @@ def back_up_server(target: Path, *, data: Path) -> None:
     write_backup(target, kind="server", files={DATABASE: data / DATABASE, **others})
 
 
-def put_back_server(source: Path, *, data: Path) -> None:
+def restore_server(source: Path, *, data: Path) -> None:
     """Restore a server's database and its audit log, if there is no database yet.
 
     Raises:
         ConfigError: a database exists already, or `source` is not a server's backup.
     """
-    with opened_backup(source, kind="server") as (archive, names):
+    with open_backup(source, kind="server") as (archive, names):
         for part in (DATABASE, f"{DATABASE}-wal"):
             if (data / part).exists():
                 raise ConfigError("--data", str(data / part), "exists already: stop the server, and move it away")
         for name in names:
-            _put(name, archive, data / name)
+            _restore_file(name, archive, data / name)
 
 
 def back_up_federation(target: Path, *, federation: Path) -> None:
@@ -332,16 +335,16 @@ def back_up_federation(target: Path, *, federation: Path) -> None:
     Raises:
         ConfigError: the folder is not a federation folder, or `target` cannot be written.
     """
-    with FederationFolder.held(federation) as held:
-        write_backup(target, kind="lead", files=tree(held.folder, under="federation"))
+    with FederationFolder.open_locked(federation) as held:
+        write_backup(target, kind="lead", files=list_backup_files(held.folder, under="federation"))
 
 
-def put_back_federation(source: Path, *, out: Path) -> None:
+def restore_federation(source: Path, *, out: Path) -> None:
     """Restore a federation's folder from a backup, as the new folder `out`.
 
     Raises:
         ConfigError: `out` exists, or `source` is not a lead's backup.
     """
-    with opened_backup(source, kind="lead") as (archive, names), new_folder(out, key="--out") as folder:
+    with open_backup(source, kind="lead") as (archive, names), new_folder(out, key="--out") as folder:
         for name in names:
-            _put(name, archive, folder / Path(name).relative_to("federation"))
+            _restore_file(name, archive, folder / Path(name).relative_to("federation"))

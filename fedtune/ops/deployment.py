@@ -14,7 +14,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.invitation import ProposedRun, invite
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
-from fedtune.federation.replies import Closing
+from fedtune.federation.replies import StoppingRule
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
@@ -25,7 +25,7 @@ from fedtune.flower.grid_transport import GridTransport, Message
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import Member
 from fedtune.ops.metrics import LeadMetrics
-from fedtune.ops.services.lead_and_server import RECEIPTS, latest_answers, members, running
+from fedtune.ops.services.lead_and_server import RECEIPTS, mark_running, members, read_latest_answers
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -34,7 +34,7 @@ from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, text_for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, serialize_for_sites, settings_for_sites
 from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
 
@@ -83,16 +83,16 @@ class LeadService:
             self.kit.check_certificate(datetime.now(UTC))  # before anything else can go wrong
         members(self.kit, self.federation.active)  # and where a site was revoked meanwhile
         noted, records = _Noted(listener, folder, self.metrics), RunRecords(config)
-        with running(folder):
+        with mark_running(folder):
             records.read()
-            asked = self._invited(config)
+            asked = self._propose_run(config)
             patience_s = self.federation.round_timeout_s
-            grid = self.grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
+            grid = self.open_grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
 
             loaded = LoadedModel(config, trains=False, progress=noted.preparing)  # nothing is trained here
 
-            def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
-                with grid as opened, (transport := self._transport(opened)).one_protocol():
+            def run_over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
+                with grid as opened, (transport := self._transport(opened)).explain_protocol_mismatch():
                     return run(transport)
 
             return FederationRun(
@@ -102,11 +102,11 @@ class LeadService:
                 asked=asked,
                 average=Average(config.federation, config.declared_sizes()),
                 receipts=self.kit.folder / RECEIPTS,
-                engine=over_sites,
+                engine=run_over_sites,
                 gives_adapter=True,
-            ).to_its_end(noted)
+            ).run_to_end(noted)
 
-    def fitted(self, config: RunConfig) -> RunConfig:
+    def fit_to_budgets(self, config: RunConfig) -> RunConfig:
         """Return `config` with as many rounds or as little noise as the sites' budgets allow, if its settings ask for
         that.
 
@@ -121,31 +121,31 @@ class LeadService:
         """
         if not config.may_be_fitted:
             return config
-        grid = self.grid(patience_s=self.federation.round_timeout_s)
-        with grid as opened, (transport := self._transport(opened)).one_protocol():
-            found = invite(transport, self._invited(config), less=True)
+        grid = self.open_grid(patience_s=self.federation.round_timeout_s)
+        with grid as opened, (transport := self._transport(opened)).explain_protocol_mismatch():
+            found = invite(transport, self._propose_run(config), less=True)
             found.require_enough(config.federation, takes_part=config.can_use)
         return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
 
-    def end(self, run: str, *, timeout_s: float) -> list[str]:
+    def announce_end(self, run: str, *, timeout_s: float) -> list[str]:
         """Tell the sites that a run has ended for good, without a final adapter; return the sites that confirmed it.
 
         Args:
             run: the full name of the run, as its sites know it; nothing else of the run is needed.
             timeout_s: how long to wait for sites.
         """
-        notice = EndOfRun(run=run, lead=self.key.public).signed(self.key)
-        with self.grid() as grid:
+        notice = EndOfRun(run=run, lead=self.key.public).sign_with(self.key)
+        with self.open_grid() as grid:
             questions = [Question(site=member.site, signed=notice) for member in self.sites]
             return [site for site, _ in self._transport(grid).end(questions, timeout_s=timeout_s)]
 
-    def online(self) -> dict[str, bool]:
+    def list_online_sites(self) -> dict[str, bool]:
         """Return for each site whether it is connected to the server now."""
-        with self.grid() as grid:
-            found = grid.online()
+        with self.open_grid() as grid:
+            found = grid.online_nodes()
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
 
-    def grid(
+    def open_grid(
         self, listener: Listener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
     ) -> AbstractContextManager[AskingGrid]:
         """Return the connection to the sites.
@@ -155,7 +155,7 @@ class LeadService:
         seconds for a server that is down.
         """
         sites = {member.site: member.node_key for member in self.sites}
-        ears, closing = _Ears(self.sites, listener, most_rounds=most_rounds), partial(Closing, self.federation)
+        ears, closing = _Ears(self.sites, listener, most_rounds=most_rounds), partial(StoppingRule, self.federation)
         if self.over is not None:
             return self.over(sites, hear=ears, closing=closing)
         from fedtune.ops.wire.remote_grid import RemoteGrid  # it needs Flower's inside
@@ -174,10 +174,10 @@ class LeadService:
     def _transport(self, grid: AskingGrid) -> GridTransport:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
-    def _invited(self, config: RunConfig) -> ProposedRun:
+    def _propose_run(self, config: RunConfig) -> ProposedRun:
         """Build the run's proposal for all sites, with the settings that are sent to them."""
-        sent = for_sites(config)
-        settings = text_for_sites(sent)
+        sent = settings_for_sites(config)
+        settings = serialize_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
             bound = f"must have at most {MOST_CHARACTERS:,} characters, which sites read: take fewer or shorter texts"
             raise ConfigError("settings", f"{len(settings):,} characters", bound)
@@ -199,21 +199,21 @@ class _Noted:
         self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
         self._answers: dict[str, dict[str, str]] = {}
         with suppress(RunError):  # what is damaged is written anew
-            self._answers = latest_answers(folder)
+            self._answers = read_latest_answers(folder)
         self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
 
     def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
-        self._metrics.began(state, num_rounds=proposal.plan.num_rounds)
+        self._metrics.record_start(state, num_rounds=proposal.plan.num_rounds)
         self._listener.prepared(shared, proposal, state)
 
     def round_finished(self, state: LeadState) -> None:
-        self._metrics.finished(state)
+        self._metrics.record_round(state)
         self._listener.round_finished(state)
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
-        self._metrics.answered(site, what)
+        self._metrics.record_answer(site, what)
         self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
 
 
@@ -245,16 +245,16 @@ class _Ears:
         signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == member.site_key
         refused = reply.body.reason if isinstance(reply.body, Refusal) else None
         waiting = refused is not None and refused.is_waiting
-        self._tell(
+        self._notify_listener(
             member.site, reply, num_bytes=flower_records.num_bytes(answer.content), signed=signed, waiting=waiting
         )
         # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
         invited = kind == f"query.{flower_records.INVITE}"
         idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
-        good = signed and _answers(question, reply, site=member.site)
+        good = signed and _is_answer_to(question, reply, site=member.site)
         return Heard(good=good, again_s=_ASK_AGAIN_S if waiting else None, idle=idle)
 
-    def _tell(self, site: str, reply: Reply, *, num_bytes: int, signed: bool, waiting: bool) -> None:
+    def _notify_listener(self, site: str, reply: Reply, *, num_bytes: int, signed: bool, waiting: bool) -> None:
         body, receipt = reply.body, reply.receipt
         what = body.reason.value if isinstance(body, Refusal) else "update" if isinstance(body, Update) else OFFER
         if self._listener is not None and not (waiting and self._said.get(site) == what):
@@ -266,12 +266,12 @@ class _Ears:
         self._said[site] = what
 
 
-def _answers(question: Message, reply: Reply, *, site: str) -> bool:
+def _is_answer_to(question: Message, reply: Reply, *, site: str) -> bool:
     """Whether a reply answers the question: it has the expected kind, and names the same site, run and round."""
     signed = flower_records.to_signed(question.content)
     if question.metadata.message_type == f"query.{flower_records.INVITE}":
-        invitation = Invitation.of(signed)
+        invitation = Invitation.from_signed(signed)
         about = reply.about == (site, invitation.run, 0)
         return about and isinstance(reply.body, Offer) and reply.body.nonce == invitation.nonce
-    request = RoundRequest.of(signed)
+    request = RoundRequest.from_signed(signed)
     return isinstance(reply.body, Update) and reply.about == (site, request.run, request.round)

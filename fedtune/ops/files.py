@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.privacy.durable import require_room
+from fedtune.privacy.durable import require_disk_space
 from fedtune.spec import ConfigError
 from fedtune.system import effective_user, fsync_folder, pwd
 
@@ -36,7 +36,7 @@ def new_folder(target: Path, *, key: str) -> Iterator[Path]:
     """
     if os.path.lexists(target):
         raise ConfigError(key, str(target), "exists already: move it away, or name another folder")
-    with writing(target, key=key):
+    with translate_write_errors(target, key=key):
         target.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         try:
@@ -48,7 +48,7 @@ def new_folder(target: Path, *, key: str) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(target: Path, *, key: str) -> Iterator[None]:
+def translate_write_errors(target: Path, *, key: str) -> Iterator[None]:
     """Turn an OSError inside the block into a ConfigError that names `key` and `target`."""
     try:
         yield
@@ -66,7 +66,7 @@ def write_secret(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def trouble_of(*files: Path) -> str:
+def find_write_problem(*files: Path) -> str:
     """Say why a ledger or its anchor cannot be written now, with file and disk; empty if all files can be written.
 
     The check writes and syncs a page next to each file, because a disk that is full, read-only or over quota only
@@ -75,7 +75,7 @@ def trouble_of(*files: Path) -> str:
     """
     for file in files:
         try:
-            require_room(file.parent, _PAGE_BYTES)
+            require_disk_space(file.parent, _PAGE_BYTES)
             with tempfile.TemporaryFile(dir=file.parent) as page:
                 page.write(bytes(_PAGE_BYTES))
                 page.flush()
@@ -86,7 +86,7 @@ def trouble_of(*files: Path) -> str:
     return ""
 
 
-def zip_of(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
+def make_zip(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
     """Return a reproducible zip archive of `files`, in which every file is dated `moment` and readable by everyone."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -115,10 +115,10 @@ def act_as_owner(*places: Path) -> None:
     owner = place.lstat()  # of a link itself, which is not followed
     if owner.st_uid == 0:
         return
-    known = _known(owner.st_uid)
+    known = _account_entry(owner.st_uid)
     group = known.pw_gid if known else owner.st_gid
     groups = os.getgrouplist(known.pw_name, group) if known else [group]
-    name = name_of(owner.st_uid)
+    name = account_name(owner.st_uid)
     try:
         os.setgroups(groups)
         os.setregid(group, group)
@@ -126,21 +126,21 @@ def act_as_owner(*places: Path) -> None:
     except OSError as error:
         bound = f"belongs to account {name}, which this root may not become ({error.strerror}): run this as {name}"
         raise ConfigError("account", str(place), bound) from None
-    if not _python_is_readable():
+    if not _is_python_readable():
         bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for instance"
         raise ConfigError("Python", sys.prefix, bound)
     os.environ["HOME"] = known.pw_dir if known else "/"
     sys.stderr.write(f"fedtune: acting as account {name}, to which {place} belongs\n")
 
 
-def name_of(uid: int) -> str:
+def account_name(uid: int) -> str:
     """Return the name of the account `uid`, or its number if it has no name."""
-    known = _known(uid)
+    known = _account_entry(uid)
     return known.pw_name if known else str(uid)
 
 
 @contextmanager
-def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Call `handler` on SIGTERM and SIGINT while the block runs."""
     before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -150,22 +150,22 @@ def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(each, known)
 
 
-def person() -> str:
+def current_account() -> str:
     """Return the account of the person who runs this command: under sudo, the calling account."""
-    return os.environ.get("SUDO_USER") or (name_of(os.getuid()) if pwd else getpass.getuser())
+    return os.environ.get("SUDO_USER") or (account_name(os.getuid()) if pwd else getpass.getuser())
 
 
-def own_group(uid: int) -> int | None:
+def primary_group(uid: int) -> int | None:
     """Return the primary group of the account `uid`; None for an account without a name."""
-    known = _known(uid)
+    known = _account_entry(uid)
     return known.pw_gid if known else None
 
 
-def _python_is_readable() -> bool:
+def _is_python_readable() -> bool:
     return os.access(os.__file__, os.R_OK) and os.access(__file__, os.R_OK)
 
 
-def _known(uid: int) -> Any:
+def _account_entry(uid: int) -> Any:
     try:
         return pwd and pwd.getpwuid(uid)
     except KeyError:

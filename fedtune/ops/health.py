@@ -64,7 +64,11 @@ class Health:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._told = Snapshot(
-            state="starting", since=_spelt(datetime.now(UTC)), last_contact=None, rounds_answered=0, version=build()
+            state="starting",
+            since=_format_moment(datetime.now(UTC)),
+            last_contact=None,
+            rounds_answered=0,
+            version=build(),
         )
 
     def update(
@@ -80,9 +84,9 @@ class Health:
         check_one_of("state", state, (None, *get_args(State)))
         with self._lock:
             if state is not None and state != self._told["state"]:
-                self._told["state"], self._told["since"] = state, _spelt(datetime.now(UTC))
+                self._told["state"], self._told["since"] = state, _format_moment(datetime.now(UTC))
             if last_contact is not None:
-                self._told["last_contact"] = _spelt(last_contact.astimezone(UTC))
+                self._told["last_contact"] = _format_moment(last_contact.astimezone(UTC))
             if rounds_answered is not None:
                 self._told["rounds_answered"] = rounds_answered
 
@@ -92,7 +96,7 @@ class Health:
             return self._told.copy()
 
 
-def _spelt(moment: datetime) -> str:
+def _format_moment(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
 
 
@@ -220,7 +224,7 @@ async def _answer(head: bytes, respond: Respond) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
-def ask(address: str, path: str = "/health") -> tuple[int, str]:
+def send_probe(address: str, path: str = "/health") -> tuple[int, str]:
     """Send one request without a proxy; return status and body.
 
     Raises:
@@ -261,7 +265,7 @@ def main(arguments: list[str]) -> int:
     """Probe an endpoint once; return 0 for a 200, 1 for any other result, 2 for invalid arguments."""
     try:
         address, path = (*arguments, "/health")[:2] if 1 <= len(arguments) <= 2 else ("", "")
-        status, body = ask(address, path)
+        status, body = send_probe(address, path)
     except ConfigError as error:
         sys.stderr.write(f"fedtune: {error}\n")
         return error.exit_code

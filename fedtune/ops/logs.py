@@ -73,7 +73,7 @@ def configure_logs(level: Level) -> None:
     check_one_of("--log-level", level, LEVELS)
     handler = _Lines(sys.stderr)
     lowest = logging.getLevelNamesMapping()[level.upper()]
-    handler.addFilter(lambda record: _is_kept(record, lowest))
+    handler.addFilter(lambda record: _should_log(record, lowest))
 
     def made(name: str, *rest: Any, **more: Any) -> logging.LogRecord:
         """Create a log record, after removing every handler that would write the record in full.
@@ -84,16 +84,16 @@ def configure_logs(level: Level) -> None:
         """
         logger: logging.Logger | None = logging.getLogger(name)
         while logger is not None:
-            _adopt(logger, handler)
+            _install_handler(logger, handler)
             logger = logger.parent
         return logging.LogRecord(name, *rest, **more)
 
     for name, least in (("", min(lowest, logging.WARNING)), (OWN, lowest)):
-        _adopt(logging.getLogger(name), handler)
+        _install_handler(logging.getLogger(name), handler)
         logging.getLogger(name).setLevel(least)
     logging.setLogRecordFactory(made)
-    sys.excepthook, threading.excepthook = _uncaught, _uncaught_in_thread
-    sys.unraisablehook, warnings.showwarning = _unraisable, _warned
+    sys.excepthook, threading.excepthook = _log_uncaught, _log_uncaught_in_thread
+    sys.unraisablehook, warnings.showwarning = _log_unraisable, _log_warning
 
 
 class _Lines(logging.StreamHandler[TextIO]):
@@ -102,7 +102,7 @@ class _Lines(logging.StreamHandler[TextIO]):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(_fields(record))  # ASCII, and so one line, whatever it holds
+        return json.dumps(_record_fields(record))  # ASCII, and so one line, whatever it holds
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop a record that cannot be written; the default implementation would print the message and its
@@ -110,53 +110,53 @@ class _Lines(logging.StreamHandler[TextIO]):
         """
 
 
-def _adopt(logger: logging.Logger, handler: logging.Handler) -> None:
+def _install_handler(logger: logging.Logger, handler: logging.Handler) -> None:
     wanted = [handler] if logger.parent is None else []
     if logger.handlers != wanted:
         logger.handlers = wanted
     logger.propagate = True
 
 
-def _is_kept(record: logging.LogRecord, lowest: int) -> bool:
-    owner = _owner_of(record)
+def _should_log(record: logging.LogRecord, lowest: int) -> bool:
+    owner = _package_of(record)
     if owner == OWN:
         return record.levelno >= lowest
     carried = lowest <= logging.DEBUG and owner in CARRIERS
     return record.levelno >= max(lowest, logging.INFO if carried else logging.WARNING)
 
 
-def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         _log.warning("interrupted from the keyboard")
     else:
         _log.critical("the process ends by an error", exc_info=(kind, error, trace))
 
 
-def _uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
+def _log_uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
     if found.exc_value is not None and not isinstance(found.exc_value, SystemExit):
         name = found.thread.name if found.thread else None
         _log.critical("a thread ended by an error", exc_info=found.exc_value, extra={"in_thread": name})
 
 
-def _unraisable(found: Any) -> None:
+def _log_unraisable(found: Any) -> None:
     # Python's own words would show the object whose clean-up failed; the frames say enough.
     _log.error("an error where nothing could catch it", exc_info=found.exc_value)
 
 
-def _warned(
+def _log_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
     """Replacement for `warnings.showwarning`, with the same parameters."""
-    where = f"{_short(filename)}:{lineno}"
+    where = f"{_shorten_source_path(filename)}:{lineno}"
     _log.warning("%s: %s", category.__name__, WITHHELD, extra={"where": where})
 
 
-def _owner_of(record: logging.LogRecord) -> str:
+def _package_of(record: logging.LogRecord) -> str:
     """Return the package that logged the record: the first part of the logger's name."""
     return record.name.partition(".")[0]
 
 
-def _short(file: str) -> str:
+def _shorten_source_path(file: str) -> str:
     """Shorten a source file's path to start at its package.
 
     A file outside any package keeps only its name, because folder names are the site's own business.
@@ -167,77 +167,79 @@ def _short(file: str) -> str:
     return os.path.basename(file) if root is None else file.removeprefix(root)
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    owner = _owner_of(record)
+def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
+    owner = _package_of(record)
     may_speak = owner == OWN or owner in CARRIERS
     fields: dict[str, Any] = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
         "level": record.levelname.lower(),
         "logger": record.name,
-        "event": _message(record) if may_speak else WITHHELD,
+        "event": _format_event(record) if may_speak else WITHHELD,
     }
     if not may_speak:
-        fields["where"] = f"{_short(record.pathname)}:{record.lineno} {record.funcName}"
+        fields["where"] = f"{_shorten_source_path(record.pathname)}:{record.lineno} {record.funcName}"
     if owner == OWN:
-        fields |= {key: _json(value) for key, value in vars(record).items() if key not in _STANDARD | fields.keys()}
+        fields |= {
+            key: _json_value(value) for key, value in vars(record).items() if key not in _STANDARD | fields.keys()
+        }
     if record.exc_info and record.exc_info[1] is not None:
-        fields["error"] = _described(record.exc_info[1], set())
+        fields["error"] = _describe_exception(record.exc_info[1], set())
     return fields
 
 
-def _message(record: logging.LogRecord) -> str:
-    text, arguments = str(_plain(record.msg)), record.args
+def _format_event(record: logging.LogRecord) -> str:
+    text, arguments = str(_plain_or_type_name(record.msg)), record.args
     try:
         if isinstance(arguments, Mapping):
-            text %= {key: _plain(value) for key, value in arguments.items()}
+            text %= {key: _plain_or_type_name(value) for key, value in arguments.items()}
         elif arguments:
-            text %= tuple(map(_plain, arguments))
+            text %= tuple(map(_plain_or_type_name, arguments))
     except (TypeError, ValueError, KeyError):
         text += " (with arguments that do not fit)"
-    return _bounded(text)
+    return _limit_length(text)
 
 
-def _plain(value: object) -> object:
+def _plain_or_type_name(value: object) -> object:
     """Return `value` if it is a text, a number, a path or None, and otherwise the name of its type."""
     if isinstance(value, BaseException):
-        return str(value) if _is_of_settings(value) else _type_name(value)
+        return str(value) if _is_safe_to_log(value) else _type_name(value)
     return value if value is None or isinstance(value, str | numbers.Number | os.PathLike) else f"<{_type_name(value)}>"
 
 
-def _json(value: object) -> object:
-    plain = _plain(value)
+def _json_value(value: object) -> object:
+    plain = _plain_or_type_name(value)
     if plain is None or isinstance(plain, bool | int) or (isinstance(plain, float) and abs(plain) < float("inf")):
         return plain
-    return _bounded(str(plain))
+    return _limit_length(str(plain))
 
 
-def _bounded(text: str) -> str:
+def _limit_length(text: str) -> str:
     return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "…"
 
 
-def _described(error: BaseException, seen: set[int]) -> dict[str, Any]:
+def _describe_exception(error: BaseException, seen: set[int]) -> dict[str, Any]:
     """Describe an exception by type, frames and cause; its text is only included if it consists of settings."""
     seen.add(id(error))
-    fields: dict[str, Any] = {"type": _type_name(error), **_codes(error)}
-    if _is_of_settings(error):
-        fields["text"] = _bounded(str(error))
+    fields: dict[str, Any] = {"type": _type_name(error), **_error_codes(error)}
+    if _is_safe_to_log(error):
+        fields["text"] = _limit_length(str(error))
     # The innermost, outermost first.
     walked = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][-_MOST_FRAMES:]
-    fields["frames"] = [f"{_short(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked]
+    fields["frames"] = [f"{_shorten_source_path(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked]
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     for key, among in (("cause", [cause] if cause else []), ("among", inner)):
-        found = [_described(one, seen) for one in among if id(one) not in seen and len(seen) < _MOST_ERRORS]
+        found = [_describe_exception(one, seen) for one in among if id(one) not in seen and len(seen) < _MOST_ERRORS]
         if found:
             fields[key] = found[0] if key == "cause" else found
     return fields
 
 
-def _is_of_settings(error: BaseException) -> bool:
+def _is_safe_to_log(error: BaseException) -> bool:
     return isinstance(error, ConfigError | RefusedError | RunError) and not isinstance(error, DataError)
 
 
-def _codes(error: BaseException) -> dict[str, str]:
+def _error_codes(error: BaseException) -> dict[str, str]:
     """Return the symbolic error names of the operating system and OpenSSL, and for a full disk the file that did not
     fit.
     """

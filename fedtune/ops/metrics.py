@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from fedtune.extras import require_extra
 from fedtune.ops.health import Health, serve_locally
 from fedtune.ops.kits.certificates import Certificate, read_certificate
-from fedtune.ops.kits.kit_file import Kit, file_mark
+from fedtune.ops.kits.kit_file import Kit, stat_signature
 from fedtune.privacy.release import Reason
-from fedtune.show.budget_text import epsilon_left, reference_runs_left
+from fedtune.show.budget_text import reference_runs_left, remaining_epsilon
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may be missing
@@ -99,7 +99,7 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
 
     collector = _Collector(values)
     if address.endswith(_TEXT_FILE):
-        return _written(Path(address), lambda: generate_latest(collector))
+        return _write_periodically(Path(address), lambda: generate_latest(collector))
 
     async def respond(path: str) -> tuple[int, str, bytes]:
         if path != "/metrics":
@@ -111,7 +111,7 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
 
 
 @contextmanager
-def _written(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
+def _write_periodically(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
     """Write the metrics into a file now and every few seconds, atomically; remove the file at the end."""
     stop, new = threading.Event(), file.with_name(f"{file.name}.new")
 
@@ -120,7 +120,7 @@ def _written(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
         new.chmod(0o644)  # for node_exporter, which is another user
         new.replace(file)
 
-    def write_on() -> None:
+    def keep_writing() -> None:
         while not stop.wait(_FILE_S):
             with suppress(OSError):  # the disk may be full for a while
                 write()
@@ -129,7 +129,7 @@ def _written(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
         write()
     except OSError as error:
         raise ConfigError(_KEY, str(file), f"must be a file that can be written ({error.strerror})") from None
-    thread = threading.Thread(target=write_on, name="metrics", daemon=True)
+    thread = threading.Thread(target=keep_writing, name="metrics", daemon=True)
     thread.start()
     try:
         yield str(file)
@@ -166,44 +166,44 @@ class SiteMetrics:
         self._answers: Counter[str] = Counter({"update": 0, Reason.SITE_ERROR: 0})  # what begins at 1 does not increase
         self._read: tuple[object, History | None] = (None, None)
 
-    def answered(self, answer: str) -> None:
+    def record_answer(self, answer: str) -> None:
         """Count an answer: "update", or the reason why there was none."""
         self._answers[answer] += 1
 
-    def figures(self) -> Values:
+    def collect_values(self) -> Values:
         """Yield the current values of all metrics."""
         last = self._health.snapshot()["last_contact"]
         silent = datetime.now(UTC) - (datetime.fromisoformat(last) if last else self._began)
-        yield from _of_certificate(self._kit)
+        yield from _certificate_values(self._kit)
         yield "fedtune_site_contact_age_seconds", max(timedelta(), silent).total_seconds()
         yield "fedtune_site_answers", dict(self._answers)
-        history = self._history()
-        usable = history is not None and not history.frozen and history.in_doubt is None
+        history = self._read_history()
+        usable = history is not None and not history.is_frozen and history.furthest_doubt is None
         yield "fedtune_site_ledger_usable", float(usable)
         if history is not None:
-            yield from _of_budget(history)
+            yield from _budget_values(history)
 
-    def _history(self) -> History | None:
+    def _read_history(self) -> History | None:
         """Return the verified ledger's history, read again if ledger or anchor have changed; None if it cannot be
         trusted.
         """
         try:
             files = self._kit.site_files(self._site_toml)
             places = [files.ledger, *([files.anchor] if files.anchor else [])]
-            marks = [file_mark(place) for place in places]
+            marks = [stat_signature(place) for place in places]
             if self._read[0] != marks:
-                verified = files.verified()
+                verified = files.verify_ledger()
                 self._read = marks, verified.history if verified else None
         except (ConfigError, RunError, OSError):
             self._read = None, None
         return self._read[1]
 
 
-def _of_budget(history: History) -> Values:
-    taken = {"charged": history.charged(), "with_set_aside": history.taken(history.now())}
+def _budget_values(history: History) -> Values:
+    taken = {"charged": history.total_charges(), "with_set_aside": history.charges_and_reservations(history.now())}
     yield "fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()}
     yield "fedtune_site_epsilon_cap", history.cap
-    yield "fedtune_site_epsilon_left", epsilon_left(history)
+    yield "fedtune_site_epsilon_left", remaining_epsilon(history)
     runs = reference_runs_left(history)
     yield "fedtune_site_runs_left", math.inf if runs is None else runs
 
@@ -217,9 +217,9 @@ class ServerMetrics:
         self.members: Sequence[Member] = ()
         """As the roster was read last."""
 
-    def figures(self) -> Values:
+    def collect_values(self) -> Values:
         """Yield the current values of all metrics; before the server starts, only those of its certificate."""
-        yield from _of_certificate(self._kit)
+        yield from _certificate_values(self._kit)
         if (traffic := self.traffic) is None:
             return
         now = time.time()
@@ -241,35 +241,35 @@ class LeadMetrics:
         self._answers: Counter[str] = Counter(update=0)
         self._sites: frozenset[str] = frozenset()
 
-    def began(self, state: LeadState, *, num_rounds: int) -> None:
+    def record_start(self, state: LeadState, *, num_rounds: int) -> None:
         """Record that training starts or resumes."""
         self._num_rounds = num_rounds
-        self.finished(state)
+        self.record_round(state)
 
-    def answered(self, site: str, what: str) -> None:
+    def record_answer(self, site: str, what: str) -> None:
         """Record a site's answer: "update", or the reason why there was none."""
         self._answers[what] += 1
         if what == "update":
             self._sites |= {site}
 
-    def finished(self, state: LeadState) -> None:
+    def record_round(self, state: LeadState) -> None:
         """Record that a round has finished."""
         self._round, self._sites = state.round, frozenset()
         self._seconds = state.rounds[-1].seconds if state.rounds else 0.0
 
-    def figures(self) -> Values:
+    def collect_values(self) -> Values:
         """Yield the current values of all metrics."""
-        yield from _of_certificate(self._kit)
+        yield from _certificate_values(self._kit)
         yield "fedtune_lead_rounds", {"finished": self._round, "planned": self._num_rounds}
         yield "fedtune_lead_sites_answered", len(self._sites)
         yield "fedtune_lead_round_seconds", self._seconds
         yield "fedtune_lead_answers", dict(self._answers)
 
 
-def _of_certificate(kit: Kit) -> Values:
+def _certificate_values(kit: Kit) -> Values:
     """Yield the number of days until the kit's certificate expires; nothing while a new certificate is being copied."""
     try:
-        certificate = Certificate.of(read_certificate(kit.certificate))
+        certificate = Certificate.from_x509(read_certificate(kit.certificate))
     except ConfigError:
         return
     yield "fedtune_certificate_days_left", certificate.days_left(datetime.now(UTC))

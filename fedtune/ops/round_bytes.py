@@ -21,14 +21,14 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Difference, Masked, Receipt, Tensors, Update
 from fedtune.privacy.run_plan import Plan
-from fedtune.sites.shared_settings import for_sites, text_for_sites
+from fedtune.sites.shared_settings import serialize_for_sites, settings_for_sites
 from fedtune.tasks.task_model import TaskModel
 
 _SESSION, _DIGEST, _SIGNATURE = "0" * 32, "0" * 64, "0" * 128
 _FRACTION = 1 / 3  # with as many digits as noise and clocks have
 
 
-def round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, int]:
+def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, int]:
     """Compute the payload of one round to a site and from a site in bytes, as run.json counts both.
 
     A round of secure aggregation has four exchanges; the estimate assumes that its session has begun and that no site
@@ -43,8 +43,12 @@ def round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, i
     Raises:
         ConfigError: the model is not available, so its hash is unknown.
     """
-    sent, key, sites = for_sites(config), SigningKey(Ed25519PrivateKey.generate()), config.federation.active
-    adapter, site, proposal = Adapter.of(model), max(sites, key=len), sent.proposal(lead=key.public, plan=plan)
+    sent, key, sites = settings_for_sites(config), SigningKey(Ed25519PrivateKey.generate()), config.federation.active
+    adapter, site, proposal = (
+        Adapter.from_task_model(model),
+        max(sites, key=len),
+        sent.proposal(lead=key.public, plan=plan),
+    )
     about: dict[str, Any] = {"proposal": proposal, "site": site, "expires": 1e9 + _FRACTION}
     own: dict[str, Any] = {"site": site, "run": proposal.run}
     made_up: dict[str, Any] = dict.fromkeys(("head", "site_key", "plan", "reply"), _DIGEST)
@@ -52,36 +56,36 @@ def round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, i
     receipt = Receipt(**own, **made_up, charged_rounds=plan.num_rounds, sequence=100)
     session = "" if plan.shared is None else _SESSION
     request = RoundRequest(**about, round=plan.num_rounds, adapter_digest=_DIGEST, receipt=receipt, session=session)
-    question = Question(site=site, signed=request.signed(key), settings=text_for_sites(sent))
+    question = Question(site=site, signed=request.sign_with(key), settings=serialize_for_sites(sent))
     scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
-    update = Update(**own, round=plan.num_rounds, tensors=_tensors(config, plan, adapter), scores=scores)
+    update = Update(**own, round=plan.num_rounds, tensors=_placeholder_tensors(config, plan, adapter), scores=scores)
     down = num_bytes(from_question(question, from_adapter(adapter)))
     up = num_bytes(from_reply(Reply(body=update, receipt=receipt)))
-    for step, parts, answer in _steps(sites, site) if plan.shared else ():
-        asked = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).signed(key)
+    for step, parts, answer in _secure_aggregation_steps(sites, site) if plan.shared else ():
+        asked = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).sign_with(key)
         down += num_bytes(from_question(Question(site=site, signed=asked, parts=parts), None))
         up += num_bytes(from_step(answer))
     return down, up
 
 
-def _tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
+def _placeholder_tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
     """Return an update's payload with all values 0."""
     if (shared := plan.shared) is not None:
         bits = bits_needed(shared.num_sites, shared.largest_value)
-        return Masked(messages.upload_bytes(shared.num_sites, length=adapter.num_values, bits=bits))
+        return Masked(messages.upload_size(shared.num_sites, length=adapter.num_values, bits=bits))
     if config.federation.update_dtype == "bfloat16":
         return Difference({name: np.zeros(value.shape, np.uint16) for name, value in adapter.tensors.items()})
     return adapter.tensors
 
 
-def _steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
+def _secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
     """Yield the steps of secure aggregation other than the upload: name, the lead's messages to a site, the site's
     answer.
     """
     asked = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
     own = {**asdict(asked), "site": site, "signature": _SIGNATURE}
     announced = [Announcement(site=one, terms=_DIGEST, key=_DIGEST, signature=_SIGNATURE) for one in sites]
-    sealed = base64.b64encode(bytes(messages.sealed_bytes(len(sites)))).decode()
+    sealed = base64.b64encode(bytes(messages.sealed_size(len(sites)))).decode()
     helped: dict[str, Any] = {"confirmations": dict.fromkeys(sites, _SIGNATURE), "sealed": dict.fromkeys(sites, sealed)}
     shares = {one: {one: "0" * 2 * SHARE_BYTES} for one in sites}
     yield JOIN, [one.to_bytes() for one in announced], _DIGEST.encode()

@@ -85,17 +85,17 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
     was seen.  Losses are rounded up to multiples of `interval`, and all floating-point error is added to delta
     (`loss_distribution`).
     """
-    return _epsilon_pld(tuple(events.grouped(spent).items()), delta, interval)
+    return _epsilon_pld(tuple(events.count_mechanisms(spent).items()), delta, interval)
 
 
 # Cached, because a run's sites spend alike, and the gate, the ledger and the report ask for the same epsilon.
 @lru_cache(maxsize=4096)
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
-    found = composed_pld(counted, interval).epsilon(delta)
+    found = compose_pld(counted, interval).epsilon(delta)
     return min(found, _epsilon_pld(counted, delta, COARSE)) if interval == FINE else found
 
 
-def composed_pld(counted: Counted, interval: float) -> Composition:
+def compose_pld(counted: Counted, interval: float) -> Composition:
     """Compose the privacy loss distributions of all mechanisms on a grid of width `interval`.
 
     Raises:
@@ -115,13 +115,13 @@ def composed_pld(counted: Counted, interval: float) -> Composition:
     return Composition(mechanisms, interval)
 
 
-def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
+def epsilon_if_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
     """Return the PLD epsilon if it is above `limit`, else None.
 
     The slower fine grid is used only near the limit: the coarse grid overestimates epsilon by at most about its width,
     plus the square of its width for each step.
     """
-    epsilon, steps = epsilon_pld(spent, delta, interval=COARSE), sum(events.grouped(spent).values())
+    epsilon, steps = epsilon_pld(spent, delta, interval=COARSE), sum(events.count_mechanisms(spent).values())
     if limit < epsilon < max(1.01 * limit, limit + COARSE + COARSE**2 * steps):
         epsilon = epsilon_pld(spent, delta)
     return None if epsilon <= limit else epsilon  # NaN counts as above the limit
@@ -132,11 +132,11 @@ def epsilon_rdp(spent: events.Spent, delta: float) -> float:
 
     Guarantee: an upper bound (Mironov 2017, arXiv 1702.07476; the best of dp-accounting's default orders).
     """
-    return composed_rdp(tuple(events.grouped(spent).items()))(delta)
+    return compose_rdp(tuple(events.count_mechanisms(spent).items()))(delta)
 
 
 @lru_cache(maxsize=4096)
-def composed_rdp(counted: Counted) -> Callable[[float], float]:
+def compose_rdp(counted: Counted) -> Callable[[float], float]:
     """Sum the Renyi divergences of all mechanisms, and return the resulting function from delta to epsilon."""
     orders = RdpAccountant().orders
     divergences = np.zeros_like(orders)
@@ -182,7 +182,7 @@ def calibrate_noise(
     tried: dict[float, float] = {}
 
     def at_noise(sigma: float) -> DpEvent:
-        return events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
+        return events.dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
 
     def epsilon_at(sigma: float) -> float:
         if sigma not in tried:
@@ -199,7 +199,7 @@ def calibrate_noise(
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
         raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
-    last_within(epsilon_at, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
+    find_boundary(epsilon_at, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
     # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0
     while not within(high):
@@ -215,7 +215,7 @@ def calibrate_noise(
     return noise
 
 
-def last_within(
+def find_boundary(
     epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
 ) -> float | None:
     """Find the boundary value at which `epsilon_at` is still at most `epsilon`; None if no value in `bounds` qualifies.
@@ -237,9 +237,9 @@ def last_within(
         # Clamped, because its logarithm must be finite: epsilon is 0 where delta alone covers the loss.
         y = math.log(min(max(epsilon_at(value(x)) / epsilon, 1e-9), 1e9))
         if y <= 0:
-            inside, outside = (x, y), _halved(outside, before is True)
+            inside, outside = (x, y), _halve_weight(outside, before is True)
         else:
-            outside, inside = (x, y), _halved(inside, before is False)
+            outside, inside = (x, y), _halve_weight(inside, before is False)
         before = y <= 0
         if inside is None or outside is None:
             if x in (lowest, highest):
@@ -250,11 +250,11 @@ def last_within(
         elif abs(outside[0] - inside[0]) <= _TOLERANCE:
             break
         else:
-            x = _between(inside, outside)
+            x = _interpolate(inside, outside)
     return None if inside is None else value(inside[0])
 
 
-def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float:
+def _interpolate(inside: tuple[float, float], outside: tuple[float, float]) -> float:
     """Return the point where the chord between both ends crosses the boundary, kept away from the ends themselves."""
     width = outside[0] - inside[0]
     least = _TOLERANCE / 2 / abs(width)
@@ -262,12 +262,12 @@ def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float
     return inside[0] + width * min(max(share, least), 1 - least)
 
 
-def _halved(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
+def _halve_weight(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
     """Apply the Illinois rule: halve the weight of an end that was kept twice in a row."""
     return (end[0], end[1] / 2) if again and end is not None else end
 
 
-def epsilon_text(epsilon: float | None) -> str:
+def format_epsilon(epsilon: float | None) -> str:
     """Format epsilon with three decimals, rounded up so that the text never understates it."""
     if epsilon is None or not math.isfinite(epsilon):
         return "unbounded"
@@ -275,7 +275,7 @@ def epsilon_text(epsilon: float | None) -> str:
     return str(shown.quantize(Decimal("0.001"), rounding=ROUND_CEILING, context=_WIDE))
 
 
-def factor_text(epsilon: float | None) -> str:
+def format_factor(epsilon: float | None) -> str:
     """Format e to the power of `epsilon`, the largest ratio of two probabilities, rounded up.
 
     >>> [factor_text(epsilon) for epsilon in (0.0, 0.1, 3.0, 8.0, 50.0, None)]

@@ -1,6 +1,6 @@
 """Arrival cohorts: the people of a population, grouped by the calendar period in which they joined.
 
-A run names the cohorts that it admits, and only these are charged for it.  `period_of` numbers the cohorts, so that
+A run names the cohorts that it admits, and only these are charged for it.  `period_number` numbers the cohorts, so that
 consecutive periods have consecutive numbers; cohort 0 holds everybody without a date.
 """
 
@@ -22,18 +22,18 @@ _NAMES = {"month": r"([0-9]{4})-(0[1-9]|1[0-2])", "quarter": r"([0-9]{4})-Q([1-4
 _EXAMPLES = {"month": "2026-03", "quarter": "2026-Q1", "year": "2026"}
 
 
-def period_of(moment: date, period: str) -> int:
+def period_number(moment: date, period: str) -> int:
     """Return the number of the calendar period that contains the UTC `moment`; consecutive periods are numbered in
     order.
     """
     return (12 * moment.year + moment.month - 1) // MONTHS[period]
 
 
-def cohort_of(month: str, period: str) -> int:
+def cohort_number(month: str, period: str) -> int:
     """Return the cohort of a person who joined in `month`, such as "2026-03"; an empty `month` means an unknown
     date.
     """
-    return period_of(date.fromisoformat(f"{month}-01"), period) if month else OLDEST
+    return period_number(date.fromisoformat(f"{month}-01"), period) if month else OLDEST
 
 
 def cohort_name(cohort: int, period: str) -> str:
@@ -50,7 +50,7 @@ def cohort_name(cohort: int, period: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _number(key: str, name: str, period: str) -> int:
+def _parse_period(key: str, name: str, period: str) -> int:
     found = re.fullmatch(_NAMES[period], name)
     if found is None or found[1] == "0000":
         raise ConfigError(key, name, f"must be a {period}, such as {_EXAMPLES[period]}")
@@ -79,8 +79,8 @@ class Cohorts:
     @property
     def span(self) -> tuple[int, int]:
         """The numbers of the first and the last cohort."""
-        first = OLDEST if self.first is None else _number("first", self.first, self.period)
-        return first, _number("last", self.last, self.period)
+        first = OLDEST if self.first is None else _parse_period("first", self.first, self.period)
+        return first, _parse_period("last", self.last, self.period)
 
     def __contains__(self, cohort: int) -> bool:
         first, last = self.span
@@ -91,7 +91,7 @@ class Cohorts:
         return f"{self.first or ''}..{self.last}"
 
     @classmethod
-    def of(cls, said: str, period: str) -> Cohorts:
+    def from_text(cls, said: str, period: str) -> Cohorts:
         """Parse the text that `str` produced.
 
         Raises:
@@ -101,7 +101,7 @@ class Cohorts:
         return decode(cls, {"period": period, "first": first or None, "last": last})
 
 
-def groups(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) -> list[int]:
+def cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) -> list[int]:
     """Return the first cohort of each group of cohorts that take part in the same `admissions`, in ascending order.
 
     An admission of None admits everybody.  With `oldest_apart` the oldest cohort gets a group of its own, because it
@@ -127,7 +127,7 @@ def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
     """
     (first, last), period = cohorts.span, cohorts.period
     # No period comes after the year 9999: a window up to there, which has no end, keeps it.
-    begins, ends = (cohort_name(min(one + by, period_of(date.max, period)), period) for one in (first, last))
+    begins, ends = (cohort_name(min(one + by, period_number(date.max, period)), period) for one in (first, last))
     return Cohorts(period=period, first=None if first == OLDEST else begins, last=ends)
 
 
@@ -141,7 +141,7 @@ def next_window(before: Cohorts, *, real: bool) -> Cohorts:
         ConfigError: the sites are real, and the next period has not begun.
     """
     after = moved(before)
-    if real and after.span[1] > period_of(datetime.now(UTC), after.period):
+    if real and after.span[1] > period_number(datetime.now(UTC), after.period):
         first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
         bound = f"has not begun: the {after.period} that --renew would charge next. If you want to charge it now, name"
         bound += f" the window: {first}privacy.cohorts.last={after.last}"

@@ -67,20 +67,20 @@ class Together:
 
     def __post_init__(self) -> None:
         # A plan arrives in a server's request, so nothing in it is trusted.
-        _check_within("num_sites", self.num_sites, 2, MOST_SHARES)
-        _check_within("colluders", self.colluders, 0, self.num_sites - 1)
+        _check_range("num_sites", self.num_sites, 2, MOST_SHARES)
+        _check_range("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
         least = least_threshold(self.num_sites, colluders=self.colluders)
         bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could read two sums"
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
-    def share_of(self, total: float) -> float:
+    def share_for_total(self, total: float) -> float:
         """Return the smallest noise multiplier of a share that gives every sum at least `total` noise, to four
         decimals.
         """
         honest = self.threshold - self.colluders
         share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
-        while noise_of_shares(share, honest) < total:
+        while combine_noise_shares(share, honest) < total:
             share = round(share + 1e-4, 4)
         return share
 
@@ -91,7 +91,7 @@ class Together:
             threshold=self.threshold,
             colluders=self.colluders,
             noise_multiplier=noise_multiplier,
-            cell_bits=least_cell_bits(noise_multiplier),
+            cell_bits=min_cell_bits(noise_multiplier),
             bound=bound,
         )
 
@@ -114,10 +114,10 @@ class SharedNoise(Together):
     def __post_init__(self) -> None:
         Together.__post_init__(self)
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
-        _check_within("cell_bits", self.cell_bits, 0, GRID_BITS)
-        _check_within("bound", self.bound, 1, MOST_BOUND)
-        if _cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
-            bound = f"must be at least {least_cell_bits(self.noise_multiplier)}, or rounding undoes the shares of noise"
+        _check_range("cell_bits", self.cell_bits, 0, GRID_BITS)
+        _check_range("bound", self.bound, 1, MOST_BOUND)
+        if _noise_in_cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
+            bound = f"must be at least {min_cell_bits(self.noise_multiplier)}, or rounding undoes the shares of noise"
             raise ConfigError("cell_bits", self.cell_bits, bound)
 
     @property
@@ -126,21 +126,27 @@ class SharedNoise(Together):
 
         A modulus above 2 * num_sites * largest_value can hold each sum.  Privacy does not depend on this bound.
         """
-        return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
+        return (
+            (self.bound << self.cell_bits)
+            + math.ceil(_TAIL * _noise_in_cells(self.noise_multiplier, self.cell_bits))
+            + 1
+        )
 
     @property
-    def noise_of_fewest(self) -> float:
+    def smallest_honest_noise(self) -> float:
         """Noise multiplier of the honest shares in the smallest sum that may be unmasked."""
-        return self.noise_against(self.colluders)
+        return self.honest_noise(self.colluders)
 
-    def noise_against(self, colluders: int) -> float:
+    def honest_noise(self, colluders: int) -> float:
         """Return the noise multiplier of the honest shares in the smallest sum if `colluders` of its sites collude.
 
         If all other sites collude, only the site's own share is left.
         """
-        return noise_of_shares(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
+        return combine_noise_shares(
+            self.noise_multiplier, self.honest_shares(survivors=self.threshold, colluders=colluders)
+        )
 
-    def honest(self, *, survivors: int, colluders: int) -> int:
+    def honest_shares(self, *, survivors: int, colluders: int) -> int:
         """Return the number of noise shares that hide a site's records in a sum of `survivors` sites: at least its
         own.
         """
@@ -148,25 +154,25 @@ class SharedNoise(Together):
         return max(1, survivors - colluders)
 
 
-def _check_within(key: str, value: int, least: int, most: int) -> None:
+def _check_range(key: str, value: int, least: int, most: int) -> None:
     check_whole(key, value)
     require(key, value, least <= value <= most, f"must be from {least} to {most}")
 
 
-def least_cell_bits(noise_multiplier: float) -> int:
+def min_cell_bits(noise_multiplier: float) -> int:
     """Return the smallest `cell_bits` for shares with this noise.
 
     Rounding to these cells then adds a thousandth to the variance of the noise.
     """
-    return next(bits for bits in range(GRID_BITS + 1) if _cells(noise_multiplier, bits) >= LEAST_CELLS)
+    return next(bits for bits in range(GRID_BITS + 1) if _noise_in_cells(noise_multiplier, bits) >= LEAST_CELLS)
 
 
-def _cells(noise_multiplier: float, bits: int) -> float:
+def _noise_in_cells(noise_multiplier: float, bits: int) -> float:
     """Return the standard deviation of a share, in cells as sent."""
     return noise_multiplier * 2.0**bits
 
 
-def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
+def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
     """Add a site's share of the noise to its own sum, and round to the cells in which the sum is sent.
 
     Args:
@@ -178,11 +184,11 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
     Returns:
         The noised tensors in cells of 2**-cell_bits of the clip norm.
 
-    Guarantee: an observer of only the total over the honest sites learns at most what the event of `release` allows for
-    that many honest sites, up to the total variation in the module docstring.  Clipping values never moves two sums
-    further apart, so one unit still moves a sum by at most the clip norm.  Rounding first to fine cells, and then half
-    up to cells whose width is a multiple, equals rounding once with a slightly larger offset than the theorem's 1/2;
-    the offset is the same for all values of a site.
+    Guarantee: an observer of only the total over the honest sites learns at most what the event of `secure_sum_event`
+        allows for that many honest sites, up to the total variation in the module docstring.  Clipping values never
+        moves two sums further apart, so one unit still moves a sum by at most the clip norm.  Rounding first to fine
+        cells, and then half up to cells whose width is a multiple, equals rounding once with a slightly larger offset
+        than the theorem's 1/2; the offset is the same for all values of a site.
     """
     most, width = shared.bound << GRID_BITS, 1 << (GRID_BITS - shared.cell_bits)
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
@@ -190,8 +196,9 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
     return {name: (total + width // 2) // width for name, total in noisy.items()}
 
 
-def release(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
-    """Return the privacy event of one secure sum, against an adversary who knows all but `honest` of the noise shares.
+def secure_sum_event(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
+    """Return the privacy event of one secure sum, against an adversary who knows all but `honest_shares` of the noise
+    shares.
 
     Args:
         sampling_rate: probability with which each unit joins a step, drawn secretly by its own site.
@@ -200,15 +207,15 @@ def release(*, sampling_rate: float, noise_multiplier: float, honest: int) -> Dp
 
     Guarantee: under add-or-remove-one adjacency for a unit of one site, the sum of clipped gradients, at adapters that
     depend on earlier releases only, is as private as this event.  Given the contributions of the other sites, which do
-    not depend on the unit, the sum is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample
-    (module docstring).  Each site takes one step per sum: after several local steps, its contribution would depend on a
-    state that only its own share hides.
+    not depend on the unit, the sum is one Gaussian mechanism with the variance of `honest_shares` shares on a Poisson
+    sample (module docstring).  Each site takes one step per sum: after several local steps, its contribution would
+    depend on a state that only its own share hides.
     """
-    noise = noise_of_shares(noise_multiplier, honest)
-    return events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=noise, steps=1)
+    noise = combine_noise_shares(noise_multiplier, honest)
+    return events.dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise, steps=1)
 
 
-def noise_of_shares(noise_multiplier: float, shares: int) -> float:
+def combine_noise_shares(noise_multiplier: float, shares: int) -> float:
     """Return the noise multiplier of the sum of `shares` equal shares, rounded down; variances add up."""
     total = noise_multiplier * math.sqrt(shares)
     while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:
@@ -231,7 +238,7 @@ class Epsilons:
     with_all_others: float | None
 
 
-def epsilons(
+def epsilons_by_adversary(
     shared: SharedNoise,
     *,
     survivors: Mapping[int, int],
@@ -256,10 +263,10 @@ def epsilons(
     def epsilon(colluding: int) -> float:
         sums = [
             SelfComposedDpEvent(
-                release(
+                secure_sum_event(
                     sampling_rate=sampling_rate,
                     noise_multiplier=shared.noise_multiplier,
-                    honest=shared.honest(survivors=number, colluders=colluding),
+                    honest=shared.honest_shares(survivors=number, colluders=colluding),
                 ),
                 times,
             )

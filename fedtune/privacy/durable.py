@@ -15,7 +15,7 @@ from fedtune import system
 from fedtune.spec import ConfigError
 
 
-def require_room(folder: Path, num_bytes: int) -> None:
+def require_disk_space(folder: Path, num_bytes: int) -> None:
     """Raise a disk-full error unless `folder` has room for a file of `num_bytes`, plus 1 MiB.
 
     Raises:
@@ -38,7 +38,7 @@ def write_durably(path: Path, data: bytes) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.NO_FOLLOW, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            keep_owner(descriptor, path)
+            copy_ownership(descriptor, path)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
@@ -50,7 +50,7 @@ def write_durably(path: Path, data: bytes) -> None:
     system.fsync_folder(path.parent)
 
 
-def keep_owner(descriptor: int, path: Path) -> None:
+def copy_ownership(descriptor: int, path: Path) -> None:
     """Give the open file that will replace `path` the owner, group and mode of `path`."""
     try:
         before = path.lstat()
@@ -66,7 +66,7 @@ def keep_owner(descriptor: int, path: Path) -> None:
         system.change_mode(descriptor, before.st_mode & 0o755)
 
 
-def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
+def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
     """Hash every file in `folder` and below, except those named in `besides`: relative path -> SHA-256 in hex.
 
     Raises:

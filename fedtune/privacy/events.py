@@ -37,7 +37,7 @@ class Charge:
 Spent = Iterable[DpEvent] | Mapping[DpEvent, int]  # events, each alone or with how often it happened
 
 
-def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
+def dp_sgd_event(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
     """Return the event of `steps` DP-SGD steps: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
 
     Args:
@@ -53,7 +53,7 @@ def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEv
     return SelfComposedDpEvent(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)), steps)
 
 
-def grouped(spent: Spent) -> Counter[DpEvent]:
+def count_mechanisms(spent: Spent) -> Counter[DpEvent]:
     """Flatten the events into single mechanisms, and count equal ones.
 
     The total privacy loss of a composition does not depend on order or grouping.
@@ -62,9 +62,9 @@ def grouped(spent: Spent) -> Counter[DpEvent]:
     for event, count in spent.items() if isinstance(spent, Mapping) else ((event, 1) for event in spent):
         match event:
             case ComposedDpEvent():
-                parts, times = grouped(event.events), count
+                parts, times = count_mechanisms(event.events), count
             case SelfComposedDpEvent():
-                parts, times = grouped([event.event]), count * event.count
+                parts, times = count_mechanisms([event.event]), count * event.count
             case _:
                 parts, times = Counter({event: 1}), count
         for part, once in parts.items():
@@ -122,7 +122,7 @@ def from_json(data: object) -> DpEvent:
     raise ConfigError("event", data, "must be a privacy event that fedtune writes, with values in range")
 
 
-def counted(spent: Spent) -> list[tuple[Json, int]]:
+def mechanism_counts(spent: Spent) -> list[tuple[Json, int]]:
     """Return the distinct mechanisms as JSON with their counts, in a fixed order."""
-    pairs = [(to_json(event), count) for event, count in grouped(spent).items()]
+    pairs = [(to_json(event), count) for event, count in count_mechanisms(spent).items()]
     return sorted(pairs, key=lambda pair: json.dumps(pair[0], sort_keys=True))

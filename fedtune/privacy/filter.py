@@ -17,7 +17,7 @@ from itertools import count
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.privacy import accountant
-from fedtune.privacy.events import Spent, grouped
+from fedtune.privacy.events import Spent, count_mechanisms
 from fedtune.spec import ConfigError
 
 ORDERS = tuple(
@@ -37,10 +37,10 @@ def divergence(event: DpEvent, order: float) -> float:
 def total_divergence(spent: Spent, order: float) -> float:
     """Return the sum of the Renyi divergences of all events in `spent`, in nats; equal events are evaluated once."""
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
-    return math.fsum(count * divergence(event, order) for event, count in grouped(spent).items())
+    return math.fsum(count * divergence(event, order) for event, count in count_mechanisms(spent).items())
 
 
-def surcharge(order: float, delta: float) -> float:
+def epsilon_conversion_term(order: float, delta: float) -> float:
     """Return the term that converts a divergence of `order` into epsilon at `delta`.
 
     Source: Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
@@ -55,15 +55,15 @@ def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
     `order` was fixed before the first event, and that a cap on this epsilon was fixed in advance and is never exceeded.
     """
     divergence_sum = total_divergence(spent, order)
-    return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + surcharge(order, delta))
+    return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + epsilon_conversion_term(order, delta))
 
 
-def most_divergence(epsilon: float, *, order: float, delta: float) -> float:
+def max_divergence(epsilon: float, *, order: float, delta: float) -> float:
     """Return the divergence of `order` that a cap of (`epsilon`, `delta`) allows; negative if it allows none."""
-    return epsilon - surcharge(order, delta)
+    return epsilon - epsilon_conversion_term(order, delta)
 
 
-def most_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
+def max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
     """Return how often `event` fits into a divergence of `room`; None if `room` is infinite."""
     if math.isinf(room):
         return None
@@ -83,30 +83,32 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
         ConfigError: the cap leaves no room at any order.
     """
     if math.isinf(epsilon):  # there is no cap to take a share of: minimise the reference's own epsilon
-        return cheapest(reference, delta=delta)[1]
-    room = {order: most_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
+        return smallest_cap(reference, delta=delta)[1]
+    room = {order: max_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
     usable = {order: left for order, left in room.items() if left > 0}
     if not usable:
         raise ConfigError("max_epsilon", epsilon, f"leaves no room for anything at delta {delta:g}")
-    return _least(reference, usable, lambda order, divergence: divergence / usable[order])[1]
+    return _minimize_over_orders(reference, usable, lambda order, divergence: divergence / usable[order])[1]
 
 
-def cheapest(plan: DpEvent, *, delta: float) -> tuple[float, float]:
+def smallest_cap(plan: DpEvent, *, delta: float) -> tuple[float, float]:
     """Return the smallest cap that covers the whole of `plan`, and the order at which it does."""
-    return _least(plan, ORDERS, lambda order, divergence: divergence + surcharge(order, delta))
+    return _minimize_over_orders(
+        plan, ORDERS, lambda order, divergence: divergence + epsilon_conversion_term(order, delta)
+    )
 
 
-def least_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
+def tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
     """Return the smallest cap that admits `spent`, but not `more` in addition, in a ledger created for `reference`.
 
     The cap has `digits` decimals, or as many more as needed to exclude `more`: a ledger limits the number of runs by
     its cap alone.
     """
-    cap, least, both = math.inf, cheapest(spent, delta=delta)[0], ComposedDpEvent((spent, more))
+    cap, least, both = math.inf, smallest_cap(spent, delta=delta)[0], ComposedDpEvent((spent, more))
 
     def fits(event: DpEvent, cap: float) -> bool:
         order = best_order(reference, epsilon=cap, delta=delta)
-        return total_divergence([event], order) <= most_divergence(cap, order=order, delta=delta)
+        return total_divergence([event], order) <= max_divergence(cap, order=order, delta=delta)
 
     for scale in (10**number for number in range(digits, _MOST_DIGITS)):
         below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)  # the cap with a digit less did fit
@@ -117,7 +119,9 @@ def least_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float
     return cap
 
 
-def _least(plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]) -> tuple[float, float]:
+def _minimize_over_orders(
+    plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]
+) -> tuple[float, float]:
     """Minimize `cost(order, divergence)` over `orders`; return the cost and its order (the smallest order on a tie).
 
     `cost` must rise with the divergence, and the divergence rises with the order.  Integer orders are cheap to

@@ -48,13 +48,13 @@ class SigningKey:
         self._raw = private.private_bytes_raw()
 
     @classmethod
-    def load_or_make(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
+    def load_or_create(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
         """Load a key as `load` does; without a command, create a missing key file that only its owner can read.
 
         A new key is encrypted if the environment variable in `PASSPHRASE_FILE` names a file with a passphrase.
         """
         if not command and not path.exists():
-            _write_new(path, Ed25519PrivateKey.generate())
+            _write_new_key(path, Ed25519PrivateKey.generate())
         return cls.load(path, command=command, named_in=named_in)
 
     @classmethod
@@ -73,12 +73,12 @@ class SigningKey:
         try:
             if command:
                 _check_command(command, named_in)
-            pem = _printed_by(tuple(command)) if command else path.read_bytes()
+            pem = _run_key_command(tuple(command)) if command else path.read_bytes()
         except OSError as error:
             raise ConfigError(key, value, f"{bound} ({error.strerror})") from None
         if b"ENCRYPTED" in pem:
             bound = "is encrypted with another passphrase, or is no Ed25519 private key"
-            if (passphrase := _passphrase_in_file()) is None:
+            if (passphrase := _read_passphrase()) is None:
                 remedy = f"set {PASSPHRASE_FILE} to a file with its passphrase"
                 raise ConfigError(key, value, "is encrypted", remedy=remedy)
         try:
@@ -96,9 +96,9 @@ class SigningKey:
 
     def sign(self, purpose: str, message: bytes) -> str:
         """Sign `message` for `purpose`, and return the signature in hex; it is not valid for any other purpose."""
-        return self._private.sign(_framed(purpose, message)).hex()
+        return self._private.sign(_frame_message(purpose, message)).hex()
 
-    def secret(self, purpose: str) -> bytes:
+    def derive_secret(self, purpose: str) -> bytes:
         """Derive 32 secret bytes for `purpose`; without the key, nobody can test guesses about values hashed with
         them.
         """
@@ -114,7 +114,7 @@ def is_signed(public: str, purpose: str, message: bytes, signature: str) -> bool
         return False
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-        key.verify(bytes.fromhex(signature), _framed(purpose, message))
+        key.verify(bytes.fromhex(signature), _frame_message(purpose, message))
     except (InvalidSignature, ValueError):  # ValueError: no point of the curve
         return False
     return True
@@ -142,7 +142,7 @@ def _is_hex(text: str, length: int) -> bool:
     return len(text) == length and all(digit in "0123456789abcdef" for digit in text)
 
 
-def _framed(purpose: str, message: bytes) -> bytes:
+def _frame_message(purpose: str, message: bytes) -> bytes:
     return b"fedtune " + purpose.encode() + b"\0" + message
 
 
@@ -156,7 +156,7 @@ def _check_command(command: Sequence[str], named_in: Path | None) -> None:
 
 
 @cache
-def _printed_by(command: tuple[str, ...]) -> bytes:
+def _run_key_command(command: tuple[str, ...]) -> bytes:
     """Run a command without a shell, once per process, and return its output.
 
     Error messages show only the program, because its arguments may be secret.
@@ -172,7 +172,7 @@ def _printed_by(command: tuple[str, ...]) -> bytes:
     return ran.stdout
 
 
-def _passphrase_in_file() -> bytes | None:
+def _read_passphrase() -> bytes | None:
     """Read the passphrase from the file that the environment variable names; None if the variable is not set."""
     if not (name := os.environ.get(PASSPHRASE_FILE)):
         return None
@@ -188,8 +188,8 @@ def _passphrase_in_file() -> bytes | None:
     return passphrase
 
 
-def _write_new(path: Path, private: Ed25519PrivateKey) -> None:
-    passphrase = _passphrase_in_file()
+def _write_new_key(path: Path, private: Ed25519PrivateKey) -> None:
+    passphrase = _read_passphrase()
     encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
     pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ _MOST_ROUNDING = 0.1  # beyond, products of errors matter
 
 
 @dataclass(frozen=True)
-class Step:
+class StepLosses:
     """Loss distribution of one run of a mechanism, for one order of the two neighbors.
 
     Args:
@@ -49,11 +49,11 @@ class Step:
     rounding: float
 
     def losses(self, width: float) -> Floats:
-        return _grid(self.lowest, self.log_probabilities.size, width)
+        return _loss_grid(self.lowest, self.log_probabilities.size, width)
 
 
 @lru_cache(maxsize=8)  # with next to no noise, one may take 500 MB
-def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -> Step:
+def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -> StepLosses:
     """Return the losses of a Gaussian mechanism on a Poisson sample, for removing a unit or (`adding`) adding one.
 
     `rate` is the sampling rate, `noise` the noise multiplier, and `width` the width of the loss grid.
@@ -64,7 +64,7 @@ def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -
     most, least = (float(np.logaddexp(stays, math.log(rate) + gain)) for gain in reach)
     ends = (-most, -least) if adding else (least, most)
     lowest, highest = math.floor(ends[0] / width), math.ceil(ends[1] / width)
-    deltas = hockey_stick(rate, noise, _grid(lowest, highest + 2 - lowest, width), adding=adding)
+    deltas = hockey_stick(rate, noise, _loss_grid(lowest, highest + 2 - lowest, width), adding=adding)
     deltas = np.maximum.accumulate(deltas[::-1])[::-1]  # it never rises; rounding may
     falls = np.diff(deltas)
     per_width = math.expm1(width)
@@ -78,10 +78,10 @@ def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -
     infinite = float(deltas[-1] + probabilities[tiny].sum() + special.ndtr(-_REACH))
     probabilities[tiny] = 0.0
     with np.errstate(divide="ignore"):
-        return Step(lowest, np.log(probabilities), infinite, (512 + 4 * (_REACH + 1 / noise) ** 2) * UNIT)
+        return StepLosses(lowest, np.log(probabilities), infinite, (512 + 4 * (_REACH + 1 / noise) ** 2) * UNIT)
 
 
-def _grid(lowest: int, size: int, width: float) -> Floats:
+def _loss_grid(lowest: int, size: int, width: float) -> Floats:
     return np.arange(lowest, lowest + size, dtype=np.float64) * width
 
 
@@ -95,14 +95,14 @@ def hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -
         growth = np.expm1(epsilons)
         if adding and rate < 1:
             share = np.maximum(rate - growth * (1 - rate), 0.0)
-            found = share * _gaussian(noise, epsilons + math.log(rate) - np.log(share))
+            found = share * _gaussian_delta(noise, epsilons + math.log(rate) - np.log(share))
             return np.clip(np.where(share > 0, found, 0.0), 0.0, 1.0)
         large = epsilons - math.log(rate) + np.log(rate * np.exp(-epsilons) - np.expm1(-epsilons))
         log_ratio = np.where(epsilons > 0, large, np.log((growth + rate) / rate))
-        return np.clip(np.where(growth + rate > 0, rate * _gaussian(noise, log_ratio), -growth), 0.0, 1.0)
+        return np.clip(np.where(growth + rate > 0, rate * _gaussian_delta(noise, log_ratio), -growth), 0.0, 1.0)
 
 
-def _gaussian(noise: float, epsilons: Floats) -> Floats:
+def _gaussian_delta(noise: float, epsilons: Floats) -> Floats:
     """Return delta of a Gaussian mechanism: Q(u) - e^epsilon Q(v), where Q is the normal upper tail.
 
     Source: Balle and Wang 2018.
@@ -194,7 +194,7 @@ class _Tail:
 class _OneOrder:
     """Composition of the mechanisms, for one order of the two neighbors."""
 
-    def __init__(self, steps: list[tuple[Step, int]], width: float) -> None:
+    def __init__(self, steps: list[tuple[StepLosses, int]], width: float) -> None:
         self._steps, self._width = steps, width
         self._lowest = sum(count * step.lowest for step, count in steps)
         self._highest = sum(count * (step.lowest + step.log_probabilities.size - 1) for step, count in steps)
@@ -207,7 +207,7 @@ class _OneOrder:
         if delta <= 0:
             return math.inf
         # The order of the best Chernoff bound: there the tilted distribution's mean is just that bound.
-        tilt = self._best(lambda order: (self._log_moment(order) - math.log(delta)) / order)
+        tilt = self._best_order(lambda order: (self._log_moment(order) - math.log(delta)) / order)
         return self.tail(tilt).epsilon(delta)
 
     def tail(self, tilt: float) -> _Tail:
@@ -229,7 +229,7 @@ class _OneOrder:
     def _log_moment(self, order: float) -> float:
         return math.fsum(count * one for (_, count), one in zip(self._steps, self._log_moments(order), strict=True))
 
-    def _best(self, bound: Callable[[float], float]) -> float:
+    def _best_order(self, bound: Callable[[float], float]) -> float:
         """Return the order, among powers of the square root of 2, that minimizes the unimodal function `bound`."""
         most = math.floor(2 * math.log2(1 / self._width))
         place, least = 4, bound(4.0)
@@ -238,7 +238,7 @@ class _OneOrder:
                 place, least = place + direction, found
         return float(2.0 ** (place / 2))
 
-    def _window(self, tilt: float) -> tuple[int, int]:
+    def _loss_window(self, tilt: float) -> tuple[int, int]:
         """Return the range of losses, in grid widths, outside which the tilted distribution has at most `_TAIL` on
         either side.
 
@@ -250,14 +250,14 @@ class _OneOrder:
             def bound(shift: float) -> float:
                 return (self._log_moment(tilt + sign * shift) - here + to_spare) / shift
 
-            return bound(self._best(bound))
+            return bound(self._best_order(bound))
 
         return max(self._lowest, math.floor(-reach(-1) / self._width)), min(
             self._highest, math.ceil(reach(1) / self._width)
         )
 
     def _tail(self, tilt: float) -> _Tail:
-        low, high = self._window(tilt)
+        low, high = self._loss_window(tilt)
         sizes = [step.log_probabilities.size for step, _ in self._steps]
         length = 1 << (max(high - low + 1, 2, *sizes) - 1).bit_length()
         of_fft = _FFT_ROUNDING * math.log2(length)
@@ -277,9 +277,9 @@ class _OneOrder:
         composing = math.sqrt(2 * float(np.sum((largest * errors) ** 2)))
         going_back = of_fft * math.sqrt(2 * float(np.sum(largest**2)))
         composed = np.roll(fft.irfft(product, length), -((low - self._lowest) % length))[: high - low + 1]
-        return self._untilted(tilt, low, composed, 1.1 * (composing + going_back + before + _TAIL + 4 * length * UNIT))
+        return self._undo_tilt(tilt, low, composed, 1.1 * (composing + going_back + before + _TAIL + 4 * length * UNIT))
 
-    def _untilted(self, tilt: float, low: int, tilted: Floats, rounding: float) -> _Tail:
+    def _undo_tilt(self, tilt: float, low: int, tilted: Floats, rounding: float) -> _Tail:
         """Undo the tilt, and return the tail at losses of 0 and above.
 
         `tilted` holds the tilted probabilities from loss `low` upwards, and `rounding` their error.
@@ -290,7 +290,7 @@ class _OneOrder:
         begin, end = max(first, low), max(first, low + tilted.size) + 1
         kept = np.zeros(end - begin)
         kept[: max(low + tilted.size - begin, 0)] = tilted[begin - low :]
-        losses = _grid(begin, end - begin, self._width)
+        losses = _loss_grid(begin, end - begin, self._width)
         exponents = log_moment - tilt * losses
         rounding += 4 * UNIT * (abs(log_moment) + float(np.abs(tilt * losses).max()))
         probabilities = kept * np.exp(exponents)

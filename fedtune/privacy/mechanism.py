@@ -130,7 +130,7 @@ enough that float32 holds every coordinate and float64 the sum of half a billion
 Sums = Mapping[str, npt.NDArray[np.int64]]
 
 
-def cell(max_grad_norm: float) -> float:
+def cell_width(max_grad_norm: float) -> float:
     """Return the cell width of the integer grid for clip norm C: C * 2**-24."""
     return max_grad_norm * 2.0**-GRID_BITS
 
@@ -160,7 +160,7 @@ def add_gaussian_noise(
     }
 
 
-def noised_scores(
+def release_scores(
     scores: npt.NDArray[np.float64], *, declared_size: float, noise_multiplier: float, stream: RandomStream
 ) -> tuple[float, float]:
     """Release the mean score and the count of held-out units by one Gaussian mechanism.
@@ -185,5 +185,5 @@ def noised_scores(
     # The next float above, so that rounding never makes the noise smaller than stated.
     root = float(np.nextafter(np.sqrt(2.0), 2.0))
     noisy = add_gaussian_noise(sums, noise_multiplier=noise_multiplier, stream=stream, sensitivity=root)
-    score, count = noisy["sums"] * cell(1.0) / declared_size
+    score, count = noisy["sums"] * cell_width(1.0) / declared_size
     return float(score), float(count)

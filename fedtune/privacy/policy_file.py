@@ -26,7 +26,7 @@ def read_policy(path: Path) -> Policy:
         return decode(Policy, table)
 
 
-def policy_of(fields: object) -> Policy:
+def policy_from_json(fields: object) -> Policy:
     """Decode a policy that `Policy.to_json` wrote.
 
     Raises:
@@ -38,7 +38,7 @@ def policy_of(fields: object) -> Policy:
     return decode(Policy, fields)
 
 
-def marks_of(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
+def permanent_marks(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
     """Yield the permanent marks that a policy leaves on a ledger.
 
     `before` is the budget of the previous policy if anything has been charged, else None; `time` is the time of the
@@ -54,7 +54,7 @@ def marks_of(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tu
             yield "limits_loosened", time[:10]
 
 
-def never(run: str, lead: str) -> tuple[str, str]:
+def never_accepted_mark(run: str, lead: str) -> tuple[str, str]:
     """Return the mark for a run that its lead ended before this ledger accepted it."""
     return "never", f"{run} of {lead}"
 

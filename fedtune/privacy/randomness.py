@@ -66,16 +66,16 @@ class RandomStream:
         whole[in_doubt] = 0
         rounded = whole.astype(np.int64)
         for place in np.flatnonzero(in_doubt.any(axis=0)):
-            rounded[:, place] = self._with_more_bits(int(radius_bits[place]), int(angle_bits[place]), deviation)
+            rounded[:, place] = self._round_exactly(int(radius_bits[place]), int(angle_bits[place]), deviation)
         return rounded.reshape(-1)[:count]
 
-    def _with_more_bits(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
+    def _round_exactly(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
         """Round one pair exactly: draw further bits until both values are decided."""
         intervals = MPIntervalContext()
         num_bits = 64
         for _ in range(_MOST_EXTENSIONS):
             num_bits += 128
-            radius_bits, angle_bits = (self._extended(bits) for bits in (radius_bits, angle_bits))
+            radius_bits, angle_bits = (self._extend_bits(bits) for bits in (radius_bits, angle_bits))
             intervals.prec = 2 * num_bits
             uniform, turn = (intervals.mpf([b, b + 1]) / 2**num_bits for b in (radius_bits, angle_bits))
             if radius_bits == 0:  # log(0): the interval has no lower end
@@ -83,14 +83,14 @@ class RandomStream:
             radius = deviation * intervals.sqrt(-2 * intervals.log(uniform))
             angle = 2 * intervals.pi * turn
             (low, high), (other_low, other_high) = (
-                [_nearest(end) for end in value._mpi_]
+                [_round_to_nearest(end) for end in value._mpi_]
                 for value in (radius * intervals.cos(angle), radius * intervals.sin(angle))
             )
             if low == high and other_low == other_high:
                 return low, other_low
         raise AssertionError("a thousand further bits decide a value, but for a chance below 2**-900")
 
-    def _extended(self, bits: int) -> int:
+    def _extend_bits(self, bits: int) -> int:
         first, second = (int(more) for more in self.uniform64(2))
         return bits << 128 | first << 64 | second
 
@@ -113,7 +113,7 @@ def _box_muller(
     return values, error
 
 
-def _nearest(end: Any) -> int:
+def _round_to_nearest(end: Any) -> int:
     """Return the integer nearest to an end of an interval; exact, because mpmath stores the end as a binary
     fraction.
     """

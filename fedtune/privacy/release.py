@@ -97,12 +97,12 @@ class Reason(StrEnum):
         return self not in _ABOUT_ONE_REQUEST
 
     @property
-    def is_of_a_stranger(self) -> bool:
+    def is_from_stranger(self) -> bool:
         """Whether the sender did not prove to be an allowed lead."""
         return self in _OF_A_STRANGER
 
     @property
-    def is_about_budget(self) -> bool:
+    def concerns_budget(self) -> bool:
         """Whether fewer rounds or more noise might be accepted."""
         return self in _ABOUT_BUDGET
 
@@ -186,11 +186,11 @@ class Update:
         Numbers are little-endian.  The result is cached, so that receipt, ledger and message contain the same bytes.
         """
         if not self._bytes:
-            header, following = self._encoded()
+            header, following = self._encode_parts()
             object.__setattr__(self, "_bytes", b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *following]))
         return self._bytes
 
-    def _encoded(self) -> tuple[bytes, list[memoryview]]:
+    def _encode_parts(self) -> tuple[bytes, list[memoryview]]:
         """Return the encoded header, and the buffers that follow it."""
         shapes: Any
         match self.tensors:
@@ -222,12 +222,12 @@ class Update:
                 site=str(header["site"]),
                 run=str(header["run"]),
                 round=int(header["round"]),
-                tensors=_tensors(header["tensors"], memoryview(data)[start + size :]),
+                tensors=_decode_tensors(header["tensors"], memoryview(data)[start + size :]),
                 scores=decode_value("scores", header["scores"], tuple[float, float] | None),
             )
             # One update has one encoding, so that no extra field, other type or spacing can carry data out.
             finite = all(map(math.isfinite, update.scores or ()))
-            if not finite or update._encoded()[0] != data[start : start + size]:
+            if not finite or update._encode_parts()[0] != data[start : start + size]:
                 raise ValueError("header")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
             raise ConfigError("update", f"{len(data)} bytes", "must be an encoded update") from error
@@ -235,7 +235,7 @@ class Update:
         return update
 
 
-def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
+def _decode_tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
     """Read the tensors after an update's header.
 
     Raises:
@@ -322,15 +322,15 @@ class Receipt(_Plain):
     simulated: bool
     reply: str = ""
 
-    def message(self) -> bytes:
+    def signed_bytes(self) -> bytes:
         """Return the bytes that are signed."""
         fields = self.to_json()
         del fields["signature"]
         return json.dumps(fields, sort_keys=True).encode()
 
-    def is_signed(self) -> bool:
+    def has_valid_signature(self) -> bool:
         """Whether the signature is valid for `site_key`."""
-        return is_signed(self.site_key, RECEIPT, self.message(), self.signature)
+        return is_signed(self.site_key, RECEIPT, self.signed_bytes(), self.signature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -347,9 +347,9 @@ class Refusal(_Plain):
     _magic: ClassVar[bytes] = b"fedtune-refusal-1\n"
 
     @property
-    def in_words(self) -> str:
+    def as_text(self) -> str:
         """The reason, with the requested and the allowed value if known."""
-        return ", ".join(filter(None, (self.reason.value, asked_and_allowed(self.asked, self.allowed))))
+        return ", ".join(filter(None, (self.reason.value, format_asked_and_allowed(self.asked, self.allowed))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -383,7 +383,7 @@ class Refused(RefusedError):
         self.reason = reason
         self.asked = None if asked is None else str(asked)[:_MOST_TEXT]
         self.allowed = None if allowed is None else str(allowed)[:_MOST_TEXT]
-        said = asked_and_allowed(self.asked, self.allowed)
+        said = format_asked_and_allowed(self.asked, self.allowed)
         super().__init__(f"{reason}: {said}" if said else reason.value)
 
     def to_json(self) -> dict[str, Any]:
@@ -391,7 +391,7 @@ class Refused(RefusedError):
         return {"rule": self.reason.value, "asked": self.asked, "allowed": self.allowed}
 
 
-def asked_and_allowed(asked: str | None, allowed: str | None) -> str:
+def format_asked_and_allowed(asked: str | None, allowed: str | None) -> str:
     """Format the requested and the allowed value of a refusal; empty if neither is known."""
     values = {"asked": asked, "allowed": allowed}
     return ", ".join(f"{word} {value}" for word, value in values.items() if value is not None)

@@ -13,7 +13,7 @@ from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfCompose
 from fedtune.codec import decode, require
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons
+from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons_by_adversary
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
@@ -84,7 +84,7 @@ class Plan:
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 1 and -0.0 would have other digests
 
     @classmethod
-    def of(
+    def from_privacy(
         cls,
         privacy: PrivacySpec,
         *,
@@ -113,9 +113,9 @@ class Plan:
                 delta=privacy.delta,
                 sampling_rate=privacy.sampling_rate,
                 steps=local_steps * most,
-                also=scores_of(privacy.metrics_noise, most),
+                also=score_events(privacy.metrics_noise, most),
             )
-            noise = noise if together is None else together.share_of(noise)
+            noise = noise if together is None else together.share_for_total(noise)
         return cls(
             unit=privacy.unit,
             delta=privacy.delta,
@@ -148,32 +148,32 @@ class Plan:
         return self.num_rounds + self.spare_rounds
 
     @property
-    def whole(self) -> DpEvent:
+    def full_event(self) -> DpEvent:
         """The event of all rounds that may be charged."""
         return self.event(rounds=self.most_rounds)
 
     @property
-    def of_all_runs(self) -> DpEvent:
+    def all_runs_event(self) -> DpEvent:
         """The event of all `runs` together, for whose epsilon the noise was calibrated."""
         return self.event(rounds=self.most_rounds * self.runs)
 
     @property
-    def noises(self) -> tuple[float, ...]:
+    def noise_multipliers(self) -> tuple[float, ...]:
         """All noise multipliers that the accounting uses: of training and, if released, of the scores."""
-        return (self.counted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
+        return (self.accounted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     @property
-    def sums(self) -> SharedNoise:
+    def secure_noise(self) -> SharedNoise:
         """The shared noise of a plan with secure aggregation; the plan must have one."""
         assert self.shared is not None, "a plan of secure sums"
         return self.shared
 
     @property
-    def counted_noise(self) -> float:
+    def accounted_noise(self) -> float:
         """The noise multiplier used in accounting: the site's own or, in a secure sum, that of the fewest honest
         shares.
         """
-        return self.noise_multiplier if self.shared is None else self.shared.noise_of_fewest
+        return self.noise_multiplier if self.shared is None else self.shared.smallest_honest_noise
 
     def with_noise(self, noise_multiplier: float) -> Plan:
         """Return a copy of the plan with another noise multiplier; with secure aggregation, with another share."""
@@ -181,23 +181,23 @@ class Plan:
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
     @property
-    def by_own_noise_alone(self) -> Plan:
+    def with_own_noise_only(self) -> Plan:
         """The plan with only the site's own share of the noise: the cost of a run if all other sites collude."""
         return dataclasses.replace(self, shared=None)
 
-    def by_trust(self, rounds: int) -> Epsilons | None:
+    def epsilons_by_trust(self, rounds: int) -> Epsilons | None:
         """Return the epsilon of `rounds` rounds against each adversary; None without secure aggregation.
 
         Each sum is assumed to have as few sites as the plan allows.
         """
         if self.shared is None:
             return None
-        return epsilons(
+        return epsilons_by_adversary(
             self.shared,
             survivors={self.shared.threshold: rounds},
             sampling_rate=self.sampling_rate,
             delta=self.delta,
-            also=scores_of(self.metrics_noise_multiplier, rounds),
+            also=score_events(self.metrics_noise_multiplier, rounds),
         )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
@@ -206,10 +206,10 @@ class Plan:
         Guarantee: under add-or-remove-one-unit adjacency.  A secure sum counts as a sum over the fewest sites that the
         plan allows, minus its colluders: a sum over more sites reveals less (`fedtune.privacy.distributed_noise`).
         """
-        training = events.dp_sgd(
-            sampling_rate=self.sampling_rate, noise_multiplier=self.counted_noise, steps=self.local_steps * rounds
+        training = events.dp_sgd_event(
+            sampling_rate=self.sampling_rate, noise_multiplier=self.accounted_noise, steps=self.local_steps * rounds
         )
-        scores = scores_of(self.metrics_noise_multiplier, rounds)
+        scores = score_events(self.metrics_noise_multiplier, rounds)
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
@@ -242,7 +242,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def scores_of(noise_multiplier: float, rounds: int) -> list[DpEvent]:
+def score_events(noise_multiplier: float, rounds: int) -> list[DpEvent]:
     """Return the event of the scores that `rounds` rounds release; held-out records are charged like training
     records.
     """

@@ -51,16 +51,16 @@ class SearchPrice:
         return math.isfinite(self.epsilon)
 
 
-def price_of(plans: Sequence[Plan]) -> SearchPrice:
+def compute_search_price(plans: Sequence[Plan]) -> SearchPrice:
     """Compute the price of a search over these plans: at least one, all with the same unit and delta."""
-    wholes, delta = [plan.whole for plan in plans], plans[0].delta
+    wholes, delta = [plan.full_event for plan in plans], plans[0].delta
     return SearchPrice(
         unit=plans[0].unit,
         delta=delta,
         trials=len(plans),
         epsilon=accountant.epsilon_pld(wholes, delta),
         epsilon_rdp=accountant.epsilon_rdp(wholes, delta),
-        epsilon_filter=filter.cheapest(ComposedDpEvent(tuple(wholes)), delta=delta)[0],
+        epsilon_filter=filter.smallest_cap(ComposedDpEvent(tuple(wholes)), delta=delta)[0],
         epsilon_of_one=max(accountant.epsilon_pld([whole], delta) for whole in set(wholes)),
     )
 
@@ -88,18 +88,20 @@ class Selection:
     charges: tuple[Charge, ...]
 
     @classmethod
-    def of(cls, price: SearchPrice, plans: Sequence[Plan], **told: Any) -> Selection:
+    def from_price(cls, price: SearchPrice, plans: Sequence[Plan], **told: Any) -> Selection:
         """Create the record of a selection in a search with this price over these plans."""
         return cls(
             **told,
             trials=price.trials,
             delta=price.delta,
             epsilon=finite(price.epsilon),
-            charges=tuple(Charge(event=e, count=n) for e, n in events.counted([plan.whole for plan in plans])),
+            charges=tuple(
+                Charge(event=e, count=n) for e, n in events.mechanism_counts([plan.full_event for plan in plans])
+            ),
         )
 
 
-def released(epsilon: float | None, delta: float, search: Selection | None) -> tuple[float | None, float]:
+def released_epsilon(epsilon: float | None, delta: float, search: Selection | None) -> tuple[float | None, float]:
     """Return the (epsilon, delta) that a finished run has cost its records; None for an unbounded epsilon.
 
     For a trial of a search, the cost is at least that of the whole search.

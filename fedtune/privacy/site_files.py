@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
@@ -31,7 +31,7 @@ class SiteFiles:
         self.anchor = folder / policy.anchor if policy.anchor else None
 
     @classmethod
-    def of(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:
+    def from_site_toml(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:
         """Read the policy `site_toml`, and locate the site's files.
 
         Guarantee: without the answers that a person has to give, a policy permits neither training nor opening a
@@ -52,23 +52,23 @@ class SiteFiles:
 
         Guarantee: merely inspecting a policy, which may be a stranger's, never runs a command that it names.
         """
-        return None if self.policy.key_command or not self.site_key.is_file() else self.key().public
+        return None if self.policy.key_command or not self.site_key.is_file() else self.load_key().public
 
-    def key(self, *, make: bool = False) -> SigningKey:
+    def load_key(self, *, make: bool = False) -> SigningKey:
         """Load the site's signing key from its file or its command; with `make`, create a missing file.
 
         Raises:
             ConfigError: the key is missing or cannot be read.
         """
-        read = SigningKey.load_or_make if make else SigningKey.load
+        read = SigningKey.load_or_create if make else SigningKey.load
         command = () if self.policy.simulated else self.policy.key_command  # a run folder may be a stranger's
         return read(self.site_key, command=command, named_in=self.site_toml)
 
-    def open(self) -> Ledger:
+    def open_ledger(self) -> SiteLedger:
         """Open the ledger for training; a missing ledger or key is created."""
-        return Ledger(self.ledger, self.policy, self.key(make=True), anchor=self.anchor)
+        return SiteLedger(self.ledger, self.policy, self.load_key(make=True), anchor=self.anchor)
 
-    def verified(self) -> Verified | None:
+    def verify_ledger(self) -> Verified | None:
         """Verify the ledger, against its anchor if there is one; None if the ledger does not exist yet.
 
         Raises:
@@ -79,8 +79,10 @@ class SiteFiles:
         return verify(self.ledger, anchor=Head.read(self.anchor) if self.anchor and self.anchor.is_file() else None)
 
 
-def runs_of_sites(folder: str | None) -> int:
+def max_runs_of_sites(folder: str | None) -> int:
     """Return the most runs charged to any ledger in a folder of simulated sites; 0 if there are none."""
-    verified = [SiteFiles.of(path).verified() for path in Path(folder).glob("*/site.toml")] if folder else []
+    verified = (
+        [SiteFiles.from_site_toml(path).verify_ledger() for path in Path(folder).glob("*/site.toml")] if folder else []
+    )
     ledgers = [one.history for one in verified if one is not None]
     return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in ledgers), default=0)

@@ -86,7 +86,7 @@ class Population:
 
 
 @spec
-class Reference:
+class ReferenceRun:
     """A typical run, as the site expects it; the filter's order is chosen for it when the ledger is created."""
 
     sampling_rate: float
@@ -102,7 +102,9 @@ class Reference:
     @property
     def event(self) -> DpEvent:
         """The privacy event of the whole run."""
-        return events.dp_sgd(sampling_rate=self.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self.steps)
+        return events.dp_sgd_event(
+            sampling_rate=self.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self.steps
+        )
 
 
 @spec
@@ -120,7 +122,7 @@ class Budget:
 
     delta: float
     max_epsilon: float
-    reference: Reference
+    reference: ReferenceRun
     max_epsilon_per_run: float | None = None
     max_epsilon_per_period: float | None = None
     period: Calendar = "year"
@@ -414,7 +416,7 @@ class Policy:
 
         Caps on epsilon are checked only if no other rule is broken.
         """
-        broken = list(_broken_rules(self, proposal)) or list(_epsilons_above(self, proposal.plan))
+        broken = list(_broken_rules(self, proposal)) or list(_exceeded_epsilon_caps(self, proposal.plan))
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
     def declared_size(self, dataset: str) -> int:
@@ -475,7 +477,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         if number > most:
             yield reason, number, f"at most {most:g}"
     for reason, number, least in (
-        (Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), limits.min_noise_multiplier),
+        (Reason.MIN_NOISE_MULTIPLIER, min(plan.noise_multipliers), limits.min_noise_multiplier),
         (Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm),
     ):
         if number < least:
@@ -490,28 +492,28 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     if plan.releases_metrics and policy.releases.metrics == "none":
         yield Reason.METRICS, "noised", "none"
     if plan.shared is not None:
-        yield from policy.trust.broken_by(plan.shared)
+        yield from policy.trust.violated_rules(plan.shared)
 
 
-def _epsilons_above(policy: Policy, plan: Plan) -> Iterator[Broken]:
+def _exceeded_epsilon_caps(policy: Policy, plan: Plan) -> Iterator[Broken]:
     """Yield the per-run caps on epsilon that a plan exceeds.
 
     These rules are the most expensive ones, so they are checked only for plans within all other limits, for which
     epsilon can be computed in bounded time.
     """
-    alone = plan.by_own_noise_alone if plan.shared else None
+    alone = plan.with_own_noise_only if plan.shared else None
     for reason, counted, most in (
         (Reason.MAX_EPSILON_PER_RUN, plan, policy.budget.max_epsilon_per_run),
         (Reason.MAX_EPSILON_IF_ALL_COLLUDE, alone, policy.trust.max_epsilon_if_all_collude),
     ):
-        if counted and most is not None and (epsilon := _plan_epsilon_above(counted, most)) is not None:
+        if counted and most is not None and (epsilon := _plan_epsilon_if_above(counted, most)) is not None:
             yield reason, f"{epsilon:.4g}", f"at most {most:g}"
 
 
 @lru_cache(maxsize=256)
-def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
+def _plan_epsilon_if_above(plan: Plan, limit: float) -> float | None:
     """Return the PLD epsilon of a whole plan if it is above `limit`, else None.
 
     PLD is a proof here, because a plan is fixed before any output is seen.
     """
-    return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)
+    return accountant.epsilon_if_above([plan.full_event], plan.delta, limit=limit)

@@ -43,11 +43,11 @@ class Trust:
             check_public_key(f"members.{site}", key)
 
     @property
-    def demands(self) -> dict[str, int]:
+    def requirements(self) -> dict[str, int]:
         """The numeric conditions that a run's plan must meet."""
         return {"least_sites": self.least_sites, "least_threshold": self.least_threshold, "colluders": self.colluders}
 
-    def broken_by(self, shared: SharedNoise) -> Iterator[Broken]:
+    def violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:
         """Yield the rules that a plan with secure aggregation breaks."""
         if not self.secure:
             yield Reason.SECURE_SUMS, "yes", "no"

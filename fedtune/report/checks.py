@@ -11,7 +11,7 @@ from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.privacy.durable import hashes
+from fedtune.privacy.durable import hash_files
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
@@ -19,7 +19,7 @@ from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
-from fedtune.words import counted, spoken
+from fedtune.words import pluralize, spoken
 
 _CALIBRATED, _STEP = 1e-3, 1e-4
 """How much less noise than searched for here another version may have found, relatively, and how much more: a step."""
@@ -69,30 +69,30 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
     of_run = isinstance(facts, RunFacts) and RunFolder(folder).config.is_file()
     found = [
         Check("schema", "right", f"It is a report of schema version {REPORT_SCHEMA}."),
-        _signature(report, known.key),
-        *_figures(report),
+        _check_signature(report, known.key),
+        *_check_figures(report),
     ]
     if isinstance(facts, RunFacts):
-        found += _taken(facts, folder)
-        found.append(_site_keys(facts, known.site_keys))
-        found.append(_configuration(facts, known.config_sha256, saved_config(folder) if of_run else None))
-        found += _files(facts, known.model, RunFolder(folder).adapter)
+        found += _check_statements(facts, folder)
+        found.append(_check_site_keys(facts, known.site_keys))
+        found.append(_check_configuration(facts, known.config_sha256, saved_config(folder) if of_run else None))
+        found += _check_model_files(facts, known.model, RunFolder(folder).adapter)
     if all(check.state != "wrong" for check in found):
-        found += _drawn(path, report)
-        found += _told(folder, report, of_run=of_run)
+        found += _check_drawings(path, report)
+        found += _check_card_and_entry(folder, report, of_run=of_run)
     return tuple(found)
 
 
-def _open(report: RunFacts | LedgerFacts, *asked: object) -> State:
+def _unchecked_state(report: RunFacts | LedgerFacts, *asked: object) -> State:
     """Return the state of a comparison that was not made: "missing" if somebody `asked` for it or the sites are
     real.
     """
     return "not_checked" if report.simulated and not any(asked) else "missing"
 
 
-def _signature(report: Report, key: str | None) -> Check:
+def _check_signature(report: Report, key: str | None) -> Check:
     try:
-        signer = signing.check(report, expected_key=key)
+        signer = signing.verify_report_signature(report, expected_key=key)
     except RunError as error:
         return Check("signature", "wrong", f"{str(error)[0].upper()}{str(error)[1:]}.")
     if signer is not None and key is not None:
@@ -103,16 +103,16 @@ def _signature(report: Report, key: str | None) -> Check:
             f"It was made with the key in the file, {spoken(signer)}: not checked. Anybody can sign with a key of "
             "their own; give the key that you know with --key."
         )
-    return Check("signature", _open(report.facts), text)
+    return Check("signature", _unchecked_state(report.facts), text)
 
 
-def _figures(report: Report) -> Iterator[Check]:
+def _check_figures(report: Report) -> Iterator[Check]:
     found = problems(report)
     of_verdict = tuple(problem for problem in found if ".verdict." in f".{problem.where}")
     others = tuple(problem for problem in found if problem not in of_verdict)
     events = sum(charge.count for site in report.sites for row in site.mechanisms for charge in row.charges)
-    again = f"computed again from the {events:,} mechanisms that {counted(len(report.sites), 'site')} ran"
-    right, wrong = f"Each epsilon that its events give, {again}, is as it says.", counted(len(others), "figure")
+    again = f"computed again from the {events:,} mechanisms that {pluralize(len(report.sites), 'site')} ran"
+    right, wrong = f"Each epsilon that its events give, {again}, is as it says.", pluralize(len(others), "figure")
     for name, those, if_right, if_wrong in (
         ("figures", others, right, f"{wrong} not as {again}:"),
         ("verdict", of_verdict, "No verdict is better than its figures.", "The verdict does not fit the figures:"),
@@ -120,7 +120,7 @@ def _figures(report: Report) -> Iterator[Check]:
         yield Check(name, "wrong" if those else "right", if_wrong if those else if_right, those)
 
 
-def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
+def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
     """Compare the lifetime figures that the run's report repeats with the sites' signed reports, if these are
     available.
     """
@@ -133,36 +133,36 @@ def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
     found = tuple(
         Problem(f"sites.{site.site}.statement", "figures", "none like these in a report that the site signed")
         for site in joined
-        if site.site in own and not _is_of(own[site.site], site, facts)
+        if site.site in own and not _is_source_of_statement(own[site.site], site, facts)
     )
     if found:
         yield Check("taken", "wrong", "The sites' own reports say something else:", found)
     elif absent:
         text = f"Not compared: the figures over all runs of {names}, which rest on reports that the sites signed."
-        yield Check("taken", _open(facts), f"{text} Put these into site_reports/ beside the report.")
+        yield Check("taken", _unchecked_state(facts), f"{text} Put these into site_reports/ beside the report.")
     else:
         yield Check("taken", "right", f"The figures over all runs are those that the sites signed: {names}.")
 
 
-def _is_of(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
+def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
     """Whether the site signed this consistent report, and it contains the statement that the run's report repeats."""
-    from fedtune.report.from_run import statement_of
+    from fedtune.report.from_run import extract_statement
 
     try:
-        signing.check(report, expected_key=site.receipt.site_key if site.receipt else "")
+        signing.verify_report_signature(report, expected_key=site.receipt.site_key if site.receipt else "")
     except RunError:
         return False
-    return not problems(report) and statement_of(report, run=facts.run, plan=facts.plan) == site.statement
+    return not problems(report) and extract_statement(report, run=facts.run, plan=facts.plan) == site.statement
 
 
-def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
+def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
     """Compare the keys that signed the receipts with the known keys of the sites, since anybody can sign with a key of
     their
     own.
     """
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
-        return Check(name, _open(facts, keys), "One machine held all keys: they show nothing of real sites.")
+        return Check(name, _unchecked_state(facts, keys), "One machine held all keys: they show nothing of real sites.")
     if keys is None:
         return Check(name, "missing", "Nobody compared the keys that signed the receipts: give --roster.")
     found = [
@@ -178,17 +178,17 @@ def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
     return Check(name, "right", "Each receipt is signed with the key that the roster names for its site.")
 
 
-def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
+def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
     """Compare the files in the model's folder with those that the report lists, by name and hash; extra files are
     errors.
     """
     if not (folder := model or own).is_dir():
         if facts.files:
-            text = f"Nobody compared the model with the {counted(len(facts.files), 'file')} that the report names."
-            yield Check("files", _open(facts, model), text)
+            text = f"Nobody compared the model with the {pluralize(len(facts.files), 'file')} that the report names."
+            yield Check("files", _unchecked_state(facts, model), text)
         return
     try:
-        there = hashes(folder, besides=(CARD, LABEL))
+        there = hash_files(folder, besides=(CARD, LABEL))
     except ConfigError as error:
         yield Check("files", "wrong", f"{error}.")
         return
@@ -204,16 +204,16 @@ def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
     if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
         yield Check("files", "wrong", f"{folder} is not the model that the report is about:", tuple(found))
     else:
-        yield Check("files", "right", f"The {counted(len(there), 'file')} in {folder} are those that it names.")
+        yield Check("files", "right", f"The {pluralize(len(there), 'file')} in {folder} are those that it names.")
 
 
-def _told(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
+def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
     """Compare model card and registry entry with what fedtune generates from the report."""
-    from fedtune.report.registry_entry import REGISTRY, by_people, to_text
+    from fedtune.report.registry_entry import REGISTRY, by_people, registry_to_json
 
     written: dict[Path, bytes] = {}
     if (entry := folder / REGISTRY).is_file():
-        written[entry] = to_text(report, by_people(entry.read_bytes())).encode()
+        written[entry] = registry_to_json(report, by_people(entry.read_bytes())).encode()
     if of_run and (RunFolder(folder).adapter / CARD).is_file():
         from fedtune.report.model_card import card_of_adapter
 
@@ -223,23 +223,23 @@ def _told(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
         if not path.is_file() or path.read_bytes() == right:
             yield Check(name, "right", "It says what the report says.")
         else:
-            yield _differs(name, folder, report)
+            yield _report_difference(name, folder, report)
 
 
-def _differs(name: str, folder: Path, report: Report) -> Check:
+def _report_difference(name: str, folder: Path, report: Report) -> Check:
     if report.facts.provenance.fedtune_version == __version__:
         text = f"It is not what fedtune draws of this report: write it anew with fedtune report {folder}."
         return Check(name, "wrong", text)
     text = f"Not compared: fedtune {__version__} may draw it in another form; check it with the report's version."
-    return Check(name, _open(report.facts), text)
+    return Check(name, _unchecked_state(report.facts), text)
 
 
-def _drawn(path: Path, report: Report) -> Iterator[Check]:
+def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
     """Compare the page and the label next to a report with new drawings; equal reports give equal bytes."""
     from fedtune.report.page.catalogue import LANGUAGES
-    from fedtune.report.page.render import as_svg, render
+    from fedtune.report.page.render import render, render_label
 
-    for name, draw in (("report.html", render), (LABEL, as_svg)):
+    for name, draw in (("report.html", render), (LABEL, render_label)):
         file = path.with_name(name)
         if not file.is_file():
             continue
@@ -247,10 +247,10 @@ def _drawn(path: Path, report: Report) -> Iterator[Check]:
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
             yield Check(name, "right", "It shows what the report says, byte for byte.")
         else:
-            yield _differs(name, path.parent, report)
+            yield _report_difference(name, path.parent, report)
 
 
-def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
+def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
     """Yield every fact of a run that contradicts its settings.
 
     Guarantee: without a problem, each number of the plan, and so each mechanism, is the one that the settings ask for,
@@ -270,14 +270,17 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
     made, start, run = facts.provenance, facts.provenance.start_adapter, facts.run
     if facts.deployed:
-        from fedtune.report.from_run import sent_to_sites
+        from fedtune.report.from_run import settings_sent_to_sites
 
-        run = sent_to_sites(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
+        run = settings_sent_to_sites(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
     began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
-        *((key, getattr(facts, key), asked) for key, asked in cells.facts_of(config, plan).items()),
-        *((f"provenance.{key}", getattr(made, key), asked) for key, asked in cells.provenance_of(config).items()),
+        *((key, getattr(facts, key), asked) for key, asked in cells.facts_from_settings(config, plan).items()),
+        *(
+            (f"provenance.{key}", getattr(made, key), asked)
+            for key, asked in cells.provenance_from_settings(config).items()
+        ),
         ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
         ("provenance.start_adapter", start and start.digest, began),
         ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
@@ -289,11 +292,11 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
             yield Problem(where, is_so, asked)
 
 
-def _configuration(facts: RunFacts, sha256: str | None, config: RunConfig | None) -> Check:
+def _check_configuration(facts: RunFacts, sha256: str | None, config: RunConfig | None) -> Check:
     """Compare the report with the run's settings: their digest, and the plan that follows from them."""
     name, said = "configuration", facts.provenance.config_sha256
     found = [Problem("provenance.config_sha256", said, sha256)] if sha256 not in (None, said) else []
-    found += settings_problems(facts, config) if config is not None else ()
+    found += find_settings_problems(facts, config) if config is not None else ()
     if found:
         return Check(name, "wrong", "The run's settings say something else:", tuple(found))
     if config is not None:
@@ -301,4 +304,4 @@ def _configuration(facts: RunFacts, sha256: str | None, config: RunConfig | None
         return Check(name, "right", text)
     first = "The" if sha256 is None else f"It is of the configuration {sha256}, whose settings are not at hand: the"
     text = "run's config.yaml does not lie beside the report: nobody compared noise, sampling rate and steps with it."
-    return Check(name, _open(facts, sha256), f"{first} {text}")
+    return Check(name, _unchecked_state(facts, sha256), f"{first} {text}")

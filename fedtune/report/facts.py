@@ -14,7 +14,7 @@ from typing import Literal
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
-from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
+from fedtune.federation.kept_round import Kept, count_rounds, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.cohorts import Calendar
@@ -23,8 +23,8 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
-from fedtune.privacy.site_policy import Reference
-from fedtune.show.budget_text import Arrivals
+from fedtune.privacy.site_policy import ReferenceRun
+from fedtune.show.budget_text import ArrivalRange
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 from fedtune.tasks.measures import Detail
 
@@ -37,7 +37,7 @@ _MOST_CANARIES = 10**6  # at one place
 
 
 @spec
-class Verdict:
+class BudgetVerdict:
     """Whether the spent epsilon stays within the approved one; `reasons` are codes of the catalogue."""
 
     state: State
@@ -83,7 +83,7 @@ class LifetimeRun:
 class CohortFigures:
     """The figures of people who arrived in the same periods; the fields other than `people` are as in `Lifetime`."""
 
-    people: Arrivals
+    people: ArrivalRange
     epsilon: float | None
     with_set_aside: float | None
     left: float | None
@@ -203,7 +203,7 @@ class SiteStatement:
 
     date: str | None  # day of the report
     same_plan: bool  # whether its ledger holds the plan that the run asked for, if it knows the run
-    verdict: Verdict
+    verdict: BudgetVerdict
     approved: Approved
     lifetime: Lifetime
     charges: int  # that its ledger holds, as `Cap.charges_before` counts them
@@ -350,16 +350,16 @@ class RunFacts:
     @property
     def finished(self) -> bool:
         """Whether every round was aggregated, or early stopping ended the run."""
-        return is_over(self.rounds, self._federation, judged_by=self.judged_by)
+        return should_stop(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
     def progress(self) -> str:
-        return f"{len(self.rounds)} / {rounds_in_all(self.rounds, self._federation)}"
+        return f"{len(self.rounds)} / {count_rounds(self.rounds, self._federation)}"
 
     @property
     def kept(self) -> Kept | None:
         """The round that validation scores selected; None if they did not decide."""
-        return kept_of(self.rounds, self._federation, judged_by=self.judged_by)
+        return find_kept_round(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
     def unchanged(self) -> bool:
@@ -375,7 +375,7 @@ class RunFacts:
         """Whether one machine holds all keys, as the settings or any site's own signature say."""
         return not self.deployed or any(site.receipt and site.receipt.simulated for site in self.sites)
 
-    def rounds_of(self, site: SiteFacts) -> int:
+    def count_charged_rounds(self, site: SiteFacts) -> int:
         """Return the number of rounds that count as charged at a site, including retries.
 
         Guarantee: it is less than the whole plan only if the site signed that it charged no more and that the run has
@@ -442,7 +442,7 @@ class LedgerFacts:
     order: float  # of the filter, fixed when the ledger was made
     declared_size: int
     approved: Approved  # of each cap the smaller of the noted one and the policy's
-    reference: Reference  # a typical run
+    reference: ReferenceRun  # a typical run
     caps: tuple[Cap, ...]
     runs: tuple[RunInLedger, ...]
     charges: tuple[ChargedRounds, ...]  # in order

@@ -17,12 +17,12 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified, verify
-from fedtune.privacy.policy_file import policy_of
+from fedtune.privacy.policy_file import policy_from_json
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.report.derive import ledger_figures
-from fedtune.report.derive.cells import rank_text
+from fedtune.report.derive.cells import format_rank
 from fedtune.report.facts import (
     Approved,
     Cap,
@@ -35,14 +35,14 @@ from fedtune.report.facts import (
     Verification,
 )
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive
+from fedtune.report.rederive import derive_report
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite
 
 MOST_STEPS = 400  # charged rounds that a report shows by themselves; of more it shows one charge for each run and month
 
 
-def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
+def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     """Build the report of a ledger, as of its newest event.
 
     Guarantee: the report contains nothing about the records except what was released; the records' fingerprints stay in
@@ -55,7 +55,7 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
         RunError: the ledger cannot be read at all.
         ConfigError: a file is missing, invalid, or belongs to a different site.
     """
-    files = SiteFiles.of(site_toml_or_ledger) if site_toml_or_ledger.suffix == ".toml" else None
+    files = SiteFiles.from_site_toml(site_toml_or_ledger) if site_toml_or_ledger.suffix == ".toml" else None
     ledger = files.ledger if files else site_toml_or_ledger
     if not ledger.is_file():
         raise ConfigError("ledger", str(ledger), "must be a ledger: there is no such file")
@@ -67,25 +67,27 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
         verified = verify(ledger, anchor=head, site_key=files.public_key if files else None)
         events, history = verified.events, verified.history
     except RunError as error:
-        events, history = _followed(ledger)
+        events, history = _read_consistent_events(ledger)
         problem = str(error).replace(str(ledger), ledger.name)  # folders are nobody else's business
-    for name, made_for, says in history.opened.differences(own) if own else []:
+    for name, made_for, says in history.opening.differences(own) if own else []:
         raise ConfigError(name, says, f"must be {made_for!r}, for which {ledger} was made").in_file(site_toml_or_ledger)
-    return derive(facts_of(events, history, verified=verified, problem=problem, own=own, most=MOST_STEPS))
+    return derive_report(
+        collect_ledger_facts(events, history, verified=verified, problem=problem, own=own, most=MOST_STEPS)
+    )
 
 
-def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
+def _read_consistent_events(ledger: Path) -> tuple[tuple[Event, ...], History]:
     """Return the events up to the first inconsistent one, without verification.
 
     Raises:
         RunError: not even the first two events are consistent.
     """
-    with store.reading(ledger) as file:
+    with store.open_for_reading(ledger) as file:
         events = store.read_events(file)
     history = History()
     for number, event in enumerate(events):
         try:
-            history.follow(event)
+            history.apply_event(event)
         except RunError:
             if number < 2:
                 raise
@@ -95,18 +97,18 @@ def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
     return tuple(events), history
 
 
-def facts_by_now(verified: Verified) -> LedgerFacts:
+def collect_current_facts(verified: Verified) -> LedgerFacts:
     """Return the facts of a ledger as of now, but not before its newest event, with one charge per run and month."""
     history = verified.history
-    return facts_of(verified.events, history, verified=verified, most=0, now=history.now())
+    return collect_ledger_facts(verified.events, history, verified=verified, most=0, now=history.now())
 
 
-def lifetime_of(verified: Verified) -> Lifetime:
+def compute_current_lifetime(verified: Verified) -> Lifetime:
     """Compute the figures over all runs as of now."""
-    return ledger_figures.lifetime(facts_by_now(verified))
+    return ledger_figures.compute_lifetime(collect_current_facts(verified))
 
 
-def facts_of(
+def collect_ledger_facts(
     events: Sequence[Event],
     history: History,
     *,
@@ -124,13 +126,13 @@ def facts_of(
         verified: the verified ledger; None: it is inconsistent, or older than its anchor.
         problem: why the ledger does not verify; empty if it does.
         own: the policy in force, if it was given.
-        most: the largest number of rounds to list one by one, as in `charges`.
+        most: the largest number of rounds to list one by one, as in `list_charges`.
         now: the time of the facts; None: the time of the newest event, whenever the ledger is read.
     """
     now, noted = now or history.last_time, history.policy
     assert now is not None, "a ledger has events"
     assert noted is not None, "a ledger begins with its policy"
-    budget = _in_force(noted.budget, own.budget if own else None)
+    budget = _effective_budget(noted.budget, own.budget if own else None)
     simulated = ("simulated", "") in history.marks
     # A simulation notes that it is one, whatever the file says.
     own = own and replace(own, simulated=noted.simulated)
@@ -138,14 +140,14 @@ def facts_of(
     proposals = [run.proposal for run in history.runs.values()]
     models = {proposal.base_model for proposal in proposals}
     settings = {
-        "rank": dict.fromkeys(rank_text(one.adapter, one.rank) for one in proposals),
+        "rank": dict.fromkeys(format_rank(one.adapter, one.rank) for one in proposals),
         "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
     changes = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite(policy[1]))]
     caps = tuple(
-        Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in changes
+        Cap(time=event_day(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in changes
     )
-    opened, decided, cap = history.opened, history.decided, finite(budget.max_epsilon)
+    opened, decided, cap = history.opening, history.decided, finite(budget.max_epsilon)
     return LedgerFacts(
         kind="ledger",
         site=opened.site,
@@ -179,10 +181,10 @@ def facts_of(
             )
             for name, run in history.runs.items()
         ),
-        charges=charges(events, history, most=most),
+        charges=list_charges(events, history, most=most),
         lost_seed=any(("seeded", "") in restored.marks for restored in history.restored),
-        frozen=history.frozen,
-        in_doubt=history.in_doubt is not None,
+        frozen=history.is_frozen,
+        in_doubt=history.furthest_doubt is not None,
         simulated=simulated,
         inexact_gradients=("inexact_gradients", "") in history.marks,
         policy_noted=None if own is None else own.to_json() == noted.to_json(),
@@ -198,7 +200,7 @@ def facts_of(
             anchor_sequence=verified.anchor_sequence,
         ),
         problem=problem,
-        releases=releases(events, history),
+        releases=list_releases(events, history),
         # Nobody stands behind a simulated site who could state anything, whatever its policy says.
         asserted={} if simulated else asdict(noted.asserted),
         settings={name: ", ".join(said) for name, said in settings.items() if said},
@@ -214,7 +216,7 @@ def facts_of(
     )
 
 
-def _in_force(noted: Budget, own: Budget | None) -> Budget:
+def _effective_budget(noted: Budget, own: Budget | None) -> Budget:
     """Return the budget that the ledger noted, with each cap lowered to that of the policy in force.
 
     A site lowers a cap by editing its policy, before the ledger notes the change.  No cap is ever raised here.
@@ -242,21 +244,21 @@ def _run_caps(events: Sequence[Event]) -> dict[str, float | None]:
         if event.kind is Kind.PLAN:
             run_caps[event.run] = budget.max_epsilon_per_run if budget else None
         elif event.kind is Kind.NOTE and event.detail["what"] == "policy":
-            budget = policy_of(event.detail["policy"]).budget
+            budget = policy_from_json(event.detail["policy"]).budget
     return run_caps
 
 
-def day_of(time: str) -> str:
+def event_day(time: str) -> str:
     """Return the day of an event without its time: a policy may hide when exactly its site trained."""
     return time[:10]
 
 
-def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
+def list_charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
     """List the charges in order: one per round, or one per run and month if there are more than `most` rounds."""
     by_round = sum(event.kind is Kind.RESERVE for event in events) <= most
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
-        day = day_of(event.time)
+        day = event_day(event.time)
         if event.kind is Kind.RESERVE:
             # A calendar period has whole months.
             alike = not by_round and made and (made[-1].run, made[-1].day[:7]) == (event.run, day[:7])
@@ -272,7 +274,7 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
     return tuple(made)
 
 
-def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
+def list_releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
     """List everything that the site released or refused, grouped by run, kind and reason, in order of first occurrence.
 
     Refusals of runs in which the site never took part are counted together, because a requester may choose any name.
@@ -294,6 +296,8 @@ def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
     for (name, _, _), time in unanswered.items():
         groups[name, "reservation_without_update", None].append(time)
     return tuple(
-        Release(kind=kind, run=run, reason=reason, count=len(times), first=day_of(times[0]), last=day_of(times[-1]))
+        Release(
+            kind=kind, run=run, reason=reason, count=len(times), first=event_day(times[0]), last=event_day(times[-1])
+        )
         for (run, kind, reason), times in groups.items()
     )

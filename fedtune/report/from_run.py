@@ -22,27 +22,27 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.config import RunConfig, parse, saved_settings
-from fedtune.federation.drift import HeldOut, held_out_of
-from fedtune.federation.kept_round import is_over
+from fedtune.federation.drift import HeldOut, pool_held_out_scores
+from fedtune.federation.kept_round import should_stop
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.privacy.durable import hashes
+from fedtune.privacy.durable import hash_files
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.report import signing
 from fedtune.report.derive import cells
-from fedtune.report.derive.ledger_figures import num_charges
-from fedtune.report.derive.run_figures import denied
+from fedtune.report.derive.ledger_figures import count_charges
+from fedtune.report.derive.run_figures import find_invalid_field
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive, problems
+from fedtune.report.rederive import derive_report, problems
 from fedtune.runs.earlier_debts import UNKNOWN
 from fedtune.runs.environment import Environment, read_environments, read_selection
 from fedtune.runs.results import FinalResult, RunResult, finite_scores
-from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, errors_in
 from fedtune.words import finite, total
 
@@ -65,7 +65,7 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether every round was aggregated, or early stopping ended the run."""
-        return is_over(self.rounds, self.config.federation, judged_by=self.config.judged_by)
+        return should_stop(self.rounds, self.config.federation, judged_by=self.config.judged_by)
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
@@ -73,7 +73,9 @@ class RunRecord:
         out.
         """
         stored = (self.state.receipts if self.state else {}).items()
-        return {site: one for site, one in stored if not denied(one, site=site, run=self.run, plan=self.plan)}
+        return {
+            site: one for site, one in stored if not find_invalid_field(one, site=site, run=self.run, plan=self.plan)
+        }
 
     @cached_property
     def sent(self) -> RunConfig | None:
@@ -82,7 +84,7 @@ class RunRecord:
         sha256 = config.model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
         if not self.deployed or config.digest() != self.config_sha256 or sha256 is None:
             return None
-        return sent_to_sites(config, self.plan, model_sha256=sha256)
+        return settings_sent_to_sites(config, self.plan, model_sha256=sha256)
 
     @cached_property
     def run(self) -> str:
@@ -96,7 +98,7 @@ class RunRecord:
         # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
         form = re.compile(re.escape(self.config.name) + "-[0-9a-f]{32}")
         for site, receipt in (self.state.receipts if self.state else {}).items():
-            if receipt.site == site and form.fullmatch(receipt.run) and receipt.is_signed():
+            if receipt.site == site and form.fullmatch(receipt.run) and receipt.has_valid_signature():
                 return receipt.run
         return self.config.name
 
@@ -105,13 +107,13 @@ class RunRecord:
         return self.config.runtime.kind == "deployment"
 
 
-def sent_to_sites(config: RunConfig, plan: Plan, *, model_sha256: str) -> RunConfig:
+def settings_sent_to_sites(config: RunConfig, plan: Plan, *, model_sha256: str) -> RunConfig:
     """Return the settings as they were sent to real sites, with the noise of that time, so that it is not
     recalibrated.
     """
     noise = plan.noise_multiplier if plan.private else config.privacy.noise_multiplier
     privacy = replace(config.privacy, noise_multiplier=noise)
-    return for_sites(replace(config, model=replace(config.model, sha256=model_sha256), privacy=privacy))
+    return settings_for_sites(replace(config, model=replace(config.model, sha256=model_sha256), privacy=privacy))
 
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
@@ -126,14 +128,14 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
     files, settings = RunFolder(folder), saved_settings(folder)
     with errors_in(files.config):
         config = parse(settings)
-    result = _result(folder)
+    result = _read_result(folder)
     digest = result.config_sha256 if result else config.digest()
     if not files.saved_checkpoints and result is None:
         raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
     state = Checkpoints(files.checkpoints, digest).load() if files.saved_checkpoints else None
     return RunRecord(
         config=config,
-        plan=plan or _plan(folder, config, result),
+        plan=plan or _reconstruct_plan(folder, config, result),
         config_sha256=digest,
         result=result,
         state=state,
@@ -158,7 +160,7 @@ def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
     return None
 
 
-def _result(folder: Path) -> RunResult | None:
+def _read_result(folder: Path) -> RunResult | None:
     """Read and validate the content of `run.json`, since the folder may come from anybody."""
     path = RunFolder(folder).result
     if not path.is_file():
@@ -177,7 +179,7 @@ def _result(folder: Path) -> RunResult | None:
     return result
 
 
-def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
+def _reconstruct_plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
     """Return the run's plan with the noise that was calibrated then, because a new calibration takes a second."""
     if result is None:
         return config.plan()
@@ -199,7 +201,7 @@ def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
     return plan
 
 
-def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
+def build_run_report(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
     """Build the report of the run in `folder`, finished or not.
 
     `site_reports` are used in addition to those in the folder `site_reports/`.
@@ -211,10 +213,10 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
     """
     record = read_run(folder)
     released = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
-    return derive(facts_of(folder, record, own=by_site(record, [*released, *site_reports])))
+    return derive_report(collect_run_facts(folder, record, own=check_site_reports(record, [*released, *site_reports])))
 
 
-def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
+def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
     """Collect the facts of a run, which may still be in progress; `own` maps a site to its verified report.
 
     The findings of an audit in the folder are included.
@@ -233,7 +235,7 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         run=record.run,
         sent=json.dumps(record.sent.decisive(), sort_keys=True) if record.sent else "",
         plan=plan,
-        **cells.facts_of(config, plan),
+        **cells.facts_from_settings(config, plan),
         seeded_noise=config.runtime.seeded_noise or bool(record.result and record.result.privacy.seeded_noise),
         date=max(times, default=None),
         sampling=noted.sampling if noted else None,
@@ -257,13 +259,13 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         selection=record.selection,
         audit=audit,
         canaries_planted=RunFolder(folder).audit_mark.exists(),
-        held_out=_held_out(record),
-        sites=tuple(_site(record, site, own.get(site)) for site in config.federation.active),
-        files=files_of(folder) if record.finished else {},
+        held_out=_collect_held_out(record),
+        sites=tuple(_collect_site_facts(record, site, own.get(site)) for site in config.federation.active),
+        files=hash_model_files(folder) if record.finished else {},
     )
 
 
-def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
+def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
     """Return the held-out scores of the earlier runs in this line, from the previous run's report, followed by this
     run's.
 
@@ -273,33 +275,33 @@ def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
     if start is None or not plan.releases_metrics:
         return None
     sizes = {site: size * config.data.heldout_fraction for site, size in config.declared_sizes().items()}
-    own = held_out_of(record.rounds, sizes, noise=plan.metrics_noise_multiplier, run=config.name)
+    own = pool_held_out_scores(record.rounds, sizes, noise=plan.metrics_noise_multiplier, run=config.name)
     before: tuple[HeldOut, ...] = ()
     for folder in (Path(start), Path(start).parent):
         with suppress(OSError, ConfigError):  # of another version, or gone: the line begins here
-            facts = signing.read((folder / "report.json").read_bytes()).facts
+            facts = signing.parse_report((folder / "report.json").read_bytes()).facts
             before = (facts.held_out or ()) if isinstance(facts, RunFacts) else ()
     return (*before, *((own,) if own else ())) or None
 
 
-def files_of(folder: Path) -> Mapping[str, str]:
+def hash_model_files(folder: Path) -> Mapping[str, str]:
     """Return the SHA-256 of each file of a run's finished model, and of each export that the run folder records."""
     run = RunFolder(folder)
-    own = hashes(run.adapter, besides=(CARD, LABEL))
-    return {**{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}, **run.exported()}
+    own = hash_files(run.adapter, besides=(CARD, LABEL))
+    return {**{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}, **run.read_exports()}
 
 
-def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
+def _collect_site_facts(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
     """Return a site as the lead knows it, with the statement from its own report if there is one."""
     return SiteFacts(
         site=site,
         declared_size=record.config.declared_sizes()[site],
         receipt=record.receipts.get(site),
-        statement=None if report is None else statement_of(report, run=record.run, plan=record.plan),
+        statement=None if report is None else extract_statement(report, run=record.run, plan=record.plan),
     )
 
 
-def statement_of(report: Report, *, run: str, plan: Plan) -> SiteStatement:
+def extract_statement(report: Report, *, run: str, plan: Plan) -> SiteStatement:
     """Extract the parts of a site's own report that a run's report repeats."""
     (own,), facts = report.sites, report.facts
     assert isinstance(facts, LedgerFacts)
@@ -315,14 +317,14 @@ def statement_of(report: Report, *, run: str, plan: Plan) -> SiteStatement:
         verdict=own.verdict,
         approved=facts.approved,
         lifetime=own.lifetime,
-        charges=num_charges(facts),
+        charges=count_charges(facts),
         verification=facts.verification,
         releases=tuple(release for release in facts.releases if release.run == run),
         asserted=facts.asserted,
     )
 
 
-def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:
+def check_site_reports(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:
     """Check the sites' reports and return them by site.
 
     Guarantee: each report was signed with the key under which the site signed its receipts of this run.  It is about a
@@ -342,7 +344,7 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
         if (receipt := record.receipts.get(site)) is None:
             raise refused(f"cannot be checked: {site} gave this run no receipt, so its key is not known")
         try:
-            key = signing.check(report)
+            key = signing.verify_report_signature(report)
         except RunError as error:
             raise refused(f"must carry its site's signature: {error}") from None
         if key != receipt.site_key:
@@ -366,21 +368,23 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
 def _provenance(record: RunRecord) -> Provenance:
     config, environments = record.config, record.environments
     names = dict.fromkeys(name for environment in environments for name in environment.libraries)
-    libraries = {name: _one(one.libraries[name] for one in environments if name in one.libraries) for name in names}
-    version = _one(environment.fedtune_version for environment in environments)
+    libraries = {
+        name: _join_distinct(one.libraries[name] for one in environments if name in one.libraries) for name in names
+    }
+    version = _join_distinct(environment.fedtune_version for environment in environments)
     return Provenance(
         fedtune_version=version or (record.result.fedtune_version if record.result else "") or NOT_RECORDED,
         config_sha256=record.config_sha256,
-        **cells.provenance_of(config),
-        model_sha256=_one(environment.model_sha256 for environment in environments) or config.model.sha256,
+        **cells.provenance_from_settings(config),
+        model_sha256=_join_distinct(environment.model_sha256 for environment in environments) or config.model.sha256,
         libraries={name: version for name, version in libraries.items() if version},
-        python=_one(environment.python for environment in environments),
-        machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
-        start_adapter=_start_adapter(record),
+        python=_join_distinct(environment.python for environment in environments),
+        machine=_join_distinct(f"{one.system} {one.machine}, {one.device}" for one in environments),
+        start_adapter=_read_start_adapter(record),
     )
 
 
-def _start_adapter(record: RunRecord) -> StartAdapter | None:
+def _read_start_adapter(record: RunRecord) -> StartAdapter | None:
     """Return the adapter that the run noted as its start; a field of the wrong type counts as unknown, since anybody
     may have
     written the files.
@@ -391,12 +395,12 @@ def _start_adapter(record: RunRecord) -> StartAdapter | None:
         return None
     said = (noted.get(key) for key in ("from", "dataset", "unit"))
     run, dataset, unit = (one if isinstance(one, str) and one != UNKNOWN else None for one in said)
-    epsilon, delta = spent_on_start(noted)
+    epsilon, delta = sum_start_losses(noted)
     public = noted.get("public") is True
     return StartAdapter(digest=digest, run=run, dataset=dataset, unit=unit, delta=delta, epsilon=epsilon, public=public)
 
 
-def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:
+def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Sum epsilon and delta of an adapter and of the adapters from which its training started.
 
     They may have been trained on the same record or person, so both add up.  None has the meanings given in
@@ -405,12 +409,12 @@ def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None
     epsilon, delta = (finite(one) if isinstance(one := noted.get(key), float) else None for key in ("epsilon", "delta"))
     if not isinstance(before := noted.get("start_adapter"), Mapping) or before.get("public") is True:
         return epsilon, delta
-    more, also = spent_on_start(before)
+    more, also = sum_start_losses(before)
     if delta is None or also is None or before.get("unit") != noted.get("unit"):
         return None, None
     return None if epsilon is None or more is None else total((epsilon, more)), total((delta, also))
 
 
-def _one(values: Iterable[str]) -> str | None:
+def _join_distinct(values: Iterable[str]) -> str | None:
     """Return the value that all parts of a run have in common, or the different values in order."""
     return " / ".join(dict.fromkeys(values)) or None

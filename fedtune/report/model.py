@@ -21,8 +21,8 @@ from fedtune.federation.drift import Fall
 from fedtune.federation.kept_round import Kept
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge
-from fedtune.report.facts import Facts, Lifetime, Release, Source, Value, Verdict
-from fedtune.show.budget_text import Arrivals
+from fedtune.report.facts import BudgetVerdict, Facts, Lifetime, Release, Source, Value
+from fedtune.show.budget_text import ArrivalRange
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 
 CellState = Literal["auto", "design", "site", "missing"]
@@ -102,7 +102,7 @@ class CurvePoint:
 
 
 @spec
-class Step:
+class EpsilonStep:
     """Epsilon after a round or a run, in order; `cohorts` has one value for each entry of `Lifetime.cohorts`."""
 
     run: str
@@ -118,12 +118,12 @@ class SiteReport:
 
     site: str
     source: Source  # where the figures come from
-    verdict: Verdict
+    verdict: BudgetVerdict
     spent: Spent
     meaning: Meaning | None
     mechanisms: tuple[Mechanism, ...]
     curve: tuple[CurvePoint, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[EpsilonStep, ...]
     lifetime: Lifetime | None = None  # of a ledger; None: a run's report has what the site's own report says, if any
     releases: tuple[Release, ...] = ()  # of a run, as its lead saw them, where no report of the site lists them
     by_trust: Epsilons | None = None  # epsilon of all charges, by who looks; None: every site made its own noise
@@ -164,7 +164,7 @@ class Report:
 
     schema_version: Annotated[int, Field(ge=REPORT_SCHEMA, le=REPORT_SCHEMA)]
     facts: Annotated[Facts, Field(discriminator="kind")]  # that everything else follows from
-    verdict: Verdict
+    verdict: BudgetVerdict
     neighbouring_relation: str
     epsilon: float | None
     randomness: str
@@ -177,7 +177,7 @@ class Report:
     assumptions: tuple[Assumption, ...]
     cells: Cells
     utility: Utility | None = None  # of a run
-    admits: Arrivals | None = None  # the only people whom a run charged; None: everybody
+    admits: ArrivalRange | None = None  # the only people whom a run charged; None: everybody
     signature: Signature | None = None
 
     @property

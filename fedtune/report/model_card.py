@@ -19,15 +19,15 @@ from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.model.source import public_place
+from fedtune.model.source import public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
-from fedtune.report.from_run import RunRecord, build, read_run
+from fedtune.report.from_run import RunRecord, build_run_report, read_run
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.render import as_svg, environment, write_files
+from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.render import render_label, template_environment, write_files
 from fedtune.report.page.report_words import Words
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 from fedtune.words import score_words
 
 
@@ -43,9 +43,9 @@ class Form:
     has_label: bool = True  # whether the run's privacy label is its own
 
     @classmethod
-    def adapter(cls, config: RunConfig, *, folder: str) -> Form:
+    def for_adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """Describe an adapter that is loaded on top of its base model; `folder` is its path in the loading code."""
-        base, needs_base = public_place(config.model), config.lora.kind != NO_ADAPTER
+        base, needs_base = public_location(config.model), config.lora.kind != NO_ADAPTER
         loading = loading_of(config, base=base, folder=folder)
         what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
@@ -53,7 +53,7 @@ class Form:
 
 def loading_of(config: RunConfig, *, base: str, folder: str) -> str:
     """Return lines of Python that load a saved adapter where fedtune is not installed."""
-    task, lines = config.bound_task, input_of(config.data).loading(config.data, base=base, folder=folder)
+    task, lines = config.bound_task, get_input_for(config.data).loading_code(config.data, base=base, folder=folder)
     if lines is None:
         auto = task.auto if task.predicts_tokens else "AutoModel"
         lines = _LOADING.format(auto=auto, base=base, folder=folder) + task.lines.replace("FOLDER", folder)
@@ -76,41 +76,41 @@ def write_report_and_card(run: Path, *, language: str) -> None:
         ConfigError: the folder is not a run folder, or its files belong to different runs.
         RunError: a file is damaged.
     """
-    report = build(run)
+    report = build_run_report(run)
     write_files(run, report, language=language, beside=card_of_adapter(run, report))
 
 
 def card_of_adapter(run: Path, report: Report) -> Mapping[str, bytes]:
     """Return the card and the label of the adapter in a run's folder (file name -> content)."""
     record, adapter = read_run(run), RunFolder(run).adapter.name
-    files = card_files(record, report, Form.adapter(record.config, folder=adapter))
+    files = card_files(record, report, Form.for_adapter(record.config, folder=adapter))
     return {f"{adapter}/{name}": data for name, data in files.items()}
 
 
 def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
     """Return the card of a finished run's model and its privacy label (file name -> content)."""
-    return {CARD: card_text(record, report, form).encode(), LABEL: as_svg(report, language="en").encode()}
+    return {CARD: card_text(record, report, form).encode(), LABEL: render_label(report, language="en").encode()}
 
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
     """Return the card of a finished run's model; equal runs give equal cards."""
     model, made = record.config.model, record.result and record.result.provenance
     example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
-    words, template = Words(report, catalogue("en")), made and made.template
-    body = rendered(
+    words, template = Words(report, load_catalogue("en")), made and made.template
+    body = render_card(
         "model_card.md.j2",
         words=words,
         report=report,
         config=record.config,
         simulated=not record.deployed,
         form=form,
-        base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.shown_path,
+        base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.public_path,
         label=LABEL,
         template=template,
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
-        scores=_scores(report),
-        loading=None if form.needs_base and model.built_in else escape(form.loading.replace('["a text"]', example)),
+        scores=_scores_before_and_after(report),
+        loading=None if form.needs_base and model.is_built_in else escape(form.loading.replace('["a text"]', example)),
     )
     return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
 
@@ -118,7 +118,7 @@ def card_text(record: RunRecord, report: Report, form: Form) -> str:
 def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     config = record.config
     task, model, dataset = config.bound_task, config.model, config.data.dataset
-    scores = {name: after for name, (_, after) in _scores(words.report).items() if after is not None}
+    scores = {name: after for name, (_, after) in _scores_before_and_after(words.report).items() if after is not None}
     of_test = partial(EvalResult, dataset_type=dataset, dataset_name=dataset, dataset_split="test")
     of_task = partial(of_test, task_type=task.hub_name or config.task)
     results = [of_task(metric_type=name, metric_value=score) for name, score in scores.items()]
@@ -143,16 +143,16 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     )
 
 
-def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
+def _scores_before_and_after(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
     """Return score -> its values before and after training."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a card is of a run's model"
     return {name: (facts.before.get(name), after) for name, after in facts.final.items()}
 
 
-def owed(epsilon: float | None, delta: float | None) -> str:
+def format_privacy_loss(epsilon: float | None, delta: float | None) -> str:
     """Format a privacy loss as "epsilon ... at delta ..."."""
-    return "epsilon {} at delta {}".format(*map(catalogue("en").figure, (epsilon, delta), ("epsilon", "exact")))
+    return "epsilon {} at delta {}".format(*map(load_catalogue("en").figure, (epsilon, delta), ("epsilon", "exact")))
 
 
 def _score_text(value: float | None) -> str:
@@ -160,16 +160,21 @@ def _score_text(value: float | None) -> str:
     return "not a number" if value is None or not math.isfinite(value) else f"{value:z.4f}"
 
 
-def rendered(file: str, **values: object) -> str:
+def render_card(file: str, **values: object) -> str:
     """Render a card from its template, escaping all values for Markdown."""
     # For Markdown, where autoescape would escape for HTML.
-    markdown: dict[str, Any] = {"finalize": _escaped, "autoescape": False, "keep_trailing_newline": True}
-    templates = environment().overlay(**markdown, lstrip_blocks=False)
-    named = {"score_words": score_words, "score_text": _score_text, "figure": catalogue("en").figure, "owed": owed}
+    markdown: dict[str, Any] = {"finalize": _escape_markdown, "autoescape": False, "keep_trailing_newline": True}
+    templates = template_environment().overlay(**markdown, lstrip_blocks=False)
+    named = {
+        "score_words": score_words,
+        "score_text": _score_text,
+        "figure": load_catalogue("en").figure,
+        "owed": format_privacy_loss,
+    }
     return templates.get_template(file).render(**named, **values)
 
 
-def _escaped(value: object) -> str:
+def _escape_markdown(value: object) -> str:
     """Escape a value as part of a line of Markdown, removing line breaks; Markup, fedtune's own wording, is not
     escaped.
     """

@@ -17,13 +17,13 @@ from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
-from fedtune.federation.kept_round import is_used_up
+from fedtune.federation.kept_round import is_budget_used_up
 from fedtune.federation.replies import NOT_SUMMED
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import cells, ledger_figures, profile, run_figures
-from fedtune.report.derive.verdicts import audit_problems
+from fedtune.report.derive.verdicts import find_audit_problems
 from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
 from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError
@@ -46,17 +46,21 @@ _BUCKETS_OF_ANY = 3e4  # as much work as a mechanism takes whatever its size: ab
 Charges = Counter[DpEvent]
 
 
-def derive(facts: Facts) -> Report:
+def derive_report(facts: Facts) -> Report:
     """Derive the whole report; equal facts give equal bytes on one machine."""
-    report = figures_of(facts)
-    sites = (replace(site, meaning=profile.as_stated(site.meaning)) for site in report.sites)
+    report = derive_figures(facts)
+    sites = (replace(site, meaning=profile.round_up_figures(site.meaning)) for site in report.sites)
     report = replace(report, sites=tuple(sites))
-    return replace(report, cells=cells.of_report(report))
+    return replace(report, cells=cells.build_report_cells(report))
 
 
-def figures_of(facts: Facts) -> Report:
+def derive_figures(facts: Facts) -> Report:
     """Derive the report without cells, and with unrounded figures of what its epsilons mean."""
-    return run_figures.report_of(facts) if isinstance(facts, RunFacts) else ledger_figures.report_of(facts)
+    return (
+        run_figures.derive_run_report(facts)
+        if isinstance(facts, RunFacts)
+        else ledger_figures.derive_ledger_report(facts)
+    )
 
 
 def problems(report: Report) -> list[Problem]:
@@ -67,18 +71,20 @@ def problems(report: Report) -> list[Problem]:
     """
     facts = report.facts
     try:
-        denied = list(_of_settings(facts))
-        denied += map(Problem._make, _of_run(facts) if isinstance(facts, RunFacts) else _of_ledger(facts))
-        if found := denied or [*_too_much_work(facts)] or [*_of_selection(facts)]:
+        denied = list(_check_cell_settings(facts))
+        denied += map(
+            Problem._make, _check_run_facts(facts) if isinstance(facts, RunFacts) else _check_ledger_facts(facts)
+        )
+        if found := denied or [*_check_amount_of_work(facts)] or [*_check_selection(facts)]:
             return found
-        again = figures_of(facts)
-        again = replace(again, cells=cells.of_report(again), signature=report.signature)
-        return [*_differences("", to_json(report), to_json(again)), *audit_problems(again)]
+        again = derive_figures(facts)
+        again = replace(again, cells=cells.build_report_cells(again), signature=report.signature)
+        return [*_find_differences("", to_json(report), to_json(again)), *find_audit_problems(again)]
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # ValueError: a value out of its range
         return [Problem("facts", "figures", f"that cannot be computed: {error}")]
 
 
-def _of_settings(facts: Facts) -> Iterator[Problem]:
+def _check_cell_settings(facts: Facts) -> Iterator[Problem]:
     for key, value in facts.settings.items():
         if key not in cells.SETTINGS:
             yield Problem("settings", key, f"one of {', '.join(sorted(cells.SETTINGS))}")
@@ -86,7 +92,7 @@ def _of_settings(facts: Facts) -> Iterator[Problem]:
             yield Problem(f"settings.{key}", value, "a number where it is one, and there alone")
 
 
-def _too_much_work(facts: Facts) -> Iterator[Problem]:
+def _check_amount_of_work(facts: Facts) -> Iterator[Problem]:
     """Yield a problem if a report would take hours to check: a small file can name many different mechanisms."""
     if isinstance(facts, RunFacts):
         canaries = sum(bound.canaries for bound in facts.audit.bounds) if facts.audit else 0
@@ -97,18 +103,18 @@ def _too_much_work(facts: Facts) -> Iterator[Problem]:
             if count > most:
                 yield Problem("facts", f"{count} {what}", f"at most {most}, so that they can be computed again")
                 return
-    parts = list(_parts(facts))
+    parts = list(_list_compositions(facts))
     for event, count in (one for charged, _, _ in parts for one in charged.items()):
-        rate, gaussian = profile.parts_of(event)
+        rate, gaussian = profile.split_sampling(event)
         fine = isinstance(event, NonPrivateDpEvent)
         if isinstance(gaussian, GaussianDpEvent):
             fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
-        if not fine or _buckets(event) > _MOST_BUCKETS:  # what no site would run, or hours of work
+        if not fine or _estimate_buckets(event) > _MOST_BUCKETS:  # what no site would run, or hours of work
             said = f"{count} x {events.to_json(event)}"
             raise ConfigError("event", said, "must be a mechanism whose epsilon can be computed")
     single = {(interval, event) for charged, interval, _ in parts for event in charged}
     work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, _, times in parts)
-    work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
+    work += sum(_estimate_buckets(event) * accountant.FINE / interval for interval, event in single)
     too_much, composed = work > _MOST_BUCKETS, 0.0
     for charged, interval, times in [] if too_much else parts:  # of more, their widths would take long to compute
         noisy = {one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)}
@@ -119,24 +125,24 @@ def _too_much_work(facts: Facts) -> Iterator[Problem]:
         yield Problem("facts", f"{len(single)} different mechanisms", "that would take hours to compute")
 
 
-def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
+def _list_compositions(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
     """Yield every composition to compute, with the width of its buckets and how often it is computed."""
     if isinstance(facts, RunFacts):
         # The whole plan, and what each site was charged, with what it came to after earlier rounds.
         most = facts.plan.most_rounds
-        for rounds in {most, *map(facts.rounds_of, facts.sites)}:
-            yield events.grouped([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
+        for rounds in {most, *map(facts.count_charged_rounds, facts.sites)}:
+            yield events.count_mechanisms([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
         if facts.selection:
-            yield profile.charges_of(facts.selection.charges), accountant.FINE, 1
+            yield profile.parse_charges(facts.selection.charges), accountant.FINE, 1
     else:
-        whole = events.grouped([entry.plan.whole for entry in facts.runs])
+        whole = events.count_mechanisms([entry.plan.full_event for entry in facts.runs])
         # Each run and its plan is computed by itself, too.
-        yield ledger_figures.charged_of(facts) | whole, accountant.COARSE, 3
+        yield ledger_figures.largest_charges(facts) | whole, accountant.COARSE, 3
 
 
-def _buckets(event: DpEvent) -> float:
+def _estimate_buckets(event: DpEvent) -> float:
     """Estimate the number of buckets of a mechanism's loss distribution on the fine grid."""
-    _, gaussian = profile.parts_of(event)
+    _, gaussian = profile.split_sampling(event)
     if not isinstance(gaussian, GaussianDpEvent):
         return 0.0
     sigma = gaussian.noise_multiplier
@@ -146,7 +152,7 @@ def _buckets(event: DpEvent) -> float:
 _Found = tuple[str, object, object]
 
 
-def _of_run(facts: RunFacts) -> Iterator[_Found]:
+def _check_run_facts(facts: RunFacts) -> Iterator[_Found]:
     plan, names = facts.plan, [site.site for site in facts.sites]
     if not names or len(set(names)) < len(names):
         yield "sites", ", ".join(names), "at least one site, and each once"
@@ -163,7 +169,7 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
         if told != everybody:
             yield place, ", ".join(sorted(told)), "each site of the run: that its update was used, or why not"
         lost = plan.shared and NOT_SUMMED in result.failed_sites.values()
-        if not (result.sites or lost or (result is facts.rounds[-1] and is_used_up(facts.rounds))):
+        if not (result.sites or lost or (result is facts.rounds[-1] and is_budget_used_up(facts.rounds))):
             yield place, "no update", "at least one: a round without any is none"
     if (facts.final or facts.detail) and not (facts.finished and any(result.sites for result in facts.rounds)):
         yield "rounds", facts.progress, "finished with an adapter: its final scores are there"
@@ -174,7 +180,7 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
         yield "settings.runtime", runtime, "what each site signed of itself: that it is simulated, or not"
     if any(receipt.seeded_noise for receipt in receipts) > facts.seeded_noise:
         yield "seeded_noise", False, "true, as a site signed"
-    yield from _of_sent(facts)
+    yield from _check_sent_settings(facts)
     if facts.files and not facts.finished:
         yield "files", ", ".join(facts.files), "none: the run is not finished"
     if facts.deployed and (facts.sampling, facts.randomness, facts.inexact_gradients) != (None, None, None):
@@ -190,11 +196,11 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
     if late := [result.ended for result in facts.rounds if result.ended > (facts.date or "")]:
         yield "date", facts.date, f"no earlier than {max(late)}, when a round ended"
     for site in facts.sites:
-        for key, said, bound in _of_site(facts, site):
+        for key, said, bound in _check_site_facts(facts, site):
             yield f"sites.{site.site}.{key}", said, bound
 
 
-def _of_sent(facts: RunFacts) -> Iterator[_Found]:
+def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
     """Compare what a report says about sites, records and model with the settings whose digest is in the run's name."""
     digest = hashlib.sha256(facts.sent.encode()).hexdigest() if facts.deployed else facts.provenance.config_sha256 or ""
     if facts.sent and not facts.deployed:
@@ -224,24 +230,24 @@ def _of_sent(facts: RunFacts) -> Iterator[_Found]:
                 yield where, said, asked
 
 
-def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
-    receipt, least = site.receipt, run_figures.least_rounds(facts, site)
-    if receipt and (key := run_figures.denied(receipt, site=site.site, run=facts.run, plan=facts.plan)):
+def _check_site_facts(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
+    receipt, least = site.receipt, run_figures.min_charged_rounds(facts, site)
+    if receipt and (key := run_figures.find_invalid_field(receipt, site=site.site, run=facts.run, plan=facts.plan)):
         yield f"receipt.{key}", getattr(receipt, key), "what this site signed of this run and its plan"
-    if least > facts.rounds_of(site):
-        yield "receipt.charged_rounds", facts.rounds_of(site), f"at least {least}, which left the site"
+    if least > facts.count_charged_rounds(site):
+        yield "receipt.charged_rounds", facts.count_charged_rounds(site), f"at least {least}, which left the site"
     if site.statement:
-        for key, said, bound in _of_statement(facts, site, site.statement):
+        for key, said, bound in _check_statement(facts, site, site.statement):
             yield f"statement.{key}", said, bound
 
 
-def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
+def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
     """Check the lifetime figures in a site's statement for contradictions."""
     life, plan = said.lifetime, facts.plan
     if not 1 < life.order < _MOST_ORDER:
         yield "lifetime.order", life.order, "a number above 1 that can be computed"
         return
-    mine, least = [run.rounds for run in life.runs if run.run == facts.run], run_figures.least_rounds(facts, site)
+    mine, least = [run.rounds for run in life.runs if run.run == facts.run], run_figures.min_charged_rounds(facts, site)
     signed = site.receipt.site_key if site.receipt else None
     key = said.verification.site_key if said.verification else signed
     if signed is None or key != signed:
@@ -255,21 +261,21 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
         yield "asserted", ", ".join(said.asserted), "nothing: nobody can state anything for a simulated site"
     # Its last update was made after the round before was over, give or take a day by two clocks.
     starts = zip(["", *(one.ended for one in facts.rounds)], facts.rounds, strict=False)
-    begun = max((start[:10] for start, one in starts if one.has_update_of(site.site)), default="")
+    begun = max((start[:10] for start, one in starts if one.has_update_from(site.site)), default="")
     if begun and (said.date or "") < str(date.fromisoformat(begun) - timedelta(days=1)):
         yield "date", said.date, f"no day before {begun}, when the run went on"
-    if run_figures.agrees(facts, site, said):
+    if run_figures.statement_agrees(facts, site, said):
         # The ledger counts this run, too.
-        charged = events.grouped([plan.event(rounds=max(mine, default=0))])
+        charged = events.count_mechanisms([plan.event(rounds=max(mine, default=0))])
         alone = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
-        if not _at_most(alone, life.epsilon):
+        if not _is_within_limit(alone, life.epsilon):
             yield "lifetime.epsilon", life.epsilon, f"at least {alone}, by this run alone"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
         yield "lifetime.seeded", False, ", ".join(seeded)
-    yield from _of_any_ledger(said, life.caps, said.charges)
+    yield from _check_caps_and_entries(said, life.caps, said.charges)
 
 
-def _of_selection(facts: Facts) -> Iterator[Problem]:
+def _check_selection(facts: Facts) -> Iterator[Problem]:
     """Compare the run's cost in the sites' own reports with its plan, and check the figures of the hyperparameter
     search.
     """
@@ -281,25 +287,25 @@ def _of_selection(facts: Facts) -> Iterator[Problem]:
         for run in said.lifetime.runs if said and said.same_plan else ():
             for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", plan.most_rounds)):
                 if run.run == facts.run:
-                    found = profile.epsilon_pld(profile.charged_events(plan, rounds), plan.delta)
-                    yield from _differences(f"{place}.{key}", getattr(run, key), found)
+                    found = profile.epsilon_pld(profile.count_charged_events(plan, rounds), plan.delta)
+                    yield from _find_differences(f"{place}.{key}", getattr(run, key), found)
     if told is None:
         return
-    charged = profile.charges_of(told.charges)
+    charged = profile.parse_charges(told.charges)
     if told.delta != plan.delta:
         yield Problem("selection.delta", told.delta, plan.delta)
-    yield from _differences("selection.epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
+    yield from _find_differences("selection.epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
     if told.method not in ("grid", "random", "tpe"):
         yield Problem("selection.method", told.method, "grid, random or tpe")
     if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
         yield Problem("selection.trials", told.trials, "no more trials than what they were charged")
     for site in facts.sites:
-        if events.grouped([facts.plan.event(rounds=facts.rounds_of(site))]) - charged:
-            listed = "; ".join(f"{count} x {event}" for event, count in events.counted(charged))
+        if events.count_mechanisms([facts.plan.event(rounds=facts.count_charged_rounds(site))]) - charged:
+            listed = "; ".join(f"{count} x {event}" for event, count in events.mechanism_counts(charged))
             yield Problem("selection.charges", listed, f"at least what {site.site} was charged for this run")
 
 
-def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
+def _check_ledger_facts(facts: LedgerFacts) -> Iterator[_Found]:
     names = [entry.run for entry in facts.runs]
     if not 0 < facts.delta < 1:
         yield "delta", facts.delta, "a number between 0 and 1"
@@ -310,11 +316,11 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
     if others := sorted({entry.run for entry in facts.charges} - {"", *names}):
         yield "charges", others[0], "a run that was accepted"
         return
-    rounds = ledger_figures.rounds_of(facts)
+    rounds = ledger_figures.rounds_by_run(facts)
     updates = Counter[str]()
     for release in facts.releases:
         updates[release.run] += release.count if release.kind == "update" else 0
-    for name, plan in ledger_figures.plans_of(facts).items():
+    for name, plan in ledger_figures.plans_by_run(facts).items():
         if (plan.unit, plan.delta) != (facts.unit, facts.delta):
             yield f"runs.{name}.plan", f"{plan.unit}, {plan.delta}", f"{facts.unit}, {facts.delta}"
         if rounds[name] > plan.most_rounds:
@@ -333,10 +339,10 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
     days = [*(entry.day[:10] for entry in facts.charges), facts.date[:10]]
     if any(later < day for day, later in pairwise(days)):
         yield "charges", "days", "in order, none after the report's date"
-    yield from _of_any_ledger(facts, facts.caps, ledger_figures.num_charges(facts))
+    yield from _check_caps_and_entries(facts, facts.caps, ledger_figures.count_charges(facts))
 
 
-def _of_any_ledger(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], charges: int) -> Iterator[_Found]:
+def _check_caps_and_entries(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], charges: int) -> Iterator[_Found]:
     """Check what a ledger, or a site's statement about it, says about its caps and its entries."""
     approved, found, places = ledger.approved, ledger.verification, [cap.charges_before for cap in caps]
     # It opens with two notes, and each charge is an entry.
@@ -346,11 +352,11 @@ def _of_any_ledger(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], cha
         yield "caps", ", ".join(map(str, places)), f"at least one, in order, up to the {charges} charges"
     for newest in caps[-1:]:
         # A cap that the policy in force has and the ledger has not noted yet is smaller, and nobody knows since when.
-        if not _at_most(approved.max_epsilon, newest.max_epsilon):
+        if not _is_within_limit(approved.max_epsilon, newest.max_epsilon):
             yield "approved.max_epsilon", approved.max_epsilon, f"at most {newest.max_epsilon}, which the ledger noted"
 
 
-def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGITS) -> Iterator[Problem]:
+def _find_differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGITS) -> Iterator[Problem]:
     """Yield the differences between two JSON values; floats are upper bounds, which may fall short by `under`
     (relative).
     """
@@ -361,9 +367,9 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
             place = f"{where}.{key}" if where else key
             numbers = isinstance(said[key], int | float) and isinstance(found[key], int | float)
             if numbers and (key == "left" or key.endswith("noise_multiplier")):
-                yield from () if _near(said[key], found[key]) else [Problem(place, said[key], found[key])]
+                yield from () if _is_slightly_below(said[key], found[key]) else [Problem(place, said[key], found[key])]
             else:
-                yield from _differences(
+                yield from _find_differences(
                     place, said[key], found[key], under=under if key == "epsilon_pld" else _LAST_DIGITS
                 )
     elif isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
@@ -374,7 +380,7 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
         count = Counter(names)
         for number, (one, other) in enumerate(zip(said, found, strict=True)):
             name = names[number] if names[number] is not None and count[names[number]] == 1 else number
-            yield from _differences(f"{where}.{name}", one, other)
+            yield from _find_differences(f"{where}.{name}", one, other)
     elif isinstance(said, float) and isinstance(found, float | int):
         if not -under * abs(found) <= said - found <= max(under, TOLERANCE) * abs(found):
             yield Problem(where, said, float(found))
@@ -382,11 +388,11 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
         yield Problem(where, said, found)
 
 
-def _near(said: float, found: float) -> bool:
+def _is_slightly_below(said: float, found: float) -> bool:
     """Whether a stated remainder or noise multiplier is at most slightly below the derived value, and not above it."""
     return -TOLERANCE * max(1.0, found) <= said - found <= _LAST_DIGITS * found
 
 
-def _at_most(epsilon: float | None, most: float | None) -> bool:
+def _is_within_limit(epsilon: float | None, most: float | None) -> bool:
     """Whether an epsilon is within a limit, up to rounding; None is unbounded."""
     return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))

@@ -16,7 +16,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.report import signing
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.report_words import Words
 
 REGISTRY = "registry.json"
@@ -25,9 +25,9 @@ _TOGETHER = "The sites make the noise together: each relies on others not to tel
 _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded", "no_noise": "setting.model_text_none"}
 
 
-def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
+def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     """Return the fields of an entry, in English."""
-    words, of_run = Words(report, catalogue("en")), isinstance(report.facts, RunFacts)
+    words, of_run = Words(report, load_catalogue("en")), isinstance(report.facts, RunFacts)
 
     def said(section: str, codes: Sequence[str]) -> list[str]:
         return [words.code(section, code).unescape() for code in codes]
@@ -90,7 +90,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             "randomness": words.code("randomness", report.randomness).unescape(),
         },
         "justification": about.justification,
-        "report_sha256": signing.digest(report),
+        "report_sha256": signing.report_digest(report),
         "missing": [name for name, value in by_people.items() if not value.strip()],
     }
 
@@ -105,6 +105,6 @@ def by_people(data: bytes) -> AboutSpec:
         return AboutSpec()
 
 
-def to_text(report: Report, about: AboutSpec) -> str:
+def registry_to_json(report: Report, about: AboutSpec) -> str:
     """Return the content of registry.json; equal reports give equal bytes."""
-    return json.dumps(entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(build_registry_entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -59,19 +59,22 @@ class UnfinishedReport:
 
     def _write_page(self, state: LeadState, *, goes_on: bool) -> None:
         # These draw, which takes a while to import.
-        from fedtune.federation.kept_round import rounds_in_all
+        from fedtune.federation.kept_round import count_rounds
         from fedtune.report import from_run
-        from fedtune.report.page.catalogue import catalogue
+        from fedtune.report.page.catalogue import load_catalogue
         from fedtune.report.page.render import render
-        from fedtune.report.rederive import derive
+        from fedtune.report.rederive import derive_report
 
         record = from_run.read_run(self._folder, plan=self._plan)
         self._plan = record.plan
-        words, planned = catalogue(self._config.report.language), rounds_in_all(state.rounds, self._config.federation)
+        words, planned = (
+            load_catalogue(self._config.report.language),
+            count_rounds(state.rounds, self._config.federation),
+        )
         now = words.figure(datetime.now(UTC).isoformat(timespec="seconds"), "moment")
         said = words.text("unfinished.running" if goes_on else "unfinished.stopped", done=state.round, planned=planned)
         notice = said + " " + words.text("unfinished.written", time=now)
         # What sites released of their ledgers is joined when the run's own report is written.
-        report = derive(from_run.facts_of(self._folder, record, own={}))
+        report = derive_report(from_run.collect_run_facts(self._folder, record, own={}))
         html = render(report, language=words.language, notice=notice, again_s=AGAIN_S if goes_on else None)
         write_durably(self._folder / "report.html", html.encode())

@@ -20,7 +20,7 @@ _MOST_SHOWN = 100  # letters of a line
 MOST_BYTES = 64 << 20  # of a report's file
 
 
-def canonical(report: Report) -> bytes:
+def canonical_bytes(report: Report) -> bytes:
     """Serialize everything but the signature as UTF-8 JSON with sorted keys, no spaces, and the shortest digits of
     floats.
     """
@@ -29,17 +29,17 @@ def canonical(report: Report) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def to_text(report: Report) -> str:
-    """Return the content of a `report.json`; `read` is the inverse."""
+def report_to_json(report: Report) -> str:
+    """Return the content of a `report.json`; `parse_report` is the inverse."""
     return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def digest(report: Report) -> str:
+def report_digest(report: Report) -> str:
     """Return the SHA-256 of the report's `report.json`, in hex."""
-    return hashlib.sha256(to_text(report).encode()).hexdigest()
+    return hashlib.sha256(report_to_json(report).encode()).hexdigest()
 
 
-def read(data: bytes) -> Report:
+def parse_report(data: bytes) -> Report:
     """Read a report from the bytes of a `report.json`, which must be exactly as fedtune writes it, except for line
     endings.
 
@@ -51,9 +51,9 @@ def read(data: bytes) -> Report:
         ConfigError: the bytes are not such a report.
     """
     try:
-        json.loads(data, parse_int=_whole_number)
+        json.loads(data, parse_int=_parse_bounded_int)
         report = from_json(data)
-        said, right = data.decode().splitlines(), to_text(report).splitlines()
+        said, right = data.decode().splitlines(), report_to_json(report).splitlines()
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
@@ -66,7 +66,7 @@ def read(data: bytes) -> Report:
     return report
 
 
-def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
+def read_bounded_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
     """Read a file of at most `MOST_BYTES`.
 
     Raises:
@@ -84,18 +84,18 @@ def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
 def read_report(name: str) -> tuple[Path, Report]:
     """Read a report from a file, or from the report.json in a folder; return its path and the report."""
     path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
-    data = read_file(path, key="report", name=name, bound="must be a report.json, or a folder with one")
+    data = read_bounded_file(path, key="report", name=name, bound="must be a report.json, or a folder with one")
     with errors_in(path):
-        return path, read(data)
+        return path, parse_report(data)
 
 
-def signed(report: Report, key: SigningKey) -> Report:
+def sign_report(report: Report, key: SigningKey) -> Report:
     """Return the report with a signature by `key`, which replaces any earlier signature."""
-    signature = Signature(key=key.public, signature=key.sign(PURPOSE, canonical(report)))
+    signature = Signature(key=key.public, signature=key.sign(PURPOSE, canonical_bytes(report)))
     return dataclasses.replace(report, signature=signature)
 
 
-def check(report: Report, *, expected_key: str | None = None) -> str | None:
+def verify_report_signature(report: Report, *, expected_key: str | None = None) -> str | None:
     """Verify the signature and return the public key that made it; None: the report is not signed.
 
     Guarantee: with an `expected_key`, known from a source other than the report, nobody without that key changed
@@ -108,7 +108,7 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
         if expected_key is not None:
             raise RunError(f"the report is not signed, by {expected_key} or anybody")
         return None
-    if not is_signed(signature.key, PURPOSE, canonical(report), signature.signature):
+    if not is_signed(signature.key, PURPOSE, canonical_bytes(report), signature.signature):
         raise RunError(f"the signature by {signature.key} does not fit the report: one of them was changed")
     # A ledger's report is signed by the key that signs the ledger's events.
     facts = report.facts
@@ -119,7 +119,7 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
     return signature.key
 
 
-def _whole_number(text: str) -> int:
+def _parse_bounded_int(text: str) -> int:
     # Nothing that is counted needs more than 64 bits, and a sum of what has 4,300 digits cannot be written.
     if len(text) > _MOST_DIGITS:
         raise ConfigError("report", f"{text[:_MOST_DIGITS]}...", f"must be a number of at most {_MOST_DIGITS} digits")

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.privacy.selection import released
+from fedtune.privacy.selection import released_epsilon
 from fedtune.report import signing
 from fedtune.report.facts import RunFacts, StartAdapter, State
 from fedtune.report.model import Report
-from fedtune.report.model_card import owed, rendered
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.model_card import format_privacy_loss, render_card
+from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.report_words import Words
-from fedtune.sites.run_records import card_of, file_sha256
+from fedtune.sites.run_records import card_path, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
 from fedtune.words import total
 
@@ -45,7 +45,7 @@ class Behind:
 
 
 @spec
-class Made(WritingSpec):
+class SyntheticRecords(WritingSpec):
     """How the records were made: the request, and how they were selected and labelled."""
 
     rows: int
@@ -88,7 +88,7 @@ class Card:
     sha256: str
     runs: tuple[Behind, ...]
     together: Mapping[str, float | None]
-    made: Made
+    made: SyntheticRecords
     figures: Mapping[str, Figures]
 
     def __post_init__(self) -> None:
@@ -104,31 +104,31 @@ def together(runs: Sequence[Told]) -> tuple[float | None, float]:
     None: unbounded.
     """
     starts = [run["start"] for run in runs if run["start"] is not None and not run["start"]["public"]]
-    parts = [*once(runs), *once(starts)]
+    parts = [*remove_duplicates(runs), *remove_duplicates(starts)]
     if any(part["epsilon"] is None or part["delta"] is None or part["unit"] != runs[0]["unit"] for part in parts):
         return None, total(run["delta"] for run in runs)
     return total(part["epsilon"] for part in parts), total(part["delta"] for part in parts)
 
 
-def once(told: Sequence[Told]) -> list[Told]:
+def remove_duplicates(told: Sequence[Told]) -> list[Told]:
     """Remove duplicates: the releases of one adapter, identified by its digest, count once, however often it is
     used.
     """
     return [one for place, one in enumerate(told) if one not in told[:place]]
 
 
-def in_words(runs: Sequence[Told]) -> str | None:
+def format_total_loss(runs: Sequence[Told]) -> str | None:
     """Format the result of `together` for people; None: unbounded."""
     epsilon, delta = together(runs)
-    return None if epsilon is None else owed(epsilon, delta)
+    return None if epsilon is None else format_privacy_loss(epsilon, delta)
 
 
-def run_of(report: Report, adapter_digest: str) -> dict[str, Any]:
+def describe_run(report: Report, adapter_digest: str) -> dict[str, Any]:
     """Return the fields of a run on a card."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a run wrote the records"
-    own = report.epsilon if Words(report, catalogue("en")).promises else None
-    epsilon, delta = released(own, facts.delta, facts.selection)
+    own = report.epsilon if Words(report, load_catalogue("en")).promises else None
+    epsilon, delta = released_epsilon(own, facts.delta, facts.selection)
     about: Any = {"run": facts.name, "unit": facts.unit, "verdict": report.verdict.state}
     made = facts.provenance
     about |= {"task": made.task, "config_sha256": made.config_sha256, "start": made.start_adapter}
@@ -142,10 +142,10 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
     Raises:
         ConfigError: the card is missing or inconsistent, or belongs to another file or to another run than `writer`.
     """
-    path, sha256 = card_of(file.resolve(), ".json"), file_sha256(file, key=option)
+    path, sha256 = card_path(file.resolve(), ".json"), file_sha256(file, key=option)
     of = " with this RUN" if writer else ""
     bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card beside it ({path.name})"
-    read = signing.read_file(path, key=option, name=str(file), bound=bound)
+    read = signing.read_bounded_file(path, key=option, name=str(file), bound=bound)
     try:
         found = parse_json(read, key=path.name, bound="must be JSON")
         told = decode(Card, found)
@@ -157,10 +157,10 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
     return found
 
 
-def card(reports: Sequence[Report], told: Told) -> str:
-    """Render the card as Markdown; `told` is the result of `as_json` for the same reports."""
-    words = [Words(report, catalogue("en")) for report in reports]
-    return rendered(
+def render_card_markdown(reports: Sequence[Report], told: Told) -> str:
+    """Render the card as Markdown; `told` is the result of `build_card` for the same reports."""
+    words = [Words(report, load_catalogue("en")) for report in reports]
+    return render_card(
         "synthetic_card.md.j2",
         name=told["file"],
         sha256=told["sha256"],
@@ -169,13 +169,13 @@ def card(reports: Sequence[Report], told: Told) -> str:
         earlier=told["runs"][len(reports) :],
         alone=told["together"]["epsilon"] == reports[0].epsilon,
         promised=all(run["epsilon"] is not None for run in told["runs"]),
-        together=in_words(told["runs"]),
+        together=format_total_loss(told["runs"]),
         made=told["made"],
         figures=told["figures"],
     )
 
 
-def as_json(file: Path, lines: bytes, runs: Sequence[Told], *, made: Told, figures: Told) -> dict[str, Any]:
+def build_card(file: Path, lines: bytes, runs: Sequence[Told], *, made: Told, figures: Told) -> dict[str, Any]:
     """Return the machine-readable card of `lines`; `runs` are all runs behind the records, the one that wrote them
     first.
     """
@@ -183,7 +183,7 @@ def as_json(file: Path, lines: bytes, runs: Sequence[Told], *, made: Told, figur
         "schema_version": RUN_SCHEMA,
         "file": file.name,
         "sha256": hashlib.sha256(lines).hexdigest(),
-        "runs": once(runs),
+        "runs": remove_duplicates(runs),
         "together": dict(zip(("epsilon", "delta"), together(runs), strict=True)),
         "made": dict(made),
         "figures": dict(figures),

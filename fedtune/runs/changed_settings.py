@@ -9,27 +9,29 @@ FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns", "task_set
 """Settings whose keys are the user's own: a new value replaces all of the old one."""
 
 
-def merged(old: Any, new: Any, key: str = "") -> Any:
+def merge_settings(old: Any, new: Any, key: str = "") -> Any:
     """Merge a new value over a setting's old value; groups are merged setting by setting."""
     if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
         return new
-    return old | {name: merged(old.get(name), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()}
+    return old | {
+        name: merge_settings(old.get(name), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()
+    }
 
 
-def put(settings: dict[str, Any], key: str, value: Any) -> bool:
+def set_by_key(settings: dict[str, Any], key: str, value: Any) -> bool:
     """Set a dotted key in place; return False if there is no such setting."""
     if free := next((name for name in FREE_MAPS if key.startswith(f"{name}.")), None):
-        before, entry = _at(settings, free), {key.removeprefix(f"{free}."): value}
+        before, entry = _get_by_key(settings, free), {key.removeprefix(f"{free}."): value}
         key, value = free, before | entry if isinstance(before, dict) else entry
     outer, _, name = key.rpartition(".")
-    group = _at(settings, outer)
+    group = _get_by_key(settings, outer)
     if not isinstance(group, dict) or name not in group:
         return False
-    group[name] = merged(group[name], value, key) if isinstance(value, dict) else value
+    group[name] = merge_settings(group[name], value, key) if isinstance(value, dict) else value
     return True
 
 
-def _at(settings: Mapping[str, Any], key: str) -> Any:
+def _get_by_key(settings: Mapping[str, Any], key: str) -> Any:
     found: Any = settings
     for name in filter(None, key.split(".")):
         found = found.get(name) if isinstance(found, dict) else None

@@ -23,37 +23,37 @@ _MOST = 24  # in one chain: of a config.json that is deeper than a model's, noth
 Debt = Mapping[str, Any]
 
 
-def debts_of_base(model: ModelSpec) -> list[Debt]:
+def read_base_lineage(model: ModelSpec) -> list[Debt]:
     """What the training of a base owes, newest first; empty: its config.json says nothing of it.
 
     What is damaged there tells of a debt that nobody knows.
     """
-    if model.built_in:
+    if model.is_built_in:
         return []
-    from fedtune.model.source import model_folder  # the hub's client takes a second to import
+    from fedtune.model.source import find_model_folder  # the hub's client takes a second to import
 
     try:
-        fields = json.loads((model_folder(model) / "config.json").read_bytes())
+        fields = json.loads((find_model_folder(model) / "config.json").read_bytes())
     except FileNotFoundError:  # beside a GGUF file
         return []
     except (OSError, ValueError, RecursionError):
         fields = {OWED: None}
-    return (list(debts_in(fields[OWED])) or [_NOBODY_KNOWS]) if OWED in fields else []
+    return (list(walk_lineage(fields[OWED])) or [_NOBODY_KNOWS]) if OWED in fields else []
 
 
-def debts_of_texts(told: object) -> Iterator[Debt]:
+def read_texts_lineage(told: object) -> Iterator[Debt]:
     """What texts owe, by the runs behind them as a card tells these; one that has another form is unknown."""
     runs: list[Any] = told if isinstance(told, list) and told else [None]
     for run in runs:
         try:
             start = run["start"] and {**run["start"], "from": run["start"]["run"]}
             about = {"digest": run["adapter_digest"], "from": run["run"], "dataset": UNKNOWN, "start_adapter": start}
-            yield from debts_in({**run, **about})
+            yield from walk_lineage({**run, **about})
         except (TypeError, KeyError):
             yield _NOBODY_KNOWS
 
 
-def debts_in(told: object) -> Iterator[Debt]:
+def walk_lineage(told: object) -> Iterator[Debt]:
     """A debt and those before it, newest first, without what is public; one that has another form is unknown."""
     while told is not None:
         found = told if isinstance(told, Mapping) else {}
@@ -71,7 +71,7 @@ def debts_in(told: object) -> Iterator[Debt]:
                 yield _NOBODY_KNOWS
 
 
-def chain(debts: Iterable[Debt]) -> dict[str, Any] | None:
+def build_lineage(debts: Iterable[Debt]) -> dict[str, Any] | None:
     """Debts as one, the newest first, and each once: an adapter owes what it released once, however often it is used.
 
     None: there are none.

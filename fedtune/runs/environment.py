@@ -20,9 +20,17 @@ from fedtune.data.records import resolve_file
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.refusals import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.selection import Selection, released
-from fedtune.runs.earlier_debts import SPENT, UNKNOWN, Debt, chain, debts_in, debts_of_base, debts_of_texts
-from fedtune.sites.run_records import RunRecords, card_of, file_sha256
+from fedtune.privacy.selection import Selection, released_epsilon
+from fedtune.runs.earlier_debts import (
+    SPENT,
+    UNKNOWN,
+    Debt,
+    build_lineage,
+    read_base_lineage,
+    read_texts_lineage,
+    walk_lineage,
+)
+from fedtune.sites.run_records import RunRecords, card_path, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.version import __version__, shipped_folders
 
@@ -64,9 +72,9 @@ class Environment:
     randomness: str | None
 
 
-def note_environment(folder: Path, shared: RunModel) -> None:
+def record_environment(folder: Path, shared: RunModel) -> None:
     """Append the current environment to the run folder, unless the newest entry is identical."""
-    known, here = read_environments(folder), _here(shared)
+    known, here = read_environments(folder), _current_environment(shared)
     if known and replace(here, since=known[-1].since) == known[-1]:
         return
     fields = {"schema_version": RUN_SCHEMA, "environments": [asdict(environment) for environment in (*known, here)]}
@@ -104,45 +112,45 @@ def read_selection(folder: Path) -> Selection | None:
         raise RunError(f"{path} is damaged, so the search behind this run is not known") from error
 
 
-def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
+def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     """Return the lineage of a run's starting point for `run.json`; None for a new adapter without prior spending.
 
     Prior spending comes from the run folder around the start adapter, from the mark in an exported base model, and from
     the card of synthetic records.  It is "unknown" if the source is missing; an epsilon of None means that no finite
     bound exists.
     """
-    of_base = debts_of_base(config.model)
-    earlier = [*of_base, *_of_records(config)]
+    of_base = read_base_lineage(config.model)
+    earlier = [*of_base, *_records_lineage(config)]
     if config.model.adapter is None:
-        return chain(earlier)
+        return build_lineage(earlier)
     from fedtune.tasks.saved import SavedAdapter
 
-    start = SavedAdapter.to_begin_in(config.model.adapter)
+    start = SavedAdapter.read_initial(config.model.adapter)
     has_head = config.bound_task.has_head
-    about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
-    public, (of_run, learnt) = config.public.train_file, _of_run(start)
+    about = {"digest": start.digest, "head": start.can_reuse_head(config.task_model()) if has_head else None}
+    public, (of_run, learnt) = config.public.train_file, _run_lineage(start)
     if public is not None and (learnt != public or of_base):
         bound = "must be null with public.train_file: it was not trained on those records alone"
         raise ConfigError("model.adapter", config.model.adapter, bound)
     if earlier:  # of a base, its run told it where that is on file
-        of_run["start_adapter"] = chain([*debts_in(of_run.get("start_adapter")), *earlier])
+        of_run["start_adapter"] = build_lineage([*walk_lineage(of_run.get("start_adapter")), *earlier])
     return about | ({"public": True} if public else {}) | of_run  # the person who started the run declares it
 
 
-def _of_records(config: RunConfig) -> Iterator[Debt]:
+def _records_lineage(config: RunConfig) -> Iterator[Debt]:
     """Yield the prior spending of the synthetic records among the files that a run reads on this machine."""
     for file, key in RunRecords(config).files().items():
         path = resolve_file(file, shipped_folders(), key=key).resolve()
-        if os.path.lexists(card := card_of(path, ".json")):
+        if os.path.lexists(card := card_path(path, ".json")):
             try:
                 told = json.loads(card.read_bytes())
                 own = told["sha256"] == file_sha256(path, key=key)  # else it is another file's
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 told, own = {}, False
-            yield from debts_of_texts(told.get("runs") if own else None)
+            yield from read_texts_lineage(told.get("runs") if own else None)
 
 
-def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
+def _run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
     """Return the prior spending of an adapter's run, from its run folder, and the training file if the run has no
     privacy and no lineage.
     """
@@ -150,9 +158,9 @@ def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
     try:
         folder = adapter.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())
-        RunFolder(folder).require_own(adapter.digest)
+        RunFolder(folder).require_own_adapter(adapter.digest)
         spent, settings = earlier["privacy"], saved_settings(folder)
-        epsilon, delta = released(spent["epsilon"], float(spent["delta"]), read_selection(folder))
+        epsilon, delta = released_epsilon(spent["epsilon"], float(spent["delta"]), read_selection(folder))
         own = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}
         before = (earlier.get("provenance") or {}).get("start_adapter")
         owed = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **own}
@@ -162,7 +170,7 @@ def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
         return owed, None
 
 
-def mark(
+def mark_lineage(
     base: PreTrainedConfig, adapter: Path, *, private_to: str | None, texts: Sequence[Mapping[str, Any]] = ()
 ) -> None:
     """Write the prior spending of a run's adapter into a model's settings, which are saved as config.json.
@@ -176,12 +184,12 @@ def mark(
     from fedtune.tasks.saved import SavedAdapter
 
     saved = SavedAdapter.read(adapter)
-    own = {"digest": saved.digest} | _of_run(saved)[0]
-    of_texts = debts_of_texts([*texts]) if texts else ()
-    setattr(base, OWED, chain([*debts_in(own), *of_texts, *debts_in(getattr(base, OWED, None))]))
+    own = {"digest": saved.digest} | _run_lineage(saved)[0]
+    of_texts = read_texts_lineage([*texts]) if texts else ()
+    setattr(base, OWED, build_lineage([*walk_lineage(own), *of_texts, *walk_lineage(getattr(base, OWED, None))]))
 
 
-def _here(shared: RunModel) -> Environment:
+def _current_environment(shared: RunModel) -> Environment:
     from fedtune.model.base_model import model_sha256
     from fedtune.training.accelerators import about
 

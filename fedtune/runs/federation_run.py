@@ -15,17 +15,17 @@ from typing import Protocol
 from fedtune.config import RunConfig
 from fedtune.federation.cost import Meter
 from fedtune.federation.invitation import ProposedRun
-from fedtune.federation.kept_round import again_text, kept_of
-from fedtune.federation.lead import Aggregation, Checkpoints, Lead, LeadState, keep_receipts, read_receipts
+from fedtune.federation.kept_round import find_kept_round, warn_of_interrupted_round
+from fedtune.federation.lead import Aggregation, Checkpoints, Lead, LeadState, read_receipts, save_receipts
 from fedtune.federation.planner import check_signal
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.transport import Transport
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
-from fedtune.runs.environment import note_environment, read_environments, start_adapter_of
-from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, findings_of
-from fedtune.sites.data_warnings import check_decides, lead_notes
+from fedtune.runs.environment import read_environments, record_environment, start_lineage
+from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, find_problems
+from fedtune.sites.data_warnings import check_decision_scores, lead_data_warnings
 from fedtune.sites.shared_model import RunModel
 from fedtune.spec import RunError
 from fedtune.system import MEMORY_UNIT, resource
@@ -100,7 +100,7 @@ class FederationRun:
     def _checkpoints(self) -> Checkpoints:
         return Checkpoints(RunFolder(self.folder).checkpoints, self.config.digest())
 
-    def to_its_end(self, listener: Listener) -> RunResult:
+    def run_to_end(self, listener: Listener) -> RunResult:
         """Run from the start or from the newest checkpoint to the end, write the run folder, and return the result.
 
         Raises:
@@ -112,15 +112,15 @@ class FederationRun:
 
     def _run(self, listener: Listener, meter: Meter) -> RunResult:
         began = time.monotonic()
-        state = self._first_state(listener)
-        note_environment(self.folder, self.shared)
+        state = self._initial_state(listener)
+        record_environment(self.folder, self.shared)
         began -= state.seconds
 
         def elapsed() -> float:
             return time.monotonic() - began
 
         def finished(state: LeadState) -> None:
-            keep_receipts(self.receipts, state.receipts)
+            save_receipts(self.receipts, state.receipts)
             listener.round_finished(state)
 
         keys, known = self.asked.site_keys, read_receipts(self.receipts)
@@ -146,15 +146,15 @@ class FederationRun:
             # What was charged is on record also for a run that ends early.
             self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
             raise
-        keep_receipts(self.receipts, state.receipts)
-        measured, model = self.shared.finally_measured(state.kept), self.shared.model
+        save_receipts(self.receipts, state.receipts)
+        measured, model = self.shared.evaluate_final(state.kept_adapter), self.shared.model
         metrics, detail = (measured.final_scores(model), measured.detail(model)) if measured else ({}, None)
-        state.kept.load_into(model)
+        state.kept_adapter.load_into(model)
         save_task_model(model, RunFolder(self.folder).adapter)
-        seconds, digest = elapsed(), state.kept.digest()
+        seconds, digest = elapsed(), state.kept_adapter.digest()
         return self._write_result(state, metrics=metrics, detail=detail, seconds=seconds, meter=meter, digest=digest)
 
-    def _first_state(self, listener: Listener) -> LeadState:
+    def _initial_state(self, listener: Listener) -> LeadState:
         """Return the state to start from: the newest checkpoint, or the initial adapter with its scores on the test
         file.
 
@@ -162,26 +162,26 @@ class FederationRun:
         """
         if self.config.resume is not None:
             state = self._checkpoints.load()
-            if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
+            if unsigned := [site for site, receipt in state.receipts.items() if not receipt.has_valid_signature()]:
                 raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
         elif not self.config.training.go_on_without_signal:
             sizes, values = self.config.declared_sizes(), self.shared.initial_adapter.num_values
             check_signal(self.asked.proposal.plan, sizes, values=values)
-        if self.config.federation.chooses:
-            check_decides(self.config)
+        if self.config.federation.uses_validation_scores:
+            check_decision_scores(self.config)
         validation, test = self.shared.validation, self.shared.test
         notes, changed = self.ready()
-        for text in (*lead_notes(self.config, validation=validation, test=test), *notes):
+        for text in (*lead_data_warnings(self.config, validation=validation, test=test), *notes):
             listener.note(text)
         if self.config.resume is not None:
             for round in dict(self._checkpoints.asked(after=state.round)):
-                listener.note(again_text(round))
+                listener.note(warn_of_interrupted_round(round))
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
         adapter = self.shared.first_adapter()
         listener.preparing("scoring the model before training", 0, 0)
-        measured = self.shared.finally_measured(adapter)
+        measured = self.shared.evaluate_final(adapter)
         before = measured.final_scores(self.shared.model) if measured else {}
-        start = start_adapter_of(self.config)
+        start = start_lineage(self.config)
         state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)
         return state
@@ -199,7 +199,7 @@ class FederationRun:
         """Write `run.json` and return its content; `digest` is the digest of the saved final adapter."""
         config, test = self.config, self.shared.test
         guess = config.bound_task.guess(test.examples) if test else None
-        findings = findings_of(
+        findings = find_problems(
             state.rounds,
             state.metrics_before,
             metrics,
@@ -217,7 +217,7 @@ class FederationRun:
             if resource is None
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MEMORY_UNIT,
             findings=(DATA_CHANGED, *findings) if state.data_changed else findings,
-            kept=kept_of(state.rounds, config.federation, judged_by=config.judged_by),
+            kept=find_kept_round(state.rounds, config.federation, judged_by=config.judged_by),
             energy=meter.stop(),
             detail=detail,
         )
@@ -238,7 +238,7 @@ class FederationRun:
             dataset=data.dataset,
             declared_sizes=self.config.declared_sizes(),
             base_model=BaseModel(
-                path=model.shown_path,
+                path=model.public_path,
                 public_id=model.public_id,
                 gguf_file=model.gguf_file,
                 sha256=read_environments(self.folder)[-1].model_sha256,

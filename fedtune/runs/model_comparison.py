@@ -18,12 +18,12 @@ from fedtune.data import Record, users_of
 from fedtune.data.records import column_values
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
 from fedtune.evaluation.generation import text_scores
-from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
+from fedtune.evaluation.groups import Groups, GroupScores, merged, score_groups
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords
-from fedtune.sites.shared_model import LeadData, Measured, silent
+from fedtune.sites.shared_model import Evaluation, LeadData, no_progress
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.measures import Detail
 
@@ -37,7 +37,7 @@ class SideBySide:
     records: Sequence[Record] = field(repr=False)  # that were scored
     users: list[npt.NDArray[np.int64]] | None  # for each user the places of its records; None: each record is a unit
     judged_by: str  # the score that counts
-    measured: Mapping[str, Measured] = field(repr=False)  # by model; the model before training comes first
+    measured: Mapping[str, Evaluation] = field(repr=False)  # by model; the model before training comes first
     means: Mapping[str, Sequence[str]]  # by name, models whose mean counts as one more
     score: Scores  # from figures to scores
     detailed: Callable[[Figures], Detail | None]  # from figures to the detail behind the scores; None: nothing
@@ -75,18 +75,20 @@ class SideBySide:
 
     def estimate(self, model: str, score: str) -> Estimate:
         """Return a model's score with its interval."""
-        return self._with(score).estimate(model, score)
+        return self._drawn_for(score).estimate(model, score)
 
-    def comparison(self, base: str, tuned: str, score: str | None = None) -> Comparison:
+    def compare_models(self, base: str, tuned: str, score: str | None = None) -> Comparison:
         """Compare two models by a score, by default the primary score."""
         score = score or self.judged_by
-        return self._with(score).comparison(base, tuned, score)
+        return self._drawn_for(score).compare_scores(base, tuned, score)
 
-    def _with(self, score: str) -> Drawn:
+    def _drawn_for(self, score: str) -> Drawn:
         check_one_of("score", score, self.scores)
         return next(drawing for drawing in self._drawn if score in next(iter(drawing.values.values())))
 
-    def by(self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]) -> GroupScores | None:
+    def score_by_group(
+        self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]
+    ) -> GroupScores | None:
         """Compute the primary score by group; None if there are fewer than two groups of at least `smallest` units.
 
         Args:
@@ -104,17 +106,17 @@ class SideBySide:
         if len(groups.names) < 2:
             return None
         examples = {name: measured.examples for name, measured in self.measured.items()}
-        return by_group(examples, groups, score=self.judged_by, scores=self.score, pairs=pairs, units=self.users)
+        return score_groups(examples, groups, score=self.judged_by, scores=self.score, pairs=pairs, units=self.users)
 
 
-def side_by_side(
+def compare_runs(
     runs: Mapping[str, tuple[RunConfig, Path]],
     *,
     file: str | None = None,
     records: Sequence[Record] | None = None,
     means: Mapping[str, Sequence[str]] | None = None,
     final: bool = False,
-    progress: Callable[[str, int, int], None] = silent,
+    progress: Callable[[str, int, int], None] = no_progress,
 ) -> SideBySide:
     """Score runs, and their base before training, on the same records.
 
@@ -135,30 +137,30 @@ def side_by_side(
     first, _ = next(iter(runs.values()))
     for name, (config, _) in runs.items():
         _require_comparable(name, config, first)
-    found: dict[str, Measured] = {}
+    found: dict[str, Evaluation] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
     together: dict[Hashable, list[str]] = {}
     for name, (config, _) in runs.items():
-        together.setdefault((config.task_model(), _reading(config)), []).append(name)
+        together.setdefault((config.task_model(), _input_settings(config)), []).append(name)
     for done, names in enumerate(together.values()):
         progress(f"scoring {', '.join(names)}", done, len(together))
         config, _ = runs[names[0]]
         # Before the model, whose loading takes longer.
-        own = LeadRecords.to_score(config, file) if records is None else None
+        own = LeadRecords.read_for_scoring(config, file) if records is None else None
         saved = SavedModel(config, {name: runs[name][1] for name in names})
         if own is not None:
             data = LeadData.of(own, config, saved.tokenizer)
         else:
             task, within, rows = saved.model.task, saved.model.num_ids, list(records or ())
-            data = LeadData(rows, task.tokenise(rows, saved.tokenizer, data=config.data, lenient_within=within))
+            data = LeadData(rows, task.tokenize(rows, saved.tokenizer, data=config.data, lenient_within=within))
         places = places or [record.line for record in data.records]
         if places != [record.line for record in data.records]:
             bound = "must be tested on the first run's records: its settings choose others for the test"
             raise ConfigError("run", names[0], f"{bound}; give both a file by --data")
-        of_these = saved.measured(data)
+        of_these = saved.evaluate_models(data)
         # An adapter that changes nothing yet has no part in the model before training.
-        base = replace(config.task_model(), lora=LoraSpec(), seed=0), _reading(config)
+        base = replace(config.task_model(), lora=LoraSpec(), seed=0), _input_settings(config)
         if base not in bases:
             bases[base] = f"{BASE} of {names[0]}" if bases else BASE
             found[bases[base]] = of_these[BASE]
@@ -172,7 +174,7 @@ def side_by_side(
     return SideBySide(
         records=data.records,
         users=users,
-        judged_by=scored.judged(first.data),
+        judged_by=scored.primary_metric_for(first.data),
         measured={name: found[name] for name in (*bases.values(), *runs)},
         means=means or {},
         score=partial(scored.final_scores if final else scored.scores, spec=saved.model.spec),
@@ -181,7 +183,7 @@ def side_by_side(
     )
 
 
-def _reading(config: RunConfig) -> Hashable:
+def _input_settings(config: RunConfig) -> Hashable:
     """Return the settings, other than the model, that determine how a record becomes the model's input."""
     data = config.data
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
@@ -198,11 +200,11 @@ def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
         ("task", own.task, first.task),
         ("data.labels", own.data.labels, first.data.labels),
         ("data.target_range", own.data.target_range, first.data.target_range),
-        ("data.columns", task.texts(own.data), task.texts(first.data)),
+        ("data.columns", task.texts_per_record(own.data), task.texts_per_record(first.data)),
         ("privacy.unit", own.privacy.unit, first.privacy.unit),
     ):
         if value != wanted:
             raise ConfigError("run", name, f"must have the first run's {key} to be compared with it")
-    if task.predicts_tokens and (own.model.path, _reading(own)) != (first.model.path, _reading(first)):
+    if task.predicts_tokens and (own.model.path, _input_settings(own)) != (first.model.path, _input_settings(first)):
         bound = "must have the first run's model.path, columns, template and data.max_length: a loss is a mean over"
         raise ConfigError("run", name, f"{bound} tokens, and theirs are others")

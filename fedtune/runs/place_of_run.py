@@ -7,22 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.kept_round import is_over
+from fedtune.federation.kept_round import should_stop
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import CARD, RunFolder
-from fedtune.runs.public_stage import awaits_public_stage
+from fedtune.runs.public_stage import needs_public_stage
 from fedtune.spec import ConfigError, shown
-from fedtune.words import dotted
+from fedtune.words import flatten
 
 
-def folder_of(config: RunConfig) -> Path:
+def find_run_folder(config: RunConfig) -> Path:
     """Return the run's folder: a new folder, or the folder to resume if it has the same configuration.
 
     Raises:
         ConfigError: the name is taken, or the run cannot be resumed with this configuration.
     """
     if config.resume is None:
-        if awaits_public_stage(config):
+        if needs_public_stage(config):
             bound = "is for one fedtune simulate or fedtune run; others begin in its adapter: model.adapter=NAME-public"
             raise ConfigError("public.train_file", config.public.train_file, bound)
         folder = Path(config.tracking.output_dir) / config.name
@@ -34,7 +34,7 @@ def folder_of(config: RunConfig) -> Path:
         raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit cannot be resumed")
     saved = saved_config(folder)
     if saved.digest() != config.digest():
-        old, new = dict(dotted(saved.decisive())), dict(dotted(config.decisive()))
+        old, new = dict(flatten(saved.decisive())), dict(flatten(config.decisive()))
         differ = [key for key in old | new if old.get(key) != new.get(key)]
         changes = ", ".join(f"{key} was {shown(old.get(key), 30)}, is {shown(new.get(key), 30)}" for key in differ)
         raise ConfigError("resume", config.resume, f"was made with another configuration ({changes})")
@@ -46,7 +46,7 @@ def going_on(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
     run.
     """
     try:
-        folder_of(resumed := replace(config, resume=str(folder)))
+        find_run_folder(resumed := replace(config, resume=str(folder)))
     except ConfigError as error:
         raise ConfigError("name", name, f"is taken: {folder} {error.bound}; choose another") from None
     return resumed
@@ -59,9 +59,9 @@ def is_finished(folder: Path) -> bool:
     if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
         return has_card
     rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
-    return is_over(rounds, config.federation, judged_by=config.judged_by)
+    return should_stop(rounds, config.federation, judged_by=config.judged_by)
 
 
-def time_stamp() -> str:
+def default_run_name() -> str:
     """Return the default name of a run: the current local time."""
     return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

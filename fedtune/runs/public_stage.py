@@ -12,17 +12,17 @@ from typing import Any
 from fedtune.config import RunConfig, parse
 from fedtune.data.records import record_key
 from fedtune.federation.spec import PublicSpec
-from fedtune.runs.earlier_debts import debts_of_base
-from fedtune.sites.run_records import LeadRecords, RunRecords, require_apart, require_no_card
+from fedtune.runs.earlier_debts import read_base_lineage
+from fedtune.sites.run_records import LeadRecords, RunRecords, require_disjoint, require_no_card
 from fedtune.spec import ConfigError
 
 
-def awaits_public_stage(config: RunConfig) -> bool:
+def needs_public_stage(config: RunConfig) -> bool:
     """Return True if the run starts from an adapter that is yet to be trained on public records."""
     return config.public.train_file is not None and config.model.adapter is None
 
 
-def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Container[str]) -> RunConfig:
+def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Container[str]) -> RunConfig:
     """Fill in the open settings of the warm start, and lower the learning rates of the run.
 
     The warm start uses a third of the rates without privacy, and the sites use a third of their own rates
@@ -44,17 +44,19 @@ def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Cont
         raise ConfigError("model.adapter", adapter, bound)
     num_rounds = public.num_rounds or plain.get("federation", {}).get("num_rounds", config.federation.num_rounds)
     given_rates = plain.get("training", {})
-    alone = _alone(replace(config, public=replace(public, num_rounds=num_rounds)), given_rates)
-    rates = {key.removeprefix("unclipped_"): rate for key, rate in alone.training.lower_rates(clipped=False).items()}
+    alone = _stage_config(replace(config, public=replace(public, num_rounds=num_rounds)), given_rates)
+    rates = {
+        key.removeprefix("unclipped_"): rate for key, rate in alone.training.suggest_lower_rates(clipped=False).items()
+    }
     chosen: dict[str, Any] = {"num_rounds": num_rounds, "local_steps": alone.training.local_steps, **rates}
     given = {key: value for key, value in asdict(public).items() if value is not None}
-    lower = config.training.lower_rates(clipped=config.privacy.private)
+    lower = config.training.suggest_lower_rates(clipped=config.privacy.private)
     kept = {key for key in lower if f"training.{key}" in keep and given_rates.get(key) != "auto"}
     own: dict[str, Any] = {key: rate for key, rate in lower.items() if key not in kept}
     return replace(config, public=PublicSpec(**chosen | given), training=replace(config.training, **own))
 
 
-def public_stage_of(config: RunConfig) -> RunConfig:
+def public_stage_config(config: RunConfig) -> RunConfig:
     """Return the warm start as a run of its own: one site, all records of the public file, and no privacy.
 
     The name of its data set includes a digest of the records, so that a warm start on another file cannot be resumed or
@@ -64,7 +66,7 @@ def public_stage_of(config: RunConfig) -> RunConfig:
         ConfigError: the file cannot be used, or shares texts with the run's own files (real sites' files are elsewhere
             and are not compared); or the base model was exported by a run.
     """
-    if debts_of_base(config.model):
+    if read_base_lineage(config.model):
         bound = "must owe nothing with public.train_file: its config.json tells of a run on other records"
         raise ConfigError("model.path", config.model.path, bound)
     for own, key in RunRecords(config).files().items():
@@ -72,15 +74,15 @@ def public_stage_of(config: RunConfig) -> RunConfig:
     public, training = config.public, config.to_json()["training"]
     training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
     training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}
-    alone, file = _alone(config, training), str(public.train_file)
+    alone, file = _stage_config(config, training), str(public.train_file)
     records = LeadRecords.read(file, alone, key="public.train_file").records
-    require_apart(records, RunRecords(config), key="public.train_file", file=file)
+    require_disjoint(records, RunRecords(config), key="public.train_file", file=file)
     digest = hashlib.sha256(b"\n".join(map(record_key, records))).hexdigest()
     data = replace(alone.data, dataset=f"{alone.data.dataset}-{digest[:12]}", declared_sizes=len(records))
     return replace(alone, data=data)
 
 
-def _alone(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
+def _stage_config(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of the warm start, before the number of its records is known."""
     settings, public = config.to_json(), config.public
     data: dict[str, Any] = dict.fromkeys(("heldout_fraction", "validation_fraction", "test_fraction"), 0.0)

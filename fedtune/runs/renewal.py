@@ -10,12 +10,12 @@ from typing import Any
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.cohorts import next_window
-from fedtune.privacy.site_files import runs_of_sites
-from fedtune.runs.changed_settings import put
+from fedtune.privacy.site_files import max_runs_of_sites
+from fedtune.runs.changed_settings import set_by_key
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 
-def with_start(config: RunConfig) -> RunConfig:
+def with_start_adapter(config: RunConfig) -> RunConfig:
     """Return the configuration with the digest of its start adapter, after checking that the adapter fits the run.
 
     Raises:
@@ -30,15 +30,15 @@ def with_start(config: RunConfig) -> RunConfig:
         )
     from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
 
-    start = SavedAdapter.to_begin_in(name)
-    RunFolder(start.folder.parent).require_own(start.digest, key="model.adapter", value=name)
+    start = SavedAdapter.read_initial(name)
+    RunFolder(start.folder.parent).require_own_adapter(start.digest, key="model.adapter", value=name)
     if expected not in (None, start.digest):
         raise ConfigError("model.adapter_sha256", expected, f"is not the digest of the adapter, {start.digest}")
-    start.require_fits(config.task_model())
+    start.require_compatible(config.task_model())
     return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
-def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
+def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of the run that renews the run in `folder`.
 
     The configuration is copied except for the start, which is the final adapter of the run before, and the window of
@@ -68,17 +68,17 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(said)).items():
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
-        if isinstance(settings.get(key), dict) or key == "federation.renewal" or not put(settings, key, value):
+        if isinstance(settings.get(key), dict) or key == "federation.renewal" or not set_by_key(settings, key, value):
             raise ConfigError(key, value, "must be one setting of the run that is renewed, such as privacy.epsilon")
     settings["federation"]["renewal"] = max(
-        before.federation.renewal + 1, runs_of_sites(settings["runtime"]["sites_dir"])
+        before.federation.renewal + 1, max_runs_of_sites(settings["runtime"]["sites_dir"])
     )
     after = parse(settings)
-    _check_left(before, after, last)
+    _check_runs_left(before, after, last)
     return after
 
 
-def _check_left(before: RunConfig, after: RunConfig, last: Path) -> None:
+def _check_runs_left(before: RunConfig, after: RunConfig, last: Path) -> None:
     """Refuse another run for people who were in every run that shares their budget; a window of cohorts is left to the
     ledgers.
 

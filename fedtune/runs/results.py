@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fedtune.evaluation.bootstrap import direction
+from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
-from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, site_charge
+from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, compute_site_charge
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RUN_SCHEMA
@@ -39,7 +39,7 @@ class FinalResult:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     constant: float | None = None  # the score that counts of the best constant answer to the test file; None: no such
-    findings: tuple[str, ...] = ()  # what the scores say against the training: codes, as `findings_of` gives them
+    findings: tuple[str, ...] = ()  # what the scores say against the training: codes, as `find_problems` gives them
     # whose round's adapter was scored, where the settings let validation scores decide; None: the last one's
     kept: Kept | None = None
     energy: Energy | None = None  # energy and carbon, where the settings ask for them
@@ -50,7 +50,7 @@ class FinalResult:
 _LOST = 2.0  # a loss that has grown by this factor: noise and rates that suit the data do not do that
 
 
-def findings_of(
+def find_problems(
     rounds: Sequence[RoundResult], before: Scores, after: Scores, *, judged_by: str, guess: float | None, rows: int
 ) -> tuple[str, ...]:
     """Return codes for problems that a run's scores reveal about its training.
@@ -72,7 +72,7 @@ def findings_of(
         return ()
     # One standard error, as if the score were a share of `rows`.
     error = 0.0 if judged_by == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
-    sign = direction(judged_by)
+    sign = score_direction(judged_by)
     worse = started is not None and sign * score < sign * started - error
     guessed = guess is not None and sign * score <= sign * guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
@@ -156,7 +156,7 @@ class RunResult:
         """Build the result of the run in `state`; every epsilon is derived here from the charged rounds and the
         plan.
         """
-        charges = {site: site_charge(state, site, plan) for site in config.federation.active}
+        charges = {site: compute_site_charge(state, site, plan) for site in config.federation.active}
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None
         return cls(
@@ -170,7 +170,7 @@ class RunResult:
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
-                epsilon=finite(max(unbounded(one.claim) for one in charges.values())),
+                epsilon=finite(max(unbounded(one.proven_epsilon) for one in charges.values())),
                 seeded_noise=config.runtime.seeded_noise,
                 sites=charges,
             ),

@@ -17,17 +17,17 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.evaluation.generation import as_text, draw, write
-from fedtune.evaluation.scoring import scoring
+from fedtune.evaluation.generation import decode_stream, sample_completions, stream_tokens
+from fedtune.evaluation.scoring import evaluation_mode
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
-from fedtune.model.fits import usable_positions
+from fedtune.model.fits import max_positions
 from fedtune.runs.needed_packages import require_to_score
-from fedtune.sites.shared_model import LeadData, Measured, ready
+from fedtune.sites.shared_model import Evaluation, LeadData, load_tokenizer_and_model
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.machine import device_for, keeps_frozen_states
+from fedtune.training.machine import frozen_states_fit, resolve_device
 
 BASE = "base"
 """The name of the run's start: the base model with adapters that change nothing, and the head as it begins."""
@@ -56,9 +56,11 @@ class SavedModel:
         self.config = config
         saved = {name: SavedAdapter.read(folder, model=config.model, private=True) for name, folder in adapters.items()}
         own = next(iter(saved.values()))
-        self.tokenizer, self.model = ready(config, lambda: own.build(device=device_for(config.runtime.device)))
-        self.model.task.start_head(self.model)
-        self._tensors = {BASE: _tensors_of(self.model)}
+        self.tokenizer, self.model = load_tokenizer_and_model(
+            config, lambda: own.build(device=resolve_device(config.runtime.device))
+        )
+        self.model.task.init_head(self.model)
+        self._tensors = {BASE: _copy_adapter_tensors(self.model)}
         for name, adapter in saved.items():
             adapter.require_same_model(own.spec)
             try:
@@ -66,20 +68,20 @@ class SavedModel:
             except AdapterError as error:
                 bound = f"must be whole, and fit the run's model: {error}"
                 raise ConfigError("adapter", str(adapter.folder), bound) from None
-            self._tensors[name] = _tensors_of(self.model)
+            self._tensors[name] = _copy_adapter_tensors(self.model)
         self.names = tuple(self._tensors)
-        self.positions = usable_positions(self.model.base.get_base_model())
+        self.positions = max_positions(self.model.base.get_base_model())
 
     @cached_property
     def _end_ids(self) -> frozenset[int]:
         """The tokens that end a generated text."""
         return self.model.task.end_ids(self.tokenizer, data=self.config.data)
 
-    def use(self, name: str) -> None:
+    def use_adapter(self, name: str) -> None:
         """Load an adapter, by its name, into the model."""
-        copy_tensors(self._tensors[name], _places_in(self.model))
+        copy_tensors(self._tensors[name], _adapter_tensors(self.model))
 
-    def fields_of(self, text: str, *, at: str) -> dict[str, str]:
+    def fields_from_text(self, text: str, *, at: str) -> dict[str, str]:
         """Convert a text to the fields of a record to be answered; see `Task.prompt_fields`."""
         return self.model.task.prompt_fields(text, self.config.data, at=at)
 
@@ -104,13 +106,13 @@ class SavedModel:
     def answer_ids(self, fields: Sequence[Mapping[str, str]]) -> list[npt.NDArray[np.int32]]:
         """Return the tokens of each record's answer, as in training, without the prompt and the end tokens."""
         task, data = self.model.task, self.config.data
-        examples = task.tokenise([Record(one) for one in fields], self.tokenizer, data=data)
+        examples = task.tokenize([Record(one) for one in fields], self.tokenizer, data=data)
         pairs = zip(examples.input_ids, examples.targets, strict=True)
         return [ids[(learnt != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learnt in pairs]
 
-    def written(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
+    def generate_answer(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
         """Generate the answer to a prompt with the current adapter, and yield it piece by piece; see `as_text`."""
-        return as_text(write(self.model, prompt, end_ids=self._end_ids, spec=spec), self.tokenizer)
+        return decode_stream(stream_tokens(self.model, prompt, end_ids=self._end_ids, spec=spec), self.tokenizer)
 
     def drawn(
         self,
@@ -121,8 +123,10 @@ class SavedModel:
         against: Sequence[npt.NDArray[np.int32]] = (),
         begun: Sequence[npt.NDArray[np.int32]] = (),
     ) -> Iterator[tuple[int, str | None]]:
-        """Sample texts for many prompts with the current adapter; see `fedtune.evaluation.generation.draw`."""
-        return draw(
+        """Sample texts for many prompts with the current adapter; see
+        `fedtune.evaluation.generation.sample_completions`.
+        """
+        return sample_completions(
             self.model,
             prompts,
             tokenizer=self.tokenizer,
@@ -134,32 +138,32 @@ class SavedModel:
             begun=begun,
         )
 
-    def measured(self, data: LeadData) -> dict[str, Measured]:
+    def evaluate_models(self, data: LeadData) -> dict[str, Evaluation]:
         """Evaluate the base and each adapter on the data; the frozen layers run once for all of them."""
         num_tokens = data.examples.num_tokens
-        keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
+        keeps = frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
         data = replace(data, kept={} if keeps else None)
         measured = {}
         for name in self.names:
-            self.use(name)
-            measured[name] = Measured.of(self.model, self.tokenizer, data, self.config, generate=True)
+            self.use_adapter(name)
+            measured[name] = Evaluation.of(self.model, self.tokenizer, data, self.config, generate=True)
         return measured
 
-    def answer(self, record: Record) -> tuple[str, object]:
+    def answer_record(self, record: Record) -> tuple[str, object]:
         """Answer a record, which needs no answer of its own, and return the answer as text and as JSON."""
         task, data = self.model.task, self.config.data
         asked = task.as_asked(record, data)
-        examples = task.tokenise([asked], self.tokenizer, data=data)
+        examples = task.tokenize([asked], self.tokenizer, data=data)
         batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
-        with scoring(self.model):
+        with evaluation_mode(self.model):
             logits = self.model.logits(batch.to(self.model.device)).cpu()
         return task.answer_to(asked, logits, self.tokenizer, data=data, spec=self.model.spec)
 
 
-def _places_in(model: TaskModel) -> dict[str, torch.Tensor]:
+def _adapter_tensors(model: TaskModel) -> dict[str, torch.Tensor]:
     """Return the tensors of a model that a saved adapter overwrites, including the public constants of its head."""
     return {**model.adapter_parameters(), **dict(model.named_buffers(recurse=False))}
 
 
-def _tensors_of(model: TaskModel) -> dict[str, npt.NDArray[np.float32]]:
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in _places_in(model).items()}
+def _copy_adapter_tensors(model: TaskModel) -> dict[str, npt.NDArray[np.float32]]:
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in _adapter_tensors(model).items()}

@@ -10,22 +10,22 @@ from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
-from fedtune.federation.calendar import runs_words
+from fedtune.federation.calendar import describe_shared_epsilon
 from fedtune.federation.planner import LEAST_SIGNAL
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION, format_epsilon
 from fedtune.privacy.cohorts import OLDEST, cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import divergence_left, runs_left
+from fedtune.privacy.ledger.spending import remaining_divergence, remaining_runs
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.spec import spec
-from fedtune.tasks.registry import task_named
-from fedtune.words import counted
+from fedtune.tasks.registry import get_task
+from fedtune.words import pluralize
 
 SCHEMA_VERSION = 1  # of what is said of a ledger as JSON
 Caution = tuple[str, str]  # a key of a policy, and what to think twice about there
@@ -47,7 +47,7 @@ class Amount:
     reference_fits: bool  # whether the reference run itself keeps to the cap of one run and to the limits
 
 
-def amount_of(policy: Policy) -> Amount:
+def compute_amount(policy: Policy) -> Amount:
     """Compute what a policy's caps are worth."""
     budget, limits = policy.budget, policy.limits
     typical, delta = budget.reference, budget.delta
@@ -55,8 +55,8 @@ def amount_of(policy: Policy) -> Amount:
     order = budget.order()
 
     def fitting(cap: float | None) -> int | None:
-        room = math.inf if cap is None else filter.most_divergence(cap, order=order, delta=delta)
-        return filter.most_repeats(reference, room, order=order)
+        room = math.inf if cap is None else filter.max_divergence(cap, order=order, delta=delta)
+        return filter.max_repeats(reference, room, order=order)
 
     alone = accountant.epsilon_pld([reference], delta)
     within = (
@@ -67,7 +67,7 @@ def amount_of(policy: Policy) -> Amount:
     )
     return Amount(
         order=order,
-        fixed_part=filter.surcharge(order, delta),
+        fixed_part=filter.epsilon_conversion_term(order, delta),
         reference_pld=alone,
         reference_filter=filter.epsilon_filter([reference], order=order, delta=delta),
         runs_in_lifetime=fitting(budget.max_epsilon),
@@ -76,22 +76,22 @@ def amount_of(policy: Policy) -> Amount:
     )
 
 
-def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
+def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
     """Yield warnings about a policy, most serious first; `folder` contains the policy file."""
     if not policy.simulated and policy.asserted.no_person_at_another_site is None:
         yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without one"
-    yield from _cautions_of_promise(policy)
-    yield from _cautions_of_requests(policy)
-    yield from _cautions_of_amounts(policy, amount)
+    yield from _promise_cautions(policy)
+    yield from _request_cautions(policy)
+    yield from _amount_cautions(policy, amount)
     if not policy.releases.reply_after_s:
         yield "releases.reply_after_s", f"0: {AT_ONCE}; choose more than a round takes"
     if policy.asserted.no_person_at_another_site is False:
         text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
         yield "asserted.no_person_at_another_site", text
-    yield from _cautions_of_files(policy, folder)
+    yield from _file_cautions(policy, folder)
 
 
-def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
+def _promise_cautions(policy: Policy) -> Iterator[Caution]:
     """Warn about settings under which the policy guarantees little or nothing."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
@@ -120,7 +120,7 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
         yield "anchor", text
 
 
-def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
+def _request_cautions(policy: Policy) -> Iterator[Caution]:
     """Warn if every request would be refused, or if more requests would be accepted than the policy suggests."""
     allow = policy.allow
     for name in ("leads", "tasks", "base_models", "target_modules"):
@@ -137,7 +137,7 @@ def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
             yield f"dataset.{dataset.id}.path", "empty: the site has nothing to train on"
 
 
-def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
+def _amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
     """Warn about caps that contradict each other or the reference run."""
     budget = policy.budget
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
@@ -152,7 +152,7 @@ def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
             yield f"budget.{key}", "leaves no room for a single run like the reference"
 
 
-def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
+def _file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
     """Warn about problems with the policy's key and anchor files; nothing before the ledger exists."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if not ledger.is_file():
@@ -166,36 +166,36 @@ def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
         yield "anchor", "lies on the ledger's own disk: both can be put back together"
 
 
-def beside_of(files: SiteFiles) -> tuple[Verified | None, Differences]:
+def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]:
     """Read the ledger that the policy names (None before it exists), and its differences from the policy.
 
     Raises:
         RunError: the ledger cannot be trusted.
     """
-    if (verified := files.verified()) is None:
+    if (verified := files.verify_ledger()) is None:
         return None, []
-    opened = verified.history.opened
+    opened = verified.history.opening
     differences = opened.differences(files.policy)
     if (public := files.public_key) not in (None, opened.site_key):
         differences.append(("site_key", opened.site_key, public))
     return verified, differences
 
 
-def epsilon_left(history: History) -> float:
+def remaining_epsilon(history: History) -> float:
     """Return the epsilon that the lifetime cap leaves for new runs, after all reservations."""
     assert history.policy is not None
-    return divergence_left(history, history.policy, history.now())
+    return remaining_divergence(history, history.policy, history.now())
 
 
 def reference_runs_left(history: History) -> int | None:
     """Return how many runs like the policy's reference run still fit under the lifetime cap; None: no limit."""
     assert history.policy is not None
-    return runs_left(history, history.policy, history.policy.budget.reference.event, history.now())
+    return remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
 
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
     """Return the ledger's identity under stable JSON keys."""
-    opened, relation = verified.history.opened, NEIGHBOURING_RELATION.name.lower()
+    opened, relation = verified.history.opening, NEIGHBOURING_RELATION.name.lower()
     whose = {key: getattr(opened, key) for key in ("ledger", "site", "population", "unit")}
     about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose, "neighbouring_relation": relation}
     return {**about, "delta": opened.delta, "site_key": verified.site_key, "num_events": len(verified.events)}
@@ -212,31 +212,31 @@ SEEDED = "NO GUARANTEE: the noise would come from the configured seed, and anybo
 SEEDED += "can subtract the noise."
 
 
-def rounded_down(epsilon: float) -> str:
+def format_rounded_down(epsilon: float) -> str:
     """Format a remaining epsilon, rounded down to three decimals."""
     return "unbounded" if math.isinf(epsilon) else f"{math.floor(epsilon * 1000) / 1000:.3f}"
 
 
-def cap_text(cap: float | None) -> str:
+def format_cap(cap: float | None) -> str:
     """Format a cap of a policy."""
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
 
 
-def noise_words(plan: Plan) -> str:
+def describe_noise(plan: Plan) -> str:
     """Describe a plan's noise: its multiplier and, for secure aggregation, each site's share and the threshold."""
     if (shared := plan.shared) is None:
-        return f"multiplier {plan.noise_multiplier:g}{runs_words(plan)}"
+        return f"multiplier {plan.noise_multiplier:g}{describe_shared_epsilon(plan)}"
     less = f", less {shared.colluders} that may collude" if shared.colluders else ""
-    least = f"at least {shared.threshold} of {counted(shared.num_sites, 'site')}{less}"
+    least = f"at least {shared.threshold} of {pluralize(shared.num_sites, 'site')}{less}"
     each = f"multiplier {plan.noise_multiplier:g} at each site"
-    return f"{each}, {plan.counted_noise:.4g} in a secure sum of {least}{runs_words(plan)}"
+    return f"{each}, {plan.accounted_noise:.4g} in a secure sum of {least}{describe_shared_epsilon(plan)}"
 
 
-def trust_words(by_trust: Epsilons) -> str:
+def describe_trust(by_trust: Epsilons) -> str:
     """Describe which parties each epsilon assumes to be honest, if several sites add the noise together."""
-    alone = f"epsilon {epsilon_text(by_trust.server_alone)} against the server alone"
-    planned = f"{epsilon_text(by_trust.with_colluders)} with as many colluding sites as planned for"
-    return f"{alone}, {planned}, {epsilon_text(by_trust.with_all_others)} if all other sites collude"
+    alone = f"epsilon {format_epsilon(by_trust.server_alone)} against the server alone"
+    planned = f"{format_epsilon(by_trust.with_colluders)} with as many colluding sites as planned for"
+    return f"{alone}, {planned}, {format_epsilon(by_trust.with_all_others)} if all other sites collude"
 
 
 ABOUT_RDP = "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is "
@@ -246,7 +246,7 @@ WEAK_SIGNAL = 1.0
 """Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""
 
 
-def signal_words(ratio: float, task: str) -> str:
+def explain_signal(ratio: float, task: str) -> str:
     """Explain a run's signal-to-noise ratio (`planner.signal_to_noise`) for its task."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
     if ratio < LEAST_SIGNAL:
@@ -254,15 +254,15 @@ def signal_words(ratio: float, task: str) -> str:
     if ratio < WEAK_SIGNAL:
         return f"{times}: this run is likely to learn little, and costs its epsilon all the same"
     furthest = f"records can move the adapter at most {ratio:.2g} times as far as noise does"
-    if not (studied := task_named(task).studied):
+    if not (studied := get_task(task).studied):
         return f"{furthest}; no study says how much of task {task} is learnt at that"
     nearest = min(studied, key=lambda one: abs(math.log(one / ratio)))
     return f"{furthest}; a study at {nearest:g} kept {studied[nearest]} of what training gains without privacy"
 
 
-def contribution(plan: Plan) -> str:
+def describe_contribution(plan: Plan) -> str:
     """Describe how much one user contributes to a step, for a plan that protects users."""
-    most = counted(plan.records_per_user, "record")
+    most = pluralize(plan.records_per_user, "record")
     whom = ""
     if (cohorts := plan.cohorts) is not None:
         came = f"up to {cohorts.last}, and those without a date" if cohorts.first is None else f"in {cohorts}"
@@ -271,7 +271,7 @@ def contribution(plan: Plan) -> str:
 
 
 @spec
-class Arrivals:
+class ArrivalRange:
     """A range of periods in which people arrived, as plans name them.
 
     Attributes:
@@ -283,7 +283,7 @@ class Arrivals:
     last: str | None
 
     @classmethod
-    def of(cls, cohort: int, after: int | None, period: str) -> Arrivals:
+    def from_cohort(cls, cohort: int, after: int | None, period: str) -> ArrivalRange:
         """Build the range from a cohort up to the one before `after`; None: up to the newest cohort."""
         first = None if cohort == OLDEST else "" if cohort == OLDEST + 1 else cohort_name(cohort, period)
         return cls(first=first, last=None if after is None else cohort_name(after - 1, period))
@@ -303,23 +303,23 @@ class Arrivals:
         return "?" if self.code == "undated" else "–".join(dict.fromkeys((self.first or "…", self.last or "…")))  # noqa: RUF001
 
 
-def neighbours_together(people: Mapping[int, Arrivals]) -> list[Arrivals]:
+def merge_adjacent(people: Mapping[int, ArrivalRange]) -> list[ArrivalRange]:
     """Merge adjacent groups of arrivals into single ranges; `people` maps the groups' positions to their ranges."""
-    found: list[Arrivals] = []
+    found: list[ArrivalRange] = []
     for place, one in people.items():
         if place - 1 in people:
-            one = Arrivals(first=found.pop().first, last=one.last)
+            one = ArrivalRange(first=found.pop().first, last=one.last)
         found.append(one)
     return found
 
 
-def mechanism_text(event: DpEvent, count: int) -> str:
+def format_mechanism(event: DpEvent, count: int) -> str:
     """Describe `count` identical mechanisms, such as the noisy steps of a round."""
     match event:
         case PoissonSampledDpEvent():
             rate, noise = event.sampling_probability, event.event.noise_multiplier
-            return f"{counted(count, 'noisy step')} (rate {rate:g}, noise {noise:g})"
+            return f"{pluralize(count, 'noisy step')} (rate {rate:g}, noise {noise:g})"
         case GaussianDpEvent():
-            return f"{counted(count, 'noised score')} (noise {event.noise_multiplier:g})"
+            return f"{pluralize(count, 'noised score')} (noise {event.noise_multiplier:g})"
         case _:
-            return f"{counted(count, 'round')} WITHOUT NOISE"
+            return f"{pluralize(count, 'round')} WITHOUT NOISE"

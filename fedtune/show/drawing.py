@@ -67,7 +67,7 @@ class _Axis:
     start: float
     length: float
 
-    def at(self, value: float) -> float:
+    def to_coordinate(self, value: float) -> float:
         return round(self.start + (value - self.low) / (self.high - self.low) * self.length, 2)
 
 
@@ -80,20 +80,24 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
         named: title and description, for screen readers.
         number: formats a number in the page's language.
     """
-    bottom, top = _span(panel)
-    marks, ends, scale = [(tick, number(tick)) for tick in _ticks(bottom, top)], list(_ends(panel)), panel.scale
+    bottom, top = _y_span(panel)
+    marks, ends, scale = (
+        [(tick, number(tick)) for tick in _round_ticks(bottom, top)],
+        list(_labeled_ends(panel)),
+        panel.scale,
+    )
     left = 22 + _LETTER * max(len(text) for _, text in marks)
     right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in ends], default=0.0)
     low, high = _x_span([x for one in panel.series for x, _ in one.points], scale)
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
     down = _Axis(low=bottom, high=top, start=8 + _PANEL_HEIGHT, length=-_PANEL_HEIGHT)
-    parts = [*_axes(panel, across, down, marks)]
+    parts = [*_draw_axes(panel, across, down, marks)]
     for one in panel.series:
-        parts += _drawn(one, panel, across, down)
-    parts += [*_levels(panel, across, down), *_end_labels(ends, across, down)]
+        parts += _draw_series(one, panel, across, down)
+    parts += [*_draw_levels(panel, across, down), *_draw_end_labels(ends, across, down)]
     write = (lambda tick: power_of_ten(round(tick))) if scale == "powers" else number
-    labels = _dates(low, high) if scale == "days" else [(tick, write(tick)) for tick in _x_ticks(low, high, scale)]
-    parts += _x_axis(panel.x, across, _HEIGHT - 32, labels)
+    labels = _date_ticks(low, high) if scale == "days" else [(tick, write(tick)) for tick in _x_ticks(low, high, scale)]
+    parts += _draw_x_axis(panel.x, across, _HEIGHT - 32, labels)
     title, description = map(escape, named)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" font-size="10"'
@@ -103,11 +107,11 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     return Markup(head + "".join(parts) + "</svg>")  # every text in it is escaped
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", more: str = "") -> str:
+def _draw_text(x: float, y: float, text: str, *, anchor: str = "start", more: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
 
 
-def _span(panel: Panel) -> tuple[float, float]:
+def _y_span(panel: Panel) -> tuple[float, float]:
     """Return the lowest and highest value of the y axis, with room for a marker."""
     values = [y for one in panel.series for _, y in one.points] + [height for height, _, _ in panel.levels]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
@@ -124,7 +128,7 @@ def _x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _ticks(low: float, high: float, *, most: int = 6) -> list[float]:
+def _round_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     """Return at most `most` round numbers between `low` and `high`."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(width * power for width in (1, 2, 2.5, 5, 10) if (high - low) / (width * power) <= most)
@@ -134,12 +138,12 @@ def _ticks(low: float, high: float, *, most: int = 6) -> list[float]:
 
 def _x_ticks(low: float, high: float, scale: str) -> list[float]:
     if scale == "number":
-        return _ticks(low, high)
-    whole = [tick for tick in _ticks(low, high, most=8) if tick == round(tick)]
+        return _round_ticks(low, high)
+    whole = [tick for tick in _round_ticks(low, high, most=8) if tick == round(tick)]
     return whole or [float(round((low + high) / 2))]
 
 
-def _dates(low: float, high: float) -> list[tuple[float, str]]:
+def _date_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Return labeled first days of months or years between two days, as many as fit; otherwise the middle day."""
     first, last = date.fromordinal(math.floor(low)), date.fromordinal(math.floor(high))
     months = range(12 * first.year + first.month, 12 * last.year + last.month)
@@ -150,76 +154,79 @@ def _dates(low: float, high: float) -> list[tuple[float, str]]:
     return [(day.toordinal(), day.strftime(form)) for day in starts] or [(middle.toordinal(), middle.isoformat())]
 
 
-def _axes(panel: Panel, across: _Axis, down: _Axis, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
+def _draw_axes(panel: Panel, across: _Axis, down: _Axis, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
     end, bottom = across.start + across.length, down.start
     for tick, text in ticks:
-        y = down.at(tick)
+        y = down.to_coordinate(tick)
         yield f'<path d="M{across.start:g} {y:g}H{end:g}" stroke="#d9d9d9" stroke-width="0.6"/>'
-        yield _text(across.start - 5, y + 3.5, text, anchor="end")
-    top = down.at(down.high)
+        yield _draw_text(across.start - 5, y + 3.5, text, anchor="end")
+    top = down.to_coordinate(down.high)
     yield f'<path d="M{across.start:g} {top:g}V{bottom:g}H{end:g}" stroke="#000000" stroke-width="0.8" fill="none"/>'
     if panel.y:
         middle = round((top + bottom) / 2, 2)
-        yield _text(10, middle, panel.y, anchor="middle", more=f' transform="rotate(-90 10 {middle:g})"')
+        yield _draw_text(10, middle, panel.y, anchor="middle", more=f' transform="rotate(-90 10 {middle:g})"')
 
 
-def _x_axis(name: str, across: _Axis, bottom: float, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
+def _draw_x_axis(name: str, across: _Axis, bottom: float, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
     for tick, text in ticks:
-        x = across.at(tick)
+        x = across.to_coordinate(tick)
         yield f'<path d="M{x:g} {bottom:g}v3.5" stroke="#000000" stroke-width="0.8"/>'
-        yield _text(x, bottom + 14, text, anchor="middle")
-    yield _text(round(across.start + across.length / 2, 2), bottom + 28, name, anchor="middle")
+        yield _draw_text(x, bottom + 14, text, anchor="middle")
+    yield _draw_text(round(across.start + across.length / 2, 2), bottom + 28, name, anchor="middle")
 
 
-def _drawn(one: Series, panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
-    place = (lambda x: across.at(math.log10(x))) if panel.scale == "powers" else across.at
-    points = [(place(x), down.at(y)) for x, y in one.points]
+def _draw_series(one: Series, panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
+    place = (lambda x: across.to_coordinate(math.log10(x))) if panel.scale == "powers" else across.to_coordinate
+    points = [(place(x), down.to_coordinate(y)) for x, y in one.points]
     if one.kind == "limit":
         steps = "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
-        yield _line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
+        yield _draw_line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
     else:
         colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
-        yield _line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), colour, dashes)
+        yield _draw_line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), colour, dashes)
         if len(points) <= _MOST_MARKERS:
-            yield from (_marker(x, y, colour, marker) for x, y in points)
+            yield from (_draw_marker(x, y, colour, marker) for x, y in points)
 
 
-def _line(path: str, colour: str, dashes: str) -> str:
+def _draw_line(path: str, colour: str, dashes: str) -> str:
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     return f'<path d="{path}" stroke="{colour}" stroke-width="1.4" fill="none"{dashed}/>'
 
 
-def _marker(x: float, y: float, colour: str, marker: str) -> str:
+def _draw_marker(x: float, y: float, colour: str, marker: str) -> str:
     return f'<path d="{marker}" transform="translate({x:g} {y:g})" fill="{colour}" stroke="{colour}"/>'
 
 
-def _levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
+def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
     for height, _, dashes in panel.levels:
-        yield _line(f"M{across.start:g} {down.at(height):g}h{across.length:g}", "#000000", dashes)
+        yield _draw_line(f"M{across.start:g} {down.to_coordinate(height):g}h{across.length:g}", "#000000", dashes)
     for x, y, text in panel.notes:
         # A line that rises leaves room below its beginning, and above its end.
-        is_early, has_room = across.at(x) < across.start + across.length / 2, down.at(y) + 16 < down.start
+        is_early, has_room = (
+            across.to_coordinate(x) < across.start + across.length / 2,
+            down.to_coordinate(y) + 16 < down.start,
+        )
         anchor, aside = "start" if is_early else "end", 14 if is_early and has_room else -6
-        yield _text(across.at(x), down.at(y) + aside, text, anchor=anchor)
+        yield _draw_text(across.to_coordinate(x), down.to_coordinate(y) + aside, text, anchor=anchor)
 
 
-def _ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
+def _labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
     """Yield (height, label, marker) for each labeled right end; nothing if the panel has only one line."""
     if len(panel.series) + len(panel.levels) < 2:
         return
     for one in panel.series:
         colour, marker = (values[one.number % MOST_LINES] for values in (COLOURS, MARKERS))
-        yield max(one.points)[1], one.label, _marker(4, -3, colour, marker) if one.kind == "line" else ""
+        yield max(one.points)[1], one.label, _draw_marker(4, -3, colour, marker) if one.kind == "line" else ""
     for height, label, _ in panel.levels:
         yield height, label, ""
 
 
-def _end_labels(ends: Sequence[tuple[float, str, str]], across: _Axis, down: _Axis) -> Iterator[str]:
+def _draw_end_labels(ends: Sequence[tuple[float, str, str]], across: _Axis, down: _Axis) -> Iterator[str]:
     """Draw the labels at the right edge, shifted apart so that they do not overlap."""
-    sorted_ends = sorted((down.at(height) + 3, label, mark) for height, label, mark in ends)
+    sorted_ends = sorted((down.to_coordinate(height) + 3, label, mark) for height, label, mark in ends)
     below = down.start + 3 - _LINE_HEIGHT * len(sorted_ends)  # so high that all fit above the axis
     y = -math.inf
     for place, (wanted, label, mark) in enumerate(sorted_ends, 1):
         y = max(min(wanted, below + _LINE_HEIGHT * place), y + _LINE_HEIGHT)
-        said = mark + _text(9 if mark else 2, 0, label)
+        said = mark + _draw_text(9 if mark else 2, 0, label)
         yield f'<g transform="translate({across.start + across.length + 3:g} {y:g})" font-size="9">{said}</g>'

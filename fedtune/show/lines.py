@@ -14,7 +14,7 @@ _TO_TYPE = re.compile(r"(^ *|^.*: )(fedtune \w(?:(?![.;] ).)*[^.;])$")
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
 
-def fold(text: str, *, width: int) -> list[str]:
+def wrap_text(text: str, *, width: int) -> list[str]:
     """Wrap a text at word boundaries, with a hanging indent.
 
     Paths, keys and hashes are never broken, whatever the width, because they are copied.  A command continues after a
@@ -35,11 +35,11 @@ def fold(text: str, *, width: int) -> list[str]:
                 break_on_hyphens=breaks,
             ) or [""]
         if command:
-            lines += _typed(command, indent=indent + "  " * bool(front.strip()), width=width)
+            lines += _wrap_command(command, indent=indent + "  " * bool(front.strip()), width=width)
     return lines
 
 
-def _typed(command: str, *, indent: str, width: int) -> Iterator[str]:
+def _wrap_command(command: str, *, indent: str, width: int) -> Iterator[str]:
     line = ""
     for word in _WORD.findall(command):
         if line and len(indent) + len(line) + len(word) + 3 > width:
@@ -50,12 +50,12 @@ def _typed(command: str, *, indent: str, width: int) -> Iterator[str]:
     yield indent + line
 
 
-def harmless(text: str) -> str:
+def strip_control(text: str) -> str:
     """Replace control characters, which could steer a terminal: names and texts may come from others."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
-def printable(text: object, most: int = 200) -> str:
+def to_printable(text: object, most: int = 200) -> str:
     """Shorten an external text to one line of at most `most` characters, with control characters replaced."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
     return shown if len(shown) <= most else shown[: most - 3] + "..."

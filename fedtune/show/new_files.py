@@ -10,7 +10,7 @@ from io import BufferedWriter
 from pathlib import Path
 from secrets import token_hex
 
-from fedtune.privacy.durable import keep_owner
+from fedtune.privacy.durable import copy_ownership
 from fedtune.spec import ConfigError
 from fedtune.system import fsync_folder
 
@@ -22,7 +22,7 @@ def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Pat
     with new_streams(*places, mode=mode) as streams:
         yield texts
         for (option, path), stream in zip(places, streams, strict=True):
-            with refused(path, option):
+            with translate_os_errors(path, option):
                 stream.write(texts[path].encode())
 
 
@@ -41,28 +41,28 @@ def new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[B
     with ExitStack() as opened:
         files = []
         for option, path in places:
-            with refused(path, option):
+            with translate_os_errors(path, option):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 beside = path.with_name(f"{path.name}.{token}.partial")  # is there for another spelling of one path
                 file = os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
                 opened.callback(beside.unlink, missing_ok=True)
                 files.append((option, path, beside, opened.enter_context(file)))
-                keep_owner(file.fileno(), path)
+                copy_ownership(file.fileno(), path)
         yield [file for *_, file in files]
         for option, path, _, file in files:
-            with refused(path, option):
+            with translate_os_errors(path, option):
                 file.flush()
                 os.fsync(file.fileno())
         with ExitStack() as made:
             for option, path, beside, _ in files:
-                with refused(path, option):
-                    _appear(beside, path)
+                with translate_os_errors(path, option):
+                    _publish(beside, path)
                     made.callback(path.unlink)  # one that cannot appear takes the others along
                     fsync_folder(path.parent)
             made.pop_all()
 
 
-def _appear(beside: Path, path: Path) -> None:
+def _publish(beside: Path, path: Path) -> None:
     """Move a finished file to its name, unless that name has been taken meanwhile."""
     try:
         os.link(beside, path)
@@ -74,7 +74,7 @@ def _appear(beside: Path, path: Path) -> None:
 
 
 @contextmanager
-def refused(path: Path, option: str) -> Iterator[None]:
+def translate_os_errors(path: Path, option: str) -> Iterator[None]:
     """Turn operating system errors, and an existing file at `path`, into a ConfigError that names the option."""
     try:
         if os.path.lexists(path):

@@ -15,19 +15,19 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from fedtune.config import RunConfig
-from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all, used_up_text
-from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
+from fedtune.federation.kept_round import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
+from fedtune.federation.lead import LeadState, charged_epsilons, compute_site_charge
 from fedtune.federation.planner import signal_to_noise
 from fedtune.model.products import is_slow_on_cpu
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.earlier_debts import UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
-from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
-from fedtune.show.terminal_tables import Section, pairs, say, show
+from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, describe_noise, explain_signal
+from fedtune.show.terminal_tables import Section, key_value_section, say, show
 from fedtune.sites.shared_model import RunModel
-from fedtune.words import counted, size, unbounded
+from fedtune.words import pluralize, size, unbounded
 
 
 class Display:
@@ -63,7 +63,7 @@ class Display:
         )
 
     @contextmanager
-    def following(self) -> Iterator[None]:
+    def show_progress_bar(self) -> Iterator[None]:
         """Print the start message, and keep the progress bar on the terminal until the run ends."""
         if self._shown:
             self._console.print(f"[bold]fedtune[/bold] {self._config.name}: loading model and data ...")
@@ -77,7 +77,7 @@ class Display:
             self._stage, self._stage_began, self._first = what, now, done
         so_far = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
         since = done - self._first
-        left = _left((total - done) * (now - self._stage_began) / since if since > 0 else None)
+        left = _format_time_left((total - done) * (now - self._stage_began) / since if since > 0 else None)
         if self._console.is_terminal:
             self._remove_bar(new or 0 < total <= done)
             if done < total or not total:
@@ -98,9 +98,9 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a note about something that is rarely intended."""
-        self._say(f"Note: {text}", style="yellow")
+        self._print_text(f"Note: {text}", style="yellow")
 
-    def _say(self, text: str, *, style: str = "") -> None:
+    def _print_text(self, text: str, *, style: str = "") -> None:
         if self._shown:
             say(text, style=style, console=self._console)
 
@@ -111,44 +111,46 @@ class Display:
         self.earlier_s = state.seconds
         self._remove_bar(True)
         if self._shown:
-            show([_settings(self._config, shared, proposal.plan)], console=self._console)
+            show([_settings_section(self._config, shared, proposal.plan)], console=self._console)
         if state.start_adapter:
-            self._say(f"begins in {_start(state.start_adapter)}")
+            self._print_text(f"begins in {_describe_start(state.start_adapter)}")
         if state.metrics_before:
-            self._say(f"before training: {_scores(state.metrics_before)} (test records)")
+            self._print_text(f"before training: {_format_scores(state.metrics_before)} (test records)")
         if state.round:
-            over = is_over(state.rounds, federation, judged_by=self._config.judged_by)
-            self._say(f"{'the run was over' if over else 'resuming'} after round {state.round}")
+            over = should_stop(state.rounds, federation, judged_by=self._config.judged_by)
+            self._print_text(f"{'the run was over' if over else 'resuming'} after round {state.round}")
         if state.data_changed:
             which = ", ".join(state.data_changed)
             now = f"The records of {which} are others than when the run began"
-            self._say(f"{now}: its epsilon holds for both, each by itself.", style="yellow")
+            self._print_text(f"{now}: its epsilon holds for both, each by itself.", style="yellow")
         self._task = self._progress.add_task(
-            self._round_text(state.round + 1, 0),
+            self._format_round(state.round + 1, 0),
             total=federation.num_rounds * len(federation.active),
             completed=self._done,
-            left=_left(self._left_s(state)),
+            left=_format_time_left(self._seconds_left(state)),
         )
 
     def site_replied(self, number: int) -> None:
         """Advance the progress bar."""
         if self._task is not None:
-            said = self._round_text(self._done // len(self._config.federation.active) + 1, number)
+            said = self._format_round(self._done // len(self._config.federation.active) + 1, number)
             self._progress.update(self._task, completed=self._done + number, description=said)
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Print a real site's answer, and the epsilon that its receipt amounts to."""
         text = f"{what}, {size(num_bytes)}" if what == "update" else what
         if charged_rounds is not None and self._plan is not None:
-            text += f", epsilon {epsilon_text(charged_epsilons(self._plan, charged_rounds)[0])}"
-        self._say(f"  {site}: {text}", style="" if what == "update" else "yellow")
+            text += f", epsilon {format_epsilon(charged_epsilons(self._plan, charged_rounds)[0])}"
+        self._print_text(f"  {site}: {text}", style="" if what == "update" else "yellow")
 
     def round_finished(self, state: LeadState) -> None:
         """Print the round's line, broken between its parts where the terminal is too narrow."""
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
-            said = self._round_text(state.round + 1, 0)
-            self._progress.update(self._task, completed=self._done, description=said, left=_left(self._left_s(state)))
+            said = self._format_round(state.round + 1, 0)
+            self._progress.update(
+                self._task, completed=self._done, description=said, left=_format_time_left(self._seconds_left(state))
+            )
         if not self._shown:
             return
         line = Text()
@@ -165,19 +167,22 @@ class Display:
         """Yield the parts of a round's line, each with its style."""
         assert self._plan is not None
         federation, last = self._config.federation, state.rounds[-1]
-        rounds = rounds_in_all(state.rounds, federation)
+        rounds = count_rounds(state.rounds, federation)
         yield f"round {last.round:>{len(str(rounds))}}/{rounds}", ""
         yield f"{len(last.sites)}/{len(federation.active)} sites", ""
-        yield f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records", ""
-        kept = kept_of(state.rounds, federation, judged_by=self._config.judged_by)
-        over = is_over(state.rounds, federation, judged_by=self._config.judged_by)
-        charges = (site_charge(state, site, self._plan) for site in federation.active)
-        yield f"epsilon {epsilon_text(max(unbounded(one.claim if over else one.epsilon) for one in charges))}", ""
+        yield f"validation: {_format_scores(last.metrics)}" if last.metrics else "no validation records", ""
+        kept = find_kept_round(state.rounds, federation, judged_by=self._config.judged_by)
+        over = should_stop(state.rounds, federation, judged_by=self._config.judged_by)
+        charges = (compute_site_charge(state, site, self._plan) for site in federation.active)
+        yield (
+            f"epsilon {format_epsilon(max(unbounded(one.proven_epsilon if over else one.epsilon) for one in charges))}",
+            "",
+        )
         yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
             yield f"kept so far: round {kept.round}", ""
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
-        left = _left(self._left_s(state))
+        left = _format_time_left(self._seconds_left(state))
         if left and not over:
             yield left, ""
         if last.diverged:
@@ -185,17 +190,17 @@ class Display:
         for site, reason in last.failed_sites.items():
             yield f"{site}: {reason}", "red"
 
-    def _left_s(self, state: LeadState) -> float | None:
-        left = rounds_in_all(state.rounds, self._config.federation) - state.round
-        return None if state.pace_s is None else left * state.pace_s
+    def _seconds_left(self, state: LeadState) -> float | None:
+        left = count_rounds(state.rounds, self._config.federation) - state.round
+        return None if state.seconds_per_round is None else left * state.seconds_per_round
 
-    def _round_text(self, round: int, replied: int) -> str:
+    def _format_round(self, round: int, replied: int) -> str:
         rounds, sites = self._config.federation.num_rounds, len(self._config.federation.active)
         return f"round {min(round, rounds)}/{rounds}, site {min(replied + 1, sites)}/{sites}"
 
 
-def _left(seconds: float | None) -> str:
-    return f"about {_duration(seconds)} left" if seconds else ""
+def _format_time_left(seconds: float | None) -> str:
+    return f"about {_format_minutes(seconds)} left" if seconds else ""
 
 
 def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
@@ -208,7 +213,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     rows, sizes = [], config.declared_sizes()
     for site, spent in privacy.sites.items():
         steps = f"{spent.steps}{' at most' if spent.upper_bound else ''}"
-        rows.append((site, f"{sizes[site]:,}", steps, *map(epsilon_text, (spent.epsilon, spent.epsilon_rdp))))
+        rows.append((site, f"{sizes[site]:,}", steps, *map(format_epsilon, (spent.epsilon, spent.epsilon_rdp))))
     headings = ("site", "declared size", "steps", "epsilon", "epsilon by RDP")
     explained = config.tracking.log_level == "debug" and privacy.epsilon is not None
     notes = [ABOUT_RDP.format(counts="epsilon")] if explained else []
@@ -216,7 +221,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     if privacy.epsilon is None:
         say_here("No privacy guarantee: this run added no noise.", style="yellow")
     elif not privacy.seeded_noise:
-        say_here(f"epsilon {epsilon_text(privacy.epsilon)} at delta {privacy.delta:g} for each {privacy.unit}")
+        say_here(f"epsilon {format_epsilon(privacy.epsilon)} at delta {privacy.delta:g} for each {privacy.unit}")
     if privacy.seeded_noise:
         say_here("A study without a guarantee: its noise came from the configured seed.", style="yellow")
     if measured := [one for one in result.rounds if one.site_scores]:
@@ -225,39 +230,39 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
         say_here(f"{about}: {', '.join(scores)}")
     if final.kept is not None:
-        say_here(_kept(final.kept, result, planned=rounds_in_all(result.rounds, config.federation)))
+        say_here(_describe_kept_round(final.kept, result, planned=count_rounds(result.rounds, config.federation)))
     if final.metrics:
-        before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
-        say_here(f"test: {_scores(final.metrics)}{before}", style="bold")
+        before = f" (before: {_format_scores(final.metrics_before)})" if final.metrics_before else ""
+        say_here(f"test: {_format_scores(final.metrics)}{before}", style="bold")
         if final.constant is not None:
-            say_here(f"best constant answer: {_scores({config.judged_by: final.constant})}")
-    if missing := used_up_text(result.rounds, config.federation):
+            say_here(f"best constant answer: {_format_scores({config.judged_by: final.constant})}")
+    if missing := explain_used_up(result.rounds, config.federation):
         say_here(f"{missing}.", style="yellow")
     for code in final.findings:
-        say_here(_finding(code, config), style="yellow")
-    took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
+        say_here(_describe_finding(code, config), style="yellow")
+    took = f"rounds and scores {_format_minutes(final.seconds or 0.0)}, with loading {_format_minutes(whole_s)}"
     memory = f", peak memory {final.peak_memory_bytes / 2**30:.1f} GiB" if final.peak_memory_bytes else ""
     say_here(took + memory)
 
 
-def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
+def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
     """Describe the round that checkpoint selection kept, and what early stopping by these scores means for epsilon."""
-    score = _scores({kept.judged_by: kept.score})
+    score = _format_scores({kept.judged_by: kept.score})
     text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
     if not kept.ended_early:
         return text
     privacy = result.privacy
-    text += f"; no later round was better, so the run ended {counted(planned - len(result.rounds), 'round')} early"
+    text += f"; no later round was better, so the run ended {pluralize(planned - len(result.rounds), 'round')} early"
     if privacy.epsilon is None:
         return text
-    charged = epsilon_text(max(unbounded(site.epsilon) for site in privacy.sites.values()))
-    claim = f"the claim stays the planned {epsilon_text(privacy.epsilon)}, since the scores picked the moment"
+    charged = format_epsilon(max(unbounded(site.epsilon) for site in privacy.sites.values()))
+    claim = f"the claim stays the planned {format_epsilon(privacy.epsilon)}, since the scores picked the moment"
     return f"{text}. The sites were charged epsilon {charged}; {claim}"
 
 
-def _finding(code: str, config: RunConfig) -> str:
+def _describe_finding(code: str, config: RunConfig) -> str:
     """Describe a problem that training ran into, and what to do about it."""
-    rates = config.training.lower_rates(clipped=config.privacy.private)
+    rates = config.training.suggest_lower_rates(clipped=config.privacy.private)
     lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
     page, worse = "(docs/own_data.md, When scores are low)", "The model is worse than before training."
     guess, more = "The model is no better than always giving one and the same answer.", f"try {lower}, or more records"
@@ -270,7 +275,7 @@ def _finding(code: str, config: RunConfig) -> str:
     return texts[code]
 
 
-def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
+def _settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
     """Build the table of a run's settings; rows that need attention are yellow."""
     trained, warnings = shared.initial_adapter.num_values, set[str]()
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
@@ -280,11 +285,11 @@ def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
         "training": f"{plan.num_rounds} rounds x {plan.local_steps} steps, sampling rate {plan.sampling_rate:g}",
     }
     if plan.private:
-        epsilon = epsilon_text(charged_epsilons(plan, plan.most_rounds)[0])
+        epsilon = format_epsilon(charged_epsilons(plan, plan.most_rounds)[0])
         bound = f"epsilon at most {epsilon} at delta {plan.delta:g} for each {plan.unit}"
-        rows["privacy"] = f"{bound}: clip {plan.max_grad_norm:g}, noise {noise_words(plan)}"
+        rows["privacy"] = f"{bound}: clip {plan.max_grad_norm:g}, noise {describe_noise(plan)}"
         if plan.unit == "user":
-            rows["privacy"] += f", at most {counted(plan.records_per_user, 'record')} of a user in a step"
+            rows["privacy"] += f", at most {pluralize(plan.records_per_user, 'record')} of a user in a step"
         if (people := plan.cohorts) is not None:
             came = f"from {people.first} to {people.last}" if people.first else f"up to {people.last} or without a date"
             rows["people"] = f"charged are those who arrived {came}, and nobody else"
@@ -296,7 +301,7 @@ def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
         warnings.add("privacy")
     if plan.private and trained:
         ratio = signal_to_noise(plan, config.declared_sizes(), values=trained)
-        rows["signal"] = signal_words(ratio, config.task)
+        rows["signal"] = explain_signal(ratio, config.task)
         warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
     dtype = config.model.dtype
     if str(shared.device) == "cpu" and is_slow_on_cpu(dtype):
@@ -307,10 +312,10 @@ def _settings(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
         slower = f"which takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long"
         rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, keeps it too"
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
-    return replace(pairs(rows), styles=styles)
+    return replace(key_value_section(rows), styles=styles)
 
 
-def _start(about: Mapping[str, Any]) -> str:
+def _describe_start(about: Mapping[str, Any]) -> str:
     """Describe the adapter that a run starts from, and its prior spending."""
     on = "" if about.get("dataset", UNKNOWN) == UNKNOWN else f" on {about['dataset']}"
     if about.get("public"):
@@ -320,7 +325,7 @@ def _start(about: Mapping[str, Any]) -> str:
     elif about["epsilon"] is None:
         spent = f"its training{on} promises nothing about its records"
     else:
-        epsilon = f"epsilon {epsilon_text(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
+        epsilon = f"epsilon {format_epsilon(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
         spent = f"its training{on} spent {epsilon}"
     head: dict[object, str] = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
     what = "the adapter" if "head" in about else "what owes to the adapter"
@@ -328,11 +333,11 @@ def _start(about: Mapping[str, Any]) -> str:
     return "; ".join(filter(None, known))
 
 
-def _scores(metrics: Mapping[str, float | None]) -> str:
+def _format_scores(metrics: Mapping[str, float | None]) -> str:
     texts = {name: "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()}
     return ", ".join(f"{name.replace('_', '-')} {text}" for name, text in texts.items())
 
 
-def _duration(seconds: float) -> str:
+def _format_minutes(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

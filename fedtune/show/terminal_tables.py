@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.privacy.durable import write_durably
-from fedtune.show.lines import fold, harmless
+from fedtune.show.lines import strip_control, wrap_text
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import jsonable
 
@@ -42,7 +42,7 @@ class Section:
     styles: Mapping[int, str] = dataclasses.field(default_factory=dict)  # of rows that stand out, by number
 
 
-def pairs(rows: Mapping[str, str], *, title: str = "") -> Section:
+def key_value_section(rows: Mapping[str, str], *, title: str = "") -> Section:
     """Build a two-column section from names and their values."""
     return Section(title=title, rows=tuple(rows.items()), words={0, 1}, whole={0})
 
@@ -55,7 +55,7 @@ def show(sections: Iterable[Section], *, console: Console | None = None) -> None
         if section.title:
             say(section.title, style="bold", console=console)
         if section.rows:
-            console.print(_table(section, console.width), soft_wrap=True)
+            console.print(_layout_table(section, console.width), soft_wrap=True)
         for note in section.notes:
             say(f"  {note}", console=console)
 
@@ -72,14 +72,14 @@ def write_file(path: Path, content: str | bytes, *, option: str) -> None:
         raise ConfigError(option, str(path), f"must be a file that can be written ({error.strerror})") from None
 
 
-def _table(section: Section, width: int) -> Text:
+def _layout_table(section: Section, width: int) -> Text:
     """Lay out the rows in columns within `width`; a line gets longer if it contains an unbreakable path or hash."""
     gap = 2 if width >= 100 else 1
-    rows = [tuple(map(harmless, row)) for row in section.rows]
-    headings = tuple(map(harmless, section.headings)) or ("",) * len(rows[0])
-    widths = _widths(section, rows, headings, room=width - 2 - gap * (len(headings) - 1))
+    rows = [tuple(map(strip_control, row)) for row in section.rows]
+    headings = tuple(map(strip_control, section.headings)) or ("",) * len(rows[0])
+    widths = _column_widths(section, rows, headings, room=width - 2 - gap * (len(headings) - 1))
     all_rows = [headings, *rows] if section.headings else rows
-    lines = [[fold(cell, width=most) for cell, most in zip(row, widths, strict=True)] for row in all_rows]
+    lines = [[wrap_text(cell, width=most) for cell, most in zip(row, widths, strict=True)] for row in all_rows]
     needed = (max(cell_len(line) for cell in column for line in cell) for column in zip(*lines, strict=True))
     widths = list(map(min, widths, needed))
     said = Text()
@@ -87,13 +87,13 @@ def _table(section: Section, width: int) -> Text:
         style = "dim" if number < 0 else section.styles.get(number, "")
         if number < 0:  # what is said of a column stands right above it
             cells = [[""] * (max(map(len, cells)) - len(cell)) + cell for cell in cells]
-        for line in zip_longest(*_apart(cells, widths), fillvalue=""):
-            placed = (_placed(text, widths[at], left=at in section.words) for at, text in enumerate(line))
+        for line in zip_longest(*_separate_cells(cells, widths), fillvalue=""):
+            placed = (_pad_cell(text, widths[at], left=at in section.words) for at, text in enumerate(line))
             said.append("  " + (" " * gap).join(placed).rstrip() + "\n", style=style)
     return said[:-1]
 
 
-def _apart(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
+def _separate_cells(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
     """Lay out a row's cells; cells to the right of one that is wider than its column move below it.
 
     Otherwise the terminal would break the line anywhere, even within a number.
@@ -105,7 +105,9 @@ def _apart(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
     return cells
 
 
-def _widths(section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int) -> list[int]:
+def _column_widths(
+    section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int
+) -> list[int]:
     """Choose the column widths; if `room` is scarce, break headings first, then words, then the headings' own words."""
     held = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
     widths = [max(most, *map(cell_len, heading.split("\n"))) for heading, most in zip(headings, held, strict=True)]
@@ -118,7 +120,7 @@ def _widths(section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[s
     return widths
 
 
-def _placed(text: str, width: int, *, left: bool) -> str:
+def _pad_cell(text: str, width: int, *, left: bool) -> str:
     room = " " * (width - cell_len(text))
     return text + room if left else room + text
 
@@ -126,11 +128,11 @@ def _placed(text: str, width: int, *, left: bool) -> str:
 def say(text: str, *, style: str = "", console: Console | None = None) -> None:
     """Print a text wrapped to the terminal's width, as `fold` does."""
     console = console or Console()
-    lines = fold(harmless(text), width=console.width)
+    lines = wrap_text(strip_control(text), width=console.width)
     console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
-def require_agreed(question: str, *, otherwise: str) -> None:
+def require_confirmation(question: str, *, otherwise: str) -> None:
     """Ask a person for confirmation; no answer, for example without an input, counts as no.
 
     Raises:
@@ -145,9 +147,9 @@ def require_agreed(question: str, *, otherwise: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
-    sys.stdout.write(json_text(value))
+    sys.stdout.write(to_json_text(value))
 
 
-def json_text(value: Any) -> str:
+def to_json_text(value: Any) -> str:
     """Serialize a value as JSON; an unbounded value becomes null because JSON has no infinity."""
     return json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n"

@@ -13,23 +13,23 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.data import users_of
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import Dealt, is_far
+from fedtune.data.load import Dealt, is_far_from_declared
 from fedtune.data.records import resolve_file
-from fedtune.sites.run_records import LeadRecords, RunRecords, said_by_role, telling
+from fedtune.sites.run_records import LeadRecords, RunRecords, count_texts_by_role, identifying_roles
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
 from fedtune.version import shipped_folders
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 _MOST_NAMED = 3
 _COMPARED: dict[tuple[object, ...], bool] = {}  # by a run and files as they are: a sweep asks often, reading is slow
 
 
-def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
+def lead_data_warnings(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
     """Yield warnings about the lead's own records."""
     for key, data in (("validation", validation), ("test", test)):
         if data is not None:
-            yield from _left_out(data.left_out, f"data.{key}_file")
+            yield from _warn_of_skipped_rows(data.left_out, f"data.{key}_file")
     if test is None:
         yield "there are no test records, so the run ends without a score: give data.test_file or data.test_fraction"
         return
@@ -41,7 +41,7 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
             yield f"all test records have the label {labels.pop()!r}: always giving that label scores 1.0"
 
 
-def check_decides(config: RunConfig) -> None:
+def check_decision_scores(config: RunConfig) -> None:
     """Check that the scores used for early stopping, checkpoint selection or a search reveal nothing about a site's
     records.
 
@@ -49,7 +49,7 @@ def check_decides(config: RunConfig) -> None:
         ConfigError: the lead has no validation file, or the file contains records that simulated sites train on.
     """
     try:
-        config.data.check_may_decide()
+        config.data.require_decisive_validation()
     except ConfigError as error:
         raise error.under("data") from None
     file = config.data.validation_file
@@ -60,16 +60,16 @@ def check_decides(config: RunConfig) -> None:
         raise ConfigError("data.validation_file", file, bound)
 
 
-def may_decide(config: RunConfig) -> bool:
-    """Return True if `check_decides` accepts the run, so that its scores may be used for decisions."""
+def scores_may_decide(config: RunConfig) -> bool:
+    """Return True if `check_decision_scores` accepts the run, so that its scores may be used for decisions."""
     try:
-        check_decides(config)
+        check_decision_scores(config)
     except ConfigError:
         return False
     return True
 
 
-def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
+def _warn_of_skipped_rows(rows: LeftOut, key: str) -> Iterator[str]:
     if rows.count:
         yield f"{key}: {rows}; the run leaves them out"
 
@@ -82,42 +82,45 @@ def is_training_file(config: RunConfig, file: str) -> bool:
     names = [name for name, key in RunRecords(config).files().items() if key == "data.train_file"]
     try:
         found = {name: resolve_file(name, shipped_folders(), key="data.train_file") for name in (*names, file)}
-        if any(_same_bytes(found[name], found[file]) for name in names):
+        if any(_have_same_bytes(found[name], found[file]) for name in names):
             return True
         about = (config.digest(), *((path, path.stat().st_mtime_ns) for path in found.values()))
         if about not in _COMPARED:
-            _COMPARED[about] = _has_records_of(config, names, file)
+            _COMPARED[about] = _contains_records_of(config, names, file)
         return _COMPARED[about]
     except DataError:  # who asks later may have moved it, and what cannot be read is told where it is needed
         return False
 
 
-def _same_bytes(one: Path, other: Path) -> bool:
+def _have_same_bytes(one: Path, other: Path) -> bool:
     return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
 
 
-def _has_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
+def _contains_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
     """Return True if all records of `file` are among those of the other files, or vice versa, as far as texts can
     identify records.
     """
     own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
-    said, theirs = said_by_role(own), said_by_role(LeadRecords.read(file, config, key="data.train_file").records)
+    said, theirs = (
+        count_texts_by_role(own),
+        count_texts_by_role(LeadRecords.read(file, config, key="data.train_file").records),
+    )
     # Not of fewer, such as features of two values: others have the same by chance.
-    trained = [said[role].keys() for role in telling(said) if len(said[role]) > len(own) / 2]
+    trained = [said[role].keys() for role in identifying_roles(said) if len(said[role]) > len(own) / 2]
     return any(other.keys() <= texts or texts <= other.keys() for texts in trained for other in theirs.values())
 
 
-def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
+def site_data_warnings(config: RunConfig, dealt: Dealt) -> Iterator[str]:
     """Yield warnings about the records of a simulation's sites."""
-    yield from _left_out(dealt.left_out, "data.train_file")
+    yield from _warn_of_skipped_rows(dealt.left_out, "data.train_file")
     if dealt.shared_users:
         yield (
-            f"{counted(dealt.shared_users, 'id')} of users are in the files of several sites, and count as another "
+            f"{pluralize(dealt.shared_users, 'id')} of users are in the files of several sites, and count as another "
             "person at each: if they are one person, the epsilons of the sites add up for that person"
         )
-    far = list(_far_from_declared(config, dealt))
+    far = list(_sites_far_from_declared(config, dealt))
     if far:
-        more = f", and {counted(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
+        more = f", and {pluralize(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
         yield (
             f"data.declared_sizes is far from the number of {config.privacy.unit}s there are to train on: "
             f"{', '.join(far[:_MOST_NAMED])}{more}. Training divides by the declared size: if it is too "
@@ -125,10 +128,10 @@ def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
         )
 
 
-def _far_from_declared(config: RunConfig, dealt: Dealt) -> Iterator[str]:
+def _sites_far_from_declared(config: RunConfig, dealt: Dealt) -> Iterator[str]:
     declared = config.declared_sizes()
     for name, records in zip(config.federation.names, dealt.sites, strict=True):
         by_user = config.privacy.unit == "user"
         true = len(users_of(records.training)) if by_user else len(records.training)
-        if name in declared and is_far(true, declared[name]):
+        if name in declared and is_far_from_declared(true, declared[name]):
             yield f"{name} declares {declared[name]:,} and has {true:,}"

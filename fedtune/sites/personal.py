@@ -21,16 +21,16 @@ from fedtune.config import RunConfig, config_yaml
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import split_heldout
-from fedtune.evaluation.scoring import scoring
+from fedtune.evaluation.scoring import evaluation_mode
 from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
-from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, silent
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, no_progress
 from fedtune.spec import DataError, RunError
-from fedtune.tasks.saved import SavedAdapter, save_task_model, whole_folder
+from fedtune.tasks.saved import SavedAdapter, replace_folder, save_task_model
 from fedtune.training.examples import Places, SiteExamples
-from fedtune.training.local import mean_gradient
+from fedtune.training.local import set_mean_gradient
 from fedtune.training.optimizer import make_optimizer, set_learning_rate
 
 FEWEST_RECORDS = 10  # for each of its parts
@@ -101,7 +101,7 @@ def personalise(
     beside_ledger: Path,
     label: str,
     lenient: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> int:
     """Train a site's personalized adapter, and write it into a folder that is marked as private to the site.
 
@@ -129,22 +129,24 @@ def personalise(
         RunError: `NOTE` is damaged.
     """
     saved = SavedAdapter.read(adapter, model=config.model)
-    _noted(beside_ledger / NOTE)  # before hours of work, not behind them
+    _read_personalizations(beside_ledger / NOTE)  # before hours of work, not behind them
     loaded = LoadedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
     shared = RunModel(loaded, config, progress=progress)
-    examples = shared.examples_of(shared.tokenised([*parts.training, *parts.choosing], lenient=lenient))
+    examples = shared.make_site_examples(shared.tokenize_records([*parts.training, *parts.choosing], lenient=lenient))
     if loaded.keeps_states:
         examples.keep_frozen_states(shared.model, folder=loaded.states_folder)
     examples.keep_reference(shared.model)
     training, choosing = np.split(np.arange(len(examples)), [len(parts.training)])
     fit = _Fit(shared, examples, training, choosing)
-    fit.best(shared.first_adapter(), what=f"{site}: training alone")
+    fit.fit_best_adapter(shared.first_adapter(), what=f"{site}: training alone")
     save_task_model(shared.model, alone, private_to=site)
     saved.load_into(shared.model)
-    passes = fit.best(Adapter.of(shared.model), what=f"{site}: training its own adapter")
+    passes = fit.fit_best_adapter(Adapter.from_task_model(shared.model), what=f"{site}: training its own adapter")
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    note_made(beside_ledger, run=config.run_id(), day=day)  # before there is a folder of which nothing is known
-    with whole_folder(into) as made:
+    record_personalization(
+        beside_ledger, run=config.run_id(), day=day
+    )  # before there is a folder of which nothing is known
+    with replace_folder(into) as made:
         folder = RunFolder(made)
         save_task_model(shared.model, folder.adapter, private_to=site)
         folder.config.write_bytes(config_yaml(config))
@@ -155,17 +157,17 @@ def personalise(
     return passes
 
 
-def note_made(folder: Path, *, run: str, day: str) -> None:
+def record_personalization(folder: Path, *, run: str, day: str) -> None:
     """Record in `NOTE` that a personalized adapter was made.
 
     Raises:
         RunError: the existing file is damaged.
     """
-    made = [*_noted(folder / NOTE), {"run": run, "made": day}]
+    made = [*_read_personalizations(folder / NOTE), {"run": run, "made": day}]
     write_durably(folder / NOTE, json.dumps(made, indent=1).encode() + b"\n")
 
 
-def _noted(path: Path) -> list[Any]:
+def _read_personalizations(path: Path) -> list[Any]:
     try:
         made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except (OSError, ValueError):
@@ -183,7 +185,7 @@ class _Fit:
     def __init__(self, shared: RunModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
         self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
 
-    def best(self, start: Adapter, *, what: str) -> int:
+    def fit_best_adapter(self, start: Adapter, *, what: str) -> int:
         """Train, and leave the adapter with the lowest mean selection loss in the model; return its number of passes.
 
         Passes run at the highest learning rate while each of them lowers the loss, and then continue from the best
@@ -192,33 +194,33 @@ class _Fit:
         """
         shared, order = self._shared, np.random.default_rng(self._shared.config.seed)
         start.load_into(shared.model)
-        best, passes, lowest = start, 0, self._loss()
+        best, passes, lowest = start, 0, self._selection_loss()
         for rate in _RATES:
             best.load_into(shared.model)
-            optimizer = make_optimizer(shared.model.trained_now(), shared.config.training, clipped=False)
+            optimizer = make_optimizer(shared.model.active_parameters(), shared.config.training, clipped=False)
             set_learning_rate(optimizer, rate)
             while passes < _MOST_PASSES:
                 shared.progress(what, passes, _MOST_PASSES)
-                self._pass(optimizer, order.permutation(self._training))
-                if not (loss := self._loss()) < lowest:
+                self._train_pass(optimizer, order.permutation(self._training))
+                if not (loss := self._selection_loss()) < lowest:
                     break
-                best, passes, lowest = Adapter.of(shared.model), passes + 1, loss
+                best, passes, lowest = Adapter.from_task_model(shared.model), passes + 1, loss
         best.load_into(shared.model)
         return passes
 
-    def _pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
+    def _train_pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
         """Make one pass over the records, with an optimizer step for each batch of `_BATCH` records."""
         model = self._shared.model
         for batch in np.array_split(records, max(1, len(records) // _BATCH)):
-            mean_gradient(model, self._examples, self._examples.cut(batch), count=len(batch))
-            for parameter in model.trained_now().values():
+            set_mean_gradient(model, self._examples, self._examples.cut(batch), count=len(batch))
+            for parameter in model.active_parameters().values():
                 if parameter.grad is not None:
                     parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
             optimizer.step()
 
-    def _loss(self) -> float:
+    def _selection_loss(self) -> float:
         """Return the mean of the finite losses on the selection records; infinite if no loss is finite."""
-        with scoring(self._shared.model):
+        with evaluation_mode(self._shared.model):
             losses = [self._shared.model.losses(batch) for batch in self._examples.cut(self._choosing)]
         found = torch.cat(losses).double()
         finite = found[torch.isfinite(found)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.config import RunConfig, config_yaml
-from fedtune.data.formats import require_reader, version_of
+from fedtune.data.formats import fingerprint_files, require_reader
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
@@ -22,7 +22,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.sites.shared_settings import at_site, read_settings
+from fedtune.sites.shared_settings import localize_settings, read_settings
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import save_task_model
@@ -54,7 +54,7 @@ class SiteProcess:
             ConfigError: the policy cannot be read, or belongs to a simulated site.
             RunError: the ledger cannot be trusted or written.
         """
-        files = SiteFiles.of(self.site_toml)
+        files = SiteFiles.from_site_toml(self.site_toml)
         if files.policy.simulated:
             raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self.site_toml)
         return RealSite(self, files, settings)
@@ -63,18 +63,20 @@ class SiteProcess:
         """Return the run's records with the model; cached until another run arrives, or the file, the policy or the
         machine changes.
         """
-        version = version_of(Path(shared.config.data.train_file))
+        version = fingerprint_files(Path(shared.config.data.train_file))
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:
             self._warm = None  # first, so that two runs' records never fill the memory together
-            self._warm = key, self._loaded(shared, files)
+            self._warm = key, self._load_work(shared, files)
             log.info("ready for a run", extra={"run": run})
         return self._warm[1]
 
-    def _loaded(self, shared: RunModel, files: SiteFiles) -> SiteWork:
-        records = site_records(shared.config, files)
-        if (left_out := records.left_out).is_much:  # for the site's own people: nothing of it is sent to anybody
+    def _load_work(self, shared: RunModel, files: SiteFiles) -> SiteWork:
+        records = read_site_records(shared.config, files)
+        if (
+            left_out := records.left_out
+        ).exceeds_threshold:  # for the site's own people: nothing of it is sent to anybody
             about = {
                 "rows": left_out.rows,
                 "left_out": left_out.count,
@@ -100,7 +102,7 @@ class SiteProcess:
         """
         size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
         kept = self._model
-        if kept is not None and kept.serves(config, declared_size=size, inexact_allowed=inexact):
+        if kept is not None and kept.is_reusable_for(config, declared_size=size, inexact_allowed=inexact):
             return RunModel(kept, config)
         if self._warm is not None and self._warm[0]:  # from now on under no run's key, and without a model
             self._warm = "", self._warm[1]
@@ -122,7 +124,7 @@ class RealSite(WorkingSite):
     """A site with the records of real people, opened for one request with the settings of a run."""
 
     def __init__(self, process: SiteProcess, files: SiteFiles, settings: str) -> None:
-        super().__init__(files, files.open(), process.parties, members=files.policy.trust.members)
+        super().__init__(files, files.open_ledger(), process.parties, members=files.policy.trust.members)
         self._process, self._files, self._settings = process, files, settings
 
     @property
@@ -136,9 +138,9 @@ class RealSite(WorkingSite):
         Raises:
             Refused: the settings do not match the proposal, or cannot be used at this site.
         """
-        self._at_site(self._as_named(proposal))
+        self._localize_settings(self._read_matching_settings(proposal))
 
-    def _as_named(self, asked: Proposal) -> RunConfig:
+    def _read_matching_settings(self, asked: Proposal) -> RunConfig:
         """Return the settings that were sent, after checking that they match the run's name and proposal.
 
         Raises:
@@ -156,13 +158,13 @@ class RealSite(WorkingSite):
             raise Refused(Reason.PLAN_CHANGED, asked=asked.digest(), allowed=proposal.digest())
         return sent
 
-    def _at_site(self, sent: RunConfig) -> RunConfig:
+    def _localize_settings(self, sent: RunConfig) -> RunConfig:
         folder = self._process.site_toml.parent
-        return at_site(sent, self._files.policy, folder=folder, installed=self._process.installed)
+        return localize_settings(sent, self._files.policy, folder=folder, installed=self._process.installed)
 
     def prepare(self, proposal: Proposal) -> Prepared:
         """Check the settings, and load and test the model if this process has not done so yet."""
-        config = self._at_site(self._as_named(proposal))
+        config = self._localize_settings(self._read_matching_settings(proposal))
         Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
         require_reader(Path(config.data.train_file))
         self._shared = self._process.shared_model(config, self._files.policy)
@@ -174,7 +176,7 @@ class RealSite(WorkingSite):
             update_dtype=config.federation.update_dtype,
         )
 
-    def store(self, proposal: Proposal) -> None:
+    def store_run(self, proposal: Proposal) -> None:
         """Store the settings of a run, and delete stored settings of runs that were never charged."""
         # No longer than what they say: a lead may send as many spaces as it likes.
         shortest = json.dumps(json.loads(self._settings), ensure_ascii=False, separators=(",", ":"))
@@ -187,12 +189,12 @@ class RealSite(WorkingSite):
         """Return the site's records with the model, for a prepared run."""
         return self._process.work(run, self._shared, self._files)
 
-    def keep(self, run: str, adapter: Adapter) -> None:
+    def store_adapter(self, run: str, adapter: Adapter) -> None:
         """Save the final adapter in a folder that `fedtune evaluate` accepts."""
         settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
-        config = self._at_site(read_settings(settings, plan=self.ledger.history.runs[run].proposal.plan))
+        config = self._localize_settings(read_settings(settings, plan=self.ledger.history.runs[run].proposal.plan))
         shared = self._process.shared_model(config, self._files.policy)
-        if not adapter.same_shapes(shared.initial_adapter):
+        if not adapter.has_same_shapes(shared.initial_adapter):
             raise ConfigError("final adapter", run, "must have the names and shapes that the run trained")
         adapter.load_into(shared.model)
         folder = RunFolder(self._process.adapters / run)
@@ -207,10 +209,12 @@ class RealSite(WorkingSite):
         Raises:
             Refused: the settings that came with the request do not match the proposal, so there is nothing to show.
         """
-        self._process.awaits(proposal, json.dumps(self._as_named(proposal).decisive(), sort_keys=True), software)
+        self._process.awaits(
+            proposal, json.dumps(self._read_matching_settings(proposal).decisive(), sort_keys=True), software
+        )
 
 
-def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
+def read_site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
     """Read a site's records for a run: the training records and the held-out records.
 
     Args:
@@ -218,6 +222,6 @@ def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
         files: the site's files; its key selects the held-out records, so that nobody outside can tell which records
             they are.
     """
-    key = files.key().secret("held-out split")
+    key = files.load_key().derive_secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, config.bound_task
     return own_records(data, columns=task.columns(data, unit=unit), fault=task.fault(data), key=key, unit=unit)

@@ -18,18 +18,18 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
-from fedtune.data.lists import as_json
-from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, split_key
+from fedtune.data.lists import to_compact_json
+from fedtune.data.load import Dealt, lead_records, partition_training_files, sample_rows, split_key
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
 from fedtune.data.spec import SITE
-from fedtune.data.values import one_form
-from fedtune.evaluation.spec import no_test_records
+from fedtune.data.values import normalize_name
+from fedtune.evaluation.spec import missing_test_records_error
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, expand_home
 from fedtune.version import shipped_folders
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 MOST_SHARED = 1 / 20
 """Of a file's texts, those that a public file may have, too: public sets of one field share up to 1.5 %."""
@@ -57,10 +57,10 @@ class LeadRecords:
         task, data = config.bound_task, config.data
         columns, fault = task.columns(data, unit=unit), task.fault(data)
         records, left_out = lead_records(file, columns=columns, key=key, fault=fault, leave_out=data.skips_unusable)
-        return cls(chosen_rows(records, rows), left_out)
+        return cls(sample_rows(records, rows), left_out)
 
     @classmethod
-    def to_score(cls, config: RunConfig, file: str | None) -> LeadRecords:
+    def read_for_scoring(cls, config: RunConfig, file: str | None) -> LeadRecords:
         """Read the records of a file to be scored; without a file, return the run's own test records.
 
         Raises:
@@ -69,7 +69,7 @@ class LeadRecords:
         if file is not None:
             return cls.read(file, config, key="--data")
         if (own := RunRecords(config).test) is None:
-            raise no_test_records()
+            raise missing_test_records_error()
         return own
 
 
@@ -92,30 +92,30 @@ class RunRecords:
     @cached_property
     def dealt(self) -> Dealt:
         """All records of a simulation, partitioned by site."""
-        return deal_out(self._config)
+        return partition_run_records(self._config)
 
     @cached_property
     def validation(self) -> LeadRecords | None:
         """The lead's validation records, if it has any."""
         data = self._config.data
         if data.validation_fraction:
-            return LeadRecords(chosen_rows(self.dealt.validation, data.validation_rows))
-        return self._of(data.validation_file, rows=data.validation_rows, key="data.validation_file")
+            return LeadRecords(sample_rows(self.dealt.validation, data.validation_rows))
+        return self._read_optional(data.validation_file, rows=data.validation_rows, key="data.validation_file")
 
     @cached_property
     def test(self) -> LeadRecords | None:
         """The lead's test records, if it has any."""
         data = self._config.data
         if data.test_fraction:
-            return LeadRecords(chosen_rows(self.dealt.test, data.test_rows))
-        return self._of(data.test_file, rows=data.test_rows, key="data.test_file")
+            return LeadRecords(sample_rows(self.dealt.test, data.test_rows))
+        return self._read_optional(data.test_file, rows=data.test_rows, key="data.test_file")
 
     @property
-    def folders(self) -> Path:
+    def runs_folder(self) -> Path:
         """The parent folder of all run folders."""
         return Path(self._config.tracking.output_dir)
 
-    def by_setting(self) -> dict[str, list[Record]]:
+    def records_by_setting(self) -> dict[str, list[Record]]:
         """Return all records that the run reads on this machine, by the setting that names their file; real sites'
         records are elsewhere.
         """
@@ -132,24 +132,26 @@ class RunRecords:
         named = {"data.validation_file": data.validation_file, "data.test_file": data.test_file}
         return files | {file: key for key, file in named.items() if file is not None and file not in files}
 
-    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
+    def read_whole_files(self) -> Iterator[tuple[str, list[Record]]]:
         """Yield the setting and all records of each file in `files`, whether or not the run uses the records."""
         for file, key in self.files().items():
             yield key, LeadRecords.read(file, self._config, key=key).records
 
-    def _of(self, file: str | None, *, rows: int | None, key: str) -> LeadRecords | None:
+    def _read_optional(self, file: str | None, *, rows: int | None, key: str) -> LeadRecords | None:
         return None if file is None else LeadRecords.read(file, self._config, key=key, rows=rows)
 
 
-def deal_out(config: RunConfig) -> Dealt:
+def partition_run_records(config: RunConfig) -> Dealt:
     """Partition the records of a simulation by site."""
     task, unit = config.bound_task, config.privacy.unit
     columns = task.columns(config.data, partition=True, unit=unit)
     fault = task.fault(config.data)
-    return deal(config.data, columns, config.federation.names, seed=config.seed, unit=unit, fault=fault)
+    return partition_training_files(
+        config.data, columns, config.federation.names, seed=config.seed, unit=unit, fault=fault
+    )
 
 
-def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
+def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
     """Assign each test record to a simulated site by the rule that partitioned the training records.
 
     Returns None if the assignment would be meaningless: the sites' records are alike, or the test file is separate from
@@ -180,12 +182,12 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
     return None
 
 
-def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
+def require_disjoint(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
     """Check that public records, from the file that `key` names, are neither the run's own records nor texts generated
     by a run in the same folder.
 
-    Texts are compared in a normalized form (`in_one_form`), each role of the file with each role that identifies the
-    run's records (`telling`): a prompt may be new even if its answer is not.
+    Texts are compared in a normalized form (`normalize_text`), each role of the file with each role that identifies the
+    run's records (`identifying_roles`): a prompt may be new even if its answer is not.
 
     Raises:
         ConfigError: the public records share more than `MOST_SHARED` of the texts that the run uses from a file, of all
@@ -193,41 +195,41 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
             if more than that share of the public texts was written by a run, or a card next to the file says so, unless
             `may_owe` is set and the file has its card.
     """
-    files = [*own.whole_files()]
-    roles = telling(said_by_role(record for _, others in files for record in others))
-    said_of = [(of, said_by_role(others)) for of, others in (*own.by_setting().items(), *files)]
+    files = [*own.read_whole_files()]
+    roles = identifying_roles(count_texts_by_role(record for _, others in files for record in others))
+    said_of = [(of, count_texts_by_role(others)) for of, others in (*own.records_by_setting().items(), *files)]
     private = [(of, said[role].keys()) for of, said in said_of for role in roles]
     every = set[str]().union(*(texts for _, texts in private))
-    for said in said_by_role(records).values():
+    for said in count_texts_by_role(records).values():
         for of, texts in private:
             shared = len(said.keys() & texts)
             if shared > MOST_SHARED * len(texts) or (shared and len(said.keys() & every) > MOST_SHARED * len(said)):
-                bound = f"must hold records of its own: it shares {counted(shared, 'text')} with {of}"
+                bound = f"must hold records of its own: it shares {pluralize(shared, 'text')} with {of}"
                 raise ConfigError(key, file, bound)
     if not (may_owe and has_card(file, key=key)):
         require_no_card(file, key=key)
-        require_not_written(records, own.folders, key=key, file=file)
+        require_not_generated(records, own.runs_folder, key=key, file=file)
 
 
-def said_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]:
+def count_texts_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]:
     """Count all normalized texts, by role; records without texts, such as features and images, count as one text
     each.
     """
     found = defaultdict[str, Counter[str]](Counter)
     for record in records:
-        for role, text in [*record.texts()] or [("", record.said)]:
-            found[role][in_one_form(text)] += 1
+        for role, text in [*record.texts()] or [("", record.full_text)]:
+            found[role][normalize_text(text)] += 1
     return found
 
 
-def in_one_form(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Normalize case, whitespace, Unicode form and invisible characters, so that trivially changed copies of a text
     compare equal.
     """
-    return unicodedata.normalize("NFKC", one_form(text)).casefold()
+    return unicodedata.normalize("NFKC", normalize_name(text)).casefold()
 
 
-def telling(said: Mapping[str, Counter[str]]) -> list[str]:
+def identifying_roles(said: Mapping[str, Counter[str]]) -> list[str]:
     """Return the roles that identify records: roles in which most texts are unique, and the role with the most distinct
     texts.
 
@@ -237,7 +239,7 @@ def telling(said: Mapping[str, Counter[str]]) -> list[str]:
     return [role for role, texts in said.items() if len(texts) == most or 2 * len(texts) > texts.total()]
 
 
-def card_of(file: Path, suffix: str) -> Path:
+def card_path(file: Path, suffix: str) -> Path:
     """Return the path of the card of a file with synthetic records: `.json` for programs, `.md` for people."""
     return file.with_name(f"{file.name}.card{suffix}")
 
@@ -245,7 +247,7 @@ def card_of(file: Path, suffix: str) -> Path:
 def has_card(file: str, *, key: str) -> bool:
     """Return True if a card exists next to a file of records, in any form."""
     path = resolve_file(expand_home(file, key=key), shipped_folders(), key=key).resolve()
-    return os.path.lexists(card_of(path, ".json"))
+    return os.path.lexists(card_path(path, ".json"))
 
 
 def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
@@ -256,11 +258,11 @@ def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
         ConfigError: the file has a card.
     """
     if has_card(file, key=key):
-        card = card_of(Path(file), ".json").name
+        card = card_path(Path(file), ".json").name
         raise ConfigError(key, file, f"must hold {kind} records: {card} beside it says which runs these owe to")
 
 
-def note_written(run: Path, texts: Iterable[str]) -> None:
+def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
     """Store digests of the texts that a run wrote in its folder, so that a copy without its card does not pass as
     public.
 
@@ -269,18 +271,18 @@ def note_written(run: Path, texts: Iterable[str]) -> None:
     """
     try:
         known = (run / WRITTEN).read_text().split() if (run / WRITTEN).exists() else []
-        write_durably(run / WRITTEN, "\n".join(sorted({*known, *map(_digest_of, texts)})).encode())
+        write_durably(run / WRITTEN, "\n".join(sorted({*known, *map(_text_digest, texts)})).encode())
     except OSError as error:
         raise ConfigError("RUN", str(run), f"must be a folder that can be written to ({error.strerror})") from None
 
 
-def require_not_written(records: Iterable[Record], folder: Path, *, key: str, file: str) -> None:
+def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, file: str) -> None:
     """Check that at most `MOST_SHARED` of the texts in each role were written by a run in `folder`.
 
     Raises:
         ConfigError: more of them were, so the records are synthetic.
     """
-    found = {role: {_digest_of(text) for text in texts} for role, texts in said_by_role(records).items()}
+    found = {role: {_text_digest(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(place.read_text().split())
         if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
@@ -288,8 +290,8 @@ def require_not_written(records: Iterable[Record], folder: Path, *, key: str, fi
             raise ConfigError(key, file, bound)
 
 
-def _digest_of(text: str) -> str:
-    return hashlib.sha256(in_one_form(text).encode()).hexdigest()[:16]
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(normalize_text(text).encode()).hexdigest()[:16]
 
 
 def file_sha256(file: Path, *, key: str) -> str:
@@ -304,7 +306,7 @@ def file_sha256(file: Path, *, key: str) -> str:
         raise DataError(key, str(file), f"must be one file, whose SHA-256 is noted ({error.strerror})") from None
 
 
-def asked_records(config: RunConfig, name: str, *, key: str, columns: Mapping[str, str] | None = None) -> list[Record]:
+def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str, str] | None = None) -> list[Record]:
     """Read prompts from the file that the option `key` names, without answers; in a text file, each line is a prompt.
 
     Args:
@@ -318,16 +320,16 @@ def asked_records(config: RunConfig, name: str, *, key: str, columns: Mapping[st
     """
     path, task = resolve_file(expand_home(name, key=key), shipped_folders(), key=key), config.bound_task
     if path.suffix.lower() == ".txt":
-        records = list(_lines(config, path, key=key))
+        records = list(_read_prompt_lines(config, path, key=key))
     else:
-        named = {role: (columns or {}).get(role, own) for role, own in task.asked_by(config.data).items()}
-        records = [_unanswered(record) for record in iter_records(path, named)]
+        named = {role: (columns or {}).get(role, own) for role, own in task.input_columns(config.data).items()}
+        records = [_strip_answers(record) for record in iter_records(path, named)]
     if not records:
         raise DataError(key, name, "must hold at least one prompt")
     return records
 
 
-def _lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
+def _read_prompt_lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
     try:
         # As `wc -l` and other readers of lines count them: a form feed or a separator of Unicode's ends none.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
@@ -341,7 +343,7 @@ def _lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
             yield Record(fields, file=str(path), line=number)
 
 
-def _unanswered(record: Record) -> Record:
+def _strip_answers(record: Record) -> Record:
     """Remove the assistant turns at the end of a conversation, which are to be generated."""
     if "messages" not in record.fields:
         return record
@@ -350,4 +352,4 @@ def _unanswered(record: Record) -> Record:
         turns.pop()
     if all(turn["role"] != "user" for turn in turns):
         raise DataError(record.at("messages"), "no turn of the user", "must have a turn of the user to answer")
-    return Record({"messages": as_json(turns)}, file=record.file, line=record.line)
+    return Record({"messages": to_compact_json(turns)}, file=record.file, line=record.line)

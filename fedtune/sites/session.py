@@ -46,18 +46,20 @@ class Session:
 
     def model_for(self, config: RunConfig, *, inexact_allowed: bool, load: Callable[[], _M]) -> _M:
         """The model of the run before where it serves this one, or else what `load` gives."""
-        if self.model is None or not self.model.serves(config, declared_size=None, inexact_allowed=inexact_allowed):
+        if self.model is None or not self.model.is_reusable_for(
+            config, declared_size=None, inexact_allowed=inexact_allowed
+        ):
             self.clear()  # with all that is kept, the old one goes before the new one comes
             self.model = load()
         found: _M = self.model
         return found
 
-    def states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
+    def cached_states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
         """Return the store for the frozen layers' outputs on a data set, from an earlier run or newly made.
 
         If a new store exceeds the reserved memory, older stores are dropped; a running run keeps those in use.
         """
-        key = f"{about} {_digest(dataset)}"
+        key = f"{about} {_dataset_digest(dataset)}"
         if key not in self._states:
             self._num_tokens += dataset.num_tokens
             if not self.model.has_room_for(self._num_tokens):
@@ -67,18 +69,18 @@ class Session:
         found: _M = self._states[key]
         return found
 
-    def before(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
+    def cached_baseline(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
         """Return the model's result on a data set before training, from an earlier run or newly made.
 
         `about` distinguishes scoring settings and references.
         """
-        key = f"{about} {_digest(dataset)}"
+        key = f"{about} {_dataset_digest(dataset)}"
         if key not in self._before:
             self._before[key] = make()
         found: _M = self._before[key]
         return found
 
 
-def _digest(dataset: TextDataset) -> str:
+def _dataset_digest(dataset: TextDataset) -> str:
     whole = pickle.dumps((dataset.texts, dataset.input_ids, dataset.targets), protocol=5)
     return hashlib.sha256(whole).hexdigest()

@@ -22,34 +22,34 @@ from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.records import record_key
 from fedtune.evaluation.bootstrap import Figures
-from fedtune.evaluation.generation import by_prompt, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
-from fedtune.evaluation.scoring import KeptBatches, figures_of
+from fedtune.evaluation.generation import group_by_prompt, text_scores, text_statistics
+from fedtune.evaluation.scoring import KeptBatches, evaluate_examples
 from fedtune.federation.planner import check_signal
 from fedtune.model.adapter import Adapter
-from fedtune.model.products import goes_by_rows
+from fedtune.model.products import depends_on_row_count
 from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.accelerators import attend_by_products, attends_by_products
-from fedtune.training.devices import Devices, Outcome, Trial
+from fedtune.training.accelerators import attend_by_products, uses_unfused_attention
+from fedtune.training.devices import Devices, DeviceTrial, Outcome
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
-    device_for,
-    folder_for_states,
+    choose_num_processes,
+    choose_states_location,
+    frozen_states_fit,
+    frozen_states_folder,
     frozen_states_mib,
-    keeps_frozen_states,
-    place_for_states,
-    processes_that_pay,
-    ready_model,
-    shapes_for,
+    micro_batch_shapes,
+    prepare_model,
+    resolve_device,
     step_bytes,
 )
-from fedtune.training.preflight import moved_by_others, require_alone, within_memory
+from fedtune.training.preflight import fit_to_memory, max_batch_influence, require_batch_invariance
 from fedtune.training.spec import RuntimeSpec
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ _measured: dict[_Facts, tuple[Shapes, float]] = {}
 """What trying a model came to in this process.  Asking again gives the same figure, not another draw."""
 
 
-def silent(what: str, done: int, total: int) -> None:
+def no_progress(what: str, done: int, total: int) -> None:
     """Show no progress; real sites use this function, because progress would reveal the number of records."""
 
 
@@ -102,25 +102,27 @@ class LoadedModel:
         trains: bool = True,
         leads: bool = False,
         alone: bool = False,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> None:
         tried = config.privacy.private and trains
         given = config
         if tried:
-            config = replace(config, runtime=_with_processes(config, alone=alone))
+            config = replace(config, runtime=_choose_num_devices(config, alone=alone))
         self.config: Final = config
         progress("loading the model", 0, 0)
-        self.device: Final = device_for(config.runtime.device)
-        tokenizer, model = ready(config, lambda: build_task_model(config.task_model(), device=self.device))
+        self.device: Final = resolve_device(config.runtime.device)
+        tokenizer, model = load_tokenizer_and_model(
+            config, lambda: build_task_model(config.task_model(), device=self.device)
+        )
         self.tokenizer: Final = tokenizer
         self.model: Final = model
-        self.initial_adapter: Final = Adapter.of(model)
-        tokens = _num_tokens(config, declared_size)
-        keeps_states, states_folder = place_for_states(model, config.runtime, num_tokens=tokens)
+        self.initial_adapter: Final = Adapter.from_task_model(model)
+        tokens = _estimate_tokens(config, declared_size)
+        keeps_states, states_folder = choose_states_location(model, config.runtime, num_tokens=tokens)
         self.keeps_states: Final = keeps_states
         self.states_folder: Final = states_folder
-        self._facts: Final = self._facts_of(given, declared_size)
-        shapes, moved = shapes_for(model, config.runtime, max_length=config.data.max_length), 0.0
+        self._facts: Final = self._model_key(given, declared_size)
+        shapes, moved = micro_batch_shapes(model, config.runtime, max_length=config.data.max_length), 0.0
         # Trying the model takes minutes.
         if tried and leads and config.resume is None and not config.training.go_on_without_signal:
             check_signal(config.plan(), config.declared_sizes(), values=self.initial_adapter.num_values)
@@ -130,19 +132,19 @@ class LoadedModel:
         self._devices: Final = devices
         self._may_be_one: Final = given.runtime.num_devices is None
         if tried:
-            shapes, moved, outcome = self._tried(shapes, progress)
-            require_alone(moved, path=config.model.path, inexact_allowed=inexact_allowed)
+            shapes, moved, outcome = self._test_model(shapes, progress)
+            require_batch_invariance(moved, path=config.model.path, inexact_allowed=inexact_allowed)
             if devices is not None:
-                trial = self._trial(shapes)
-                devices.try_others(trial, outcome or trial.outcome(model, secrets.randbits(63)))
+                trial = self._make_trial(shapes)
+                devices.start_trials(trial, outcome or trial.run_trial(model, secrets.randbits(63)))
                 if not self._may_be_one:
-                    devices.ready()  # the error is the run's, before it begins
+                    devices.ready_crew()  # the error is the run's, before it begins
         self.shapes: Final = shapes
         self.moved: Final = moved
 
-    def serves(self, config: RunConfig, *, declared_size: int | None, inexact_allowed: bool) -> bool:
+    def is_reusable_for(self, config: RunConfig, *, declared_size: int | None, inexact_allowed: bool) -> bool:
         """Another run wants the same model on the same machine, and may train on it as it was tried."""
-        return self._facts == self._facts_of(config, declared_size) and (inexact_allowed or self.moved == 0)
+        return self._facts == self._model_key(config, declared_size) and (inexact_allowed or self.moved == 0)
 
     @cached_property
     def devices(self) -> Devices | None:
@@ -154,7 +156,7 @@ class LoadedModel:
         """
         try:
             if self._devices is not None:
-                self._devices.ready()
+                self._devices.ready_crew()
         except (ConfigError, RunError) as error:
             if not self._may_be_one:
                 raise
@@ -162,7 +164,7 @@ class LoadedModel:
             return None
         return self._devices
 
-    def _facts_of(self, config: RunConfig, declared_size: int | None) -> _Facts:
+    def _model_key(self, config: RunConfig, declared_size: int | None) -> _Facts:
         """All that decides what a run's model is, and what comes of trying it."""
         return (
             config.task_model(),
@@ -172,17 +174,17 @@ class LoadedModel:
             config.privacy.private,
             config.privacy.max_grad_norm,
             config.privacy.unit,
-            place_for_states(self.model, config.runtime, num_tokens=_num_tokens(config, declared_size)),
+            choose_states_location(self.model, config.runtime, num_tokens=_estimate_tokens(config, declared_size)),
             torch.get_num_threads(),
         )
 
     def has_room_for(self, num_tokens: int) -> bool:
         """The frozen layers' outputs for `num_tokens` fit where they are kept."""
         if self.states_folder is None:
-            return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
-        return folder_for_states(self.model, self.config.runtime, num_tokens=num_tokens) is not None
+            return frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
+        return frozen_states_folder(self.model, self.config.runtime, num_tokens=num_tokens) is not None
 
-    def _tried(self, plain: Shapes, progress: Progress) -> tuple[Shapes, float, Outcome | None]:
+    def _test_model(self, plain: Shapes, progress: Progress) -> tuple[Shapes, float, Outcome | None]:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do.
 
         Also the outcome of a trial made now, where other devices are to repeat it.
@@ -190,55 +192,57 @@ class LoadedModel:
         outcome: Outcome | None = None
         if self._facts not in _measured:
             progress("trying the model", 0, 0)
-            shapes = self._within_memory(plain)
-            moved, outcome = self._moved(shapes, progress)
-            if moved > 0 and self.device.type != "cpu" and not attends_by_products():
+            shapes = self._choose_shapes(plain)
+            moved, outcome = self._measure_influence(shapes, progress)
+            if moved > 0 and self.device.type != "cpu" and not uses_unfused_attention():
                 attend_by_products()  # fused kernels may part their work by how many rows there are
-                shapes = self._within_memory(plain)
-                moved, outcome = self._moved(shapes, progress)
+                shapes = self._choose_shapes(plain)
+                moved, outcome = self._measure_influence(shapes, progress)
             if moved > 0 and len(shapes.row_shares) > 1:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
                 shapes = replace(shapes, row_shares=(1,))
-                moved, outcome = self._moved(shapes, progress)
+                moved, outcome = self._measure_influence(shapes, progress)
             _measured[self._facts] = shapes, moved
         return *_measured[self._facts], outcome
 
-    def _within_memory(self, shapes: Shapes) -> Shapes:
-        found = within_memory(
+    def _choose_shapes(self, shapes: Shapes) -> Shapes:
+        found = fit_to_memory(
             self.model,
             shapes,
-            most_bytes=step_bytes(self.model, self.config.runtime) - self.bytes_of_means,
+            most_bytes=step_bytes(self.model, self.config.runtime) - self.user_means_bytes,
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
-        by_rows = goes_by_rows(self.config.model.dtype, self.device)  # as the trial would find, which takes seconds
+        by_rows = depends_on_row_count(
+            self.config.model.dtype, self.device
+        )  # as the trial would find, which takes seconds
         return replace(found, row_shares=(1,)) if by_rows else found
 
     @property
-    def bytes_of_means(self) -> int:
+    def user_means_bytes(self) -> int:
         """For the means of users that are made together, in float64; 0 where records are units."""
         by_user = self.config.privacy.unit == "user"
         return min(_MEANS_BYTES, step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
-    def _moved(self, shapes: Shapes, progress: Progress) -> tuple[float, Outcome | None]:
-        trial, told = self._trial(shapes), partial(progress, "trying the model")
+    def _measure_influence(self, shapes: Shapes, progress: Progress) -> tuple[float, Outcome | None]:
+        trial, told = self._make_trial(shapes), partial(progress, "trying the model")
         if self._devices is None:
-            return moved_by_others(self.model, **trial.arguments, told=told), None
-        outcome = trial.outcome(self.model, secrets.randbits(63), told)
+            return max_batch_influence(self.model, **trial.trial_arguments, told=told), None
+        outcome = trial.run_trial(self.model, secrets.randbits(63), told)
         return outcome.moved, outcome
 
-    def _trial(self, shapes: Shapes) -> Trial:
-        return Trial(
+    def _make_trial(self, shapes: Shapes) -> DeviceTrial:
+        return DeviceTrial(
             shapes=shapes,
             keeps_states=self.keeps_states,
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
-            weights_chosen=not self.config.model.built_in,
-            attend_by_products=attends_by_products(),
+            weights_chosen=not self.config.model.is_built_in,
+            attend_by_products=uses_unfused_attention(),
         )
 
 
-def _num_tokens(config: RunConfig, declared_size: int | None) -> int:
+def _estimate_tokens(config: RunConfig, declared_size: int | None) -> int:
     """By public numbers, so that no record decides: full length, and of a user the records of a step."""
     size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
     return size * config.privacy.contribution * config.data.max_length * config.task_model().texts
@@ -261,7 +265,7 @@ class RunModel:
         config: RunConfig,
         *,
         records: RunRecords | None = None,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
         session: Session | None = None,
     ) -> None:
         self.loaded, self.config = loaded, replace(config, runtime=loaded.config.runtime)
@@ -273,7 +277,7 @@ class RunModel:
     @property
     def states_mib(self) -> float:
         """The memory that the frozen layers' outputs for all sites' records take, in MiB."""
-        return frozen_states_mib(self.model, num_tokens=_num_tokens(self.config, None))
+        return frozen_states_mib(self.model, num_tokens=_estimate_tokens(self.config, None))
 
     def first_adapter(self) -> Adapter:
         """The adapter that a run begins with: `model.adapter`, or a new one that changes nothing yet.
@@ -284,71 +288,71 @@ class RunModel:
         named = self.config.model
         if named.adapter is None and named.adapter_sha256 is None:
             return self.initial_adapter
-        start = SavedAdapter.to_begin_in(named.adapter or "")
+        start = SavedAdapter.read_initial(named.adapter or "")
         if start.digest != named.adapter_sha256:
             raise ConfigError(
                 "model.adapter_sha256", named.adapter_sha256, f"must be {start.digest}, that of the adapter"
             )
-        return start.adapter_for(self.model)
+        return start.initial_adapter_for(self.model)
 
-    def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
+    def tokenize_records(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`, or where a run leaves some out: whatever they are."""
         within = self.model.num_ids if lenient or self.config.data.skips_unusable else None
-        return self.model.task.tokenise(records, self.tokenizer, data=self.config.data, lenient_within=within)
+        return self.model.task.tokenize(records, self.tokenizer, data=self.config.data, lenient_within=within)
 
     @cached_property
     def validation(self) -> LeadData | None:
         """The lead's validation data, if it has any."""
-        return self._of_lead(self.records.validation)
+        return self._load_lead_data(self.records.validation)
 
     @cached_property
     def test(self) -> LeadData | None:
         """The lead's test data, if it has any."""
-        return self._of_lead(self.records.test)
+        return self._load_lead_data(self.records.test)
 
-    def _of_lead(self, own: LeadRecords | None) -> LeadData | None:
+    def _load_lead_data(self, own: LeadRecords | None) -> LeadData | None:
         """Tokenize the lead's records, and keep what the frozen layers make of them where there is room."""
         if own is None:
             return None
         data = LeadData.of(own, self.config, self.tokenizer)
-        if not keeps_frozen_states(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
+        if not frozen_states_fit(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
             return data
         session, about = self._session, f"batches of {self.config.evaluation.max_tokens}"
-        return replace(data, kept={} if session is None else session.states(about, data.examples, dict))
+        return replace(data, kept={} if session is None else session.cached_states(about, data.examples, dict))
 
-    def examples_of(self, dataset: TextDataset) -> SiteExamples:
+    def make_site_examples(self, dataset: TextDataset) -> SiteExamples:
         """A site's records as training reads them."""
 
         def make() -> SiteExamples:
             pad_id = self.tokenizer.pad_token_id
             return SiteExamples(dataset, pad_id=pad_id, shapes=self.loaded.shapes, device=self.device)
 
-        return make() if self._session is None else self._session.states("examples", dataset, make)
+        return make() if self._session is None else self._session.cached_states("examples", dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
         """Scores of `adapter` on the lead's data after a round; empty without data."""
         if data is None:
             return {}
         adapter.load_into(self.model)
-        return Measured.of(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
+        return Evaluation.of(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
 
-    def finally_measured(self, adapter: Adapter) -> Measured | None:
+    def evaluate_final(self, adapter: Adapter) -> Evaluation | None:
         """Figures of `adapter` on the test data, with those of the texts that it wrote; None without data."""
         if self.test is None:
             return None
         adapter.load_into(self.model)
         test = self.test
 
-        def make() -> Measured:
-            return Measured.of(self.model, self.tokenizer, test, self.config, generate=True)
+        def make() -> Evaluation:
+            return Evaluation.of(self.model, self.tokenizer, test, self.config, generate=True)
 
         if self._session is None or adapter.digest() != self.initial_adapter.digest():
             return make()
         references = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
-        return self._session.before(test.examples, f"{references} {self.config.evaluation}", make)
+        return self._session.cached_baseline(test.examples, f"{references} {self.config.evaluation}", make)
 
 
-def _with_processes(config: RunConfig, *, alone: bool) -> RuntimeSpec:
+def _choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
     """Return the run's runtime settings with a number of devices, chosen automatically if the settings give none.
 
     `alone`: use a single device unless the settings give a number.
@@ -358,7 +362,7 @@ def _with_processes(config: RunConfig, *, alone: bool) -> RuntimeSpec:
     # Another process runs the main program's file again; of fedtune's own it is known that this does nothing.
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     alone = alone or (main.name != "fedtune" and main.parts[-2:] != ("fedtune", "__main__.py"))
-    chosen = processes_that_pay(config.runtime, gradients=0.0 if alone else steps * sampled)
+    chosen = choose_num_processes(config.runtime, gradients=0.0 if alone else steps * sampled)
     return replace(config.runtime, num_devices=chosen)
 
 
@@ -375,24 +379,26 @@ class LeadData:
     @classmethod
     def of(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
         """Tokenize the lead's records."""
-        examples = config.bound_task.tokenise(own.records, tokenizer, data=config.data)
+        examples = config.bound_task.tokenize(own.records, tokenizer, data=config.data)
         return cls(own.records, examples, left_out=own.left_out)
 
 
-def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrainedTokenizerBase, TaskModel]:
+def load_tokenizer_and_model(
+    config: RunConfig, build: Callable[[], TaskModel]
+) -> tuple[PreTrainedTokenizerBase, TaskModel]:
     """Load the tokenizer and the model, for training, for scoring, or for scoring a saved adapter.
 
     Raises:
         ConfigError: they cannot be loaded, or are incompatible with each other or with the settings.
     """
-    model = ready_model(build, config.runtime, max_length=config.data.max_length)
-    tokenizer = input_of(config.data).reader(config.data, model.spec.model, base=model.base)
+    model = prepare_model(build, config.runtime, max_length=config.data.max_length)
+    tokenizer = get_input_for(config.data).load_reader(config.data, model.spec.model, base=model.base)
     model.task.check_tokenizer(tokenizer, data=config.data)
     return tokenizer, model
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluation:
     """The figures per record and per generated text from which a model's scores are computed."""
 
     examples: Figures  # figures of each record, by name
@@ -401,19 +407,19 @@ class Measured:
     @classmethod
     def of(
         cls, model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
-    ) -> Measured:
+    ) -> Evaluation:
         """Run the model on the data; with `generate`, also generate texts if the task and the settings allow it."""
         spec = config.evaluation
         pad_id, most = tokenizer.pad_token_id, spec.max_tokens
-        examples = figures_of(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
+        examples = evaluate_examples(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
         asked = model.task.written(data.records, tokenizer, data=config.data) if generate and spec.generate else None
         if asked is None:
             return cls(examples, {})
-        prompts, references = by_prompt(*asked, rows=spec.generation_rows)
+        prompts, references = group_by_prompt(*asked, rows=spec.generation_rows)
         ends = model.task.end_ids(tokenizer, data=config.data)
         sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
         texts = generate_texts(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes)
-        return cls(examples, text_figures(texts, references))
+        return cls(examples, text_statistics(texts, references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:
         """Compute the scores of a round, by name."""

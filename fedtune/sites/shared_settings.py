@@ -34,7 +34,7 @@ _MOST_KEYS = 8  # that a refusal names
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
-def for_sites(config: RunConfig) -> RunConfig:
+def settings_for_sites(config: RunConfig) -> RunConfig:
     """Return the part of a lead's configuration that is sent to sites: noise and weights are fixed, and nothing
     describes the lead's machine.
 
@@ -45,7 +45,7 @@ def for_sites(config: RunConfig) -> RunConfig:
     noise = config.plan().noise_multiplier
     return replace(
         config,
-        model=_named_model(config.model),
+        model=_model_by_hash(config.model),
         data=config.data.for_sites(columns),
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
         # The lead alone decides by its scores when the run ends, and whose adapter it keeps.
@@ -60,8 +60,8 @@ def for_sites(config: RunConfig) -> RunConfig:
     )
 
 
-def text_for_sites(sent: RunConfig) -> str:
-    """Return the settings as JSON text to send; `sent` is the result of `for_sites`."""
+def serialize_for_sites(sent: RunConfig) -> str:
+    """Return the settings as JSON text to send; `sent` is the result of `settings_for_sites`."""
     return json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
 
 
@@ -83,16 +83,16 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
         fields = dict(json.loads(text))
         # First, since to validate settings is to compute what they cost: of some plans that would take hours and all
         # of the memory.
-        if _plan_of(fields, bound=plan.sums.bound if plan.shared else 1) != plan:
+        if _plan_from_fields(fields, bound=plan.secure_noise.bound if plan.shared else 1) != plan:
             raise Refused(Reason.PLAN_CHANGED)
         return parse(fields)
     except _NO_SETTINGS as error:
         # The lead's own word, in a file that two versions of fedtune read differently.
-        asked = _keys_apart(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
+        asked = _unshared_keys(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
         raise Refused(Reason.SETTINGS, asked=asked, allowed="what this site's fedtune knows") from error
 
 
-def _keys_apart(sent: Mapping[str, Any]) -> str:
+def _unshared_keys(sent: Mapping[str, Any]) -> str:
     """List the settings that only one of the two versions of fedtune knows: the lead's, which sent the settings, or
     this one.
     """
@@ -104,7 +104,7 @@ def _keys_apart(sent: Mapping[str, Any]) -> str:
     return ", ".join(sorted(str(key)[:100] for key in apart)[:_MOST_KEYS])
 
 
-def _plan_of(fields: dict[str, Any], *, bound: int) -> Plan:
+def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
     """Compute the plan from settings that have not been validated yet.
 
     `bound` depends on the task and is checked with the proposal.
@@ -124,10 +124,12 @@ def _plan_of(fields: dict[str, Any], *, bound: int) -> Plan:
     if federation.get("aggregation", "plain") != "plain":
         names = {key: tuple(federation[key]) for key in ("site_names", "participants")}
         together = FederationSpec(**{**federation, **names}).together
-    return Plan.of(privacy, **counts, together=together, bound=bound)
+    return Plan.from_privacy(privacy, **counts, together=together, bound=bound)
 
 
-def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]) -> RunConfig:
+def localize_settings(
+    config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]
+) -> RunConfig:
     """Replace files, columns and machine in the received settings with the site's own.
 
     Args:
@@ -150,13 +152,13 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
     machine["kept_states_folder"] = machine["kept_states_folder"] or None
     runtime = RuntimeSpec(**machine, kind="deployment", seeded_noise=config.runtime.seeded_noise)
     try:
-        data = config.data.at_site(dataset, folder=folder)
+        data = config.data.for_site_dataset(dataset, folder=folder)
         return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
     except ConfigError as error:  # a column that the site's data has not got
         raise Refused(Reason.SETTINGS) from error
 
 
-def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
+def settings_for_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
     """Return the configuration for an experiment on a real site's own file, as described by its policy in `folder`.
 
     Raises:
@@ -168,16 +170,16 @@ def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig
         raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
     unit = policy.population.unit
     sent = config.data.for_sites(config.bound_task.columns(config.data, unit=unit))
-    data = replace(sent.at_site(dataset, folder=folder), declared_sizes=dataset.declared_size)
+    data = replace(sent.for_site_dataset(dataset, folder=folder), declared_sizes=dataset.declared_size)
     federation = FederationSpec(num_sites=1, min_sites=1, site_names=(policy.site,))
     privacy = replace(config.privacy, unit=unit)
     return replace(config, data=data, federation=federation, privacy=privacy)
 
 
-def _named_model(model: ModelSpec) -> ModelSpec:
+def _model_by_hash(model: ModelSpec) -> ModelSpec:
     """Return the model settings with the model's hash and without the lead's path."""
     sha256 = model.sha256 or model_sha256(model)
-    path = model.path if model.built_in or model.path.startswith(PACKAGE) else AT_SITE
+    path = model.path if model.is_built_in or model.path.startswith(PACKAGE) else AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 
 
@@ -186,7 +188,7 @@ def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpe
     model = replace(model, adapter=None)  # no path that a lead sent is opened: its first adapter comes with round 1
     if model.sha256 is None:
         raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")
-    if model.built_in:
+    if model.is_built_in:
         return model
     try:
         return replace(model, path=str(installed(model.sha256)), revision=None, cache_dir=None)

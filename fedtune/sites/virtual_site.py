@@ -24,16 +24,16 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.config import RunConfig
-from fedtune.federation.run_folder import RunFolder, locked
+from fedtune.federation.run_folder import RunFolder, lock_folder
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
-from fedtune.federation.verdict import history_of
+from fedtune.federation.verdict import read_history
 from fedtune.privacy import events, filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refused
@@ -47,13 +47,13 @@ from fedtune.privacy.site_policy import (
     Limits,
     Policy,
     Population,
-    Reference,
+    ReferenceRun,
     Releases,
 )
 from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.session import Session
-from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, silent
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, no_progress
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
 
@@ -88,7 +88,7 @@ class VirtualSites:
             raise ConfigError("runtime.sites_dir", kept, bound)
         return cls(config, folder, plan)
 
-    def check_dealt_out(self) -> None:
+    def check_partition(self) -> None:
         """Record how the records were partitioned among sites that are kept across runs, or check that this run
         partitions them the same way.
 
@@ -98,12 +98,12 @@ class VirtualSites:
             ConfigError: names the first setting that differs.
             RunError: the recorded partition cannot be read, or is missing although there is a ledger.
         """
-        path, dealt = self.folder / DEALT, dealt_out(self.config)
+        path, dealt = self.folder / DEALT, partition_settings(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):  # two runs may begin at the same new sites
+        with lock_folder(self.folder):  # two runs may begin at the same new sites
             if not path.exists() and not any(self.folder.glob("*/ledger.db")):
                 write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
-        before = read_dealt_out(path, keys=dealt)
+        before = read_partition_settings(path, keys=dealt)
         for key, value in dealt.items():
             if before[key] != value:
                 bound = f"must be {shown(before[key])}: the sites in {self.folder} were dealt their records so"
@@ -111,7 +111,7 @@ class VirtualSites:
 
     def lead_key(self) -> SigningKey:
         """Load or create the simulated lead's key, which every generated policy allows."""
-        return SigningKey.load_or_make(self.folder / LEAD_KEY)
+        return SigningKey.load_or_create(self.folder / LEAD_KEY)
 
     def files(self, site: str) -> SiteFiles:
         """Return the site's files, marked as simulated; a missing policy is generated for this run.
@@ -122,28 +122,28 @@ class VirtualSites:
         path = self.folder / site / POLICY
         if not path.exists():
             write_policy(self._policy(site), path)
-        files = SiteFiles.of(path)
+        files = SiteFiles.from_site_toml(path)
         if files.policy.site != site:
             raise ConfigError("site", files.policy.site, f"must be {site}").in_file(path)
         return SiteFiles(replace(files.policy, simulated=True), path)
 
     def _policy(self, site: str) -> Policy:
-        return generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
+        return generate_policy(self.config, self.plan, site, lead=self.lead_key().public)
 
-    def ledger(self, site: str) -> Ledger:
+    def ledger(self, site: str) -> SiteLedger:
         """Open the site's ledger under its policy, with both files as they are now."""
-        ledger = self.files(site).open()
-        ledger.asked_at(time.time())  # by this machine, which is the server too
+        ledger = self.files(site).open_ledger()
+        ledger.set_server_time(time.time())  # by this machine, which is the server too
         return ledger
 
-    def allow(self, *, within: Budget) -> None:
+    def write_policies(self, *, within: Budget) -> None:
         """Write policies that allow only this run, within a budget shared by several runs."""
         for site in self.config.federation.active:
             policy = self._policy(site)
             budget = replace(within, max_epsilon_per_run=policy.budget.max_epsilon_per_run)
             write_policy(replace(policy, budget=budget), self.folder / site / POLICY)
 
-    def check_there(self) -> None:
+    def check_policies_exist(self) -> None:
         """Check that the policy of every site exists.
 
         Raises:
@@ -168,23 +168,25 @@ class VirtualSites:
         """
         for site in self.config.federation.active:
             files = self.files(site)
-            history, spent, does = history_of(files), Counter[DpEvent](), "refuses such a trial"
+            history, spent, does = read_history(files), Counter[DpEvent](), "refuses such a trial"
             now = history.now()
-            held = partial(history.set_aside, now)
+            held = partial(history.remaining_charges, now)
             try:
-                spending.require_usable(history)
+                spending.require_usable_ledger(history)
                 for run in (*shapes, *runs):
                     files.policy.check(run)
                 for fit, run in enumerate(runs):
                     does = f"has room for {fit} of these trials"
                     if run.run not in history.runs:
-                        spent += events.grouped([run.plan.whole])
-                        spending.require_room(history, files.policy, run.plan.cohorts, asked=spent, held=held, now=now)
+                        spent += events.count_mechanisms([run.plan.full_event])
+                        spending.require_budget_room(
+                            history, files.policy, run.plan.cohorts, asked=spent, held=held, now=now
+                        )
             except Refused as refused:
                 raise RefusedError(f"{asked}: site {site} {does}; nothing was begun ({refused})") from None
 
 
-def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
+def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
     """Adapt `config` to the sites' budgets: with fewer rounds or more noise, depending on `if_over_budget`.
 
     A site without any room is left to refuse by itself, as long as `min_sites` other sites have room.
@@ -195,14 +197,14 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
     if not config.may_be_fitted or config.runtime.sites_dir is None:
         return config  # a ledger that is made for the run always has room for it
     sites = VirtualSites.of(config, run_folder, config.plan())
-    sites.check_dealt_out()
+    sites.check_partition()
     proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
     offers: list[Offer] = []
     without: dict[str, str] = {}
     for site in config.federation.active:
         try:
             ledger = sites.ledger(site)
-            offer = ledger.offer(proposal)
+            offer = ledger.make_offer(proposal)
             if not config.can_use(offer):
                 ledger.require_acceptable(proposal)  # names the rule that the whole proposal breaks
                 raise RunError("its budget changed in the meantime; start again")
@@ -212,16 +214,16 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
         except RunError as error:
             without[site] = str(error)
     if len(offers) < config.federation.min_sites:
-        raise RefusedError(config.federation.too_few(len(offers), "have room for a run", others=without))
+        raise RefusedError(config.federation.too_few_message(len(offers), "have room for a run", others=without))
     return config.fitted_to(offers)
 
 
-def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
+def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
     """Generate a policy that allows `plan` and nothing more; its lifetime cap is the cost of the plan's runs by the
     filter, rounded up.
     """
     proposal = config.proposal(lead=lead, plan=plan)
-    budget = budget_for([plan] * plan.runs)
+    budget = budget_covering([plan] * plan.runs)
     trust = Trust()
     if (shared := plan.shared) is not None:  # the keys of simulated sites are all in one folder anyway
         trust = Trust(
@@ -235,7 +237,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         dataset=(Dataset(id=proposal.dataset, declared_size=config.declared_sizes()[site]),),
         budget=replace(budget, max_epsilon_per_run=config.privacy.epsilon if plan.private else None),
         limits=Limits(
-            min_noise_multiplier=min(plan.noises),
+            min_noise_multiplier=min(plan.noise_multipliers),
             max_sampling_rate=plan.sampling_rate,
             max_grad_norm=plan.max_grad_norm,
             min_grad_norm=min(DEFAULT_MIN_GRAD_NORM, plan.max_grad_norm),
@@ -265,24 +267,24 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
     )
 
 
-def budget_for(plans: Sequence[Plan]) -> Budget:
+def budget_covering(plans: Sequence[Plan]) -> Budget:
     """Return a budget that covers these plans one after another, but none of them once more.
 
     All plans must have the same delta, and either all or none are private.
     """
     first = plans[0]
     if not first.private:
-        typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
+        typical = ReferenceRun(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
         return Budget(delta=first.delta, max_epsilon=math.inf, reference=typical)
     steps = first.local_steps * first.most_rounds
-    typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.counted_noise, steps=steps)
-    whole = ComposedDpEvent(tuple(plan.whole for plan in plans))
-    cheapest = min(plans, key=lambda plan: filter.cheapest(plan.whole, delta=plan.delta)[0])
-    cap = filter.least_cap(whole, more=cheapest.whole, reference=typical.event, delta=first.delta)
+    typical = ReferenceRun(sampling_rate=first.sampling_rate, noise_multiplier=first.accounted_noise, steps=steps)
+    whole = ComposedDpEvent(tuple(plan.full_event for plan in plans))
+    cheapest = min(plans, key=lambda plan: filter.smallest_cap(plan.full_event, delta=plan.delta)[0])
+    cap = filter.tightest_cap(whole, more=cheapest.full_event, reference=typical.event, delta=first.delta)
     return Budget(delta=first.delta, max_epsilon=cap, reference=typical)
 
 
-def dealt_out(config: RunConfig) -> dict[str, Any]:
+def partition_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that determine how records are partitioned by site, as plain JSON."""
     data, unit = config.data, config.privacy.unit
     partition = {
@@ -300,7 +302,7 @@ def dealt_out(config: RunConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(partition)))
 
 
-def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
+def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
     """Read the recorded partition of sites that are kept across runs: the values of these settings.
 
     Raises:
@@ -326,7 +328,7 @@ class Participants:
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, *, progress: Progress = silent, session: Session | None = None
+        self, config: RunConfig, folder: Path, *, progress: Progress = no_progress, session: Session | None = None
     ) -> None:
         self.config, self.plan = config, config.plan()  # its noise is calibrated once in a process
         self._progress, self._session = progress, session
@@ -338,7 +340,7 @@ class Participants:
     def identities(self) -> dict[str, str]:
         """The public key of each active site."""
         files = {name: self.sites.files(name) for name in self.config.federation.active}
-        return {name: own.key(make=True).public for name, own in files.items()}
+        return {name: own.load_key(make=True).public for name, own in files.items()}
 
     @cached_property
     def shared(self) -> RunModel:
@@ -368,13 +370,13 @@ class Participants:
             if name in federation.active
         }
 
-    def changed(self) -> list[str]:
+    def changed_sites(self) -> list[str]:
         """List the sites where the records have changed since the newest committed round of this run."""
         return [name for name in self.work if self._has_changed(name)]
 
     def _has_changed(self, name: str) -> bool:
         try:
-            known, key = self.sites.files(name).verified(), self.sites.ledger(name).fingerprint_key()
+            known, key = self.sites.files(name).verify_ledger(), self.sites.ledger(name).fingerprint_key()
         except RunError:
             return False  # its ledger is not in order, and it answers for itself
         mine = (Kind.COMMIT, self.config.run_id())

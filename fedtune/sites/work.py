@@ -17,19 +17,19 @@ from fedtune.data.records import record_key
 from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.agreement import require_terms
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, promise_writer
 from fedtune.federation.site_round import Site, Trained
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.cohorts import cohort_of
-from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.mechanism import noised_scores
+from fedtune.privacy.cohorts import cohort_number
+from fedtune.privacy.ledger.site_ledger import SiteLedger
+from fedtune.privacy.mechanism import release_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.shared_model import RunModel
 from fedtune.training.devices import DividedUnits
 from fedtune.training.examples import SiteExamples, Units
-from fedtune.training.local import RoundOfTraining, share_of_round, train_round
+from fedtune.training.local import RoundOfTraining, compute_round_share, train_round
 from fedtune.training.users import UserExamples
 
 PROMISES = ".promises.jsonl"  # follows the ledger's whole name, since ledgers of several sites may share a folder
@@ -54,7 +54,9 @@ class SiteWork:
     @cached_property
     def examples(self) -> TrainingUnits:
         """The tokenized training records, grouped by user if the user is the privacy unit."""
-        examples = self.shared.examples_of(self.shared.tokenised(self.records.training, lenient=self.lenient))
+        examples = self.shared.make_site_examples(
+            self.shared.tokenize_records(self.records.training, lenient=self.lenient)
+        )
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
             return self.around(examples)
@@ -64,7 +66,7 @@ class SiteWork:
             examples,
             users_of(self.records.training),
             most_records=privacy.contribution,
-            most_users=max(1, self.shared.loaded.bytes_of_means // of_each),
+            most_users=max(1, self.shared.loaded.user_means_bytes // of_each),
         )
         return self.around(users)
 
@@ -72,7 +74,7 @@ class SiteWork:
         """The same units, divided over the site's devices where it has several."""
         devices, max_grad_norm = self.shared.loaded.devices, self.shared.config.privacy.max_grad_norm
         if devices is not None and self._divided is None:
-            self._divided = devices.divided(self.examples, max_grad_norm=max_grad_norm)
+            self._divided = devices.divide_units(self.examples, max_grad_norm=max_grad_norm)
         return self.examples if self._divided is None else self._divided
 
     def drop_model(self) -> None:
@@ -83,9 +85,9 @@ class SiteWork:
 
     @cached_property
     def _heldout(self) -> TextDataset:
-        return self.shared.tokenised(self.records.heldout, lenient=self.lenient)
+        return self.shared.tokenize_records(self.records.heldout, lenient=self.lenient)
 
-    def arrivals(self) -> dict[str, int]:
+    def user_cohorts(self) -> dict[str, int]:
         """Return each user's cohort, by the earliest date in the user's own records; users without a date are in the
         oldest cohort.
         """
@@ -95,9 +97,9 @@ class SiteWork:
         for record in (*self.records.training, *self.records.heldout):
             user, month = record.fields["user"], record.fields["arrival"]
             months[user] = min(filter(None, (months.get(user), month)), default="")
-        return {user: cohort_of(month, cohorts.period) for user, month in months.items()}
+        return {user: cohort_number(month, cohorts.period) for user, month in months.items()}
 
-    def _limited_to(self, admitted: frozenset[str]) -> SiteWork:
+    def _restrict_to(self, admitted: frozenset[str]) -> SiteWork:
         """Return a copy with only the records of the admitted users; it is cached for the next round."""
         if self._limited is None or self._limited[0] != admitted:
             self._limited = None  # first, so that two rounds' states never fill the memory together
@@ -108,7 +110,7 @@ class SiteWork:
             self._limited = admitted, replace(self, records=SiteRecords(training, heldout))
         return self._limited[1]
 
-    def do(
+    def run_round(
         self,
         request: RoundRequest,
         adapter: Adapter,
@@ -134,21 +136,21 @@ class SiteWork:
                 left out, and the fingerprint covers the records of the whole file.  None: all users.
         """
         plan = request.proposal.plan
-        randomness = randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
+        randomness = make_randomness(request.proposal.seeded_noise, self.shared.config.seed)
         assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
-        adapter = adapter.within(self.max_adapter_value)
-        site = self if admitted is None else self._limited_to(frozenset(admitted))
+        adapter = adapter.clip_values(self.max_adapter_value)
+        site = self if admitted is None else self._restrict_to(frozenset(admitted))
         scores = site._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
         fingerprint = self.fingerprint(fingerprint_key)
-        units, work = site._work_of(request, attempt)
+        units, work = site._prepare_round(request, attempt)
         if plan.shared is None:
             trained = train_round(self.shared.model, adapter, units, work, randomness=randomness)
             return Trained(adapter=trained, scores=scores, fingerprint=fingerprint)
-        sums = share_of_round(self.shared.model, adapter, units, work, randomness=randomness)
+        sums = compute_round_share(self.shared.model, adapter, units, work, randomness=randomness)
         share = np.concatenate([sums[name].ravel() for name in adapter.tensors])
         return Trained(share=share, scores=scores, fingerprint=fingerprint)
 
-    def _work_of(self, request: RoundRequest, attempt: int) -> tuple[Units, RoundOfTraining]:
+    def _prepare_round(self, request: RoundRequest, attempt: int) -> tuple[Units, RoundOfTraining]:
         """Prepare the training units for a round, and collect everything else that the round needs besides the
         model.
         """
@@ -177,7 +179,7 @@ class SiteWork:
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         users = users_of(self.records.heldout) if plan.unit == "user" else None
-        return noised_scores(
+        return release_scores(
             exact if users is None else user_scores(exact, users),
             declared_size=self.declared_size * self.shared.config.data.heldout_fraction,
             noise_multiplier=plan.metrics_noise_multiplier,
@@ -195,28 +197,28 @@ class SiteWork:
 class WorkingSite(Site):
     """A site with its own files, simulated or real, that trains on its records with a model loaded by its process."""
 
-    def __init__(self, files: SiteFiles, ledger: Ledger, parties: Parties, *, members: Mapping[str, str]) -> None:
-        super().__init__(ledger, sums=sums_of(files, parties, members=members))
+    def __init__(self, files: SiteFiles, ledger: SiteLedger, parties: Parties, *, members: Mapping[str, str]) -> None:
+        super().__init__(ledger, sums=make_sums_at_site(files, parties, members=members))
 
     @abstractmethod
     def work(self, run: str) -> SiteWork:
         """Return the site's records with the model of a prepared run."""
 
-    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
+    def user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
         """Read the users' dates; policy and budget allow the round by now, and it is charged before any record is
         sampled.
         """
-        return self.work(request.run).arrivals()
+        return self.work(request.run).user_cohorts()
 
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
         """Train on the site's records; the round is already charged, and only now is a record sampled."""
         key = self.ledger.fingerprint_key()
-        return self.work(request.run).do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
+        return self.work(request.run).run_round(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
 
 
-def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
+def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
     """Return a site's part in secure aggregation.
 
     Args:
@@ -224,18 +226,18 @@ def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -
         parties: the parties of the site's process.
         members: site -> public key, for the other sites that it may aggregate with.
     """
-    trust, identity = files.policy.trust, files.key(make=True)
+    trust, identity = files.policy.trust, files.load_key(make=True)
     return SumsAtSite(
         site=files.policy.site,
         identity=identity,
         parties=parties,
-        demand=partial(require_terms, **trust.demands),
+        demand=partial(require_terms, **trust.requirements),
         roster={**members, files.policy.site: identity.public},
-        keep=kept_in(files.ledger.with_name(files.ledger.name + PROMISES)),
+        keep=promise_writer(files.ledger.with_name(files.ledger.name + PROMISES)),
     )
 
 
-def randomness_of(seeded: bool, seed: int) -> Randomness:
+def make_randomness(seeded: bool, seed: int) -> Randomness:
     """Return the source of noise and sampling: the operating system or, in a study marked as seeded, a generator seeded
     with `seed`.
     """

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from fedtune.codec import decode_value, require
 from fedtune.data.batching import Batch
-from fedtune.data.features import columns_of
-from fedtune.data.lists import as_json
+from fedtune.data.features import feature_columns
+from fedtune.data.lists import to_compact_json
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
@@ -28,9 +28,9 @@ from fedtune.privacy.distributed_noise import USUAL_BOUND
 from fedtune.privacy.mechanism import Unit
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.inputs import Row, input_of
+from fedtune.tasks.inputs import Row, get_input_for
 from fedtune.tasks.measures import Detail
-from fedtune.words import counted
+from fedtune.words import pluralize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -102,7 +102,7 @@ class Task(ABC):
     predicts_tokens: ClassVar[bool] = False
     hub_name: ClassVar[str] = ""  # what the Hugging Face hub calls it; empty: it has no name there
     # that a tuned model can be exported in: the adapter, then the whole model as most load it, then others; a
-    # whole model has an output layer of its base's own, or a `readout`
+    # whole model has an output layer of its base's own, or a `readout_layers`
     formats: ClassVar[tuple[str, ...]] = ("peft",)
     # whether all units may put their whole gradient into one value, so that sums are as large
     counts_units: ClassVar[bool] = False
@@ -147,11 +147,11 @@ class Task(ABC):
         """
         return (self.roles,)
 
-    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
         """Return the roles that a record must have under these settings."""
         return self.roles
 
-    def texts(self, data: DataSpec) -> int:
+    def texts_per_record(self, data: DataSpec) -> int:
         """Return the number of texts per record, 1 to 8, that pass through the base separately.
 
         The trainable modules must see these rows: hooks compute one gradient per row, and a record's gradient is their
@@ -159,7 +159,7 @@ class Task(ABC):
         """
         return 1
 
-    def judged(self, data: DataSpec) -> str:
+    def primary_metric_for(self, data: DataSpec) -> str:
         """Return the score `judged_by`, which may depend on the layout of the records."""
         return self.judged_by
 
@@ -167,11 +167,11 @@ class Task(ABC):
         """Map each role that is read from a file to its column: the task's roles, the privacy unit's and the
         partition's.
         """
-        return data.needed_columns(self.roles_in(data), partition=partition, unit=unit)
+        return data.required_columns(self.required_roles(data), partition=partition, unit=unit)
 
-    def asked_by(self, data: DataSpec) -> dict[str, str]:
+    def input_columns(self, data: DataSpec) -> dict[str, str]:
         """Map the input roles of a record, which are all roles except the answer, to their columns."""
-        return data.needed_columns(set(self.roles_in(data)) - self.answers)
+        return data.required_columns(set(self.required_roles(data)) - self.answers)
 
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
         """Turn a text from a person into the fields of a record; `at` names the text in messages.
@@ -185,9 +185,9 @@ class Task(ABC):
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(at, "bytes that are no text", "must be UTF-8") from None
-        roles = self.asked_by(data)
+        roles = self.input_columns(data)
         if "messages" in roles:
-            return {"messages": as_json([{"role": "user", "content": text}])}
+            return {"messages": to_compact_json([{"role": "user", "content": text}])}
         main = next((role for role in ("text", "prompt", "image", "tokens") if role in roles), None)
         if main is None or set(roles) - OPTIONAL_ROLES != {main}:
             wanted = ", ".join(roles)
@@ -203,14 +203,14 @@ class Task(ABC):
                 declared for a task without labels, or another setting has no effect.
         """
         self.check_input(data)
-        for role in self.roles_in(data):
+        for role in self.required_roles(data):
             if role not in data.columns:
                 raise ConfigError("columns", dict(data.columns), f"must name the column for role {role!r}")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
         if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
             raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{answer[0]}}}")
-        known = {*self.roles_in(data), *_ROLES_OF_ALL, *columns_of(data.features, {})}
+        known = {*self.required_roles(data), *_ROLES_OF_ALL, *feature_columns(data.features, {})}
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
@@ -228,7 +228,7 @@ class Task(ABC):
         """
         if data.input not in self.inputs:
             raise ConfigError("input", data.input, f"must be {' or '.join(sorted(self.inputs))} for task {self.name}")
-        input_of(data).check_data(data)
+        get_input_for(data).check_data(data)
 
     def check_own(self, data: DataSpec) -> None:  # noqa: B027
         """Check that the task's own settings suit those of `data`; errors name keys of the run."""
@@ -239,9 +239,9 @@ class Task(ABC):
         Raises:
             ConfigError: for a key of the run's settings.
         """
-        input_of(spec).check_model(spec)
+        get_input_for(spec).check_model(spec)
         if self.has_labels and len(set(spec.labels)) < max(self.fewest_labels, len(spec.labels)):
-            bound = f"must declare at least {counted(self.fewest_labels, 'label')} for task {self.name}, each once"
+            bound = f"must declare at least {pluralize(self.fewest_labels, 'label')} for task {self.name}, each once"
             raise ConfigError("data.labels", spec.labels, bound)
         self.check_model(spec)
 
@@ -275,7 +275,7 @@ class Task(ABC):
         return lambda record: None
 
     @abstractmethod
-    def tokenise(
+    def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """Compute token ids and targets, separately for each record.
@@ -292,7 +292,7 @@ class Task(ABC):
             DataError: a record does not fit the settings.
         """
 
-    def hide_parts(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
+    def find_ignored_annotations(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
         """Whether each example has an annotation that training ignores (an entity whose word has another entity's
         label).
         """
@@ -316,7 +316,7 @@ class Task(ABC):
         """Return each record's prompt, as token ids, and its reference text, or None if there is no text to score."""
         return None
 
-    def outputs(self, spec: TaskModelSpec) -> int:
+    def num_outputs(self, spec: TaskModelSpec) -> int:
         """Return the number of the head's outputs."""
         return len(spec.labels)
 
@@ -327,10 +327,12 @@ class Task(ABC):
         """
         if self.has_head:
             spec, width = model.spec, model.base.config.get_text_config().hidden_size
-            head = input_of(spec).head(width, self.outputs(spec), spec=spec.head, seed=spec.seed, device=model.device)
+            head = get_input_for(spec).build_head(
+                width, self.num_outputs(spec), spec=spec.head, seed=spec.seed, device=model.device
+            )
             model.head = head.requires_grad_(spec.head.train)
 
-    def start_head(self, model: Model) -> None:  # noqa: B027
+    def init_head(self, model: Model) -> None:  # noqa: B027
         """Initialize the head of a new model, from public settings alone."""
 
     @abstractmethod
@@ -357,21 +359,23 @@ class Task(ABC):
         """Compute the per-example inputs of `scores`, (examples, ...) by name."""
         return {"loss": model.losses(batch)}
 
-    def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
+    def postprocess_dataset(
+        self, figures: Mapping[str, npt.NDArray[np.float64]]
+    ) -> Mapping[str, npt.NDArray[np.float64]]:
         """Complete the inputs of `scores` with values that depend on all examples of a data set together."""
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute the scores of a data set, by name, from the figures of all its examples, (examples, ...) each.
 
-        The scores are those of `measured`, followed by `loss`, the mean.
+        The scores are those of `task_scores`, followed by `loss`, the mean.
 
         Raises:
             DataError: there is nothing to score.
         """
-        return {**self.measured(figures, spec=spec), "loss": float(np.mean(figures["loss"]))}
+        return {**self.task_scores(figures, spec=spec), "loss": float(np.mean(figures["loss"]))}
 
-    def measured(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+    def task_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute the task's own scores, without the loss."""
         return {}
 
@@ -410,7 +414,7 @@ class Task(ABC):
         """Return the answer for one record, as `answer` does, for tasks whose answers quote parts of the record."""
         return self.answer(logits[0], spec=spec)
 
-    def bound_on_sums(self, sizes: Iterable[int]) -> int:
+    def max_secure_sum(self, sizes: Iterable[int]) -> int:
         """Return the largest value of a site's part of a secure sum, in clip norms, given the sites' declared sizes.
 
         For tasks that count units, all units of a site may be of one kind; twice the declared size leaves none of them
@@ -432,8 +436,8 @@ class Task(ABC):
         Each example has as many texts as the model's settings say.
         """
 
-    def readout(self, model: Model) -> Readout:
-        """Return the linear layers from the base's mean hidden state to `read_out`; each layer's input is
+    def readout_layers(self, model: Model) -> Readout:
+        """Return the linear layers from the base's mean hidden state to `exported_output`; each layer's input is
         L2-normalized.
 
         With `reads_tokens`, the layers apply to each hidden state, without normalization.  No layers: the output is the
@@ -441,11 +445,11 @@ class Task(ABC):
         """
         return ()
 
-    def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+    def exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         """Convert logits to the output of an exported model."""
         return logits
 
-    def outputs_of(self, labels: Sequence[str]) -> Sequence[str]:
+    def output_labels(self, labels: Sequence[str]) -> Sequence[str]:
         """Return the meaning of each logit of an exported model, for tasks with labels."""
         return labels
 
@@ -454,7 +458,7 @@ class Task(ABC):
         return base
 
 
-def target_range_of(data: DataSpec) -> tuple[float, float]:
+def require_target_range(data: DataSpec) -> tuple[float, float]:
     """Return the declared range of a numeric target.
 
     Raises:
@@ -465,7 +469,7 @@ def target_range_of(data: DataSpec) -> tuple[float, float]:
     return data.target_range
 
 
-def number_in(record: Record, bounds: tuple[float, float]) -> float:
+def read_target_number(record: Record, bounds: tuple[float, float]) -> float:
     """Return the record's number in the role `target`.
 
     Raises:

@@ -23,7 +23,7 @@ from fedtune.data.tokenise import (
     TextDataset,
     Tokenizer,
     encode,
-    most_characters,
+    max_characters,
 )
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
@@ -36,9 +36,9 @@ from fedtune.tasks.chat_template import (
     NoConversation,
     Piece,
     Turn,
-    before_last_answer,
-    chat_format,
-    turns_in,
+    build_chat_format,
+    parse_turns,
+    split_last_answer,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class CausalLM(Task):
     """Roles of which columns name one at most: each is another kind of record."""
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (roles, ("messages",), ("text",))
 
-    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
         """Return the roles of the layout, with the roles in a prompt's template, and the system role if there are
         turns.
         """
@@ -97,9 +97,9 @@ class CausalLM(Task):
         check_causal(base, path=path)
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
-        Layout.of(tokenizer, data)
+        ExampleFormat.from_tokenizer(tokenizer, data)
 
-    def tokenise(
+    def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """Encode the context, the answer, and the tokens that end the answer; the last two are supervised.
@@ -113,11 +113,11 @@ class CausalLM(Task):
             ConfigError: the tokenizer has no end-of-text token, or the model's chat template is not supported.
             DataError: a record is not a chat with an answer.
         """
-        layout = Layout.of(tokenizer, data)
-        examples = laid_out(layout, records, lenient=lenient_within is not None)
+        layout = ExampleFormat.from_tokenizer(tokenizer, data)
+        examples = build_examples(layout, records, lenient=lenient_within is not None)
         input_ids, targets = [], []
-        for tokens in layout.encoded(examples, tokenizer, within=lenient_within):
-            fitted = tokens.fitted(data.max_length)
+        for tokens in layout.encode_examples(examples, tokenizer, within=lenient_within):
+            fitted = tokens.truncate(data.max_length)
             input_ids.append(np.array(fitted.numbers or [layout.end], dtype=np.int32))
             learnt = np.array(fitted.learnt or [False])
             learnt[0] = False  # nothing stands before it
@@ -130,21 +130,21 @@ class CausalLM(Task):
         `fields` may also be a `text` to continue; missing roles of a prompt are blank.
 
         Raises:
-            ConfigError: as in `tokenise`, or the run has no chat template for messages.
+            ConfigError: as in `tokenize`, or the run has no chat template for messages.
             DataError: the messages cannot be answered.
         """
-        layout = Layout.of(tokenizer, data)
+        layout = ExampleFormat.from_tokenizer(tokenizer, data)
         try:
-            example = _Example(layout.prompt(fields))
+            example = _Example(layout.build_prompt(fields))
         except NoConversation as error:
             bound = "must be turns of user and assistant that end in a user's"
             raise DataError("messages", str(error), bound) from None
-        (tokens,) = layout.encoded([example], tokenizer)
+        (tokens,) = layout.encode_examples([example], tokenizer)
         return np.array(tokens.numbers[: tokens.context], dtype=np.int32)
 
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
         """Return the end-of-text token and, for chats, the token that ends the assistant's turn."""
-        layout = Layout.of(tokenizer, data)
+        layout = ExampleFormat.from_tokenizer(tokenizer, data)
         return frozenset({layout.end, layout.chat.end} if layout.chat else {layout.end})
 
     def written(
@@ -153,12 +153,12 @@ class CausalLM(Task):
         """Return the prompts, truncated to `data.max_length` tokens, and the answers, or None for plain texts."""
         if "text" in data.columns:
             return None
-        layout = Layout.of(tokenizer, data)
-        examples = laid_out(layout, records, lenient=False)
+        layout = ExampleFormat.from_tokenizer(tokenizer, data)
+        examples = build_examples(layout, records, lenient=False)
         asked = [replace(example, answer=()) for example in examples]
         prompts = []
-        for record, tokens in zip(records, layout.encoded(asked, tokenizer), strict=True):
-            prompt = replace(tokens, numbers=tokens.numbers[: tokens.context]).fitted(data.max_length).numbers
+        for record, tokens in zip(records, layout.encode_examples(asked, tokenizer), strict=True):
+            prompt = replace(tokens, numbers=tokens.numbers[: tokens.context]).truncate(data.max_length).numbers
             if not prompt:
                 raise DataError(record.at("prompt"), "no tokens", "must give a token to generate from")
             prompts.append(np.array(prompt, dtype=np.int32))
@@ -171,7 +171,7 @@ class CausalLM(Task):
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute each row's mean token loss, (rows,) float32."""
-        return torch.stack([total / len(places) for total, places in added_up(model, batch)])
+        return torch.stack([total / len(places) for total, places in sum_token_losses(model, batch)])
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.losses(batch), "tokens": (_next_tokens(batch) != UNSUPERVISED).sum(dim=1)}
@@ -206,7 +206,7 @@ class CausalLM(Task):
         )
 
 
-def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def sum_token_losses(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield each row's summed token losses and its target positions.
 
     Logits are computed for one row at a time, and only at its target positions: the number of these positions depends
@@ -214,7 +214,9 @@ def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.T
     0.
     """
     assert model.output is not None, "the base predicts no tokens"
-    inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+    inputs = model.output.compute_inputs(
+        lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    )
     # Found for all rows on the host, so that a device is waited for once.
     learnt = [row.nonzero().flatten() for row in (_next_tokens(batch) != UNSUPERVISED).cpu()]
     places_of_rows = torch.split(torch.cat(learnt).to(inputs.device), [len(places) for places in learnt])
@@ -242,7 +244,7 @@ class _Example:
     longest: str = ""  # of the texts of a prompt
 
     @property
-    def texts(self) -> tuple[str, str, str]:
+    def text_parts(self) -> tuple[str, str, str]:
         """Three texts: the context up to the middle of its longest text (or empty), the context, and the answer."""
         context, answer = ("".join(piece.text for piece in part) for part in (self.context, self.answer))
         at = context.find(self.longest) if self.longest else -1
@@ -264,7 +266,7 @@ class _Tokens:
         """The number of tokens of the last answer."""
         return len(self.numbers) - self.context
 
-    def fitted(self, length: int, *, room_for: int = 0) -> _Tokens:
+    def truncate(self, length: int, *, room_for: int = 0) -> _Tokens:
         """Truncate to at most `length` tokens, keeping at least one token before the answer if there is any.
 
         A prompt is truncated in the middle of its longest text, so that instructions before and after the text stay,
@@ -282,7 +284,7 @@ class _Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ExampleFormat:
     """How a run turns its records into examples."""
 
     start: tuple[int, ...]  # the begin-of-text token, where the tokenizer puts one before a text
@@ -293,7 +295,7 @@ class Layout:
     data: DataSpec  # the run's settings
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, data: DataSpec) -> Layout:
+    def from_tokenizer(cls, tokenizer: Tokenizer, data: DataSpec) -> ExampleFormat:
         """Choose the format for a tokenizer and the settings.
 
         Raises:
@@ -304,10 +306,10 @@ class Layout:
         (ids,) = encode([""], tokenizer, special_tokens=True)
         start = (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
         if data.chat_template == "none":
-            return cls(start, end, None, _literal(tokenizer) if "text" in data.columns else None, data)
-        return cls(start, end, chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
+            return cls(start, end, None, _literal_tokenizer(tokenizer) if "text" in data.columns else None, data)
+        return cls(start, end, build_chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
 
-    def prompt(self, fields: Mapping[str, str], *, answer: str | None = None) -> Sequence[Piece]:
+    def build_prompt(self, fields: Mapping[str, str], *, answer: str | None = None) -> Sequence[Piece]:
         """Return the context of an answer to `fields`, which contain no answer; `answer` is the answer if it is known.
 
         Raises:
@@ -318,12 +320,14 @@ class Layout:
             prompt = fields["text"] if "text" in fields else fill_template(self.data.prompt_template, fields)
             if self.chat is None:
                 return [Piece(prompt, said=True)]
-            return self.chat.prompt([Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())], answer=answer)
+            return self.chat.build_prompt(
+                [Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())], answer=answer
+            )
         if self.chat is None:
             raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
-        return self.chat.prompt(_turns(fields))
+        return self.chat.build_prompt(_conversation_turns(fields))
 
-    def example(self, fields: Mapping[str, str]) -> _Example:
+    def build_example(self, fields: Mapping[str, str]) -> _Example:
         """Format a whole record, with its texts cut to the characters that an example may need.
 
         Raises:
@@ -331,22 +335,22 @@ class Layout:
         """
         length, longest = self.data.max_length, ""
         if "text" in fields:
-            return _Example((), [Piece(fields["text"][: most_characters(length)], said=True, learnt=True)])
+            return _Example((), [Piece(fields["text"][: max_characters(length)], said=True, learnt=True)])
         if self.chat is None or "messages" not in fields:
-            reference, most = fields["completion"], most_characters(length) // (2 * len(fields))
+            reference, most = fields["completion"], max_characters(length) // (2 * len(fields))
             fields = {
                 role: text if len(text) <= 2 * most else text[:most] + text[-most:] for role, text in fields.items()
             }
             longest = max((fields.get(role, "").strip() for role in self.data.template_roles), key=len)
-            context = self.prompt(fields, answer=reference)
+            context = self.build_prompt(fields, answer=reference)
         else:
-            asked, reference = before_last_answer(_turns(fields))
-            context = self.chat.prompt(asked, answer=reference)
-        said = reference[: most_characters(length)]
-        answer = [Piece(said, said=True, learnt=True)] if self.chat is None else self.chat.answer(said)
-        return _Example(_last(context, length), answer, reference, longest)
+            asked, reference = split_last_answer(_conversation_turns(fields))
+            context = self.chat.build_prompt(asked, answer=reference)
+        said = reference[: max_characters(length)]
+        answer = [Piece(said, said=True, learnt=True)] if self.chat is None else self.chat.build_answer(said)
+        return _Example(_keep_last_pieces(context, length), answer, reference, longest)
 
-    def encoded(
+    def encode_examples(
         self, examples: Sequence[_Example], tokenizer: Tokenizer, *, within: int | None = None
     ) -> Iterator[_Tokens]:
         """Yield the tokens of each example, or no tokens if a part of the example cannot be encoded.
@@ -355,15 +359,15 @@ class Layout:
         completion are encoded separately, because no token marks the boundary between them.
         """
         if self.chat is not None:
-            texts = ["".join(one.texts[1:]) for one in examples]
+            texts = ["".join(one.text_parts[1:]) for one in examples]
             encoded = self.chat.tokenizer.encode(texts, within=within)
             lead, begins = self.chat.lead, len(self.chat.lead) + bool(self.chat.start)
             for example, (ids, places) in zip(examples, encoded, strict=True):
                 # A token before the text belongs to what comes first in it.
                 places = [*[(0, 0)] * len(lead), *places]
-                yield _placed(example, [*lead, *ids], places, start=begins) if ids else _Tokens()
+                yield align_tokens(example, [*lead, *ids], places, start=begins) if ids else _Tokens()
             return
-        parts = [text for one in examples for text in one.texts]
+        parts = [text for one in examples for text in one.text_parts]
         if self.literal is not None:
             ids_of_parts: Iterator[list[int]] = (ids for ids, _ in self.literal.encode(parts, within=within))
         else:
@@ -378,7 +382,7 @@ class Layout:
             yield found if one and other else _Tokens()
 
 
-def _placed(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, int]], *, start: int) -> _Tokens:
+def align_tokens(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, int]], *, start: int) -> _Tokens:
     """Assign the tokens of a conversation to its pieces; a token belongs to the piece that contains its last character.
 
     The result is empty if a piece that is not blank has no token.
@@ -392,23 +396,23 @@ def _placed(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, i
     of_piece = np.searchsorted(ends, np.maximum(first, end - 1), side="right").clip(max=len(pieces) - 1)
     learnt = np.array([piece.learnt for piece in pieces])[of_piece]
     context = int(np.searchsorted(of_piece, len(example.context)))
-    return _Tokens(ids, learnt.tolist(), context, start, int(np.searchsorted(end, len(example.texts[0]))))
+    return _Tokens(ids, learnt.tolist(), context, start, int(np.searchsorted(end, len(example.text_parts[0]))))
 
 
 def _require_answer(record: Record) -> None:
     try:
-        before_last_answer(_turns(record.fields))
+        split_last_answer(_conversation_turns(record.fields))
     except NoConversation as error:
         raise DataError(record.at("messages"), str(error), "must have at least one answer to learn from") from None
 
 
-def _turns(fields: Mapping[str, str]) -> list[Turn]:
+def _conversation_turns(fields: Mapping[str, str]) -> list[Turn]:
     """Return the turns of a conversation, starting with the record's system text if the turns contain none."""
-    turns, system = turns_in(fields["messages"]), fields.get(SYSTEM, "")
+    turns, system = parse_turns(fields["messages"]), fields.get(SYSTEM, "")
     return [Turn(SYSTEM, system), *turns] if system.strip() and turns[:1] and turns[0].role != SYSTEM else turns
 
 
-def laid_out(layout: Layout, records: Iterable[Record], *, lenient: bool) -> list[_Example]:
+def build_examples(layout: ExampleFormat, records: Iterable[Record], *, lenient: bool) -> list[_Example]:
     """Convert records to examples; an unusable conversation becomes an empty example.
 
     Raises:
@@ -417,22 +421,22 @@ def laid_out(layout: Layout, records: Iterable[Record], *, lenient: bool) -> lis
     examples, faults = [], Faults()
     for record in records:
         try:
-            examples.append(layout.example(record.fields))
+            examples.append(layout.build_example(record.fields))
         except NoConversation as error:
             examples.append(_Example(()))
             bound = "must alternate user and assistant turns that the model's own template writes as they are"
             faults.add(DataError(record.at("messages"), str(error), bound), record.line)
     if not lenient:
-        faults.require_none()
+        faults.raise_if_any()
     return examples
 
 
-def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
+def _keep_last_pieces(pieces: Sequence[Piece], length: int) -> list[Piece]:
     """Return the pieces that can contribute to the last `length` tokens of a context, and the template's first piece.
 
     The record's own texts are cut to the characters that an example may need; the template's texts stay whole.
     """
-    room, kept = most_characters(length), []
+    room, kept = max_characters(length), []
     for piece in reversed(pieces):
         if room <= 0:
             break
@@ -443,5 +447,5 @@ def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
 
 
 @lru_cache(maxsize=4)
-def _literal(tokenizer: Tokenizer) -> MarkedTokenizer:
-    return MarkedTokenizer.of(tokenizer, ())
+def _literal_tokenizer(tokenizer: Tokenizer) -> MarkedTokenizer:
+    return MarkedTokenizer.from_tokenizer(tokenizer, ())

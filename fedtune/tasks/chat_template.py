@@ -69,7 +69,7 @@ class ChatFormat:
     # whether the template writes these turns as `joints` and `contents` do
     writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
-    def prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
+    def build_prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
         """Return the context of an answer to `turns`, beginning with `start`; earlier assistant turns are supervised.
 
         If the answer is given, the template must render it unchanged too.
@@ -78,7 +78,7 @@ class ChatFormat:
             NoConversation: user and assistant turns do not alternate from a first to a last user turn, after at most
                 one system turn; or the template does not write the turns one after another.
         """
-        placed = self._placed(turns)
+        placed = self._merge_system_turn(turns)
         pieces, before, learnt = [Piece(self.start)], START, False
         for turn in (*placed, Turn(ANSWER, "")):
             joint = self.joints.get((before, turn.role))
@@ -88,20 +88,20 @@ class ChatFormat:
                 pieces.append(Piece(self.between, learnt=learnt))
             pieces.append(Piece(joint))
             if turn.role != ANSWER:
-                pieces.append(self._said(turn))
+                pieces.append(self._content_piece(turn))
             before, learnt = turn.role, turn.train
         if not self.writes(placed if answer is None else (*placed, Turn(ASSISTANT, answer))):
             raise NoConversation("turns that the model's own template changes")
         return pieces
 
-    def answer(self, content: str) -> list[Piece]:
+    def build_answer(self, content: str) -> list[Piece]:
         """Return the supervised part of an assistant turn: its content, and the mark that ends it."""
-        return [self._said(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
+        return [self._content_piece(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
 
-    def _said(self, turn: Turn) -> Piece:
+    def _content_piece(self, turn: Turn) -> Piece:
         return Piece(self.contents[turn.role](turn.content), said=True, learnt=turn.role == ASSISTANT and turn.train)
 
-    def _placed(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+    def _merge_system_turn(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """Return the turns with the system text where the format allows it; a blank system turn is dropped."""
         if not turns or turns[0].role != SYSTEM:
             return turns
@@ -114,7 +114,7 @@ class ChatFormat:
         return [Turn(USER, first), *others[1:]]
 
 
-def turns_in(text: str) -> list[Turn]:
+def parse_turns(text: str) -> list[Turn]:
     """Parse the turns in a `messages` field, a JSON list of objects with `role` and `content`.
 
     Raises:
@@ -129,7 +129,7 @@ def turns_in(text: str) -> list[Turn]:
     return turns
 
 
-def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
+def split_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     """Split a conversation into the turns before the last supervised assistant turn, and the content of that turn.
 
     Raises:
@@ -141,7 +141,7 @@ def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     return turns[: places[-1]], turns[places[-1]].content
 
 
-def chat_format(
+def build_chat_format(
     kind: Literal["model", "plain"], tokenizer: Tokenizer, *, start: tuple[int, ...], end: int
 ) -> ChatFormat:
     """Return the format that `data.chat_template` selects: the tokenizer's own, or plain role names and blank lines.
@@ -153,24 +153,24 @@ def chat_format(
         ConfigError: for `data.chat_template`: the model has no template, or an unsupported one.
     """
     if kind == "plain":
-        return _plain(tokenizer, start, end)
+        return _plain_format(tokenizer, start, end)
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     try:
         if not isinstance(template, str):
             raise _NoChain("is missing")
-        return _own(tokenizer, template, end)
+        return _template_format(tokenizer, template, end)
     except _NoChain as error:
         bound = f"the model's own template {error}; use data.chat_template=plain"
         raise ConfigError("data.chat_template", "model", bound) from None
 
 
 @lru_cache(maxsize=4)
-def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
+def _plain_format(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
     """Build the format `System: ...`, `User: ...`, `Assistant: ...`; contents start with a space, for the usual
     tokenization.
     """
-    marked = MarkedTokenizer.of(tokenizer, {end})
+    marked = MarkedTokenizer.from_tokenizer(tokenizer, {end})
     names = {SYSTEM: "System:", USER: "User:", ASSISTANT: "Assistant:", ANSWER: "Assistant:"}
     following = ((SYSTEM, USER), (USER, ASSISTANT), (USER, ANSWER), (ASSISTANT, USER))
     joints = {(START, role): names[role] for role in (SYSTEM, USER)}
@@ -181,23 +181,27 @@ def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat
 
 
 @lru_cache(maxsize=4)
-def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
+def _template_format(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     """Build the format of a model's own chat template.
 
     Raises:
         _NoChain: the template is not supported.
     """
     special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
-    compiled = _compiled(template)
-    chain, contents, tried = _derived(compiled, special)
-    found = {joint: _marks_in(text, tokenizer) for joint, text in chain.items()}
-    marked = MarkedTokenizer.of(tokenizer, {number for marks in found.values() for number, *_ in marks} | {end})
-    joints = {joint: _named(text, found[joint], marked) for joint, text in chain.items()}
+    compiled = _compile_template(template)
+    chain, contents, tried = _derive_format(compiled, special)
+    found = {joint: _find_special_tokens(text, tokenizer) for joint, text in chain.items()}
+    marked = MarkedTokenizer.from_tokenizer(
+        tokenizer, {number for marks in found.values() for number, *_ in marks} | {end}
+    )
+    joints = {joint: _rename_marks(text, found[joint], marked) for joint, text in chain.items()}
     # Conversations that are encoded whole have the tokens that transformers gives them.  A content that names a mark is
     # text for us, and a mark for transformers.
-    by_name = {text for text in {turn.content for turns in tried for turn in turns} if _marks_in(text, tokenizer)}
+    by_name = {
+        text for text in {turn.content for turns in tried for turn in turns} if _find_special_tokens(text, tokenizer)
+    }
     plain = {turns: text for turns, text in tried.items() if by_name.isdisjoint(turn.content for turn in turns)}
-    ours = [ids for ids, _ in marked.encode([_written(joints, contents, turns) for turns in plain])]
+    ours = [ids for ids, _ in marked.encode([_join_turns(joints, contents, turns) for turns in plain])]
     if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
         raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
 
@@ -217,7 +221,7 @@ def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
 
     def writes(turns: Sequence[Turn]) -> bool:
         try:
-            return _rendered(compiled, turns, special) == _written(chain, contents, turns)
+            return _render_turns(compiled, turns, special) == _join_turns(chain, contents, turns)
         except _NoChain:
             return False
 
@@ -225,7 +229,7 @@ def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     return ChatFormat(marked, (), begin, joints, contents, ending, between, end, has_system, writes)
 
 
-def _marks_in(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
+def _find_special_tokens(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
     """Find the added tokens in a text by name: (id, start, end) for each, except tokens of spaces alone."""
     added, found = tokenizer.added_tokens_decoder, []
     encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
@@ -238,7 +242,7 @@ def _marks_in(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
     return found
 
 
-def _named(text: str, marks: Sequence[tuple[int, int, int]], marked: MarkedTokenizer) -> str:
+def _rename_marks(text: str, marks: Sequence[tuple[int, int, int]], marked: MarkedTokenizer) -> str:
     for number, first, end in reversed(marks):
         text = text[:first] + marked.names[number] + text[end:]
     return text
@@ -252,7 +256,7 @@ _Conversation: TypeAlias = tuple[Turn, ...]
 _Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 
 
-def _written(joints: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
+def _join_turns(joints: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
     """Render a conversation with these separators and contents, like a `ChatFormat`; it may end before an answer."""
     roles = (START, *(turn.role for turn in turns), END if turns[-1].role == ASSISTANT else ANSWER)
     said = (*(contents[turn.role](turn.content) for turn in turns), "")
@@ -263,7 +267,7 @@ class _NoChain(Exception):
     """The reason for refusing a template, as the end of a sentence about it."""
 
 
-def _derived(
+def _derive_format(
     template: CountedTemplate, special: Mapping[str, str]
 ) -> tuple[Mapping[Joint, str], _Contents, Mapping[_Conversation, str]]:
     """Derive the separators between turns, and the trimming of their contents, from a chat template.
@@ -274,17 +278,17 @@ def _derived(
 
     def rendered(turns: _Conversation) -> str:
         nonlocal spent
-        text = _rendered(template, turns, special)
+        text = _render_turns(template, turns, special)
         spent += template.work
         if spent > _MOST_TRIED:
             raise _NoChain(f"takes more than {_MOST_TRIED} steps for all the conversations that it is tried on")
         return text
 
     one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
-    joints = _read_off(rendered, one) | _read_off(rendered, more)
+    joints = _derive_separators(rendered, one) | _derive_separators(rendered, more)
     # Some templates know no system turn: they say so, or leave it out.
     try:
-        joints |= _read_off(rendered, (SYSTEM, *one))
+        joints |= _derive_separators(rendered, (SYSTEM, *one))
     except _NoChain:  # some write it before the last user's content alone
         turns, keeps = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b")), False
         with suppress(_NoChain):
@@ -300,16 +304,17 @@ def _derived(
     # Spaces before an assistant's content, but not before an answer yet to be written, are the model's to write.
     contents: dict[str, Callable[[str], str]] = dict.fromkeys(roles, str) | {ASSISTANT: lambda content: lead + content}
     for role in roles:
-        contents[role] = _trimmed(rendered, joints, contents, role)
+        contents[role] = _detect_trimming(rendered, joints, contents, role)
     tried = {
-        turns: rendered(turns) for turns in _tried((*template.texts, *special.values()), has_system=SYSTEM in roles)
+        turns: rendered(turns)
+        for turns in _test_conversations((*template.texts, *special.values()), has_system=SYSTEM in roles)
     }
-    if any(text != _written(joints, contents, turns) for turns, text in tried.items()):
+    if any(text != _join_turns(joints, contents, turns) for turns, text in tried.items()):
         raise _NoChain("does not write turns one after another: what it writes of one goes by its place or content")
     return joints, contents, tried
 
 
-def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
+def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
     """Derive the separators from one rendering whose contents are unmistakable."""
     turns = tuple(Turn(role, f"qz{place}xw") for place, role in enumerate(roles))
     texts, rest = [], rendered(turns)
@@ -322,7 +327,7 @@ def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) ->
     return dict(zip(pairwise((START, *roles, ends)), (*texts, rest), strict=True))
 
 
-def _trimmed(
+def _detect_trimming(
     rendered: Callable[[_Conversation], str], joints: Mapping[Joint, str], contents: _Contents, role: str
 ) -> Callable[[str], str]:
     """Determine how the template trims the contents of one role."""
@@ -334,12 +339,12 @@ def _trimmed(
         def trimmed(content: str, trim: Callable[[str], str] = trim) -> str:
             return whole(trim(content))
 
-        if _written(joints, {**contents, role: trimmed}, turns) == text:
+        if _join_turns(joints, {**contents, role: trimmed}, turns) == text:
             return trimmed
     raise _NoChain(f"changes what the {role} says")
 
 
-def _tried(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
+def _test_conversations(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
     """Yield synthetic conversations of several lengths, with contents to which a template might give special treatment.
 
     One content consists of all string constants of the template, because a template that removes a part of a content,
@@ -364,7 +369,7 @@ _WITHHELD = ("strftime_now", "lipsum")
 are there, it hears no."""
 
 
-def _compiled(template: str) -> CountedTemplate:
+def _compile_template(template: str) -> CountedTemplate:
     """Compile a template in transformers' own sandbox, with a limit on its work."""
     from fedtune.model.quiet import first_line
     from fedtune.tasks.counted_template import CountedTemplate
@@ -377,7 +382,7 @@ def _compiled(template: str) -> CountedTemplate:
         raise _NoChain(f"cannot be read ({first_line(error)})") from None
 
 
-def _rendered(template: CountedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
+def _render_turns(template: CountedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
     """Render turns with a template.
 
     Raises:

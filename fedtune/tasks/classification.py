@@ -29,7 +29,7 @@ class Classification(OneLabelTask):
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"predicted": logits.argmax(dim=1), "probabilities": logits.softmax(dim=1)}
 
-    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `accuracy` and `macro_f1`, both in [0, 1]."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {

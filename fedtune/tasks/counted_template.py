@@ -95,10 +95,10 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         self.work = self.most = 0
         self.globals.update(like.globals)
         given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
-        self.filters = {name: self._counted(one, self._before_filter) for name, one in given.items()}
-        self.tests = {name: self._counted(one, self.spend) for name, one in like.tests.items()}
+        self.filters = {name: self._wrap_counted(one, self._check_filter_call) for name, one in given.items()}
+        self.tests = {name: self._wrap_counted(one, self.spend) for name, one in like.tests.items()}
         self.filters[_COUNTED] = self._count_value
-        self.finalize = self._written
+        self.finalize = self._charge_output
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         found: nodes.Template = _Hooks().visit(super()._parse(source, name, filename))
@@ -131,17 +131,17 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         if getattr(__obj, "__name__", "") in ("format", "format_map"):
             raise TemplateError("a text with places for others has no bound")
         given = (getattr(__obj, "__self__", None), *args, *(one for name, one in kwargs.items() if name[:1] != "_"))
-        __self._before(given)
-        return __self._after(super().call(__context, __obj, *args, **kwargs))
+        __self._check_call(given)
+        return __self._charge_result(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             raise TemplateError("a text with places for others has no bound")
         if operator == "**" or (operator == "*" and not (_is_number(left) and _is_number(right))):
-            self._before((left, right))
-        return self._after(super().call_binop(context, operator, left, right))
+            self._check_call((left, right))
+        return self._charge_result(super().call_binop(context, operator, left, right))
 
-    def _before(self, given: tuple[Any, ...]) -> None:
+    def _check_call(self, given: tuple[Any, ...]) -> None:
         """Count the arguments of a call, and refuse a call whose result could be very large.
 
         Raises:
@@ -152,27 +152,29 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         if math.prod(1 + factor for factor in factors) > _MOST_MADE:
             raise TooMuchWork(self.most)
 
-    def _before_filter(self, given: tuple[Any, ...]) -> None:
+    def _check_filter_call(self, given: tuple[Any, ...]) -> None:
         if any(_is_number(one) and abs(one) > _MOST_NUMBER for one in given[1:]):
             raise TooMuchWork(self.most)
-        self._before(given)
+        self._check_call(given)
 
-    def _after(self, made: Any) -> Any:
+    def _charge_result(self, made: Any) -> Any:
         # Such as what map and select give: counted now, not one by one where nobody sees.
         if isinstance(made, Iterator) and type(made).__name__ == "generator":
             made = list(made)
         self.spend(made)
         return made
 
-    def _counted(self, function: Callable[..., Any], before: Callable[[tuple[Any, ...]], object]) -> Callable[..., Any]:
+    def _wrap_counted(
+        self, function: Callable[..., Any], before: Callable[[tuple[Any, ...]], object]
+    ) -> Callable[..., Any]:
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, Context)))
-            return self._after(function(*args, **kwargs))
+            return self._charge_result(function(*args, **kwargs))
 
         return counted
 
-    def _written(self, value: Any) -> Any:
+    def _charge_output(self, value: Any) -> Any:
         """Count a value that the template outputs: a text, a number or nothing."""
         if isinstance(value, list | tuple | dict | Namespace):
             raise TemplateError(f"it writes a {type(value).__name__} as it is")

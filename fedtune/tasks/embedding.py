@@ -25,8 +25,8 @@ from fedtune.data.tokenise import Targets, TextDataset, Tokenizer, whole_texts
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, check_positive, spec
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, number_in, target_range_of
-from fedtune.tasks.inputs import mean_pooled
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, read_target_number, require_target_range
+from fedtune.tasks.inputs import mean_pool
 from fedtune.tasks.measures import rank_correlation
 
 _TIE = 1e-6
@@ -93,15 +93,15 @@ class Embedding(Task):
     lines = _LINES
     layouts = (roles, ("anchor", "positive", "negative"), ("anchor", "positive"))
 
-    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
         if "anchor" not in data.columns:
             return self.roles
         return self.layouts[1 if self.own.negatives == "record" else 2]
 
-    def texts(self, data: DataSpec) -> int:
+    def texts_per_record(self, data: DataSpec) -> int:
         return 3 if "anchor" in data.columns else 2
 
-    def judged(self, data: DataSpec) -> str:
+    def primary_metric_for(self, data: DataSpec) -> str:
         return "ndcg_at_10" if "anchor" in data.columns else self.judged_by
 
     def check_data(self, data: DataSpec) -> None:
@@ -111,7 +111,7 @@ class Embedding(Task):
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if "text" in data.columns:
-            target_range_of(data)
+            require_target_range(data)
         elif data.target_range is not None:
             bound = "must stay null: an anchor with what belongs to it has no score"
             raise ConfigError("target_range", data.target_range, bound)
@@ -124,27 +124,27 @@ class Embedding(Task):
             raise ConfigError("task_settings.negatives", negatives, bound)
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return error_of(self._wanted(data))
+        return error_of(self._target_reader(data))
 
-    def tokenise(
+    def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """Encode each text with the tokenizer's own special tokens; a target is the cosine to learn, or the margin.
 
         The target is NaN if a text cannot be encoded; such a record has no effect.
         """
-        texts = self.texts(data)
+        texts = self.texts_per_record(data)
         roles = self.layouts[texts - 2][:texts]
-        fields = [(one, (role,)) for one in map(self._with_negative, records) for role in roles]
+        fields = [(one, (role,)) for one in map(self._make_negative_adder, records) for role in roles]
         ids, encoded = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
-        wanted = [*map(self._wanted(data), records)]
+        wanted = [*map(self._target_reader(data), records)]
         complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)
         return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute L2-normalized embeddings, (rows, h), one per text."""
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        return mean_pooled(hidden, batch.attention_mask)
+        return mean_pool(hidden, batch.attention_mask)
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         return _losses(_cosines(self.logits(model, batch), batch), batch)
@@ -158,16 +158,18 @@ class Embedding(Task):
         nearer = (cosines[0] > cosines[1]).float()
         return figures | {"nearer": nearer, "anchor": embeddings[0::3], "positive": embeddings[1::3]}
 
-    def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
+    def postprocess_dataset(
+        self, figures: Mapping[str, npt.NDArray[np.float64]]
+    ) -> Mapping[str, npt.NDArray[np.float64]]:
         """Replace the embeddings by the rank of each record's positive for its anchor, among the positives of all
         records.
         """
         if "anchor" not in figures:
             return figures
-        ranks = ranks_of_own(figures["anchor"], figures["positive"])
+        ranks = rank_own_positives(figures["anchor"], figures["positive"])
         return {"loss": figures["loss"], "nearer": figures["nearer"], "rank": ranks}
 
-    def measured(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+    def task_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `spearman`, the rank correlation in [-1, 1], for scored pairs, and retrieval scores in [0, 1]
         otherwise.
 
@@ -195,14 +197,14 @@ class Embedding(Task):
         # Of three texts up to the largest margin, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 
-    def _wanted(self, data: DataSpec) -> Callable[[Record], float]:
+    def _target_reader(self, data: DataSpec) -> Callable[[Record], float]:
         """A function from a record to the cosine to learn, or the margin between two."""
         if "anchor" in data.columns:
             return lambda record: self.own.margin
-        low, high = bounds = target_range_of(data)
-        return lambda record: (number_in(record, bounds) - low) / (high - low)
+        low, high = bounds = require_target_range(data)
+        return lambda record: (read_target_number(record, bounds) - low) / (high - low)
 
-    def _with_negative(self, record: Record) -> Record:
+    def _make_negative_adder(self, record: Record) -> Record:
         """Give a record its negative from the public list, if there is one; which one follows from it alone."""
         texts = self.own.negatives
         if isinstance(texts, str):
@@ -226,7 +228,7 @@ def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
     return losses.where(known, losses.new_zeros(()))
 
 
-def ranks_of_own(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def rank_own_positives(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Rank each anchor's own positive among all positives, from 1, (n,); ties get the mean rank.
 
     An embedding that maps all texts to one point therefore gains nothing.  The rank is infinite for values that are not

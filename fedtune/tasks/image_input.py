@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.data.images import decoded, noise, require_pillow
+from fedtune.data.images import decode_image, random_image_field, require_pillow
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import Input, NoTokenizer, Row, Rows, Text, each_alone, mean_pooled, require_no_labels
+from fedtune.tasks.inputs import Input, NoTokenizer, Row, Rows, Text, mean_pool, read_each, require_no_label_texts
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Image(Text):
         super().check_model(spec)
         if spec.model.path.startswith(RANDOM) or spec.model.gguf_file:
             raise ConfigError("model.path", spec.model.path, "must be a model of images for data.input = image")
-        require_no_labels(spec.head, "for data.input = image, whose model cannot read a label's text")
+        require_no_label_texts(spec.head, "for data.input = image, whose model cannot read a label's text")
 
-    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+    def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         from fedtune.model.base_model import load_processor
 
         require_pillow()
@@ -79,17 +79,19 @@ class Image(Text):
 
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:
         require_pillow()
-        return _decoded
+        return _decode_image
 
-    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
+    def encode_records(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> Rows:
         def patches(record: Record) -> Any:  # at a real site a file may have changed since it was judged
-            return reader.patches(_decoded(record))
+            return reader.patches(_decode_image(record))
 
-        return each_alone(patches, records, nothing=reader.nothing(), lenient=lenient_within is not None)
+        return read_each(patches, records, nothing=reader.nothing(), lenient=lenient_within is not None)
 
-    def check_apart(self, base: Any, model: ModelSpec) -> None:
+    def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         from fedtune.model.base_model import load_processor
-        from fedtune.model.fits import check_examples_apart
+        from fedtune.model.fits import check_examples_independent
         from fedtune.model.quiet import first_line
 
         reader, frozen = ImageReader(*load_processor(model)), base.get_base_model()
@@ -98,21 +100,21 @@ class Image(Text):
 
         def run() -> None:
             try:
-                self.pooled(base, blank, torch.ones(blank.shape[:2]).to(blank))
+                self.embed_rows(base, blank, torch.ones(blank.shape[:2]).to(blank))
             except Exception as error:
                 bound = f"cannot read images of {reader.side} x {reader.side} pixels, which its processor makes"
                 raise ConfigError("model.path", model.path, f"{bound}: {first_line(error)}") from error
 
-        check_examples_apart(base, run, places=blank.shape[1])
+        check_examples_independent(base, run, places=blank.shape[1])
 
-    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def embed_rows(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         from fedtune.model.refusals import VISION
 
         frozen = getattr(base, "get_base_model", lambda: base)()  # an exported base is plain
         before = VISION[frozen.config.model_type]
         # Without a mask: every row is a whole image, an empty one a grey one.
-        hidden = frozen(pixel_values=_joined(input_ids[:, before:])).last_hidden_state
-        return mean_pooled(hidden[:, before:], attention_mask[:, before:])
+        hidden = frozen(pixel_values=_join_patches(input_ids[:, before:])).last_hidden_state
+        return mean_pool(hidden[:, before:], attention_mask[:, before:])
 
     def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         frozen = base.get_base_model()
@@ -123,12 +125,12 @@ class Image(Text):
         return tuple(found)
 
     def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        return noise(draw) if role == "image" else None
+        return random_image_field(draw) if role == "image" else None
 
-    def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("peft", "safetensors")
 
-    def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
+    def loading_code(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
         merged, wrapped = base == folder, f'PeftModel.from_pretrained(model, "{folder}").get_base_model().eval()'
         own = {
             "IMPORT": "" if merged else "from peft import PeftModel\n",
@@ -160,11 +162,11 @@ labels, scores = settings["labels"], settings["head"]["scale"] * (pooled @ head[
 """From an image to the head's scores."""
 
 
-def _decoded(record: Record) -> Any:
-    return decoded(record.fields["image"], file=record.file, at=record.at("image"))
+def _decode_image(record: Record) -> Any:
+    return decode_image(record.fields["image"], file=record.file, at=record.at("image"))
 
 
-def _joined(patches: torch.Tensor) -> torch.Tensor:
+def _join_patches(patches: torch.Tensor) -> torch.Tensor:
     """Reassemble patches, (n, count * count, 3 * patch * patch), to pixels, (n, 3, side, side); inverts
     `ImageReader.patches`.
     """

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.data.features import vector_of
+from fedtune.data.features import encode_features
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, fill_template
-from fedtune.data.text_rows import or_fault
+from fedtune.data.text_rows import catch_row_error
 from fedtune.data.tokenise import whole_texts
 from fedtune.data.values import FEATURE, NO_NAME, NUMBER
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
@@ -70,7 +70,7 @@ class Input(ABC):
         """
 
     @abstractmethod
-    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+    def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         """Return the object that reads records for the model, such as a tokenizer, after checking that it fits the
         base.
         """
@@ -79,16 +79,20 @@ class Input(ABC):
         """Return a function that raises a DataError for a record that cannot become an input."""
         return lambda record: None
 
-    def odd(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
+    def find_oddities(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
         """Yield (oddity, column) for each value of a usable record that is not as declared."""
         yield from ()
 
     @abstractmethod
-    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
+    def encode_records(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> Rows:
         """Convert records to model inputs."""
 
     @abstractmethod
-    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
+    def build_base(
+        self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any
+    ) -> Any:
         """Load the frozen base with its adapters on a device; `check` is called with the base before they are
         attached.
         """
@@ -98,11 +102,11 @@ class Input(ABC):
         return 1
 
     @abstractmethod
-    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def embed_rows(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Compute the base's embedding of each row, (rows, h) float32, of L2 norm at most 1."""
 
     @abstractmethod
-    def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
+    def build_head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
         """Build the layers from (rows, width) to (rows, outputs), with a zero last layer, from public settings
         alone.
         """
@@ -115,11 +119,11 @@ class Input(ABC):
         """Generate a random value for a role that belongs to the input, or return None if any text is valid."""
         return None
 
-    def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         """Return the export formats of a tuned model, given the task's formats for texts."""
         return of_task
 
-    def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
+    def loading_code(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
         """Return Python code that computes `scores` and `labels` from a record without fedtune, or None to use the
         task's code.
 
@@ -150,7 +154,7 @@ class Text(Input):
         if spec.head.hidden:
             raise ConfigError("head.hidden", spec.head.hidden, f"must be empty for data.input = {spec.input}")
 
-    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+    def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         from fedtune.model.base_model import load_tokenizer
         from fedtune.model.fits import check_tokenizer_fits
 
@@ -159,7 +163,9 @@ class Text(Input):
             check_tokenizer_fits(tokenizer, base.get_base_model(), path=model.path)
         return tokenizer
 
-    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
+    def encode_records(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> Rows:
         roles = ("text", "text_pair") if "text_pair" in data.columns else ("text",)
         if "text" in data.template_roles:
             joined = partial(fill_template, data.prompt_template)
@@ -167,7 +173,9 @@ class Text(Input):
         fields = [(record, roles) for record in records]
         return whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
 
-    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
+    def build_base(
+        self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any
+    ) -> Any:
         from fedtune.model.base_model import load_base
         from fedtune.model.layers import attach_adapters
 
@@ -175,23 +183,23 @@ class Text(Input):
         frozen = load_base(spec.model, predicts_tokens=predicts_tokens, images=images, device=device)
         check(frozen)
         base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=predicts_tokens, seed=spec.seed)
-        self.check_apart(base, spec.model)
+        self.check_batch_independence(base, spec.model)
         return base
 
-    def check_apart(self, base: Any, model: ModelSpec) -> None:
+    def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         """Check that a base with adapters keeps the examples of a batch apart."""
-        from fedtune.model.fits import check_examples_apart
+        from fedtune.model.fits import check_examples_independent
 
-        check_examples_apart(base)
+        check_examples_independent(base)
 
     def num_ids(self, base: Any) -> int:
         return int(base.get_base_model().get_input_embeddings().weight.shape[0])
 
-    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def embed_rows(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return mean_pooled(hidden, attention_mask)
+        return mean_pool(hidden, attention_mask)
 
-    def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
+    def build_head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
         head = torch.nn.Linear(width, outputs, bias=False, device="meta").to_empty(device=device)
         torch.nn.init.zeros_(head.weight)
         return head
@@ -226,37 +234,41 @@ class Features(Input):
             ("lora.kind", spec.lora.kind, NO_ADAPTER),
             ("head.train", spec.head.train, True),
         )
-        require_no_labels(spec.head, "for data.input = features, whose model is its head alone")
+        require_no_label_texts(spec.head, "for data.input = features, whose model is its head alone")
 
-    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+    def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         return NoTokenizer()
 
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:
-        return partial(vector_of, features=data.features)
+        return partial(encode_features, features=data.features)
 
-    def odd(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
+    def find_oddities(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
         for feature in data.features:
             for column in feature.columns:
-                if what := feature.odd(record.fields[FEATURE + column]):
+                if what := feature.describe_oddity(record.fields[FEATURE + column]):
                     yield what, column
 
-    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
+    def encode_records(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> Rows:
         nothing = np.zeros((1, sum(one.width for one in data.features)), dtype=np.float32)
-        read = partial(vector_of, features=data.features)
-        return each_alone(
+        read = partial(encode_features, features=data.features)
+        return read_each(
             lambda record: read(record)[None], records, nothing=nothing, lenient=lenient_within is not None
         )
 
-    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
+    def build_base(
+        self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any
+    ) -> Any:
         from fedtune.model.no_base import NoBase
 
         return NoBase(len(spec.values), device=device)
 
-    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def embed_rows(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden[:, 0]
 
-    def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
+    def build_head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
         """Build a linear layer, or linear layers with ReLU, which rounds no values, so that a row's position does not
         matter.
         """
@@ -285,10 +297,10 @@ class Features(Input):
         column = role.removeprefix(FEATURE)
         return next((one.made_up(draw) for one in data.features if column in one.columns and role != column), None)
 
-    def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("safetensors", "onnx")
 
-    def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
+    def loading_code(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
         row = {name: one.made_up(lambda _: 0) for one in data.features for name in one.columns}
         shown = {
             name: None if one.missing == "indicator" else row[name] if one.categories else json.loads(row[name])
@@ -387,12 +399,12 @@ INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
 """Those of this file; `fedtune.tasks.registry` adds what has a file of its own."""
 
 
-def input_of(settings: DataSpec | TaskModelSpec) -> Input:
+def get_input_for(settings: DataSpec | TaskModelSpec) -> Input:
     """Return the input that the settings of data or of a model select."""
-    return input_named(settings.input)
+    return get_input(settings.input)
 
 
-def input_named(name: str) -> Input:
+def get_input(name: str) -> Input:
     """Return the input with this name.
 
     Raises:
@@ -413,7 +425,7 @@ def require_values(why: str, *settings: tuple[str, object, object]) -> None:
             raise ConfigError(key, value, f"must be {shown(wanted)} {why}")
 
 
-def require_no_labels(head: HeadSpec, why: str) -> None:
+def require_no_label_texts(head: HeadSpec, why: str) -> None:
     """Require head settings that do not use the labels' texts.
 
     Raises:
@@ -423,17 +435,17 @@ def require_no_labels(head: HeadSpec, why: str) -> None:
     require_values(why, *settings, ("head.label_texts", head.label_texts, ()))
 
 
-def each_alone(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
+def read_each(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
     """Apply `read` to each record separately; return the results and whether each succeeded.
 
     With `lenient`, `nothing` replaces the result of a failed record; otherwise its error is raised.
     """
-    made = [or_fault("", read, record) if lenient else read(record) for record in records]
+    made = [catch_row_error("", read, record) if lenient else read(record) for record in records]
     rows = [nothing if isinstance(row, DataError) else row for row in made]
     return rows, [not isinstance(row, DataError) for row in made]
 
 
-def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Average the hidden states of real tokens and L2-normalize the result, (n, h) float32; zeros if there are no
     tokens.
 

@@ -89,7 +89,7 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     return float(_f1(*counts).mean())
 
 
-def macro_f1_of_marks(truth: Marks, predicted: Marks) -> float:
+def multilabel_macro_f1(truth: Marks, predicted: Marks) -> float:
     """Compute the macro F1 of multi-label predictions."""
     return float(_f1((truth & predicted).sum(axis=0), truth.sum(axis=0), predicted.sum(axis=0)).mean())
 
@@ -107,7 +107,7 @@ def _f1(right: npt.ArrayLike, true: npt.ArrayLike, said: npt.ArrayLike) -> Float
     return found
 
 
-def by_class(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[ClassScores, ...]:
+def class_scores(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[ClassScores, ...]:
     """Compute precision, recall and F1 of each label, in the order of the labels."""
     right, true, said = (one.sum(axis=0) for one in (truth & predicted, truth, predicted))
     precision, recall = right / np.maximum(said, 1), right / np.maximum(true, 1)
@@ -128,11 +128,11 @@ def entity_counts(truth: Sequence[Entity], said: Sequence[Entity], *, num_labels
     for label in range(num_labels + 1):
         real, given = ([one[:2] for one in each if label in (one[2], num_labels)] for each in (truth, said))
         both = (Counter(real) & Counter(given)).total()
-        counts[label] = len(real), len(given), both, _num_met(real, given), _num_met(given, real)
+        counts[label] = len(real), len(given), both, _count_overlapping(real, given), _count_overlapping(given, real)
     return counts
 
 
-def _num_met(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
+def _count_overlapping(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
     """Count the intervals (start, end) in `some` that overlap with at least one of `others`."""
     if not some or not others:
         return 0
@@ -142,7 +142,7 @@ def _num_met(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]])
     return int(met.sum())
 
 
-def rates(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
+def recall_precision_f1(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
     """Compute recall, precision and F1 from (5,) counts of `entity_counts`; 0 instead of a division by zero.
 
     `found` is the index of the true entities that were found, `right` that of the correct predicted entities.
@@ -232,7 +232,9 @@ def rank_correlation(one: Floats, other: Floats) -> float:
     return correlation(rankdata(one), rankdata(other))
 
 
-def classified(records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, ...]] = ()) -> dict[str, float] | None:
+def classifier_accuracy(
+    records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, ...]] = ()
+) -> dict[str, float] | None:
     """Measure how well a bag-of-words classifier, trained on records, predicts their codes; codes that occur once are
     left out.
 
@@ -251,11 +253,14 @@ def classified(records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, .
     rest = ([one for place, one in enumerate(known) if place % 5 != fifth] for fifth in range(5))
     parts = [(known, public)] if public else [(learnt, known[fifth::5]) for fifth, learnt in enumerate(rest)]
     tested, (commonest, _) = public or known, times.most_common(1)[0]
-    found = {"right": sum(_right(*part) for part in parts), "commonest": sum(one[:-1] == commonest for one in tested)}
+    found = {
+        "right": sum(_count_correct(*part) for part in parts),
+        "commonest": sum(one[:-1] == commonest for one in tested),
+    }
     return {name: count / len(tested) for name, count in found.items()}
 
 
-def _right(learnt: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:
+def _count_correct(learnt: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:
     """Count the correct predictions of multinomial naive Bayes with add-one smoothing (McCallum and Nigam 1998)."""
     codes = Counter(one[:-1] for one in learnt)
     places = {code: place for place, code in enumerate(codes)}

@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
-from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, place_of
+from fedtune.tasks.pooled import LabelTask, TargetOf, place_of, to_json_labels
 
 MOST_LABELS = 1_000
 """A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""
@@ -63,7 +63,7 @@ class MultiLabel(LabelTask):
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"probabilities": logits.sigmoid()}
 
-    def marks(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
+    def label_indicators(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
         return figures["truth"] > 0, figures["probabilities"] > 0.5
 
     def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
@@ -72,14 +72,14 @@ class MultiLabel(LabelTask):
         """
         return figures["probabilities"].ravel(), truth.ravel()
 
-    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `micro_f1`, `macro_f1` and `exact`, the share of records with exactly the right labels, all in [0,
         1].
         """
-        truth, said = self.marks(figures, spec=spec)
+        truth, said = self.label_indicators(figures, spec=spec)
         return {
             "micro_f1": measures.micro_f1(truth, said),
-            "macro_f1": measures.macro_f1_of_marks(truth, said),
+            "macro_f1": measures.multilabel_macro_f1(truth, said),
             "exact": float((truth == said).all(axis=1).mean()),
         }
 
@@ -104,7 +104,7 @@ class MultiLabel(LabelTask):
         found = [(spec.labels[place], float(chances[place])) for place in (-chances).argsort(stable=True).tolist()]
         said = [one for one in found if one[1] > 0.5]
         listed = ", ".join(f"{label} {chance:.3f}" for label, chance in said or found[:1])
-        return listed if said else f"none ({listed})", as_objects(said)
+        return listed if said else f"none ({listed})", to_json_labels(said)
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return json.dumps([data.labels[draw(len(data.labels))]]) if role == "labels" else None

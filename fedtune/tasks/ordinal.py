@@ -37,10 +37,10 @@ class Ordinal(OneLabelTask):
     baseline = 0.0
     reads = "labels[int((scores > 0).sum())]"
 
-    def outputs(self, spec: TaskModelSpec) -> int:
+    def num_outputs(self, spec: TaskModelSpec) -> int:
         return len(spec.labels) - 1
 
-    def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Initialize each threshold by the direction from the labels below it to those above it."""
         rows = [embeddings[k:].mean(dim=0) - embeddings[:k].mean(dim=0) for k in range(1, len(embeddings))]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
@@ -56,7 +56,7 @@ class Ordinal(OneLabelTask):
         falling = torch.cat([ends[0], above, ends[1]], dim=1)  # (rows, K + 1) from 1 to 0
         return {"predicted": _classes(logits), "probabilities": falling[:, :-1] - falling[:, 1:]}
 
-    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `quadratic_kappa`, at most 1, `accuracy` in [0, 1], and `mae` in steps between labels."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
@@ -68,7 +68,7 @@ class Ordinal(OneLabelTask):
     def unit_score(self, model: Model, batch: Batch) -> float:
         """Return 1 minus the error as a share of the largest possible error."""
         steps = abs(int(_classes(model.logits(batch))[0]) - int(batch.targets[0]))
-        return 1 - steps / self.outputs(model.spec)
+        return 1 - steps / self.num_outputs(model.spec)
 
 
 def _classes(logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task
-from fedtune.tasks.inputs import input_named, input_of, require_no_labels
+from fedtune.tasks.inputs import get_input, get_input_for, require_no_label_texts
 from fedtune.tasks.measures import Detail, Floats, Marks
 
 TargetOf: TypeAlias = Callable[[Record], npt.ArrayLike]
@@ -80,12 +80,12 @@ class PooledTask(Task):
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
-        each = (input_named(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
+        each = (get_input(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
         return (*each, ("text", "text_pair", *self.roles[1:]))
 
-    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
         is_pair = data.input == "text" and "text_pair" in data.columns
-        roles = self.layouts[-1] if is_pair else input_of(data).roles(self.roles)
+        roles = self.layouts[-1] if is_pair else get_input_for(data).roles(self.roles)
         return tuple(dict.fromkeys((*roles, *(data.template_roles if "text" in data.template_roles else ()))))
 
     def check_data(self, data: DataSpec) -> None:
@@ -95,7 +95,7 @@ class PooledTask(Task):
         super().check_data(data)
 
     def check_model(self, spec: TaskModelSpec) -> None:
-        require_no_labels(spec.head, f"for {self.name}, which has no labels")
+        require_no_label_texts(spec.head, f"for {self.name}, which has no labels")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
         """Require a separator token between the two texts of a record, without which the model could not tell them
@@ -110,17 +110,17 @@ class PooledTask(Task):
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        target, readable = self.target(data), input_of(data).check_record(data)
+        target, readable = self.target(data), get_input_for(data).check_record(data)
         return error_of(lambda record: (target(record), readable(record)))
 
-    def tokenise(
+    def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """Encode each record's text (with `text_pair`, both texts as a pair), features or image, and read its target.
 
         Texts get the tokenizer's own special tokens.  A record that cannot be encoded has the target `UNSUPERVISED`.
         """
-        ids, found = input_of(data).rows(records, tokenizer, data=data, lenient_within=lenient_within)
+        ids, found = get_input_for(data).encode_records(records, tokenizer, data=data, lenient_within=lenient_within)
         target, shape = self.target(data), self.target_shape(data)
         targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)
         for place, is_encoded in enumerate(found):
@@ -130,22 +130,22 @@ class PooledTask(Task):
 
     def add_head(self, model: Model) -> None:
         super().add_head(model)
-        if input_of(model.spec).modality is None:  # a label's text is read as a record's is
+        if get_input_for(model.spec).modality is None:  # a label's text is read as a record's is
             # A public constant, not trained and never part of an update.
             nothing = torch.zeros(model.base.config.get_text_config().hidden_size, device=model.device)
             model.register_buffer("centre", nothing, persistent=False)
 
-    def start_head(self, model: Model) -> None:
+    def init_head(self, model: Model) -> None:
         """Initialize the centre and the rows of the head from the labels' texts, as `spec.head` requires."""
         head = model.spec.head
         if not head.centre and head.init != "label_names":
             return
-        rows = self.label_rows(model)
+        rows = self.embed_labels(model)
         if head.init == "label_names":
             with torch.no_grad():
-                model.get_parameter("head.weight").copy_(self.first_rows(rows))
+                model.get_parameter("head.weight").copy_(self.initial_head_rows(rows))
 
-    def label_rows(self, model: Model) -> torch.Tensor:
+    def embed_labels(self, model: Model) -> torch.Tensor:
         """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized; also set the centre if
         used.
 
@@ -153,13 +153,13 @@ class PooledTask(Task):
         record is read, so this costs no privacy.  A row may depend on the other labels by rounding.
         """
         from fedtune.model.base_model import load_tokenizer
-        from fedtune.model.fits import check_tokenizer_fits, ids_of
+        from fedtune.model.fits import check_tokenizer_fits, tokenize_public_text
 
         spec, centre = model.spec, model.get_buffer("centre")
         tokenizer, path = load_tokenizer(spec.model), spec.model.path
         check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
         texts = spec.head.label_texts or [label.replace("_", " ") for label in spec.labels]
-        ids = [ids_of(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
+        ids = [tokenize_public_text(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             # Texts of one length at a time, which need no padding.
@@ -175,7 +175,7 @@ class PooledTask(Task):
         centre.copy_(rows.mean(dim=0))
         return torch.nn.functional.normalize(rows - centre, dim=-1)
 
-    def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the initial head, (outputs, h), from the labels' embeddings, (labels, h) of L2 norm 1."""
         return embeddings
 
@@ -183,7 +183,7 @@ class PooledTask(Task):
         """Compute embeddings, (n, h) float32, from a batch's inputs and attention mask (n, t); text embeddings have L2
         norm 1.
         """
-        pooled = input_of(model.spec).pooled(model.base, input_ids, attention_mask)
+        pooled = get_input_for(model.spec).embed_rows(model.base, input_ids, attention_mask)
         centred = model.spec.head.centre
         return torch.nn.functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
 
@@ -192,9 +192,9 @@ class PooledTask(Task):
         embeddings = self.embed(model, batch.input_ids, batch.attention_mask)
         # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
         rows = torch.nn.functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
-        return self.scored(model, rows)[: len(embeddings)]
+        return self.score_embeddings(model, rows)[: len(embeddings)]
 
-    def scored(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
+    def score_embeddings(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
         """Compute logits, (rows, outputs), from embeddings, (rows, h), each row independently."""
         assert model.head is not None
         scores: torch.Tensor = model.head(embeddings)
@@ -209,7 +209,7 @@ class PooledTask(Task):
         truth = {"truth": self.true(batch.targets, spec=spec)}
         return {"loss": self.loss(logits, batch.targets, spec=spec), **self.said(logits, spec=spec), **truth}
 
-    def readout(self, model: Model) -> Readout:
+    def readout_layers(self, model: Model) -> Readout:
         scores = model.spec.head.scale * model.get_parameter("head.weight").detach()
         if not model.spec.head.centre:
             return ((scores, None),)
@@ -227,7 +227,7 @@ class LabelTask(PooledTask):
             bound = f"must be one text for each of the {len(spec.labels)} labels, in their order"
             raise ConfigError("head.label_texts", spec.head.label_texts, bound)
 
-    def marks(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
+    def label_indicators(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
         """Return the true and the predicted labels of each record, as (records, labels) booleans."""
         classes = np.arange(len(spec.labels))
         return figures["truth"][:, None] == classes, figures["predicted"][:, None] == classes
@@ -241,15 +241,15 @@ class LabelTask(PooledTask):
         """Compute the scores of every round, and `auroc` (macro, each label against the rest) and `ece`, both in [0,
         1].
         """
-        truth, said = self.marks(figures, spec=spec)
+        truth, said = self.label_indicators(figures, spec=spec)
         bins = measures.reliability(*self.confidence(figures, truth, said))
         told = {"auroc": measures.auroc(figures["probabilities"], truth), "ece": measures.calibration_error(bins)}
-        return self.measured(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
+        return self.task_scores(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail | None:
-        truth, said = self.marks(figures, spec=spec)
+        truth, said = self.label_indicators(figures, spec=spec)
         return Detail(
-            classes=measures.by_class(truth, said, labels=spec.labels),
+            classes=measures.class_scores(truth, said, labels=spec.labels),
             reliability=measures.reliability(*self.confidence(figures, truth, said)),
         )
 
@@ -261,7 +261,7 @@ class LabelTask(PooledTask):
         found = [(spec.labels[place], float(chances[place])) for place in [first, *others][:_SHOWN]]
         (label, chance), *rest = found
         listed = ", ".join(f"{other} {of_other:.3f}" for other, of_other in rest)
-        return f"{label} {chance:.3f} ({listed})", as_objects(found)
+        return f"{label} {chance:.3f} ({listed})", to_json_labels(found)
 
 
 class OneLabelTask(LabelTask):
@@ -281,7 +281,7 @@ class OneLabelTask(LabelTask):
         return draws.integers(0, len(spec.labels), size=len(input_ids))
 
 
-def as_objects(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]:
+def to_json_labels(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]:
     """Convert labels with their probabilities to JSON objects."""
     return [{"label": label, "probability": chance} for label, chance in found]
 

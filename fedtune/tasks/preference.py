@@ -24,13 +24,13 @@ from fedtune.data.batching import Batch
 from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
-from fedtune.data.values import messages_of, turns_said
+from fedtune.data.values import parse_continuation, read_messages
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, check_positive, spec
 from fedtune.tasks.base import Ids, Model
-from fedtune.tasks.causal_lm import CausalLM, Layout, added_up, laid_out
-from fedtune.tasks.chat_template import ASSISTANT, before_last_answer, turns_in
+from fedtune.tasks.causal_lm import CausalLM, ExampleFormat, build_examples, sum_token_losses
+from fedtune.tasks.chat_template import ASSISTANT, parse_turns, split_last_answer
 
 _ANSWERS = ("chosen", "rejected")
 _TIE = 1e-4  # rewards that differ by less are a tie: even without adapters, rounding makes them differ by this much
@@ -77,21 +77,21 @@ class Preference(CausalLM):
     one_of = ("messages", "prompt")
     layouts = (roles, ("messages", *_ANSWERS), _ANSWERS)
 
-    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
         if "messages" in data.columns:
             return self.layouts[1]
-        return super().roles_in(data) if "prompt" in data.columns else self.layouts[2]
+        return super().required_roles(data) if "prompt" in data.columns else self.layouts[2]
 
-    def texts(self, data: DataSpec) -> int:
+    def texts_per_record(self, data: DataSpec) -> int:
         return 2
 
-    def asked_by(self, data: DataSpec) -> dict[str, str]:
-        return super().asked_by(data) or {"messages": "messages"}
+    def input_columns(self, data: DataSpec) -> dict[str, str]:
+        return super().input_columns(data) or {"messages": "messages"}
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return error_of(_both(data))
+        return error_of(_pair_splitter(data))
 
-    def tokenise(
+    def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """Encode two texts per record: causal_lm's text with each answer, of which only the answer is supervised.
@@ -103,13 +103,17 @@ class Preference(CausalLM):
             ConfigError: as in causal_lm.
             DataError: as in causal_lm, or a record is not a pair.
         """
-        layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
-        examples = laid_out(layout, (one for record in records for one in both(record)), lenient=lenient)
-        encoded = layout.encoded(examples, tokenizer, within=lenient_within)
+        layout, both, lenient = (
+            ExampleFormat.from_tokenizer(tokenizer, data),
+            _pair_splitter(data),
+            lenient_within is not None,
+        )
+        examples = build_examples(layout, (one for record in records for one in both(record)), lenient=lenient)
+        encoded = layout.encode_examples(examples, tokenizer, within=lenient_within)
         input_ids, targets = [], []
         for pair in zip(encoded, encoded, strict=True):
             longer = max(tokens.answer for tokens in pair)
-            fitted = [tokens.fitted(data.max_length, room_for=longer) for tokens in pair]
+            fitted = [tokens.truncate(data.max_length, room_for=longer) for tokens in pair]
             is_pair = all(tokens.answer for tokens in pair) and fitted[0].numbers != fitted[1].numbers
             for kept in fitted:
                 ids = np.array(kept.numbers or [layout.end], dtype=np.int32)
@@ -122,20 +126,22 @@ class Preference(CausalLM):
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
         """Return the prompts and the chosen answers."""
-        return super().written([_both(data)(record)[0] for record in records], tokenizer, data=data)
+        return super().written([_pair_splitter(data)(record)[0] for record in records], tokenizer, data=data)
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute the log-probabilities of both answers, (pairs, 2)."""
-        return torch.stack([-total for total, _ in added_up(model, batch)]).view(-1, 2)
+        return torch.stack([-total for total, _ in sum_token_losses(model, batch)]).view(-1, 2)
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute each pair's loss separately, because the rounding of a vectorized loss may depend on the vector's
         length.
         """
-        return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin, _ in self._margins(model, batch)])
+        return torch.stack(
+            [-torch.nn.functional.logsigmoid(margin) for margin, _ in self._reward_margins(model, batch)]
+        )
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        margins, lengths = zip(*self._margins(model, batch), strict=True)
+        margins, lengths = zip(*self._reward_margins(model, batch), strict=True)
         found = torch.stack(margins)
         return {
             "loss": -torch.nn.functional.logsigmoid(found),
@@ -144,7 +150,9 @@ class Preference(CausalLM):
             "learnt": (batch.targets != UNSUPERVISED).view(len(found), -1).any(dim=1),
         }
 
-    def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
+    def postprocess_dataset(
+        self, figures: Mapping[str, npt.NDArray[np.float64]]
+    ) -> Mapping[str, npt.NDArray[np.float64]]:
         """Check that some pair has two different answers, and return the per-pair values unchanged.
 
         Raises:
@@ -160,7 +168,7 @@ class Preference(CausalLM):
 
         `accuracy`: the share of pairs whose chosen answer has the larger reward; a tie counts as one half, so that the
         base has 0.5.  `margin`: the mean difference of the rewards.  Both also with the suffix `_length_controlled`,
-        see `length_controlled`.  `loss`: the mean loss.
+        see `length_controlled_mean`.  `loss`: the mean loss.
         """
         told = figures["learnt"] > 0
         told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
@@ -168,16 +176,16 @@ class Preference(CausalLM):
         right = np.where(np.abs(margins) <= _TIE * self.own.beta, 0.5, margins > 0)
         return {
             "accuracy": float(right.mean()),
-            "accuracy_length_controlled": length_controlled(right, longer, neutral=0.5),
+            "accuracy_length_controlled": length_controlled_mean(right, longer, neutral=0.5),
             "margin": float(margins.mean()),
-            "margin_length_controlled": length_controlled(margins, longer, neutral=0.0),
+            "margin_length_controlled": length_controlled_mean(margins, longer, neutral=0.0),
             "loss": float(figures["loss"][told].mean()),
         }
 
-    def _margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    def _reward_margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
         """For each pair, the reward of the chosen answer minus that of the rejected one, and both answers' tokens."""
         assert batch.reference is not None, "what the base says of a pair is known before its loss"
-        rows = added_up(model, batch)
+        rows = sum_token_losses(model, batch)
         for (chosen, its), (rejected, other), base in zip(rows, rows, batch.reference, strict=True):
             gains = -chosen - base[0], -rejected - base[1]
             lengths = len(its), len(other)
@@ -186,7 +194,9 @@ class Preference(CausalLM):
             yield self.own.beta * (gains[0] - gains[1]), lengths
 
 
-def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float) -> float:
+def length_controlled_mean(
+    values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float
+) -> float:
     """Average over pairs, controlling for length, so that a model that only considers length gains nothing.
 
     Pairs whose chosen answer is longer and pairs whose rejected answer is longer have equal total weight, however many
@@ -206,17 +216,17 @@ def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.fl
     return float((alike.sum() + unlike * (len(above) + len(below))) / len(values))
 
 
-def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
+def _pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
     """Return a function that converts a pair to two causal_lm records, one per answer.
 
     The function raises a DataError if the record is not a pair.
     """
-    with_answer = _completed if "prompt" in data.columns else _continued
+    with_answer = _as_completion if "prompt" in data.columns else _as_conversation
 
     def both(record: Record) -> tuple[Record, Record]:
         chosen, rejected = (with_answer(record, role) for role in _ANSWERS)
         if "prompt" not in data.columns:
-            asked, other = (before_last_answer(turns_in(one.fields["messages"]))[0] for one in (chosen, rejected))
+            asked, other = (split_last_answer(parse_turns(one.fields["messages"]))[0] for one in (chosen, rejected))
             if asked != other:
                 bound = "must have the turns of chosen before its last answer: that answer alone may differ"
                 raise DataError(record.at("rejected"), "other turns", bound)
@@ -225,21 +235,21 @@ def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
     return both
 
 
-def _completed(record: Record, role: str) -> Record:
+def _as_completion(record: Record, role: str) -> Record:
     """Return a prompt with the answer in `role` as its completion."""
-    if turns_said(record.fields[role]) is not None:
+    if parse_continuation(record.fields[role]) is not None:
         bound = "must be text beside the text of a prompt; of conversations give the prompt's column the role messages"
         raise DataError(record.at(role), "a list of turns", bound)
     others = {name: text for name, text in record.fields.items() if name not in _ANSWERS}
     return replace(record, fields={**others, "completion": record.fields[role]})
 
 
-def _continued(record: Record, role: str) -> Record:
+def _as_conversation(record: Record, role: str) -> Record:
     """Return a conversation that ends with the answer in `role`."""
-    said = turns_said(record.fields[role])
+    said = parse_continuation(record.fields[role])
     if said is None:
         raise DataError(record.at(role), "text", "must be a list of turns: no column prompt is named")
-    turns = [turn._asdict() for turn in turns_in(record.fields.get("messages", "[]"))] + said
+    turns = [turn._asdict() for turn in parse_turns(record.fields.get("messages", "[]"))] + said
     if turns[-1]["role"] != ASSISTANT:
         raise DataError(record.at(role), turns[-1]["role"], "must end in a turn of the assistant")
-    return replace(record, fields={"messages": messages_of(turns, at=record.at(role))})
+    return replace(record, fields={"messages": read_messages(turns, at=record.at(role))})

@@ -30,7 +30,7 @@ TASKS: dict[str, Task] = {
 INPUTS["image"] = Image()
 
 
-def task_named(name: str, given: object = None) -> Task:
+def get_task(name: str, given: object = None) -> Task:
     """The task that settings call `name`, with these settings of its own; None: their defaults.
 
     Raises:

@@ -11,7 +11,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, number_in, target_range_of
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, read_target_number, require_target_range
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
 
@@ -40,14 +40,14 @@ class Regression(PooledTask):
 
     def check_data(self, data: DataSpec) -> None:
         super().check_data(data)
-        target_range_of(data)
+        require_target_range(data)
 
     def target(self, data: DataSpec) -> TargetOf:
-        bounds = target_range_of(data)
+        bounds = require_target_range(data)
         middle, half = _middle_and_half(bounds)
-        return lambda record: (number_in(record, bounds) - middle) / half
+        return lambda record: (read_target_number(record, bounds) - middle) / half
 
-    def outputs(self, spec: TaskModelSpec) -> int:
+    def num_outputs(self, spec: TaskModelSpec) -> int:
         return 1
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
@@ -55,12 +55,12 @@ class Regression(PooledTask):
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         """Compute predictions, clamped to the range of the targets."""
-        return {"predicted": _numbers(logits[:, 0].clamp(-1, 1), spec)}
+        return {"predicted": _to_target_units(logits[:, 0].clamp(-1, 1), spec)}
 
     def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        return _numbers(targets, spec)
+        return _to_target_units(targets, spec)
 
-    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `spearman` and `pearson` in [-1, 1], and `rmse` and `mae` in the target's own unit."""
         truth, predicted = figures["truth"], figures["predicted"]
         return {
@@ -83,14 +83,14 @@ class Regression(PooledTask):
         number = float(self.said(logits[None], spec=spec)["predicted"][0])
         return f"{number:.5g}", {"number": number}
 
-    def readout(self, model: Model) -> Readout:
+    def readout_layers(self, model: Model) -> Readout:
         """Return the head, with the scaling to the range folded into its last layer."""
-        ((weight, _),) = super().readout(model)
+        ((weight, _),) = super().readout_layers(model)
         middle, half = _middle_and_half(model.spec.target_range)
         return ((half * weight, weight.new_full((1,), middle)),)
 
-    def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        return _numbers(logits, spec)
+    def exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        return _to_target_units(logits, spec)
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.uniform(-1, 1, size=len(input_ids)).astype(np.float32)
@@ -103,7 +103,7 @@ def _middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
     return (low + high) / 2, (high - low) / 2
 
 
-def _numbers(scaled: torch.Tensor, spec: TaskModelSpec) -> torch.Tensor:
+def _to_target_units(scaled: torch.Tensor, spec: TaskModelSpec) -> torch.Tensor:
     """Convert from units of half the range's width to the target's own unit."""
     middle, half = _middle_and_half(spec.target_range)
     return middle + half * scaled

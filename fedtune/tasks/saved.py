@@ -31,12 +31,12 @@ from safetensors.numpy import load_file, save_file
 from fedtune.codec import decode, parse_json
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
-from fedtune.model.ia3_and_dora import PEFT_SCALES, as_peft
+from fedtune.model.ia3_and_dora import PEFT_SCALES, iter_peft_scales
 from fedtune.model.refusals import PRIVATE_TO
-from fedtune.model.source import public_place
+from fedtune.model.source import public_location
 from fedtune.model.spec import NO_ADAPTER, ModelSpec, TaskModelSpec
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, errors_in, shown
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, assemble
 
 _SETTINGS = "fedtune.json"
@@ -59,12 +59,12 @@ def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = 
     Matrices that were frozen at random initial values (FFA-LoRA) are saved too, so that the folder is complete.
     `private_to` names the site whose records trained the adapter without noise; None: the adapter of a run.
     """
-    with whole_folder(folder) as complete:
+    with replace_folder(folder) as complete:
         write_task_model(model, complete, private_to=private_to)
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Iterator[Path]:
     """Provide an empty folder that replaces `folder` on exit; a crash leaves the old folder, or none."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,13 +110,13 @@ class SavedAdapter:
         with errors_in(path):
             digest, own = str(settings.pop("adapter_digest", None)), settings.pop("task_settings", {})
             spec = decode(TaskModelSpec, settings)
-            spec = replace(spec, task_settings=task_named(spec.task, own).own)
+            spec = replace(spec, task_settings=get_task(spec.task, own).own)
         if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
             spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
         return cls(folder, spec, digest, site)
 
     @classmethod
-    def to_begin_in(cls, name: str) -> SavedAdapter:
+    def read_initial(cls, name: str) -> SavedAdapter:
         """Read the adapter with which a run should start, from a run's folder or from its adapter folder.
 
         Raises:
@@ -131,7 +131,7 @@ class SavedAdapter:
         except ConfigError as error:
             raise ConfigError("model.adapter", name, f"must be a saved adapter ({error})") from error
 
-    def _refused(self, bound: str) -> ConfigError:
+    def _invalid_adapter(self, bound: str) -> ConfigError:
         return ConfigError("adapter", str(self.folder), bound)
 
     @cached_property
@@ -142,20 +142,20 @@ class SavedAdapter:
             ConfigError: a file is missing or damaged, or its tensors do not match the rank and digest in the settings.
         """
         lora = self.spec.lora
-        adapted, task = lora.kind != NO_ADAPTER, task_named(self.spec.task)
+        adapted, task = lora.kind != NO_ADAPTER, get_task(self.spec.task)
         wanted = {"adapter_model": adapted, "offsets": adapted and lora.kind != "lora", "head": task.has_head}
         read: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
         for name in [name for name, is_wanted in wanted.items() if is_wanted]:
             file = self.folder / f"{name}.safetensors"
             if not file.is_file():
-                raise self._refused(f"must hold the adapter's tensors, in {file.name} too")
+                raise self._invalid_adapter(f"must hold the adapter's tensors, in {file.name} too")
             try:
                 read[name] = load_file(file)
             except (OSError, SafetensorError) as error:
-                raise self._refused("must hold the adapter's tensors (a file is damaged)") from error
+                raise self._invalid_adapter("must hold the adapter's tensors (a file is damaged)") from error
         tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
         tensors |= read["offsets"]
-        if lora.matrices not in {1, *(length for array in tensors.values() for length in array.shape)}:
+        if lora.effective_rank not in {1, *(length for array in tensors.values() for length in array.shape)}:
             raise ConfigError("lora.rank", lora.rank, "must be that of the saved matrices")
         # Without an A that FFA-LoRA froze, all that votes leave as it is, and a head that was left so.
         moves = {name for name in tensors if not task.counts_units and (lora.train_a or ".lora_A." not in name)}
@@ -165,9 +165,9 @@ class SavedAdapter:
         try:
             digest = Adapter(trained).digest()
         except AdapterError as error:
-            raise self._refused(f"must hold an adapter's tensors: {error}") from None
+            raise self._invalid_adapter(f"must hold an adapter's tensors: {error}") from None
         if digest != self.digest:
-            raise self._refused(f"must hold the tensors that its {_SETTINGS} names by digest; it holds others")
+            raise self._invalid_adapter(f"must hold the tensors that its {_SETTINGS} names by digest; it holds others")
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
@@ -195,11 +195,11 @@ class SavedAdapter:
         Raises:
             ConfigError: for `adapter`; the message names the first difference.
         """
-        for key, was, now in _differing(_MEANING, self.spec, other):
+        for key, was, now in _differing_settings(_MEANING, self.spec, other):
             bound = f"must be tuned on the same model: {_MEANING[key]} is {shown(was, 30)}, not {shown(now, 30)}"
-            raise self._refused(bound)
+            raise self._invalid_adapter(bound)
 
-    def has_head_for(self, spec: TaskModelSpec) -> bool:
+    def can_reuse_head(self, spec: TaskModelSpec) -> bool:
         """Whether a run of this model, which may declare more labels, can reuse the head; otherwise its head starts
         anew.
         """
@@ -207,9 +207,9 @@ class SavedAdapter:
         same = (was.target_range, was.task_settings) == (spec.target_range, spec.task_settings)
         # A row of an ordinal head is a step from one label to the next.
         known = was.labels == spec.labels or (spec.task != "ordinal" and set(was.labels) <= set(spec.labels))
-        return task_named(spec.task).has_head and same and known
+        return get_task(spec.task).has_head and same and known
 
-    def require_fits(self, spec: TaskModelSpec) -> None:
+    def require_compatible(self, spec: TaskModelSpec) -> None:
         """Check that the adapter fits the settings of a run, as far as is possible without the base.
 
         Raises:
@@ -218,19 +218,22 @@ class SavedAdapter:
         keys = ["task", "input", "values", "head.hidden"]
         keys += [f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")]
         with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()
-        keys += [f"head.{key}" for key in ("scale", "centre", *with_texts) if self.has_head_for(spec)]
-        found = [f"its {key} is {shown(was)}, not {shown(now)}" for key, was, now in _differing(keys, self.spec, spec)]
+        keys += [f"head.{key}" for key in ("scale", "centre", *with_texts) if self.can_reuse_head(spec)]
+        found = [
+            f"its {key} is {shown(was)}, not {shown(now)}"
+            for key, was, now in _differing_settings(keys, self.spec, spec)
+        ]
         if found:
             bound = f"must be of the same task and LoRA settings as the run: {'; '.join(found)}"
             raise ConfigError("model.adapter", str(self.folder), bound)
 
-    def adapter_for(self, model: TaskModel) -> Adapter:
+    def initial_adapter_for(self, model: TaskModel) -> Adapter:
         """Return the adapter with which a run of `model` starts.
 
         Raises:
             ConfigError: for `model.adapter`: it does not fit, is damaged, or has values that are not finite.
         """
-        self.require_fits(model.spec)
+        self.require_compatible(model.spec)
         was, now = self.spec.model.sha256, model_sha256(model.spec.model)
         if was != now:
             bound = f"must be of the run's own base model, whose hash is {now}; it was tuned for {was}"
@@ -239,18 +242,18 @@ class SavedAdapter:
         try:
             tensors, own = self.tensors
             saved = tensors | {_HEAD + name: one for name, one in own.items() if name not in _CONSTANTS}
-            with_head = self.has_head_for(model.spec)
+            with_head = self.can_reuse_head(model.spec)
             taken = {name: one for name, one in saved.items() if with_head or not name.startswith(_HEAD)}
             here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors
             # A row of the last layer goes where its label is now; a new label's begins as it would without the adapter.
-            was_of, now_of = (task_named(one.task).outputs_of(one.labels) for one in (self.spec, model.spec))
+            was_of, now_of = (get_task(one.task).output_labels(one.labels) for one in (self.spec, model.spec))
             last = next((name.rpartition(".")[0] for name in reversed(parameters) if name.startswith(_HEAD)), "")
             for name in (f"{last}.weight", f"{last}.bias"):
                 if name in taken and len(saved[name]) == len(was_of):
                     taken[name] = here[name].copy()
                     taken[name][[now_of.index(output) for output in was_of]] = saved[name]
             start = Adapter({name: one for name, one in here.items() if name.startswith(_HEAD)} | taken)
-            if not start.same_shapes(Adapter(here)):
+            if not start.has_same_shapes(Adapter(here)):
                 raise AdapterError("it has other tensors than the run")
             if not all(bool(np.isfinite(one).all()) for one in taken.values()):
                 raise AdapterError("it has values that are not finite")
@@ -264,7 +267,7 @@ class SavedAdapter:
         return Adapter({name: start.tensors[name] for name in model.trainable()})
 
 
-def _differing(keys: Iterable[str], *specs: TaskModelSpec) -> Iterator[tuple[str, Any, Any]]:
+def _differing_settings(keys: Iterable[str], *specs: TaskModelSpec) -> Iterator[tuple[str, Any, Any]]:
     """Yield each dotted key whose values differ between two specs, with both values."""
     for key in keys:
         was, now = (attrgetter(key)(one) for one in specs)
@@ -290,7 +293,7 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
     offsets = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".scales.offset")}
     adapted = model.spec.lora.kind != NO_ADAPTER
     if adapted:
-        scales = {name: values.cpu().numpy() for name, _, values in as_peft(model.base)}
+        scales = {name: values.cpu().numpy() for name, _, values in iter_peft_scales(model.base)}
         # safetensors' own "format" entry tells PEFT that these are for torch.
         save_file(tensors | scales, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if offsets:
@@ -302,13 +305,13 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
     if adapted:
         peft = dict(model.base.peft_config["default"].to_dict())
         # A base that others can load, where there is one: its public id, else as the user named it.
-        peft |= {"base_model_name_or_path": public_place(base), "revision": base.revision, "inference_mode": True}
+        peft |= {"base_model_name_or_path": public_location(base), "revision": base.revision, "inference_mode": True}
         peft |= {key: sorted(value) for key, value in peft.items() if isinstance(value, set)}
         files["adapter_config.json"] = peft
     # Its start's digest stays; the folder where that lay is nobody else's.
     pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
-    files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
+    files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.from_task_model(model).digest()}
     if private_to is not None:
         files[_SETTINGS][PRIVATE_TO] = private_to
     for name, settings in files.items():

@@ -20,7 +20,7 @@ from fedtune.data.features import check_range
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets
-from fedtune.data.values import category_of
+from fedtune.data.values import normalize_category
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, spec
@@ -75,7 +75,7 @@ class Survival(PooledTask):
         came = dict(zip(data.event_values, (False, True), strict=False)) or _EVENTS
 
         def known(record: Record) -> npt.NDArray[np.int8]:
-            time, event = float(record.fields["time"]), came.get(category_of(record.fields["event"]))
+            time, event = float(record.fields["time"]), came.get(normalize_category(record.fields["event"]))
             if event is None:
                 bound = "must be 1 or true where it came, else 0 or false; or one of data.event_values"
                 raise DataError(record.at("event"), "another value", bound)
@@ -92,15 +92,15 @@ class Survival(PooledTask):
     def target_shape(self, data: DataSpec) -> tuple[int, ...]:
         return (len(self.own.intervals),)
 
-    def outputs(self, spec: TaskModelSpec) -> int:
+    def num_outputs(self, spec: TaskModelSpec) -> int:
         return len(self.own.intervals)
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
 
-    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `concordance` (Harrell's) and `integrated_brier`, both in [0, 1], from the discrete intervals."""
-        followed, event = followed_through(figures["truth"])
+        followed, event = observed_intervals(figures["truth"])
         return {
             "concordance": concordance(-figures["survival"].sum(axis=1), followed, event),
             "integrated_brier": integrated_brier(figures["survival"], followed, event),
@@ -131,7 +131,7 @@ class Survival(PooledTask):
         return np.where(places < last, 0, np.where(places == last, event, UNSUPERVISED)).astype(np.int8)
 
 
-def followed_through(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def observed_intervals(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Return, from (records, intervals) targets, the number of intervals without the event, and whether the event
     followed.
     """

@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import nn
 
 from fedtune.data.batching import Batch
-from fedtune.model.layers import FrozenPrefix, OutputLayer, checkpoint_layers, layer_stack, without_adapters
+from fedtune.model.layers import FrozenPrefix, OutputLayer, adapters_disabled, checkpoint_layers, find_layer_stack
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks.base import Task
-from fedtune.tasks.inputs import Row, input_of
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.inputs import Row, get_input_for
+from fedtune.tasks.registry import get_task
 
 
 class TaskModel(nn.Module):
@@ -33,7 +33,7 @@ class TaskModel(nn.Module):
         base: PEFT's wrapper around the base; call it for the base's own output.
         head: the task's own tensors; None if it has none.
         output: the base's output layer, if it predicts tokens.
-        round: the round in training (`in_round`); 0 otherwise.
+        round: the round in training (`freeze_for_round`); 0 otherwise.
         decided_by: see `tasks.base.Model`.
     """
 
@@ -47,12 +47,12 @@ class TaskModel(nn.Module):
         self.head = None
         task.add_head(self)
         self.output = OutputLayer(base.get_base_model()) if task.predicts_tokens else None
-        self._prefix = FrozenPrefix(layer_stack(base.get_base_model())[1])
+        self._prefix = FrozenPrefix(find_layer_stack(base.get_base_model())[1])
         self.train()
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Compute the task's float32 logits; the first axis is the row, or the example."""
-        with self._prefix.given(batch.prefix):
+        with self._prefix.use_states(batch.prefix):
             return self.task.logits(self, batch)
 
     def losses(self, batch: Batch) -> torch.Tensor:
@@ -63,14 +63,14 @@ class TaskModel(nn.Module):
         """
         if len(batch.input_ids) == 0:
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
-        batch = self._with_reference(batch)
-        with self._prefix.given(batch.prefix):
+        batch = self._add_reference(batch)
+        with self._prefix.use_states(batch.prefix):
             return self.task.losses(self, batch)[: len(batch)]
 
     def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the per-example inputs of the scores, see `Task.figures`."""
-        batch = self._with_reference(batch)
-        with self._prefix.given(batch.prefix):
+        batch = self._add_reference(batch)
+        with self._prefix.use_states(batch.prefix):
             return self.task.figures(self, batch)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
@@ -81,10 +81,10 @@ class TaskModel(nn.Module):
         """
         if not self.task.has_reference:
             return None
-        with torch.no_grad(), self._prefix.given(batch.prefix), without_adapters(self.base):
+        with torch.no_grad(), self._prefix.use_states(batch.prefix), adapters_disabled(self.base):
             return self.task.reference(self, batch)
 
-    def _with_reference(self, batch: Batch) -> Batch:
+    def _add_reference(self, batch: Batch) -> Batch:
         if not self.task.has_reference or batch.reference is not None:
             return batch
         return replace(batch, reference=self.reference(batch))
@@ -95,7 +95,9 @@ class TaskModel(nn.Module):
 
         A batch that contains it as `prefix` skips those layers.  The result is None if no layers can be skipped.
         """
-        return self._prefix.states(lambda: input_of(self.spec).pooled(self.base, batch.input_ids, batch.attention_mask))
+        return self._prefix.compute_states(
+            lambda: get_input_for(self.spec).embed_rows(self.base, batch.input_ids, batch.attention_mask)
+        )
 
     def train(self, mode: bool = True) -> TaskModel:
         """Set training mode for modules with trainable parameters of their own, and evaluation mode for all others."""
@@ -106,7 +108,7 @@ class TaskModel(nn.Module):
         return self
 
     @property
-    def skips_layers(self) -> bool:
+    def has_frozen_prefix(self) -> bool:
         """Whether there are layers below the first trained one, whose output can be cached."""
         return self._prefix.depth > 0
 
@@ -118,11 +120,11 @@ class TaskModel(nn.Module):
     @property
     def num_ids(self) -> int:
         """The number of token ids for which the base has embeddings."""
-        return input_of(self.spec).num_ids(self.base)
+        return get_input_for(self.spec).num_ids(self.base)
 
     def made_up(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         """Generate random inputs of these lengths, for trials of the model."""
-        return input_of(self.spec).made_up(self.base, lengths, draws)
+        return get_input_for(self.spec).made_up(self.base, lengths, draws)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return all adapter and head tensors by their public names, sorted by name; frozen ones too.
@@ -141,20 +143,20 @@ class TaskModel(nn.Module):
         """Return the tensors that are trained and released, sorted by name, including those that are frozen in this
         round.
         """
-        rests = self.spec.lora.rests_in(self.round) if self.round else None
+        rests = self.spec.lora.frozen_name_part(self.round) if self.round else None
         parameters = self.adapter_parameters().items()
         return {name: one for name, one in parameters if one.requires_grad or (rests and rests in name)}
 
-    def trained_now(self) -> dict[str, nn.Parameter]:
+    def active_parameters(self) -> dict[str, nn.Parameter]:
         """Return the tensors that are clipped, noised and updated: all trained tensors, unless A and B alternate by
         round.
         """
         return {name: one for name, one in self.adapter_parameters().items() if one.requires_grad}
 
     @contextmanager
-    def in_round(self, round: int) -> Iterator[None]:
+    def freeze_for_round(self, round: int) -> Iterator[None]:
         """Freeze the tensors that do not train in this round (counted from 1) for the duration of the block."""
-        rests = self.spec.lora.rests_in(round)
+        rests = self.spec.lora.frozen_name_part(round)
         resting = [one for name, one in self.trainable().items() if rests and rests in name]
         self.round = round
         try:
@@ -175,7 +177,7 @@ class TaskModel(nn.Module):
             ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, if the base's layers exchange
                 more than their outputs.
         """
-        checkpoint_layers(layer_stack(self.base.get_base_model())[1])
+        checkpoint_layers(find_layer_stack(self.base.get_base_model())[1])
 
 
 def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu") -> TaskModel:
@@ -185,14 +187,14 @@ def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu")
         ConfigError: the base is not available, or does not suit the task, the adapters or per-example clipping.
     """
     model = assemble(spec, device=device)
-    model.task.start_head(model)
+    model.task.init_head(model)
     return model
 
 
 def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
     """Build the model with an uninitialized head, after checking that it keeps examples apart."""
-    task = task_named(spec.task, spec.task_settings)
+    task = get_task(spec.task, spec.task_settings)
     task.check_spec(spec)
     check = partial(task.check_base, path=spec.model.path)
-    base = input_of(spec).base(spec, predicts_tokens=task.predicts_tokens, check=check, device=device)
+    base = get_input_for(spec).build_base(spec, predicts_tokens=task.predicts_tokens, check=check, device=device)
     return TaskModel(spec, task, base)

@@ -21,16 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.marked import entities_of
+from fedtune.data.marked import entities_from_tags
 from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode_words, most_characters
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode_words, max_characters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task
-from fedtune.tasks.inputs import require_no_labels
+from fedtune.tasks.inputs import require_no_label_texts
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import place_of
 
@@ -80,10 +80,10 @@ class TokenClassification(Task):
     lines = WITH_HEAD + _LINES
     layouts = (roles, ("text", "spans"))
 
-    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
         return self.layouts["text" in data.columns]
 
-    def texts(self, data: DataSpec) -> int:
+    def texts_per_record(self, data: DataSpec) -> int:
         return data.windows
 
     def as_asked(self, record: Record, data: DataSpec) -> Record:
@@ -94,7 +94,7 @@ class TokenClassification(Task):
         for label in spec.labels:
             if label == "O" or re.match(r"[BI]-", label):
                 raise ConfigError("data.labels", label, "must be a type of entities, without B- or I-, and not O")
-        require_no_labels(spec.head, f"for {self.name}, whose head is one of tokens")
+        require_no_label_texts(spec.head, f"for {self.name}, whose head is one of tokens")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
         """Require a tokenizer that reports which tokens belong to one word.
@@ -112,7 +112,7 @@ class TokenClassification(Task):
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         return error_of(marks(data))
 
-    def tokenise(
+    def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """Cut each text into windows, each with the tokenizer's own special tokens around it.
@@ -121,17 +121,17 @@ class TokenClassification(Task):
         text that cannot be encoded are unused.
         """
         read = [*map(marks(data), records)]
-        before, behind = _around(tokenizer)
-        room, step, most = _sizes(data, len(before) + len(behind))
-        texts = [text[: most_characters(most)] for text, _ in read]
+        before, behind = _surrounding_tokens(tokenizer)
+        room, step, most = _window_sizes(data, len(before) + len(behind))
+        texts = [text[: max_characters(most)] for text, _ in read]
         input_ids: list[npt.NDArray[np.int32]] = []
         targets: list[npt.NDArray[np.int64]] = []
         encoded = encode_words(texts, tokenizer, max_length=most, within=lenient_within)
         for record, (_, entities), (ids, words) in zip(records, read, encoded, strict=True):
             if not ids and lenient_within is None:
                 bound = f"must have a token of {tokenizer.name_or_path!r}"
-                raise DataError(record.at(self.roles_in(data)[0]), "no tokens", bound)
-            tags = _tags_of(words, entities, num_tags=1 + 2 * len(data.labels))
+                raise DataError(record.at(self.required_roles(data)[0]), "no tokens", bound)
+            tags = _assign_tags(words, entities, num_tags=1 + 2 * len(data.labels))
             for window in range(data.windows):
                 first = window * step
                 end = min(first + room, len(ids))
@@ -149,11 +149,11 @@ class TokenClassification(Task):
                 targets.append(np.pad(own, (len(before), len(behind)), constant_values=UNSUPERVISED))
         return TextDataset(tuple(input_ids), tuple(targets), data.windows)
 
-    def hide_parts(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
+    def find_ignored_annotations(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
         hiding = np.array([(row > 2 * len(data.labels)).any() for row in dataset.targets], dtype=bool)
         return [bool(one.any()) for one in hiding.reshape(len(dataset), data.windows)]
 
-    def outputs(self, spec: TaskModelSpec) -> int:
+    def num_outputs(self, spec: TaskModelSpec) -> int:
         return 1 + 2 * len(spec.labels)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
@@ -170,7 +170,9 @@ class TokenClassification(Task):
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the losses, and `entities`, (examples, labels + 1, 5): the counts of `measures.entity_counts`."""
         logits = model.logits(batch)
-        counts = [measures.entity_counts(*both, num_labels=len(model.spec.labels)) for both in _read(logits, batch)]
+        counts = [
+            measures.entity_counts(*both, num_labels=len(model.spec.labels)) for both in _decode_batch(logits, batch)
+        ]
         return {"loss": _losses(logits, batch), "entities": torch.from_numpy(np.stack(counts))}
 
     def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
@@ -189,26 +191,26 @@ class TokenClassification(Task):
         typed, untyped = counts[:-1].sum(axis=0), counts[-1]
         found: dict[str, float] = {}
         for kind, places in (("strict", (2, 2)), ("overlap", (3, 4))):
-            recall, precision, f1 = measures.rates(typed, *places)
+            recall, precision, f1 = measures.recall_precision_f1(typed, *places)
             found |= {f"{kind}_f1": f1, f"{kind}_precision": precision, f"{kind}_recall": recall}
-        found["untyped_strict_f1"] = measures.rates(untyped, 2, 2)[2]
-        found["untyped_overlap_f1"] = measures.rates(untyped, 3, 4)[2]
+        found["untyped_strict_f1"] = measures.recall_precision_f1(untyped, 2, 2)[2]
+        found["untyped_overlap_f1"] = measures.recall_precision_f1(untyped, 3, 4)[2]
         return found | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
         """Compute strict scores by type."""
         classes = []
         for label, counts in zip(spec.labels, figures["entities"].sum(axis=0), strict=False):
-            recall, precision, f1 = measures.rates(counts, 2, 2)
+            recall, precision, f1 = measures.recall_precision_f1(counts, 2, 2)
             one = measures.ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=int(counts[0]))
             classes.append(one)
         return Detail(classes=tuple(classes), reliability=())
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """Return the strict F1 of the record; 1 if it has no entity and none is predicted."""
-        ((truth, said),) = _read(model.logits(batch), batch)
+        ((truth, said),) = _decode_batch(model.logits(batch), batch)
         counts = measures.entity_counts(truth, said, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
-        return measures.rates(counts, 2, 2)[2] if truth or said else 1.0
+        return measures.recall_precision_f1(counts, 2, 2)[2] if truth or said else 1.0
 
     def answer_to(
         self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
@@ -216,26 +218,26 @@ class TokenClassification(Task):
         """Return the text with [label: ...] around each entity, and as JSON the entities with their character
         offsets.
         """
-        (asked, _), rows = marks(data)(record), self.tokenise([record], tokenizer, data=data).targets
+        (asked, _), rows = marks(data)(record), self.tokenize([record], tokenizer, data=data).targets
         assert isinstance(rows, tuple), "each token has a target"
         each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
         said = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
-        *_, most = _sizes(data, sum(map(len, _around(tokenizer))))
-        _, words = next(encode_words([asked[: most_characters(most)]], tokenizer, max_length=most))
+        *_, most = _window_sizes(data, sum(map(len, _surrounding_tokens(tokenizer))))
+        _, words = next(encode_words([asked[: max_characters(most)]], tokenizer, max_length=most))
         words = [word for word in words if word != _NO_WORD]
         found: list[dict[str, Any]] = []
         marked = asked
-        for first, end, label in entities_in(said):
+        for first, end, label in decode_entities(said):
             start, stop = words[first][0], words[end - 1][1]
             found.append({"start": start, "end": stop, "label": spec.labels[label], "text": asked[start:stop]})
         for one in reversed(found):
             marked = f"{marked[: one['start']]}[{one['label']}: {one['text']}]{marked[one['end'] :]}"
         return marked, found
 
-    def outputs_of(self, labels: Sequence[str]) -> Sequence[str]:
+    def output_labels(self, labels: Sequence[str]) -> Sequence[str]:
         return "O", *(f"{mark}-{label}" for label in labels for mark in "BI")
 
-    def readout(self, model: Model) -> Readout:
+    def readout_layers(self, model: Model) -> Readout:
         weight = model.get_parameter("head.weight").detach()
         return ((weight * (model.spec.head.scale / math.sqrt(weight.shape[1])), None),)
 
@@ -259,7 +261,7 @@ class TokenClassification(Task):
         return {"tags": f"B-{label}", "spans": json.dumps([[0, 1, label]])}.get(role)
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        tags = (draws.integers(0, self.outputs(spec), size=len(ids)) for ids in input_ids)
+        tags = (draws.integers(0, self.num_outputs(spec), size=len(ids)) for ids in input_ids)
         return tuple(np.where(np.arange(len(one)) < first(len(one)), UNSUPERVISED, one) for one in tags)
 
 
@@ -274,7 +276,7 @@ def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return of_examples.sum(dim=1) / words.clamp(min=1)
 
 
-def _read(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Entity], list[Entity]]]:
+def _decode_batch(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Entity], list[Entity]]]:
     """Yield the true and the predicted entities of each example, by word index, including entities that training
     ignores.
     """
@@ -283,15 +285,15 @@ def _read(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Entity], li
     targets, predicted = (one.view(of_examples).cpu().numpy() for one in (batch.targets, logits.argmax(dim=-1)))
     for truth, said in zip(targets, predicted, strict=True):
         words = truth != UNSUPERVISED
-        entities = entities_in((truth[words] % num_tags).tolist())
+        entities = decode_entities((truth[words] % num_tags).tolist())
         for place, more in enumerate((truth[words] // num_tags).tolist()):
-            while more:  # the labels that `_tags_of` wrote above the class
+            while more:  # the labels that `_assign_tags` wrote above the class
                 more, label = divmod(more, (num_tags + 1) // 2)
                 entities.append((place, place + 1, label - 1))
-        yield entities, entities_in(said[words].tolist())
+        yield entities, decode_entities(said[words].tolist())
 
 
-def entities_in(tags: Sequence[int]) -> list[Entity]:
+def decode_entities(tags: Sequence[int]) -> list[Entity]:
     """Decode the classes of words' tags into entities (first, end, label); I- after another type starts a new entity.
 
     >>> entities_in([0, 1, 2, 1, 4, 2])
@@ -307,7 +309,9 @@ def entities_in(tags: Sequence[int]) -> list[Entity]:
     return found
 
 
-def _tags_of(words: Sequence[tuple[int, int]], entities: Sequence[Entity], *, num_tags: int) -> npt.NDArray[np.int64]:
+def _assign_tags(
+    words: Sequence[tuple[int, int]], entities: Sequence[Entity], *, num_tags: int
+) -> npt.NDArray[np.int64]:
     """Return the class of each token's word, that of the first entity that overlaps the word.
 
     An entity without a word of its own is ignored in training, but must count as a true entity in the scores.  It is
@@ -350,7 +354,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
             raise DataError(record.at("tags"), "another number of tags", "must be one for each of the tokens")
         if "" in tags:
             raise DataError(record.at("tags"), "a blank tag", "must be O or the name of a type behind B- or I-")
-        entities, _ = entities_of(tags, places)
+        entities, _ = entities_from_tags(tags, places)
         starts = [0, *accumulate(len(token) + 1 for token in tokens)]
         found = ((starts[a], starts[b] - 1, place_of(name, places, record, role="tags")) for a, b, name in entities)
         return " ".join(tokens), list(found)
@@ -378,7 +382,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
     return of_spans if "text" in data.columns else of_tokens
 
 
-def _sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
+def _window_sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
     """Return the tokens per window, the offset between windows, and the tokens of a record that fit into all
     windows.
     """
@@ -387,7 +391,7 @@ def _sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
     return room, step, room + (data.windows - 1) * step
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _surrounding_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
     inner, whole = (tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True))
     first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))

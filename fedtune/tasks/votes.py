@@ -56,10 +56,10 @@ class Votes(LabelTask):
         model.head = torch.nn.Linear(len(rows), 1, bias=False, device=rows.device)
         torch.nn.init.zeros_(model.head.weight)
 
-    def start_head(self, model: Model) -> None:
-        model.get_buffer("candidates").copy_(self.label_rows(model))
+    def init_head(self, model: Model) -> None:
+        model.get_buffer("candidates").copy_(self.embed_labels(model))
 
-    def scored(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
+    def score_embeddings(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the weight of each row's closest candidate, (rows, 1)."""
         assert model.head is not None
         model.decided_by = torch.nn.functional.linear(embeddings, model.get_buffer("candidates")).detach()

@@ -12,12 +12,12 @@ from fedtune.model.quiet import first_line
 log = logging.getLogger(__name__)
 
 
-def accelerator() -> torch.device | None:
+def find_accelerator() -> torch.device | None:
     """Return the accelerator that a run may use, after making it deterministic; None if there is none."""
     there = torch.accelerator.current_accelerator(check_available=True)
     if there is None or not _has_float64(there.type):
         return None
-    _compute_alike_each_time()
+    _make_deterministic()
     return torch.device(there.type)
 
 
@@ -35,7 +35,7 @@ def _has_float64(device: str) -> bool:
 
 
 @cache
-def _compute_alike_each_time() -> None:
+def _make_deterministic() -> None:
     """Make the accelerator deterministic, without reduced precision, for the rest of the process.
 
     CUDA's matrix products also need CUBLAS_WORKSPACE_CONFIG, which `fedtune.process` sets.  In this mode
@@ -59,12 +59,12 @@ def attend_by_products() -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
-def attends_by_products() -> bool:
+def uses_unfused_attention() -> bool:
     """Whether attention in this process uses plain matrix products instead of fused kernels."""
     return not torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
 
 
-def memory_of(device: torch.device) -> int:
+def total_memory(device: torch.device) -> int:
     """Return the total memory of the device in bytes, used or free."""
     return torch.accelerator.get_memory_info(device)[1]
 
@@ -79,7 +79,7 @@ def about(device: torch.device) -> str:
     """Describe a device and its settings for the record of a run; "cpu" for a CPU."""
     if device.type == "cpu":
         return "cpu"
-    attention = "attention by products" if attends_by_products() else "fused attention"
+    attention = "attention by products" if uses_unfused_attention() else "fused attention"
     mode = "deterministic algorithms" if torch.are_deterministic_algorithms_enabled() else "any algorithms"
     digits = "no TF32" if torch.get_float32_matmul_precision() == "highest" else "TF32"
     return f"{name_of(device)}, {mode}, {digits}, {attention}"

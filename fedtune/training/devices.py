@@ -5,10 +5,10 @@ takes the step, exactly as at a site with one device.  Every other device has a 
 model and its share of the records.  For each step such a process receives the adapter's values and the sampled units of
 its share, and returns one sum of integers.  It has no access to noise, ledger, key or policy.
 
-Guarantee: a step is bit-identical to a step on one device.  Each unit is on one device (`examples.rank_of`), the step
-checks that every sampled unit was added once, integer addition is exact in any order, and devices that compute dummy
-examples differently from the first one are refused.  If a process fails or sends nothing for `MOST_WAIT_S`, the round
-ends with an error before any noise is added, so that nothing is released.
+Guarantee: a step is bit-identical to a step on one device.  Each unit is on one device (`examples.device_rank`), the
+    step checks that every sampled unit was added once, integer addition is exact in any order, and devices that compute
+    dummy examples differently from the first one are refused.  If a process fails or sends nothing for `MOST_WAIT_S`,
+    the round ends with an error before any noise is added, so that nothing is released.
 
 Values and sums are sent as arrays through each process's pipe, which nobody else on the machine can open.  Sums go to
 the CPU in any case, because noise is added there; so tests without a GPU cover the same code path as several GPUs.
@@ -47,11 +47,11 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.system import UNIX_SOCKETS
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products
-from fedtune.training.dp_step import TensorSums, UnitGradients, add_each, zeros
-from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, rank_of
-from fedtune.training.machine import device_for, ready_model
-from fedtune.training.per_example import attached
-from fedtune.training.preflight import moved_by_others
+from fedtune.training.dp_step import TensorSums, UnitGradients, add_batches, zero_sums
+from fedtune.training.examples import Places, SiteExamples, Told, Units, device_rank, ignore_progress
+from fedtune.training.machine import prepare_model, resolve_device
+from fedtune.training.per_example import record_gradients
+from fedtune.training.preflight import max_batch_influence
 from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
@@ -65,7 +65,7 @@ _AT_WORK = "at work"
 _Examples = SiteExamples | UserExamples
 
 
-class Trial(NamedTuple):
+class DeviceTrial(NamedTuple):
     """Parameters for testing a device: the arguments of `preflight.moved_by_others`, and the kind of attention."""
 
     shapes: Shapes
@@ -76,11 +76,11 @@ class Trial(NamedTuple):
     attend_by_products: bool = False
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def trial_arguments(self) -> dict[str, Any]:
         """The arguments for `moved_by_others`."""
         return {name: value for name, value in self._asdict().items() if name != "attend_by_products"}
 
-    def outcome(self, model: TaskModel, seed: int, told: Told = nobody) -> Outcome:
+    def run_trial(self, model: TaskModel, seed: int, told: Told = ignore_progress) -> Outcome:
         """Run the trial with dummy examples and weights drawn from `seed`, and return its outcome."""
         seen = hashlib.sha256()
 
@@ -90,7 +90,7 @@ class Trial(NamedTuple):
 
         if self.attend_by_products:
             attend_by_products()
-        moved = moved_by_others(model, seed=seed, see=see, told=told, **self.arguments)
+        moved = max_batch_influence(model, seed=seed, see=see, told=told, **self.trial_arguments)
         return Outcome(seed, moved, seen.hexdigest())
 
 
@@ -120,19 +120,19 @@ class Devices:
 
     def __init__(self, model: TaskModel, spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int) -> None:
         self.model = model
-        self._places, self._facts = places_for(runtime), (spec, runtime, max_length)
-        self._load = partial(_loaded, spec, runtime, max_length)
+        self._places, self._facts = devices_for_run(runtime), (spec, runtime, max_length)
+        self._load = partial(_load_on_device, spec, runtime, max_length)
         self._numbers = count()
         self._crew = _Crew(self._places[1:], self._load)
-        self._trial: Trial | None = None
+        self._trial: DeviceTrial | None = None
         self._expected: str | None = None
 
     def __len__(self) -> int:
         """Return the number of devices, the first one included."""
         return len(self._places)
 
-    def try_others(self, trial: Trial, first: Outcome) -> None:
-        """Start the trial of the first device on all other devices; `ready` checks the outcome.
+    def start_trials(self, trial: DeviceTrial, first: Outcome) -> None:
+        """Start the trial of the first device on all other devices; `ready_crew` checks the outcome.
 
         The trial is repeated whenever the processes are restarted.
 
@@ -140,9 +140,9 @@ class Devices:
             RunError: the process of a device failed.
         """
         self._trial, self._expected = trial, first.bits
-        self._crew.ask_all(_Device.bits, trial, first.seed)
+        self._crew.ask_all(_Device.trial_bits, trial, first.seed)
 
-    def ready(self) -> _Crew:
+    def ready_crew(self) -> _Crew:
         """Return the processes of the other devices, restarted after a failure and checked.
 
         Raises:
@@ -150,19 +150,19 @@ class Devices:
             RunError: the process of a device failed.
         """
         assert self._trial is not None, "devices are tried before they are used"
-        if self._expected is None and self._crew.broken:
+        if self._expected is None and self._crew.is_broken:
             self._crew.end()
             self._crew = _Crew(self._places[1:], self._load)
-            self.try_others(self._trial, self._trial.outcome(self.model, secrets.randbits(63)))
+            self.start_trials(self._trial, self._trial.run_trial(self.model, secrets.randbits(63)))
         expected, self._expected = self._expected, None
-        if expected is not None and (self._facts in _differ or set(self._crew.answers()) != {expected}):
+        if expected is not None and (self._facts in _differ or set(self._crew.collect_answers()) != {expected}):
             _differ.add(self._facts)
             self._crew.end()
             bound = "needs devices that compute the same gradients, bit for bit; those of this machine do not: use 1"
             raise ConfigError("runtime.num_devices", len(self), bound)
         return self._crew
 
-    def divided(self, units: _Examples, *, max_grad_norm: float) -> DividedUnits:
+    def divide_units(self, units: _Examples, *, max_grad_norm: float) -> DividedUnits:
         """Divide a site's units among the devices, for steps that clip to `max_grad_norm`."""
         return DividedUnits(self, units, next(self._numbers), max_grad_norm=max_grad_norm)
 
@@ -191,59 +191,62 @@ class DividedUnits(Units):
     def __len__(self) -> int:
         return len(self._units)
 
-    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
+    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = ignore_progress) -> None:
         """Cache the frozen layers' outputs on every device for its own share, as `SiteExamples.keep_frozen_states`
         does.
 
         `told` receives the progress of the first device.
         """
-        crew = self._handed_out()
+        crew = self._send_shares()
         crew.ask_all(_Device.keep_frozen_states, self._number, folder)
         self._own.keep_frozen_states(model, folder=folder, told=told)
-        crew.answers()
+        crew.collect_answers()
 
     def keep_reference(self, model: TaskModel) -> None:
         """Call `SiteExamples.keep_reference` on every device for its share."""
-        crew = self._handed_out()
+        crew = self._send_shares()
         crew.ask_all(_Device.keep_reference, self._number)
         self._own.keep_reference(model)
-        crew.answers()
+        crew.collect_answers()
 
-    def _handed_out(self) -> _Crew:
+    def _send_shares(self) -> _Crew:
         """Return the other devices' processes, after sending each of them its share of the units."""
-        crew = self._devices.ready()
+        crew = self._devices.ready_crew()
         if crew is not self._crew:
             self._records = [self._own_records]
             for rank in range(1, len(self._devices)):
                 share, records = self._devices.share(self._units, rank)
-                crew.ask(rank, _Device.hold, self._number, share)
+                crew.ask(rank, _Device.hold_units, self._number, share)
                 self._records.append(records)
-            crew.answers()
+            crew.collect_answers()
             weakref.finalize(self, crew.forgotten.append, self._number)
             self._crew = crew
         return crew
 
-    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
+    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
         """Return a function that starts a step on the other devices, and cuts this device's units into
         micro-batches.
         """
 
         def cut(sampled: Places) -> Iterator[Any]:
-            model, (mine, *others) = self._devices.model, self._by_rank(sampled, self._units.drawn(sampled, stream))
+            model, (mine, *others) = (
+                self._devices.model,
+                self._split_by_rank(sampled, self._units.drawn(sampled, stream)),
+            )
             assert self._crew is not None, "nothing was handed out"
-            values = _flat(model.trainable()).numpy()
+            values = _flatten(model.trainable()).numpy()
             for rank, theirs in enumerate(others, start=1):
                 about = (self._number, theirs, self._max_grad_norm, model.round, values)
-                self._crew.ask(rank, _Device.add_up, *about)
+                self._crew.ask(rank, _Device.sum_contributions, *about)
             return self._own.cut_drawn(mine)
 
         return cut
 
-    def _by_rank(self, sampled: Places, drawn: Sequence[Places]) -> list[list[Places]]:
+    def _split_by_rank(self, sampled: Places, drawn: Sequence[Places]) -> list[list[Places]]:
         """Return for each device the record indices of its sampled units, relative to the device's own share."""
         by_rank: list[list[Places]] = [[] for _ in self._records]
         for unit, records in zip(sampled.tolist(), drawn, strict=True):
-            rank = rank_of(unit, len(self._devices))
+            rank = device_rank(unit, len(self._devices))
             by_rank[rank].append(np.searchsorted(self._records[rank], records).astype(np.int64))
         return by_rank
 
@@ -251,7 +254,7 @@ class DividedUnits(Units):
         """Convert per-example gradients to per-unit gradients."""
         return self._own.gradients(of_each)
 
-    def add_others(self, sums: TensorSums, max_grad_norm: float) -> int:
+    def add_other_devices(self, sums: TensorSums, max_grad_norm: float) -> int:
         """Wait for the other devices' sums, and add them to `sums`; return the number of their units.
 
         Raises:
@@ -259,11 +262,11 @@ class DividedUnits(Units):
         """
         assert self._crew is not None, "nothing was cut"
         assert max_grad_norm == self._max_grad_norm, "devices clip to different norms"
-        num_units, total = 0, _flat(sums)
-        for units, values in self._crew.answers():
+        num_units, total = 0, _flatten(sums)
+        for units, values in self._crew.collect_answers():
             num_units += units
             total += torch.from_numpy(values)
-        _fill(sums, total)
+        _copy_values(sums, total)
         return num_units
 
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
@@ -271,13 +274,13 @@ class DividedUnits(Units):
         raise AssertionError("a step without privacy is taken on one device")
 
 
-def places_for(runtime: RuntimeSpec) -> list[torch.device]:
+def devices_for_run(runtime: RuntimeSpec) -> list[torch.device]:
     """Return the devices of a run, the first one first; several "devices" on a CPU are processes that share it.
 
     Raises:
         ConfigError: the machine has fewer GPUs.
     """
-    first, count = device_for(runtime.device), runtime.devices
+    first, count = resolve_device(runtime.device), runtime.devices
     if first.type == "cpu":
         return [first] * count
     if count > (there := torch.accelerator.device_count()):
@@ -285,12 +288,12 @@ def places_for(runtime: RuntimeSpec) -> list[torch.device]:
     return [first, *(torch.device(first.type, number) for number in range(1, count))]
 
 
-def _flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _flatten(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Copy all values into one flat tensor on the CPU, in the order of names that all devices share."""
     return torch.cat([one.detach().flatten().cpu() for one in tensors.values()])
 
 
-def _fill(tensors: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
+def _copy_values(tensors: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
     with torch.no_grad():
         lengths = [one.numel() for one in tensors.values()]
         for one, part in zip(tensors.values(), torch.split(values, lengths), strict=True):
@@ -315,12 +318,12 @@ class _Crew:
     def __init__(self, places: Sequence[torch.device], load: Callable[[torch.device], TaskModel]) -> None:
         self.forgotten: list[int] = []
         self._members: list[_Member] = []
-        self.end = weakref.finalize(self, _end, self._members)
+        self.end = weakref.finalize(self, _kill_processes, self._members)
         start = multiprocessing.get_context("spawn")
         for place in places:
             ends: tuple[Any, Any] = start.Pipe()
             ours, theirs = ends
-            _bound_sending(ours)
+            _set_send_timeout(ours)
             process = start.Process(target=_serve, args=(theirs, place, load), daemon=True)
             process.start()
             theirs.close()  # the process has the only other one, so that its end is seen here
@@ -328,7 +331,7 @@ class _Crew:
         self._asked: list[int] = []
 
     @property
-    def broken(self) -> bool:
+    def is_broken(self) -> bool:
         """Whether a process has ended, or the processes were interrupted in the middle of a step."""
         return bool(self._asked) or not self.end.alive or not all(process.is_alive() for process, _ in self._members)
 
@@ -347,7 +350,7 @@ class _Crew:
             self.ask(rank, what, *about)
         self.forgotten.clear()
 
-    def answers(self) -> list[Any]:
+    def collect_answers(self) -> list[Any]:
         """Wait for the results of all outstanding calls, and return them in the order of the calls."""
         found = [self._answer(rank) for rank in self._asked]
         self._asked = []
@@ -371,7 +374,7 @@ class _Crew:
         raise RunError(f"a device of this machine failed, so that nothing of this round is released ({why})")
 
 
-def _bound_sending(pipe: Connection) -> None:
+def _set_send_timeout(pipe: Connection) -> None:
     """Set a send timeout, so that a hung worker raises instead of blocking the sender; a pipe of Windows has none."""
     if UNIX_SOCKETS < 0:
         return
@@ -379,7 +382,7 @@ def _bound_sending(pipe: Connection) -> None:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(MOST_WAIT_S), 0))
 
 
-def _end(members: Sequence[_Member]) -> None:
+def _kill_processes(members: Sequence[_Member]) -> None:
     """Kill the processes at once: they hold nothing that must be saved."""
     for process, pipe in members:
         process.kill()
@@ -395,13 +398,13 @@ class _Device:
         self._model, self._at_work = model, at_work
         self._units: dict[int, _Examples] = {}
 
-    def bits(self, trial: Trial, seed: int) -> str:
-        return trial.outcome(self._model, seed).bits
+    def trial_bits(self, trial: DeviceTrial, seed: int) -> str:
+        return trial.run_trial(self._model, seed).bits
 
-    def hold(self, number: int, units: _Examples) -> None:
+    def hold_units(self, number: int, units: _Examples) -> None:
         self._units[number] = units
 
-    def forget(self, numbers: Sequence[int]) -> None:
+    def forget_units(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self._units.pop(number, None)
 
@@ -411,20 +414,22 @@ class _Device:
     def keep_reference(self, number: int) -> None:
         self._units[number].keep_reference(self._model)
 
-    def add_up(
+    def sum_contributions(
         self, number: int, drawn: Sequence[Places], max_grad_norm: float, round: int, values: npt.NDArray[np.float32]
     ) -> tuple[int, npt.NDArray[np.int64]]:
         """Sum the clipped contributions of the drawn units at the adapter values `values`; return their number and the
         sum.
         """
         units = self._units[number]
-        _fill(self._model.trainable(), torch.from_numpy(values))
-        with self._model.in_round(round), attached(self._model) as gradients:
-            sums = zeros(self._model.trained_now())
-            count = add_each(sums, units.gradients(gradients), self._with_signs(units.cut_drawn(drawn)), max_grad_norm)
-        return count, _flat(sums).numpy()
+        _copy_values(self._model.trainable(), torch.from_numpy(values))
+        with self._model.freeze_for_round(round), record_gradients(self._model) as gradients:
+            sums = zero_sums(self._model.active_parameters())
+            count = add_batches(
+                sums, units.gradients(gradients), self._report_progress(units.cut_drawn(drawn)), max_grad_norm
+            )
+        return count, _flatten(sums).numpy()
 
-    def _with_signs(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def _report_progress(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             yield batch
             self._at_work()
@@ -447,14 +452,14 @@ def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device
         orders.send((_AT_WORK, None))
         while True:
             what, about, forgotten = orders.recv()
-            device.forget(forgotten)
+            device.forget_units(forgotten)
             orders.send((True, what(device, *about)))
     except Exception as error:
         with suppress(OSError):  # there is nobody to be told
             orders.send((False, f"{type(error).__name__}: {first_line(error)}"))
 
 
-def _loaded(spec: TaskModelSpec, runtime: RuntimeSpec, max_length: int, place: torch.device) -> TaskModel:
-    if device_for(runtime.device).type != "cpu":  # asked here too, so that this process computes as the first one
+def _load_on_device(spec: TaskModelSpec, runtime: RuntimeSpec, max_length: int, place: torch.device) -> TaskModel:
+    if resolve_device(runtime.device).type != "cpu":  # asked here too, so that this process computes as the first one
         torch.accelerator.set_device_index(place)
-    return ready_model(partial(build_task_model, spec, device=place), runtime, max_length=max_length)
+    return prepare_model(partial(build_task_model, spec, device=place), runtime, max_length=max_length)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell, poisson_sample
+from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell_width, poisson_sample
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
 
@@ -34,7 +34,7 @@ CLIP_NORM_CELLS = 2.0**GRID_BITS  # a clip norm, in cells
 _LANES = 1024  # in which an accelerator adds up a row's squares: a power of two
 
 
-def nobody_else(sums: TensorSums, max_grad_norm: float) -> int:
+def no_other_devices(sums: TensorSums, max_grad_norm: float) -> int:
     """Add nothing, and return 0 units: the `Records.add_others` of a site with one device."""
     return 0
 
@@ -61,7 +61,7 @@ class Records:
     cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
     # adds the other devices' sums over the units that `cut` left to them, clipped to the same norm; returns the
     # number of those units
-    add_others: Callable[[TensorSums, float], int] = nobody_else
+    add_others: Callable[[TensorSums, float], int] = no_other_devices
 
 
 def dp_sgd_step(
@@ -83,14 +83,14 @@ def dp_sgd_step(
     checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample adds noise like
     any other.
     """
-    assert_one_tensor_set(parameters, optimizer)
-    sums = sampled_sum(gradients, records, plan, parameters=parameters, sampling=sampling)
+    assert_same_tensors(parameters, optimizer)
+    sums = sum_sampled_gradients(gradients, records, plan, parameters=parameters, sampling=sampling)
     noisy = add_gaussian_noise(sums, noise_multiplier=plan.noise_multiplier, stream=noise)
-    cells_in_denominator = plan.sampling_rate * records.declared_size / cell(plan.max_grad_norm)
-    descend(noisy, parameters, optimizer, denominator=cells_in_denominator)
+    cells_in_denominator = plan.sampling_rate * records.declared_size / cell_width(plan.max_grad_norm)
+    apply_gradient_sum(noisy, parameters, optimizer, denominator=cells_in_denominator)
 
 
-def sampled_sum(
+def sum_sampled_gradients(
     gradients: UnitGradients,
     records: Records,
     plan: Plan,
@@ -106,19 +106,19 @@ def sampled_sum(
     most `plan.max_grad_norm`, or not at all.
     """
     sampled = poisson_sample(records.count, plan.sampling_rate, sampling)
-    sums = zeros(parameters)
-    seen = add_each(sums, gradients, records.cut(sampled), plan.max_grad_norm)
+    sums = zero_sums(parameters)
+    seen = add_batches(sums, gradients, records.cut(sampled), plan.max_grad_norm)
     seen += records.add_others(sums, plan.max_grad_norm)
     assert seen == len(sampled), "each sampled unit counts exactly once"
     return {name: total.cpu().numpy() for name, total in sums.items()}
 
 
-def zeros(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
+def zero_sums(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
     """Return zero sums in the parameters' shapes; they are int64, so that the order of addition does not matter."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
-def add_each(sums: TensorSums, gradients: UnitGradients, batches: Iterable[Any], max_grad_norm: float) -> int:
+def add_batches(sums: TensorSums, gradients: UnitGradients, batches: Iterable[Any], max_grad_norm: float) -> int:
     """Add the clipped contribution of each unit in the micro-batches to `sums`, and return the number of units."""
     seen = 0
     for batch in batches:
@@ -142,10 +142,10 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
     assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
     totals, squares = {}, []
     # One tensor at a time, so that its values stay in the cache.
-    for name, contribution in _in_cells(gradients, max_grad_norm):
+    for name, contribution in _clip_to_cells(gradients, max_grad_norm):
         # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.
         totals[name] = contribution.sum(dim=0)
-        squares.append(_exact_squares(contribution))
+        squares.append(_exact_squared_norms(contribution))
     if not (usable := _within_clip_norm(squares)).all():
         add_clipped(sums, {name: gradient[usable] for name, gradient in gradients.items()}, max_grad_norm)
         return
@@ -153,20 +153,20 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
         sums[name] += total.to(torch.int64).reshape(sums[name].shape)
 
 
-def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
+def clipped_contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
     """Return each unit's contribution to a sum: name -> (n, values), integer cells in float64, which is exact.
 
     They are computed on the gradients' device, as in `add_clipped`, and copied to the CPU one tensor at a time.
     """
     whole, squares = {}, []
-    for name, contribution in _in_cells(gradients, max_grad_norm):
-        squares.append(_exact_squares(contribution))
+    for name, contribution in _clip_to_cells(gradients, max_grad_norm):
+        squares.append(_exact_squared_norms(contribution))
         whole[name] = contribution.cpu()
     usable = _within_clip_norm(squares).cpu()
     return {name: torch.where(usable[:, None], one, 0.0) for name, one in whole.items()}
 
 
-def _in_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
+def _clip_to_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, clipped gradients in cells), (n, values) in float64, rounded towards zero.
 
     A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`).
@@ -174,17 +174,17 @@ def _in_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> It
     The values are cells in float64.  Each row depends on its own unit alone, bit for bit, and may still be NaN.
     """
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
-    cells = _norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (cell(max_grad_norm) / bound)
+    cells = _joint_norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (cell_width(max_grad_norm) / bound)
     for name, gradient in gradients.items():
-        yield name, _rows(gradient).div_(cells, rounding_mode="trunc")
+        yield name, _flatten_rows(gradient).div_(cells, rounding_mode="trunc")
 
 
-def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _joint_norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the (n,) joint L2 norms over all tensors."""
-    return _added(_squares_of_rows(_rows(gradient)) for gradient in gradients.values()).sqrt()
+    return _sum_in_fixed_order(_squared_row_norms(_flatten_rows(gradient)) for gradient in gradients.values()).sqrt()
 
 
-def _rows(gradient: torch.Tensor) -> torch.Tensor:
+def _flatten_rows(gradient: torch.Tensor) -> torch.Tensor:
     """Flatten to (n, values) in float64: in float32, a norm of 60,000 equal values was 1.6e-5 too small.
 
     The result is contiguous, because the memory layout determines the order of summation, and depends on the batch.
@@ -192,38 +192,38 @@ def _rows(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
-def _exact_squares(whole: torch.Tensor) -> torch.Tensor:
+def _exact_squared_norms(whole: torch.Tensor) -> torch.Tensor:
     """Return the (n, lanes) squared norms of rows of integers.
 
     A usable row has a squared norm of at most 2**48, so float64 sums it exactly, and squaring its root rounds back to
     it.
     """
-    return _squares_of_rows(whole).round()
+    return _squared_row_norms(whole).round()
 
 
 def _within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return (n,) whether each unit may be added, from its tensors' squared norms (n, lanes); False for NaN."""
-    return _added(squares) <= CLIP_NORM_CELLS**2
+    return _sum_in_fixed_order(squares) <= CLIP_NORM_CELLS**2
 
 
-def _added(each: Iterable[torch.Tensor]) -> torch.Tensor:
+def _sum_in_fixed_order(each: Iterable[torch.Tensor]) -> torch.Tensor:
     """Sum tensors (n, lanes) to (n,) in a fixed order: torch's own order of summation depends on the number of rows."""
-    return added_halves(reduce(torch.add, each))
+    return sum_by_halves(reduce(torch.add, each))
 
 
-def _squares_of_rows(values: torch.Tensor) -> torch.Tensor:
+def _squared_row_norms(values: torch.Tensor) -> torch.Tensor:
     """Return (n, lanes) partial squared L2 norms of n float64 rows; none of them depends on the number of rows."""
     if values.device.type != "cpu":
         # An accelerator parts a row among its threads by how many rows there are.  Adding by element has one order.
         squares = nn.functional.pad(values.square(), (0, -values.shape[1] % _LANES))
-        return added_halves(squares.view(len(values), squares.shape[1] // _LANES, _LANES))
+        return sum_by_halves(squares.view(len(values), squares.shape[1] // _LANES, _LANES))
     # torch divides a single row among its threads, which changes the order of adding; of several rows each has one.
     rows = values if len(values) > 1 else values.repeat(2, 1)
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return norms[: len(values)].square()
 
 
-def added_halves(values: torch.Tensor) -> torch.Tensor:
+def sum_by_halves(values: torch.Tensor) -> torch.Tensor:
     """Sum (n, t, ...) to (n, ...) by adding halves: the order in torch's own sum could depend on the number of rows.
 
     Each addition here has two operands and follows IEEE 754 on any device, and no other row enters.
@@ -235,7 +235,7 @@ def added_halves(values: torch.Tensor) -> torch.Tensor:
     return values[:, 0]
 
 
-def descend(
+def apply_gradient_sum(
     gradient_sum: Mapping[str, npt.NDArray[np.int64]],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -250,7 +250,7 @@ def descend(
     optimizer.zero_grad(set_to_none=True)  # a stale gradient must not reach the next step
 
 
-def assert_one_tensor_set(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def assert_same_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Assert that exactly the same tensors are clipped, noised and stepped."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in parameters.values()}, "stepped tensors and clipped tensors differ"

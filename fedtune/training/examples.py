@@ -14,13 +14,13 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Batch, Part, Shapes, TextDataset, collate
-from fedtune.data.batching import one_at_a_time
+from fedtune.data.batching import compute_each_alone
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import TensorSums, UnitGradients, nobody_else
-from fedtune.training.machine import room_for_states
+from fedtune.training.dp_step import TensorSums, UnitGradients, no_other_devices
+from fedtune.training.machine import allocate_states
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +31,18 @@ Places = npt.NDArray[np.int64]
 Told = Callable[[int, int], None]  # called with how many parts of a long work are done, and of how many
 
 
-def nobody(done: int, total: int) -> None:
+def ignore_progress(done: int, total: int) -> None:
     """Ignore progress reports."""
 
 
-def rank_of(unit: int, num_devices: int) -> int:
+def device_rank(unit: int, num_devices: int) -> int:
     """Return the device of a unit, which depends only on the unit's index."""
     return unit % num_devices
 
 
-def units_of(rank: int, num_devices: int, count: int) -> Places:
+def units_on_device(rank: int, num_devices: int, count: int) -> Places:
     """Return the indices of those of `count` units that are on device `rank`."""
-    return np.array([unit for unit in range(count) if rank_of(unit, num_devices) == rank], dtype=np.int64)
+    return np.array([unit for unit in range(count) if device_rank(unit, num_devices) == rank], dtype=np.int64)
 
 
 class Units(ABC):
@@ -55,7 +55,7 @@ class Units(ABC):
         """Return the number of units."""
 
     @abstractmethod
-    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
+    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
         """Return a function that cuts a step's sampled units into micro-batches; `stream` draws records within a
         unit.
         """
@@ -64,9 +64,9 @@ class Units(ABC):
         """Convert per-example gradients to per-unit gradients; no change if each record is a unit."""
         return of_each
 
-    def add_others(self, sums: TensorSums, max_grad_norm: float) -> int:
-        """Add the sums of other devices, as in `Records.add_others`; most sites have one device."""
-        return nobody_else(sums, max_grad_norm)
+    def add_other_devices(self, sums: TensorSums, max_grad_norm: float) -> int:
+        """Add the sums of other devices, as in `Records.add_other_devices`; most sites have one device."""
+        return no_other_devices(sums, max_grad_norm)
 
     @abstractmethod
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
@@ -118,7 +118,7 @@ class SiteExamples(Units):
         """Collate the records of `part` into one micro-batch, in their order."""
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         if self._states is not None:
-            rows, columns, places = self._tokens(part, batch)
+            rows, columns, places = self._token_positions(part, batch)
             states = self._states.new_zeros(*batch.attention_mask.shape, self._states.shape[1])  # zero where padding is
             states[rows, columns] = self._states[places]
             batch = replace(batch, prefix=states)
@@ -128,7 +128,7 @@ class SiteExamples(Units):
             batch = replace(batch, reference=reference)
         return batch.to(self.device)
 
-    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
+    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
         """Return `cut`; a record unit needs no random draws."""
         return self.cut
 
@@ -142,12 +142,14 @@ class SiteExamples(Units):
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
         """Return the records of one of `num_devices` devices, and their indices."""
-        records = units_of(rank, num_devices, len(self))
-        return self.of_records(records, device), records
+        records = units_on_device(rank, num_devices, len(self))
+        return self.select_records(records, device), records
 
-    def of_records(self, records: Places, device: torch.device | str) -> SiteExamples:
+    def select_records(self, records: Places, device: torch.device | str) -> SiteExamples:
         """Select records for another device; cached outputs are not copied."""
-        return SiteExamples(self._dataset.chosen(records), pad_id=self._pad_id, shapes=self._shapes, device=device)
+        return SiteExamples(
+            self._dataset.select_examples(records), pad_id=self._pad_id, shapes=self._shapes, device=device
+        )
 
     def add_plain_gradient(self, model: TaskModel, batch: Batch) -> None:
         """Add the examples' unclipped gradients to the parameters' `.grad`.  Guarantee: none."""
@@ -160,7 +162,7 @@ class SiteExamples(Units):
         folder: Path | None = None,
         parts: Iterable[Part] | None = None,
         lenient: bool = True,
-        told: Told = nobody,
+        told: Told = ignore_progress,
     ) -> None:
         """Cache the output of the layers below the first trained one for every record, so that later passes start from
         it.
@@ -185,19 +187,19 @@ class SiteExamples(Units):
             return
         kept: torch.Tensor | None = None
         done = 0
-        for part in self._everyone() if parts is None else parts:
+        for part in self._all_parts() if parts is None else parts:
             batch = self.batch(part)
             # Zero for a record that cannot be computed.
-            states = _of_each(model.frozen_states, batch, missing=0.0) if lenient else model.frozen_states(batch)
+            states = _compute_each(model.frozen_states, batch, missing=0.0) if lenient else model.frozen_states(batch)
             if states is None:
                 return
             if kept is None:
                 try:
-                    kept = room_for_states(self.num_tokens, states.shape[-1], dtype=states.dtype, folder=folder)
+                    kept = allocate_states(self.num_tokens, states.shape[-1], dtype=states.dtype, folder=folder)
                 except OSError:
                     log.warning("the disk has no room for what the frozen layers make of the records", exc_info=True)
                     return
-            rows, columns, places = self._tokens(part, batch)
+            rows, columns, places = self._token_positions(part, batch)
             usable = (states.isfinite().all(dim=-1) | (batch.attention_mask == 0)).all(dim=1)
             kept[places] = torch.where(usable[:, None, None], states, 0.0).cpu()[rows, columns]
             done += len(part.places)
@@ -222,26 +224,28 @@ class SiteExamples(Units):
         if self._reference is not None or not model.task.has_reference:
             return
         kept: torch.Tensor | None = None
-        for part in self._everyone() if parts is None else parts:
+        for part in self._all_parts() if parts is None else parts:
             batch = self.batch(part)
-            found = _of_each(model.reference, batch, missing=torch.nan) if lenient else model.reference(batch)
+            found = _compute_each(model.reference, batch, missing=torch.nan) if lenient else model.reference(batch)
             assert found is not None, "a task with a reference has one for each example"
             if kept is None:
                 kept = torch.empty(len(self), *found.shape[1:], dtype=found.dtype)
             kept[part.places] = found[: len(part.places)].cpu()
         self._reference = kept
 
-    def _everyone(self) -> Iterator[Part]:
+    def _all_parts(self) -> Iterator[Part]:
         return self.parts(np.arange(len(self), dtype=np.int64))
 
-    def _tokens(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _token_positions(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return each token's row and column in the micro-batch, and its index in the cached states."""
         starts = torch.from_numpy(self._starts[part.places].ravel())
         rows, columns = batch.attention_mask[: len(starts)].cpu().nonzero(as_tuple=True)
         return rows, columns, starts[rows] + columns
 
 
-def _of_each(compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float) -> torch.Tensor | None:
+def _compute_each(
+    compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float
+) -> torch.Tensor | None:
     """Run `compute` on a batch; where an example cannot be computed, its values are `missing`.
 
     Returns:
@@ -252,7 +256,7 @@ def _of_each(compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, m
             return compute(batch)
     except Exception:
         log.exception("the frozen model failed on a micro-batch; its examples are tried one at a time")
-    nothing, each = one_at_a_time(compute, batch)
+    nothing, each = compute_each_alone(compute, batch)
     if nothing is None:
         return None
     values = torch.full_like(nothing, missing)

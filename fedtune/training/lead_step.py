@@ -12,8 +12,8 @@ import torch
 
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import Plan
-from fedtune.training.dp_step import descend
-from fedtune.training.local import project
+from fedtune.training.dp_step import apply_gradient_sum
+from fedtune.training.local import clamp_parameters
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 
@@ -23,7 +23,7 @@ State = Mapping[str, npt.NDArray[np.float32]]
 _DEVIATIONS = 8  # standard deviations: a sum of honest sites passes the bound with a probability below 1e-14
 
 
-def lead_step(
+def secure_server_step(
     adapter: Adapter,
     total: npt.NDArray[np.int64],
     state: State,
@@ -56,13 +56,13 @@ def lead_step(
         kept = {key.partition("/")[0]: value for key, value in state.items() if key.partition("/")[2] == name}
         optimizer.state[parameter].update({key: torch.tensor(value) for key, value in kept.items()})
     set_learning_rate(optimizer, learning_rate_factor(training, step=step, total_steps=plan.num_rounds))
-    cell = plan.max_grad_norm * 2.0**-plan.sums.cell_bits
+    cell = plan.max_grad_norm * 2.0**-plan.secure_noise.cell_bits
     ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
-    values = held_back(total, plan, sites=sites, declared_size=declared_size)
+    values = limit_sum_length(total, plan, sites=sites, declared_size=declared_size)
     parts = zip(adapter.tensors.items(), np.split(values, ends), strict=True)
     sums = {name: part.reshape(value.shape) for (name, value), part in parts}
-    descend(sums, parameters, optimizer, denominator=plan.sampling_rate * declared_size / cell)
-    project(parameters, most)
+    apply_gradient_sum(sums, parameters, optimizer, denominator=plan.sampling_rate * declared_size / cell)
+    clamp_parameters(parameters, most)
     after = {
         f"{key}/{name}": np.asarray(value, dtype=np.float32)
         for name, parameter in parameters.items()
@@ -72,7 +72,9 @@ def lead_step(
     return Adapter({name: parameter.detach().numpy() for name, parameter in parameters.items()}), after
 
 
-def held_back(total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_size: int) -> npt.NDArray[np.int64]:
+def limit_sum_length(
+    total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_size: int
+) -> npt.NDArray[np.int64]:
     """Scale the sum down to the greatest length that a sum of honest sites can have; shorter sums are unchanged.
 
     Nobody can check a single site's share, so this limit bounds the effect of a forged one.  The limit is public: the
@@ -81,8 +83,8 @@ def held_back(total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_
     """
     sampled = plan.sampling_rate * declared_size
     units = sampled + _DEVIATIONS * (math.sqrt(sampled) + 1)
-    noise = plan.sums.noise_multiplier * math.sqrt(sites) * (math.sqrt(total.size) + _DEVIATIONS)
-    longest = (units + noise) * 2.0**plan.sums.cell_bits
+    noise = plan.secure_noise.noise_multiplier * math.sqrt(sites) * (math.sqrt(total.size) + _DEVIATIONS)
+    longest = (units + noise) * 2.0**plan.secure_noise.cell_bits
     length = float(np.sqrt(np.square(total, dtype=np.float64).sum()))
     if length <= longest:
         return total

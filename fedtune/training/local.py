@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.distributed_noise import add_share
+from fedtune.privacy.distributed_noise import add_noise_share
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import Records, dp_sgd_step, sampled_sum
+from fedtune.training.dp_step import Records, dp_sgd_step, sum_sampled_gradients
 from fedtune.training.examples import Units
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
-from fedtune.training.per_example import attached
+from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
 
@@ -49,8 +49,8 @@ def train_round(
     without noise, there is no guarantee.
     """
     assert work.plan.shared is None, "noise that is one share of several hides nothing by itself"
-    with model.in_round(work.round):
-        parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
+    with model.freeze_for_round(work.round):
+        parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
         optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
 
         def take_steps(step: Callable[[], None]) -> None:
@@ -59,10 +59,10 @@ def train_round(
             for number in range(first, first + work.plan.local_steps):
                 set_learning_rate(optimizer, learning_rate_factor(work.training, step=number, total_steps=total_steps))
                 step()
-                project(parameters, work.max_adapter_value)
+                clamp_parameters(parameters, work.max_adapter_value)
 
         if work.plan.private:
-            with attached(model) as gradients:
+            with record_gradients(model) as gradients:
                 take_steps(
                     lambda: dp_sgd_step(
                         units.gradients(gradients),
@@ -76,10 +76,10 @@ def train_round(
                 )
         else:
             take_steps(lambda: plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling))
-    return Adapter.of(model)
+    return Adapter.from_task_model(model)
 
 
-def share_of_round(
+def compute_round_share(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Return a site's share of one secure sum: its clipped gradient sum at `adapter`, plus its share of the noise.
@@ -93,21 +93,23 @@ def share_of_round(
     counts learns at most what `work.plan.event()` allows.  On its own, the share is hidden by one share of the noise
     only.
     """
-    parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
-    with attached(model) as gradients:
-        sums = sampled_sum(units.gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling)
-    return add_share(sums, work.plan.sums, noise)
+    parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
+    with record_gradients(model) as gradients:
+        sums = sum_sampled_gradients(
+            units.gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling
+        )
+    return add_noise_share(sums, work.plan.secure_noise, noise)
 
 
-def _begin(
+def _prepare_round(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, randomness: Randomness
 ) -> tuple[dict[str, torch.nn.Parameter], Records, RandomStream, RandomStream]:
     """Load the adapter, and return the trained parameters, the site's records, and the streams for sampling and
     noise.
     """
     adapter.load_into(model)
-    project(model.trainable(), work.max_adapter_value)
-    parameters = model.trained_now()
+    clamp_parameters(model.trainable(), work.max_adapter_value)
+    parameters = model.active_parameters()
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
     purpose = (work.site, work.round, work.attempt)
@@ -115,12 +117,12 @@ def _begin(
     sampling = randomness.stream(*purpose, "sampling")
     noise = randomness.stream(*purpose, "noise")
     # A stream of its own, drawn from in every step: which of a sampled user's records take part.
-    cut = units.cut_with(randomness.stream(*purpose, "records"))
-    records = Records(count=len(units), declared_size=work.declared_size, cut=cut, add_others=units.add_others)
+    cut = units.make_cutter(randomness.stream(*purpose, "records"))
+    records = Records(count=len(units), declared_size=work.declared_size, cut=cut, add_others=units.add_other_devices)
     return parameters, records, sampling, noise
 
 
-def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
+def clamp_parameters(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
     """Clamp every value to [-most, most]; NaN becomes 0.
 
     This is post-processing of values that were released or are about to be.
@@ -141,15 +143,15 @@ def plain_step(
 ) -> None:
     """Take the step of `dp_sgd_step` without clipping and noise.  Guarantee: none."""
     batches = records.cut(poisson_sample(records.count, plan.sampling_rate, sampling))
-    mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
+    set_mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
     optimizer.step()
 
 
-def mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *, count: float) -> None:
+def set_mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *, count: float) -> None:
     """Set the parameters' `.grad` to the sum over micro-batches of `units`, divided by `count`.  Guarantee: none."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         units.add_plain_gradient(model, batch)
-    for parameter in model.trained_now().values():
+    for parameter in model.active_parameters().values():
         if parameter.grad is not None:
             parameter.grad /= count

@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtune import system
 from fedtune.data import Shapes, TextDataset, collate
-from fedtune.model.fits import usable_positions
-from fedtune.model.products import multiply_by_onednn
+from fedtune.model.fits import max_positions
+from fedtune.model.products import switch_to_onednn
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.accelerators import accelerator, memory_of
-from fedtune.training.per_example import attached
+from fedtune.training.accelerators import find_accelerator, total_memory
+from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import RuntimeSpec
 
 _ELSEWHERE_MIB = 1024.0  # for kept states where the system does not say how much memory is available
@@ -42,7 +42,7 @@ _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
 """Of what a model leaves free: a GPU is the run's own, a CPU's memory is everybody's."""
 
 
-def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
+def resolve_device(wanted: str, *, must_exist: bool = True) -> torch.device:
     """Return the device that a run's `runtime.device` stands for on this machine.
 
     Args:
@@ -52,7 +52,7 @@ def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
     Raises:
         ConfigError: a GPU is requested, and this torch build cannot use one.
     """
-    there = None if wanted == "cpu" else accelerator()
+    there = None if wanted == "cpu" else find_accelerator()
     if wanted == "cuda" and (there is None or there.type != "cuda"):
         if must_exist:
             bound = "needs a GPU and a torch build with CUDA; neither 'auto' nor 'cpu' does"
@@ -61,7 +61,7 @@ def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
     return there or torch.device("cpu")
 
 
-def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_length: int) -> TaskModel:
+def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_length: int) -> TaskModel:
     """Build the task model with `build`, and configure it for this machine; also sets torch's number of threads.
 
     Raises:
@@ -71,10 +71,10 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     _keep_freed_memory()
     model = build()
     if runtime.onednn:
-        multiply_by_onednn(model.base)
+        switch_to_onednn(model.base)
     if runtime.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    positions = usable_positions(model.base.get_base_model())
+    positions = max_positions(model.base.get_base_model())
     if positions is not None and max_length > positions:
         raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
     return model
@@ -102,7 +102,7 @@ def usable_cores() -> int:
     return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
-def processes_that_pay(runtime: RuntimeSpec, *, gradients: float) -> int:
+def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:
     """Return how many processes should share each step: `runtime.num_devices`, or a number for this CPU if it is null.
 
     Two threads are hardly faster on a micro-batch than one, but two processes on two micro-batches are; on the other
@@ -114,22 +114,24 @@ def processes_that_pay(runtime: RuntimeSpec, *, gradients: float) -> int:
     """
     if runtime.num_devices is not None:
         return runtime.num_devices
-    alone = runtime.kind != "simulation" or runtime.num_threads is not None or device_for(runtime.device).type != "cpu"
+    alone = (
+        runtime.kind != "simulation" or runtime.num_threads is not None or resolve_device(runtime.device).type != "cpu"
+    )
     if alone or gradients < _GRADIENTS_THAT_PAY:
         return 1
     return max(1, min(usable_cores(), _MOST_PROCESSES, _memory_bytes() // _BYTES_OF_A_PROCESS))
 
 
-def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
+def micro_batch_shapes(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
     """Return the shapes of a run's micro-batches on this machine, from public settings alone."""
-    positions = usable_positions(model.base.get_base_model())
+    positions = max_positions(model.base.get_base_model())
     most = micro_batch_tokens(runtime, model.device) // model.spec.texts
-    fixed = input_of(model.spec).is_fixed
-    return Shapes.of(max_length=max_length, max_tokens=most, positions=positions, fixed=fixed)
+    fixed = get_input_for(model.spec).is_fixed
+    return Shapes.from_limits(max_length=max_length, max_tokens=most, positions=positions, fixed=fixed)
 
 
 def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
-    """Return the most padded tokens in a micro-batch on this device, given torch's threads as `ready_model` sets
+    """Return the most padded tokens in a micro-batch on this device, given torch's threads as `prepare_model` sets
     them.
     """
     if runtime.micro_batch_tokens is not None:
@@ -149,7 +151,7 @@ def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
         return runtime.step_mib * 2**20
     of_model = model_bytes(model)
     if model.device.type != "cpu":
-        of_site = memory_of(model.device) / (runtime.sites_per_gpu or 1)
+        of_site = total_memory(model.device) / (runtime.sites_per_gpu or 1)
         return max(0, int(_SHARE_OF_GPU * (of_site - of_model)))
     return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / runtime.devices - of_model)))
 
@@ -170,7 +172,7 @@ def _memory_bytes() -> int:
     return min(limits, default=_ELSEWHERE_BYTES)
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Return the peak memory in bytes of tensors during `work`, in addition to the memory used before.
 
     On an accelerator the allocator reports it.  On a CPU the outputs of torch's operators are counted, which is
@@ -202,34 +204,36 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        self._known.update(_storages((args, *given.values())))  # what was there before, with what was made meanwhile
+        self._known.update(
+            _iter_storages((args, *given.values()))
+        )  # what was there before, with what was made meanwhile
         made = func(*args, **given)
-        for storage in _storages((made,)):
+        for storage in _iter_storages((made,)):
             if storage not in self._known:
                 self._known.add(storage)
                 self._bytes += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage.nbytes())
+                weakref.finalize(storage, self._subtract_freed, storage.nbytes())
         self.peak = max(self.peak, self._bytes)
         return made
 
-    def _gone(self, num_bytes: int) -> None:
+    def _subtract_freed(self, num_bytes: int) -> None:
         self._bytes -= num_bytes
 
 
-def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
     """Yield the storages of all tensors in `values` and its nested lists; oneDNN tensors have none and are skipped.
 
-    This is written by hand, because torch's generic tree traversal took a third of the time of `peak_bytes`.
+    This is written by hand, because torch's generic tree traversal took a third of the time of `measure_peak_bytes`.
     """
     for one in values:
         if isinstance(one, torch.Tensor):
             if one.layout == torch.strided:
                 yield one.untyped_storage()
         elif isinstance(one, list | tuple):
-            yield from _storages(one)
+            yield from _iter_storages(one)
 
 
-def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
+def frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
     """Whether the frozen layers' outputs for `num_tokens` tokens fit into the memory budget for them."""
     set_aside: float | None = runtime.kept_states_mib
     if set_aside is None:
@@ -241,7 +245,7 @@ def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: i
     return frozen_states_mib(model, num_tokens=num_tokens) <= set_aside
 
 
-def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
+def frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
     """Return the folder for outputs that do not fit in memory; None if there is none, or too little space on its disk.
 
     Raises:
@@ -259,19 +263,19 @@ def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
     return folder if frozen_states_mib(model, num_tokens=num_tokens) <= free_mib / 2 else None
 
 
-def place_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
+def choose_states_location(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
     """Return whether the frozen layers' outputs for `num_tokens` tokens are cached, and the folder if not in memory.
 
     Raises:
-        ConfigError: as in `folder_for_states`, if the outputs do not fit in memory.
+        ConfigError: as in `frozen_states_folder`, if the outputs do not fit in memory.
     """
-    if keeps_frozen_states(model, runtime, num_tokens=num_tokens):
+    if frozen_states_fit(model, runtime, num_tokens=num_tokens):
         return True, None
-    folder = folder_for_states(model, runtime, num_tokens=num_tokens)
+    folder = frozen_states_folder(model, runtime, num_tokens=num_tokens)
     return folder is not None, folder
 
 
-def room_for_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+def allocate_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
     """Allocate an uninitialized (num_tokens, width) tensor on the CPU, in memory or in an unnamed file in `folder`.
 
     Nobody else can open that file, and it disappears with the tensor or the process, however the process ends.
@@ -300,10 +304,10 @@ def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
     trained.
     """
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
-    return num_tokens * width / 2**20 if model.skips_layers else 0.0
+    return num_tokens * width / 2**20 if model.has_frozen_prefix else 0.0
 
 
-def seconds_per_example(
+def measure_example_seconds(
     model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool, draws: Any
 ) -> tuple[float, float]:
     """Measure the seconds for one example of full length: for its one-time computation, and for its gradient in a step.
@@ -319,17 +323,17 @@ def seconds_per_example(
     batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)
     below = 0.0
     if kept and (states := model.frozen_states(batch)) is not None:
-        below = _least_seconds(model, lambda: model.frozen_states(batch))
+        below = _measure_seconds(model, lambda: model.frozen_states(batch))
         batch = replace(batch, prefix=states)
     if (reference := model.reference(batch)) is not None:
-        below += _least_seconds(model, lambda: model.reference(batch))
+        below += _measure_seconds(model, lambda: model.reference(batch))
         batch = replace(batch, reference=reference)
-    with attached(model) as gradients:
-        above = _least_seconds(model, lambda: gradients.of(batch))
+    with record_gradients(model) as gradients:
+        above = _measure_seconds(model, lambda: gradients.of(batch))
     return below / len(batch), above / len(batch)
 
 
-def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
+def _measure_seconds(model: TaskModel, work: Callable[[], object]) -> float:
     """Return the shortest of a few passes of `work`, in seconds.
 
     The first pass also warms up, and is the only one if it takes long.

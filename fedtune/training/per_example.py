@@ -18,12 +18,12 @@ import torch
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from torch import nn
 
-from fedtune.data.batching import Batch, one_at_a_time
+from fedtune.data.batching import Batch, compute_each_alone
 from fedtune.model.ia3_and_dora import Scales
-from fedtune.model.products import multiply_by_onednn, uses_onednn
+from fedtune.model.products import switch_to_onednn, uses_onednn
 from fedtune.spec import ConfigError, panics_as_errors
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import added_halves
+from fedtune.training.dp_step import sum_by_halves
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Found = dict[nn.Parameter, torch.Tensor]  # parameter -> (rows, *shape): what a 
 
 
 class PerExampleGradients:
-    """Per-example gradients of a model inside an `attached` block.
+    """Per-example gradients of a model inside an `record_gradients` block.
 
     Attributes:
         found: filled by a backward pass; empty between two passes.
@@ -39,7 +39,7 @@ class PerExampleGradients:
 
     def __init__(self, model: TaskModel) -> None:
         self._model = model
-        self._parameters = model.trained_now()
+        self._parameters = model.active_parameters()
         self.found: Found = {}
 
     def of(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -58,12 +58,12 @@ class PerExampleGradients:
         """
         try:
             with panics_as_errors():
-                return _without_unknown(batch, self.of_all(batch))
+                return _zero_unknown(batch, self.of_all(batch))
         except ConfigError:
             raise
         except Exception:
             log.exception("a micro-batch failed; its examples are tried one at a time")
-        nothing, each = one_at_a_time(self.of_all, batch)
+        nothing, each = compute_each_alone(self.of_all, batch)
         gradients = {name: zeros.clone() for name, zeros in nothing.items()}
         for row in range(len(batch)):
             found = next(each)
@@ -71,7 +71,7 @@ class PerExampleGradients:
                 for name, of_rows in gradients.items():
                     of_rows[row] = found[name][0]
             del found  # which would be there while the next one is computed; enumerate would keep it, too
-        return _without_unknown(batch, gradients)
+        return _zero_unknown(batch, gradients)
 
     def of_all(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the gradients as `of` does, but let an example that makes the pass fail raise.
@@ -81,11 +81,11 @@ class PerExampleGradients:
         """
         try:
             self._model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
-            return self._by_name(batch)
+            return self._gradients_by_name(batch)
         finally:
             self.found.clear()  # also what a pass found that failed half-way
 
-    def _by_name(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _gradients_by_name(self, batch: Batch) -> dict[str, torch.Tensor]:
         gradients = {}
         for name, parameter in self._parameters.items():
             gradient = self.found.get(parameter)
@@ -98,17 +98,17 @@ class PerExampleGradients:
 
 
 @register_grad_sampler(Scales)  # type: ignore[untyped-decorator]
-def _of_scales(
+def _scales_grad_sampler(
     layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Grad sampler for outputs x * (1 + offset): sum x times the output gradient over an example's tokens.
 
     x has the shape (n, t, k).
     """
-    return {layer.offset: added_halves(backprops * activations[0])}
+    return {layer.offset: sum_by_halves(backprops * activations[0])}
 
 
-def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _zero_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Zero the gradient of an example if the cached frozen states of any of its texts are missing.
 
     Such an example then counts as it does without cached states.  Only its own states decide this, and no other
@@ -123,7 +123,7 @@ def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[s
 
 
 @contextmanager
-def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
+def record_gradients(model: TaskModel) -> Iterator[PerExampleGradients]:
     """Record per-example gradients for every trainable module of `model` until the end of the block.
 
     Modules that are not trained in this round use the same kernels as those that are: the kernels tested before the
@@ -135,12 +135,12 @@ def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
     for module in watched:
         assert type(module) in GradSampleHooks.GRAD_SAMPLERS, f"{type(module).__name__} has no per-example gradient"
         assert "forward" not in vars(module), "the model is watched already"
-    constant = nn.ModuleList(map(_constant, watched))
+    constant = nn.ModuleList(map(_constant_copy, watched))
     if uses_onednn(model):
-        multiply_by_onednn(constant)
+        switch_to_onednn(constant)
     try:
         for module, same in zip(watched, constant, strict=True):
-            module.forward = partial(_watched, module, same, gradients.found)
+            module.forward = partial(_watched_forward, module, same, gradients.found)
         yield gradients
     finally:
         for module in watched:
@@ -148,23 +148,23 @@ def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
         gradients.found.clear()
 
 
-def _constant(module: nn.Module) -> nn.Module:
+def _constant_copy(module: nn.Module) -> nn.Module:
     """Copy the module with its parameters as constants.
 
     Otherwise every backward pass would also compute the gradient of the whole batch, which is never used.
     """
     same = copy(module)
-    vars(same)["_parameters"] = _values(module)
+    vars(same)["_parameters"] = _detached_parameters(module)
     return same
 
 
-def _values(module: nn.Module) -> dict[str, torch.Tensor | None]:
+def _detached_parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return {name: one if one is None else one.detach() for name, one in module._parameters.items()}
 
 
-def _watched(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
+def _watched_forward(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
     """Return the output (n, ..., k) for `values` (n, ..., j); its backward pass records per-example gradients."""
-    vars(constant)["_parameters"] = _values(module)  # as they are now, after a step or whatever else
+    vars(constant)["_parameters"] = _detached_parameters(module)  # as they are now, after a step or whatever else
     output: torch.Tensor = constant.forward(values)
     trained = next(module.parameters())
     if not (torch.is_grad_enabled() and trained.requires_grad):

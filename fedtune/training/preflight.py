@@ -22,22 +22,22 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Batch, Part, Shapes, TextDataset
-from fedtune.data.batching import alone
+from fedtune.data.batching import isolate_example
 from fedtune.model.adapter import Adapter
 from fedtune.model.quantized import FourBit
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.accelerators import memory_of
-from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, contributions, zeros
-from fedtune.training.examples import SiteExamples, Told, nobody
-from fedtune.training.machine import model_bytes, peak_bytes
-from fedtune.training.per_example import PerExampleGradients, attached
+from fedtune.training.accelerators import total_memory
+from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, clipped_contributions, zero_sums
+from fedtune.training.examples import SiteExamples, Told, ignore_progress
+from fedtune.training.machine import measure_peak_bytes, model_bytes
+from fedtune.training.per_example import PerExampleGradients, record_gradients
 
 See = Callable[[Mapping[str, torch.Tensor]], None]
 
 
-def unseen(gradients: Mapping[str, torch.Tensor]) -> None:
+def ignore_gradients(gradients: Mapping[str, torch.Tensor]) -> None:
     """Ignore the gradients."""
 
 
@@ -49,7 +49,7 @@ _SIZE = 0.2
 """Of the random values that the adapter is tried at: with B at zero, as training starts, the gradient of A is zero."""
 
 
-def moved_by_others(
+def max_batch_influence(
     model: TaskModel,
     shapes: Shapes,
     *,
@@ -57,13 +57,13 @@ def moved_by_others(
     max_grad_norm: float,
     pad_id: int = 0,
     weights_chosen: bool = True,
-    told: Told = nobody,
+    told: Told = ignore_progress,
     seed: int | None = None,
-    see: See = unseen,
+    see: See = ignore_gradients,
 ) -> float:
     """Measure how much an example's contribution to a sum changes with the rest of its micro-batch.
 
-    `require_alone` judges the result.
+    `require_batch_invariance` judges the result.
 
     Dummy examples cover, for each padded length, the longest length and some shorter ones, over the whole vocabulary up
     to its ends.  If records of such lengths and ids would cause failures of positions, losses or memory, the failure
@@ -95,17 +95,17 @@ def moved_by_others(
         made.tried, made.see = lambda: told(next(numbers), total), see
         return made
 
-    with _adapter_put_back(model), _as_the_model_s(model, shapes):
-        _fill(model, draws)
-        moved = trial().most_moved(max_grad_norm) if weights_chosen else 0.0
-        with _random_weights(model, draws) if weights_chosen else nullcontext():
+    with _restoring_adapter(model), _convert_model_errors(model, shapes):
+        _randomize_adapter(model, draws)
+        moved = trial().max_influence(max_grad_norm) if weights_chosen else 0.0
+        with _with_random_weights(model, draws) if weights_chosen else nullcontext():
             last = trial()
-            return max(moved, last.most_moved(max_grad_norm), last.most_moved_by_place(max_grad_norm))
+            return max(moved, last.max_influence(max_grad_norm), last.max_influence_of_row(max_grad_norm))
 
 
 @contextmanager
-def _adapter_put_back(model: TaskModel) -> Iterator[None]:
-    before = Adapter.of(model)
+def _restoring_adapter(model: TaskModel) -> Iterator[None]:
+    before = Adapter.from_task_model(model)
     try:
         yield
     finally:
@@ -113,7 +113,7 @@ def _adapter_put_back(model: TaskModel) -> Iterator[None]:
 
 
 @contextmanager
-def _as_the_model_s(model: TaskModel, shapes: Shapes) -> Iterator[None]:
+def _convert_model_errors(model: TaskModel, shapes: Shapes) -> Iterator[None]:
     """Convert errors in a model's code to a ConfigError for `model.path`, or for the batch size if memory ran out."""
     try:
         yield
@@ -127,7 +127,7 @@ def _as_the_model_s(model: TaskModel, shapes: Shapes) -> Iterator[None]:
         raise ConfigError("model.path", model.spec.model.path, bound) from error
 
 
-def within_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_states: bool, pad_id: int = 0) -> Shapes:
+def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_states: bool, pad_id: int = 0) -> Shapes:
     """Return the shapes, with as many rows for each length as fit into `most_bytes` of memory.
 
     The rows are found by measuring dummy examples of every length.
@@ -136,7 +136,7 @@ def within_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
         model: a model with adapters, whose values do not matter.
         shapes: the shapes by tokens alone.
         most_bytes: for a micro-batch, its per-example gradients and all temporary memory of clipping.
-        keeps_states: as in `moved_by_others`.
+        keeps_states: as in `max_batch_influence`.
         pad_id: the token id that steps will use as padding.
 
     Raises:
@@ -145,24 +145,24 @@ def within_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
     draws = np.random.default_rng()
 
     def needed(rows: int, length: int) -> int:
-        room = shapes.room(length, rows)
-        made_up = _longest(model, shapes.most_tokens(length), draws).chosen([0] * room)
+        room = shapes.capacity(length, rows)
+        made_up = _make_longest(model, shapes.longest_record(length), draws).select_examples([0] * room)
         examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
         part = Part(np.arange(room), rows, length)
-        return peak_bytes(lambda: _whole_step(model, examples, part, keeps_states), model.device)
+        return measure_peak_bytes(lambda: _run_full_step(model, examples, part, keeps_states), model.device)
 
-    with _as_the_model_s(model, shapes):
-        most_rows = tuple(_rows_within(most_bytes, shapes, length, needed) for length in shapes.lengths)
+    with _convert_model_errors(model, shapes):
+        most_rows = tuple(_max_rows(most_bytes, shapes, length, needed) for length in shapes.lengths)
     return replace(shapes, most_rows=most_rows)
 
 
-def _rows_within(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[int, int], int]) -> int:
+def _max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[int, int], int]) -> int:
     """Return the most rows of a micro-batch of this length that fit; `needed` measures the bytes for a number of rows.
 
     Raises:
         ConfigError: for `runtime.step_mib`: the smallest micro-batch needs more.
     """
-    fewest, rows = shapes.fewest_rows(length), shapes.rows(length)[0]
+    fewest, rows = shapes.min_rows(length), shapes.rows(length)[0]
     if (twice := needed(2 * fewest, length)) * rows <= most_bytes * 2 * fewest:
         return rows  # more than enough, since what does not grow with the rows is counted several times
     if (least := needed(fewest, length)) > most_bytes:
@@ -175,7 +175,7 @@ def _rows_within(most_bytes: int, shapes: Shapes, length: int, needed: Callable[
     return rows
 
 
-def _whole_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
+def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
     """Do a step's work on a micro-batch along the code path that takes the most memory.
 
     On this path one example fails, so that the others are computed one at a time, and another one becomes NaN: a record
@@ -184,19 +184,19 @@ def _whole_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_stat
     if keeps_states:
         examples.keep_frozen_states(model, parts=[part], lenient=False)
     examples.keep_reference(model, parts=[part], lenient=False)
-    with attached(model) as gradients:
-        batch, sums = examples.batch(part), zeros(model.trainable())
+    with record_gradients(model) as gradients:
+        batch, sums = examples.batch(part), zero_sums(model.trainable())
         gradients.of_all(batch)
-        nothing = gradients.of_all(alone(batch, None))
+        nothing = gradients.of_all(isolate_example(batch, None))
         gathered = {name: one.clone() for name, one in nothing.items()}
-        gradients.of_all(alone(batch, 0))
+        gradients.of_all(isolate_example(batch, 0))
         del nothing
         for unusable in (slice(1), slice(None)):
             next(iter(gathered.values()))[unusable] = torch.nan
             add_clipped(sums, gathered, 1.0)
 
 
-def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
+def require_batch_invariance(moved: float, *, path: str, inexact_allowed: bool) -> None:
     """Require that an example's contribution to a sum is bit-identical whatever else is in its micro-batch.
 
     Args:
@@ -233,30 +233,30 @@ class _Trial:
         self._model, self._shapes, self._draws = model, shapes, draws
         self._keeps_states, self._pad_id = keeps_states, pad_id
         self.tried: Callable[[], None] = lambda: None
-        self.see: See = unseen
+        self.see: See = ignore_gradients
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
-            most, room = shapes.most_tokens(length), self._most_room(length)
+            most, room = shapes.longest_record(length), self._max_room(length)
             least = shapes.lengths[number - 1] if number else 1
             self._places[length] = np.arange(len(lengths), len(lengths) + room)
             # The longest first; it is left out of the other companies, for models that choose by the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
-        made_up = _made_up(model, lengths_of_texts(lengths, model.spec.texts, draws), draws)
-        self._whole = {length: self._part(places, length) for length, places in self._places.items()}
-        self._smaller = {length: tuple(self._companies(places, length)) for length, places in self._places.items()}
+        made_up = _make_dummy_examples(model, draw_text_lengths(lengths, model.spec.texts, draws), draws)
+        self._whole = {length: self._full_part(places, length) for length, places in self._places.items()}
+        self._smaller = {length: tuple(self._regroup(places, length)) for length, places in self._places.items()}
         # What the frozen base makes of the examples has the same two companies.
-        self._examples = self._ready(made_up, self._whole.values())
-        self._again = self._ready(made_up, (part for parts in self._smaller.values() for part in parts))
+        self._examples = self._prepare_examples(made_up, self._whole.values())
+        self._again = self._prepare_examples(made_up, (part for parts in self._smaller.values() for part in parts))
 
-    def _part(self, places: npt.NDArray[np.int64], length: int) -> Part:
+    def _full_part(self, places: npt.NDArray[np.int64], length: int) -> Part:
         """Return a micro-batch with as many examples as it may have."""
         return Part(places, self._shapes.rows(length)[0], length)
 
-    def _most_room(self, length: int) -> int:
-        return self._shapes.room(length, self._shapes.rows(length)[0])
+    def _max_room(self, length: int) -> int:
+        return self._shapes.capacity(length, self._shapes.rows(length)[0])
 
-    def _ready(self, dataset: TextDataset, parts: Iterable[Part]) -> SiteExamples:
+    def _prepare_examples(self, dataset: TextDataset, parts: Iterable[Part]) -> SiteExamples:
         parts = tuple(parts)
         examples = SiteExamples(dataset, pad_id=self._pad_id, shapes=self._shapes, device=self._model.device)
         if self._keeps_states:
@@ -264,22 +264,22 @@ class _Trial:
         examples.keep_reference(self._model, parts=parts, lenient=False)
         return examples
 
-    def most_moved(self, max_grad_norm: float) -> float:
+    def max_influence(self, max_grad_norm: float) -> float:
         """Return the largest change of a contribution between one full micro-batch and smaller ones, in clip norms."""
-        with attached(self._model) as gradients:
-            return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
+        with record_gradients(self._model) as gradients:
+            return max(self._influence_at_length(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
-    def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
-        whole = self._added(gradients, self._examples.batch(self._whole[length]), max_grad_norm)
+    def _influence_at_length(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
+        whole = self._compute_contributions(gradients, self._examples.batch(self._whole[length]), max_grad_norm)
         moved = 0.0
         for part in self._smaller[length]:
-            other = self._added(gradients, self._again.batch(part), max_grad_norm)
+            other = self._compute_contributions(gradients, self._again.batch(part), max_grad_norm)
             rows = torch.from_numpy(part.places - self._places[length][0])
-            moved = max(moved, _distance(whole, rows, other, torch.arange(len(rows))))
+            moved = max(moved, _max_difference(whole, rows, other, torch.arange(len(rows))))
         self.tried()
         return moved
 
-    def _companies(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
+    def _regroup(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
         """Yield the examples in other rows, in another order and with every other number of rows; the longest one
         alone.
         """
@@ -289,41 +289,41 @@ class _Trial:
         places = places[:0:-1]
         while len(places):
             rows, *choices = choices if len(choices) > 1 else choices * 2
-            room = self._shapes.room(length, rows)
+            room = self._shapes.capacity(length, rows)
             yield Part(places[:room].copy(), rows, length)
             places = places[room:]
 
-    def most_moved_by_place(self, max_grad_norm: float) -> float:
+    def max_influence_of_row(self, max_grad_norm: float) -> float:
         """Return the largest difference, in clip norms, between one example's contributions in different rows.
 
         The longest example of each length, with every token supervised, is copied to all rows: every position that a
         kernel might round differently holds a token, and only the row distinguishes the copies.
         """
-        parts = [self._part(np.arange(self._most_room(length)), length) for length in self._shapes.lengths]
-        copied = [self._ready(self._copies(part.length), [part]) for part in parts]
+        parts = [self._full_part(np.arange(self._max_room(length)), length) for length in self._shapes.lengths]
+        copied = [self._prepare_examples(self._make_copies(part.length), [part]) for part in parts]
         moved = 0.0
-        with attached(self._model) as gradients:
+        with record_gradients(self._model) as gradients:
             for part, examples in zip(parts, copied, strict=True):
-                found = self._added(gradients, examples.batch(part), max_grad_norm)
+                found = self._compute_contributions(gradients, examples.batch(part), max_grad_norm)
                 rows = torch.from_numpy(part.places)
-                moved = max(moved, _distance(found, rows, found, torch.zeros_like(rows)))
+                moved = max(moved, _max_difference(found, rows, found, torch.zeros_like(rows)))
                 self.tried()
         return moved
 
-    def _added(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
+    def _compute_contributions(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
         """Compute gradients and contributions on the model's device, clipped with the same rows together as in a
         step.
         """
         there = gradients.of_all(batch)
         chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
-        found = {name: one.cpu() for name, one in (there | chosen).items()}, contributions(there, max_grad_norm)
+        found = {name: one.cpu() for name, one in (there | chosen).items()}, clipped_contributions(there, max_grad_norm)
         for one in found:
             self.see(one)
         return found
 
-    def _copies(self, length: int) -> TextDataset:
-        return _longest(self._model, self._shapes.most_tokens(length), self._draws).chosen(
-            [0] * self._most_room(length)
+    def _make_copies(self, length: int) -> TextDataset:
+        return _make_longest(self._model, self._shapes.longest_record(length), self._draws).select_examples(
+            [0] * self._max_room(length)
         )
 
 
@@ -331,7 +331,7 @@ _Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 """Gradients of n examples and what was chosen by, by name; what each adds (`dp_step.contributions`); on the CPU."""
 
 
-def _distance(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
+def _max_difference(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
     """Return the largest difference, in clip norms, between contributions of the same examples.
 
     The examples are in `rows` of `one`, and in `others` of `other`.
@@ -345,12 +345,12 @@ def _distance(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tens
     return max(moved, 1 / CLIP_NORM_CELLS) if differ else moved  # bits that clipping happens to hide here
 
 
-def _longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:
+def _make_longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:
     """Make one dummy example whose texts all have `length` tokens, all of them supervised."""
-    return _made_up(model, [length] * model.spec.texts, draws, first=lambda _: 0)
+    return _make_dummy_examples(model, [length] * model.spec.texts, draws, first=lambda _: 0)
 
 
-def _made_up(
+def _make_dummy_examples(
     model: TaskModel,
     lengths: list[int],
     draws: np.random.Generator,
@@ -362,33 +362,33 @@ def _made_up(
     return TextDataset(input_ids, targets, model.spec.texts)
 
 
-def lengths_of_texts(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
+def draw_text_lengths(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
     """Draw the lengths of all texts of records with `texts` texts each; any text of a record may be the longest."""
     each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
     return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
 
 
-def _fill(model: TaskModel, draws: np.random.Generator) -> None:
-    generator = _generator(draws, "cpu")
+def _randomize_adapter(model: TaskModel, draws: np.random.Generator) -> None:
+    generator = _make_generator(draws, "cpu")
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SIZE)
 
 
-def _generator(draws: np.random.Generator, device: torch.device | str) -> torch.Generator:
+def _make_generator(draws: np.random.Generator, device: torch.device | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(draws.integers(1 << 62)))
 
 
 @contextmanager
-def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
+def _with_random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
     """Replace the frozen weights by random ones, as in a new model, and restore them at the end of the block."""
     frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
     # On the model's device if both leave room for a step, which has four fifths of what a model leaves free.
-    beside = model.device.type != "cpu" and 6 * model_bytes(model) <= memory_of(model.device)
+    beside = model.device.type != "cpu" and 6 * model_bytes(model) <= total_memory(model.device)
     kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
-    generators = {one.device: _generator(draws, one.device) for one in frozen.values()}
+    generators = {one.device: _make_generator(draws, one.device) for one in frozen.values()}
     try:
         with torch.no_grad():
             for name, one in frozen.items():

@@ -24,13 +24,13 @@ _ROUNDING = 1e-3  # relative slack: training rounds to float32, and the bounds b
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reach:
+class UpdateBound:
     """Bounds on the change of an adapter in one round; infinite if training has no bound."""
 
     value: Mapping[str, float]  # name of a tensor -> the furthest that one of its values moves away from 0
     norm: float  # the same for the L2 norm of all values together
 
-    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: float = 0.0) -> bool:
+    def allows(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: float = 0.0) -> bool:
         """Whether an update with the tensors of `sent` stays within both bounds.
 
         Moves towards 0 are free: a site first clamps values to its own limit, which the lead does not know.  The
@@ -48,9 +48,9 @@ class Reach:
         return math.sqrt(square) <= self.norm
 
 
-def reach(
+def bound_update(
     training: TrainingSpec, plan: Plan, *, round: int, declared_size: int, sent: Adapter, rests: str | None = None
-) -> Reach:
+) -> UpdateBound:
     """Compute the bounds of one round at a site, for the adapter that the lead sent.
 
     Tensors whose names contain `rests` are not trained.  They may move towards 0, because of a site's own limit; apart
@@ -61,9 +61,9 @@ def reach(
     """
     trained = {name: tensor for name, tensor in sent.tensors.items() if rests is None or rests not in name}
     still = {name: tensor for name, tensor in sent.tensors.items() if name not in trained}
-    resting = {n: _moved(training, (), 0.0, at=float(np.abs(tensor).max(initial=0))) for n, tensor in still.items()}
+    resting = {n: _max_move(training, (), 0.0, at=float(np.abs(tensor).max(initial=0))) for n, tensor in still.items()}
     if not plan.private and training.optimizer == "sgd":
-        return Reach(value=resting | dict.fromkeys(trained, math.inf), norm=math.inf)  # nothing bounds a gradient
+        return UpdateBound(value=resting | dict.fromkeys(trained, math.inf), norm=math.inf)  # nothing bounds a gradient
     head = {name: tensor for name, tensor in trained.items() if name.startswith("head.")}
     lora = {name: tensor for name, tensor in trained.items() if name not in head}
     total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
@@ -79,18 +79,18 @@ def reach(
     for group, rate in zip((lora, head), training.peak_rates(clipped=plan.private), strict=True):
         flat = np.concatenate([np.zeros(1), *(tensor.ravel() for tensor in group.values())])
         rates = [rate * factor for factor in factors]
-        most = _moved(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
+        most = _max_move(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
         norm = math.sqrt(flat.size) * most
         if training.optimizer == "sgd":  # its step is as long as the gradient; Adam rescales each value
             length = float(np.linalg.norm(flat.astype(np.float64)))
             longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
-            norm = min(norm, _moved(training, rates, longest, at=length))
+            norm = min(norm, _max_move(training, rates, longest, at=length))
         value |= dict.fromkeys(group, most)
         square += norm**2
-    return Reach(value=value, norm=math.sqrt(square))
+    return UpdateBound(value=value, norm=math.sqrt(square))
 
 
-def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
+def _max_move(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
     """Bound the move of a value or vector of size `at` over steps at these rates; no gradient exceeds `gradient`."""
     moved, velocity = 0.0, 0.0
     for number, rate in enumerate(rates, 1):
@@ -100,12 +100,12 @@ def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, a
         else:
             # AdamW's decay moves towards 0, which is free; only an overshoot past 0 counts.
             beyond = rate * training.weight_decay - 1
-            moved += rate * _adam_ratio(training.betas, number) + (beyond * (at + moved) if beyond > 0 else 0.0)
+            moved += rate * _max_adam_ratio(training.betas, number) + (beyond * (at + moved) if beyond > 0 else 0.0)
     return moved * (1 + _ROUNDING) + 1e-6 * (1 + at)
 
 
 @lru_cache(maxsize=4096)
-def _adam_ratio(betas: tuple[float, float], step: int) -> float:
+def _max_adam_ratio(betas: tuple[float, float], step: int) -> float:
     """Return an upper bound on Adam's bias-corrected mean over root mean square, for one value after `step` steps.
 
     The bound follows from the Cauchy-Schwarz inequality on the gradients' weights in both means.

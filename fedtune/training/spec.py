@@ -65,7 +65,7 @@ class TrainingSpec:
             check_fraction("betas", beta, zero=True)
         check_at_least("warmup_steps", self.warmup_steps, 0)
 
-    def lower_rates(self, *, clipped: bool) -> dict[str, float]:
+    def suggest_lower_rates(self, *, clipped: bool) -> dict[str, float]:
         """Return a third of every learning rate in use, by its key under `training`."""
         found = {}
         for key, rate in zip(("learning_rate", "head_learning_rate"), self.peak_rates(clipped=clipped), strict=True):
@@ -97,7 +97,7 @@ _CLEAR, _WITHOUT_NOISE = 4.0, 1.5
 of accuracy (simulations/own_data)."""
 
 
-def automatic_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
+def choose_learning_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
     """Choose AdamW's peak learning rate for a linear head on normalized embeddings, from public numbers alone.
 
     Adam moves a value by about the learning rate in each step, whatever the size of gradients and noise.  Over a run,

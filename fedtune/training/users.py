@@ -20,7 +20,7 @@ from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, units_of
+from fedtune.training.examples import Places, SiteExamples, Told, Units, ignore_progress, units_on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ class UserExamples(Units):
             losses = model.losses(records)
             (losses * torch.from_numpy(shares).to(losses)).sum().backward()  # type: ignore[no-untyped-call]
 
-    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
+    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = ignore_progress) -> None:
         """Cache the frozen layers' outputs, as `SiteExamples.keep_frozen_states` does."""
         self.examples.keep_frozen_states(model, folder=folder, told=told)
 
@@ -121,7 +121,7 @@ class UserExamples(Units):
         """Cache the base model's outputs, as `SiteExamples.keep_reference` does."""
         self.examples.keep_reference(model)
 
-    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """Return a function that draws the records of each sampled user from `stream`, and cuts the users into
         batches.
         """
@@ -142,8 +142,8 @@ class UserExamples(Units):
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
         """Return the users of one of `num_devices` devices, and the indices of their records."""
-        users = [self._users[place] for place in units_of(rank, num_devices, len(self))]
+        users = [self._users[place] for place in units_on_device(rank, num_devices, len(self))]
         records = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *users]))
-        examples = self.examples.of_records(records, device)
+        examples = self.examples.select_records(records, device)
         own = [np.searchsorted(records, places) for places in users]
         return UserExamples(examples, own, most_records=self.most_records, most_users=self.most_users), records

@@ -21,7 +21,7 @@ import study
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
-from fedtune.privacy.distributed_noise import Together, epsilons, least_cell_bits, noise_of_shares
+from fedtune.privacy.distributed_noise import Together, combine_noise_shares, epsilons_by_adversary, min_cell_bits
 
 SITES, RATE, RELEASES, DELTA = 4, 0.3, 50, 1e-5
 BOUND = 1000  # clip norms; decides no noise
@@ -31,7 +31,7 @@ def ideal_noise(epsilon: float) -> float:
     """The least noise multiplier of one Gaussian mechanism on all records, by the fine grid, to a part in a million."""
 
     def spent(noise: float) -> float:
-        return epsilon_pld([events.dp_sgd(sampling_rate=RATE, noise_multiplier=noise, steps=RELEASES)], DELTA)
+        return epsilon_pld([events.dp_sgd_event(sampling_rate=RATE, noise_multiplier=noise, steps=RELEASES)], DELTA)
 
     low, high = 0.1, 100.0
     while high / low > 1 + 1e-6:
@@ -44,13 +44,13 @@ def row(runs: Path, *, target: float, threshold: int, colluders: int) -> study.F
     """One plan: `target` holds with so many colluders in each sum of at least `threshold` sites."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=RATE, steps=RELEASES)
     sites = Together(num_sites=SITES, threshold=threshold, colluders=colluders)
-    share = sites.share_of(total)
-    bits = least_cell_bits(share)
+    share = sites.share_for_total(total)
+    bits = min_cell_bits(share)
     shared = replace(sites.with_share(share), bound=BOUND)
-    found = epsilons(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)
+    found = epsilons_by_adversary(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)
     # Each share's own rounding adds a twelfth of a squared cell to what is accounted.
     rounding = math.sqrt(1 + 1 / 12 / (share * 2.0**bits) ** 2)
-    of_sum = noise_of_shares(share, threshold - colluders)
+    of_sum = combine_noise_shares(share, threshold - colluders)
     return {
         "target": target,
         "threshold": threshold,

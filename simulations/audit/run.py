@@ -27,7 +27,7 @@ import readme
 import study
 
 from fedtune.cli.main import main as fedtune
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 
 # What the lead scores on files of its own is no part of an audit.
 COMMON = ("tracking=quiet", "data.validation_file=null", "data.test_file=null")
@@ -98,7 +98,7 @@ def table(lines: Mapping[str, study.Found]) -> str:
         kind = "" if line["audit"]["method"] == "gradient_canaries" else ", made-up records"
         rows.append(
             [
-                epsilon_text(average["claimed_epsilon"]),
+                format_epsilon(average["claimed_epsilon"]),
                 line["ran"] + kind,
                 f"{sites[0]['canaries']:,} at {len(sites)}",
                 f"{sites[0]['guesses']:,}",
@@ -119,7 +119,7 @@ def membership(lines: Mapping[str, study.Found]) -> str:
     for line in lines.values():
         for one in line["audit"]["membership"]:
             if one["site"] is None:
-                claim = epsilon_text(line["audit"]["bounds"][-1]["claimed_epsilon"])
+                claim = format_epsilon(line["audit"]["bounds"][-1]["claimed_epsilon"])
                 area = f"{one['auroc']:.3f} ({one['auroc_low']:.3f} to {one['auroc_high']:.3f})"
                 found = [rate(hit) for hit in one["hit_rates"]]
                 score = one["score"].replace("_", " ")

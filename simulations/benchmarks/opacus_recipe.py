@@ -62,7 +62,7 @@ def _prepare(settings: list[str], folder: Path) -> None:
     from unittest.mock import patch
 
     from fedtune.api.compose import compose_run
-    from fedtune.model.base_model import load_base, save_plain
+    from fedtune.model.base_model import load_base, save_as_plain_model
     from fedtune.sites import shared_model
 
     config = compose_run([*settings, "privacy.epsilon=8"])
@@ -84,7 +84,7 @@ def _prepare(settings: list[str], folder: Path) -> None:
         },
         sampling_rate=config.privacy.sampling_rate,
     )
-    save_plain(load_base(config.model, predicts_tokens=False), folder / "base")
+    save_as_plain_model(load_base(config.model, predicts_tokens=False), folder / "base")
     (folder / "work.pickle").write_bytes(pickle.dumps(work))
 
 

@@ -31,15 +31,15 @@ from opacus.grad_sample import GradSampleHooks
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Batch
-from fedtune.model.layers import layer_stack
+from fedtune.model.layers import find_layer_stack
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import add_gaussian_noise
 from fedtune.privacy.randomness import SystemRandomness
 from fedtune.sites import shared_model
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import add_clipped, descend, zeros
-from fedtune.training.per_example import attached
+from fedtune.training.dp_step import add_clipped, apply_gradient_sum, zero_sums
+from fedtune.training.per_example import record_gradients
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- results: written by step.py -->", "<!-- end of results -->"
@@ -67,7 +67,7 @@ def prepared(case: str, *, onednn: bool = True, dtype: str = "float32") -> tuple
     with patch.object(shared_model, "moved_by_others", lambda *_, **__: 0.0):
         shared = RunModel(LoadedModel(config), config)
     examples = shared.examples_of(shared.tokenised(shared.records.dealt.sites[0].training[:count], lenient=True))
-    if shared.model.skips_layers:
+    if shared.model.has_frozen_prefix:
         examples.keep_frozen_states(shared.model)
     return shared.model, list(examples.cut(np.arange(count))), config.privacy.max_grad_norm
 
@@ -94,7 +94,7 @@ def standing(model: TaskModel) -> torch.optim.Optimizer:
 
 def private(model: TaskModel, batches: list[Batch], clip_norm: float) -> dict[str, float]:
     """The same with gradients by example, clipped and added up in whole numbers, and with noise."""
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         return clipped(model, batches, clip_norm, found=gradients.found.__getitem__, forget=gradients.found.clear)
 
 
@@ -124,7 +124,7 @@ def clipped(
     """A private step, wherever gradients by example are `found`, and forgotten before the next micro-batch."""
     parts = {"forward": 0.0, "backward": 0.0, "clipping": 0.0, "noise": 0.0, "the step itself": 0.0}
     parameters, optimizer = model.trainable(), standing(model)
-    sums = zeros(parameters)
+    sums = zero_sums(parameters)
     for batch in batches:
         forget()
         with timed(parts, "forward"):
@@ -139,7 +139,7 @@ def clipped(
         of_all = {name: total.numpy() for name, total in sums.items()}
         noisy = add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
     with timed(parts, "the step itself"):
-        descend(noisy, parameters, optimizer, denominator=1.0)
+        apply_gradient_sum(noisy, parameters, optimizer, denominator=1.0)
     return parts
 
 
@@ -174,7 +174,7 @@ def products(case: str) -> dict[str, Step]:
 
 
 def _linear(model: TaskModel) -> list[torch.nn.Linear]:
-    _, layers = layer_stack(model.base.get_base_model())
+    _, layers = find_layer_stack(model.base.get_base_model())
     frozen = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
     return [module for module in frozen if not any(one.requires_grad for one in module.parameters())]
 

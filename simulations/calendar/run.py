@@ -24,7 +24,7 @@ from typing import Any
 
 from fedtune.api.compose import compose_run
 from fedtune.federation.calendar import moved
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.durable import write_durably
 from fedtune.sites.session import Session
@@ -133,7 +133,7 @@ def table(lines: Mapping[str, study.Found]) -> str:
     rows = [["run", *LINES.values()]]
     for place in range(max(map(len, made))):
         rows.append([str(place + 1), *(f"{one[place]['accuracy']:.3f}" if place < len(one) else "" for one in made)])
-    epsilons = (epsilon_text(one[0]["epsilon"]) if one else "" for one in made)
+    epsilons = (format_epsilon(one[0]["epsilon"]) if one else "" for one in made)
     return readme.markdown([*rows, ["epsilon of a run", *epsilons]])
 
 

@@ -89,7 +89,7 @@ class Drill:
         """The run's events in a site's ledger, also while the site writes."""
         with (
             suppress(RunError),
-            store.reading(self.made.folder / site / "ledger.db") as file,
+            store.open_for_reading(self.made.folder / site / "ledger.db") as file,
         ):  # it may be yet to be made
             return [event for event in store.read_events(file) if event.run.rpartition("-")[0] == self.run]
         return []

@@ -22,9 +22,9 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Asserted, Machine
-from fedtune.sites.run_records import deal_out
-from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.virtual_site import generated_policy
+from fedtune.sites.run_records import partition_run_records
+from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.virtual_site import generate_policy
 
 SITES = ("north", "south", "west")
 START_S = 120.0
@@ -49,8 +49,8 @@ class LocalFederation:
 
     def _make_sites(self) -> None:
         lead = tomllib.loads((self.folder / "fed/lead/kit.toml").read_text())["lead"]
-        config, sent = self.config, for_sites(self.config)
-        dealt, commands = deal_out(config).sites, list[list[str]]()
+        config, sent = self.config, settings_for_sites(self.config)
+        dealt, commands = partition_run_records(config).sites, list[list[str]]()
         for name, records in zip(self.sites, dealt, strict=True):
             place = self.folder / name
             place.mkdir()
@@ -59,7 +59,7 @@ class LocalFederation:
                 roles = sorted(records.training[0].fields)
                 writer.writerow(roles)
                 writer.writerows([record.fields[role] for role in roles] for record in records.training)
-            policy = generated_policy(sent, sent.plan(), name, lead=lead)
+            policy = generate_policy(sent, sent.plan(), name, lead=lead)
             dataset = replace(policy.dataset[0], path="records.csv", columns={role: role for role in roles})
             # Room for several runs; one thread, since all sites share this machine.
             budget = replace(policy.budget, max_epsilon=20 * policy.budget.max_epsilon)

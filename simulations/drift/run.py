@@ -18,7 +18,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from fedtune.federation.drift import HeldOut, fall_of, held_out_of
+from fedtune.federation.drift import HeldOut, detect_score_drop, pool_held_out_scores
 from fedtune.federation.lead import RoundResult
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,12 +57,12 @@ def run_of(score: float, units: int, sites: int, noise: float, draws: np.random.
         )
         for n, sums in enumerate(noised / units)
     ]  # fmt: skip
-    return held_out_of(rounds, dict.fromkeys(names, float(units)), noise=noise, run="made up")
+    return pool_held_out_scores(rounds, dict.fromkeys(names, float(units)), noise=noise, run="made up")
 
 
 def found(line: list[HeldOut | None]) -> bool:
     """Whether the report of the newest run tells of a fall; one without a mean tells of none."""
-    fall = fall_of([one for one in line if one]) if line[-1] else None
+    fall = detect_score_drop([one for one in line if one]) if line[-1] else None
     return fall is not None and bool(fall.found)
 
 

@@ -36,22 +36,22 @@ from fedtune.api.compose import compose_run
 from fedtune.data import Batch, Part, Shapes
 from fedtune.lab.audit import sensitivity
 from fedtune.lab.audit.spec import AuditSpec
-from fedtune.model.layers import attach_adapters, compute_by_row, layer_stack
-from fedtune.model.quantized import FourBit, keep_in_four_bits
+from fedtune.model.layers import attach_adapters, find_layer_stack, make_activations_rowwise
+from fedtune.model.quantized import FourBit, quantize_linear_layers
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import preflight
 from fedtune.training.accelerators import about
-from fedtune.training.dp_step import TensorSums, add_clipped, descend, zeros
+from fedtune.training.dp_step import TensorSums, add_clipped, apply_gradient_sum, zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
-from fedtune.training.machine import device_for, model_bytes
-from fedtune.training.per_example import attached
+from fedtune.training.machine import model_bytes, resolve_device
+from fedtune.training.per_example import record_gradients
 
 RESULTS = Path(__file__).parent / "results.json"
 ROOT = Path(__file__).parents[2]
@@ -121,8 +121,8 @@ def one_batch(model: TaskModel, *, rows: int, length: int, seed: int = 5) -> Bat
     """A micro-batch of made-up records, padded to this length, of which the shortest have half."""
     draws = np.random.default_rng(seed)
     lengths = [length - 1, *draws.integers(length // 2, length, size=rows - 1).tolist()]
-    shapes = Shapes.of(max_length=length - 1, max_tokens=rows * length)
-    dataset = sensitivity.made_up(model, lengths, draws)
+    shapes = Shapes.from_limits(max_length=length - 1, max_tokens=rows * length)
+    dataset = sensitivity.random_examples(model, lengths, draws)
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=model.device)
     return examples.batch(Part(np.arange(rows), rows, shapes.lengths[-1]))
 
@@ -140,7 +140,7 @@ def equal(machine: Machine) -> Result:
     for path, task in models(machine):
         here, there = (built(path, task, device=device) for device in (machine.device, torch.device("cpu")))
         batch = one_batch(there, rows=8, length=32)
-        with attached(here) as one, attached(there) as other:
+        with record_gradients(here) as one, record_gradients(there) as other:
             mine, theirs = one.of_all(batch.to(machine.device)), other.of_all(batch)
         apart = max(_apart(mine[name].cpu(), theirs[name]) for name in theirs)
         cells = [_summed(model, gradients) for model, gradients in ((here, mine), (there, theirs))]
@@ -157,7 +157,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _summed(model: TaskModel, gradients: dict[str, torch.Tensor]) -> sensitivity.Integers:
-    sums = zeros(model.trainable())
+    sums = zero_sums(model.trainable())
     add_clipped(sums, gradients, 1.0)
     return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
 
@@ -169,7 +169,7 @@ def repeats(machine: Machine) -> Result:
     tried.append((f"llama of {_LONG} tokens", "bfloat16", llama(machine, "135m"), _LONG))
     for path, task, model, length in tried:
         batch = one_batch(model, rows=8 if length < _LONG or not machine.tiny else 2, length=length)
-        with attached(model) as gradients:
+        with record_gradients(model) as gradients:
             first = gradients.of_all(batch)
             same = [
                 all(torch.equal(again[name], first[name]) for name in first)
@@ -186,8 +186,8 @@ def alone(machine: Machine, dtype: str) -> Result:
         model = built(path, task, device=machine.device, dtype=dtype)
         for rows, shares in _ROWS_TRIED:
             length, tokens = (15, 64) if machine.tiny else (127, 1024)
-            shapes = replace(Shapes.of(max_length=length, max_tokens=tokens), row_shares=shares)
-            moved = preflight.moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0)
+            shapes = replace(Shapes.from_limits(max_length=length, max_tokens=tokens), row_shares=shares)
+            moved = preflight.max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0)
             found[f"{path} {task}, {rows}"] = moved
     return found
 
@@ -198,14 +198,14 @@ def alone_and_long(machine: Machine) -> Result:
     for rows, shares in _ROWS_TRIED:
         shapes = Shapes((_LONG,), max_tokens=(2 if machine.tiny else 8) * _LONG, row_shares=shares)
         about_it = {"keeps_states": False, "max_grad_norm": 1.0, "weights_chosen": False}
-        found[rows] = preflight.moved_by_others(llama(machine, "135m"), shapes, **about_it)
+        found[rows] = preflight.max_batch_influence(llama(machine, "135m"), shapes, **about_it)
     return found
 
 
 def moved_by_one(machine: Machine) -> Result:
     """The search for a record that moves a step's sum by more than the clip norm."""
     with tempfile.TemporaryDirectory() as folder:
-        worst = sensitivity.search(
+        worst = sensitivity.search_violations(
             compose_run(_banks(machine)), AuditSpec(tries=4 if machine.tiny else 200), Path(folder)
         )
     assert worst.exceeded == 0, f"a record moved the sum by {worst.moved} clip norms"
@@ -240,7 +240,7 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     began = time.perf_counter()
     shared, draws = RunModel(loaded := LoadedModel(config), config), np.random.default_rng(5)
     lengths = draws.integers(2, config.data.max_length, size=40 if machine.tiny else 2000).tolist()
-    examples = shared.examples_of(sensitivity.made_up(shared.model, lengths, draws))
+    examples = shared.examples_of(sensitivity.random_examples(shared.model, lengths, draws))
     max_grad_norm = config.privacy.max_grad_norm
     units = examples if loaded.devices is None else loaded.devices.divided(examples, max_grad_norm=max_grad_norm)
     units.keep_reference(shared.model)
@@ -271,12 +271,12 @@ def llama(machine: Machine, size: str, *, dtype: str = "bfloat16") -> TaskModel:
     config = LlamaConfig(**shape, vocab_size=512 if machine.tiny else 32000, max_position_embeddings=1024)  # type: ignore[arg-type]
     with machine.device:
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    compute_by_row(base)
+    make_activations_rowwise(base)
     if dtype == "nf4":
-        keep_in_four_bits(layer_stack(base)[1], device=machine.device)
+        quantize_linear_layers(find_layer_stack(base)[1], device=machine.device)
     lora = LoraSpec(rank=16 if not machine.tiny else 2, target_modules=("q_proj", "v_proj"))
     spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype=dtype), task="causal_lm", lora=lora)
-    model = TaskModel(spec, task_named("causal_lm"), attach_adapters(base, spec=lora, predicts_tokens=True, seed=0))
+    model = TaskModel(spec, get_task("causal_lm"), attach_adapters(base, spec=lora, predicts_tokens=True, seed=0))
     filled(model)
     return model
 
@@ -290,7 +290,7 @@ def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: tuple[i
             machine, model, one_batch(model, rows=number, length=16 if machine.tiny else _LONG)
         )
     began = time.perf_counter()
-    _with_noise(zeros(model.trainable()))
+    _with_noise(zero_sums(model.trainable()))
     return found | {"noise_seconds": round(time.perf_counter() - began, 4)}
 
 
@@ -331,7 +331,7 @@ def four_bit(machine: Machine) -> Result:
                 with torch.no_grad():
                     coarse.get_parameter(f"{name}.weight").copy_(layer.weight)
         batch = one_batch(model, rows=8, length=32)
-        with attached(model) as one, attached(coarse) as other:
+        with record_gradients(model) as one, record_gradients(coarse) as other:
             mine, theirs = one.of_all(batch), other.of_all(batch)
         apart = max(_apart(mine[name], theirs[name]) for name in theirs)
         assert apart < 0.05, f"{path}: gradients differ by {apart} from those of the same weights in bfloat16"
@@ -353,11 +353,11 @@ def _plain(model: TaskModel, batch: Batch) -> None:
 
 def _private(model: TaskModel, batch: Batch) -> None:
     parameters, optimizer = model.trainable(), _standing(model)
-    sums = zeros(parameters)
-    with attached(model) as gradients:
+    sums = zero_sums(parameters)
+    with record_gradients(model) as gradients:
         for _ in range(_MICRO_BATCHES):
             add_clipped(sums, gradients.of_all(batch), 1.0)
-    descend(_with_noise(sums), parameters, optimizer, denominator=1.0)
+    apply_gradient_sum(_with_noise(sums), parameters, optimizer, denominator=1.0)
 
 
 def _with_noise(sums: TensorSums) -> dict[str, npt.NDArray[np.int64]]:
@@ -441,7 +441,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tries; without whole commands")
     parser.add_argument("--into", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    machine = Machine(device=device_for(asked.device), tiny=asked.tiny)
+    machine = Machine(device=resolve_device(asked.device), tiny=asked.tiny)
     names = asked.steps or list(WITHOUT_SUBPROCESSES if asked.tiny else STEPS)
     if not run(machine, names, asked.into):
         raise SystemExit(1)

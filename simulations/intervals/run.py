@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.evaluation.bootstrap import Figures, Scores, drawn
-from fedtune.evaluation.groups import Groups, by_group
+from fedtune.evaluation.groups import Groups, score_groups
 from fedtune.tasks.classification import macro_f1
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -190,7 +190,7 @@ def coverage_in_group(size: int, repeats: int) -> dict[str, float]:
         inside = right_or_wrong((0.5, 0.6), size)(draws).models
         outside = right_or_wrong((0.6, 0.75), 400 - size)(draws).models
         models = {name: {"right": np.concatenate([inside[name]["right"], outside[name]["right"]])} for name in inside}
-        found = by_group(models, groups, score="accuracy", scores=mean_right, pairs=[("base", "tuned")])
+        found = score_groups(models, groups, score="accuracy", scores=mean_right, pairs=[("base", "tuned")])
         score, gap = found.scores["small"]["tuned"], found.gaps["small"]["tuned"]
         change = found.changes["small"]["base", "tuned"].difference
         held["score"] += score.low <= 0.6 <= score.high

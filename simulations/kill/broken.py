@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
 
@@ -31,7 +31,7 @@ def stored_after_the_reply() -> Callable[[], None]:
 
 def admitted_before_the_charge() -> Callable[[], None]:
     """People are in the register of arrivals before the round that admits them is charged."""
-    admit = EventStore.admit
+    admit = EventStore.admit_users
 
     def write_at_once(self: EventStore, own: Mapping[str, int], cohorts: Cohorts) -> tuple[frozenset[str], str]:
         admitted = admit(self, own, cohorts)
@@ -39,7 +39,7 @@ def admitted_before_the_charge() -> Callable[[], None]:
         self._file.execute("BEGIN IMMEDIATE")
         return admitted
 
-    EventStore.admit = write_at_once  # type: ignore[method-assign]
+    EventStore.admit_users = write_at_once  # type: ignore[method-assign]
     return lambda: None
 
 
@@ -53,30 +53,30 @@ ORDERS = {
 
 
 def _charge_in_commit() -> None:
-    reserve, commit = Ledger.reserve, Ledger.commit
+    reserve, commit = SiteLedger.reserve, SiteLedger.commit
     asked: dict[str, Proposal] = {}
 
-    def reserve_nothing(self: Ledger, proposal: Proposal, *, round: int, request: str, **_: object) -> Reservation:
+    def reserve_nothing(self: SiteLedger, proposal: Proposal, *, round: int, request: str, **_: object) -> Reservation:
         asked[request] = proposal
         return Reservation(run=proposal.run, round=round, request=request, attempt=1)
 
-    def charge_and_commit(self: Ledger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
+    def charge_and_commit(self: SiteLedger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
         reserve(self, asked[reservation.request], round=reservation.round, request=reservation.request)
         commit(self, reservation, reply, fingerprint=fingerprint)
 
-    Ledger.reserve, Ledger.commit = reserve_nothing, charge_and_commit  # type: ignore[method-assign]
+    SiteLedger.reserve, SiteLedger.commit = reserve_nothing, charge_and_commit  # type: ignore[method-assign]
 
 
 def _commit_late() -> Callable[[], None]:
-    commit = Ledger.commit
+    commit = SiteLedger.commit
     late: Late = []
 
-    def later(self: Ledger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
+    def later(self: SiteLedger, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
         late.append(lambda: commit(self, reservation, reply, fingerprint=fingerprint))
 
     def catch_up() -> None:
         while late:
             late.pop(0)()
 
-    Ledger.commit = later  # type: ignore[method-assign]
+    SiteLedger.commit = later  # type: ignore[method-assign]
     return catch_up

@@ -12,15 +12,15 @@ from typing import Any
 from observer import Seen
 from world import Setting
 
-from fedtune.federation.lead import Checkpoints, LeadState, site_charge
+from fedtune.federation.lead import Checkpoints, LeadState, compute_site_charge
 from fedtune.federation.protocol import RoundRequest
 from fedtune.privacy import accountant
-from fedtune.privacy.events import grouped
+from fedtune.privacy.events import count_mechanisms
 from fedtune.privacy.filter import epsilon_filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.history import Run
+from fedtune.privacy.ledger.history import AcceptedRun
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
@@ -54,10 +54,10 @@ def register_problems(sites: Path, site: str, seen: Seen, setting: Setting) -> I
     """Whether the register of arrivals has everybody who could be sampled, under cohorts that the run is charged to."""
     if (cohorts := setting.everyone.plan.cohorts) is None or not seen.admitted:
         return
-    with store.reading(sites / site / "ledger.db") as file:
+    with store.open_for_reading(sites / site / "ledger.db") as file:
         rows = {row.unit: row.cohort for row in register.read_rows(file)}
     secret = SigningKey.load(sites / site / "site_key.pem").secret("arrivals")
-    if missing := seen.admitted - {user for user in seen.admitted if register.unit_of(secret, user) in rows}:
+    if missing := seen.admitted - {user for user in seen.admitted if register.pseudonymize(secret, user) in rows}:
         yield f"{len(missing)} people could be sampled whom the register lacks"
     if not all(cohort in cohorts for cohort in rows.values()):
         yield "the register has people of a cohort that no round was charged to"
@@ -96,7 +96,9 @@ def _spending_problems(seen: Seen, state: Verified, plan: Plan) -> Iterator[str]
     by_filter = epsilon_filter(spent, order=history.order, delta=history.delta)
     if not by_filter >= epsilon_filter([known], order=history.order, delta=history.delta):
         yield "the epsilon spent by the filter is below what an observer could know"
-    if not _epsilon(frozenset(spent.items()), plan.delta) >= _epsilon(frozenset(grouped([known]).items()), plan.delta):
+    if not _epsilon(frozenset(spent.items()), plan.delta) >= _epsilon(
+        frozenset(count_mechanisms([known]).items()), plan.delta
+    ):
         yield "the epsilon spent by PLD is below what an observer could know"
 
 
@@ -126,7 +128,7 @@ def lead_problems(folder: Path, states: Mapping[str, Verified | None], setting: 
     for site, state in states.items():
         run = None if state is None else state.history.runs.get(run_id)
         charged = run.charged_rounds * plan.local_steps if run else 0
-        stated = site_charge(lead, site, plan).steps
+        stated = compute_site_charge(lead, site, plan).steps
         if stated < charged:
             yield f"the lead would state {stated} steps of {site}, which was charged {charged}"
 
@@ -166,11 +168,11 @@ def again_problems(
             yield f"asking again charged {charged[1] - charged[0]} rounds and not {fresh}"
 
 
-def _run(state: Verified | None, request: RoundRequest) -> Run | None:
+def _run(state: Verified | None, request: RoundRequest) -> AcceptedRun | None:
     return None if state is None else state.history.runs.get(request.run)
 
 
-def _must_answer(run: Run | None, request: RoundRequest, plan: Plan) -> str | None:
+def _must_answer(run: AcceptedRun | None, request: RoundRequest, plan: Plan) -> str | None:
     """The stored update's SHA-256 or the reason to refuse; None: a fresh update, for a charge of its own."""
     if run is not None and request.digest() in run.replies:
         newest = list(run.replies)[-1] == request.digest()

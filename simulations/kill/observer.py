@@ -41,7 +41,7 @@ class Outside:
 
     def request(self, signed: Signed, adapter: Adapter) -> None:
         """Keep what is about to be asked."""
-        request = RoundRequest.of(signed)
+        request = RoundRequest.from_signed(signed)
         path = self._requests / f"{request.round:03d}-{request.site}-{request.digest()}"
         if not path.exists():
             partial = path.with_suffix(".partial")
@@ -51,7 +51,7 @@ class Outside:
     def reply(self, signed: Signed, reply: Reply) -> None:
         """A reply leaves."""
         body, receipt = reply.body, None if reply.receipt is None else asdict(reply.receipt)
-        about = {"site": body.site, "round": body.round, "request": RoundRequest.of(signed).digest()}
+        about = {"site": body.site, "round": body.round, "request": RoundRequest.from_signed(signed).digest()}
         if isinstance(body, Update):
             sha256 = hashlib.sha256(body.to_bytes()).hexdigest()
             self.tell("update", **about, sha256=sha256, noise=Adapter(body.tensors).digest(), receipt=receipt)
@@ -62,7 +62,7 @@ class Outside:
 def kept_requests(folder: Path) -> list[tuple[RoundRequest, Adapter]]:
     """Every request that was sent, in the order of the rounds."""
     kept = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("*")) if path.suffix != ".partial"]
-    return [(RoundRequest.of(signed), Adapter(tensors)) for signed, tensors in kept]
+    return [(RoundRequest.from_signed(signed), Adapter(tensors)) for signed, tensors in kept]
 
 
 @dataclass

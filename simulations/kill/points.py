@@ -161,11 +161,11 @@ class Doomed:
 def install(doomed: Doomed, *, spill: bool) -> None:
     """Put the points into this process."""
     for owner, method, phase in (
-        (ledger.Ledger, "__init__", "open"),
-        (ledger.Ledger, "reserve", "reserve"),
-        (ledger.Ledger, "commit", "commit"),
-        (ledger.Ledger, "refuse", "refusal"),
-        (ledger.Ledger, "end", "end of run"),
+        (ledger.SiteLedger, "__init__", "open"),
+        (ledger.SiteLedger, "reserve", "reserve"),
+        (ledger.SiteLedger, "commit", "commit"),
+        (ledger.SiteLedger, "refuse", "refusal"),
+        (ledger.SiteLedger, "end", "end of run"),
         (virtual_site.Participants, "site", "site files"),
         (local, "dp_sgd_step", "step"),
         (event_store, "write_durably", "anchor"),

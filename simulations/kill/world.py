@@ -65,7 +65,7 @@ class Setting:
         everyone = Participants(config, folder)
         _ = [(work.examples, work._heldout) for work in everyone.work.values()]
         _ = everyone.shared.validation, everyone.shared.test
-        virtual_site.generated_policy(config, everyone.plan, ANCHORED, lead=everyone.sites.lead_key().public)
+        virtual_site.generate_policy(config, everyone.plan, ANCHORED, lead=everyone.sites.lead_key().public)
         return cls(config, everyone)
 
     @property
@@ -149,13 +149,13 @@ def _prepare(
 
 
 def _add_anchor() -> None:
-    generated = virtual_site.generated_policy
+    generated = virtual_site.generate_policy
 
     def anchored(config: RunConfig, plan: object, site: str, *, lead: str) -> Policy:
         policy = generated(config, plan, site, lead=lead)  # type: ignore[arg-type]
         return replace(policy, anchor=f"../anchors/{site}.json") if site == ANCHORED else policy
 
-    virtual_site.generated_policy = anchored
+    virtual_site.generate_policy = anchored
 
 
 def _watch_training(everyone: Participants, doomed: Doomed, outside: Outside) -> None:
@@ -217,5 +217,5 @@ def _watch_replies(setting: Setting, doomed: Doomed, outside: Outside, late: Cal
 def _other_request(setting: Setting, signed: Signed, adapter: Adapter) -> tuple[Signed, Adapter]:
     """The same round from another adapter: would it be trained, one charge would buy two looks at the records."""
     other = Adapter({name: value + 1 for name, value in adapter.tensors.items()})
-    request = replace(RoundRequest.of(signed), adapter_digest=other.digest())
+    request = replace(RoundRequest.from_signed(signed), adapter_digest=other.digest())
     return request.signed(setting.everyone.sites.lead_key()), other

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
@@ -30,11 +30,11 @@ from fedtune.privacy.site_policy import (
     Limits,
     Policy,
     Population,
-    Reference,
+    ReferenceRun,
     Releases,
 )
 from fedtune.report.derive import profile
-from fedtune.report.from_ledger import lifetime_of
+from fedtune.report.from_ledger import compute_current_lifetime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -65,7 +65,7 @@ def a_policy(lead: str) -> Policy:
         budget=Budget(
             delta=1e-6,
             max_epsilon=50.0,
-            reference=Reference(sampling_rate=0.03, noise_multiplier=5.0, steps=ROUNDS),
+            reference=ReferenceRun(sampling_rate=0.03, noise_multiplier=5.0, steps=ROUNDS),
         ),
         limits=Limits(
             min_noise_multiplier=1.0, max_sampling_rate=0.1, max_grad_norm=1.0, max_local_steps=1, max_rounds=ROUNDS
@@ -80,9 +80,9 @@ def a_policy(lead: str) -> Policy:
 
 def write_ledger(folder: Path) -> tuple[Policy, SigningKey, list[float]]:
     """A ledger of 10,000 reservations and commits; seconds of every hundredth pair."""
-    key, lead = SigningKey.load_or_make(folder / "site.pem"), SigningKey.load_or_make(folder / "lead.pem")
+    key, lead = SigningKey.load_or_create(folder / "site.pem"), SigningKey.load_or_create(folder / "lead.pem")
     policy, pairs = a_policy(lead.public), []
-    ledger = Ledger(folder / "ledger.db", policy, key)
+    ledger = SiteLedger(folder / "ledger.db", policy, key)
     for number in range(SETTINGS):
         proposal = Proposal(
             run=f"run-{number}",
@@ -136,7 +136,7 @@ def compose(runs: Path) -> study.Found:
         "pld_s": seconds(lambda: accountant.epsilon_pld(charges, 1e-6, interval=accountant.COARSE)),
         "rdp_s": seconds(lambda: accountant.epsilon_rdp(charges, 1e-6)),
         "filter_s": seconds(lambda: filter.epsilon_filter(charges, order=8.0, delta=1e-6)),
-        "distinct": len(events.grouped(charges)),
+        "distinct": len(events.count_mechanisms(charges)),
     }
 
 
@@ -146,14 +146,14 @@ def measure_file(runs: Path) -> study.Found:
         folder = Path(scratch)
         policy, key, pairs = write_ledger(folder)
         path = folder / "ledger.db"
-        ledger, verified = Ledger(path, policy, key), verify(path)
+        ledger, verified = SiteLedger(path, policy, key), verify(path)
         return {
             "events": ledger.history.length,
             "megabytes": round(path.stat().st_size / 1e6, 1),
             "reserve_and_commit_s_first_100": round(statistics.median(pairs[:100]), 4),
             "reserve_and_commit_s_last_100": round(statistics.median(pairs[-100:]), 4),
-            "open_s": seconds(lambda: Ledger(path, policy, key)),
-            "spending_s": seconds(lambda: lifetime_of(verified)),
+            "open_s": seconds(lambda: SiteLedger(path, policy, key)),
+            "spending_s": seconds(lambda: compute_current_lifetime(verified)),
             "verify_s": seconds(lambda: verify(path)),
             "report_s": seconds(lambda: report(path), repeats=5),
         }

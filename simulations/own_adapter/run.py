@@ -26,9 +26,9 @@ import numpy as np
 from fedtune.api.compose import compose_recipe
 from fedtune.config import saved_config
 from fedtune.data.load import split_key
-from fedtune.runs.model_comparison import side_by_side
+from fedtune.runs.model_comparison import compare_runs
 from fedtune.sites.personal import Parts, personalise
-from fedtune.sites.run_records import deal_out
+from fedtune.sites.run_records import partition_run_records
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -57,7 +57,7 @@ def sites(runs: Path, *, recipe: str, settings: dict[str, Any], seed: int, name:
     place = {"name": re.sub("[ ,]+", "-", name), "tracking.output_dir": str(runs), "tracking.progress": False}
     folder = study.finished(compose_recipe(recipe, {"seed": seed, **settings, **place}))
     config = saved_config(folder)
-    dealt = zip(config.federation.names, deal_out(config).sites, strict=True)
+    dealt = zip(config.federation.names, partition_run_records(config).sites, strict=True)
     return {site: own_of_site(folder, site, records) for site, records in dealt}
 
 
@@ -70,7 +70,7 @@ def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
         beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}
         passes = personalise(config, adapter, parts, site=site, **beside)
         folders = {"own": into / "adapter", "shared": adapter, "alone": alone}
-        sides = side_by_side({name: (config, one) for name, one in folders.items()})
+        sides = compare_runs({name: (config, one) for name, one in folders.items()})
     mix = Counter(record.fields["label"] for record in records.training)
     test = Counter(record.fields["label"] for record in sides.records)
     weights = np.array([mix[one.fields["label"]] / test[one.fields["label"]] for one in sides.records])

@@ -20,10 +20,10 @@ from run import LINES
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Shapes
-from fedtune.lab.audit.sensitivity import made_up
+from fedtune.lab.audit.sensitivity import random_examples
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import PerExampleGradients, attached
+from fedtune.training.per_example import PerExampleGradients, record_gradients
 
 RESULTS = Path(__file__).parent / "companies.json"
 NAMES = (
@@ -67,7 +67,7 @@ def bucket(shared: LoadedModel, length: int, *, companies: int, seed: int) -> di
     draws, shapes = np.random.default_rng([length, seed] if seed else length), shared.shapes
     longest = shapes.most_tokens(shapes.lengths[-1])
     lengths = [*of_length(shapes, length, WATCHED, draws), *draws.integers(1, longest, OTHERS, endpoint=True)]
-    records = SiteExamples(made_up(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device)
+    records = SiteExamples(random_examples(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device)
     if shared.keeps_states:
         records.keep_frozen_states(shared.model)
     generator = torch.Generator().manual_seed(length)
@@ -75,7 +75,7 @@ def bucket(shared: LoadedModel, length: int, *, companies: int, seed: int) -> di
         for parameter in shared.model.trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     counts = {"companies": companies, "compared": 0, "differed": 0}
-    with attached(shared.model) as gradients:
+    with record_gradients(shared.model) as gradients:
         alone = {place: together(gradients, records, np.array([place]))[place] for place in range(WATCHED)}
         for _ in range(companies):
             watched = draws.permutation(WATCHED)[: draws.integers(1, WATCHED, endpoint=True)]

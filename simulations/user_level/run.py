@@ -41,11 +41,11 @@ import study
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record, users_of
-from fedtune.data.load import deal, split_key
+from fedtune.data.load import partition_training_files, split_key
 from fedtune.data.partition import unit_hash
 from fedtune.privacy import accountant, events
-from fedtune.privacy.accountant import epsilon_text
-from fedtune.report.derive.profile import group
+from fedtune.privacy.accountant import format_epsilon
+from fedtune.report.derive.profile import group_privacy
 
 FOLDER = Path(__file__).parent
 TITLES = {
@@ -73,7 +73,7 @@ def noise_by_formula(epsilon: float, *, rate: float, steps: int, delta: float, m
     """The noise at which the formula of group privacy comes to (epsilon, delta)."""
     each = epsilon / members
     delta_each = delta * math.expm1(each) / math.expm1(epsilon)
-    assert group(each, delta_each, members=members)[1] <= delta * (1 + 1e-9)
+    assert group_privacy(each, delta_each, members=members)[1] <= delta * (1 + 1e-9)
     return accountant.calibrate_noise(epsilon=each, delta=delta_each, sampling_rate=rate, steps=steps, also=[])
 
 
@@ -123,7 +123,7 @@ def lines_of(asked: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, 
 @lru_cache(maxsize=32)
 def promised(kind: str, noise: float, *, rate: float, steps: int, delta: float, members: int) -> dict[str, Any]:
     """Epsilon at delta for one unit, and for a person by the formula and exactly; None: the formula says nothing."""
-    event = events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    event = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
     each = accountant.epsilon_pld([event], delta)
     if kind == "user":
         return {"epsilon_unit": each, "epsilon_person": each, "epsilon_person_formula": each}
@@ -141,7 +141,7 @@ def by_formula(event: dp_accounting.DpEvent, *, delta: float, members: int) -> f
     found = []
     for number in range(1, 2000):
         delta_each = delta * 10 ** (-number / 100)
-        epsilon, of_all = group(float(pld.get_epsilon(delta_each)), delta_each, members=members)
+        epsilon, of_all = group_privacy(float(pld.get_epsilon(delta_each)), delta_each, members=members)
         if of_all <= delta:
             found.append(epsilon)
     return min(found, default=None)
@@ -154,7 +154,7 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
     """
     key = split_key(config.seed)
     columns = config.bound_task.columns(config.data, partition=True, unit="user")
-    sites = deal(config.data, columns, config.federation.names, seed=config.seed, unit="user").sites
+    sites = partition_training_files(config.data, columns, config.federation.names, seed=config.seed, unit="user").sites
     rows = []
     for number, site in enumerate(sites):
         for places in users_of(site.training):
@@ -213,7 +213,7 @@ def table(lines: Mapping[str, Any]) -> str:
     rows = [[*heads, "perplexity", "before", "seconds"]]
     for line in lines.values():
         figures = [line.get("epsilon_unit"), line.get("epsilon_person_formula"), line.get("epsilon_person")]
-        shown = ["-" if figure is None else epsilon_text(figure) for figure in figures]
+        shown = ["-" if figure is None else format_epsilon(figure) for figure in figures]
         if "target" not in line:
             shown = ["unbounded"] * 3
         scores = ["", "", ""]

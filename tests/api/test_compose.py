@@ -16,7 +16,7 @@ from ..conftest import write_config
 
 
 def swept(overrides: Sequence[str]) -> list[RunConfig]:
-    return [trial.config for trial in Trials.of_sweep(overrides).rows.values()]
+    return [trial.config for trial in Trials.from_sweep(overrides).rows.values()]
 
 
 OWN = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]

@@ -77,13 +77,13 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
     found = fedtune.compare({"tuned": run}, progress=told.append)
     assert [one.stage for one in told] == ["scoring tuned"]
     assert found.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
-    difference = found.comparison("base", "tuned").difference
+    difference = found.compare_models("base", "tuned").difference
     assert difference.low <= difference.value <= difference.high
     for wrong in ({}, {"base": run}):
         with pytest.raises(ValueError, match="must name at least one run, and none of them base"):
             fedtune.compare(wrong)
     with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
-        found.comparison("base", "tuned", "precision")
+        found.compare_models("base", "tuned", "precision")
 
 
 def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pyt
     run, told = fedtune.simulate("debug", tiny(tmp_path, **settings)), list[fedtune.Progress]()
     (found,) = fedtune.personalise(run, ["site-2"], progress=told.append).values()
     assert set(found.sides.measured) == {"base", "alone", "shared", "own"}
-    difference = found.sides.comparison("shared", "own").difference
+    difference = found.sides.compare_models("shared", "own").difference
     assert difference.low <= difference.value <= difference.high
     assert any("site-2: training its own adapter" in one.stage for one in told)
     own = fedtune.load(found.folder)

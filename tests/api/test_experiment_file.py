@@ -62,7 +62,7 @@ def test_command_line_overrides_win_over_the_file(page: Path) -> None:
 
 def test_mapping_in_a_file_replaces_the_default_in_sweeps(page: Path) -> None:
     page.write_text(PAGE.replace("{text: body, label: team}", "{text: body, label: team, site: org}"))
-    runs = [trial.config for trial in Trials.of_sweep([f"experiment={page}", "privacy.epsilon=1,3"]).rows.values()]
+    runs = [trial.config for trial in Trials.from_sweep([f"experiment={page}", "privacy.epsilon=1,3"]).rows.values()]
     assert [run.privacy.epsilon for run in runs] == [1.0, 3.0]
     assert all(run.data.columns == {"text": "body", "label": "team", "site": "org"} for run in runs)
 
@@ -116,7 +116,7 @@ def test_misspelled_experiment_argument_is_explained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mails.yaml").write_text("defaults: [debug]\nname: mails\n")
-    for compose in (compose_run, Trials.of_sweep):
+    for compose in (compose_run, Trials.from_sweep):
         with pytest.raises(ConfigError) as error:
             compose(typed.replace("LONG", "m" * 5000).split())
         snapshots.check_message("mistakes-experiments", typed, str(error.value))

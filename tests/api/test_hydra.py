@@ -12,7 +12,7 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.main import main
 from fedtune.lab.studies.trials import Trials
 from fedtune.spec import ConfigError
-from fedtune.words import dotted
+from fedtune.words import flatten
 
 from ..conftest import REPOSITORY, python
 
@@ -46,14 +46,14 @@ def test_hydra_syntax_behaves_as_documented(what: str, typed: str, expected: str
             compose_run(words)
         assert "\n" not in str(caught.value)
     elif words[0] == "-m":
-        assert f"{len(Trials.of_sweep(words[1:]).rows)} runs" == expected
+        assert f"{len(Trials.from_sweep(words[1:]).rows)} runs" == expected
     elif any(word.startswith("--") for word in words):
         assert main(["simulate", *words]) == 0
         assert expected.strip("`") in capsys.readouterr().out
     else:
         key, _, value = expected.strip("`").partition(": ")
         config = compose_run([*words, *([] if "name" in typed else ["name=x"])])
-        found = dict(dotted(config.to_json()))[key]
+        found = dict(flatten(config.to_json()))[key]
         found = list(found) if isinstance(found, tuple) else found
         assert found == (value if "$" in value else yaml.safe_load(value)), what
 

@@ -48,7 +48,7 @@ class SiteFolder(Books):
 
     @property
     def lead(self) -> SigningKey:
-        return SigningKey.load_or_make(self.folder / "lead.pem")
+        return SigningKey.load_or_create(self.folder / "lead.pem")
 
     def write_policy(self, **changes: str | None) -> None:
         """The template with some values replaced, as TOML, or left out."""
@@ -80,7 +80,7 @@ class SiteFolder(Books):
         ledger = self.open()
         with pytest.raises(Refused) as caught:
             ledger.reserve(asked, round=1, request="x")
-        ledger.refuse(caught.value, run=named or asked.run, round=1, request="x")
+        ledger.record_refusal(caught.value, run=named or asked.run, round=1, request="x")
 
 
 class Here(Books):
@@ -88,7 +88,7 @@ class Here(Books):
 
     @property
     def state(self) -> SiteState:
-        return SiteState.of(self.folder / "kit")
+        return SiteState.in_kit(self.folder / "kit")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def joined(tmp_path: Path) -> Callable[..., Here]:
         federation = tmp_path / "federation"
         if not federation.exists():
             (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
-            provisioning.init(tmp_path / "federation.toml", out=federation, now=begun)
+            provisioning.init_federation(tmp_path / "federation.toml", out=federation, now=begun)
         return Here(Desk(federation, begun).join(name, approval="manual").parent)
 
     return make
@@ -151,7 +151,7 @@ def _lived_once(tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
     site.charge(first, 1, 2)
     site.charge(first, 3, committed=False)
     site.charge(first, 3)
-    site.open().end("diagnosis")
+    site.open().end_run("diagnosis")
     site.ask_too_much(site.proposal("greedy", noise_multiplier=0.5))
     site.charge(site.proposal("triage", noise_multiplier=2.5), 1)
     return site

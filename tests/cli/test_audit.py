@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.audit import audit, audit_spec, show_findings
+from fedtune.cli.audit import audit, parse_audit_spec, show_findings
 from fedtune.evaluation import audit_bound
 from fedtune.lab.audit.spec import AuditSpec
-from fedtune.report.derive.verdicts import refuted
+from fedtune.report.derive.verdicts import refuted_bounds
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.spec import ConfigError
 
@@ -32,11 +32,11 @@ def test_audit_cannot_resume_a_run(finished: Path) -> None:
 
 
 def test_audit_settings_are_parsed_from_overrides() -> None:
-    assert audit_spec([]) == AuditSpec()
-    given = audit_spec(["audit.kind=records", "+audit.canaries=50", "audit.guesses=null", "audit.sites=[a,b]"])
+    assert parse_audit_spec([]) == AuditSpec()
+    given = parse_audit_spec(["audit.kind=records", "+audit.canaries=50", "audit.guesses=null", "audit.sites=[a,b]"])
     assert given == AuditSpec(kind="records", canaries=50, sites=("a", "b"))
     with pytest.raises(ConfigError, match=r"audit\.never_used"):
-        audit_spec(["audit.never_used=1"])
+        parse_audit_spec(["audit.never_used=1"])
     assert all(f"audit.{field.name}" in (audit.__doc__ or "") for field in fields(AuditSpec)), "the help names each"
 
 
@@ -50,7 +50,7 @@ def found(folder: Path, *bounds: AuditBound, width: int = 200) -> tuple[Audit, s
     """An audit with these bounds, and what is said of it."""
     about: dict[str, Any] = {"method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False}
     result = Audit(**about, bounds=bounds, membership=(), exceeded=False)
-    result, said = replace(result, exceeded=bool(refuted(result))), StringIO()
+    result, said = replace(result, exceeded=bool(refuted_bounds(result))), StringIO()
     show_findings(Console(file=said, width=width), result, folder)
     return result, said.getvalue()
 
@@ -68,9 +68,9 @@ def test_audit_verdict_corrects_for_multiple_bounds(tmp_path: Path) -> None:
     alone, said = found(tmp_path, bound("a", barely))
     assert (alone.exceeded, "wrong" in said) == (True, True)
     among, said = found(tmp_path, bound("a", barely), *(bound(f"b{n}", 100) for n in range(5)))
-    assert (among.exceeded, refuted(among)) == (False, ())
+    assert (among.exceeded, refuted_bounds(among)) == (False, ())
     assert "The bound at a is above its claim by itself, but so little that it may be by chance" in said
     assert "No bound is above its claim" not in said
     broken, said = found(tmp_path, bound("a", 200), *(bound(f"b{n}", barely) for n in range(5)))
-    assert [one.site for one in refuted(broken)] == ["a"]
+    assert [one.site for one in refuted_bounds(broken)] == ["a"]
     assert "At a the attack shows" in said

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli import site_actions
-from fedtune.ops.doctor.check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
+from fedtune.ops.doctor.check import REFUSED, SERVER, DoctorCheck, Status, failed, ok, skipped, warning
 from fedtune.spec import FedtuneError
 
 from ..conftest import command, parsed
@@ -41,12 +41,12 @@ def test_doctor_lines_fit_a_narrow_terminal_and_json_lists_all_checks(
 
 @pytest.mark.parametrize(("codes", "expected"), [((), 0), ((SERVER,), 1), ((SERVER, REFUSED), 3), ((SERVER, 3, 2), 2)])
 def test_doctor_exit_code_is_that_of_the_most_important_failure(codes: tuple[int, ...], expected: int) -> None:
-    checks = [Check(name=f"c{code}", status=Status.FAILED, found="x", fix="y", exit_code=code) for code in codes]
+    checks = [DoctorCheck(name=f"c{code}", status=Status.FAILED, found="x", fix="y", exit_code=code) for code in codes]
     if not expected:
-        site_actions.finish(checks)
+        site_actions.raise_failures(checks)
         return
     with pytest.raises(FedtuneError) as caught:
-        site_actions.finish(checks)
+        site_actions.raise_failures(checks)
     assert caught.value.exit_code == expected
     assert all(check.name in str(caught.value) for check in checks)
 

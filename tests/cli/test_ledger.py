@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import events
-from fedtune.privacy.accountant import epsilon_text, factor_text
+from fedtune.privacy.accountant import format_epsilon, format_factor
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
@@ -192,7 +192,7 @@ def test_restore_uses_the_policy_anchor_if_it_is_newer(put_back: Any, tmp_path: 
     assert Head.read(older).sequence < newest.sequence
     assert restored(put_back, "--anchor", str(older)).code == 0
     known = {events.from_json(event): count for event, count in newest.charged}
-    assert verify(put_back.ledger, anchor=newest).history.charged() == known
+    assert verify(put_back.ledger, anchor=newest).history.total_charges() == known
 
 
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
@@ -218,8 +218,8 @@ def test_person_confirms_the_date_after_a_clock_jump(
 
 
 def test_displayed_epsilons_and_factors_are_rounded_up() -> None:
-    assert [epsilon_text(epsilon) for epsilon in (1.0001, 2.0, math.inf)] == ["1.001", "2.000", "unbounded"]
+    assert [format_epsilon(epsilon) for epsilon in (1.0001, 2.0, math.inf)] == ["1.001", "2.000", "unbounded"]
     factors = {0.0: "1.00", 0.5: "1.65", 2.999: "20.1", 6.0: "404", 19.0: "178,482,301", 50.0: "10^22"}
     for epsilon, shown in factors.items():
-        assert factor_text(epsilon) == shown
+        assert format_factor(epsilon) == shown
         assert epsilon <= math.log(float(shown.replace("10^", "1e").replace(",", ""))) + 1e-12

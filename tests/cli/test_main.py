@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import click
 import pytest
 
-from fedtune.cli.command import HYDRA_OPTIONS, importing
+from fedtune.cli.command import HYDRA_OPTIONS, pause_garbage_collection
 from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
@@ -147,7 +147,7 @@ def test_garbage_collection_is_paused_during_imports(was_on: bool) -> None:
     before = gc.isenabled()
     (gc.enable if was_on else gc.disable)()
     try:
-        with contextlib.suppress(ImportError), importing():
+        with contextlib.suppress(ImportError), pause_garbage_collection():
             assert not gc.isenabled()
             raise ImportError
         assert gc.isenabled() is was_on
@@ -161,7 +161,7 @@ def test_imported_library_objects_are_frozen_for_garbage_collection(
 ) -> None:
     frozen_at: list[int] = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen_at.append(len(sys.modules)))
-    with importing():
+    with pause_garbage_collection():
         for number in range(new):
             monkeypatch.setitem(sys.modules, f"a_part_of_a_library_{number}", sys)
     assert bool(frozen_at) is frozen

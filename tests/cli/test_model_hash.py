@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedtune.model.base_model import model_sha256
-from fedtune.model.manifest import manifest_of
+from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
 
 from ..conftest import command
@@ -22,11 +22,11 @@ def test_model_hash_covers_weights_configuration_and_tokenizer(tmp_path: Path) -
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
     (folder / "README.md").write_text("not covered")
     digest, blank, title, *files = command("model-hash", str(folder)).printed.splitlines()
-    assert digest == manifest_of(folder).sha256 == model_sha256(ModelSpec(path=str(folder)))
+    assert digest == build_manifest(folder).sha256 == model_sha256(ModelSpec(path=str(folder)))
     assert (blank, title) == ("", "It covers:")
     assert [line.split()[1] for line in files] == ["config.json", "model.safetensors", "tokenizer.json"]
     said = json.loads(command("model-hash", str(folder), "--json").out)
-    assert (said["sha256"], said["files"]) == (digest, dict(manifest_of(folder).files))
+    assert (said["sha256"], said["files"]) == (digest, dict(build_manifest(folder).files))
     assert command("model-hash", str(folder), "--json", "--files").code == 2
     assert command("model-hash", "random:bert").out == f"{model_sha256(ModelSpec(path='random:bert'))}\n"
     # Anybody can compute it from the files; that of a GGUF file is what sha256sum prints.

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.report import verdict_line
+from fedtune.cli.report import format_verdict
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import from_ledger, signing
-from fedtune.report.facts import Verdict
+from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
-from fedtune.report.rederive import derive
+from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.rederive import derive_report
 from fedtune.spec import REPORT_SCHEMA
 from fedtune.words import spoken
 
@@ -37,7 +37,7 @@ _EPSILON = ("sites", 0, "spent", "epsilon_pld")
 @pytest.fixture(scope="module")
 def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lead") / "lead_key.pem"
-    SigningKey.load_or_make(path)
+    SigningKey.load_or_create(path)
     return path
 
 
@@ -49,7 +49,7 @@ def signed(run_folder: Path, key_file: Path) -> Path:
 
 
 def report_in(folder: Path) -> Report:
-    return signing.read((folder / "report.json").read_bytes())
+    return signing.parse_report((folder / "report.json").read_bytes())
 
 
 def edit(path: Path, *keys: Any, to: Any) -> None:
@@ -81,19 +81,19 @@ def test_report_build_subcommand_may_be_omitted(said: str) -> None:
 def test_verdict_line_matches_the_wording_of_the_page(
     kind: str, state: Any, said: str, run_folder: Path, lived: Any
 ) -> None:
-    report = report_in(run_folder) if kind == "run" else from_ledger.build(lived.ledger)
-    verdict = Verdict(state=state, reasons=() if state == "within" else ("x",))
-    assert verdict_line(replace(report, verdict=verdict))[0].startswith(said)
+    report = report_in(run_folder) if kind == "run" else from_ledger.build_ledger_report(lived.ledger)
+    verdict = BudgetVerdict(state=state, reasons=() if state == "within" else ("x",))
+    assert format_verdict(replace(report, verdict=verdict))[0].startswith(said)
 
 
 def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
     banner, verdict, two_figures, *others = command("report", str(run_folder)).printed.splitlines()
-    assert banner == catalogue("en").texts["banner"]["simulation"]
+    assert banner == load_catalogue("en").texts["banner"]["simulation"]
     assert verdict.startswith("The lead's limit for this run was kept: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
-    assert two_figures == catalogue("en").texts["budget"]["two_figures_run"]
+    assert two_figures == load_catalogue("en").texts["budget"]["two_figures_run"]
     assert [line.split()[-1] for line in others] == [f"{run_folder}/report.{ending}" for ending in ("json", "html")]
     digest = hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest()
     assert digest in (run_folder / "report.html").read_text()
@@ -170,7 +170,7 @@ def test_invalid_report_command_is_refused(typed: str, run_folder: Path, lived: 
 
 
 def test_missing_or_changed_signature_is_reported(signed: Path, key_file: Path) -> None:
-    key, whole = SigningKey.load(key_file).public, signing.read(signed.read_bytes())
+    key, whole = SigningKey.load(key_file).public, signing.parse_report(signed.read_bytes())
     verified = ("report", "verify", str(signed))
     assert command(*verified, "--key", key).code == 0
     made = f"made with the key in the file, {spoken(key)}: not checked"
@@ -180,7 +180,7 @@ def test_missing_or_changed_signature_is_reported(signed: Path, key_file: Path) 
     edit(signed, "signature", to=None)
     assert re.search("signature +not checked +It is not signed", command(*verified).printed)
     assert command(*verified, "--key", key).code == 1
-    signed.write_text(signing.to_text(signing.signed(whole, other)))
+    signed.write_text(signing.report_to_json(signing.sign_report(whole, other)))
     assert command(*verified).code == 0  # whose it is was not asked
     outcome = command(*verified, "--key", key)
     assert (outcome.code, f"The report is signed by {other.public}" in outcome.out) == (1, True)
@@ -209,7 +209,7 @@ def test_report_with_another_configuration_is_reported(signed: Path, looser: Pat
     of_another = shutil.copytree(looser, tmp_path / "two")
     shutil.copy(signed, of_another)
     assert command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration, files")
-    said = signing.read(signed.read_bytes()).facts.provenance.config_sha256
+    said = signing.parse_report(signed.read_bytes()).facts.provenance.config_sha256
     assert said
     assert command("report", "verify", str(signed), "--config", said).code == 0
     outcome = command("report", "verify", str(signed), "--config", HASH)
@@ -231,11 +231,11 @@ def test_report_is_verified_with_the_roster_key(joined: Any, signed: Path, key_f
     roster = next(here.folder.parent.joinpath("federation").rglob("roster.json"))
     by_roster = ("--roster", str(roster))
     assert re.search("signature +right", command("report", "verify", str(path), *by_roster).out)
-    report = signing.read(path.read_bytes())
+    report = signing.parse_report(path.read_bytes())
     facts = report.facts
     verification = replace(facts.verification, site_key=other.public)
     forged = replace(facts, approved=replace(facts.approved, max_epsilon_per_run=99.0), verification=verification)
-    path.write_text(signing.to_text(signing.signed(derive(forged), other)))
+    path.write_text(signing.report_to_json(signing.sign_report(derive_report(forged), other)))
     path.with_name("report.html").unlink()
     assert command("report", "verify", str(path)).failed(1).endswith("is not shown to hold; not compared: signature")
     outcome = command("report", "verify", str(path), *by_roster)
@@ -243,7 +243,7 @@ def test_report_is_verified_with_the_roster_key(joined: Any, signed: Path, key_f
     assert re.search("signature +WRONG", outcome.out)
     message = command("report", "verify", str(signed), *by_roster).failed(1)
     assert "not signed by the lead, who signed" in message
-    roster.write_bytes(Roster.read(roster).signed(SigningKey.load(key_file)).to_bytes())
+    roster.write_bytes(Roster.read(roster).sign_roster(SigningKey.load(key_file)).to_bytes())
     outcome = command("report", "verify", str(signed), *by_roster)
     assert re.search("signature +right", outcome.out)
     assert outcome.failed(1).endswith("not compared: site keys"), "a simulation's keys are no real site's"

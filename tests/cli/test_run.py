@@ -20,16 +20,16 @@ from fedtune.cli.run import start_run
 from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.data.spec import AT_SITE
-from fedtune.federation.lead import keep_receipts
+from fedtune.federation.lead import save_receipts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.ops.deployment import LeadService
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.site_policy import Dataset
-from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import build_task_model
@@ -46,7 +46,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     """The kit of a lead with three sites, and `gone`, which was revoked; west has no data set but banking77."""
     folder, now = tmp_path_factory.mktemp("federation"), datetime.now(UTC).replace(microsecond=0)
     (folder / "federation.toml").write_text('name = "banks"\nserver = "127.0.0.1:9"\n')
-    desk = Desk(provisioning.init(folder / "federation.toml", out=folder / "banks", now=now).folder, now)
+    desk = Desk(provisioning.init_federation(folder / "federation.toml", out=folder / "banks", now=now).folder, now)
     for name, size in {**SIZES, "gone": 50}.items():
         others = [] if name == "west" else [Dataset(id="letters", declared_size=11)]
         desk.add(desk.request(name, dataset=(*others, Dataset(id="banking77", declared_size=size))))
@@ -80,7 +80,7 @@ def test_lead_needs_no_training_file_for_custom_data(kit: Kit, tmp_path: Path) -
     config = compose_for_sites(own, kit=kit)
     assert config.declared_sizes() == {"north": 230, "west": 90}
     assert (config.data.train_file, config.data.test_file, config.data.labels) == (AT_SITE, None, ("urgent", "routine"))
-    assert for_sites(config).data.train_file == AT_SITE
+    assert settings_for_sites(config).data.train_file == AT_SITE
     assert compose_for_sites([*own, "sites=[south]"], kit=kit).declared_sizes() == {"south": 180}
     with pytest.raises(ConfigError, match=r"data\.train_file = 'gone\.csv': is each site's own, by its policy"):
         compose_for_sites([*own, "data.train_file=gone.csv"], kit=kit)
@@ -197,10 +197,10 @@ def test_resuming_with_the_same_words_skips_site_count_checks(
 def test_oversized_settings_are_not_sent_to_sites(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = saved_config(folder)
     lead = LeadService(kit=kit, federation=config.federation)
-    assert parse(json.loads(lead._invited(config).settings)) == for_sites(config)
+    assert parse(json.loads(lead._propose_run(config).settings)) == settings_for_sites(config)
     monkeypatch.setattr("fedtune.ops.deployment.MOST_CHARACTERS", 1000)
     with pytest.raises(ConfigError, match=r"settings = '[\d,]+ characters': must have at most 1,000"):
-        lead._invited(config)
+        lead._propose_run(config)
 
 
 def test_run_stop_ends_only_the_recorded_process(folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner
     names = ("gone", *config.federation.active[1:])
     write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
     assert command(*stop).printed.splitlines()[1:] == ["Told that it is over: west.", SILENT.format("gone, south")]
-    assert ended[0] == (for_sites(config).run_id(), config.federation)
+    assert ended[0] == (settings_for_sites(config).run_id(), config.federation)
     assert ended[1][1].active == names[1:]
 
 
@@ -254,9 +254,9 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended: 
     assert command(*stop, whole).out == f"Told that it is over: north, west.\n{SILENT.format('south')}\n"
     message = command(*stop, "runs/trial").failed()
     assert "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it" in message
-    ledger = Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "key.pem"))
+    ledger = SiteLedger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem"))
     book = kit.folder / "receipts.json"
-    keep_receipts(book, {"north": ledger.receipt(whole)})
+    save_receipts(book, {"north": ledger.sign_receipt(whole)})
     try:
         assert command(*stop, "runs/trial").code == 0
         assert f"sites were last charged for {whole}" in command(*stop, "runs/other").failed()
@@ -330,7 +330,7 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
     assert stage.runtime.sites_dir is None, "the lead's ledger is none of the sites'"
     assert (run.declared_sizes(), run.runtime.kind) == ({"north": 230, "west": 90}, "deployment")
     assert run.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one-public" / "adapter").digest
-    assert for_sites(run).public == PublicSpec(train_file=AT_SITE), "the file stays with the lead"
+    assert settings_for_sites(run).public == PublicSpec(train_file=AT_SITE), "the file stays with the lead"
 
 
 def test_renewed_run_keeps_its_sites_with_current_sizes(kit: Kit, tmp_path: Path) -> None:

@@ -19,15 +19,15 @@ import yaml
 from fedtune.api.config_groups import config_folder
 from fedtune.data.load import own_records
 from fedtune.extras import install_command
-from fedtune.ops.services.site_state import serving
-from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.ops.services.site_state import lock_ledger
+from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.privacy.filter import epsilon_filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.show.budget_text import amount_of
-from fedtune.words import spoken_start
+from fedtune.show.budget_text import compute_amount
+from fedtune.words import group_hex_start
 
 from ..conftest import command, edit_config, files_in, named, run_proposal, stranger_key
 from ..privacy.builders import reason_of, reserve
@@ -53,34 +53,34 @@ def north(joined: Any) -> Here:
 
 def test_pending_runs_are_listed_with_their_epsilon(north: Here) -> None:
     assert approve(north, OTHER, "--yes").failed().endswith("must be a run that waits for approval: none")
-    north.state.wait_for_approval(proposed("triage"), SETTINGS)
+    north.state.queue_for_approval(proposed("triage"), SETTINGS)
     message = approve(north, OTHER, "--yes").failed()
     assert message == f"RUN = '{OTHER}': must be a run that waits for approval: {TRIAGE}"
-    north.state.wait_for_approval(proposed("follow-up"), SETTINGS)
+    north.state.queue_for_approval(proposed("follow-up"), SETTINGS)
     plan = proposed().plan
     listed = json.loads(approve(north, "--json").out)["waiting"]
     assert {one["run"] for one in listed} == {TRIAGE, named("follow-up", SETTINGS)}
-    assert {one["epsilon"] for one in listed} == {epsilon_pld([plan.whole], plan.delta)}
+    assert {one["epsilon"] for one in listed} == {epsilon_pld([plan.full_event], plan.delta)}
     assert approve(north, TRIAGE, "--json").code == 2
 
 
 def test_approval_shows_the_epsilon_and_lets_the_run_start(north: Here) -> None:
     earlier, asked = proposed("earlier"), proposed("triage", spare_rounds=0)
     north.start_run(earlier, 1)
-    north.state.wait_for_approval(asked, SETTINGS)
+    north.state.queue_for_approval(asked, SETTINGS)
     assert reason_of(reserve, north.open(), asked) is Reason.AWAITING_APPROVAL
     out = approve(north, TRIAGE, "--yes").printed
     ledger = north.open()
     delta, order = asked.plan.delta, ledger.history.order
-    before = epsilon_filter([earlier.plan.whole], order=order, delta=delta)
-    after = epsilon_filter([earlier.plan.whole, asked.plan.whole], order=order, delta=delta)
+    before = epsilon_filter([earlier.plan.full_event], order=order, delta=delta)
+    after = epsilon_filter([earlier.plan.full_event, asked.plan.full_event], order=order, delta=delta)
     assert 0 < before < after < 5
-    price = epsilon_text(epsilon_pld([asked.plan.whole], delta))
+    price = format_epsilon(epsilon_pld([asked.plan.full_event], delta))
     assert f"epsilon {price} at delta 1e-05 for each record, for the whole run" in out
-    assert f"epsilon {epsilon_text(before)} is taken, {epsilon_text(after)} with this run" in out
+    assert f"epsilon {format_epsilon(before)} is taken, {format_epsilon(after)} with this run" in out
     assert set(ledger.history.approved) == {earlier.digest(), asked.digest()}
     assert reserve(ledger, asked)
-    assert north.state.waiting() == []
+    assert north.state.list_pending_runs() == []
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_check_policy_and_approve_output_match_snapshots(
     """A run that trains its head alone, and runs without a guarantee, which are not given a price."""
     monkeypatch.chdir(north.folder)
     north.edit(**policy)
-    north.state.wait_for_approval(proposed(**asked), SETTINGS)
+    north.state.queue_for_approval(proposed(**asked), SETTINGS)
     said = command("site", "check-policy", "site.toml").printed
     said += "".join(approve(north, *words).printed for words in ((), (R, "--yes")))
     snapshots.check_output(f"site-approve-{name}", said)
@@ -105,30 +105,30 @@ def test_check_policy_and_approve_output_match_snapshots(
 
 def test_long_settings_are_shown_in_full_for_approval(north: Here) -> None:
     settings = json.dumps({"data": {"labels": [*(f"ordinary subject {n}" for n in range(60)), "is HIV positive"]}})
-    north.state.wait_for_approval(run_proposal(run=named("r", settings)), settings)
+    north.state.queue_for_approval(run_proposal(run=named("r", settings)), settings)
     assert "is HIV positive" in " ".join(approve(north, named("r", settings), "--yes").printed.split())
 
 
 @pytest.mark.parametrize(("typed", "yes"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)])
 def test_approval_requires_an_explicit_yes(north: Here, typed: str, yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    north.state.wait_for_approval(proposed(), SETTINGS)
+    north.state.queue_for_approval(proposed(), SETTINGS)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     outcome = approve(north, R)
     assert (outcome.code, "not approved: the run still waits" in outcome.err) == ((0, False) if yes else (1, True))
     assert "Let it start? [y/N]" in outcome.out
     assert bool(north.open().history.approved) is yes
-    assert (north.state.waiting() == []) is yes
+    assert (north.state.list_pending_runs() == []) is yes
 
 
 def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> None:
-    north.state.wait_for_approval(proposed(), SETTINGS)
+    north.state.queue_for_approval(proposed(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(north, R, "--yes")
     assert outcome.failed(3).startswith("policy or budget refuse this run: ")
     for words in ("the lifetime budget would be passed", "too many rounds (asked 4, allowed at most 2)"):
         assert words in outcome.message
     assert "epsilon 0.000 is taken" in outcome.out
-    assert len(north.state.waiting()) == 1
+    assert len(north.state.list_pending_runs()) == 1
     assert not (north.folder / "ledger.db").exists(), "asking made no ledger"
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
     assert "the site has no such data set (asked patients" in approve(north, R, "--yes").failed(3)
@@ -140,19 +140,19 @@ def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> Non
     one, other = proposed(), proposed(lead=stranger_key.public)
     north.edit(allow={"leads": (one.lead, other.lead)})
     for proposal in (one, other):
-        north.state.wait_for_approval(proposal, SETTINGS)
+        north.state.queue_for_approval(proposal, SETTINGS)
     message = approve(north, R, "--yes").failed()
     assert "was proposed in 2 ways" in message
     for proposal in (one, other):
-        assert f"{proposal.digest()[:12]} (lead {spoken_start(proposal.lead)})" in message
+        assert f"{proposal.digest()[:12]} (lead {group_hex_start(proposal.lead)})" in message
     assert approve(north, other.digest()[:12], "--yes").code == 0
     assert set(north.open().history.approved) == {other.digest()}
-    assert [pending.proposal for pending in north.state.waiting()] == [one]
+    assert [pending.proposal for pending in north.state.list_pending_runs()] == [one]
 
 
 @pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
 def test_markup_in_a_run_name_is_shown_literally(north: Here, name: str) -> None:
-    north.state.wait_for_approval(proposed(name), SETTINGS)
+    north.state.queue_for_approval(proposed(name), SETTINGS)
     assert name in approve(north).out
     assert name in approve(north, named(name, SETTINGS), "--yes").printed
 
@@ -164,20 +164,20 @@ def approve(here: Here, *words: str, by: str = "approve") -> Any:
 def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> None:
     denied, other = proposed("triage"), proposed("other")
     for proposal in (denied, other):
-        north.state.wait_for_approval(proposal, SETTINGS)
+        north.state.queue_for_approval(proposal, SETTINGS)
     for reason in ("", " ", "two\nlines", "x" * 301):
         message = approve(north, TRIAGE, "--reason", reason, by="deny").failed()
         assert "must be one line of at most 300 characters" in message
     assert approve(north, TRIAGE, by="deny").code == 2
-    assert len(north.state.waiting()) == 2
+    assert len(north.state.list_pending_runs()) == 2
     told = approve(north, TRIAGE, "--reason", "not [red] in summer", by="deny")
     assert told.printed[:30] == "Denied, and noted in the ledge"
-    assert [pending.proposal for pending in north.state.waiting()] == [other]
+    assert [pending.proposal for pending in north.state.list_pending_runs()] == [other]
     for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
         assert reason_of(reserve, north.open(), proposal) is why
     shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db")).out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
-    assert not north.open().history.charged()
+    assert not north.open().history.total_charges()
     assert approve(north, TRIAGE, "--reason", "again", by="deny").code == 2
     assert approve(north, TRIAGE, "--yes").code == 2
 
@@ -186,7 +186,7 @@ def test_denying_a_started_run_records_the_person_responsible(north: Here, monke
     monkeypatch.setenv("SUDO_USER", "mkeller")
     asked, other = proposed("triage"), proposed("other")
     for proposal in (asked, other):
-        north.state.wait_for_approval(proposal, SETTINGS)
+        north.state.queue_for_approval(proposal, SETTINGS)
     for option in ("--by", "--ticket", "--reason"):
         assert "must be one line" in approve(north, TRIAGE, "--yes", option, " ").failed()
     words = ("--by", "Anna Weber", "--ticket", "DPO-7", "--reason", "ethics vote of May")
@@ -211,31 +211,31 @@ def test_pause_and_resume_are_idempotent_and_report_the_state(north: Here) -> No
     for word, said in (("pause", "Paused: "), ("resume", "The site takes part again.\n")):
         for _ in range(2):
             assert command("site", word, *north.kit).printed.startswith(said)
-            assert north.state.paused.exists() is (word == "pause")
+            assert north.state.paused_file.exists() is (word == "pause")
 
 
 def test_leaving_ends_open_runs_and_releases_their_reserves(north: Here) -> None:
     north.start_run(run_proposal(run="over"), 1)
-    north.open().end("over")
+    north.open().end_run("over")
     north.start_run(run_proposal(run="open"), 1)
     before = north.open().history
-    assert before.set_aside(before.now())
+    assert before.remaining_charges(before.now())
     out = command("site", "leave", *north.words).printed
     assert "north has left cardiology; 1 open run ended" in out
     assert "fedtune provision revoke-site north" in out
     assert str(north.folder / "ledger.db") in out
     ledger = north.open()
-    assert not ledger.history.set_aside(ledger.history.now())
+    assert not ledger.history.remaining_charges(ledger.history.now())
     assert ledger.history.epsilon() == before.epsilon()
     assert reason_of(reserve, ledger, run_proposal(run="open"), 2) is Reason.RUN_ENDED
     assert "0 open runs ended" in command("site", "leave", *north.words).printed
     message = command("site", "start", *north.words).failed(1)
-    assert message == f"this site has left the federation; remove {north.state.left} to take part again"
+    assert message == f"this site has left the federation; remove {north.state.left_file} to take part again"
 
 
 def test_policy_of_another_site_is_refused_by_every_command(joined: Any) -> None:
     north, south = joined("north"), joined("south")
-    north.state.wait_for_approval(proposed(), SETTINGS)
+    north.state.queue_for_approval(proposed(), SETTINGS)
     told = f"{south.site_toml}: site = 'south': must be north, as in the kit"
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
         assert command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == told
@@ -262,7 +262,7 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
     told = "is when the certificate expired: ask the lead for a new kit"
     assert told in command("site", "start", *old.words).failed()
     assert not (old.folder / "ledger.db").exists()
-    with serving(north.folder / "ledger.db"):
+    with lock_ledger(north.folder / "ledger.db"):
         outcome = command("site", "start", *north.words)
     assert outcome.code == 2
     warning, message = outcome.err.splitlines()
@@ -286,7 +286,7 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
 
 
 def test_site_does_not_start_with_a_missing_or_different_ledger(north: Here) -> None:
-    north.state.check_ledger(north.open().history.opened.ledger)
+    north.state.check_ledger(north.open().history.opening.ledger)
     ledger = north.folder / "ledger.db"
     ledger.unlink()
     gone = command("site", "start", *north.words)
@@ -344,7 +344,7 @@ def test_check_policy_figures_match_the_ledger(site: Any) -> None:
     assert site.open().history.order == amount["order"]
     left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
     assert left == amount["runs_in_lifetime"]
-    assert asdict(amount_of(read_policy(site.site_toml))) == amount
+    assert asdict(compute_amount(read_policy(site.site_toml))) == amount
 
 
 @snapshots.mistakes("site-warnings")
@@ -409,11 +409,11 @@ def test_site_score_uses_the_held_out_records_of_the_site(here: Any) -> None:
     out = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json").printed
     told = json.loads(out)
     from fedtune.config import saved_config
-    from fedtune.tasks.registry import task_named
+    from fedtune.tasks.registry import get_task
 
-    key = SigningKey.load(here.folder / "site_key.pem").secret("held-out split")
+    key = SigningKey.load(here.folder / "site_key.pem").derive_secret("held-out split")
     data = saved_config(here.folder / "kit" / "adapters" / "first").data
-    fault = task_named("classification").fault(data)
+    fault = get_task("classification").fault(data)
     expected = own_records(data, columns=dict(data.columns), fault=fault, key=key).heldout
     assert told["records"] == len(expected) > 30
     assert [model["name"] for model in told["models"]] == ["base", "tuned"]

@@ -43,7 +43,7 @@ def tmp_path() -> Iterator[Path]:
 def served(joined: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
     """A site whose files belong to the account of its process."""
     # This Python may lie in root's own folder; what is needed of it is imported.
-    monkeypatch.setattr(files, "_python_is_readable", lambda: True)
+    monkeypatch.setattr(files, "_is_python_readable", lambda: True)
     here = joined("north")
     here.edit(anchor="anchor.json")
     here.open()
@@ -84,7 +84,7 @@ def owners(folder: Path) -> set[int]:
 @pytest.fixture
 def waiting(served: Here) -> Proposal:
     proposal = run_proposal(run=named("r", "{}"))
-    assert in_child(lambda: served.state.wait_for_approval(proposal, "{}") and None, account=SERVICE) == 0
+    assert in_child(lambda: served.state.queue_for_approval(proposal, "{}") and None, account=SERVICE) == 0
     return proposal
 
 
@@ -94,7 +94,7 @@ def test_site_commands_as_root_keep_file_ownership(served: Here, waiting: Propos
     more = {"approve": (waiting.run, "--yes"), "init": ("--out", str(served.folder / "new-kit"))}.get(command, ())
     code = called("site", command, *more, *words)
     if command == "approve":
-        assert (code, served.state.waiting()) == (0, [])
+        assert (code, served.state.list_pending_runs()) == (0, [])
     if command == "init":
         assert (code, (served.folder / "new-kit/join_request.json").is_file()) == (0, True)
     # All is the account's, and its process goes on with the ledger.
@@ -125,7 +125,7 @@ def test_symbolic_link_is_not_followed_as_root(served: Here, waiting: Proposal, 
 def test_unreadable_python_is_reported_before_dropping_privileges(
     served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    monkeypatch.setattr(files, "_python_is_readable", lambda: False)
+    monkeypatch.setattr(files, "_is_python_readable", lambda: False)
     assert called("site", "approve", "r", "--yes", *served.words) == 2
     assert "cannot be read by account 54321" in capfd.readouterr().err
 

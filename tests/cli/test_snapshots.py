@@ -108,9 +108,9 @@ def test_approval_output_matches_its_snapshot(joined: Any) -> None:
     here = joined("north")
     settings = '{"training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
     triage, later = named("triage", settings), named("follow-up", settings)
-    here.state.wait_for_approval(run_proposal(run=triage), settings)
+    here.state.queue_for_approval(run_proposal(run=triage), settings)
     said = shown("site approve", f"site approve {triage} --yes", options=here.words)
-    here.state.wait_for_approval(run_proposal(run=later), settings)
+    here.state.queue_for_approval(run_proposal(run=later), settings)
     said += shown(f"site deny {later} --reason x", "site approve", options=here.words)
     snapshots.check_output("site-approve", said)
 

@@ -20,19 +20,27 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.api import door
 from fedtune.api.compose import compose_run
-from fedtune.data.load import deal
+from fedtune.data.load import partition_training_files
 from fedtune.data.partition import PartitionSpec
-from fedtune.lab.studies.synthetic import WRITING, allotted, as_written, ballot, chosen, synthesize, weights_of
+from fedtune.lab.studies.synthetic import (
+    WRITING,
+    allot_rows,
+    ballot,
+    load_synthetic,
+    select_by_votes,
+    synthesize,
+    vote_shares,
+)
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.selection import Selection, price_of
-from fedtune.report.from_run import spent_on_start
+from fedtune.privacy.accountant import format_epsilon
+from fedtune.privacy.selection import Selection, compute_search_price
+from fedtune.report.from_run import sum_start_losses
 from fedtune.report.signing import MOST_BYTES
-from fedtune.runs.environment import start_adapter_of
-from fedtune.runs.renewal import with_start
+from fedtune.runs.environment import start_lineage
+from fedtune.runs.renewal import with_start_adapter
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
-from fedtune.sites.virtual_site import dealt_out
+from fedtune.sites.virtual_site import partition_settings
 from fedtune.spec import ConfigError
 
 from ..conftest import REPOSITORY, command, edit_json, simulate
@@ -101,7 +109,9 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dealt = []
-    monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
+    monkeypatch.setattr(
+        run_records, "deal", lambda *given, **named: dealt.append(given) or partition_training_files(*given, **named)
+    )
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n' * 2)
@@ -143,7 +153,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     assert "from 4 candidates" in text
     assert "which are epsilon" in text
     spent = door.load(runs / "shares").privacy
-    told = f"epsilon {epsilon_text(spent.epsilon)} at delta 0.00001 for each record"
+    told = f"epsilon {format_epsilon(spent.epsilon)} at delta 0.00001 for each record"
     assert f"- shares (votes), by the candidates' card: {told}" in text, "rounded up"
     assert "their shares are the noisy votes of shares |" in text
     card = json.loads((tmp_path / "best.jsonl.card.json").read_text())
@@ -296,9 +306,9 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
     picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
     alone, config = door.load(picked).privacy, door.load(picked).config
     begun = replace(config, model=replace(config.model, adapter=str(picked)))
-    price = price_of([config.plan()] * 3)
+    price = compute_search_price([config.plan()] * 3)
     told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
-    selection = Selection.of(price, [config.plan()] * 3, **told)
+    selection = Selection.from_price(price, [config.plan()] * 3, **told)
     (picked / "selection.json").write_text(json.dumps(asdict(selection)))
     assert price.epsilon > (alone.epsilon or 0.0)
     options = ("--codes", str(runs / "codes.jsonl"), "--rows", "2", "--to", str(to))
@@ -306,16 +316,16 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
     assert card["runs"][0]["epsilon"] == card["together"]["epsilon"] == price.epsilon
     text = (tmp_path / "texts.jsonl.card.md").read_text()
-    assert f"It is a trial of a search, whose trials come to epsilon {epsilon_text(price.epsilon)} at delta" in text
-    assert f"which are epsilon {epsilon_text(price.epsilon)} at delta" in text
+    assert f"It is a trial of a search, whose trials come to epsilon {format_epsilon(price.epsilon)} at delta" in text
+    assert f"which are epsilon {format_epsilon(price.epsilon)} at delta" in text
     # So does a run that begins in it, and one that begins in that.
-    first = start_adapter_of(begun) or {}
+    first = start_lineage(begun) or {}
     assert (first["epsilon"], first["delta"]) == (price.epsilon, price.delta)
     after = json.loads((picked / "run.json").read_text())["provenance"]
     edit_json(picked / "run.json", provenance=after | {"start_adapter": first})
     (picked / "selection.json").write_text(json.dumps(asdict(replace(selection, epsilon=99.0, delta=2e-5))))
     both = pytest.approx((99.0 + price.epsilon, 2e-5 + price.delta))
-    assert spent_on_start(start_adapter_of(begun) or {}) == both
+    assert sum_start_losses(start_lineage(begun) or {}) == both
 
 
 def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) -> None:
@@ -331,17 +341,17 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
         (other / "run.json").write_text(json.dumps(named)) if named else (other / "run.json").unlink()
         assert said in command(*votes).failed()
         with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{re.escape(said)}"):
-            with_start(replace(config, model=replace(config.model, adapter=str(other))))
+            with_start_adapter(replace(config, model=replace(config.model, adapter=str(other))))
     copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
     assert "it has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
     assert command("simulate", f"resume={other}").code == 0, "as the messages say"
     assert door.load(other).adapter
     vote(other, 3.0, 1.0)
-    assert weights_of(door.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
+    assert vote_shares(door.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
     save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
     with pytest.raises(ConfigError, match=r"must hold the tensors that its fedtune\.json names by digest"):
-        weights_of(door.load(other))
+        vote_shares(door.load(other))
 
 
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
@@ -418,14 +428,14 @@ def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_pa
 
 
 def test_allotted_shares_are_whole_numbers_and_merge_equal_texts(runs: Path, tmp_path: Path) -> None:
-    assert allotted({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
-    assert sum(allotted({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
+    assert allot_rows({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
+    assert sum(allot_rows({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
     run = door.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
     head = replace(run.config.head, label_texts=("same", "same"))
-    assert weights_of(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
+    assert vote_shares(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
     vote(tmp_path / "shares", -1.0, 0.0)
     with pytest.raises(ValueError, match="noise left none above 0"):
-        weights_of(door.load(tmp_path / "shares"))
+        vote_shares(door.load(tmp_path / "shares"))
 
 
 def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path, tmp_path: Path) -> None:
@@ -440,9 +450,9 @@ def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path
     file.write_text(ballot([*rows, {"messages": "a", "ref": "next\x85 ${line}"}], "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one", "next\x85 ${line}")
-    dealt, voters = dealt_out(config), dealt_out(voting)
+    dealt, voters = partition_settings(config), partition_settings(voting)
     assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
     assert voters == dealt, "a user has a vote where it was trained on, and only there"
     assert {key: getattr(voting.data, key) for key in aside} == aside
-    kept = chosen(as_written(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows
+    kept = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows
     assert kept == (rows[0], rows[2])

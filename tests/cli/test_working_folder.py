@@ -23,7 +23,7 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.federation.run_folder import RunFolder, saved_checkpoints
-from fedtune.runs.place_of_run import folder_of
+from fedtune.runs.place_of_run import find_run_folder
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
 
@@ -39,14 +39,14 @@ def config(tmp_path: Path) -> RunConfig:
 @pytest.fixture
 def folder(config: RunConfig) -> Path:
     """Where the run's folder will be."""
-    return folder_of(config)
+    return find_run_folder(config)
 
 
 def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, folder: Path) -> None:
     assert not RunFolder(folder).has_begun()
     RunFolder(folder).create(config_yaml(config))
     (folder / "log.txt").touch()
-    with RunFolder(folder).held(), pytest.raises(ConfigError, match="is running in another process"):
+    with RunFolder(folder).hold_lock(), pytest.raises(ConfigError, match="is running in another process"):
         RunFolder(folder).has_begun()
     assert not RunFolder(folder).has_begun()
     assert not folder.exists()
@@ -73,9 +73,9 @@ def test_run_folder_is_locked_once_and_inspecting_it_changes_nothing(config: Run
     assert not RunFolder(folder / "nowhere").is_running
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     for _ in range(2):
-        with RunFolder(folder).held():
+        with RunFolder(folder).hold_lock():
             assert RunFolder(folder).is_running
-            with pytest.raises(ConfigError, match="is running in another process"), RunFolder(folder).held():
+            with pytest.raises(ConfigError, match="is running in another process"), RunFolder(folder).hold_lock():
                 pytest.fail("two processes run one folder")
         assert not RunFolder(folder).is_running
     (folder / "log.txt").chmod(0o400)
@@ -90,14 +90,14 @@ def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder:
     RunFolder(folder).create(config_yaml(config))
     assert saved_config(folder) == config
     with pytest.raises(ConfigError, match=rf"name = 'one': is taken.*resume={folder}"):
-        folder_of(config)
+        find_run_folder(config)
     with pytest.raises(ConfigError, match=r"name = 'one': is taken"):
         RunFolder(folder).create(config_yaml(config))  # somebody else was faster
     # A resumed run keeps what decides its result.
     resumed = compose_run([f"resume={folder}", "runtime.micro_batch_tokens=7", "tracking.log_level=debug"])
-    assert folder_of(resumed) == folder
+    assert find_run_folder(resumed) == folder
     with pytest.raises(ConfigError, match=r"\(training\.local_steps was 2, is 9, seed was 0, is 4\)$"):
-        folder_of(compose_run([f"resume={folder}", "training.local_steps=9", "seed=4"]))
+        find_run_folder(compose_run([f"resume={folder}", "training.local_steps=9", "seed=4"]))
 
 
 def ran(config: RunConfig, folder: Path, work: Any, error: type[BaseException], match: str | None = None) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import TextDataset, collate
-from fedtune.data.batching import alone, micro_batches
+from fedtune.data.batching import isolate_example, micro_batches
 from fedtune.data.tokenise import UNSUPERVISED
 
 PAD = 3  # also the last token of every example, as in chat models whose padding is the end-of-text token
@@ -24,11 +24,11 @@ def test_multi_text_record_has_the_length_of_its_longest_text() -> None:
     assert (len(SEVERAL), SEVERAL.num_tokens) == (3, 18)
     assert SEVERAL.text_lengths.tolist() == [[3, 2], [4, 4], [2, 3]]
     assert SEVERAL.lengths.tolist() == [3, 4, 3]
-    assert SEVERAL.texts_of([2, 0]).tolist() == [4, 5, 0, 1]
-    taken = SEVERAL.chosen([2, 0])
+    assert SEVERAL.text_indices([2, 0]).tolist() == [4, 5, 0, 1]
+    taken = SEVERAL.select_examples([2, 0])
     assert [ids.tolist() for ids in taken.input_ids] == [SEVERAL.input_ids[text].tolist() for text in (4, 5, 0, 1)]
     assert (taken.texts, taken.targets.tolist()) == (2, [1.0, 0.5])
-    assert [len(row) for row in A_TOKEN_EACH.chosen([1]).targets] == [4, 4]
+    assert [len(row) for row in A_TOKEN_EACH.select_examples([1]).targets] == [4, 4]
     with pytest.raises(AssertionError, match="one target"):
         TextDataset(IDS, np.zeros(3), 2)
     assert len(TextDataset((), np.zeros(0), 3)) == 0
@@ -104,7 +104,7 @@ def test_isolated_example_keeps_its_shape_without_other_records(dataset: TextDat
     batch = collate(dataset, [2, 0], pad_id=9, shape=(4, 8))
     prefix = torch.arange(rows * 8 * 2, dtype=torch.float32).reshape(rows, 8, 2) + 1
     batch = dataclasses.replace(batch, prefix=prefix.clone())
-    one = alone(batch, place)
+    one = isolate_example(batch, place)
     assert (len(one), one.texts, one.empty_rows) == (taken, dataset.texts, rows - taken * dataset.texts)
     for name in ("input_ids", "attention_mask", "targets", "prefix"):
         here, there = getattr(one, name), getattr(batch, name)

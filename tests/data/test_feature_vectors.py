@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fedtune.data.features import FeatureSpec, vector_of
-from fedtune.data.records import Record, iter_records, usable_records
+from fedtune.data.features import FeatureSpec, encode_features
+from fedtune.data.records import Record, iter_records, iter_usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError, DataError
 
@@ -33,14 +33,14 @@ def data(*features: FeatureSpec, **changes: Any) -> DataSpec:
 def vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
     """A row's vector times the root that all are divided by."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
-    (record,) = iter_records(rows, data(*features).needed_columns(()))
-    found = vector_of(record, features)
+    (record,) = iter_records(rows, data(*features).required_columns(()))
+    found = encode_features(record, features)
     assert found.dtype == np.float32
-    return [round(float(one), 5) for one in found * math.sqrt(sum(one.numbers for one in features))]
+    return [round(float(one), 5) for one in found * math.sqrt(sum(one.num_numbers for one in features))]
 
 
 def test_feature_values_follow_declared_order_and_scale(tmp_path: Path) -> None:
-    values = [value for one in ALL for value in one.values()]
+    values = [value for one in ALL for value in one.value_names()]
     assert values == [
         "age in 0.0 to 100.0",
         *("crp in -1.0 to 1.0", "crp: missing", "ldh in -1.0 to 1.0", "ldh: missing"),
@@ -90,8 +90,8 @@ def test_category_names_follow_the_json_form_of_values(tmp_path: Path, kind: str
     else:
         file.write_text(f"grade\n{value}\n" if kind == ".csv" else f"{json.dumps({'grade': value})}\n")
     grade = FeatureSpec(columns=("grade",), categories=("1", "true", "2.5"))
-    for record in usable_records(file, data(grade).needed_columns(())):
-        found = vector_of(record, (grade,))
+    for record in iter_usable_records(file, data(grade).required_columns(())):
+        found = encode_features(record, (grade,))
         assert found.tolist() == [*(float(name == one) for one in grade.categories), 0.0]
 
 
@@ -99,7 +99,7 @@ def test_feature_vectors_have_norm_at_most_one(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     for _ in range(50):
         fields = {f"feature:{name}": one.made_up(draws.integers) for one in ALL for name in one.columns}
-        assert np.linalg.norm(vector_of(Record(fields), ALL)) <= 1 + 1e-6
+        assert np.linalg.norm(encode_features(Record(fields), ALL)) <= 1 + 1e-6
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -128,7 +128,7 @@ def test_accepted_ranges_are_exact_enough_in_float32(low: float) -> None:
     middle, half = np.float32((low + high) / 2), np.float32((high - low) / 2)
     for value in np.linspace(low, high, 99):
         as_raw = (np.float32(value) - middle) / half
-        assert feature.read(repr(float(value)), at="") == pytest.approx([as_raw], abs=1e-3)
+        assert feature.encode_field(repr(float(value)), at="") == pytest.approx([as_raw], abs=1e-3)
 
 
 def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
@@ -138,7 +138,7 @@ def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
         with pytest.raises(ConfigError, match="must be the column of one feature, and not of the answer"):
             data(AGE, LAB, columns=columns)
     named = {"label": "y", "feature:age": "AGE"}
-    assert data(AGE, columns=named).needed_columns({"label"}) == named, "a column of another name, by its role"
+    assert data(AGE, columns=named).required_columns({"label"}) == named, "a column of another name, by its role"
     wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
     with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):
         data(wide)

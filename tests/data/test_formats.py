@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedtune.data import Record, text_rows
-from fedtune.data.formats import files_of, raw_rows
-from fedtune.data.records import iter_records, usable_records
+from fedtune.data.formats import list_data_files, raw_rows
+from fedtune.data.records import iter_records, iter_usable_records
 from fedtune.spec import ConfigError, DataError
 
 from ..cases import cases_of
@@ -83,7 +83,7 @@ def test_hugging_face_data_set_is_read() -> None:
     assert [record.fields["label"] for record in records] == ["billing", "travel", "billing"]
     assert records[1].fields["messages"] == ('[{"role":"user","content":"é?"},{"role":"assistant","content":"ü!"}]')
     assert records[1].at("text") == f"{SAVED}:2, text"
-    assert [file.name for file in files_of(SAVED)] == ["data-00000-of-00001.arrow"]
+    assert [file.name for file in list_data_files(SAVED)] == ["data-00000-of-00001.arrow"]
 
 
 BAD_TEXTS = pyarrow.Array.from_buffers(
@@ -125,7 +125,7 @@ def test_invalid_arrow_row_is_skipped_alone(tmp_path: Path, name: str, case: str
         saved(tmp_path / name, rows)
     else:
         parquet.write_table(rows, tmp_path / name)
-    found = list(usable_records(tmp_path / name, {role: role}))
+    found = list(iter_usable_records(tmp_path / name, {role: role}))
     assert [record.line for record in found] == kept
     with pytest.raises(DataError, match=rf"{name}:{min({1, 2, 3, 4} - set(kept))}"):
         list(iter_records(tmp_path / name, {role: role}))

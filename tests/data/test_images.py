@@ -15,9 +15,9 @@ from PIL import Image, ImageFile
 from pyarrow import parquet
 
 from fedtune.data import images
-from fedtune.data.formats import files_of, format_of
-from fedtune.data.images import image_of
-from fedtune.data.records import Record, error_of, iter_records, usable_records
+from fedtune.data.formats import detect_format, list_data_files
+from fedtune.data.images import read_image_field
+from fedtune.data.records import Record, error_of, iter_records, iter_usable_records
 from fedtune.spec import ConfigError, DataError
 
 from ..pictures import encoded, picture
@@ -27,11 +27,11 @@ COLUMNS = {"image": "picture", "label": "y"}
 
 
 def decoded(record: Record) -> Any:
-    return images.decoded(record.fields["image"], file=record.file, at=record.at("image"))
+    return images.decode_image(record.fields["image"], file=record.file, at=record.at("image"))
 
 
 def decode(content: bytes) -> Image.Image:
-    found = decoded(Record({"image": image_of(content, "image")}))
+    found = decoded(Record({"image": read_image_field(content, "image")}))
     assert found.mode == "RGB"
     return found
 
@@ -100,7 +100,7 @@ def test_unusable_image_is_one_fault_without_quotation(name: str, tmp_path: Path
         decoded(record)
     assert str(caught.value).startswith(f"{file}:2, image = '{found}': must ")
     assert "secret" not in str(caught.value)
-    assert [one.line for one in usable_records(file, COLUMNS, fault=error_of(decoded))] == [1, 3]
+    assert [one.line for one in iter_usable_records(file, COLUMNS, fault=error_of(decoded))] == [1, 3]
 
 
 def test_oversized_images_are_refused_and_missing_pillow_is_named(
@@ -159,9 +159,9 @@ def test_class_folders_give_one_record_per_image(tmp_path: Path, monkeypatch: py
         found = list(iter_records(folder, {"image": "image", "label": "label"}))
         assert [record.fields["label"] for record in found] == ["sick", "sick", "well"]
         assert [decoded(record).size for record in found] == [picture().size] * 3
-        assert [file.name for file in files_of(folder)] == ["a.PNG", "b.png", "c.png"]
+        assert [file.name for file in list_data_files(folder)] == ["a.PNG", "b.png", "c.png"]
     (tmp_path / "scans" / "labels.csv").write_text("image,label\n")
-    assert format_of(tmp_path / "scans") == "brat", "beside a table they are no records of their own"
+    assert detect_format(tmp_path / "scans") == "brat", "beside a table they are no records of their own"
 
 
 def test_parquet_rows_hold_image_bytes_or_paths(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_parquet_rows_hold_image_bytes_or_paths(tmp_path: Path) -> None:
     ]
     parquet.write_table(pyarrow.table({"picture": given, "y": ["a"] * 4}), tmp_path / "rows.parquet")
     parquet.write_table(pyarrow.table({"picture": [WHOLE, b"x"], "y": ["a"] * 2}), tmp_path / "plain.parquet")
-    found = list(usable_records(tmp_path / "rows.parquet", COLUMNS))
+    found = list(iter_usable_records(tmp_path / "rows.parquet", COLUMNS))
     assert [pixels(decoded(one)) for one in found] == [pixels(picture(seed=seed)) for seed in (1, 2)]
     first, second = iter_records(tmp_path / "plain.parquet", COLUMNS)
     assert pixels(decoded(first)) == pixels(picture())
@@ -189,10 +189,10 @@ def test_image_metadata_uses_bounded_memory(format: str) -> None:
     begin = 8 + 2 + 12 * count + 4
     tags = b"".join(struct.pack("<HHII", tag, 7, shared, begin) for tag in range(1, count + 1))
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, count) + tags + bytes(4 + shared)
-    content = image_of(encoded(picture(), format, exif=exif), "image")
+    content = read_image_field(encoded(picture(), format, exif=exif), "image")
     tracemalloc.start()
     try:
-        images.decoded(content, file="", at="x")
+        images.decode_image(content, file="", at="x")
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.data import Record
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, own_records
+from fedtune.data.load import Dealt, lead_records, own_records, partition_training_files, sample_rows
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.records import Fault
 from fedtune.data.spec import DataSpec
@@ -27,8 +27,8 @@ def spec(path: Path, **settings: Any) -> DataSpec:
 
 def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None) -> Dealt:
     roles = ("text", "label")
-    columns = given.needed_columns(roles, partition=True, unit=unit)
-    return deal(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault)
+    columns = given.required_columns(roles, partition=True, unit=unit)
+    return partition_training_files(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault)
 
 
 def undeclared(record: Record) -> DataError | None:
@@ -135,16 +135,16 @@ def test_truncated_json_array_is_refused_except_at_real_sites(tmp_path: Path) ->
             dealt(spec(path, unusable=unusable))
     own = own_records(spec(path), columns=COLUMNS, fault=undeclared, key=b"k")
     assert texts(own.training) == TEXTS[:4]
-    assert (own.left_out.rows, own.left_out.count, own.left_out.is_much) == (5, 1, True)
+    assert (own.left_out.rows, own.left_out.count, own.left_out.exceeds_threshold) == (5, 1, True)
 
 
 def test_lead_rows_are_selected_by_their_hash() -> None:
     records = [Record({"text": text}) for text in TEXTS]
-    some = chosen_rows(records, 30)
+    some = sample_rows(records, 30)
     assert some == [record for record in records if record in some], "in their order"
     assert len(some) == 30
     assert some != records[:30]
-    assert chosen_rows(records[500:] + records[:500], 30) != some
-    assert {record.fields["text"] for record in chosen_rows(records[::-1], 30)} == {*texts(some)}
-    assert set(texts(chosen_rows(records, 10))) < set(texts(some))
-    assert chosen_rows(records, None) == chosen_rows(records, 5000) == records
+    assert sample_rows(records[500:] + records[:500], 30) != some
+    assert {record.fields["text"] for record in sample_rows(records[::-1], 30)} == {*texts(some)}
+    assert set(texts(sample_rows(records, 10))) < set(texts(some))
+    assert sample_rows(records, None) == sample_rows(records, 5000) == records

@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 
 from fedtune.data.load import lead_records
-from fedtune.data.records import iter_records, resolve_file, usable_records
+from fedtune.data.records import iter_records, iter_usable_records, resolve_file
 from fedtune.spec import DataError
 
 from .conftest import in_parquet
@@ -177,8 +177,8 @@ def test_truncated_or_corrupted_arrow_file_is_refused(tmp_path: Path) -> None:
     for kept in (0, 100, 700, -300):
         arrow.write_bytes(whole[:kept])
         with pytest.raises(DataError, match="must be a whole Arrow file"):
-            list(usable_records(copy, {"text": "text"}))
+            list(iter_usable_records(copy, {"text": "text"}))
     for place in range(len(whole) - 600, len(whole)):  # a reader that believes them ends the process
         arrow.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with contextlib.suppress(DataError):
-            list(usable_records(copy, {"text": "text", "label": "label", "messages": "messages"}))
+            list(iter_usable_records(copy, {"text": "text", "label": "label", "messages": "messages"}))

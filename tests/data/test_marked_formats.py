@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data.formats import files_of, format_of, raw_rows, version_of
+from fedtune.data.formats import detect_format, fingerprint_files, list_data_files, raw_rows
 from fedtune.data.load import lead_records
-from fedtune.data.records import Record, iter_records, judged
+from fedtune.data.records import Record, iter_records, validate_rows
 from fedtune.data.text_rows import MOST_BYTES
 from fedtune.spec import DataError
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 from fedtune.tasks.token_classification import marks
 
 from .conftest import data_spec
@@ -136,25 +136,25 @@ def brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str
 
 def test_brat_folder_gives_one_record_per_text(tmp_path: Path) -> None:
     folder = brat(tmp_path / "notes")
-    before = version_of(folder)
+    before = fingerprint_files(folder)
     brat(folder, "no\nmark", "", name="b")
     first, second = iter_records(folder, SPANNED)
     assert found_in(first) == [*FOUND]
     assert second.fields == {"text": "no\nmark", "spans": "[]"}
-    assert format_of(folder) == "brat"
-    assert [file.name for file in files_of(folder)] == ["a.txt", "a.ann", "b.txt", "b.ann"]
+    assert detect_format(folder) == "brat"
+    assert [file.name for file in list_data_files(folder)] == ["a.txt", "a.ann", "b.txt", "b.ann"]
     for path in (folder / "b.txt", folder / "b.ann", folder / "a.txt"):
         path.unlink()
-    assert len(version_of(folder)) == 2
-    assert version_of(folder) != before
+    assert len(fingerprint_files(folder)) == 2
+    assert fingerprint_files(folder) != before
     (folder / "a.txt").symlink_to(folder / "a.txt")
     assert [type(row) for _, row in raw_rows(folder)] == [DataError]
-    assert len(version_of(folder)) == 2
+    assert len(fingerprint_files(folder)) == 2
     for file in folder.iterdir():
         file.unlink()
-    assert (format_of(folder), version_of(folder), [*raw_rows(folder)]) == ("brat", [], [])
+    assert (detect_format(folder), fingerprint_files(folder), [*raw_rows(folder)]) == ("brat", [], [])
     (folder / "state.json").write_text("{}")
-    assert format_of(folder) == "folder"
+    assert detect_format(folder) == "folder"
 
 
 def tokens_in(path: Path, text: str) -> list[tuple[int, Any]]:
@@ -209,7 +209,7 @@ def test_damaged_document_does_not_affect_its_neighbors(suffix: str, junk: bytes
             whole = conll(*BIO) if suffix == "conll" else PUBTATOR
             path.write_bytes(f"{whole}\n".encode() + junk + f"\n\n{whole}".encode())
         columns = TAGGED if suffix == "conll" else SPANNED
-        first, *_, last = [row for _, row in judged(path, columns) if isinstance(row, Record)]
+        first, *_, last = [row for _, row in validate_rows(path, columns) if isinstance(row, Record)]
     assert found_in(first) == found_in(last) == [*FOUND]
 
 
@@ -219,7 +219,7 @@ def test_unannotated_text_differs_from_text_without_entities(tmp_path: Path) -> 
     given = ([], [skipped], [skipped, done], [{"result": []}], [done, skipped])
     tasks = [{"data": {"text": TEXT}, "annotations": annotations, "predictions": []} for annotations in given]
     (tmp_path / "a.json").write_text(json.dumps(tasks))
-    read = [row for _, row in judged(tmp_path / "a.json", {"text": "data", "spans": "annotations"})]
+    read = [row for _, row in validate_rows(tmp_path / "a.json", {"text": "data", "spans": "annotations"})]
     found = [str(one.value) if isinstance(one, DataError) else found_in(one) for one in read]
     assert found == ["null", "skipped", [*FOUND], [], [*FOUND]]
 
@@ -253,7 +253,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
 
 def refused(path: Path, columns: dict[str, str]) -> str:
     """What the lead is told of a file of its own."""
-    fault = task_named("token_classification").fault(data_spec(columns=columns, labels=("drug", "disease")))
+    fault = get_task("token_classification").fault(data_spec(columns=columns, labels=("drug", "disease")))
     with pytest.raises(DataError) as caught:
         lead_records(str(path), columns=columns, key="data.train_file", fault=fault)
     return str(caught.value)

@@ -17,7 +17,7 @@ from fedtune.data.partition import (
     unit_hash,
 )
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 
 from ..cases import cases_of
 from .conftest import data_spec
@@ -54,7 +54,7 @@ def test_added_record_does_not_move_any_other(
             (site, side, [ids.tolist() for ids in dataset.input_ids], list(dataset.targets))
             for site, held in enumerate(partition_records(given, spec, num_sites=3, key=KEY))
             for side in split_heldout(held, fraction=0.4, key=KEY)
-            for dataset in [task_named("classification").tokenise(side, encoder_tokenizer, data=DATA)]
+            for dataset in [get_task("classification").tokenize(side, encoder_tokenizer, data=DATA)]
         ]
 
     longer = [*rows[:place], new, *rows[place:]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Record, text_rows
 from fedtune.data.load import SiteRecords
-from fedtune.data.records import iter_records, record_key, resolve_file, usable_records
+from fedtune.data.records import iter_records, iter_usable_records, record_key, resolve_file
 from fedtune.runs.model_comparison import SideBySide
 from fedtune.spec import DataError
 
@@ -122,7 +122,7 @@ NAMED = [(name, number) for name, cases in UNUSABLE.items() for number in range(
 def usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
     begin, between, end = AROUND[name.removesuffix(".gz")]
     path = write(folder, name, begin + between.join(lines) + end)
-    return [(record.fields["text"], record.fields["label"]) for record in usable_records(path, COLUMNS)]
+    return [(record.fields["text"], record.fields["label"]) for record in iter_usable_records(path, COLUMNS)]
 
 
 @pytest.mark.parametrize(("name", "number"), NAMED)
@@ -170,7 +170,7 @@ def test_quoted_csv_row_does_not_affect_other_rows(
         buffer = io.StringIO(newline="")
         csv.writer(buffer, quoting=csv.QUOTE_ALL).writerows([("question", "intent"), *rows])
         path = write(tmp_path_factory.mktemp("rows"), "a.csv", buffer.getvalue().encode())
-        return [(record.fields["text"], record.fields["label"]) for record in usable_records(path, COLUMNS)]
+        return [(record.fields["text"], record.fields["label"]) for record in iter_usable_records(path, COLUMNS)]
 
     def kept(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
         return [(text, label.strip()) for text, label in rows if text.strip() and label.strip()]

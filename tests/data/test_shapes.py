@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset, collate
-from fedtune.data.batching import alone
+from fedtune.data.batching import isolate_example
 from tests.builders import length_of
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
@@ -20,7 +20,7 @@ def shapes_of_runs(draw: st.DrawFn) -> tuple[Shapes, int]:
     """Shapes and the longest record that they are for."""
     longest = draw(st.integers(2, 600))
     positions = draw(st.one_of(st.none(), st.just(longest), st.integers(longest, longest + 20)))
-    return Shapes.of(max_length=longest, max_tokens=draw(st.integers(1, 5000)), positions=positions), longest
+    return Shapes.from_limits(max_length=longest, max_tokens=draw(st.integers(1, 5000)), positions=positions), longest
 
 
 @st.composite
@@ -51,7 +51,7 @@ def test_every_record_is_cut_once_into_a_shape_by_its_length(run: Any, data: st.
         batch = collate(dataset, part.places, pad_id=0, shape=(part.rows, part.length))
         assert (batch.attention_mask.sum(dim=1) >= 1).all(), "each row attends to something"
         # Attention takes another path where there is no padding, and a record would be computed differently.
-        for one in (batch, *(alone(batch, row) for row in (None, 0, len(batch) - 1))):
+        for one in (batch, *(isolate_example(batch, row) for row in (None, 0, len(batch) - 1))):
             assert one.input_ids.shape == (part.rows, part.length)
             assert (one.attention_mask == 0).any()
     for length in shapes.lengths:  # those of one length keep the order in which they came
@@ -69,14 +69,14 @@ def test_row_counts_stay_within_the_token_budget(run: tuple[Shapes, int]) -> Non
         assert list(numbers) == sorted(set(numbers), reverse=True)
         assert len(numbers) <= 4, "few shapes, so that all of them can be tried"
         assert all(rows * length <= shapes.max_tokens or rows == fewest for rows in numbers)
-        assert all(shapes.room(length, rows) >= 1 for rows in numbers)
+        assert all(shapes.capacity(length, rows) >= 1 for rows in numbers)
 
 
 @quick
 @given(longest=st.integers(1, 3000), extra=st.one_of(st.none(), st.integers(0, 30)))
 def test_bucket_lengths_cover_every_record_with_little_padding(longest: int, extra: int | None) -> None:
     positions = None if extra is None else longest + extra
-    shapes = Shapes.of(max_length=longest, max_tokens=1024, positions=positions)
+    shapes = Shapes.from_limits(max_length=longest, max_tokens=1024, positions=positions)
     assert list(shapes.lengths) == sorted(set(shapes.lengths))
     assert positions is None or shapes.lengths[-1] <= positions
     assert (shapes.full == longest) == (positions == longest)
@@ -88,24 +88,24 @@ def test_bucket_lengths_cover_every_record_with_little_padding(longest: int, ext
 
 
 def test_shapes_follow_from_public_settings() -> None:
-    shapes = Shapes.of(max_length=40, max_tokens=480)
-    assert shapes == Shapes.of(max_length=40, max_tokens=480)
+    shapes = Shapes.from_limits(max_length=40, max_tokens=480)
+    assert shapes == Shapes.from_limits(max_length=40, max_tokens=480)
     assert shapes.lengths == (12, 16, 20, 24, 32, 48)
     assert [shapes.rows(length) for length in (12, 48)] == [(40, 20, 10, 5), (10, 5, 2, 1)]
-    assert Shapes.of(max_length=40, max_tokens=480, positions=512) == shapes
-    tight = Shapes.of(max_length=40, max_tokens=480, positions=40)
+    assert Shapes.from_limits(max_length=40, max_tokens=480, positions=512) == shapes
+    tight = Shapes.from_limits(max_length=40, max_tokens=480, positions=40)
     assert (tight.lengths, tight.full) == ((12, 16, 20, 24, 40), 40)
     assert tight.rows(40) == (12, 6, 3, 2)
-    assert [tight.room(40, rows) for rows in tight.rows(40)] == [11, 5, 2, 1]
+    assert [tight.capacity(40, rows) for rows in tight.rows(40)] == [11, 5, 2, 1]
     public = {"lengths", "max_tokens", "full", "most_rows", "row_shares", "fixed"}
     assert {field.name for field in dataclasses.fields(Shapes)} == public
     limited = dataclasses.replace(shapes, most_rows=(17, 99, 20, 16, 15, 3))
     assert [limited.rows(length) for length in (12, 16, 48)] == [(17, 8, 4, 2), (30, 15, 7, 3), (3, 1)]
     few = dataclasses.replace(tight, most_rows=(1, 1, 1, 1, 1))
     assert [few.rows(length) for length in (12, 40)] == [(1,), (2,)]
-    assert [length_of(Shapes.of(max_length=longest, max_tokens=9), longest) for longest in (1, 7)] == [8, 8]
+    assert [length_of(Shapes.from_limits(max_length=longest, max_tokens=9), longest) for longest in (1, 7)] == [8, 8]
     with pytest.raises(AssertionError):  # a record longer than the longest is not lost
-        list(Shapes.of(max_length=9, max_tokens=99).cut(np.array([0, 1]), np.array([3, 99])))
+        list(Shapes.from_limits(max_length=9, max_tokens=99).cut(np.array([0, 1]), np.array([3, 99])))
 
 
 @quick
@@ -122,8 +122,8 @@ def test_shape_cutting_minimizes_work(run: tuple[Shapes, int], count: int, data:
     found = [part.rows for part in shapes.cut(np.arange(count, dtype=np.int64), lengths)]
     assert found == sorted(found, reverse=True)
     most = shapes.rows(length)[0]
-    full, left = divmod(count, shapes.room(length, most))
+    full, left = divmod(count, shapes.capacity(length, most))
     for rows in shapes.rows(length):
-        room = shapes.room(length, rows)
+        room = shapes.capacity(length, rows)
         assert work(found) <= work([rows] * -(-count // room)), "all of one number"
         assert work(found) <= work([most] * full + [rows] * -(-left // room)), "and one number for what is left over"

@@ -90,10 +90,10 @@ def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> Non
     rows = [{"text": f"text {n}", "who": who} for n, who in enumerate(("ann", ["ann", "bob"], "bob", None, "ann"))]
     columns = {"prompt": "text", "completion": "text", "user": "who"}
     data = data_spec(train_file=str(write_jsonl(tmp_path / "all.jsonl", rows)), columns=columns)
-    assert data.needed_columns(ROLES, unit="user") == columns
+    assert data.required_columns(ROLES, unit="user") == columns
     records = own_records(data, columns=columns, fault=lambda _: None, key=KEY, unit="user")
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
-    by_record = own_records(data, columns=data.needed_columns(ROLES), fault=lambda _: None, key=KEY)
+    by_record = own_records(data, columns=data.required_columns(ROLES), fault=lambda _: None, key=KEY)
     assert len(by_record.training) == 5
     assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
 

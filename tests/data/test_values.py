@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from fedtune.data import Record, users_of
 from fedtune.data.partition import unit_hash
-from fedtune.data.records import column_values, iter_records, record_of, usable_records
-from fedtune.data.values import labels_of, one_form, said_of, turns_like, turns_said
+from fedtune.data.records import column_values, iter_records, iter_usable_records, parse_record
+from fedtune.data.values import guess_turns, normalize_name, parse_continuation, read_continuation, read_labels
 from fedtune.spec import DataError
 
 from .conftest import write_jsonl
@@ -157,7 +157,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
 
 
 def read(value: object, role: str) -> Record:
-    return record_of({"c": value}, {role: "c"}, file="a.jsonl", line=3)
+    return parse_record({"c": value}, {role: "c"}, file="a.jsonl", line=3)
 
 
 @pytest.mark.parametrize("role", READ)
@@ -181,24 +181,24 @@ def test_unreadable_value_error_explains_without_quoting(role: str) -> None:
 
 def test_texts_and_answers_are_separated_by_role() -> None:
     assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"))] == [[], []]
-    assert [read(3, "target").answer, read("a", "label").answer] == ['{"target": "3.0"}', '{"label": "a"}']
+    assert [read(3, "target").target_key, read("a", "label").target_key] == ['{"target": "3.0"}', '{"label": "a"}']
     assert [text for _, text in read(said("here"), "messages").texts()] == ["where?", "here"]
     assert [text for _, text in read(json.loads(ONE) * 2, "rejected").texts()] == ["here", "here"]
     assert [text for _, text in read("lost ", "rejected").texts()] == ["lost "]
-    assert len(turns_like(said("here"))) == 2
+    assert len(guess_turns(said("here"))) == 2
 
 
 def test_unicode_variants_of_an_id_are_one_user(tmp_path: Path) -> None:
     rows = [{"text": "a", "who": "Jose\u0301"}, {"text": "b", "who": "Jos\u00e9"}, {"text": "c", "who": ""}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    records = list(usable_records(path, {"text": "text", "user": "who"}))
+    records = list(iter_usable_records(path, {"text": "text", "user": "who"}))
     assert [len(places) for places in users_of(records)] == [2]
     assert len({unit_hash(record, purpose="test", key=b"k", unit="user") for record in records}) == 1
     others = [Record({}, str(path), line) for line in (1, 2)]
     assert len(set(column_values(others, "who", key="x", role="user"))) == 1
     for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):
-        assert one_form(one_form(text)) == one_form(text), "a name in one form stays as it is"
-        assert unicodedata.is_normalized("NFC", one_form(text))
+        assert normalize_name(normalize_name(text)) == normalize_name(text), "a name in one form stays as it is"
+        assert unicodedata.is_normalized("NFC", normalize_name(text))
 
 
 def at(deeper: int, reader: Callable[..., Any], *given: str) -> Any:
@@ -215,19 +215,21 @@ def test_nested_answers_are_read_alike_at_any_stack_depth() -> None:
         nested = "[" * depth + "]" * depth
         text = '[{"role": "assistant", "content": "here", "more": ' + nested + "}]"
         for deeper in range(0, 60, 7):
-            assert at(deeper, labels_of, nested, "labels") is None, depth
-            found.add(answer := at(deeper, said_of, text, "chosen"))
+            assert at(deeper, read_labels, nested, "labels") is None, depth
+            found.add(answer := at(deeper, read_continuation, text, "chosen"))
             if answer is not None:
-                assert all(at(other, turns_said, answer) == json.loads(ONE) for other in (0, 30, 60)), depth
+                assert all(at(other, parse_continuation, answer) == json.loads(ONE) for other in (0, 30, 60)), depth
     assert found == {None, ONE}
 
 
 def test_answer_that_is_no_turn_list_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "loads", None)
     for text in ("[[],[]]", DEEP, "[1, 2]", "lost"):
-        assert said_of(text, "chosen") == text
-        assert turns_said(text) is None
-    assert turns_said(' [{"role": "assistant", "content": "lost"}]') is None, "turns that were read are written anew"
+        assert read_continuation(text, "chosen") == text
+        assert parse_continuation(text) is None
+    assert parse_continuation(' [{"role": "assistant", "content": "lost"}]') is None, (
+        "turns that were read are written anew"
+    )
 
 
 def test_database_types_are_converted(tmp_path: Path) -> None:
@@ -241,7 +243,9 @@ def test_database_types_are_converted(tmp_path: Path) -> None:
     columns = {"target": "price", "labels": "tags", "user": "id"}
     found = [dict(one.fields) for one in iter_records(tmp_path / "a.parquet", columns)]
     assert found[0] == {"target": "3.7", "labels": '["late"]', "user": "7"}
-    assert [one.fields["text"] for one in usable_records(tmp_path / "a.parquet", {"text": "body"})] == ["caf\u00e9"]
+    assert [one.fields["text"] for one in iter_usable_records(tmp_path / "a.parquet", {"text": "body"})] == [
+        "caf\u00e9"
+    ]
     with pytest.raises(DataError, match="= 'bytes': must be text"):
         list(iter_records(tmp_path / "a.parquet", {"text": "body"}))
 
@@ -268,4 +272,4 @@ def test_class_indices_are_replaced_by_class_names(
     noted = json.dumps({"info": {"features": {"c": feature}}})
     rows = pyarrow.table({"c": values}).replace_schema_metadata({"huggingface": noted})
     parquet.write_table(rows, tmp_path / "a.parquet")
-    assert [one.fields[role] for one in usable_records(tmp_path / "a.parquet", {role: "c"})] == expected
+    assert [one.fields[role] for one in iter_usable_records(tmp_path / "a.parquet", {role: "c"})] == expected

@@ -43,7 +43,7 @@ def check_books(federation: Federation, run: str, *, uncounted: Any = None, aver
         if receipts[name]["run"].rpartition("-")[0] == run:
             assert receipts[name]["charged_rounds"] == len(reserved), name
         receipt = Receipt.from_json(receipts[name])
-        assert (receipt.is_signed(), receipt.site_key) == (True, site.site_key)
+        assert (receipt.has_valid_signature(), receipt.site_key) == (True, site.site_key)
         assert receipt.sequence <= len(site.verified().events)
 
 
@@ -93,7 +93,7 @@ def check_same_adapter(federation: Federation, name: str, simulated_folder: Path
 
 
 def _last_update(site: SiteFolder, run: str) -> Update:
-    with store.reading(site.ledger) as file:
-        replies = store.stored_replies(file)
+    with store.open_for_reading(site.ledger) as file:
+        replies = store.read_replies(file)
     (reply,) = (reply for name, _, reply in replies if name.rpartition("-")[0] == run)
     return Update.from_bytes(reply)

@@ -18,9 +18,9 @@ from fedtune.data import Record
 from fedtune.ops.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Asserted, Machine, Policy
-from fedtune.sites.run_records import deal_out
-from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.virtual_site import generated_policy
+from fedtune.sites.run_records import partition_run_records
+from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.virtual_site import generate_policy
 
 from ..processes import FEDTUNE, Process
 from .networks import SERVER, Network, best_network
@@ -52,19 +52,19 @@ def simulated(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
 def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
     """Each site's records, as a simulation deals them out."""
     config = compose_run(simulated(*settings("name=dealt"), names=names))
-    of_sites = deal_out(config).sites
+    of_sites = partition_run_records(config).sites
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
 
 
 @cache
 def _sent() -> RunConfig:
     """What sites are asked in these tests, as far as policies go."""
-    return for_sites(compose_run(simulated(*settings("name=any", "runtime.seeded_noise=true"))))
+    return settings_for_sites(compose_run(simulated(*settings("name=any", "runtime.seeded_noise=true"))))
 
 
 def policy_for(site: str, *, lead: str) -> Policy:
     """A policy with room for all runs of these tests."""
-    policy = generated_policy(_sent(), _sent().plan(), NAMES[0], lead=lead)
+    policy = generate_policy(_sent(), _sent().plan(), NAMES[0], lead=lead)
     columns = {"text": "question", "label": "intent"}
     modules = ("all-linear", "value", "attention.output.dense")
     return replace(
@@ -116,7 +116,7 @@ class Federation:
             if made is None:
                 self.do("provision", "init", str(file), "--out", str(self.home))
             else:
-                provisioning.init(file, out=self.home, now=made)
+                provisioning.init_federation(file, out=self.home, now=made)
             self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
             self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
         except BaseException:

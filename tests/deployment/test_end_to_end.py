@@ -15,10 +15,10 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Record
-from fedtune.ops.kits.kit_file import model_place
-from fedtune.sites.run_records import deal_out
-from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.virtual_site import generated_policy
+from fedtune.ops.kits.kit_file import model_store_path
+from fedtune.sites.run_records import partition_run_records
+from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.virtual_site import generate_policy
 
 from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
 from .books import check_books, check_same_adapter, check_whole
@@ -144,16 +144,16 @@ def test_real_sites_learn_every_task_like_simulated_ones(
     simulated = [*given, *names, f"name={kind}", f"tracking.output_dir='{tmp_path}'"]
     assert command("simulate", *simulated).code == 0
     config = compose_run(simulated)
-    for site, records in zip(banks.sites.values(), deal_out(config).sites, strict=True):
+    for site, records in zip(banks.sites.values(), partition_run_records(config).sites, strict=True):
         rows = [written(one, kind) for one in records.training]
         broken = [{f"own {name}": value for name, value in one.items()} for one in BROKEN[kind]]
         write(site.folder / "own.jsonl", [*rows, *broken])
-        sent = for_sites(config)
+        sent = settings_for_sites(config)
         if kind == "image":
             shutil.copytree(tmp_path / "images", site.folder / "images")
             (site.folder / "images" / "cut.png").write_bytes(encoded(picture())[:-60])
-            shutil.copytree(tmp_path / "model", model_place(site.kit, str(sent.model.sha256)))
-        own = generated_policy(sent, config.plan(), site.name, lead=banks.lead_key)
+            shutil.copytree(tmp_path / "model", model_store_path(site.kit, str(sent.model.sha256)))
+        own = generate_policy(sent, config.plan(), site.name, lead=banks.lead_key)
         columns = {role: f"own {role}" for role in records.training[0].fields}
         dataset = (replace(own.dataset[0], path="own.jsonl", columns=columns),)
         site.edit(dataset=dataset, limits=own.limits, allow=own.allow)

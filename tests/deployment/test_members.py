@@ -46,7 +46,7 @@ def shown_by_the_server(federation: Federation) -> Certificate:
     ):
         shown = encrypted.getpeercert(True)
     assert shown is not None
-    return Certificate.of(x509.load_der_x509_certificate(shown))
+    return Certificate.from_x509(x509.load_der_x509_certificate(shown))
 
 
 def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
@@ -60,7 +60,7 @@ def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
         began = end - timedelta(days=days)
         with zipfile.ZipFile(provisioning.renew_site(members.home, "north", days=days, now=began).archive) as opened:
             opened.extractall(north.kit)
-        provisioning.renew(members.home, "server", days=days, now=began)
+        provisioning.renew_own_certificate(members.home, "server", days=days, now=began)
         for process in (north.up, server):
             process.wait_for_text("a new certificate is used", count=count)
             assert process.lines("a new certificate is used")[-1]["certificate_until"] == end.isoformat()
@@ -71,7 +71,7 @@ def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
     lead = members.lead("past-the-end", *settings("federation.num_rounds=4"))
     folder = RunFolder(members.run_folder("past-the-end"))
     wait_for(folder.asked.exists, seconds=RUN_S, what="the first round", needs=lead)
-    provisioning.renew(members.home, "lead", days=None, now=datetime.now(UTC))
+    provisioning.renew_own_certificate(members.home, "lead", days=None, now=datetime.now(UTC))
     assert lead.end(seconds=RUN_S) == 0, lead.text
     assert [len(one["sites"]) for one in members.result("past-the-end")["rounds"]] == [2, 2, 2, 2]
     assert "a new certificate is used" in folder.log.read_text(), "by the lead, in the middle of its run"

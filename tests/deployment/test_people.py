@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.ops.services.lead_and_server import running_process
+from fedtune.ops.services.lead_and_server import find_running_process
 
 from ..processes import FEDTUNE, RUN_S, wait_for
 from .books import check_books
@@ -92,7 +92,7 @@ def test_site_ends_an_accepted_run_and_the_other_continues(federation: Federatio
     assert set(order[3:]) == {"refusal"}, "nothing else of it: no reply, and no further round"
     history = site.verified().history
     assert history.runs[run].charged_rounds == 1
-    assert not history.set_aside(history.clock), "what its plan had set aside is free"
+    assert not history.remaining_charges(history.clock), "what its plan had set aside is free"
     ((denied,),) = history.decided.values()
     assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert other.verified().history.runs[run].charged_rounds == 2
@@ -103,7 +103,7 @@ def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     site, run = federation.sites["south"], "stopped"
     folder = federation.run_folder(run)
     lead = site.held_in(run)
-    assert running_process(folder) == lead.pid
+    assert find_running_process(folder) == lead.pid
     before = status(federation, run)
     assert (before["running"], before["finished"], before["round"], before["num_rounds"]) == (True, False, 0, 2)
     # Asked and not yet answered: counted as charged, for now.
@@ -111,7 +111,7 @@ def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     assert before["sites"]["south"]["rounds_charged"] == 1
     assert f"{run} is stopped" in federation.do("run", "stop", str(folder)).out
     assert lead.end(seconds=60) == 1
-    assert running_process(folder) is None
+    assert find_running_process(folder) is None
     assert "Interrupted. Continue with: fedtune run resume" in " ".join(lead.text.split())
     assert not (folder / "adapter").exists()
     site.hold(False)
@@ -151,7 +151,7 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
         history = site.verified().history
         (name,) = (name for name in history.runs if name.startswith(f"{run}-"))
         assert history.runs[name].charged_rounds == 1
-        assert not history.runs[name].set_aside(history.now())
+        assert not history.runs[name].remaining_charges(history.now())
 
 
 def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
@@ -169,7 +169,7 @@ def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     # What it had begun is charged, and nothing stays set aside.
     history = site.verified().history
     assert history.charged_rounds(next(name for name in history.runs if name.startswith("left-"))) == 1
-    assert not history.set_aside(history.now())
+    assert not history.remaining_charges(history.now())
     assert lead.end() == 0, lead.text
     assert [round["sites"] for round in federation.result("left")["rounds"]][1] == ["south"]
     federation.do("provision", "revoke-site", "north", "--federation", str(federation.home))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.ops.doctor.connection_checks import control
+from fedtune.ops.doctor.connection_checks import check_control_api
 
 from .books import check_same_adapter, check_whole
 from .stock import NODE_USER, STRICT, StockFederation, why_no_users
@@ -51,9 +51,9 @@ def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_s
     assert f"Permission denied: '{stock.public / STRICT / 'apps'}" in stock.call(
         "flwr", "log", other, "banks", "--show"
     )
-    assert control(stock.address, timeout_s=10.0).status == "failed", "it must never be exposed like this"
+    assert check_control_api(stock.address, timeout_s=10.0).status == "failed", "it must never be exposed like this"
     if stock.front != stock.address:
-        assert control(stock.front, timeout_s=10.0).status == "ok"
+        assert check_control_api(stock.front, timeout_s=10.0).status == "ok"
 
 
 def test_killed_flower_processes_lose_nothing_and_charge_once(

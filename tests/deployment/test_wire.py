@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedtune.data import Record
 from fedtune.flower import flower_records
-from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key, private_pem
+from fedtune.ops.kits.certificates import Authority, certificate_pem, generate_connection_key, private_pem
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.waiting import WAIT
@@ -145,7 +145,7 @@ def _run(federation: Federation) -> None:
 def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> None:
     """Put a proxy before the server, for one site, whose kit then leads there."""
     listen = f"127.0.0.1:{free_port()}"
-    authority, key = Authority.load(federation.home / "authority"), make_key()
+    authority, key = Authority.load(federation.home / "authority"), generate_connection_key()
     about = {"kind": "server", "name": "server", "hosts": ["127.0.0.1"], "days": 1, "now": datetime.now(UTC)}
     certificate = authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
     kit = Kit.read(site.kit, kind="site")
@@ -232,7 +232,7 @@ def checked_answer(content: Any) -> tuple[int, str]:
     assert set(said["receipt"]) == names_of(Receipt)
     reply = flower_records.to_reply(content)
     assert reply.receipt is not None
-    assert reply.receipt.is_signed()
+    assert reply.receipt.has_valid_signature()
     body = reply.body
     assert body.run.startswith(f"{RUN}-")
     assert reply.is_signed()

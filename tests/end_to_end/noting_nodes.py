@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from fedtune.flower import bundle
-from fedtune.flower.site_app import hand_over
+from fedtune.flower.site_app import forward_message
 from fedtune.flower.site_socket import make_client_app
 
 
@@ -23,7 +23,7 @@ def noted(context: Context, kind: str, created_at: float, content: RecordDict) -
     site = context.node_config["partition-id"]
     into = Path(str(context.run_config["run"])).parents[3] / "noted"
     Path(into, f"{kind},{site},{actor.get_node_id()},{os.getpid()},{gpus}").touch()
-    return hand_over(context, kind, created_at, content)
+    return forward_message(context, kind, created_at, content)
 
 
 app = make_client_app(noted)

@@ -31,7 +31,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped: Path) -> None:
     config = saved_config(stopped)
     state = Checkpoints(stopped / "checkpoints", config.digest()).load()
-    assert SavedAdapter.to_begin_in(str(stopped)).digest == state.kept.digest() != state.adapter.digest()
+    assert SavedAdapter.read_initial(str(stopped)).digest == state.kept_adapter.digest() != state.adapter.digest()
     result, plan = result_of(stopped), config.plan()
     score = result["rounds"][0]["metrics"]["accuracy"]
     assert result["final"]["kept"] == {"round": 1, "judged_by": "accuracy", "score": score, "ended_early": True}
@@ -42,13 +42,13 @@ def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped: 
 
 
 def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped: Path) -> None:
-    report = from_run.build(stopped)
+    report = from_run.build_run_report(stopped)
     assert problems(report) == []
     assert report.verdict.reasons == ("charged_less",)
-    assert (report.utility.kept.round, report.utility.kept.ended_early) == (1, True)
+    assert (report.utility.kept_adapter.round, report.utility.kept_adapter.ended_early) == (1, True)
     for site in report.sites:
         assert site.spent.epsilon_pld < report.epsilon == site.spent.epsilon == site.spent.planned_epsilon
-        whole = profile.right_of_100(profile.charged_events(report.facts.plan, 5))
+        whole = profile.right_of_100(profile.count_charged_events(report.facts.plan, 5))
         assert site.meaning.right_of_100_mechanism == pytest.approx(whole), "of the rounds it had it bounds nothing"
     (chosen,) = [one for one in report.assumptions if one.code == "chosen_by_the_leads_own_records"]
     assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
@@ -60,8 +60,11 @@ def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped: Path) -
 
 
 def test_report_claiming_another_kept_round_is_detected(stopped: Path) -> None:
-    report = from_run.build(stopped)
-    for told in (replace(report.utility.kept, ended_early=False), replace(report.utility.kept, round=2, score=0.999)):
+    report = from_run.build_run_report(stopped)
+    for told in (
+        replace(report.utility.kept_adapter, ended_early=False),
+        replace(report.utility.kept_adapter, round=2, score=0.999),
+    ):
         assert problems(replace(report, utility=replace(report.utility, kept=told))) != []
 
 

@@ -12,9 +12,9 @@ import pytest
 
 import fedtune
 from fedtune.api.compose import compose_run
-from fedtune.api.door import after_public_stage
+from fedtune.api.door import start_after_public_stage
 from fedtune.config import saved_config
-from fedtune.runs.environment import start_adapter_of
+from fedtune.runs.environment import start_lineage
 from fedtune.show.run_progress import Display
 from fedtune.spec import ConfigError
 
@@ -104,23 +104,23 @@ def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
     file = Path(shutil.copy(public, tmp_path / "public.jsonl"))
     asked = replace(run.config, resume=None, model=replace(run.config.model, adapter=None, adapter_sha256=None))
     asked = replace(asked, tracking=replace(asked.tracking, output_dir=str(tmp_path)))
-    begun = after_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
+    begun = start_after_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
     assert begun.model.adapter == str(stage)
     assert (stage / "run.json").stat().st_mtime_ns == written
     file.write_text(public.read_text().replace("Question 1?", "Question A?"))
     asked = replace(asked, public=replace(asked.public, train_file=str(file)))
     with pytest.raises(ConfigError, match=r"run-public was made with another configuration .*data.dataset was"):
-        after_public_stage(asked, lambda stage, folder: None)
+        start_after_public_stage(asked, lambda stage, folder: None)
 
 
 def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, public: Path) -> None:
-    assert start_adapter_of(run.config)["public"] is True
+    assert start_lineage(run.config)["public"] is True
     private = replace(run.config, model=replace(run.config.model, adapter=str(run.folder)))
     with pytest.raises(ConfigError, match=r"model.adapter = .*: must be null with public.train_file: it was not"):
-        start_adapter_of(private)
+        start_lineage(private)
     other = replace(run.config, public=replace(run.config.public, train_file="other.csv"))
     with pytest.raises(ConfigError, match="it was not trained on those records alone"):
-        start_adapter_of(other)
+        start_lineage(other)
 
 
 def test_interrupted_public_stage_explains_how_to_resume(

@@ -15,7 +15,7 @@ import fedtune.sites.work as site_work
 from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
-from fedtune.federation.site_round import answer, consider, end_run
+from fedtune.federation.site_round import answer, answer_invitation, end_run
 from fedtune.flower.simulation import simulate as run_simulation
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.verify import verify
@@ -155,7 +155,7 @@ def here(everyone: Participants) -> Any:
 
     return SimpleNamespace(
         reach=lambda sites, **_: numbers,
-        invite=each(lambda site, asked: consider(site, asked.signed)),
+        invite=each(lambda site, asked: answer_invitation(site, asked.signed)),
         train=each(lambda site, asked: answer(site, asked.signed, asked.adapter)),
         end=each(lambda site, asked: end_run(site, asked.signed, asked.adapter)),
         traffic=lambda: (0, 0),
@@ -172,12 +172,14 @@ def test_bfloat16_updates_halve_traffic_with_and_without_flower(
     state = Checkpoints(flower / "checkpoints", saved_config(flower).digest()).load()
     assert up[0] - up[1] == pytest.approx(2 * 2 * 2 * state.adapter.num_values, abs=100)  # sites, rounds, bytes
     with monkeypatch.context() as patch:
-        patch.setattr(simulation, "_engine", lambda config, folder, everyone, listener: lambda run: run(here(everyone)))
+        patch.setattr(
+            simulation, "_make_engine", lambda config, folder, everyone, listener: lambda run: run(here(everyone))
+        )
         direct = simulate(*seeded, into=tmp_path, name="direct")
     assert adapter_of(flower) == adapter_of(direct) != adapter_of(whole)
     for name, value in Checkpoints(whole / "checkpoints", saved_config(whole).digest()).load().adapter.tensors.items():
         np.testing.assert_allclose(state.adapter.tensors[name], value, rtol=0, atol=0.01 * np.abs(value).max())
-    with store.reading(next((flower / "sites").glob("*/ledger.db"))) as file:
-        kept = [Update.from_bytes(reply) for _, _, reply in store.stored_replies(file)]
+    with store.open_for_reading(next((flower / "sites").glob("*/ledger.db"))) as file:
+        kept = [Update.from_bytes(reply) for _, _, reply in store.read_replies(file)]
     assert kept
     assert all(isinstance(update.tensors, Difference) for update in kept), "a site keeps what the lead has"

@@ -34,7 +34,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(ran: Path) -> Report:
-    return from_run.build(ran)
+    return from_run.build_run_report(ran)
 
 
 def accountant_of(shares: int) -> pld.PLDAccountant:
@@ -59,7 +59,9 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
         assert right == pytest.approx(50 * (1 + accountant_of(1).get_delta(0.0)), rel=1e-3)
         assert site.meaning.right_of_100_mechanism < right
     # Of lost runs nobody knows what all others together see.
-    found = profile.by_trust([row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA))
+    found = profile.epsilons_by_observer(
+        [row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA)
+    )
     assert found.with_all_others is None
     assert problems(report) == []
     assert from_json(json.dumps(to_json(report))) == report
@@ -102,7 +104,7 @@ def test_report_with_an_insecure_threshold_is_refused(report: Report, key: str, 
 def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
     still = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
     folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.stop_after=1", into=tmp_path)
-    report = from_run.build(folder)
+    report = from_run.build_run_report(folder)
     (site, *_) = report.sites
     assert site.by_trust.with_colluders == report.epsilon == site.spent.planned_epsilon
     assert site.by_trust.server_alone < report.epsilon < site.by_trust.with_all_others
@@ -125,7 +127,7 @@ def test_page_one_names_reliance_on_other_sites(ran: Path, report: Report) -> No
 
 
 def test_site_report_counts_three_epsilons_by_its_filter(ran: Path) -> None:
-    report = from_ledger.build(ran / "sites" / "site-2" / "ledger.db")
+    report = from_ledger.build_ledger_report(ran / "sites" / "site-2" / "ledger.db")
     (site,) = report.sites
     alone, own, others = site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others
     assert own == site.spent.epsilon

@@ -16,15 +16,15 @@ from fedtune.federation.protocol import UNMASK
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import Parties, SumsAtSite
 from fedtune.federation.secure.messages import Upload
-from fedtune.federation.secure.packing import unpacked
+from fedtune.federation.secure.packing import unpack_residues
 from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.chain import canonical_json
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
-from fedtune.training.lead_step import lead_step
+from fedtune.training.lead_step import secure_server_step
 
 from ..conftest import check_planned_bytes, command, fail_where, result_of, simulate, tiny
 
@@ -44,7 +44,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
     found: list[tuple[Adapter, np.ndarray, Adapter]] = []
 
     def noted(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
-        after = lead_step(adapter, total, state, **named)
+        after = secure_server_step(adapter, total, state, **named)
         found.append((adapter, total, after[0]))
         return after
 
@@ -64,7 +64,7 @@ def test_lead_receives_the_exact_sum_and_no_share(
 
     def upload(data: bytes, session: Any) -> Upload:
         found, length, bits = real_upload(data, session), session.terms.length, session.terms.bits
-        assert unpacked(found.vector, length, bits).max() < 2**bits
+        assert unpack_residues(found.vector, length, bits).max() < 2**bits
         assert (length, len(found.vector)) == (sum(value.size for value in shares[0].values()), -(-length * bits // 8))
         assert 12 <= bits < 24
         return found
@@ -180,7 +180,7 @@ def test_site_that_never_joins_does_not_disrupt_the_session(tmp_path: Path, monk
 
 @pytest.fixture
 def site_2_deals_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_split, real_upload, wrong = shamir.split, Party.upload, [False]
+    real_split, real_upload, wrong = shamir.split_secret, Party.upload, [False]
 
     def split(secret: int, *, threshold: int, num_shares: int) -> list[int]:
         dealt = real_split(secret, threshold=threshold, num_shares=num_shares)
@@ -190,7 +190,7 @@ def site_2_deals_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         wrong[0] = self._site == "site-2"
         return real_upload(self, release, vector)
 
-    monkeypatch.setattr(shamir, "split", split)
+    monkeypatch.setattr(shamir, "split_secret", split)
     monkeypatch.setattr(Party, "upload", upload)
 
 
@@ -221,7 +221,7 @@ def test_site_dealing_wrong_shares_stays_excluded_after_lead_restart(
 
 def test_server_changing_shares_gets_no_site_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody but the site signs them: changed ones are no answer, and with another lost the release has no sum."""
-    real, releases = secure_rounds.SecureSums._ask, [0]
+    real, releases = secure_rounds.SecureSums._request_step, [0]
 
     def carried(self: Any, step: str, session: str, parts: Any) -> Any:
         found, missing = real(self, step, session, parts)
@@ -229,7 +229,7 @@ def test_server_changing_shares_gets_no_site_blamed(tmp_path: Path, monkeypatch:
         if step == UNMASK and releases[0] == 1:
             said = json.loads(found["site-2"])
             said["shares"] = {dealer: dict.fromkeys(given, "0" * 66) for dealer, given in said["shares"].items()}
-            found = {**found, "site-2": canonical(said)}
+            found = {**found, "site-2": canonical_json(said)}
             del found["site-4"]
         return found, missing
 
@@ -245,7 +245,7 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     def announce(self: SumsAtSite, *given: Any) -> bytes:
         said = json.loads(real(self, *given))
-        return canonical(said | {"signature": "0" * 128} if self.site == "site-2" else said)
+        return canonical_json(said | {"signature": "0" * 128} if self.site == "site-2" else said)
 
     monkeypatch.setattr(SumsAtSite, "announce", announce)
     done = command("simulate", *tiny(*SECURE, *THREE, into=tmp_path))
@@ -270,7 +270,7 @@ def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monke
 
 def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
-    real = Party._shares_of
+    real = Party._open_shares
 
     def shares_of(self: Party, survivor: str, asked: Any, pairs: Any) -> dict[str, str]:
         wrong = (self._site, survivor, self._release % 2) == ("site-1", "site-2", 0)
@@ -344,12 +344,12 @@ def lead_dies_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 def sites_stay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
     """What the sites' processes remember outlives the lead's, as on other machines."""
     remembered: dict[str, Parties] = {}
-    real = site_work.sums_of
+    real = site_work.make_sums_at_site
 
     def of_process(files: SiteFiles, parties: Parties, **named: Any) -> SumsAtSite:
         return real(files, remembered.setdefault(files.policy.site, parties), **named)
 
-    monkeypatch.setattr(site_work, "sums_of", of_process)
+    monkeypatch.setattr(site_work, "make_sums_at_site", of_process)
     return remembered
 
 

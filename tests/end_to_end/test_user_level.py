@@ -41,11 +41,11 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
     policy = read_policy(site / "site.toml")
     assert (policy.population.unit, policy.limits.max_records_per_user) == ("user", 3)
     history = verify(site / "ledger.db").history
-    assert history.opened.unit == "user"
+    assert history.opening.unit == "user"
     (known,) = history.runs.values()
     assert (known.plan.unit, known.plan.records_per_user) == ("user", 3)
 
-    for report in (from_run.build(folder), from_ledger.build(site / "site.toml")):
+    for report in (from_run.build_run_report(folder), from_ledger.build_ledger_report(site / "site.toml")):
         assert report.facts.unit == "user"
         assert "several_records" not in report.not_protected
         codes = {one.code for one in report.assumptions}
@@ -96,10 +96,10 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
     assert "max_epsilon" in simulated("more", "{period:year,first:'2026',last:'2027'}").err
     ledger = tmp_path / "kept" / "site-1" / "ledger.db"
     history = verify(ledger).history
-    figures = [history.epsilon(history.charged(year)) for year in YEARS]
+    figures = [history.epsilon(history.total_charges(year)) for year in YEARS]
     assert history.epsilon() == figures[0] == figures[1] == figures[2] > 0
-    assert not history.charged(2027)
-    with store.reading(ledger) as file:
+    assert not history.total_charges(2027)
+    with store.open_for_reading(ledger) as file:
         assert {row.cohort for row in register.read_rows(file)} == set(YEARS)
     # One line a cohort, of which the ledger's figure is the largest; the report says the same.
     spent = command("ledger", "spent", str(ledger))
@@ -111,7 +111,7 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
         *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None))
     ]
     assert life["epsilon"] == pytest.approx(history.epsilon())
-    report = from_ledger.build(ledger)
+    report = from_ledger.build_ledger_report(ledger)
     assert report.sites[0].spent.epsilon == pytest.approx(history.epsilon())
     assert report.sites[0].steps[-1].epsilon == pytest.approx(history.epsilon())
     window = ("+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
@@ -127,17 +127,17 @@ def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated:
     start = json.loads((tmp_path / "three" / "run.json").read_text())["provenance"]["start_adapter"]
     assert start["digest"] == SavedAdapter.read(tmp_path / "two" / "adapter").digest
     ledger, plan = tmp_path / "kept" / "site-1" / "ledger.db", saved_config(tmp_path / "three").plan()
-    charged = verify(ledger).history.charged(2024)
+    charged = verify(ledger).history.total_charges(2024)
     # What was charged, recomputed: all runs together come to epsilon, and one more would pass it.
-    assert 2.98 < epsilon_pld(charged, plan.delta) <= 3.0 < epsilon_pld([plan.whole] * 4, plan.delta)
+    assert 2.98 < epsilon_pld(charged, plan.delta) <= 3.0 < epsilon_pld([plan.full_event] * 4, plan.delta)
     refused = simulated("four", first, after="three")
     assert (refused.code, "max_epsilon" in refused.err) == (3, True)
     # By itself the window moves on, but has one cohort yet whose budget is spent; the window after that runs.
     assert simulated("moved", after="three").code == 3
     assert simulated("new", "{period:year,first:'2026',last:'2027'}", after="three").code == 0
     history = verify(ledger).history
-    assert (history.charged(2024), saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
-    assert epsilon_pld(history.charged(2026), plan.delta) == epsilon_pld([plan.whole], plan.delta)
+    assert (history.total_charges(2024), saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
+    assert epsilon_pld(history.total_charges(2026), plan.delta) == epsilon_pld([plan.full_event], plan.delta)
 
 
 def test_user_level_comparison_resamples_whole_users(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.scoring import figures_of
+from fedtune.evaluation.scoring import evaluate_examples
 from fedtune.model.layers import attach_adapters
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel
 
 from ..model.conftest import trained
@@ -52,7 +52,7 @@ def tiny(kind: Any, config: Any, lora: LoraSpec) -> TaskModel:
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)
     spec = TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), task="causal_lm")
-    return TaskModel(spec, task_named(spec.task), base)
+    return TaskModel(spec, get_task(spec.task), base)
 
 
 bert_classifier = partial(trained, labels=tuple(map(str, range(NUM_LABELS))))
@@ -99,4 +99,4 @@ def random_ids(generator: np.random.Generator, length: int) -> np.ndarray:
 
 
 def scores_of(model: TaskModel, dataset: TextDataset, **options: Any) -> dict[str, float]:
-    return model.task.scores(figures_of(model, dataset, **options), spec=model.spec)
+    return model.task.scores(evaluate_examples(model, dataset, **options), spec=model.spec)

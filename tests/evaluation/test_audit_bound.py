@@ -8,8 +8,8 @@ from scipy import stats
 from scipy.spatial import ConvexHull
 
 from fedtune.evaluation import audit_bound
-from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound, p_value
-from fedtune.lab.audit.guesses import counted
+from fedtune.evaluation.audit_bound import epsilon_lower_bound, max_lower_bound, p_value
+from fedtune.lab.audit.guesses import count_right_guesses
 from fedtune.privacy.accountant import calibrate_noise
 
 DELTA = 1e-5
@@ -35,9 +35,9 @@ def test_lower_bounds_match_the_published_figures(
 
 @pytest.mark.parametrize(("canaries", "most"), [(1000, 5.78), (5000, 7.28), (15_000, 8.08)])
 def test_largest_possible_bound_depends_on_the_number_of_canaries(canaries: int, most: float) -> None:
-    assert best_possible(canaries, delta=DELTA, confidence=0.95) == pytest.approx(most, abs=5e-3)
+    assert max_lower_bound(canaries, delta=DELTA, confidence=0.95) == pytest.approx(most, abs=5e-3)
     one_wrong = epsilon_lower_bound(canaries, canaries, canaries - 1, delta=DELTA, confidence=0.95)
-    assert one_wrong < best_possible(canaries, delta=DELTA, confidence=0.95) - 0.1
+    assert one_wrong < max_lower_bound(canaries, delta=DELTA, confidence=0.95) - 0.1
 
 
 @pytest.mark.parametrize("canaries", [10, 100, 1000])
@@ -95,7 +95,7 @@ def gaussian_bounds(sigma: float, trials: int, canaries: int, guesses: int) -> l
     for _ in range(trials):
         inserted = generator.random(canaries) < 0.5
         scores = inserted + sigma * generator.normal(size=canaries)
-        bounds.append(bound(*counted(scores - 0.5, inserted, guesses=guesses), DELTA))
+        bounds.append(bound(*count_right_guesses(scores - 0.5, inserted, guesses=guesses), DELTA))
     return bounds
 
 
@@ -120,9 +120,9 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
 
 @pytest.mark.parametrize("sites", [[], ["a"], [None], ["a", None], ["a", "b", "c", None]], ids=str)
 def test_simultaneous_bounds_share_the_allowed_error(sites: list[str | None]) -> None:
-    errors = audit_bound.allowed_errors(0.95, sites)
+    errors = audit_bound.split_error_probability(0.95, sites)
     assert len(errors) == len(sites)
     assert sum(errors) == pytest.approx(0.05 if sites else 0.0)
     assert all(0 < error <= 0.05 + 1e-12 for error in errors)
-    of_site, _ = audit_bound.allowed_errors(0.95, ["a", None])
+    of_site, _ = audit_bound.split_error_probability(0.95, ["a", None])
     assert p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < of_site, "a claim of 8 can still be refuted"

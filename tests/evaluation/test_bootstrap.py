@@ -4,8 +4,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, Estimate, compared, constant_words, drawn
-from fedtune.evaluation.groups import OTHERS, by_group, merged
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, Estimate, compare_by_scores, describe_against_constant, drawn
+from fedtune.evaluation.groups import OTHERS, merged, score_groups
 from fedtune.spec import DataError
 from fedtune.tasks.measures import macro_f1
 
@@ -24,32 +24,34 @@ def figures(values: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_scores_use_all_records_and_lower_losses_are_better() -> None:
     base, tuned = np.arange(20) < 5, np.arange(20) < 15
-    found = compared(figures(base), figures(tuned), scores=mean)["accuracy"]
+    found = compare_by_scores(figures(base), figures(tuned), scores=mean)["accuracy"]
     assert (found.base.value, found.tuned.value, found.difference.value) == (0.25, 0.75, 0.5)
     assert found.base.low < 0.25 < found.base.high
     assert found.verdict == "better"
     low, high = figures(np.linspace(1, 1.1, 50)), figures(np.linspace(2, 2.1, 50))
-    assert compared(high, low, scores=loss)["loss"].verdict == "better"
-    assert compared(low, high, scores=loss)["loss"].verdict == "worse"
-    assert compared(low, high, scores=mean)["accuracy"].verdict == "better"
-    assert compared(low, low, scores=loss)["loss"].verdict == "cannot be told apart"
+    assert compare_by_scores(high, low, scores=loss)["loss"].verdict == "better"
+    assert compare_by_scores(low, high, scores=loss)["loss"].verdict == "worse"
+    assert compare_by_scores(low, high, scores=mean)["accuracy"].verdict == "better"
+    assert compare_by_scores(low, low, scores=loss)["loss"].verdict == "cannot be told apart"
 
 
 def test_bootstrap_is_paired_across_models() -> None:
     """Paired: what all records have in common does not widen the interval of the difference."""
     common = np.random.default_rng(1).normal(0.0, 10.0, size=100)
-    found = compared(figures(common), figures(common + 1.0), scores=mean)["accuracy"]
+    found = compare_by_scores(figures(common), figures(common + 1.0), scores=mean)["accuracy"]
     assert found.difference.low == pytest.approx(1.0)
     assert found.difference.high == pytest.approx(1.0)
     assert found.tuned.high - found.tuned.low > 1.0
-    assert found == compared(figures(common), figures(common + 1.0), scores=mean)["accuracy"], "and the same every time"
+    assert found == compare_by_scores(figures(common), figures(common + 1.0), scores=mean)["accuracy"], (
+        "and the same every time"
+    )
     # Several models share the draws, too, and their mean is one more.
     several = drawn({"one": figures(common), "other": figures(common + 2.0)}, scores=mean)
     several = several.with_mean("both", ["one", "other"])
     assert several.values["both"]["accuracy"] == pytest.approx(common.mean() + 1.0)
-    beside = several.comparison("one", "both", "accuracy").difference
+    beside = several.compare_scores("one", "both", "accuracy").difference
     assert (beside.low, beside.high) == (pytest.approx(1.0), pytest.approx(1.0))
-    assert several.comparison("one", "both", "accuracy", judged="loss").verdict == "worse"
+    assert several.compare_scores("one", "both", "accuracy", judged="loss").verdict == "worse"
 
 
 def test_bootstrap_resamples_whole_users() -> None:
@@ -57,8 +59,8 @@ def test_bootstrap_resamples_whole_users() -> None:
     users = [np.arange(first, first + 10) for first in range(0, 200, 10)]
     values = figures(np.repeat(np.random.default_rng(2).normal(size=20), 10))
     zero = figures(np.zeros(200))
-    by_user = compared(zero, values, scores=mean, units=users)["accuracy"].difference
-    by_record = compared(zero, values, scores=mean)["accuracy"].difference
+    by_user = compare_by_scores(zero, values, scores=mean, units=users)["accuracy"].difference
+    by_record = compare_by_scores(zero, values, scores=mean)["accuracy"].difference
     assert by_user.value == by_record.value
     ratio = (by_user.high - by_user.low) / (by_record.high - by_record.low)
     assert ratio == pytest.approx(math.sqrt(10), rel=0.2)
@@ -77,29 +79,29 @@ def test_bootstrap_resamples_whole_users() -> None:
 def test_model_is_compared_with_the_best_constant_prediction(
     score: str, constant: float, num_units: int, verdict: str
 ) -> None:
-    said = constant_words("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
+    said = describe_against_constant("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
     told = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
     assert said == f"The run {verdict} the best constant answer, the same to each record: {told}"
 
 
 def test_too_few_units_give_no_verdict() -> None:
     zeros, ones = figures(np.zeros(FEWEST_UNITS)), figures(np.ones(FEWEST_UNITS))
-    assert compared(zeros, ones, scores=mean)["accuracy"].verdict == "better"
+    assert compare_by_scores(zeros, ones, scores=mean)["accuracy"].verdict == "better"
     fewer = ({"right": one["right"][1:]} for one in (zeros, ones))
-    assert compared(*fewer, scores=mean)["accuracy"].verdict == "cannot be told apart"
+    assert compare_by_scores(*fewer, scores=mean)["accuracy"].verdict == "cannot be told apart"
     groups = merged([*["a"] * 50, *["b"] * 9], smallest=5)
     models = {name: figures(np.full(59, value)) for name, value in (("x", 0.0), ("y", 1.0))}
-    found = by_group(models, groups, score="accuracy", scores=mean, pairs=[("x", "y")])
+    found = score_groups(models, groups, score="accuracy", scores=mean, pairs=[("x", "y")])
     assert found.changes["a"]["x", "y"].verdict == "better"
     assert found.changes["b"]["x", "y"].verdict == "cannot be told apart", "9 are too few"
 
 
 def test_diverged_model_is_worse_and_unscorable_resamples_are_skipped() -> None:
     fine, diverged, infinite = (figures(np.full(30, value)) for value in (1.0, np.nan, np.inf))
-    found = compared(fine, diverged, scores=loss)["loss"]
+    found = compare_by_scores(fine, diverged, scores=loss)["loss"]
     assert found.verdict == "worse"
     assert math.isnan(found.difference.low)
-    assert compared(infinite, infinite, scores=loss)["loss"].verdict == "cannot be told apart"
+    assert compare_by_scores(infinite, infinite, scores=loss)["loss"].verdict == "cannot be told apart"
 
     def sometimes(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
         if not drawn["right"].any():
@@ -107,7 +109,7 @@ def test_diverged_model_is_worse_and_unscorable_resamples_are_skipped() -> None:
         return mean(drawn)
 
     rare = figures(np.arange(12) == 3)
-    assert compared(rare, rare, scores=sometimes)["accuracy"].base.low == pytest.approx(1 / 12)
+    assert compare_by_scores(rare, rare, scores=sometimes)["accuracy"].base.low == pytest.approx(1 / 12)
 
 
 def test_confidence_intervals_have_their_nominal_coverage() -> None:
@@ -116,7 +118,7 @@ def test_confidence_intervals_have_their_nominal_coverage() -> None:
     for _ in range(number):
         hard = draws.random(100)
         base, tuned = hard + draws.normal(0, 0.05, 100) < 0.6, hard + draws.normal(0, 0.05, 100) < 0.7
-        found = compared(figures(base), figures(tuned), scores=mean, resamples=300)["accuracy"].difference
+        found = compare_by_scores(figures(base), figures(tuned), scores=mean, resamples=300)["accuracy"].difference
         held += found.low <= 0.1 <= found.high
     assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / number) < held / number < 0.95 + 4 * math.sqrt(0.95 * 0.05 / number)
 
@@ -161,7 +163,7 @@ def test_equivalent_models_are_rarely_called_different(number: int) -> None:
     for _ in range(100):
         truth = draws.integers(0, 40, number)
         models = {name: answers(draws, truth) for name in ("base", "tuned")}
-        found = drawn(models, scores=f1, resamples=200).comparison("base", "tuned", "macro_f1")
+        found = drawn(models, scores=f1, resamples=200).compare_scores("base", "tuned", "macro_f1")
         different += found.verdict != "cannot be told apart"
         for one in (found.base, found.tuned):
             assert one.low <= one.value <= one.high <= 1
@@ -196,7 +198,9 @@ def test_group_scores_and_changes_use_only_their_records() -> None:
     groups = merged([*["a"] * 50, *["b"] * 50], smallest=20)
     base = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(40), np.zeros(10)]}
     tuned = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(50)]}
-    found = by_group({"base": base, "tuned": tuned}, groups, score="accuracy", scores=mean, pairs=[("base", "tuned")])
+    found = score_groups(
+        {"base": base, "tuned": tuned}, groups, score="accuracy", scores=mean, pairs=[("base", "tuned")]
+    )
     assert {name: one["tuned"].value for name, one in found.scores.items()} == {"b": 1.0, "a": 0.5}
     assert found.gaps["a"]["base"].value == pytest.approx(-0.3)
     assert found.gaps["a"]["tuned"].value == pytest.approx(-0.5)

@@ -8,9 +8,17 @@ from sacrebleu.metrics.bleu import BLEU
 
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation import generation
-from fedtune.evaluation.generation import as_text, by_prompt, draw, generate, text_figures, text_scores, write
+from fedtune.evaluation.generation import (
+    decode_stream,
+    generate,
+    group_by_prompt,
+    sample_completions,
+    stream_tokens,
+    text_scores,
+    text_statistics,
+)
 from fedtune.evaluation.spec import EvaluationSpec, WritingSpec
-from fedtune.model.base_model import tiny_tokenizer
+from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.task_model import TaskModel
 
@@ -40,8 +48,14 @@ def written_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int)
 def test_generated_rows_end_at_their_own_end_token(language_model: TaskModel, prompts: Prompts) -> None:
     whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     ends = frozenset({end := whole[0][3], 999})
-    written = generation.write_batch(
-        language_model.base, prompts, end_ids=ends, pad_id=2, max_new_tokens=8, device=CPU, choose=generation.greedily
+    written = generation.generate_batch(
+        language_model.base,
+        prompts,
+        end_ids=ends,
+        pad_id=2,
+        max_new_tokens=8,
+        device=CPU,
+        choose=generation.choose_greedily,
     )
     texts = [list(takewhile(lambda token: token not in ends, row)) for row in written]
     assert texts == [row[: row.index(end)] if end in row else row for row in whole]
@@ -58,7 +72,7 @@ def test_sampled_texts_use_independent_random_streams(
     def drawn(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
         spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, guidance=1.0, seed=seed)
         settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec, "against": against}
-        return dict(draw(language_model, own, first=first, max_tokens=max_tokens, **settings))
+        return dict(sample_completions(language_model, own, first=first, max_tokens=max_tokens, **settings))
 
     texts = drawn(10_000)
     assert texts == drawn(100)
@@ -97,7 +111,7 @@ def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
     settings = {"tokenizer": tokenizer, "end_ids": ends, "spec": spec, "first": 0, "max_tokens": 10_000}
     settings |= {"begun": begun} if share else {}
     assert any(expected)
-    assert dict(draw(language_model, prompts, against=against, **settings)) == dict(enumerate(expected))
+    assert dict(sample_completions(language_model, prompts, against=against, **settings)) == dict(enumerate(expected))
 
 
 def test_guidance_scales_probabilities_by_their_ratio(
@@ -113,7 +127,7 @@ def test_guidance_scales_probabilities_by_their_ratio(
 
     number, spec = 400, WritingSpec(max_new_tokens=1, temperature=2.0, guidance=1.0)
     settings = {"tokenizer": tokenizer, "end_ids": frozenset(ends), "spec": spec, "first": 0, "max_tokens": 10_000}
-    drawn = draw(language_model, [prompt] * number, against=[other] * number, **settings)
+    drawn = sample_completions(language_model, [prompt] * number, against=[other] * number, **settings)
     ended = sum(text is not None for _, text in drawn) / number
     deviation = (expected(1.0) * (1 - expected(1.0)) / number) ** 0.5
     assert abs(ended - expected(1.0)) < 4 * deviation
@@ -138,7 +152,7 @@ def test_padding_cache_and_batching_do_not_change_texts(
 
 def test_bleu_and_rouge_match_manual_calculations() -> None:
     def scored(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
-        return text_scores(text_figures(hypotheses, references))
+        return text_scores(text_statistics(hypotheses, references))
 
     hypotheses = ["the cat is on the mat", "a b c d e"]
     references = [["the cat sat on the mat"], ["z z z z z z z", "a b c d e"]]
@@ -161,12 +175,12 @@ def test_bleu_and_rouge_match_manual_calculations() -> None:
 def test_repeated_prompt_is_generated_once_with_all_references() -> None:
     asked = [np.array(row, dtype=np.int32) for row in ([5, 6], [5], [5, 6])]
     texts = ["first", "other", "second"]
-    prompts, references = by_prompt(asked, texts)
+    prompts, references = group_by_prompt(asked, texts)
     assert references == [["first", "second"], ["other"]]
     assert [ids.tolist() for ids in prompts] == [[5, 6], [5]]
-    assert by_prompt(asked, texts, rows=1)[1] == [["first", "second"]]
+    assert group_by_prompt(asked, texts, rows=1)[1] == [["first", "second"]]
     with pytest.raises(DataError, match="must hold at least one prompt"):
-        by_prompt([], [])
+        group_by_prompt([], [])
 
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
@@ -174,11 +188,11 @@ def test_displayed_text_is_the_greedy_continuation(family: str, prompts: Prompts
     model = request.getfixturevalue(family)
     for prompt in prompts:
         expected = written_without_cache(model, prompt, 8)
-        assert list(write(model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=8))) == expected
+        assert list(stream_tokens(model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=8))) == expected
         # Any of several tokens ends it, and is no part of it.
         ends = {expected[3], expected[6]}
         first = min(expected.index(end) for end in ends)
-        assert list(write(model, prompt, end_ids=ends, spec=WritingSpec(max_new_tokens=8))) == expected[:first]
+        assert list(stream_tokens(model, prompt, end_ids=ends, spec=WritingSpec(max_new_tokens=8))) == expected[:first]
 
 
 def test_generation_ends_at_the_last_position_and_restores_flags(
@@ -186,7 +200,7 @@ def test_generation_ends_at_the_last_position_and_restores_flags(
 ) -> None:
     prompt, flags = np.arange(3, 23, dtype=np.int32), [module.training for module in language_model.modules()]
     written = 0
-    for _ in write(language_model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=100)):
+    for _ in stream_tokens(language_model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=100)):
         written += 1
         assert torch.is_grad_enabled()
         assert [module.training for module in language_model.modules()] == flags
@@ -197,7 +211,7 @@ def test_generation_ends_at_the_last_position_and_restores_flags(
     with torch.no_grad():
         next(iter(language_model.trainable().values())).fill_(float("nan"))
     with pytest.raises(ConfigError, match="its training diverged"):
-        next(write(language_model, prompt, end_ids=(), spec=WritingSpec()))
+        next(stream_tokens(language_model, prompt, end_ids=(), spec=WritingSpec()))
 
 
 def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_model: TaskModel) -> None:
@@ -207,7 +221,7 @@ def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_m
 
     def drawn(number: int, **changes: float) -> np.ndarray:
         specs = [WritingSpec(max_new_tokens=1, seed=seed, **changes) for seed in range(number)]
-        return np.array([next(write(language_model, prompt, end_ids=(), spec=spec)) for spec in specs])
+        return np.array([next(stream_tokens(language_model, prompt, end_ids=(), spec=spec)) for spec in specs])
 
     assert (drawn(10, temperature=1.0) == drawn(10, temperature=1.0)).all()
     assert set(drawn(10, temperature=1e-300)) == {int(logits.argmax())}, "cold is greedy"
@@ -229,15 +243,15 @@ def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_m
     "text", ["plain", "  spaces  around  ", "Grüße, 你好 \N{RAINBOW}!", "a\nb\n\n", "\N{RAINBOW}" * 3, ""]
 )
 def test_streamed_text_parts_are_whole_characters(text: str) -> None:
-    tokenizer = tiny_tokenizer("random:llama")  # one token a byte
+    tokenizer = build_tiny_tokenizer("random:llama")  # one token a byte
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    parts = list(as_text([*ids, tokenizer.eos_token_id], tokenizer))
+    parts = list(decode_stream([*ids, tokenizer.eos_token_id], tokenizer))
     assert "".join(parts) == text.strip()
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
     assert len(parts) == len(text.strip()) - sum(letter.isspace() for letter in text.strip())
     ids = tokenizer("ab\N{RAINBOW}", add_special_tokens=False)["input_ids"]  # no character in the end
-    assert list(as_text(ids[:-1], tokenizer)) == ["a", "b", "\N{REPLACEMENT CHARACTER}"]
-    assert "".join(as_text([*ids[:-1], ids[0]], tokenizer)) == "ab\N{REPLACEMENT CHARACTER}a"
+    assert list(decode_stream(ids[:-1], tokenizer)) == ["a", "b", "\N{REPLACEMENT CHARACTER}"]
+    assert "".join(decode_stream([*ids[:-1], ids[0]], tokenizer)) == "ab\N{REPLACEMENT CHARACTER}a"
 
 
 WRONG = ("max_new_tokens=0", "max_new_tokens=1000001", "temperature=-1.0", "temperature=nan", "top_p=0.0")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import fedtune.evaluation.scoring as scoring_module
 from fedtune.data.batching import Batch, collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.scoring import batches_by_length, figures_of, scoring, unit_scores, user_scores
-from fedtune.model.layers import layer_stack
+from fedtune.evaluation.scoring import batches_by_length, evaluate_examples, evaluation_mode, unit_scores, user_scores
+from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
 from fedtune.tasks.measures import macro_f1
@@ -29,7 +29,7 @@ def flags(model: torch.nn.Module) -> dict[str, bool]:
 def test_scoring_restores_every_training_flag(classifier: TaskModel, fails: bool) -> None:
     before = flags(classifier)
     assert set(before.values()) == {True, False}, "the model has to be of both kinds for this test to mean anything"
-    with suppress(ZeroDivisionError), scoring(classifier):
+    with suppress(ZeroDivisionError), evaluation_mode(classifier):
         assert not any(flags(classifier).values())
         assert not torch.is_grad_enabled()
         assert not fails or 1 / 0
@@ -39,7 +39,7 @@ def test_scoring_restores_every_training_flag(classifier: TaskModel, fails: bool
 
 def test_model_can_train_after_scoring(language_model: TaskModel, completions: TextDataset) -> None:
     _, batch = next(batches_by_length(completions, pad_id=0, max_tokens=40))
-    with scoring(language_model):
+    with evaluation_mode(language_model):
         language_model.losses(batch)
     language_model.losses(batch).sum().backward()
     gradients = [p.grad for name, p in language_model.named_parameters() if "lora_" in name]
@@ -66,10 +66,10 @@ def test_cpu_scoring_uses_small_batches_with_equal_results(
     def scored(most: int) -> tuple[dict[str, Any], list[int]]:
         monkeypatch.setattr(scoring_module, "_MOST_ON_CPU", most)
         kept: scoring_module.KeptBatches | None = {} if keeps else None
-        with scoring(classifier):
-            batches = scoring_module.batches_to_score(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept)
+        with evaluation_mode(classifier):
+            batches = scoring_module.batches_with_cache(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept)
             sizes = [batch.input_ids.numel() for _, batch in batches]
-        return figures_of(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept), sizes
+        return evaluate_examples(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept), sizes
 
     (many, one), (few, several) = scored(10**6), scored(30)
     assert len(one) == 1
@@ -101,7 +101,7 @@ def test_cached_frozen_layers_run_once_with_equal_scores(request: pytest.Fixture
     last = LoraSpec(rank=2, layers=(-1,))
     model = bert_classifier(lora=last) if task == "classification" else llama(last)
     data = request.getfixturevalue("labelled" if task == "classification" else "completions")
-    frozen, *_ = layer_stack(model.base.get_base_model())[1]
+    frozen, *_ = find_layer_stack(model.base.get_base_model())[1]
     attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
     calls: list[None] = []
     attention.register_forward_hook(lambda *_: calls.append(None))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.model.base_model import load_base, load_tokenizer, save_plain
+from fedtune.model.base_model import load_base, load_tokenizer, save_as_plain_model
 from fedtune.model.spec import ModelSpec
 
 from ..conftest import command, python, simulate
@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
         base = into / f"base-{name}"
-        save_plain(load_base(ModelSpec(path=path), predicts_tokens=causal), base)
+        save_as_plain_model(load_base(ModelSpec(path=path), predicts_tokens=causal), base)
         load_tokenizer(ModelSpec(path=path)).save_pretrained(base)
     head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
     make("bert", f"model.path='{into}/base-bert'", *head)
@@ -76,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
             {"tokens": text.split(), "tags": ["O", "B-thing", "I-thing"]} for text in ("the lost card", "a new bank")
         ]
         (into / "entities.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged * 20))
-        save_plain(load_base(ModelSpec(path=MINILM)), into / "base-minilm")
+        save_as_plain_model(load_base(ModelSpec(path=MINILM)), into / "base-minilm")
         load_tokenizer(ModelSpec(path=MINILM)).save_pretrained(into / "base-minilm")
         local = (f"model.path='{into}/base-minilm'", "model.sha256=null", "model.public_id=null", "data.max_length=40")
         make(

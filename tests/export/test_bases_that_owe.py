@@ -12,14 +12,14 @@ import pytest
 from fedtune.config import RunConfig, saved_config
 from fedtune.model.refusals import OWED, check_content
 from fedtune.model.spec import ModelSpec
-from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.selection import Selection, price_of
-from fedtune.report.from_run import build, spent_on_start
-from fedtune.report.synthetic_card import run_of
-from fedtune.runs.earlier_debts import chain, debts_in, debts_of_base
-from fedtune.runs.environment import start_adapter_of
-from fedtune.runs.public_stage import public_stage_of
-from fedtune.sites.run_records import card_of
+from fedtune.privacy.accountant import format_epsilon
+from fedtune.privacy.selection import Selection, compute_search_price
+from fedtune.report.from_run import build_run_report, sum_start_losses
+from fedtune.report.synthetic_card import describe_run
+from fedtune.runs.earlier_debts import build_lineage, read_base_lineage, walk_lineage
+from fedtune.runs.environment import start_lineage
+from fedtune.runs.public_stage import public_stage_config
+from fedtune.sites.run_records import card_path
 from fedtune.spec import ConfigError
 
 from ..conftest import REPOSITORY, command, edit_json, result_of, simulate, tiny
@@ -80,7 +80,7 @@ def test_run_on_a_merged_model_states_its_prior_spending(first: Path, base: Path
     assert "began_in_an_adapter" in report["verdict"]["reasons"]
     assert command("report", "verify", str(run)).code == 0
     card = (run / "adapter" / "README.md").read_text()
-    assert f"of run first on {owed_by(first)['dataset']}; its training spent epsilon {epsilon_text(epsilon)}" in (
+    assert f"of run first on {owed_by(first)['dataset']}; its training spent epsilon {format_epsilon(epsilon)}" in (
         card.replace("\\", "")
     )
 
@@ -91,21 +91,21 @@ def test_lineage_keeps_every_prior_run_once(first: Any, base: Any, second: Any, 
     assert mark_of(merged(run, tmp_path / "again")) == both
     config = saved_config(run)
     digest = owed_by(run)["digest"]
-    on_top = start_adapter_of(on(config, base, adapter=str(run), adapter_sha256=digest)) or {}
+    on_top = start_lineage(on(config, base, adapter=str(run), adapter_sha256=digest)) or {}
     assert on_top == both | {"head": None}, "an adapter on a base that owes"
     alone = shutil.copytree(run / "adapter", tmp_path / "handed" / "on")
-    handed = start_adapter_of(on(config, base, adapter=str(alone), adapter_sha256=digest)) or {}
+    handed = start_lineage(on(config, base, adapter=str(alone), adapter_sha256=digest)) or {}
     assert (handed["epsilon"], handed["start_adapter"]) == ("unknown", owed_by(first))
     silent = shutil.copytree(run, tmp_path / "silent")
     edit_json(silent / "run.json", provenance=result_of(run)["provenance"] | {"start_adapter": None})
-    assert start_adapter_of(on(config, base, adapter=str(silent), adapter_sha256=digest)) == on_top
+    assert start_lineage(on(config, base, adapter=str(silent), adapter_sha256=digest)) == on_top
 
 
 def test_exported_search_trial_inherits_the_search_cost(first: Path, tmp_path: Path) -> None:
     picked, plan = shutil.copytree(first, tmp_path / "first"), saved_config(first).plan()
     told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
-    price = price_of([plan] * 3)
-    (picked / "selection.json").write_text(json.dumps(asdict(Selection.of(price, [plan] * 3, **told))))
+    price = compute_search_price([plan] * 3)
+    (picked / "selection.json").write_text(json.dumps(asdict(Selection.from_price(price, [plan] * 3, **told))))
     assert price.epsilon > owed_by(first)["epsilon"]
     mark = mark_of(merged(picked, tmp_path / "base"))
     assert (mark["epsilon"], mark["delta"]) == (price.epsilon, price.delta)
@@ -125,13 +125,13 @@ def test_damaged_lineage_mark_counts_as_unknown_spending(second: Any, tmp_path: 
     folder.mkdir()
     (folder / "model.safetensors").touch()
     (folder / "config.json").write_text(json.dumps({OWED: mark}))
-    start = start_adapter_of(on(saved_config(second[0]), folder)) or {}
-    assert spent_on_start(start)[1] is None
+    start = start_lineage(on(saved_config(second[0]), folder)) or {}
+    assert sum_start_losses(start)[1] is None
     assert start == UNKNOWN or (start, start["start_adapter"]) == (DEBT | {"start_adapter": UNKNOWN}, UNKNOWN)
     (folder / "config.json").write_text('{"fedtune_owed": ')
-    assert debts_of_base(ModelSpec(path=str(folder))) == [UNKNOWN]
+    assert read_base_lineage(ModelSpec(path=str(folder))) == [UNKNOWN]
     (folder / "config.json").write_text("{}")
-    assert debts_of_base(ModelSpec(path=str(folder))) == []
+    assert read_base_lineage(ModelSpec(path=str(folder))) == []
 
 
 def test_run_on_a_base_with_a_damaged_mark_reports_it(base: Path, tmp_path: Path) -> None:
@@ -145,18 +145,18 @@ def test_run_on_a_base_with_a_damaged_mark_reports_it(base: Path, tmp_path: Path
 
 def test_long_lineage_is_truncated_to_the_size_limit(base: Path) -> None:
     debts = [DEBT | {"epsilon": float(number)} for number in range(60)]
-    fields = json.loads((base / "config.json").read_text()) | {OWED: chain(debts)}
+    fields = json.loads((base / "config.json").read_text()) | {OWED: build_lineage(debts)}
     check_content("config.json", json.dumps(fields).encode(), folder="base")
-    kept = [*debts_in(fields[OWED])]
+    kept = [*walk_lineage(fields[OWED])]
     assert kept == [*debts[:23], UNKNOWN]
-    assert chain([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
+    assert build_lineage([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
 
 
 def test_run_on_synthetic_records_inherits_their_spending(first: Path, tmp_path: Path) -> None:
     texts = Path(shutil.copy(REPOSITORY / saved_config(first).data.train_file, tmp_path))
     told = {"sha256": hashlib.sha256(texts.read_bytes()).hexdigest()}
-    told["runs"] = [run_of(build(first), owed_by(first)["digest"])]
-    card_of(texts, ".json").write_text(json.dumps(told))
+    told["runs"] = [describe_run(build_run_report(first), owed_by(first)["digest"])]
+    card_path(texts, ".json").write_text(json.dumps(told))
     owed = owed_by(first) | {"dataset": "unknown"}
     words = [*WRITER, f"data.train_file='{texts}'", "tracking.progress=true"]
     printed = command("simulate", *tiny(*words, into=tmp_path, name="run")).printed
@@ -167,19 +167,19 @@ def test_run_on_synthetic_records_inherits_their_spending(first: Path, tmp_path:
     config = saved_config(run)
     public = replace(config, public=replace(config.public, train_file=str(texts)))
     with pytest.raises(ConfigError, match=r"data.train_file = .* must hold a run's own records"):
-        public_stage_of(public)
+        public_stage_config(public)
     for damaged in ({"sha256": "0" * 64}, {"runs": []}, {"runs": [{}]}, {"runs": 5}):
-        card_of(texts, ".json").write_text(json.dumps(told | damaged))
-        assert start_adapter_of(config) == UNKNOWN
-    card_of(texts, ".json").unlink()
-    assert start_adapter_of(config) is None
+        card_path(texts, ".json").write_text(json.dumps(told | damaged))
+        assert start_lineage(config) == UNKNOWN
+    card_path(texts, ".json").unlink()
+    assert start_lineage(config) is None
 
 
 def test_public_stage_is_refused_on_a_base_with_prior_spending(second: Any, base: Path) -> None:
     config = saved_config(second[0])
     config = replace(config, public=replace(config.public, train_file="public.jsonl"))
     with pytest.raises(ConfigError, match=r"model.path = .*: must owe nothing with public.train_file"):
-        public_stage_of(config)
+        public_stage_config(config)
     stage = on(config, base, adapter=str(second[0]), adapter_sha256=owed_by(second[0])["digest"])
     with pytest.raises(ConfigError, match="it was not trained on those records alone"):
-        start_adapter_of(stage)
+        start_lineage(stage)

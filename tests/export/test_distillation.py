@@ -24,10 +24,10 @@ from fedtune.export.onnx_graphs import load_graph
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.refusals import OWED
 from fedtune.model.spec import ModelSpec
-from fedtune.privacy.accountant import epsilon_text
-from fedtune.report.from_run import spent_on_start
-from fedtune.report.synthetic_card import card_of, run_of, together
-from fedtune.runs.environment import start_adapter_of
+from fedtune.privacy.accountant import format_epsilon
+from fedtune.report.from_run import sum_start_losses
+from fedtune.report.synthetic_card import card_path, describe_run, together
+from fedtune.runs.environment import start_lineage
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
@@ -85,7 +85,7 @@ def logits_of(run: Path) -> torch.Tensor:
     config, model = saved_config(run), load_task_model(run / "adapter")
     tokenizer = load_tokenizer(config.model)
     records = [model.task.as_asked(Record({"text": text}), config.data) for text in TEXTS]
-    rows = model.task.tokenise(records, tokenizer, data=config.data)
+    rows = model.task.tokenize(records, tokenizer, data=config.data)
     with torch.no_grad():
         return model.logits(collate(rows, range(len(rows)), pad_id=tokenizer.pad_token_id))
 
@@ -138,7 +138,7 @@ def carded(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "r
     told = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
     told |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), together(runs), strict=True))}
     told["made"] = {"rows": len(TEXTS), "codes": 1, "missing": 0, "left_out": {}, "shares": "declared"}
-    card_of(file, ".json").write_text(json.dumps(told))
+    card_path(file, ".json").write_text(json.dumps(told))
     file.write_text(file.read_text() + text)
     return file
 
@@ -149,18 +149,18 @@ def test_student_card_adds_the_cost_of_synthetic_texts(
 ) -> None:
     """If the teacher has labelled them it is behind them, too, and owes once."""
     run = fedtune.load(finished)
-    teacher = run_of(run.report(), SavedAdapter.read(run.adapter).digest)
+    teacher = describe_run(run.report(), SavedAdapter.read(run.adapter).digest)
     (link := tmp_path / "link.txt").symlink_to(carded(tmp_path / "texts.txt", *[teacher] * labelled))
     folder = teach("--passes", "1", "--texts", str(link))[0]
     text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
     assert own.epsilon is not None
-    promised = f"{epsilon_text(2 + own.epsilon * labelled)} at delta {1e-6 + own.delta * labelled:f}"
+    promised = f"{format_epsilon(2 + own.epsilon * labelled)} at delta {1e-6 + own.delta * labelled:f}"
     assert f"The card of these texts promises epsilon {promised} for each record of the runs" in text
     (both,) = re.findall(r"\(writer_2[^)]*\)\. Both together, at most, promise of the student: epsilon (\S+) at", text)
     assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
     assert "as who gave them declared" not in text
-    start = start_adapter_of(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
-    assert spent_on_start(start) == pytest.approx((own.epsilon + 2, own.delta + 1e-6))
+    start = start_lineage(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
+    assert sum_start_losses(start) == pytest.approx((own.epsilon + 2, own.delta + 1e-6))
     assert (start["from"], start["start_adapter"]["from"]) == (run.config.name, "writer_2")
     assert not (folder / "label.svg").exists(), "it would say what its teacher owes"
     assert "label.svg" not in text
@@ -192,7 +192,7 @@ def test_distillation_prints_scores_and_is_reproducible_by_seed(finished: Path, 
 def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Path, tmp_path: Path, typed: str) -> None:
     config = saved_config(finished)
     # Of the training file, whatever the run uses of it.
-    records = [record.fields["text"] for _, read in RunRecords(config).whole_files() for record in read]
+    records = [record.fields["text"] for _, read in RunRecords(config).read_whole_files() for record in read]
     written = {"few": TEXTS[: FEWEST - 1], "part": records[: FEWEST + 1]}
     for name, lines in written.items():
         (tmp_path / f"{name}.txt").write_text("".join(f"{' '.join(line.split())}\n" for line in lines))
@@ -242,7 +242,7 @@ def test_other_base_is_distilled_to_an_int8_regression_model(texts: Path, tmp_pa
     tokens = load_tokenizer(ModelSpec(path="random:llama"))(TEXTS, padding=True, return_tensors="pt")
     numbers = load_graph(to / "model.onnx")(**{name: tokens[name] for name in ("input_ids", "attention_mask")})
     model = load_task_model(run / "adapter")
-    assert unlike(numbers, model.task.read_out(logits_of(run), spec=model.spec)) < 0.9
+    assert unlike(numbers, model.task.exported_output(logits_of(run), spec=model.spec)) < 0.9
 
 
 @pytest.mark.nightly

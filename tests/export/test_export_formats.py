@@ -18,13 +18,13 @@ from fedtune.config import saved_config
 from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import export_formats
-from fedtune.export.onnx_graphs import served
+from fedtune.export.onnx_graphs import measure_folder
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.report import from_run
-from fedtune.runs.earlier_debts import debts_of_base
+from fedtune.runs.earlier_debts import read_base_lineage
 from fedtune.sites.run_records import LeadRecords
-from fedtune.sites.shared_model import LeadData, Measured
+from fedtune.sites.shared_model import Evaluation, LeadData
 from fedtune.tasks.inputs import INPUTS
 from fedtune.tasks.registry import TASKS
 from fedtune.tasks.saved import load_task_model
@@ -54,7 +54,7 @@ def test_exported_logits_match_fedtune(runs: Runs, loaded: Loaded, name: str, fo
     else:
         batch = Batch(ids, mask, torch.zeros(len(ids), dtype=torch.int64))
     with torch.no_grad():
-        ours = model.task.read_out(model.logits(batch), spec=model.spec)
+        ours = model.task.exported_output(model.logits(batch), spec=model.spec)
     theirs = torch.tensor(told["logits"])
     attended = mask.bool() if theirs.dim() > 2 else slice(None)
     torch.testing.assert_close(theirs[attended], ours[attended], rtol=1e-4, atol=1e-4)
@@ -68,7 +68,7 @@ def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
     if not answer:
         fields = [{"text": TEXTS[0], "other": TEXTS[1], "target": "1.0"}]
     records = [Record(one, f"texts:{one}") for one in fields]
-    dataset = model.task.tokenise(records, tokenizer, data=config.data)
+    dataset = model.task.tokenize(records, tokenizer, data=config.data)
     return collate(dataset, range(len(records)), pad_id=tokenizer.pad_token_id)
 
 
@@ -130,7 +130,7 @@ def test_merged_model_keeps_stop_and_padding_tokens(runs: Runs, exports: Exports
     # Every whole model says what its training owes.
     for (name, format), folder in exports.items():
         if format in ("merged", "sentence-transformers"):
-            (debt,) = debts_of_base(ModelSpec(path=str(folder)))
+            (debt,) = read_base_lineage(ModelSpec(path=str(folder)))
             run = json.loads((runs[name] / "run.json").read_text())
             assert (debt["digest"], debt["epsilon"]) == (run["adapter_digest"], run["privacy"]["epsilon"])
 
@@ -185,12 +185,17 @@ def test_nf4_run_exports_for_full_precision_weights(runs: Runs, tmp_path: Path) 
 
 
 def test_tasks_name_only_existing_export_formats() -> None:
-    named = {format for task in TASKS.values() for input in INPUTS.values() for format in input.formats(task.formats)}
+    named = {
+        format
+        for task in TASKS.values()
+        for input in INPUTS.values()
+        for format in input.supported_formats(task.formats)
+    }
     assert named == set(export_formats.WRITERS)
 
 
 def test_mismatched_export_is_removed(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, load = export_formats.write_task_model, export_formats._plain
+    write, load = export_formats.write_task_model, export_formats._reload_plain
 
     def other_adapter(model: TaskModel, folder: Path, **marks: Any) -> None:
         with torch.no_grad():
@@ -204,7 +209,7 @@ def test_mismatched_export_is_removed(runs: Runs, tmp_path: Path, monkeypatch: p
         return model
 
     monkeypatch.setattr(export_formats, "write_task_model", other_adapter)
-    monkeypatch.setattr(export_formats, "_plain", other_whole)
+    monkeypatch.setattr(export_formats, "_reload_plain", other_whole)
     for format, words in (("peft", ()), ("merged", ("--merge",))):
         told = command("export", str(runs["llama"]), "--to", str(tmp_path / "out" / "folder"), *words)
         said = f"the {format} export computes other logits than the run's model (apart by "
@@ -226,7 +231,7 @@ def test_adapter_export_uses_loaded_values_not_files(runs: Runs, tmp_path: Path)
     assert json.loads((out / config).read_text()) == settings
     assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()
     # From now on the run's report names the export's files; of the link it says nothing.
-    files = from_run.build(run).facts.files
+    files = from_run.build_run_report(run).facts.files
     weights = hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert files["out/adapter_model.safetensors"] == weights
     assert not {"adapter/head.safetensors", "out/README.md", "out/label.svg"} & set(files)
@@ -265,7 +270,7 @@ def test_onnx_regression_scores_match_the_run(runs: Runs, tmp_path: Path) -> Non
     run, config = runs["number"], saved_config(runs["number"])
     export_formats.export(run / "adapter", config, tmp_path / "small", format="onnx", int8=True)
     records = LeadRecords.read(config.data.train_file, config, key="data.train_file")
-    whole, _ = served(tmp_path / "small", run / "adapter", config, records)
+    whole, _ = measure_folder(tmp_path / "small", run / "adapter", config, records)
     model, tokenizer = model_of(run), load_tokenizer(config.model)
-    ours = Measured.of(model, tokenizer, LeadData.of(records, config, tokenizer), config, generate=False)
+    ours = Evaluation.of(model, tokenizer, LeadData.of(records, config, tokenizer), config, generate=False)
     assert whole.scores == pytest.approx(ours.scores(model), abs=1e-4)

@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
 from fedtune.federation.secure.at_site import SumsAtSite
-from fedtune.federation.site_round import Prepared, Site, Trained, answer, consider, end_run
+from fedtune.federation.site_round import Prepared, Site, Trained, answer, answer_invitation, end_run
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update
@@ -61,7 +61,7 @@ def receipt_of(site: str = "a", *, charged: int = 1, run: str = "r", key: Any = 
     said: dict[str, Any] = {"charged_rounds": charged, "sequence": 3 * charged}
     said |= {"ended": False, "plan": "", "seeded_noise": False, "simulated": False} | more
     unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **said)
-    return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
+    return replace(unsigned, signature=key.sign(RECEIPT, unsigned.signed_bytes()))
 
 
 @dataclass
@@ -88,14 +88,14 @@ class Station:
 
     @property
     def key(self) -> SigningKey:
-        return SigningKey.load_or_make(self.folder / self.policy.site_key)
+        return SigningKey.load_or_create(self.folder / self.policy.site_key)
 
     @property
     def sums(self) -> SumsAtSite | None:
         return None
 
-    def ledger(self) -> Ledger:
-        return Ledger(self.path, self.policy, self.key)
+    def ledger(self) -> SiteLedger:
+        return SiteLedger(self.path, self.policy, self.key)
 
     def open(self, train: Train | None = None) -> Site:
         def prepare(proposal: Proposal) -> Prepared:
@@ -121,7 +121,7 @@ class Station:
         return round_request(self.propose(**changes), **fields | (about or {}))
 
     def ask(self, round: int = 1, *, train: Train | None = None, key: SigningKey | None = None, **asked: Any) -> Reply:
-        signed = self.request(round, **asked).signed(key or self.lead)
+        signed = self.request(round, **asked).sign_with(key or self.lead)
         return self.send(signed, adapter=asked.get("adapter"), train=train)
 
     def send(self, signed: Signed, *, adapter: Adapter | None = None, train: Train | None = None) -> Reply:
@@ -131,13 +131,13 @@ class Station:
         """The site's answer to an invitation; `changes` are those of the proposal, `about` other fields."""
         fields: dict[str, Any] = {"proposal": self.propose(**changes), "site": self.policy.site}
         fields |= {"expires": 1e12, "nonce": NONCE}
-        return consider(self.open(), Invitation(**(fields | (about or {}))).signed(key or self.lead))
+        return answer_invitation(self.open(), Invitation(**(fields | (about or {}))).sign_with(key or self.lead))
 
     def end(self, *, run: str = "r", key: Any = None, adapter: Any = None, digest: str = "") -> Receipt | None:
         """Tell the site that a run is over, signed by the lead, or by `key`; `adapter` travels with the notice."""
         lead = key or self.lead
         notice = EndOfRun(run=run, lead=lead.public, adapter_digest=digest)
-        return end_run(self.open(), notice.signed(lead), adapter)
+        return end_run(self.open(), notice.sign_with(lead), adapter)
 
     def events(self) -> tuple[Event, ...]:
         return verify(self.path, site_key=self.key.public).events if self.path.exists() else ()

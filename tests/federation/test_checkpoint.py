@@ -11,7 +11,7 @@ from safetensors.numpy import load, save
 
 from fedtune.config import saved_settings
 from fedtune.federation.lead import Checkpoints, LeadState
-from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.spec import ConfigError, RunError
 
 from .conftest import made_adapter, receipt_of, round_of
@@ -52,7 +52,7 @@ def test_checkpoint_round_trips_through_its_file(checkpoints: Checkpoints) -> No
     loaded = checkpoints.load()
     assert plain(loaded) == plain(state(2))
     assert loaded.strategy["m/head"].dtype == np.float64, "a moment rounded to float32 would change the next round"
-    assert loaded.receipts["a"].is_signed(), "the site gets its receipt back, and checks its own signature"
+    assert loaded.receipts["a"].has_valid_signature(), "the site gets its receipt back, and checks its own signature"
 
 
 def test_newest_checkpoint_is_loaded_and_its_predecessor_kept(checkpoints: Checkpoints, folder: Path) -> None:
@@ -87,10 +87,10 @@ def test_invalid_counts_in_a_checkpoint_are_reported_as_damage(
 
 
 def test_rounds_requested_after_the_checkpoint_count_as_unanswered(checkpoints: Checkpoints) -> None:
-    checkpoints.ask(1, ["a", "b"])
+    checkpoints.record_request(1, ["a", "b"])
     checkpoints.save(state(1))
     for _ in range(2):
-        checkpoints.ask(2, ["a", "b"])
+        checkpoints.record_request(2, ["a", "b"])
     assert checkpoints.load().unanswered == {"a": 2, "b": 3}
 
 
@@ -117,7 +117,7 @@ def test_truncated_journal_line_is_dropped_by_the_next_request(checkpoints: Chec
     checkpoints.save(state(1))
     (folder / "asked.jsonl").write_bytes(b'[2, ["a"]]\n[2, ["b')
     assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "what a crash cut short was never sent"
-    checkpoints.ask(2, ["a", "b"])
+    checkpoints.record_request(2, ["a", "b"])
     assert checkpoints.load().unanswered == {"a": 2, "b": 2}
     for line in (b"not JSON\n", b"[2, 5]\n", b"[2.5, []]\n"):
         (folder / "asked.jsonl").write_bytes(line)
@@ -150,15 +150,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_similar_run_folders_are_suggested(here: Path, name: str, hint: str) -> None:
-    assert run_folders_near(Path(name)) == hint
+    assert suggest_run_folders(Path(name)) == hint
     with pytest.raises(ConfigError) as caught:
         saved_settings(Path(name))
     assert str(caught.value) == f"run folder = {name!r}: must hold a config.yaml{hint}"
 
 
 def test_number_of_suggested_run_folders_is_limited(tmp_path: Path) -> None:
-    assert run_folders_near(tmp_path / "gone") == ""
+    assert suggest_run_folders(tmp_path / "gone") == ""
     for number in range(12):
         (tmp_path / f"{number:02}").mkdir()
         (tmp_path / f"{number:02}" / "config.yaml").touch()
-    assert run_folders_near(tmp_path / "gone").endswith(f"{tmp_path / '09'} and 2 more")
+    assert suggest_run_folders(tmp_path / "gone").endswith(f"{tmp_path / '09'} and 2 more")

@@ -35,7 +35,7 @@ def foreseen(model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | 
 def test_forecast_traffic_covers_all_sites_and_rounds() -> None:
     model = tiny_model()
     found = foreseen(model)
-    assert found.values == sum(array.size for array in Adapter.of(model).tensors.values())
+    assert found.values == sum(array.size for array in Adapter.from_task_model(model).tensors.values())
     assert found.bytes_total == (found.bytes_down + found.bytes_up) * 2 * 3, (
         "two sites, three rounds without spare ones"
     )
@@ -82,7 +82,7 @@ def test_forecast_cost_grows_with_texts_per_record(monkeypatch: pytest.MonkeyPat
 
 
 def test_forecast_runs_cached_frozen_layers_once_per_record(tmp_path: Path) -> None:
-    before = Adapter.of(model := tiny_model(layers=(-1,))).digest()
+    before = Adapter.from_task_model(model := tiny_model(layers=(-1,))).digest()
     kept = foreseen(model)
     assert kept.frozen_states_kept
     assert kept.first_seconds > 0
@@ -92,5 +92,5 @@ def test_forecast_runs_cached_frozen_layers_once_per_record(tmp_path: Path) -> N
     assert again.first_seconds == 0
     on_disk = replace(without, kept_states_folder=str(tmp_path))
     assert foreseen(model, runtime=on_disk).frozen_states_kept
-    assert Adapter.of(model).digest() == before, "a pass leaves the model as it was"
+    assert Adapter.from_task_model(model).digest() == before, "a pass leaves the model as it was"
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -61,7 +61,7 @@ def test_invitation_is_refused_for_the_same_reasons_as_a_round(
 
 def test_unknown_lead_receives_no_receipt(site: Any) -> None:
     for reply in (site.invite(key=stranger_key, lead=stranger_key.public), site.invite(key=stranger_key)):
-        assert reason(reply).is_of_a_stranger
+        assert reason(reply).is_from_stranger
         assert reply.receipt is None
 
 
@@ -87,12 +87,12 @@ def test_failure_during_preparation_is_a_site_error_without_charge(site: Any, mo
 
 def test_invitations_and_round_requests_are_not_interchangeable(site: Any) -> None:
     asked = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
-    assert Invitation.of(asked.signed(lead_key)) == asked
+    assert Invitation.from_signed(asked.sign_with(lead_key)) == asked
     for change in ({"less": 1}, {"site": "../b"}, {"expires": float("nan")}, {"nonce": "x"}, {"more": 1}):
-        text = json.dumps(json.loads(asked.signed(lead_key).text) | change)
+        text = json.dumps(json.loads(asked.sign_with(lead_key).text) | change)
         with pytest.raises(ConfigError, match="invitation"):
-            Invitation.of(Signed(text=text, signature=lead_key.sign(Invitation.purpose, text.encode())))
+            Invitation.from_signed(Signed(text=text, signature=lead_key.sign(Invitation.purpose, text.encode())))
     with pytest.raises(ConfigError):
-        Invitation.of(site.request().signed(lead_key))
-    assert reason(site.send(asked.signed(lead_key))) is Reason.MALFORMED_REQUEST
+        Invitation.from_signed(site.request().signed(lead_key))
+    assert reason(site.send(asked.sign_with(lead_key))) is Reason.MALFORMED_REQUEST
     assert replace(asked, expires=1.0).digest() == asked.digest()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.kept_round import Kept, is_over, kept_of, used_up_text
+from fedtune.federation.kept_round import Kept, explain_used_up, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.spec import FederationSpec
 
@@ -22,7 +22,7 @@ def rounds(*scores: float | None, name: str = "accuracy", lost: Collection[int] 
 
 def kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept | None:
     federation = FederationSpec(**({"num_rounds": 9, "keep_round": "best"} | settings))
-    return kept_of(rounds(*scores, name=name), federation, judged_by=name)
+    return find_kept_round(rounds(*scores, name=name), federation, judged_by=name)
 
 
 @pytest.mark.parametrize(
@@ -60,24 +60,24 @@ def test_rounds_without_updates_do_not_count_toward_early_stopping() -> None:
     """It has the score of the round before it; after a lead's restart there may be several in a row."""
     federation = FederationSpec(num_rounds=9, stop_after=1)
     for lost, over in (((3, 4), False), ((), True), ((4,), True)):
-        found = kept_of(rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, judged_by="accuracy")
+        found = find_kept_round(rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, judged_by="accuracy")
         assert found.ended_early is over
 
 
 def test_run_ends_after_its_last_round_or_early_stopping() -> None:
     stopping = FederationSpec(num_rounds=4, stop_after=1)
     scores = (0.5, 0.75, 0.75)
-    over = [is_over(rounds(*scores[:count]), stopping, judged_by="accuracy") for count in range(4)]
+    over = [should_stop(rounds(*scores[:count]), stopping, judged_by="accuracy") for count in range(4)]
     assert over == [False, False, False, True]
     plain = FederationSpec(num_rounds=3)
-    assert [is_over(rounds(*scores[:count]), plain, judged_by="accuracy") for count in (2, 3)] == [False, True]
+    assert [should_stop(rounds(*scores[:count]), plain, judged_by="accuracy") for count in (2, 3)] == [False, True]
 
 
 def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> None:
     federation = FederationSpec(num_rounds=3, spare_rounds=1)
     last = round_of(3, sites=(), failed_sites={"a": "plan_exhausted", "b": "no_reply"}, metrics={"accuracy": 0.5})
-    assert is_over([*rounds(0.5, 0.5), last], federation, judged_by="accuracy")
-    said = used_up_text([*rounds(0.5, 0.5), last], federation)
+    assert should_stop([*rounds(0.5, 0.5), last], federation, judged_by="accuracy")
+    said = explain_used_up([*rounds(0.5, 0.5), last], federation)
     assert "Round 3 of 4 is missing" in said
     assert "the plan of a is used up" in said
     assert "federation.spare_rounds=2 would have kept it" in said
@@ -86,5 +86,5 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
         rounds(0.5, 0.5, 0.5, lost=(3,)),
         [round_of(1, sites=("b",), failed_sites={"a": "plan_exhausted"}, metrics={})],
     ):
-        assert not is_over(others, federation, judged_by="accuracy")
-        assert used_up_text(others, federation) == ""
+        assert not should_stop(others, federation, judged_by="accuracy")
+        assert explain_used_up(others, federation) == ""

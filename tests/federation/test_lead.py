@@ -9,7 +9,7 @@ import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-from fedtune.federation.lead import LeadState, keep_receipts, read_receipts, site_charge
+from fedtune.federation.lead import LeadState, compute_site_charge, read_receipts, save_receipts
 from fedtune.federation.protocol import Reply
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
@@ -39,15 +39,15 @@ def answered(state: LeadState, replies: dict[str, Reply]) -> LeadState:
 
 def charged(state: LeadState, site: str = "a") -> tuple[int, bool]:
     """Steps of a site, and whether they are an upper bound."""
-    charge = site_charge(state, site, run_plan())
+    charge = compute_site_charge(state, site, run_plan())
     return charge.steps, charge.upper_bound
 
 
 def test_site_charge_follows_its_receipt_and_is_zero_if_never_asked(state: LeadState) -> None:
-    charge = site_charge(state, "a", run_plan())
+    charge = compute_site_charge(state, "a", run_plan())
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
     state = answered(state.asked(["a"]), answer(receipt_of(charged=2)))
-    charge = site_charge(state, "a", run_plan())
+    charge = compute_site_charge(state, "a", run_plan())
     assert charged(state) == (4, False)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     step = dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(4.0))
@@ -60,7 +60,9 @@ def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> N
     state = answered(state.asked(["a", "b"]), answer(receipt_of(charged=1)))
     state = state.asked(["a", "b"])
     assert charged(state, "a") == charged(state, "b") == (4, True)
-    assert site_charge(state, "a", run_plan()).epsilon == site_charge(state, "b", run_plan()).epsilon > 0
+    assert (
+        compute_site_charge(state, "a", run_plan()).epsilon == compute_site_charge(state, "b", run_plan()).epsilon > 0
+    )
     # It never counts for more than the plan lets a ledger charge.
     state = answered(state.asked(["a"]), answer(receipt_of(charged=3)))
     for _ in range(5):
@@ -88,7 +90,7 @@ def test_receipt_counting_fewer_rounds_than_updates_is_rejected(state: LeadState
     old = receipt_of(charged=1)
     state = answered(state.asked(["a"]), {"a": Reply(body=update_of(), receipt=old)})
     state = replace(state, rounds=(round_of(1, **came),))
-    assert site_charge(state, "a", run_plan()).upper_bound is False
+    assert compute_site_charge(state, "a", run_plan()).upper_bound is False
     replayed = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
     assert charged(replayed) == (4, True)
     honest = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=receipt_of(charged=2))})
@@ -117,13 +119,13 @@ def test_remaining_time_is_estimated_from_rounds_without_one_time_work() -> None
         seconds = 90.0 + ends[-1] if ends else 0.0
         return LeadState(round=done, adapter=Adapter({}), rounds=results, seconds=seconds)
 
-    assert at(0).pace_s is None
-    assert at(1).pace_s is None, "a first round of 60 s would say three times the truth"
+    assert at(0).seconds_per_round is None
+    assert at(1).seconds_per_round is None, "a first round of 60 s would say three times the truth"
     for done in range(2, 10):
-        assert at(done).pace_s == 20.0
-    assert at(6, gap_s=3600.0).pace_s == 20.0, "the run was interrupted for an hour"
+        assert at(done).seconds_per_round == 20.0
+    assert at(6, gap_s=3600.0).seconds_per_round == 20.0, "the run was interrupted for an hour"
     quick = replace(at(3), rounds=[replace(one, seconds=0.4, ended=at(1).rounds[0].ended) for one in at(3).rounds])
-    assert quick.pace_s == 0.4
+    assert quick.seconds_per_round == 0.4
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def book(tmp_path: Path) -> Path:
 def test_concurrent_runs_keep_all_receipts(book: Path) -> None:
     def keep(sites: str) -> None:
         for site in sites:
-            keep_receipts(book, {site: receipt_of(site)})
+            save_receipts(book, {site: receipt_of(site)})
 
     threads = [threading.Thread(target=keep, args=(sites,)) for sites in ("abcdefgh", "ijklmnop")]
     for thread in threads:
@@ -145,12 +147,12 @@ def test_concurrent_runs_keep_all_receipts(book: Path) -> None:
 
 
 def test_newest_receipt_per_site_is_kept_over_all_runs(book: Path) -> None:
-    keep_receipts(book, {"a": receipt_of("a", charged=2), "b": receipt_of("b")})
-    keep_receipts(book, {"a": receipt_of("a", charged=1, run="older")})
+    save_receipts(book, {"a": receipt_of("a", charged=2), "b": receipt_of("b")})
+    save_receipts(book, {"a": receipt_of("a", charged=1, run="older")})
     assert read_receipts(book)["a"] == receipt_of("a", charged=2)
-    keep_receipts(book, {"a": receipt_of("a", charged=3, run="newer")})
+    save_receipts(book, {"a": receipt_of("a", charged=3, run="newer")})
     assert read_receipts(book) == {"a": receipt_of("a", charged=3, run="newer"), "b": receipt_of("b")}
-    assert all(one.is_signed() for one in read_receipts(book).values())
+    assert all(one.has_valid_signature() for one in read_receipts(book).values())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_damaged_receipt_file_is_reported_and_not_overwritten(book: Path, text: 
     book.write_bytes(text.encode("utf-8", "surrogateescape"))
     before = book.read_bytes()
     # Taken for empty, it would let a ledger that was put back pass.
-    for use in (partial(read_receipts, book), lambda: keep_receipts(book, {"a": receipt_of("a")})):
+    for use in (partial(read_receipts, book), lambda: save_receipts(book, {"a": receipt_of("a")})):
         with pytest.raises(RunError, match=r"receipts\.json is damaged"):
             use()
     assert book.read_bytes() == before

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.federation import planner
-from fedtune.federation.calendar import about_calendar, calendar_of, moved, runs_words
+from fedtune.federation.calendar import describe_calendar, describe_shared_epsilon, list_calendar_runs, moved
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.mechanism import PrivacySpec
@@ -38,7 +38,7 @@ def test_price_shows_both_one_round_and_all_rounds() -> None:
 def test_round_prices_rise_to_the_whole_plan() -> None:
     price = planner.price(run_plan(), SIZES, before=0)
     whole = run_plan().event(rounds=run_plan().most_rounds)
-    assert price.epsilon_filter == pytest.approx(filter.cheapest(whole, delta=run_plan().delta)[0])
+    assert price.epsilon_filter == pytest.approx(filter.smallest_cap(whole, delta=run_plan().delta)[0])
     assert price.filter_order in filter.ORDERS
     assert [one.round for one in price.rounds] == [1, 2, 3, 4]
     assert [one.steps for one in price.rounds] == [2, 4, 6, 8]
@@ -200,11 +200,11 @@ def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
 def made(*, runs: int, first: str | None = "2025", **changes: Any) -> Plan:
     cohorts = Cohorts(period="year", first=first, last="2027")
     privacy = PrivacySpec(unit="user", epsilon=6.0, sampling_rate=0.1, runs=runs, cohorts=cohorts)
-    return replace(Plan.of(privacy, local_steps=5, num_rounds=2), **changes)
+    return replace(Plan.from_privacy(privacy, local_steps=5, num_rounds=2), **changes)
 
 
 def spent(plan: Plan, *runs: int) -> list[float]:
-    return [accountant.epsilon_pld([plan.whole] * count, plan.delta) for count in runs]
+    return [accountant.epsilon_pld([plan.full_event] * count, plan.delta) for count in runs]
 
 
 def test_cohort_window_moves_and_keeps_its_length() -> None:
@@ -215,7 +215,7 @@ def test_cohort_window_moves_and_keeps_its_length() -> None:
 
 def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
     plan = made(runs=4)
-    rows = calendar_of(plan)
+    rows = list_calendar_runs(plan)
     assert [str(row.cohorts) for row in rows] == ["2025..2027", "2026..2028", "2027..2029", "2028..2030"]
     assert [row.oldest for row in rows] == spent(plan, 1, 2, 3, 3)
     assert [row.newest for row in rows] == spent(plan, 1, 1, 1, 1)
@@ -226,20 +226,20 @@ def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
 
 def test_calendar_without_a_window_ends_at_the_planned_runs() -> None:
     plan = made(runs=4, cohorts=None)
-    assert [row.oldest for row in calendar_of(plan)] == spent(plan, 1, 2, 3, 4)
-    assert [row.newest for row in calendar_of(plan, before=3)] == spent(plan, 4)
+    assert [row.oldest for row in list_calendar_runs(plan)] == spent(plan, 1, 2, 3, 4)
+    assert [row.newest for row in list_calendar_runs(plan, before=3)] == spent(plan, 4)
     # A window without a beginning goes no further, either; one with it may come after more runs than share an epsilon.
-    assert [row.number for row in calendar_of(made(runs=4, first=None), before=2)] == [3, 4]
+    assert [row.number for row in list_calendar_runs(made(runs=4, first=None), before=2)] == [3, 4]
     long = made(runs=2, first="1800")
-    assert [row.oldest for row in calendar_of(long, before=150)] == spent(long, 151, 152)
-    assert next(about_calendar(plan)).endswith("everybody is in at most 4 runs, epsilon 5.999 in all.")
-    assert calendar_of(replace(plan, runs=1)) == calendar_of(replace(plan, noise_multiplier=0.0)) == ()
+    assert [row.oldest for row in list_calendar_runs(long, before=150)] == spent(long, 151, 152)
+    assert next(describe_calendar(plan)).endswith("everybody is in at most 4 runs, epsilon 5.999 in all.")
+    assert list_calendar_runs(replace(plan, runs=1)) == list_calendar_runs(replace(plan, noise_multiplier=0.0)) == ()
 
 
 def test_calendar_explains_planned_runs_and_warns_of_long_windows() -> None:
-    assert "people of 3 periods to more runs than privacy.runs = 2" in list(about_calendar(made(runs=2)))[-1]
-    assert runs_words(made(runs=3)) == ", so that 3 runs like this one come to epsilon 6.000"
-    assert runs_words(made(runs=1)) == runs_words(made(runs=3, noise_multiplier=0.0)) == ""
+    assert "people of 3 periods to more runs than privacy.runs = 2" in list(describe_calendar(made(runs=2)))[-1]
+    assert describe_shared_epsilon(made(runs=3)) == ", so that 3 runs like this one come to epsilon 6.000"
+    assert describe_shared_epsilon(made(runs=1)) == describe_shared_epsilon(made(runs=3, noise_multiplier=0.0)) == ""
 
 
 def test_solved_plans_meet_the_target_over_all_planned_runs() -> None:

@@ -23,9 +23,9 @@ def request_() -> RoundRequest:
 
 
 def test_signed_round_request_round_trips(request_: RoundRequest) -> None:
-    assert RoundRequest.of(request_.signed(lead_key)) == request_
+    assert RoundRequest.from_signed(request_.sign_with(lead_key)) == request_
     first = replace(request_, receipt=None)
-    assert RoundRequest.of(first.signed(lead_key)) == first
+    assert RoundRequest.from_signed(first.sign_with(lead_key)) == first
     assert request_.run == "r"
 
 
@@ -34,7 +34,7 @@ def test_request_digest_covers_every_requested_field(request_: RoundRequest) -> 
     changes = [*proposals, {"round": 3}, {"site": "b"}, {"adapter_digest": "cd" * 32}]
     digests = {replace(request_, **change).digest() for change in changes}
     assert len(digests | {request_.digest()}) == 6
-    assert RoundRequest.of(request_.signed(lead_key)).digest() == request_.digest()
+    assert RoundRequest.from_signed(request_.sign_with(lead_key)).digest() == request_.digest()
     again = replace(request_, receipt=None, expires=2e9, software="0.2.1+7c1f09a4e2b5")
     assert again.digest() == request_.digest(), "the lead may ask for the same thing again"
 
@@ -43,17 +43,17 @@ def test_session_is_required_exactly_for_secure_aggregation(request_: RoundReque
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(request_.proposal.plan.noise_multiplier)
     plan = replace(request_.proposal.plan, local_steps=1, shared=shared)
     secure = replace(request_, proposal=replace(request_.proposal, plan=plan, num_sites=3), session="ab" * 16)
-    assert RoundRequest.of(secure.signed(lead_key)) == secure
+    assert RoundRequest.from_signed(secure.sign_with(lead_key)) == secure
     other = replace(secure, session="cd" * 16)
-    assert RoundRequest.of(other.signed(lead_key)).digest() != secure.digest()
+    assert RoundRequest.from_signed(other.sign_with(lead_key)).digest() != secure.digest()
     for wrong in (replace(request_, session="ab" * 16), replace(secure, session=""), replace(secure, session="x")):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
-            RoundRequest.of(wrong.signed(lead_key))
+            RoundRequest.from_signed(wrong.sign_with(lead_key))
 
 
 def resigned(request: RoundRequest, change: Callable[[dict[str, Any]], str]) -> Signed:
     """Another text, and the lead's true signature on it."""
-    text = change(json.loads(request.signed(lead_key).text))
+    text = change(json.loads(request.sign_with(lead_key).text))
     return Signed(text=text, signature=lead_key.sign(RoundRequest.purpose, text.encode()))
 
 
@@ -79,14 +79,14 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
 @pytest.mark.parametrize("fault", list(_FAULTS))
 def test_malformed_request_is_refused_despite_a_valid_signature(request_: RoundRequest, fault: str) -> None:
     with pytest.raises(ConfigError, match=r"must be a lead's round request"):
-        RoundRequest.of(resigned(request_, _FAULTS[fault]))
+        RoundRequest.from_signed(resigned(request_, _FAULTS[fault]))
 
 
 def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) -> None:
-    signed = request_.signed(lead_key)
-    notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
+    signed = request_.sign_with(lead_key)
+    notice = EndOfRun(run="r", lead=lead_key.public).sign_with(lead_key)
     for wrong in (
-        request_.signed(stranger_key),
+        request_.sign_with(stranger_key),
         replace(signed, signature=""),
         replace(signed, signature="not hex"),
         replace(signed, signature=signed.signature[:-2] + "ff"),  # no signature ends in it
@@ -94,29 +94,29 @@ def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) 
         replace(signed, signature=notice.signature),
         replace(signed, signature=lead_key.sign(EndOfRun.purpose, signed.text.encode())),
     ):
-        assert reason_of(RoundRequest.of, wrong) is Reason.WRONG_SIGNATURE
+        assert reason_of(RoundRequest.from_signed, wrong) is Reason.WRONG_SIGNATURE
 
 
 def test_end_of_run_notice_must_be_signed_by_its_lead() -> None:
     notice = EndOfRun(run="r", lead=lead_key.public)
-    assert EndOfRun.of(notice.signed(lead_key)) == notice
-    signed = notice.signed(lead_key)
-    other = replace(notice, adapter_digest="00" * 32).signed(lead_key).text
-    for wrong in (notice.signed(stranger_key), replace(signed, signature="00" * 64), replace(signed, text=other)):
-        assert reason_of(EndOfRun.of, wrong) is Reason.WRONG_SIGNATURE
+    assert EndOfRun.from_signed(notice.sign_with(lead_key)) == notice
+    signed = notice.sign_with(lead_key)
+    other = replace(notice, adapter_digest="00" * 32).sign_with(lead_key).text
+    for wrong in (notice.sign_with(stranger_key), replace(signed, signature="00" * 64), replace(signed, text=other)):
+        assert reason_of(EndOfRun.from_signed, wrong) is Reason.WRONG_SIGNATURE
     for text in ("{", "[]", "null", "{}", json.dumps({"run": "r"}), " " * 70_000):
         with pytest.raises(ConfigError, match="must be a lead's end of run"):
-            EndOfRun.of(Signed(text=text, signature=lead_key.sign(EndOfRun.purpose, text.encode())))
+            EndOfRun.from_signed(Signed(text=text, signature=lead_key.sign(EndOfRun.purpose, text.encode())))
 
 
 @pytest.mark.parametrize(("spoken", "older"), [(1, "lead"), (WIRE_SCHEMA - 1, "lead"), (WIRE_SCHEMA + 1, "site")])
 def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, spoken: int, older: str) -> None:
     asked = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
     other = {"protocol": spoken, "software": "0.3.0+7c1f", "what": "only a later protocol knows"}
-    invitation = json.dumps(json.loads(asked.signed(lead_key).text) | other)
+    invitation = json.dumps(json.loads(asked.sign_with(lead_key).text) | other)
     for read, signed in (
-        (RoundRequest.of, resigned(request_, lambda fields: json.dumps(fields | other))),
-        (Invitation.of, Signed(text=invitation, signature="")),
+        (RoundRequest.from_signed, resigned(request_, lambda fields: json.dumps(fields | other))),
+        (Invitation.from_signed, Signed(text=invitation, signature="")),
     ):
         with pytest.raises(Refused) as refused:
             read(signed)
@@ -125,4 +125,4 @@ def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, spo
         assert refused.value.allowed == f"protocol {WIRE_SCHEMA} (fedtune {build()}): upgrade the {older}"
     for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
-            RoundRequest.of(resigned(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))
+            RoundRequest.from_signed(resigned(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))

@@ -13,26 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.federation.protocol import Reply, digest_of
+from fedtune.federation.protocol import Reply, answer_digest
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY, RoundReplies
-from fedtune.federation.rounding import MOST_ROUNDING, add_difference, rounded_difference
-from fedtune.federation.update_store import Arrived
+from fedtune.federation.rounding import MOST_ROUNDING, add_difference, round_difference
+from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.spec import RunError
-from fedtune.training.reach import Reach
+from fedtune.training.reach import UpdateBound
 
 from ..conftest import run_proposal
 from .conftest import receipt_of, update_of
 
 Sort = Callable[..., RoundReplies]
-ANYWHERE = Reach(value=defaultdict(lambda: math.inf), norm=math.inf)
+ANYWHERE = UpdateBound(value=defaultdict(lambda: math.inf), norm=math.inf)
 
 
 def signed(body: Update | Refusal) -> Reply:
     """The reply with this body, as its site would sign it."""
     try:
-        digest = digest_of(body)
+        digest = answer_digest(body)
     except ValueError:  # no site could sign it
         digest = "00" * 32
     return Reply(body=body, receipt=receipt_of(body.site, reply=digest))
@@ -41,16 +41,18 @@ def signed(body: Update | Refusal) -> Reply:
 @pytest.fixture
 def sort(adapter: Adapter, tmp_path: Path) -> Iterator[Sort]:
     """What becomes of replies, or of the site a's body, in round 1."""
-    arrived = Arrived(tmp_path / "arrived", adapter)
+    arrived = UpdateStore(tmp_path / "arrived", adapter)
 
-    def make(of_a: Any, reach: Reach = ANYWHERE, *, sites: str = "a", noise: float = 0.0, **more: Any) -> RoundReplies:
+    def make(
+        of_a: Any, reach: UpdateBound = ANYWHERE, *, sites: str = "a", noise: float = 0.0, **more: Any
+    ) -> RoundReplies:
         plan = replace(run_proposal().plan, metrics_noise_multiplier=noise)
         about = {"round": 1, "sent": adapter, "left_out": "", "update_dtype": "float32"} | more
         reaches = dict.fromkeys(sites, reach)
         found = RoundReplies(proposal=run_proposal(plan=plan), reaches=reaches, arrived=arrived, **about)
         replies = of_a if isinstance(of_a, dict) else {"a": signed(of_a)}
         for site, reply in replies.items():
-            found.take(site, reply)
+            found.add_reply(site, reply)
         return found
 
     with arrived:
@@ -124,7 +126,7 @@ def test_update_without_a_matching_receipt_is_rejected(sort: Sort, adapter: Adap
     changed = dict(adapter.tensors) | {"head": np.array([1, 1, 1, 1.25], np.float32)}
     reply = {
         "no receipt": replace(reply, receipt=None),
-        "of another answer": replace(reply, receipt=receipt_of(reply=digest_of(update_of(round=2)))),
+        "of another answer": replace(reply, receipt=receipt_of(reply=answer_digest(update_of(round=2)))),
         "of no answer": replace(reply, receipt=receipt_of()),
         "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
         "one value changed": replace(reply, body=update_of(tensors=changed)),
@@ -135,9 +137,9 @@ def test_update_without_a_matching_receipt_is_rejected(sort: Sort, adapter: Adap
 
 def test_update_exceeding_the_plan_bound_counts_as_a_site_failure(adapter: Adapter, sort: Sort) -> None:
     moved = update_of(tensors={name: value + np.float32(0.5) for name, value in adapter.tensors.items()})
-    assert sort(moved, Reach(value=dict.fromkeys(adapter.tensors, 0.5), norm=2.0)).failures == {}
+    assert sort(moved, UpdateBound(value=dict.fromkeys(adapter.tensors, 0.5), norm=2.0)).failures == {}
     for value, norm in ((0.49, math.inf), (1.0, 1.5)):
-        reach = Reach(value=dict.fromkeys(adapter.tensors, value), norm=norm)
+        reach = UpdateBound(value=dict.fromkeys(adapter.tensors, value), norm=norm)
         assert sort(moved, reach).failures == {"a": BEYOND_PLAN}
 
 
@@ -174,9 +176,9 @@ def test_update_in_another_format_is_dropped(adapter: Adapter, sort: Sort, fault
 def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort) -> None:
     # Honest training moved each value by 0.5 + 2**-9, which is rounded up by the most that it can be.
     trained = {name: value + np.float32(0.5 + 2.0**-9) for name, value in adapter.tensors.items()}
-    ends = rounded_difference(trained, adapter.tensors)
+    ends = round_difference(trained, adapter.tensors)
     most = 0.5 + 2.0**-9
-    honest = Reach(value=dict.fromkeys(adapter.tensors, most), norm=most * math.sqrt(adapter.num_values))
+    honest = UpdateBound(value=dict.fromkeys(adapter.tensors, most), norm=most * math.sqrt(adapter.num_values))
     for moved, failures in (
         (ends, {}),
         (moved_by(adapter, 0.5 + 2.0**-8), {}),
@@ -184,9 +186,9 @@ def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort
     ):
         assert sort(update_of(tensors=moved), honest, update_dtype="bfloat16").failures == failures
     # Where a value comes towards 0, which is free, rounding may take it past 0.
-    still = Reach(value=dict.fromkeys(adapter.tensors, 0.0), norm=0.0)
+    still = UpdateBound(value=dict.fromkeys(adapter.tensors, 0.0), norm=0.0)
     large = Adapter({name: np.full_like(value, 1001.7) for name, value in adapter.tensors.items()})
-    to_zero = rounded_difference({name: np.zeros_like(value) for name, value in large.tensors.items()}, large.tensors)
+    to_zero = round_difference({name: np.zeros_like(value) for name, value in large.tensors.items()}, large.tensors)
     assert sort(update_of(tensors=to_zero), still, sent=large, update_dtype="bfloat16").failures == {}
 
 
@@ -212,7 +214,7 @@ def test_replies_keep_site_order_and_ignore_excluded_or_unknown_sites(sort: Sort
 def rounded(values: np.ndarray) -> np.ndarray:
     """The values that arrive where the adapter that was sent is 0."""
     sent = {"w": np.zeros_like(values)}
-    return add_difference(sent, rounded_difference({"w": values}, sent))["w"]
+    return add_difference(sent, round_difference({"w": values}, sent))["w"]
 
 
 def test_bfloat16_rounding_matches_torch() -> None:
@@ -231,17 +233,17 @@ def test_received_adapter_is_the_sent_one_plus_the_rounded_change() -> None:
     sent = {name: draws.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 5)), ("b", (4,)))}
     trained = {name: value + np.float32(1e-3) * draws.normal(size=value.shape) for name, value in sent.items()}
     trained = {name: value.astype(np.float32) for name, value in trained.items()}
-    arrived = add_difference(sent, rounded_difference(trained, sent))
+    arrived = add_difference(sent, round_difference(trained, sent))
     for name, value in arrived.items():
         assert (value.dtype, value.shape) == (np.float32, sent[name].shape)
         moved = np.abs(value.astype(np.float64) - sent[name])
         assert (np.abs(value - trained[name]) <= MOST_ROUNDING * moved + 2.0**-23 * np.abs(value)).all()
-    still = add_difference(sent, rounded_difference(sent, sent))
+    still = add_difference(sent, round_difference(sent, sent))
     assert all((still[name] == sent[name]).all() for name in sent), "a tensor that rests stays as it is"
 
 
 def test_stored_updates_are_read_back_in_pieces(tmp_path: Path, adapter: Adapter) -> None:
-    with Arrived(tmp_path / "arrived", adapter) as arrived:
+    with UpdateStore(tmp_path / "arrived", adapter) as arrived:
         arrived.put("a", adapter.tensors)
         arrived.put("b", {name: value + 1 for name, value in adapter.tensors.items()})
         whole = arrived.values("a", start=0, count=arrived.sent.num_values)
@@ -253,8 +255,8 @@ def test_stored_updates_are_read_back_in_pieces(tmp_path: Path, adapter: Adapter
 
 def test_update_folder_is_private_and_removed_after_the_round(tmp_path: Path, adapter: Adapter) -> None:
     folder = tmp_path / "checkpoints" / "arrived"
-    Arrived(folder, adapter).__enter__().put("a", adapter.tensors)  # of a lead that was killed
-    with contextlib.suppress(KeyError), Arrived(folder, adapter) as arrived:
+    UpdateStore(folder, adapter).__enter__().put("a", adapter.tensors)  # of a lead that was killed
+    with contextlib.suppress(KeyError), UpdateStore(folder, adapter) as arrived:
         assert list(folder.iterdir()) == []
         arrived.put("a", adapter.tensors)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -263,7 +265,7 @@ def test_update_folder_is_private_and_removed_after_the_round(tmp_path: Path, ad
 
 
 def test_full_disk_error_names_the_folder_and_required_bytes(tmp_path: Path, adapter: Adapter) -> None:
-    with Arrived(tmp_path / "arrived", adapter) as arrived:
+    with UpdateStore(tmp_path / "arrived", adapter) as arrived:
         (tmp_path / "arrived" / "a").symlink_to("/dev/full")
         with pytest.raises(
             RunError, match=rf"arrived takes no more of a round \(No space.*{4 * arrived.sent.num_values} byt"

@@ -13,11 +13,11 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, RoundRequest, terms_of
-from fedtune.federation.secure.agreement import Rejected, Session
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, RoundRequest, derive_terms
+from fedtune.federation.secure.agreement import KeyAgreement, Rejected
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.secure.messages import ConfirmRequest
-from fedtune.federation.secure.summation import Summation, Unreadable, session_of
+from fedtune.federation.secure.summation import Summation, Unreadable, build_session
 from fedtune.federation.site_round import Trained
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Update
@@ -52,7 +52,7 @@ class Charges(RuleBasedStateMachine):
     @initialize(chance=CHANCE)
     def begin(self, chance: random.Random) -> None:
         self.federation = type(self).made()
-        self.sessions: list[tuple[str, Session, list[bytes]]] = []
+        self.sessions: list[tuple[str, KeyAgreement, list[bytes]]] = []
         self.left: dict[str, dict[bytes, np.ndarray]] = {site: {} for site in NAMES}
         self.newest = 0
         self._begin_a_session()
@@ -135,8 +135,8 @@ class Charges(RuleBasedStateMachine):
         if len(announced) < len(NAMES):
             return
         keys = {site: one.key.public for site, one in federation.sites.items()}
-        terms = terms_of(federation.asked(), members=keys, length=VECTOR.size)
-        self.sessions.append((name, session_of(terms, announced), list(announced.values())))
+        terms = derive_terms(federation.asked(), members=keys, length=VECTOR.size)
+        self.sessions.append((name, build_session(terms, announced), list(announced.values())))
         federation.name = name
         for site in joining or NAMES:
             federation.step(site, JOIN, *announced.values(), name=name)

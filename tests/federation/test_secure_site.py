@@ -17,16 +17,16 @@ import pytest
 from fedtune.federation import protocol
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, Reply, RoundRequest
 from fedtune.federation.secure import at_site
-from fedtune.federation.secure.agreement import Session, require_terms
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
+from fedtune.federation.secure.agreement import KeyAgreement, require_terms
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, promise_writer
 from fedtune.federation.secure.messages import ConfirmRequest
-from fedtune.federation.secure.summation import Summation, session_of
-from fedtune.federation.site_round import Prepared, Trained, answer, take_step
+from fedtune.federation.secure.summation import Summation, build_session
+from fedtune.federation.site_round import Prepared, Trained, answer, answer_step
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import durable
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.chain import canonical_json
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.privacy.trust import Trust
@@ -63,7 +63,7 @@ class SecureSite(Station):
         trust = self.policy.trust
         demand = partial(require_terms, least_sites=trust.least_sites, least_threshold=trust.least_threshold)
         roster = {**self.members, self.policy.site: self.key.public}
-        about = {"demand": demand, "roster": roster, "keep": kept_in(self.promises)}
+        about = {"demand": demand, "roster": roster, "keep": promise_writer(self.promises)}
         return SumsAtSite(site=self.policy.site, identity=self.key, parties=self.parties, **about)
 
 
@@ -81,10 +81,10 @@ class Federation:
 
     def step(self, site: str, kind: str, *parts: bytes, name: str = "", lead: Any = None, of: Any = None) -> Any:
         """What a site answers to these parts; `of` are those that the lead signed, where somebody changed them."""
-        key, signed = lead or self.lead, protocol.digest_of_parts(parts if of is None else of)
+        key, signed = lead or self.lead, protocol.parts_digest_of(parts if of is None else of)
         about = {"expires": 1e12, "step": kind, "session": name or self.name, "parts_digest": signed}
         request = protocol.SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
-        return take_step(self.sites[site].open(), request.signed(key), list(parts))
+        return answer_step(self.sites[site].open(), request.sign_with(key), list(parts))
 
     def told(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
         said = self.step(site, kind, *parts, **more)
@@ -96,14 +96,14 @@ class Federation:
         assert isinstance(said, Refusal), said
         return said.reason, said.asked
 
-    def begun(self) -> tuple[Session, str, list[bytes]]:
+    def begun(self) -> tuple[KeyAgreement, str, list[bytes]]:
         """A session of all, its name, and what was announced in it."""
         name, proposal = secrets.token_hex(16), self.asked()
         self.name = name
         keys = {site: one.key.public for site, one in self.sites.items()}
-        terms = protocol.terms_of(proposal, members=keys, length=VECTOR.size)
+        terms = protocol.derive_terms(proposal, members=keys, length=VECTOR.size)
         announced = {site: self.told(site, ANNOUNCE, name=name) for site in NAMES}
-        session = session_of(terms, announced)
+        session = build_session(terms, announced)
         for site in NAMES:
             assert self.told(site, JOIN, *announced.values(), name=name) == session.digest.encode()
         return session, name, list(announced.values())
@@ -113,10 +113,10 @@ class Federation:
         return round_request(self.asked(), expires=expires, **about)
 
     def upload(self, site: str, round: int = 1) -> Reply:
-        signed = self.request(site, round).signed(self.lead)
+        signed = self.request(site, round).sign_with(self.lead)
         return answer(self.sites[site].open(), signed, self.adapter)
 
-    def summation(self, session: Session, round: int = 1) -> Summation:
+    def summation(self, session: KeyAgreement, round: int = 1) -> Summation:
         made = Summation(session, release=round)
         for site in NAMES:
             made.add_upload(site, masked(self.upload(site, round)))
@@ -272,7 +272,7 @@ def test_tampered_request_is_not_answered(federation: Federation) -> None:
     asked = federation.confirmed(made).unmask_request("north")
     fields = json.loads(asked)
     fields["sealed"]["east"] = fields["sealed"]["south"]
-    assert federation.refused("north", UNMASK, canonical(fields), of=(asked,)) == changed
+    assert federation.refused("north", UNMASK, canonical_json(fields), of=(asked,)) == changed
     for site in NAMES:
         made.add_revealed(site, federation.told(site, UNMASK, made.unmask_request(site)))
     np.testing.assert_array_equal(made.total(), 3 * VECTOR)

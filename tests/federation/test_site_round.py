@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fedtune.federation.site_round as site_module
-from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.lead import LeadState, compute_site_charge
 from fedtune.federation.protocol import EndOfRun
 from fedtune.federation.site_round import Trained, end_run
 from fedtune.model.adapter import Adapter
@@ -80,7 +80,7 @@ def test_unstored_update_is_not_sent_but_stays_charged(
     assert reply.receipt is None
     state = LeadState(round=0, adapter=adapter).asked(["a"])
     assert state.with_receipt("a", reply.receipt, run="r", plan=run_plan()) is None
-    assert site_charge(state, "a", run_plan()).steps == run_plan().local_steps
+    assert compute_site_charge(state, "a", run_plan()).steps == run_plan().local_steps
     assert "database is locked" in caplog.text
 
 
@@ -130,7 +130,7 @@ def test_scheduled_reply_time_is_never_in_the_past(clock: Any) -> None:
     # Dividing by 0.1 and multiplying again may round to a little less than what has passed.
     for number in range(1, 2000):
         clock.now = 0.0
-        with site_module._held_to_a_schedule(0.1):
+        with site_module._pad_duration(0.1):
             clock.now = float(np.nextafter(number * 0.1, np.inf))
 
 
@@ -225,7 +225,7 @@ def test_unauthorized_lead_cannot_end_a_run_or_deliver_an_adapter(station: Any, 
     for key, policy in ((stranger_key, site.policy), (lead_key, without)):
         site.policy = policy
         assert reason_of(site.end, key=key, adapter=final, digest=final.digest()) is Reason.LEADS
-    forged = EndOfRun(run="r", lead=lead_key.public).signed(stranger_key)
+    forged = EndOfRun(run="r", lead=lead_key.public).sign_with(stranger_key)
     assert reason_of(end_run, site.open(), forged, final) is Reason.WRONG_SIGNATURE
     assert site.kept == ends(site) == []
 
@@ -233,7 +233,7 @@ def test_unauthorized_lead_cannot_end_a_run_or_deliver_an_adapter(station: Any, 
 def test_adapter_storage_failure_allows_a_retry(site: Any, final: Adapter) -> None:
     full = Mock(side_effect=OSError("no space left on device"))
     site.ask()
-    notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).signed(site.lead)
+    notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).sign_with(site.lead)
     with pytest.raises(OSError, match="no space left"):
         end_run(with_methods(site.open(), keep=full), notice, final)
     assert site.ledger().history.runs["r"].expires is None, "what was set aside is free all the same"

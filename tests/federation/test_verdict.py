@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from fedtune.federation import verdict
-from fedtune.federation.verdict import Verdict
+from fedtune.federation.verdict import DryRun
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
@@ -21,23 +21,25 @@ from fedtune.spec import ConfigError
 from ..conftest import files_in, run_proposal, site_policy
 
 SIZES = {"a": 100}
-Ask = Callable[..., Verdict]
+Ask = Callable[..., DryRun]
 
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Ask:
 
-    def asked(policy: Policy, sizes: dict[str, int] = SIZES, *, most: bool = False, **changes: Any) -> Verdict:
+    def asked(policy: Policy, sizes: dict[str, int] = SIZES, *, most: bool = False, **changes: Any) -> DryRun:
         write_policy(policy, tmp_path / "site.toml")
         asks = run_proposal(**changes)
-        return verdict.ask(tmp_path / "site.toml", asks, declared_sizes=sizes, find_most_epsilon=most)
+        return verdict.dry_run(tmp_path / "site.toml", asks, declared_sizes=sizes, find_most_epsilon=most)
 
     return asked
 
 
 @pytest.fixture
-def ledger_of(tmp_path: Path) -> Callable[[Policy], Ledger]:
-    return lambda policy: Ledger(tmp_path / policy.ledger, policy, SigningKey.load_or_make(tmp_path / policy.site_key))
+def ledger_of(tmp_path: Path) -> Callable[[Policy], SiteLedger]:
+    return lambda policy: SiteLedger(
+        tmp_path / policy.ledger, policy, SigningKey.load_or_create(tmp_path / policy.site_key)
+    )
 
 
 def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_largest_epsilon_is_unlimited_without_a_cap(ask: Ask) -> None:
     assert (said.most_epsilon, said.limit) == (100.0, None)
     others = ask(site_policy(), rank=9, most=True)
     assert (others.most_epsilon, others.limit) == (None, None)
-    assert verdict.strictest_of([said, others]) is others
+    assert verdict.find_strictest_dry_run([said, others]) is others
     assert ask(site_policy()).most_epsilon is None, "nobody asked for it"
 
 
@@ -143,7 +145,7 @@ def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, ledger_of: Any) -
 
 def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, ledger_of: Any) -> None:
     plan = run_proposal().plan
-    once = filter.cheapest(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
+    once = filter.smallest_cap(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
     tight = site_policy(budget={"max_epsilon": 1.001 * once})
     ledger_of(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
     said = ask(tight, run="later")
@@ -187,4 +189,4 @@ def test_any_number_of_runs_fits_without_a_cap(ask: Ask) -> None:
 
 def test_missing_policy_file_raises_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be a readable file"):
-        verdict.ask(tmp_path / "missing.toml", run_proposal(), declared_sizes=SIZES)
+        verdict.dry_run(tmp_path / "missing.toml", run_proposal(), declared_sizes=SIZES)

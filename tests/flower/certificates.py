@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fedtune.ops.kits import certificates
-from fedtune.ops.kits.certificates import certificate_pem, make_key, private_pem, read_certificate
+from fedtune.ops.kits.certificates import certificate_pem, generate_connection_key, private_pem, read_certificate
 from fedtune.ops.wire.identity import Tls
 
 LOOPBACK = "127.0.0.1"
@@ -16,7 +16,7 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        self._made = certificates.Authority.make("test", days=90, now=_begin(_AGE_DAYS))
+        self._made = certificates.Authority.create_authority("test", days=90, now=_begin(_AGE_DAYS))
         self.file = folder / "ca.pem"
         self.file.write_bytes(certificate_pem(self._made.certificate))
 
@@ -26,7 +26,7 @@ class Authority:
         Without an `address` it is a client; with `days` below 0 the certificate has ended, and with `age_days` below 0
         it is yet to begin.
         """
-        key, about = make_key(), {"name": name, "days": age_days + days, "now": _begin(age_days)}
+        key, about = generate_connection_key(), {"name": name, "days": age_days + days, "now": _begin(age_days)}
         about |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}
         signed = self._made.issue(key.public_key(), **about)  # type: ignore[arg-type]
         made = Tls(ca=self.file, certificate=self._folder / f"{name}.pem", key=self._folder / f"{name}_key.pem")

@@ -19,7 +19,7 @@ from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.averaging import Average
-from fedtune.flower.client import answering
+from fedtune.flower.client import make_answering
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import superlink_app
 from fedtune.flower.simulation import InProcessGrid
@@ -28,7 +28,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.training.spec import TrainingSpec
 
@@ -64,7 +64,7 @@ class Federation:
         self.trained: list[str] = []  # sites as they trained
         self.kept: dict[str, tuple[str, str]] = {}  # of a site, the run and the digest of the adapter that it got
         app = make_client_app(
-            lambda context, *asked: answering(partial(self._site, context), name=self._name(context))(*asked)
+            lambda context, *asked: make_answering(partial(self._site, context), name=self._name(context))(*asked)
         )
         self.grid = InProcessGrid(app, spec.num_sites, replied=lambda number: None)
         self.transport = GridTransport(self.grid)
@@ -83,7 +83,7 @@ class Federation:
         self.start = LeadState(round=0, adapter=adapter)
 
     def run(self, state: LeadState | None = None, **changes: Any) -> LeadState:
-        with self.transport.one_protocol():
+        with self.transport.explain_protocol_mismatch():
             return run_rounds(self.transport, replace(self.lead, **changes), state or self.start)
 
     def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
@@ -103,11 +103,11 @@ class Federation:
     def ledger_path(self, site: str) -> Path:
         return self.folder / site / self.policies[site].ledger
 
-    def ledger(self, name: str) -> Ledger:
+    def ledger(self, name: str) -> SiteLedger:
         policy, folder = self.policies[name], self.folder / name
         anchor = folder / policy.anchor if policy.anchor else None
-        key = SigningKey.load_or_make(folder / policy.site_key)
-        return Ledger(folder / policy.ledger, policy, key, anchor=anchor)
+        key = SigningKey.load_or_create(folder / policy.site_key)
+        return SiteLedger(folder / policy.ledger, policy, key, anchor=anchor)
 
     def _site(self, context: Context, settings: str) -> Site:
         name = self._name(context)

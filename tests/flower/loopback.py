@@ -18,7 +18,7 @@ from typing import Any
 from flwr.supercore.state.alembic.utils import run_migrations
 from sqlalchemy import create_engine
 
-from fedtune.federation.replies import Closing
+from fedtune.federation.replies import StoppingRule
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.asking_grid import Heard
 from fedtune.ops.wire.identity import Tls
@@ -68,7 +68,7 @@ class Loopback:
         self.folder, self.migrates = folder, False
         self.authority = Authority(folder / "certificates")
         self.lead_tls = self.authority.issue("lead")
-        self.lead_key = SigningKey.load_or_make(folder / "lead_key.pem")
+        self.lead_key = SigningKey.load_or_create(folder / "lead_key.pem")
         self.members: dict[str, dict[str, Any]] = {}
         self.tls: dict[str, Tls] = {}
         self.port = free_port()
@@ -134,7 +134,7 @@ class Loopback:
         """The lead's connection to the sites with these names, in this order; `waiting` are settings of a round."""
         keys = {name: public_pem(self.tls[name]) for name in names}
         spec = FederationSpec(num_sites=len(names), **waiting)
-        closing = closing or (lambda: Closing(spec))
+        closing = closing or (lambda: StoppingRule(spec))
         more: dict[str, Any] = {"hear": hear, "closing": closing, "patience_s": patience_s}
         return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, **more)
 

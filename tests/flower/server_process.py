@@ -25,7 +25,7 @@ sys.addaudithook(note_outbound)
 
 import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
 
-from fedtune.ops.wire.connections import Limits  # noqa: E402
+from fedtune.ops.wire.connections import ConnectionLimits  # noqa: E402
 from fedtune.ops.wire.identity import Tls  # noqa: E402
 from fedtune.ops.wire.superlink import ServerSettings, serve  # noqa: E402
 
@@ -49,7 +49,7 @@ def main() -> None:
         database=FOLDER / "state.db",
         roster=roster,
         audit=FOLDER / "audit.jsonl",
-        limits=Limits(**given.get("limits", {})),
+        limits=ConnectionLimits(**given.get("limits", {})),
     )
 
     def works(works: bool) -> None:

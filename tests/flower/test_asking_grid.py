@@ -9,11 +9,11 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.federation.replies import Closing
+from fedtune.federation.replies import StoppingRule
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import asking_grid
 from fedtune.flower.asking_grid import FlowerGrid, Heard
-from fedtune.flower.internals import identify, set_metadata
+from fedtune.flower.internals import set_metadata, set_sender_ids
 from fedtune.spec import RunError
 
 KEYS = {"north": b"key of north", "south": b"key of south"}
@@ -21,7 +21,7 @@ KEYS = {"north": b"key of north", "south": b"key of south"}
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    identify(run_id=7, node_id=1, task_id=0)
+    set_sender_ids(run_id=7, node_id=1, task_id=0)
     for name, value in (("_POLL_S", 0.01), ("RECONNECT_S", 0.01), ("_LOST_S", 0.05)):
         monkeypatch.setattr(asking_grid, name, value)
 
@@ -88,7 +88,7 @@ def word_of(answer: Message) -> str:
 
 def grid_of(fake: FakeGrid, *, hear: Any = lambda *_: Heard(good=True), **waiting: Any) -> FlowerGrid:
     spec = FederationSpec(num_sites=2, site_names=tuple(KEYS), **waiting)
-    return FlowerGrid(fake, KEYS, hear=hear, closing=lambda: Closing(spec))
+    return FlowerGrid(fake, KEYS, hear=hear, closing=lambda: StoppingRule(spec))
 
 
 def questions(*numbers: int) -> list[Message]:
@@ -102,7 +102,7 @@ def received(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[int, 
 def test_sites_are_numbered_by_the_roster() -> None:
     fake = FakeGrid(lambda message, _: says(message, str(message.metadata.dst_node_id)))
     grid = grid_of(fake)
-    assert (list(grid.get_node_ids()), grid.online()) == ([1, 2], [1, 2])
+    assert (list(grid.get_node_ids()), grid.online_nodes()) == ([1, 2], [1, 2])
     assert received(grid, 1, 2) == {1: "701", 2: "700"}
     assert sorted(fake.asked) == [(700, "train"), (701, "train")], "a stranger's node is asked nothing"
 

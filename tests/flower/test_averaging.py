@@ -12,9 +12,9 @@ from flwr.app import Message
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Trained
 from fedtune.federation.spec import FederationSpec
-from fedtune.federation.update_store import Arrived
+from fedtune.federation.update_store import UpdateStore
 from fedtune.flower.averaging import Average
-from fedtune.flower.flower_records import from_arrays, to_arrays, weighted
+from fedtune.flower.flower_records import from_arrays, to_arrays, weighted_record
 from fedtune.model.adapter import Adapter
 
 from .conftest import STEPS
@@ -109,10 +109,10 @@ def test_piecewise_average_matches_flower_bit_for_bit(
             for site in sizes
         }
         whole.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
-        replies = [Message(weighted(updates[site], size), 1, "train") for site, size in sizes.items()]
+        replies = [Message(weighted_record(updates[site], size), 1, "train") for site, size in sizes.items()]
         arrays, _ = whole.aggregate_train(round, replies)
         expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}
-        with Arrived(tmp_path / "arrived", sent) as arrived:
+        with UpdateStore(tmp_path / "arrived", sent) as arrived:
             for site in reversed(sizes):
                 arrived.put(site, updates[site])
             sent = pieces.average(round, arrived, sizes)

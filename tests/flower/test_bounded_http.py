@@ -16,9 +16,9 @@ import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 import fedtune.ops.wire.bounded_http as bounded_http
-from fedtune.ops.wire.bounded_http import OutOfBounds, bounded
+from fedtune.ops.wire.bounded_http import OutOfBounds, bound_client
 from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, hello
-from fedtune.ops.wire.identity import Tls, refusal
+from fedtune.ops.wire.identity import Tls, explain_tls_refusal
 from fedtune.ops.wire.lead_session import LeadSession
 from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.spec import RunError
@@ -71,7 +71,7 @@ def serve(ours: Authority) -> Iterator[Callable[..., Hostile]]:
 @pytest.fixture
 def client(tls: Tls) -> Iterator[httpx.Client]:
     with httpx.Client(verify=tls.client_context(), timeout=30) as made:
-        bounded_http.bounded(made)
+        bounded_http.bound_client(made)
         yield made
 
 
@@ -282,10 +282,10 @@ def test_certificate_refusal_is_named_in_the_error(
     server = serve(cut)
     for _ in range(5):  # it does not depend on who is faster
         client = httpx.Client(verify=context)
-        bounded(client)
+        bound_client(client)
         with client, pytest.raises(httpx.ConnectError) as caught:
             client.get(f"https://{server.address}/")
-        assert refusal(caught.value) == f"it does not accept this site's certificate: {says}"
+        assert explain_tls_refusal(caught.value) == f"it does not accept this site's certificate: {says}"
 
 
 def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(ours: Authority) -> None:

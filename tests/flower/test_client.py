@@ -17,12 +17,12 @@ from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.client import SiteApp
-from fedtune.flower.internals import identify
+from fedtune.flower.internals import set_sender_ids
 from fedtune.model.adapter import Adapter
 from fedtune.ops.wire.fleet import Fleet
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.release import Reason, Update
 from fedtune.spec import ConfigError, RunError
 
@@ -36,7 +36,7 @@ END = f"query.{flower_records.END}"
 @pytest.fixture(autouse=True)
 def server() -> None:
     """Messages come from a server, as Flower would make them."""
-    identify(run_id=7, node_id=0, task_id=0)
+    set_sender_ids(run_id=7, node_id=0, task_id=0)
 
 
 def one_more(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
@@ -48,8 +48,8 @@ def site(tmp_path: Path, adapter: Adapter) -> Callable[..., Site]:
     """The site `a`, whose ledger is opened anew, and which trains by adding one unless told otherwise."""
 
     def make(train: Train = one_more) -> Site:
-        key = SigningKey.load_or_make(tmp_path / "site_key.pem")
-        ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
+        key = SigningKey.load_or_create(tmp_path / "site_key.pem")
+        ledger = SiteLedger(tmp_path / "ledger.db", site_policy("a"), key)
         prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, update_dtype="float32")
         return MadeSite(ledger, prepare=lambda proposal: prepared, train=train)
 
@@ -64,7 +64,7 @@ def app(site: Any) -> SiteApp:
 @pytest.fixture
 def request_(adapter: Adapter) -> RecordDict:
     request = round_request(run_proposal(), adapter_digest=adapter.digest())
-    question = Question(site="a", signed=request.signed(lead_key), adapter=adapter)
+    question = Question(site="a", signed=request.sign_with(lead_key), adapter=adapter)
     return flower_records.from_question(question, flower_records.from_adapter(adapter))
 
 
@@ -84,7 +84,7 @@ def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exc
         message.content = content
     message.metadata.__dict__["_message_id"] = "m-1"
     reply = app.answer(message)
-    return Exchange(message, reply, SiteApp.answer_in(reply.content))
+    return Exchange(message, reply, SiteApp.read_answer(reply.content))
 
 
 def test_round_reply_contains_the_bytes_stored_in_the_ledger(
@@ -93,13 +93,13 @@ def test_round_reply_contains_the_bytes_stored_in_the_ledger(
     exchange = asked(app, request_)
     (array,) = exchange.reply.content.array_records[flower_records.UPDATE].values()
     body = flower_records.to_reply(exchange.reply.content).body
-    with store.reading(tmp_path / "ledger.db") as file:
-        ((_, _, stored),) = store.stored_replies(file)
+    with store.open_for_reading(tmp_path / "ledger.db") as file:
+        ((_, _, stored),) = store.read_replies(file)
     assert array.data == stored == body.to_bytes()
     np.testing.assert_array_equal(body.tensors["head"], adapter.tensors["head"] + 1)
     assert isinstance(exchange.answered, Update)
     assert (exchange.answered.run, exchange.answered.round) == ("r", 1)
-    assert RoundRequest.of(flower_records.to_signed(exchange.message.content)).round == 1
+    assert RoundRequest.from_signed(flower_records.to_signed(exchange.message.content)).round == 1
     about = exchange.reply.metadata
     assert (about.reply_to_message_id, about.src_node_id, about.dst_node_id, about.run_id) == ("m-1", 5, 0, 7)
     assert asked(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
@@ -107,18 +107,18 @@ def test_round_reply_contains_the_bytes_stored_in_the_ledger(
 
 def test_ledger_receives_the_server_time_of_the_request(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
     """What opens a period of the site's budget; a ledger that hears nothing opens none."""
-    monkeypatch.setattr(Ledger, "asked_at", told := Mock())
+    monkeypatch.setattr(SiteLedger, "asked_at", told := Mock())
     told.assert_called_once_with(asked(app, request_).message.metadata.created_at)
 
 
 def test_end_of_run_is_recorded_and_answered_only_for_its_lead(app: SiteApp, site: Any, request_: RecordDict) -> None:
-    notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
+    notice = EndOfRun(run="r", lead=lead_key.public).sign_with(lead_key)
     before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)
     assert before.answered is None
     assert flower_records.to_receipt(before.reply.content) is None, "it took no part in this run"
     asked(app, request_)
     for key, ended in ((stranger_key, False), (lead_key, True)):
-        notice = EndOfRun(run="r", lead=key.public).signed(key)
+        notice = EndOfRun(run="r", lead=key.public).sign_with(key)
         content = flower_records.from_question(Question(site="a", signed=notice), None)
         receipt = flower_records.to_receipt(asked(app, content, END).reply.content)
         assert receipt == (site().ledger.receipt("r") if ended else None)
@@ -204,8 +204,8 @@ def test_introduction_answers_no_round_and_expires(app: SiteApp) -> None:
     assert exchange.reply.content.config_records[flower_records.SITE]["name"] == "a"
     about = exchange.message.metadata
     about.created_at, about.ttl = 1000.0, 60.0
-    assert not Fleet.is_void(exchange.message, now=1060.0)
-    assert Fleet.is_void(exchange.message, now=1060.5)
+    assert not Fleet.is_past_deadline(exchange.message, now=1060.0)
+    assert Fleet.is_past_deadline(exchange.message, now=1060.5)
 
 
 CANARY = "patient-4711-has-hepatitis"

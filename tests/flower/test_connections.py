@@ -109,7 +109,7 @@ def test_connection_bursts_are_fully_uncounted(network: Loopback) -> None:
 def test_addresses_of_one_ipv6_prefix_count_as_one_origin() -> None:
     addresses = ("192.0.2.7", "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::1", "fe80::1%eth0", "::1")
     origins = ["192.0.2.7", "2001:db8:1:2::/64", "2001:db8:1:2::/64", "fe80::/64", "::/64"]
-    assert list(map(connections._origin, addresses)) == origins
+    assert list(map(connections._address_group, addresses)) == origins
 
 
 def test_connections_per_certificate_are_limited(network: Loopback) -> None:

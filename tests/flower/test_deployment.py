@@ -12,15 +12,15 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.federation.protocol import Invitation, Reply, digest_of
+from fedtune.federation.protocol import Invitation, Reply, answer_digest
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.asking_grid import Heard as Answered
-from fedtune.flower.internals import identify
+from fedtune.flower.internals import set_sender_ids
 from fedtune.model.adapter import Adapter
 from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, LeadService, _Ears
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
@@ -35,8 +35,8 @@ NONCE = "0a" * 16
 class Line:
     """A lead with the sites north (1) and south (2), and what they answer to its questions."""
 
-    def __init__(self, ledger: Ledger, key: str, adapter: Adapter) -> None:
-        identify(run_id=7, node_id=0, task_id=0)
+    def __init__(self, ledger: SiteLedger, key: str, adapter: Adapter) -> None:
+        set_sender_ids(run_id=7, node_id=0, task_id=0)
         self.ledger, self.adapter, self.listener = ledger, adapter, Mock()
         self.sites = [SimpleNamespace(site=name, node_key=b"", site_key=key) for name in ("north", "south")]
         self.ears = _Ears(self.sites, self.listener, most_rounds=4)
@@ -62,7 +62,7 @@ class Line:
         return self.ears(number, self.question(self.sites[number - 1].site, kind), answer)
 
     def signed(self, body: Update | Refusal | Offer) -> Reply:
-        return Reply(body=body, receipt=self.ledger.receipt("r", reply=digest_of(body)))
+        return Reply(body=body, receipt=self.ledger.sign_receipt("r", reply=answer_digest(body)))
 
     def update(self, site: str = "north", **changes: Any) -> Update:
         return Update(**({"site": site, "run": "r", "round": 1, "tensors": self.adapter.tensors} | changes))
@@ -78,17 +78,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ledger(folder: Path) -> Ledger:
+def ledger(folder: Path) -> SiteLedger:
     """One that was charged for two rounds; it signs both sites' receipts."""
-    made = Ledger(folder / "ledger.db", site_policy(), SigningKey.load_or_make(folder / "key.pem"))
+    made = SiteLedger(folder / "ledger.db", site_policy(), SigningKey.load_or_create(folder / "key.pem"))
     for round in (1, 2):
         made.reserve(run_proposal(), round=round, request=f"{round}")
     return made
 
 
 @pytest.fixture
-def line(folder: Path, ledger: Ledger, adapter: Adapter) -> Line:
-    return Line(ledger, SigningKey.load_or_make(folder / "key.pem").public, adapter)
+def line(folder: Path, ledger: SiteLedger, adapter: Adapter) -> Line:
+    return Line(ledger, SigningKey.load_or_create(folder / "key.pem").public, adapter)
 
 
 def test_update_is_final_and_reported_with_size_and_charge(line: Line) -> None:

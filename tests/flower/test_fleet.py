@@ -84,7 +84,7 @@ def test_wrong_server_clock_is_named_in_the_error(
     """Everything here is ten minutes ahead of the server, which a server that is behind looks like."""
     monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=600))
     monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + 600))
-    monkeypatch.setattr(identity, "clock_is_kept", lambda: kept)
+    monkeypatch.setattr(identity, "is_clock_synchronized", lambda: kept)
     with pytest.raises(Unreachable, match=rf"the server's clock is (59|60)\d s behind this machine's: .*{whose}"):
         hello(network.address, network.tls["a"])
 
@@ -168,9 +168,9 @@ def within_5_s(call: Coroutine[Any, Any, Any]) -> Any:
 def test_unheard_questions_are_reported_immediately() -> None:
     async def run() -> list[int]:
         questions = Questions()
-        first = await questions.count(1, heard=-1)
-        questions.asked([1, 1, 2])
-        return [first, await questions.count(1, heard=0), await questions.count(1, heard=5)]
+        first = await questions.wait_for_count(1, heard=-1)
+        questions.count_questions([1, 1, 2])
+        return [first, await questions.wait_for_count(1, heard=0), await questions.wait_for_count(1, heard=5)]
 
     assert within_5_s(run()) == [0, 2, 2], "also where the server started again meanwhile"
 
@@ -180,14 +180,14 @@ def test_call_is_held_until_its_node_is_asked() -> None:
         questions, order = Questions(), []
 
         async def wait(node: int) -> None:
-            order.append(f"{node} heard {await questions.count(node, heard=0)}")
+            order.append(f"{node} heard {await questions.wait_for_count(node, heard=0)}")
 
         calls = [asyncio.create_task(wait(node)) for node in (1, 1, 2)]
         await asyncio.sleep(0)
-        questions.asked([2])
+        questions.count_questions([2])
         await asyncio.sleep(0.05)
         order.append("only then")
-        questions.asked([1])
+        questions.count_questions([1])
         await asyncio.gather(*calls)
         return order
 
@@ -197,14 +197,14 @@ def test_call_is_held_until_its_node_is_asked() -> None:
 def test_held_call_ends_by_timeout_or_server_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     async def ends() -> int:
         questions = Questions()
-        call = asyncio.create_task(questions.count(1, heard=0))
+        call = asyncio.create_task(questions.wait_for_count(1, heard=0))
         await asyncio.sleep(0)
         questions.close()
-        return await call + await questions.count(1, heard=0)
+        return await call + await questions.wait_for_count(1, heard=0)
 
     assert within_5_s(ends()) == 0
     monkeypatch.setattr(waiting, "_HELD_S", 0.05)
-    assert within_5_s(Questions().count(1, heard=0)) == 0
+    assert within_5_s(Questions().wait_for_count(1, heard=0)) == 0
 
 
 @pytest.fixture

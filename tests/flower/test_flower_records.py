@@ -11,7 +11,7 @@ from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.grid_transport import GridTransport
-from fedtune.flower.internals import identify, set_metadata
+from fedtune.flower.internals import set_metadata, set_sender_ids
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
@@ -66,7 +66,7 @@ def test_reply_accepts_only_its_canonical_record_form(adapter: Adapter) -> None:
 
 
 def test_message_size_counts_tensors_and_text(adapter: Adapter) -> None:
-    request_ = round_request(run_proposal(), adapter_digest=adapter.digest()).signed(lead_key)
+    request_ = round_request(run_proposal(), adapter_digest=adapter.digest()).sign_with(lead_key)
     content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
@@ -104,7 +104,7 @@ def test_malformed_records_raise_a_config_error(read: Any, record: str, texts: t
 
 
 def test_answers_of_known_nodes_are_read_one_by_one_and_their_bytes_counted() -> None:
-    identify(run_id=7, node_id=0, task_id=0)
+    set_sender_ids(run_id=7, node_id=0, task_id=0)
     grid, taken = MagicMock(spec=["get_node_ids", "receive"]), list[int]()
 
     def receive(messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:

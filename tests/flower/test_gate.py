@@ -28,8 +28,17 @@ from hypothesis import strategies as st
 
 from fedtune.ops.wire import gate, identity
 from fedtune.ops.wire.fleet import HELLO
-from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, TOLERANCE_S, NotAllowed, _message, body_of_lead
-from fedtune.ops.wire.lead_session import _bundle
+from fedtune.ops.wire.identity import (
+    BODY,
+    CALL,
+    SIGNATURE,
+    TIME,
+    TOLERANCE_S,
+    NotAllowed,
+    _signed_message,
+    verified_body_hash,
+)
+from fedtune.ops.wire.lead_session import _empty_bundle
 from fedtune.privacy.keys import SigningKey
 
 from ..privacy.builders import make_key, stranger_key
@@ -39,7 +48,7 @@ from .member import Member, by_site
 
 CLOSED = {"reason": "no such call"}
 START = "/v1/control/start-run"
-RUN = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
+RUN = StartRunRequest(fab=Fab(content=_empty_bundle())).SerializeToString()
 PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
 
 
@@ -52,7 +61,7 @@ def caller(network: Loopback) -> Iterator[Any]:
 
 def by_lead(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
     moment, digest = repr(time.time()), hashlib.sha256(body).hexdigest()
-    signature = key.sign(CALL, _message(path, moment, digest))
+    signature = key.sign(CALL, _signed_message(path, moment, digest))
     return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
 
 
@@ -237,12 +246,12 @@ def headers_of(
     path: str, body: bytes, *, moment: str = repr(NOW), key: SigningKey = KEY, purpose: str = "call"
 ) -> dict[str, str]:
     digest = hashlib.sha256(body).hexdigest()
-    return {TIME: moment, BODY: digest, SIGNATURE: key.sign(purpose, identity._message(path, moment, digest))}
+    return {TIME: moment, BODY: digest, SIGNATURE: key.sign(purpose, identity._signed_message(path, moment, digest))}
 
 
 def accepted(headers: Any, *, path: str = "/p", body: bytes = b"b", lead: str = KEY.public, now: float = NOW) -> bool:
     """As the gate asks it, which has the headers before it has read the body."""
-    return body_of_lead(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
+    return verified_body_hash(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
 
 
 def test_lead_client_signs_its_calls() -> None:
@@ -289,7 +298,7 @@ def test_missing_headers_are_refused() -> None:
     assert not accepted({})
     assert not accepted(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature has one spelling"
     spelt = right | {BODY: right[BODY].upper()}
-    assert body_of_lead(spelt, path="/p", lead=KEY.public, now=NOW) is None, "and so has a digest"
+    assert verified_body_hash(spelt, path="/p", lead=KEY.public, now=NOW) is None, "and so has a digest"
 
 
 def test_signature_for_another_purpose_is_refused() -> None:
@@ -305,15 +314,15 @@ def test_signature_is_accepted_once_and_the_replay_cache_is_bounded() -> None:
     seen = identity.SeenCalls(most=3)
     calls = [headers_of("/p", b"b", moment=repr(NOW + number)) for number in range(4)]
     for call in calls[:3]:
-        seen.take(call, now=NOW)
+        seen.use_signature(call, now=NOW)
     with pytest.raises(NotAllowed) as used:
-        seen.take(calls[1], now=NOW + TOLERANCE_S)
+        seen.use_signature(calls[1], now=NOW + TOLERANCE_S)
     assert used.value.status == 401
     # A lead that calls too often is told to wait, as by a server that has no time; nothing is forgotten too early.
     with pytest.raises(NotAllowed) as full:
-        seen.take(calls[3], now=NOW)
+        seen.use_signature(calls[3], now=NOW)
     assert full.value.status == 503
-    seen.take(calls[3], now=NOW + TOLERANCE_S + 1)
+    seen.use_signature(calls[3], now=NOW + TOLERANCE_S + 1)
 
 
 def test_server_still_serves_after_all_refused_calls(network: Loopback) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message
 
-from fedtune.federation.lead import LeadState, site_charge
+from fedtune.federation.lead import LeadState, compute_site_charge
 from fedtune.federation.protocol import _Question
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
@@ -168,9 +168,9 @@ def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation
         assert last.detail["adapter_sha256"] == adapters[1].digest()
         history = made.ledger(site).history
         assert not history.set_aside(datetime.now(UTC))
-        charge = site_charge(state, site, made.plan)
+        charge = compute_site_charge(state, site, made.plan)
         assert charge.rounds == 3
-        assert 0 < charge.epsilon < charge.planned_epsilon == charge.claim
+        assert 0 < charge.epsilon < charge.planned_epsilon == charge.proven_epsilon
 
 
 def test_resumed_run_keeps_the_best_of_all_rounds(federation: Any) -> None:

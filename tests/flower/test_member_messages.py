@@ -20,9 +20,9 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation import NoOpFederationManager
 
-from fedtune.federation.replies import Closing
+from fedtune.federation.replies import StoppingRule
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.internals import identify
+from fedtune.flower.internals import set_sender_ids
 from fedtune.ops.wire import bounded_http, gate, message_objects
 from fedtune.ops.wire.bounded_http import OutOfBounds
 from fedtune.ops.wire.message_objects import pull_message
@@ -61,7 +61,7 @@ class Round:
         self.honest = Member(network, "a")
         self.honest.activate()
         self._answers = pool.submit(list, grid.receive(questions(1, 2), timeout=60))
-        self.run_id = grid._opened.grid.run.run_id
+        self.run_id = grid._open_session.grid.run.run_id
         self.question = member.asked(self.run_id)
 
     def ends(self) -> dict[int, str]:
@@ -74,7 +74,7 @@ class Round:
 def round_(network: Loopback, member: Member) -> Iterator[Round]:
     over = Event()
 
-    class Closed(Closing):
+    class Closed(StoppingRule):
         """Also when the test is over: the lead waited out its minute otherwise."""
 
         def is_over(self, **counts: int) -> bool:
@@ -181,7 +181,7 @@ def test_partially_uploaded_answer_is_not_passed_to_the_lead(network: Loopback, 
     for announced in (False, True):
         if announced:
             member.session_of(member.push(member.answer_to(round_.question, an_object(8))))
-        passed = PullAppMessagesRequest.FromString(SiteCalls(state).finished(asked))
+        passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(asked))
         assert list(passed.message_ids) == ["unknown"], "which Flower answers for"
 
 
@@ -254,7 +254,7 @@ def test_upload_started_before_a_server_restart_can_finish(
 
 
 Objects = dict[str, bytes]
-identify(run_id=0, node_id=0, task_id=0)  # Flower's messages ask who sends them
+set_sender_ids(run_id=0, node_id=0, task_id=0)  # Flower's messages ask who sends them
 
 
 def honest(values: np.ndarray) -> tuple[ObjectTree, Objects]:
@@ -308,7 +308,7 @@ def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> N
     content = put("RecordDict", 0, records, {id: id for id in records})
     message = put("Message", 0, [content], {})
     read: list[bytes] = []
-    original = message_objects._named
+    original = message_objects._list_named_parts
     monkeypatch.setattr(
         message_objects, "_named", lambda kind, data, children: read.append(data) or original(kind, data, children)
     )

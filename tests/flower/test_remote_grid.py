@@ -108,7 +108,7 @@ def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkey
 
 def test_answers_are_fetched_one_at_a_time(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
-    whole = LeadSession._whole
+    whole = LeadSession._fetch_message
 
     def spy(self: LeadSession, tree: ObjectTree, **bounds: Any) -> Message | None:
         fetched.append(tree.object_id)

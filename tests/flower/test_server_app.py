@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message
 
-from fedtune.federation.lead import site_charge
+from fedtune.federation.lead import compute_site_charge
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
-from fedtune.flower.site_socket import record_of
+from fedtune.flower.site_socket import record_from_bytes
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
-from fedtune.privacy.events import grouped
+from fedtune.privacy.events import count_mechanisms
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.spec import RefusedError, RunError
@@ -44,7 +44,7 @@ def test_completed_rounds_are_recorded(federation: Any) -> None:
         assert result.failed_sites == {}
         assert set(result.metrics) == {"sum"}
     assert made.trained == ["site-1", "site-2", "site-3"] * 2
-    assert site_charge(state, "site-2", made.plan).steps == 4
+    assert compute_site_charge(state, "site-2", made.plan).steps == 4
 
 
 def test_site_with_error_replies_counts_as_charged(federation: Any, tamper: Any) -> None:
@@ -92,7 +92,7 @@ def test_invalid_reply_is_dropped_and_the_round_continues(
         if fault == "a value changed":
             (array,) = content.array_records[flower_records.UPDATE].values()
             nan = array.data[:-2] + b"\xc0\x7f"
-            content[flower_records.UPDATE] = record_of(nan)
+            content[flower_records.UPDATE] = record_from_bytes(nan)
         elif fault == "nothing":
             content.clear()
         else:
@@ -134,7 +134,7 @@ def test_site_changing_frozen_tensors_is_excluded_from_the_average(federation: A
     lora = LoraSpec(alternate=True)
 
     def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-        rests = lora.rests_in(request.round) or ""
+        rests = lora.frozen_name_part(request.round) or ""
         moved = {
             name: value + np.float32(0.25 * (rests not in name or request.site == "site-2"))
             for name, value in adapter.tensors.items()
@@ -152,7 +152,7 @@ SITES = ("site-1", "site-2", "site-3")
 
 def known_keys(made: Any) -> dict[str, str]:
     """What a roster says: the keys under which the sites sign."""
-    return {name: SigningKey.load_or_make(made.folder / name / "site_key.pem").public for name in SITES}
+    return {name: SigningKey.load_or_create(made.folder / name / "site_key.pem").public for name in SITES}
 
 
 def without(node: int) -> Callable[[list[Message]], list[Message]]:
@@ -160,7 +160,7 @@ def without(node: int) -> Callable[[list[Message]], list[Message]]:
 
 
 def charges(made: Any, state: Any) -> dict[str, tuple[int, bool]]:
-    charged = {site: site_charge(state, site, made.plan) for site in SITES}
+    charged = {site: compute_site_charge(state, site, made.plan) for site in SITES}
     return {site: (charge.rounds, charge.upper_bound) for site, charge in charged.items()}
 
 
@@ -249,7 +249,7 @@ def test_refused_run_leaves_no_adapter_and_releases_reserves(federation: Any) ->
     assert made.kept == {}
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
-        assert history.charged() == grouped([run_plan().event(rounds=2)]), "the rounds that were trained"
+        assert history.charged() == count_mechanisms([run_plan().event(rounds=2)]), "the rounds that were trained"
         assert not history.set_aside(history.now())
 
 

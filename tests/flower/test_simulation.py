@@ -23,10 +23,10 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.flower import local_engine
 from fedtune.flower.bundle import make_server_app
-from fedtune.flower.internals import identify
+from fedtune.flower.internals import set_sender_ids
 from fedtune.flower.local_engine import gpu_share
 from fedtune.flower.simulation import InProcessGrid
-from fedtune.flower.site_app import SiteAway, hand_over
+from fedtune.flower.site_app import SiteAway, forward_message
 from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.spec import RuntimeSpec
@@ -98,7 +98,7 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    identify(run_id=7, node_id=1, task_id=0)
+    set_sender_ids(run_id=7, node_id=1, task_id=0)
     made = Engine()
     monkeypatch.setattr(local_engine, "_started", made.start)
     monkeypatch.setattr(local_engine, "_is_open", lambda port: True)
@@ -214,7 +214,7 @@ def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
 
     def name() -> str:
         context = Context(1, 7, {"partition-id": 1}, state=RecordDict(), run_config={"run": str(file)})
-        return str(hand_over(context, "query", 0.0, RecordDict()).config_records["site"]["name"])
+        return str(forward_message(context, "query", 0.0, RecordDict()).config_records["site"]["name"])
 
     with pytest.raises(RunError, match=rf"does not see {file} \(No such file"):
         name()

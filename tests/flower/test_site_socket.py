@@ -21,9 +21,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from fedtune.federation.protocol import Signed
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records, site_app, site_socket
-from fedtune.flower.client import context_of
-from fedtune.flower.internals import identify, set_metadata
-from fedtune.flower.site_socket import ask, listening, pack, record_of, serve_one, unpack
+from fedtune.flower.client import make_node_context
+from fedtune.flower.internals import set_metadata, set_sender_ids
+from fedtune.flower.site_socket import ask_site, listen_at, pack, record_from_bytes, serve_one, unpack
 from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError
 
@@ -65,9 +65,9 @@ def test_unsupported_record_contents_are_refused(content: RecordDict) -> None:
 
 def test_oversized_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site_socket, "MOST_BODY_BYTES", 10)
-    pack("train", 0.0, RecordDict({"a": record_of(bytes(10))}))
+    pack("train", 0.0, RecordDict({"a": record_from_bytes(bytes(10))}))
     with pytest.raises(ValueError, match="too large"):
-        pack("train", 0.0, RecordDict({"a": record_of(bytes(11))}))
+        pack("train", 0.0, RecordDict({"a": record_from_bytes(bytes(11))}))
 
 
 class Site:
@@ -83,7 +83,7 @@ class Site:
         return content
 
     def _serve(self) -> None:
-        with listening(self.path) as server:
+        with listen_at(self.path) as server:
             self._up.set()
             while not self._stop.is_set():
                 serve_one(server, self.answer, wait_s=0.05)
@@ -98,8 +98,8 @@ class Site:
         self._thread.join(10)
 
     def says_hello(self) -> bool:
-        content = RecordDict({"a": record_of(b"hello")})
-        return ask(str(self.path), "train", 1.0, content) == content
+        content = RecordDict({"a": record_from_bytes(b"hello")})
+        return ask_site(str(self.path), "train", 1.0, content) == content
 
 
 @pytest.fixture
@@ -111,8 +111,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def test_message_is_answered_over_a_socket_open_to_user_and_group(site: Site) -> None:
     assert site.says_hello()
     assert stat.S_IMODE(site.path.stat().st_mode) == 0o660
-    large = RecordDict({"a": record_of(os.urandom(5 << 20))})
-    assert ask(str(site.path), "query.end", 1.0, large) == large, "more than a socket holds at once"
+    large = RecordDict({"a": record_from_bytes(os.urandom(5 << 20))})
+    assert ask_site(str(site.path), "query.end", 1.0, large) == large, "more than a socket holds at once"
     assert site.asked == ["train", "query.end"]
 
 
@@ -180,7 +180,7 @@ def test_silent_peer_does_not_block_the_socket(
 
 def test_disconnected_client_loses_only_its_own_answer(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    message = pack("train", 1.0, RecordDict({"a": record_of(bytes(4 << 20))}))
+    message = pack("train", 1.0, RecordDict({"a": record_from_bytes(bytes(4 << 20))}))
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(str(site.path))
         line.sendall(message)
@@ -243,7 +243,7 @@ def test_invalid_socket_path_is_refused(tmp_path: Path, site: Site) -> None:
         (tmp_path / ("x" * 200), r"must be a place for a socket .*too long"),
         (site.path, "another process listens there"),
     ):
-        with pytest.raises(ConfigError, match=bound), listening(place):
+        with pytest.raises(ConfigError, match=bound), listen_at(place):
             pass
     assert (tmp_path / "notes").read_text() == "x"
     assert site.says_hello()
@@ -260,17 +260,17 @@ def test_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
 
 def app_asked(path: Path, content: RecordDict, kind: str = "train") -> Message:
     """What the ClientApp answers that a SuperNode starts, at a site whose operator names this socket."""
-    identify(run_id=7, node_id=0, task_id=0)
+    set_sender_ids(run_id=7, node_id=0, task_id=0)
     message = Message(content, 5, kind)
     set_metadata(message, message_id="m-1")
-    context = context_of(7, 5, {})
+    context = make_node_context(7, 5, {})
     context.node_config = {"fedtune-socket": str(path)}
     return site_app.app(message, context)
 
 
 @pytest.mark.parametrize("kind", ["train", "query", "query.invite", "query.sum", "query.end"])
 def test_app_forwards_every_kind_of_message(site: Site, kind: str) -> None:
-    content = RecordDict({"a": record_of(b"hello")})
+    content = RecordDict({"a": record_from_bytes(b"hello")})
     reply = app_asked(site.path, content, kind)
     assert (reply.content, site.asked) == (content, [kind])
 
@@ -286,7 +286,7 @@ def test_app_error_contains_only_the_exception_class(tmp_path: Path, site: Site)
 
 def test_app_uses_only_the_socket_configured_by_the_operator(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(site_app, "ask", lambda path, *asked: RecordDict({"at": ConfigRecord({"path": path})}))
-    context = context_of(7, 5, {})
+    context = make_node_context(7, 5, {})
     context.run_config = {"fedtune-socket": "/run/docker.sock"}
-    answered = site_app.hand_over(context, "train", 0.0, RecordDict())
+    answered = site_app.forward_message(context, "train", 0.0, RecordDict())
     assert answered.config_records["at"]["path"] == "/run/fedtune/site.sock"

@@ -20,7 +20,7 @@ from flwr.superlink.config_loader import get_federation_manager, get_objectstore
 from fedtune.ops.wire import superlink
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO, Unauthorised, hello
-from fedtune.ops.wire.superlink import keep_roster
+from fedtune.ops.wire.superlink import apply_roster
 
 from . import loopback
 from .certificates import Authority, public_pem
@@ -147,17 +147,17 @@ def registered(state: LinkState) -> dict[str, int]:
 
 def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], tmp_path: Path, caplog: Any) -> None:
     a, b = roster
-    keep_roster(state, [a, b], AUDIT)
+    apply_roster(state, [a, b], AUDIT)
     first = registered(state)
-    keep_roster(state, [changed(a, revoked=True), b], AUDIT)
+    apply_roster(state, [changed(a, revoked=True), b], AUDIT)
     assert registered(state) == {"b": first["b"]}
     assert state.get_node_id_by_public_key(a.node_key) is None
     # An old roster that was copied by mistake burns no key: Flower never takes one back, nor does the next server.
     state = state_of(tmp_path)
-    keep_roster(state, [], AUDIT)
+    apply_roster(state, [], AUDIT)
     assert registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):
-        keep_roster(state, [a, b], AUDIT)
+        apply_roster(state, [a, b], AUDIT)
     assert "a: its connection key was revoked before; it needs a new one" in caplog.text
     assert registered(state) == {"b": first["b"]}
 
@@ -165,7 +165,7 @@ def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], t
 def test_renewed_key_is_registered_next_to_the_old_one(state: LinkState, roster: list[Any]) -> None:
     found = []
     for one in roster:
-        keep_roster(state, [changed(one, site="a")], AUDIT)
+        apply_roster(state, [changed(one, site="a")], AUDIT)
         found.append(state.get_node_id_by_public_key(one.node_key))
     assert found[1] not in (None, found[0])
 
@@ -175,11 +175,11 @@ def test_revocation_takes_effect_without_database_writes(
 ) -> None:
     rosters = [roster, [changed(one, revoked=True) for one in roster]]
     kept = superlink._KeptRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
-    kept.look()
+    kept.refresh_roster()
 
-    monkeypatch.setattr(superlink, "keep_roster", Mock(side_effect=OSError("no space left")))
+    monkeypatch.setattr(superlink, "apply_roster", Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
-        kept.look()
+        kept.refresh_roster()
     assert all(one.revoked for one in kept.members)
 
 
@@ -203,31 +203,31 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_audit_event_is_one_line_readable_only_by_its_owner(path: Path, audit: AuditLog) -> None:
-    audit.note("call refused", address="10.0.0.7", member="north", reason="revoked", path="")
+    audit.log_event("call refused", address="10.0.0.7", member="north", reason="revoked", path="")
     (line,) = lines(path)
     assert line.pop("time").endswith("+00:00")
     assert line == {"event": "call refused", "address": "10.0.0.7", "member": "north", "reason": "revoked"}
     assert path.stat().st_mode & 0o777 == 0o600
-    audit.note("connected", certificate="x" * 100_000)
+    audit.log_event("connected", certificate="x" * 100_000)
     assert path.stat().st_size < 1000, "a long name is cut"
 
 
 def test_repeated_audit_events_are_counted(path: Path, audit: AuditLog, clock: Mock) -> None:
     for _ in range(5000):
-        audit.note("call refused", address="10.0.0.7", reason="revoked")
-    audit.note("call refused", address="10.0.0.8", reason="revoked")
+        audit.log_event("call refused", address="10.0.0.7", reason="revoked")
+    audit.log_event("call refused", address="10.0.0.8", reason="revoked")
     assert len(lines(path)) == 2
     clock.return_value = 601.0
     audit.flush()
     counted = [("10.0.0.7", None), ("10.0.0.8", None), ("10.0.0.7", 4999)]
     assert [(line["address"], line.get("again")) for line in lines(path)] == counted
-    audit.note("call refused", address="10.0.0.7", reason="revoked")
+    audit.log_event("call refused", address="10.0.0.7", reason="revoked")
     assert len(lines(path)) == 4, "it is news again"
 
 
 def test_audit_log_is_limited_for_many_addresses(path: Path, audit: AuditLog, clock: Mock) -> None:
     for number in range(5000):
-        audit.note("handshake refused", address=str(number))
+        audit.log_event("handshake refused", address=str(number))
     assert len(lines(path)) == 1000
     clock.return_value = 601.0
     audit.flush()
@@ -238,11 +238,11 @@ def test_audit_log_is_limited_for_many_addresses(path: Path, audit: AuditLog, cl
 def test_audit_files_are_rotated_and_the_oldest_is_deleted(tmp_path: Path, path: Path, clock: Mock) -> None:
     audit = AuditLog(path, clock=clock, most_bytes=1000)
     for number in range(200):
-        audit.note("connected", member=str(number))
+        audit.log_event("connected", member=str(number))
     kept = ["audit.jsonl", *(f"audit.jsonl.{number}" for number in (1, 2, 3))]
     assert sorted(file.name for file in tmp_path.iterdir()) == kept
     assert all(file.stat().st_size < 1200 for file in tmp_path.iterdir())
-    audit.note("connected", member="last")
+    audit.log_event("connected", member="last")
     assert lines(path)[-1]["member"] == "last"
 
 
@@ -250,17 +250,17 @@ def test_full_disk_does_not_block_audited_calls(tmp_path: Path, clock: Mock, cap
     audit = AuditLog(tmp_path / "nowhere" / "audit.jsonl", clock=clock)
     with caplog.at_level(logging.ERROR):
         for number in range(5):
-            audit.note("connected", member=str(number))
+            audit.log_event("connected", member=str(number))
     assert len(caplog.records) == 1
 
 
 def test_noisy_member_does_not_hide_events_of_others(path: Path, audit: AuditLog) -> None:
     for number in range(2000):
-        audit.note("call refused", member="south", path=f"/{number}", reason="no such call")
-        audit.note("handshake refused", address=f"127.0.{number // 250}.{number % 250}", reason="hung up")
-    assert audit.note("call refused", member="north", path="/v1/fleet/push-messages", reason="wrong signature")
-    assert audit.note("message refused", member="south", reason="answers no question")
-    assert audit.note("run started", certificate="lead")
-    assert audit.note("member revoked", member="south")
+        audit.log_event("call refused", member="south", path=f"/{number}", reason="no such call")
+        audit.log_event("handshake refused", address=f"127.0.{number // 250}.{number % 250}", reason="hung up")
+    assert audit.log_event("call refused", member="north", path="/v1/fleet/push-messages", reason="wrong signature")
+    assert audit.log_event("message refused", member="south", reason="answers no question")
+    assert audit.log_event("run started", certificate="lead")
+    assert audit.log_event("member revoked", member="south")
     assert sum(line.get("member") == "south" for line in lines(path)) <= 103
     assert sum("handshake" in line["event"] for line in lines(path)) <= 1000

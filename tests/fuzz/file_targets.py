@@ -17,25 +17,25 @@ import yaml
 from hypothesis import strategies as st
 
 from fedtune.config import saved_config
-from fedtune.data.records import iter_records, usable_records
+from fedtune.data.records import iter_records, iter_usable_records
 from fedtune.federation.lead import Checkpoints, read_receipts
-from fedtune.model.manifest import manifest_of
+from fedtune.model.manifest import build_manifest
 from fedtune.model.refusals import check_content
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.ops.kits.kit_file import KitFile, read_spec
 from fedtune.ops.kits.members import Roster
-from fedtune.ops.services.lead_and_server import latest_answers
+from fedtune.ops.services.lead_and_server import read_latest_answers
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.ledger import store
-from fedtune.privacy.ledger.chain import EVENT, START, Event, Head, canonical
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.chain import EVENT, START, Event, Head, canonical_json
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import Known, check_report
 from fedtune.report.from_run import read_run
-from fedtune.sites.virtual_site import DEALT, read_dealt_out
+from fedtune.sites.virtual_site import DEALT, read_partition_settings
 from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunError
 from fedtune.tasks.saved import load_task_model
 
@@ -56,7 +56,7 @@ def _model_of(index: Path) -> object:
         for name in ("config.json", "a.safetensors", "b.safetensors"):
             Path(scratch, name).write_text("{}")
         shutil.copy(index, scratch)
-        return manifest_of(Path(scratch))
+        return build_manifest(Path(scratch))
 
 
 def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
@@ -103,8 +103,8 @@ def _ledger(path: Path) -> None:
     """Read by its owner, which opens it for training, and by others, who verify it."""
     problems = []
     for read in (
-        lambda: verify(path).history.charged(),
-        lambda: Ledger(path, seeds.policy(), seeds.key(2)).history.epsilon(),
+        lambda: verify(path).history.total_charges(),
+        lambda: SiteLedger(path, seeds.policy(), seeds.key(2)).history.epsilon(),
     ):
         try:
             read()
@@ -128,7 +128,7 @@ def _signed_anew(data: bytes) -> None:
         for fields in json.loads(data):
             event = Event(**{**fields, "hash": "", "signature": ""})
             before = event.hash_after(before)
-            values = {**asdict(event), "detail": canonical(event.detail).decode(), "hash": before}
+            values = {**asdict(event), "detail": canonical_json(event.detail).decode(), "hash": before}
             values["signature"] = seeds.key(2).sign(EVENT, before.encode())
             rows.append([*values.values()])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -143,18 +143,18 @@ def _signed_anew(data: bytes) -> None:
             file.execute(statement)
         for row in rows:
             file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
-        with store.reading(seeds.folder() / "seed" / "ledger.db") as valid:
-            file.executemany("INSERT INTO replies VALUES (?, ?, ?)", store.stored_replies(valid))
+        with store.open_for_reading(seeds.folder() / "seed" / "ledger.db") as valid:
+            file.executemany("INSERT INTO replies VALUES (?, ?, ?)", store.read_replies(valid))
     except (sqlite3.Error, OverflowError, UnicodeEncodeError):
         return
     finally:
         file.close()
     verify(path)
-    from_ledger.build(path)
+    from_ledger.build_ledger_report(path)
 
 
 def _report(data: bytes) -> None:
-    report = signing.read(data)
+    report = signing.parse_report(data)
     check_report(Path("nowhere", "report.json"), report, Known())
 
 
@@ -167,7 +167,7 @@ def _newest_checkpoint() -> str:
 
 
 def _both(path: Path, columns: Mapping[str, str]) -> object:
-    return list(usable_records(path, columns)), list(iter_records(path, columns))
+    return list(iter_usable_records(path, columns)), list(iter_records(path, columns))
 
 
 def _rows(name: str, columns: Mapping[str, str] = COLUMNS) -> Callable[[bytes], object]:
@@ -186,7 +186,7 @@ def _waiting(data: bytes) -> object:
     state = SiteState(seeds.folder() / "state")
     (state.folder / "pending").mkdir(parents=True, exist_ok=True)
     (state.folder / "pending" / "run.json").write_bytes(data)
-    return state.waiting()
+    return state.list_pending_runs()
 
 
 def _pending_seed() -> dict[str, object]:
@@ -195,15 +195,15 @@ def _pending_seed() -> dict[str, object]:
 
 
 def _retired(path: Path) -> object:
-    return FederationFolder(folder=path.parent, settings=cast(Any, None), lead_key="").retired()
+    return FederationFolder(folder=path.parent, settings=cast(Any, None), lead_key="").read_retired_keys()
 
 
 def _roster_seed() -> Any:
     home, now = seeds.folder() / "clinics", datetime.now(UTC)
     if not home.exists():
         (seeds.folder() / "federation.toml").write_text(_FEDERATION)
-        provisioning.init(seeds.folder() / "federation.toml", out=home, now=now)
-        provisioning.ask_to_add(home, request=join_request(), days=None, now=now)[1]()
+        provisioning.init_federation(seeds.folder() / "federation.toml", out=home, now=now)
+        provisioning.check_join_request(home, request=join_request(), days=None, now=now)[1]()
     return json.loads((home / "server" / "roster.json").read_bytes())
 
 
@@ -249,12 +249,16 @@ TARGETS = (
     _json("roster", _roster_seed, _in_file("roster.json", Roster.read)),
     _json("receipts.json", _RECEIPTS, _in_file("receipts.json", read_receipts)),
     _json("a run that waits for approval", _pending_seed, _waiting),
-    _json("answers.json", _ANSWERS, _in_file("answers.json", lambda path: latest_answers(path.parent))),
-    _json("how records were dealt out", _DEALT_OUT, _in_file(DEALT, partial(read_dealt_out, keys=tuple(_DEALT_OUT)))),
+    _json("answers.json", _ANSWERS, _in_file("answers.json", lambda path: read_latest_answers(path.parent))),
+    _json(
+        "how records were dealt out",
+        _DEALT_OUT,
+        _in_file(DEALT, partial(read_partition_settings, keys=tuple(_DEALT_OUT))),
+    ),
     _json("anchor", seeds.anchor, _in_file("ledger.anchor", Head.read)),
     _bytes("ledger", seeds.ledger, _in_file("ledger.db", _ledger)),
     Target("ledger signed anew", lambda: mutated_json(_events()), _signed_anew, _OURS),
-    _json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build), cost=5),
+    _json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build_run_report), cost=5),
     _json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
     *(
         Target(name, _yaml(lambda: _of_run("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)

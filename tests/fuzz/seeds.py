@@ -12,12 +12,12 @@ import numpy as np
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import Reply, RoundRequest
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Receipt, Update
 from fedtune.privacy.site_policy import Asserted, Policy
-from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.virtual_site import generated_policy
+from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.virtual_site import generate_policy
 
 from ..builders import round_request
 from ..privacy.builders import make_key, train
@@ -43,22 +43,22 @@ def config() -> RunConfig:
 @cache
 def settings() -> dict[str, Any]:
     """What of it the sites are sent."""
-    sent: dict[str, Any] = json.loads(json.dumps(for_sites(config()).to_json()))
+    sent: dict[str, Any] = json.loads(json.dumps(settings_for_sites(config()).to_json()))
     return sent
 
 
 def decisive() -> str:
     """What of that its digest, which the run's name holds, is made of."""
-    return json.dumps(for_sites(config()).decisive(), sort_keys=True)
+    return json.dumps(settings_for_sites(config()).decisive(), sort_keys=True)
 
 
 def plan() -> Any:
-    return for_sites(config()).plan()
+    return settings_for_sites(config()).plan()
 
 
 @cache
 def policy() -> Policy:
-    made = generated_policy(for_sites(config()), plan(), "north", lead=key(1).public)
+    made = generate_policy(settings_for_sites(config()), plan(), "north", lead=key(1).public)
     budget = replace(made.budget, max_epsilon=5 * made.budget.max_epsilon)
     return replace(made, budget=budget, simulated=False, asserted=Asserted(no_person_at_another_site=True))
 
@@ -83,12 +83,12 @@ def receipt() -> Receipt:
 
 
 def request() -> RoundRequest:
-    proposal = for_sites(config()).proposal(lead=key(1).public, plan=plan())
+    proposal = settings_for_sites(config()).proposal(lead=key(1).public, plan=plan())
     return round_request(proposal, site="north", adapter_digest=adapter().digest(), receipt=receipt())
 
 
 def request_json() -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(request().signed(key(1)).text)
+    fields: dict[str, Any] = json.loads(request().sign_with(key(1)).text)
     return fields
 
 
@@ -105,7 +105,7 @@ def ledger() -> bytes:
     """The file of a ledger with two charged rounds; its anchor lies beside it as ledger.anchor."""
     path = folder() / "seed" / "ledger.db"
     path.parent.mkdir()
-    opened = Ledger(path, policy(), key(2), anchor=path.with_suffix(".anchor"))
+    opened = SiteLedger(path, policy(), key(2), anchor=path.with_suffix(".anchor"))
     train(opened, request().proposal, 1, 2, reply=update().to_bytes())
     return path.read_bytes()
 
@@ -128,5 +128,5 @@ def run_folder() -> Path:
     here = {"runtime.device": "cpu", "runtime.num_threads": 1, "privacy.noise_multiplier": 4.0, "data.max_length": 16}
     named = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(folder())}
     into: Path = fedtune.simulate("debug", small | here | named).folder
-    (into / "report.json").write_text(signing.to_text(from_run.build(into)))
+    (into / "report.json").write_text(signing.report_to_json(from_run.build_run_report(into)))
     return into

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from fedtune.federation.protocol import EndOfRun, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Trained, answer
 from fedtune.flower import flower_records
-from fedtune.flower.site_socket import record_of
+from fedtune.flower.site_socket import record_from_bytes
 from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.ops.wire.gate import Gate
-from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, _message
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, _signed_message
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 from fedtune.sites.shared_settings import read_settings
 from fedtune.spec import ConfigError
@@ -46,7 +46,7 @@ def _signed_as(kind: type[RoundRequest | EndOfRun]) -> Callable[[bytes], object]
 
 
 def _unsigned_request(data: bytes) -> object:
-    return RoundRequest.of(Signed(text=_text(data), signature=_text(data)[:128]))
+    return RoundRequest.from_signed(Signed(text=_text(data), signature=_text(data)[:128]))
 
 
 def _answered(data: bytes) -> None:
@@ -56,7 +56,7 @@ def _answered(data: bytes) -> None:
         raise Refused(Reason.BASE_MODEL_MISSING)
 
     signed = Signed(text=_text(data), signature=seeds.key(1).sign(RoundRequest.purpose, data))
-    ledger = Ledger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
+    ledger = SiteLedger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
     site = MadeSite(ledger, prepare=nothing, train=lambda request, adapter, attempt: Trained(adapter=adapter))
     reply = answer(site, signed, seeds.adapter())
     assert isinstance(reply.body, Refusal)
@@ -69,7 +69,7 @@ def _settings(data: bytes) -> object:
 
 def _adapter(data: bytes) -> object:
     """Bytes in the place of an adapter, as they travel."""
-    return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: record_of(data)}))
+    return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: record_from_bytes(data)}))
 
 
 def _reply(data: bytes) -> object:
@@ -129,7 +129,7 @@ def _gate(data: bytes) -> None:
 def _gate_seed() -> bytes:
     moment, body = repr(time.time()), hashlib.sha256(b"body").hexdigest()
     path = "/v1/control/start-run"
-    signature = seeds.key(1).sign(CALL, _message(path, moment, body))
+    signature = seeds.key(1).sign(CALL, _signed_message(path, moment, body))
     headers = {TIME: moment, BODY: body, SIGNATURE: signature, "flwr-public-key": "AAAA", "flwr-signature": "AAAA"}
     lines = [b"\x02", *(f"{name}: {value}".encode() for name, value in headers.items()), b"body"]
     return b"\n".join(lines)
@@ -145,7 +145,7 @@ def _join(data: bytes) -> object:
         data = json.dumps({**fields, "signature": signature}).encode()
     except (ValueError, RecursionError, TypeError, AttributeError):
         pass  # no JSON object: as it is
-    return JoinRequest.of(data)
+    return JoinRequest.parse_request(data)
 
 
 def join_request() -> Path:
@@ -161,7 +161,7 @@ def join_request() -> Path:
 def _update_headers() -> st.SearchStrategy[bytes]:
     """Updates with other headers."""
     body = b"".join(value.tobytes() for value in seeds.adapter().tensors.values())
-    headers = mutated_json(json.loads(seeds.update()._encoded()[0]))
+    headers = mutated_json(json.loads(seeds.update()._encode_parts()[0]))
     return headers.map(lambda header: b"fedtune-update-2\n" + struct.pack("<Q", len(header)) + header + body)
 
 

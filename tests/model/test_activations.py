@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 from transformers.activations import ACT2FN
 
 from fedtune.model.base_model import load_base
-from fedtune.model.layers import RowByRow, compute_by_row
+from fedtune.model.layers import RowByRow, make_activations_rowwise
 from fedtune.model.spec import ModelSpec
 
 from .conftest import both_ways
@@ -66,7 +66,7 @@ def test_narrow_sigmoid_model_computes_rows_independently() -> None:
     torch.manual_seed(5)
     config = BertConfig(vocab_size=99, hidden_act="sigmoid", max_position_embeddings=64, pad_token_id=0, **shape)
     base = BertModel(config).eval()
-    compute_by_row(base)
+    make_activations_rowwise(base)
     ids = torch.randint(1, 99, (1, 12), generator=torch.Generator().manual_seed(6)).repeat(85, 1)
     with torch.no_grad():
         states = base(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state

@@ -14,7 +14,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.model import base_model
-from fedtune.model.base_model import expanded_gguf, load_base, load_tokenizer, model_sha256, tiny_base
+from fedtune.model.base_model import build_tiny_base, expand_gguf, load_base, load_tokenizer, model_sha256
 from fedtune.model.refusals import ARCHITECTURES, OF_ANY_CONFIG
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
@@ -106,8 +106,8 @@ def test_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[st
 def quantised(tmp_path: Path) -> Path:
     """A tiny llama in four bits a weight, with its tokenizer of one token a byte, and one of two."""
     gguf = pytest.importorskip("gguf")
-    base = tiny_base("random:llama", predicts_tokens=True)
-    tokens = base_model.tiny_tokenizer("random:llama").get_vocab()
+    base = build_tiny_base("random:llama", predicts_tokens=True)
+    tokens = base_model.build_tiny_tokenizer("random:llama").get_vocab()
     base.resize_token_embeddings(len(tokens) + 1, mean_resizing=False)
     config, file = base.config, tmp_path / "model" / "tiny.Q4_1.gguf"
     file.parent.mkdir()
@@ -161,7 +161,7 @@ def test_expanded_gguf_weights_give_bitwise_equal_logits(
         assert torch.equal(logits, expanded(token_ids).logits)
         again = load_base(spec, predicts_tokens=True)
         assert torch.equal(logits, again(token_ids).logits)
-        unquantised = tiny_base("random:llama", predicts_tokens=True)(token_ids).logits
+        unquantised = build_tiny_base("random:llama", predicts_tokens=True)(token_ids).logits
         assert not torch.allclose(logits[..., :-1], unquantised), "four bits a weight are fewer"
     assert expanded.get_output_embeddings().weight is expanded.get_input_embeddings().weight
     assert capfd.readouterr() == ("", "")
@@ -172,11 +172,11 @@ def test_invalid_gguf_file_gives_one_line_and_no_cache_entry(tmp_path: Path) -> 
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"not a model")
     with pytest.raises(ConfigError, match=r"model\.gguf_file") as caught:
-        expanded_gguf(file, sha256="ab", cache=tmp_path / "cache")
+        expand_gguf(file, sha256="ab", cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
     with pytest.raises(ConfigError, match=r"model\.cache_dir"):  # a file where the folder should be
-        expanded_gguf(tmp_path / "x.gguf", sha256="ab", cache=file)
+        expand_gguf(tmp_path / "x.gguf", sha256="ab", cache=file)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES & GGUF_CONFIG_MAPPING.keys()))

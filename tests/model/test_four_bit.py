@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.base_model import load_base
-from fedtune.model.quantized import LEVELS, FourBit, keep_in_four_bits, to_codes, to_weights
+from fedtune.model.quantized import LEVELS, FourBit, dequantize_nf4, quantize_linear_layers, quantize_nf4
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
@@ -29,7 +29,7 @@ def some_weights() -> torch.Tensor:
 
 def kept(module: nn.Module) -> FourBit:
     base = nn.Sequential(deepcopy(module).requires_grad_(False).bfloat16())
-    keep_in_four_bits(base, device="cpu")
+    quantize_linear_layers(base, device="cpu")
     assert isinstance(base[0], FourBit)
     return base[0]
 
@@ -48,7 +48,7 @@ def test_nf4_levels_are_normal_quantiles() -> None:
 
 def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
     weights = some_weights()
-    codes, scales = to_codes(weights)
+    codes, scales = quantize_nf4(weights)
     assert (codes.dtype, len(codes)) == (torch.uint8, weights.numel() // 2)
     assert torch.equal(scales, weights.abs().amax(dim=1))
     levels = torch.tensor(LEVELS, dtype=torch.float64)
@@ -58,19 +58,19 @@ def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
     # A weight may lie between two levels to the last bit.
     assert (chosen <= apart.amin(dim=2) * (1 + 1e-6) + 1e-7 * scales.unsqueeze(1)).all()
     wanted = (levels.float()[of_codes.long()] * scales.unsqueeze(1)).bfloat16()
-    assert torch.equal(to_weights(codes, scales).view(300, 64), wanted)
+    assert torch.equal(dequantize_nf4(codes, scales).view(300, 64), wanted)
     assert not wanted[7].any(), "a block of zeros stays one"
     weights = torch.tensor(LEVELS)[torch.randint(16, (50, 64), generator=torch.Generator().manual_seed(0))] * 2.0
     weights[:, 3] = 2.0
-    assert torch.equal(to_weights(*to_codes(weights)), weights.flatten().bfloat16()), "levels stay as they are"
+    assert torch.equal(dequantize_nf4(*quantize_nf4(weights)), weights.flatten().bfloat16()), "levels stay as they are"
 
 
 def test_nf4_codes_and_scales_match_bitsandbytes() -> None:
     # Made once by bitsandbytes 0.50.2 on a CPU: quantize_4bit(some_weights(), blocksize=64, quant_type="nf4"), and
     # dequantize_4bit of it in float32, rounded.
-    codes, scales = to_codes(some_weights())
+    codes, scales = quantize_nf4(some_weights())
     digests = [hashlib.sha256(one.numpy().tobytes()).hexdigest() for one in (codes, scales)]
-    digests.append(hashlib.sha256(to_weights(codes, scales).view(torch.int16).numpy().tobytes()).hexdigest())
+    digests.append(hashlib.sha256(dequantize_nf4(codes, scales).view(torch.int16).numpy().tobytes()).hexdigest())
     assert digests == [
         "6cd90772c731b9c0d4354fc0aebe3e3bed3e2b5168d7f6474f88a2442e72df5a",
         "3da33b463d017edc54b368ba9fcf466a2eb3049c501080d44d81ca0576a941d7",
@@ -116,7 +116,7 @@ def test_nf4_layers_quantize_the_bfloat16_base() -> None:
     base, coarse = (load_base(ModelSpec(path="random:llama", dtype=dtype)) for dtype in ("nf4", "bfloat16"))  # type: ignore[arg-type]
     for name, module in base.named_modules():
         if isinstance(module, FourBit):
-            wanted = to_weights(*to_codes(coarse.get_submodule(name).weight)).view(module.shape)
+            wanted = dequantize_nf4(*quantize_nf4(coarse.get_submodule(name).weight)).view(module.shape)
             assert torch.equal(module.weight, wanted), name
 
 
@@ -125,6 +125,6 @@ def test_unsupported_nf4_models_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"model\.dtype = 'nf4': takes 64 weights at a time, and a layer of 7 x 5 is no multiple"
     ):
-        keep_in_four_bits(odd, device="cpu")
+        quantize_linear_layers(odd, device="cpu")
     with pytest.raises(ConfigError, match=r"dtype = 'nf4': cannot be had of a GGUF file, whose weights are rounded"):
         ModelSpec(path="folder", gguf_file="small.gguf", dtype="nf4")

@@ -10,8 +10,8 @@ from peft import get_peft_model_state_dict
 from transformers import GPT2Config, GPT2Model
 
 from fedtune.model.base_model import load_base
-from fedtune.model.ia3_and_dora import as_peft, merged
-from fedtune.model.layers import attach_adapters, without_adapters
+from fedtune.model.ia3_and_dora import iter_peft_scales, merge_adapter
+from fedtune.model.layers import adapters_disabled, attach_adapters
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
@@ -101,14 +101,14 @@ def test_adapter_can_be_disabled_saved_and_merged_by_peft(path: str, kind: str) 
     model = trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
     expected, as_it_was = outputs(model.base), outputs(load_base(ModelSpec(path=path)))
     assert not torch.allclose(expected, as_it_was, atol=1e-2)
-    with without_adapters(model.base):
+    with adapters_disabled(model.base):
         assert torch.equal(outputs(model.base), as_it_was)
     saved = get_peft_model_state_dict(model.base)
-    for name, start, values in as_peft(model.base):
+    for name, start, values in iter_peft_scales(model.base):
         assert saved[name].shape == start.shape == values.shape
         assert not torch.equal(start, values)
-    assert len(list(as_peft(model.base))) == len(offsets(model))
-    plain = merged(model.base)
+    assert len(list(iter_peft_scales(model.base))) == len(offsets(model))
+    plain = merge_adapter(model.base)
     assert type(plain) is type(load_base(ModelSpec(path=path)))
     assert not any("scales" in name or "lora" in name for name, _ in plain.named_modules())
     assert torch.allclose(outputs(plain), expected, rtol=1e-4, atol=1e-4)
@@ -137,7 +137,7 @@ def test_dora_and_ia3_support_transposed_modules() -> None:
                 if parameter.requires_grad:
                     parameter.copy_(torch.randn(parameter.shape) * 0.2)
         expected = outputs(model)
-        assert torch.allclose(outputs(merged(model)), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(outputs(merge_adapter(model)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

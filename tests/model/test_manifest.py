@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from fedtune.model.base_model import expanded_gguf, load_base, load_tokenizer, model_sha256
-from fedtune.model.manifest import Manifest, manifest_of, staged
+from fedtune.model.base_model import expand_gguf, load_base, load_tokenizer, model_sha256
+from fedtune.model.manifest import Manifest, build_manifest, stage_files
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError, RunError
 
@@ -54,10 +54,10 @@ def test_any_changed_model_file_changes_the_digest(folder: Path, name: str, chan
 def test_model_digest_is_the_hash_of_a_sha256sum_manifest(folder: Path) -> None:
     lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in FILES)
     expected = "fedtune model manifest 1\n" + lines
-    assert manifest_of(folder).text == expected
+    assert build_manifest(folder).text == expected
     assert model_sha256(ModelSpec(path=str(folder))) == sha256(expected.encode())
     (folder / "a.gguf").write_bytes(b"GGUF")
-    manifest = manifest_of(folder, gguf_file="a.gguf")
+    manifest = build_manifest(folder, gguf_file="a.gguf")
     assert manifest.sha256 == sha256(b"GGUF"), "a GGUF file keeps its plain hash"
     assert manifest.text == f"{sha256(b'GGUF')}  a.gguf\n"
     assert Manifest(files=(("model.safetensors", sha256(b"GGUF")),)).sha256 != manifest.sha256, "no GGUF file's hash"
@@ -67,7 +67,7 @@ def test_digest_of_a_sharded_model_covers_index_and_shards(folder: Path) -> None
     load_base(BERT).save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink()
     shards = sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()))
-    manifest = manifest_of(folder)
+    manifest = build_manifest(folder)
     assert len(shards) > 1
     assert {"model.safetensors.index.json", *shards} < dict(manifest.files).keys()
     lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in shards)
@@ -79,13 +79,13 @@ def test_digest_of_a_sharded_model_covers_index_and_shards(folder: Path) -> None
 
 def test_staged_folder_contains_the_manifest_files_and_is_removed(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    with staged(folder) as (place, manifest):
+    with stage_files(folder) as (place, manifest):
         assert sorted(os.listdir(place)) == [name for name, _ in manifest.files] == FILES
     assert not place.exists()
-    with staged(folder, with_weights=False) as (place, manifest):
+    with stage_files(folder, with_weights=False) as (place, manifest):
         assert "model.safetensors" not in os.listdir(place)
-        assert manifest == manifest_of(folder)
-    with staged(folder) as (place, manifest):  # what is loaded is what was hashed
+        assert manifest == build_manifest(folder)
+    with stage_files(folder) as (place, manifest):  # what is loaded is what was hashed
         before = (place / "config.json").read_bytes()
         (folder / "config.json").write_text("{}")
         assert (place / "config.json").read_bytes() == before
@@ -97,7 +97,7 @@ def test_weights_changed_during_loading_are_refused(folder: Path, how: str, monk
     weights = folder / "model.safetensors"
 
     def change() -> None:
-        with staged(folder):
+        with stage_files(folder):
             content = weights.read_bytes()
             if how != "in place":
                 weights.unlink()
@@ -108,7 +108,7 @@ def test_weights_changed_during_loading_are_refused(folder: Path, how: str, monk
         change()
     monkeypatch.setattr("tempfile.tempdir", str(folder / "nowhere"))
     with pytest.raises(RunError, match="no folder for temporary files"):
-        manifest_of(folder)
+        build_manifest(folder)
 
 
 def test_hub_snapshot_may_link_only_into_its_cache(folder: Path, tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_hub_snapshot_may_link_only_into_its_cache(folder: Path, tmp_path: Path)
     for name in FILES:
         shutil.copy(folder / name, blobs / name)
         (snapshot / name).symlink_to(Path("..", "..", "blobs", name))
-    assert manifest_of(snapshot) == manifest_of(folder)
+    assert build_manifest(snapshot) == build_manifest(folder)
     (snapshot / "vocab.txt").symlink_to("/etc/passwd")
     with pytest.raises(ConfigError, match=r"must not hold vocab\.txt, a link out of it"):
-        manifest_of(snapshot)
+        build_manifest(snapshot)
 
 
 def test_gguf_file_is_expanded_without_neighboring_files(
@@ -154,6 +154,6 @@ def test_gguf_metadata_is_subject_to_the_config_rules(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("nothing is made of it"))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match="its metadata has rope type dynamic") as caught:
-        expanded_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")
+        expand_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")
     assert caught.value.key == "model.gguf_file"
     assert config.call_args.kwargs == {"gguf_file": "a.gguf", "local_files_only": True, "trust_remote_code": False}

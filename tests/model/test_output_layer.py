@@ -8,7 +8,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedtune.data import Batch
-from fedtune.data.batching import alone
+from fedtune.data.batching import isolate_example
 from fedtune.model.layers import OutputLayer
 
 from ..builders import gradients_of
@@ -43,7 +43,7 @@ def test_scores_at_selected_positions_match_the_model(make: Callable[[], PreTrai
     model = make()
     whole = model(input_ids=IDS).logits
     output = OutputLayer(model)
-    inputs = output.inputs(lambda: model(input_ids=IDS))
+    inputs = output.compute_inputs(lambda: model(input_ids=IDS))
     assert inputs.shape[-1] == (16 if make is llama else 48)
     torch.testing.assert_close(output.scores(inputs[1, [2, 4]]), whole[1, [2, 4]])
 
@@ -52,10 +52,10 @@ def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
     model = llama()
     output, rows = OutputLayer(model), []
     model.lm_head.register_forward_hook(lambda layer, inputs, scores: rows.append(scores[..., 0].numel()))
-    output.inputs(lambda: model(input_ids=IDS))
+    output.compute_inputs(lambda: model(input_ids=IDS))
     assert rows == []
     with pytest.raises(ZeroDivisionError):
-        output.inputs(lambda: 1 / 0)
+        output.compute_inputs(lambda: 1 / 0)
     model(input_ids=IDS)
     assert rows == [12], "a pass that failed leaves nothing behind"
 
@@ -79,7 +79,7 @@ def test_empty_batch_uses_full_memory_and_single_tokens_have_no_loss() -> None:
     model.losses(batch)
     most = max(places)
     places.clear()
-    model.task.losses(model, alone(batch, None))
+    model.task.losses(model, isolate_example(batch, None))
     hook.remove()
     assert places == [batch.input_ids.shape[1] - 1] * 4
     assert most <= places[0]

@@ -12,8 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.model import products
 from fedtune.model.base_model import load_base, model_sha256
-from fedtune.model.layers import layer_stack
-from fedtune.model.products import RoundedLinear, multiply_by_onednn, product, round_products, rounded_product
+from fedtune.model.layers import find_layer_stack
+from fedtune.model.products import (
+    RoundedLinear,
+    convert_to_bfloat16,
+    multiply_bfloat16,
+    multiply_frozen,
+    switch_to_onednn,
+)
 from fedtune.model.quantized import FourBitLinear
 from fedtune.model.spec import ModelSpec
 
@@ -36,7 +42,7 @@ def test_frozen_linear_matches_torch_up_to_rounding(module: nn.Module) -> None:
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
     base = frozen(nn.Sequential(deepcopy(module)))
-    multiply_by_onednn(base)
+    switch_to_onednn(base)
     assert isinstance(base[0], products.FrozenLinear | products.FrozenConv1D)
     wanted = exactly(module, values, direction, transposed=isinstance(module, Conv1D))
     for one, other in zip(both_ways(base, values, direction), wanted, strict=True):
@@ -46,13 +52,15 @@ def test_frozen_linear_matches_torch_up_to_rounding(module: nn.Module) -> None:
 @needs_onednn
 def test_trained_weights_use_torch_and_second_derivatives_are_refused() -> None:
     weight, values = torch.randn(4, 6), torch.randn(5, 6)
-    assert not product(values, weight, None).requires_grad
+    assert not multiply_frozen(values, weight, None).requires_grad
     for bias in (torch.arange(8.0)[::2], torch.ones(1).expand(4)):  # it is read as it lies
-        torch.testing.assert_close(product(values, weight, bias), nn.functional.linear(values, weight, bias))
-    product(values, weight.requires_grad_(), None).sum().backward()
+        torch.testing.assert_close(multiply_frozen(values, weight, bias), nn.functional.linear(values, weight, bias))
+    multiply_frozen(values, weight.requires_grad_(), None).sum().backward()
     torch.testing.assert_close(weight.grad, values.sum(dim=0).expand(4, 6))
     values.requires_grad_()
-    (slope,) = torch.autograd.grad(product(values, torch.randn(5, 6), None).pow(2).sum(), values, create_graph=True)
+    (slope,) = torch.autograd.grad(
+        multiply_frozen(values, torch.randn(5, 6), None).pow(2).sum(), values, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
@@ -62,16 +70,16 @@ def test_trained_weights_use_torch_and_second_derivatives_are_refused() -> None:
 @pytest.mark.parametrize("shape", [(384, 1536), (576, 192), (64, 32)])
 def test_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
     weight, values = torch.randn(*shape), torch.randn(512, shape[1])
-    assert same_beside_others(lambda rows: product(rows, weight, None), values, threads=threads)
+    assert same_beside_others(lambda rows: multiply_frozen(rows, weight, None), values, threads=threads)
 
 
 def test_trainable_layers_and_other_dtypes_use_torch() -> None:
     base = nn.Sequential(nn.Linear(4, 4), frozen(nn.Linear(4, 4)))
-    multiply_by_onednn(base)
+    switch_to_onednn(base)
     assert type(base[0]) is nn.Linear
     weight, values = torch.randn(4, 6).bfloat16(), torch.randn(5, 6).bfloat16()
-    assert torch.equal(product(values, weight, None), nn.functional.linear(values, weight))
-    assert product(torch.zeros(0, 6), weight.float(), None).shape == (0, 4)
+    assert torch.equal(multiply_frozen(values, weight, None), nn.functional.linear(values, weight))
+    assert multiply_frozen(torch.zeros(0, 6), weight.float(), None).shape == (0, 4)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
@@ -83,7 +91,7 @@ def test_mixed_precision_products_are_rounded_once(
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     torch.manual_seed(0)
     base = frozen(nn.Sequential(deepcopy(module)))
-    round_products(base)
+    convert_to_bfloat16(base)
     assert isinstance(base[0], RoundedLinear | products.RoundedConv1D)
     assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
     values = torch.randn(3, 5, 96)
@@ -106,7 +114,7 @@ def test_reduced_precision_applies_only_to_layer_weights(
     base, plain = (
         load_base(one, predicts_tokens=predicts_tokens) for one in (spec, ModelSpec(path=path, dtype=between))
     )
-    inside = [module for module in layer_stack(base)[1].modules() if isinstance(module, nn.Linear)]
+    inside = [module for module in find_layer_stack(base)[1].modules() if isinstance(module, nn.Linear)]
     assert inside
     assert {type(module) for module in inside} == {kind}
     assert [module for module in base.modules() if isinstance(module, kind)] == inside
@@ -124,5 +132,5 @@ def test_reduced_precision_applies_only_to_layer_weights(
 def test_mixed_precision_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
     weight, bias = torch.randn(*shape).bfloat16(), torch.randn(shape[0]).bfloat16()
     for size, factor, plus in ((shape[1], weight, bias), (shape[0], weight.t(), None)):
-        multiply = partial(rounded_product, weight=factor, bias=plus)
+        multiply = partial(multiply_bfloat16, weight=factor, bias=plus)
         assert same_beside_others(multiply, torch.randn(512, size), threads=threads)

@@ -26,8 +26,11 @@ def test_unsupported_adapter_kinds_are_refused_with_a_reason(kind: str, reason: 
 
 def test_ia3_has_no_rank_matrices_or_scale() -> None:
     ia3 = LoraSpec(kind="ia3", rank=64, alpha=1e6)
-    assert (ia3.scale, ia3.matrices) == (1.0, 1)
-    assert (LoraSpec(kind="dora", rank=64, alpha=32.0).scale, LoraSpec(kind="dora", rank=64).matrices) == (0.5, 64)
+    assert (ia3.scale, ia3.effective_rank) == (1.0, 1)
+    assert (LoraSpec(kind="dora", rank=64, alpha=32.0).scale, LoraSpec(kind="dora", rank=64).effective_rank) == (
+        0.5,
+        64,
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.model.base_model import load_tokenizer
-from fedtune.model.fits import ids_of
+from fedtune.model.fits import tokenize_public_text
 from fedtune.model.spec import ModelSpec
 from fedtune.model.tokenizer_rules import PUBLISHED, tokenizer_refusal
 from fedtune.spec import ConfigError
@@ -149,4 +149,4 @@ def test_tokenizer_panic_on_public_text_is_a_refusal() -> None:
 
     backend = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     with pytest.raises(ConfigError, match="cannot encode a text: PanicException"):
-        ids_of(Broken(tokenizer_object=backend), "a", path="broken")
+        tokenize_public_text(Broken(tokenizer_object=backend), "a", path="broken")

@@ -12,12 +12,12 @@ import yaml
 from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel
 
 from fedtune.model.base_model import load_base, load_processor, model_sha256
-from fedtune.model.manifest import manifest_of
+from fedtune.model.manifest import build_manifest
 from fedtune.model.refusals import VISION
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.image_input import ImageReader
-from fedtune.tasks.inputs import input_named
+from fedtune.tasks.inputs import get_input
 from fedtune.tasks.task_model import build_task_model
 
 from ..pictures import MODELS, picture, vision_folder
@@ -56,7 +56,7 @@ def test_image_embeddings_match_transformers(kind: str, tmp_path: Path) -> None:
     assert len(reader.nothing()) == MODELS[kind][2]
     image = picture(size=(31, 20))
     rows = torch.from_numpy(reader.patches(image))[None]
-    found = input_named("image").pooled(model.base, rows, torch.ones(rows.shape[:2]))
+    found = get_input("image").embed_rows(model.base, rows, torch.ones(rows.shape[:2]))
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     hidden = AutoModel.from_pretrained(folder)(**processor(images=image, return_tensors="pt")).last_hidden_state
     patches = hidden[:, VISION[model.base.config.model_type] :].mean(dim=1)
@@ -69,7 +69,7 @@ def test_model_digest_covers_the_image_processor(folder: Path) -> None:
         for name in ("config.json", "model.safetensors", "preprocessor_config.json")
     ]
     first = "fedtune model manifest 1\nimages are processed by transformers' classes for PIL\n"
-    assert manifest_of(folder).text == first + "".join(lines)
+    assert build_manifest(folder).text == first + "".join(lines)
     spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
     load_processor(spec)
     change(folder, image_mean=[0.5, 0.5, 0.25])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.ops.doctor.check import Check
+from fedtune.ops.doctor.check import DoctorCheck
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.ops.kits.provisioning import Admitted
@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
     """The folder of a federation without sites, to be copied: it takes many keys and much that is durable."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "federation.toml").write_text(FEDERATION_TOML)
-    return provisioning.init(folder / "federation.toml", out=folder / "federation", now=now).folder
+    return provisioning.init_federation(folder / "federation.toml", out=folder / "federation", now=now).folder
 
 
 @pytest.fixture
@@ -86,14 +86,14 @@ class Desk:
         return request.parent
 
     def add(self, request: Path, *, days: int | None = None) -> Admitted:
-        return provisioning.ask_to_add(self.folder, request=request, days=days, now=self.now)[1]()
+        return provisioning.check_join_request(self.folder, request=request, days=days, now=self.now)[1]()
 
     def renew(self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0) -> Admitted:
         """Renew a site so many days `later`."""
         now = self.now + timedelta(days=later)
         if request is None:
             return provisioning.renew_site(self.folder, name, days=None, now=now)
-        return provisioning.ask_to_renew(
+        return provisioning.check_renewal_request(
             self.folder, name, request=request, days=None, new_site_key=new_site_key, now=now
         )[1]()
 
@@ -152,7 +152,7 @@ def unpack(archive: Path, folder: Path) -> None:
         opened.extractall(folder)
 
 
-def lines_of(check: Check) -> list[str]:
+def lines_of(check: DoctorCheck) -> list[str]:
     return [f"{check.status:<8}{check.name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
 
 

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.ops.kits import certificates
-from fedtune.ops.kits.certificates import Authority, Certificate, certificate_pem, make_key, private_pem
+from fedtune.ops.kits.certificates import Authority, Certificate, certificate_pem, generate_connection_key, private_pem
 from fedtune.ops.wire.identity import Tls
 from fedtune.spec import ConfigError
 
@@ -26,7 +26,7 @@ class World:
     folder: Path
 
     def holder(self, kind: str, *, name: str = "a", hosts: tuple[str, ...] = ("localhost",)) -> Tls:
-        key, names = make_key(), hosts if kind == "server" else ()
+        key, names = generate_connection_key(), hosts if kind == "server" else ()
         about = {"kind": kind, "name": name, "hosts": names, "days": 1, "now": datetime.now(UTC)}
         certificate = self.authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
         return self.files(f"{kind}-{name}", private_pem(key), certificate)
@@ -41,7 +41,7 @@ class World:
 
 @pytest.fixture
 def ours(tmp_path: Path) -> World:
-    authority = Authority.make("cardiology", days=100, now=datetime.now(UTC))
+    authority = Authority.create_authority("cardiology", days=100, now=datetime.now(UTC))
     (tmp_path / "ca.pem").write_bytes(certificate_pem(authority.certificate))
     return World(authority, tmp_path)
 
@@ -86,7 +86,7 @@ def test_site_and_server_certificates_are_not_interchangeable(ours: World, side:
 
 def test_site_cannot_issue_certificates(ours: World) -> None:
     site = ours.holder("site", name="north")
-    key = make_key()
+    key = generate_connection_key()
     own = x509.load_pem_x509_certificate(site.certificate.read_bytes())
     posing = Authority(key=certificates.read_connection_key(site.key), certificate=own)
     forged = posing.issue(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
@@ -107,16 +107,16 @@ def test_openssl_accepts_certificates_and_agrees_on_their_fingerprints(ours: Wor
     of_key = "openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | openssl dgst -sha256 -r"
     pem = holder.certificate.read_text()
     digest = passed("sh", "-c", of_key, input=pem).split()[0]
-    assert Certificate.of(x509.load_pem_x509_certificate(pem.encode())).fingerprint == digest
+    assert Certificate.from_x509(x509.load_pem_x509_certificate(pem.encode())).fingerprint == digest
 
 
 def test_certificate_validity_tolerates_slow_clocks_and_ends_with_the_authority() -> None:
     start = datetime(2026, 1, 1, tzinfo=UTC)
-    authority = Authority.make("cardiology", days=10, now=start)
-    key = make_key().public_key()
+    authority = Authority.create_authority("cardiology", days=10, now=start)
+    key = generate_connection_key().public_key()
 
     def issued(now: datetime, days: int) -> Certificate:
-        return Certificate.of(authority.issue(key, kind="site", name="a", days=days, now=now))
+        return Certificate.from_x509(authority.issue(key, kind="site", name="a", days=days, now=now))
 
     later = start + timedelta(days=3)
     assert issued(later, 2).not_before == later - timedelta(minutes=5)
@@ -133,7 +133,7 @@ def test_authority_is_loaded_only_with_its_own_private_key(ours: World) -> None:
         Authority.load(ours.folder)
     for key, mode, why in (
         (ours.authority.key, 0o640, r"mode 640.*chmod 600"),
-        (make_key(), 0o600, "is not the key of the certificate"),
+        (generate_connection_key(), 0o600, "is not the key of the certificate"),
         (ec.generate_private_key(ec.SECP256R1()), 0o600, "must be an EC P-384 private key"),
     ):
         path.write_bytes(private_pem(key))

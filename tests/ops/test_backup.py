@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.services.site_state import SiteState, serving
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.ops.services.site_state import SiteState, lock_ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Reason, Refused
@@ -31,7 +31,7 @@ class Here(Books):
     def anchor(self) -> Path:
         return self.folder / "other disk/anchor.json"
 
-    def train(self, *rounds: int, **asked: Any) -> Ledger:
+    def train(self, *rounds: int, **asked: Any) -> SiteLedger:
         train(ledger := self.open(), run_proposal(**asked), *rounds)
         return ledger
 
@@ -63,11 +63,11 @@ def test_backups_of_a_running_site_are_consistent(here: Here) -> None:
     def work() -> None:
         for number in range(30):
             ledger = here.train(run=f"run {number}")
-            ledger.refuse(Refused(Reason.MAX_RANK), run="r", round=1, request=f"{number}")
+            ledger.record_refusal(Refused(Reason.MAX_RANK), run="r", round=1, request=f"{number}")
         ended.set()
 
     working, found = threading.Thread(target=work), []
-    with serving(here.ledger):
+    with lock_ledger(here.ledger):
         working.start()
         while not ended.is_set():
             copy = here.folder / "copy.db"
@@ -82,7 +82,7 @@ def test_backups_of_a_running_site_are_consistent(here: Here) -> None:
 
 
 def test_restore_charges_rounds_trained_after_the_backup(here: Here) -> None:
-    state, kept = SiteState.of(here.folder / "kit"), here.folder / "kit/adapters/r/adapter.bin"
+    state, kept = SiteState.in_kit(here.folder / "kit"), here.folder / "kit/adapters/r/adapter.bin"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"kept")
     state.set_paused(True)
@@ -97,7 +97,7 @@ def test_restore_charges_rounds_trained_after_the_backup(here: Here) -> None:
     assert ledger.history.epsilon() == pytest.approx(spent)
     assert ledger.history.charged_rounds("r") == 3
     assert kept.read_bytes() == b"kept"
-    assert state.paused.exists(), "a site that was paused stays so"
+    assert state.paused_file.exists(), "a site that was paused stays so"
     with pytest.raises(Refused, match="run_ended"):
         here.train(4)
     here.train(1, run="another")
@@ -109,7 +109,7 @@ def test_restore_charges_rounds_trained_after_the_backup(here: Here) -> None:
 
 def test_restore_is_refused_for_a_running_site_or_without_an_anchor(here: Here, file: Path, site_policy: Any) -> None:
     here.ledger.unlink()
-    with serving(here.ledger):
+    with lock_ledger(here.ledger):
         assert "is being served" in here.does("restore", file).failed()
     elsewhere = here.anchor.rename(here.folder / "elsewhere.json")
     write_policy(site_policy("north"), here.site_toml)
@@ -122,11 +122,11 @@ def test_restore_is_refused_for_a_running_site_or_without_an_anchor(here: Here, 
 def doubted(here: Here, *rounds: int) -> tuple[bytes, bytes]:
     """Ledger and anchor of before, put back together, so that a lead's receipt alone shows it; the newest anchor."""
     older, old_anchor = here.ledger.read_bytes(), here.anchor.read_bytes()
-    receipt, newest = here.train(*rounds).receipt("r"), here.anchor.read_bytes()
+    receipt, newest = here.train(*rounds).sign_receipt("r"), here.anchor.read_bytes()
     here.ledger.write_bytes(older)
     here.anchor.write_bytes(old_anchor)
     with pytest.raises(Refused, match="ledger_behind_receipt"):
-        here.train().require_contains(receipt)
+        here.train().require_receipt(receipt)
     return older, newest
 
 

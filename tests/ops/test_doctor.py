@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.extras import install_command
-from fedtune.flower.site_socket import listening
+from fedtune.flower.site_socket import listen_at
 from fedtune.model.base_model import model_sha256
-from fedtune.model.manifest import manifest_of
+from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.doctor import examination
-from fedtune.ops.doctor.check import Check, PrivateLog, Status, exit_code_of, ok
+from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, Status, ok, overall_exit_code
 from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.kit_file import Kit, model_place
+from fedtune.ops.kits.kit_file import Kit, model_store_path
 from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.ops.kits.models import install_model
 from fedtune.ops.wire import bounded_http
@@ -99,7 +99,7 @@ class Home(Books):
         """The ledger of before this run, which had a receipt by then."""
         backup = self.copied("backup.db")
         self.spend(run=run)
-        receipt = self.open().receipt(run)
+        receipt = self.open().sign_receipt(run)
         os.replace(backup, self.ledger)
         return receipt
 
@@ -107,14 +107,14 @@ class Home(Books):
         self.open()
         receipt = self.put_back("r")
         with contextlib.suppress(Refused):
-            self.open().require_contains(receipt)
+            self.open().require_receipt(receipt)
 
     def take_another_key(self) -> None:
         other = site_init(self.site_toml, out=self.folder / "again")
         shutil.copy(other / "connection_key.pem", self.kit / "connection_key.pem")
 
     def damage_model(self) -> None:
-        weights = model_place(self.kit, self.policy.allow.base_models[0]) / "model.safetensors"
+        weights = model_store_path(self.kit, self.policy.allow.base_models[0]) / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
 
     def mark(self, name: str) -> None:
@@ -138,11 +138,11 @@ class Home(Books):
         both = zip(rows, dates, strict=True)
         self.records.write_text("\n".join([f"{head},seen", *(f"{row},{at}" for row, at in both)]))
 
-    def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, Check]:
+    def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, DoctorCheck]:
         """Every line, by its name; a run is tried out where one is asked for or changed."""
         named = (lambda: self.run(*overrides)) if run or overrides else None
         places = {"kit_folder": self.kit, "site_toml": self.site_toml, "model": model}
-        return {check.name: check for check in Examination(**places, run=named, timeout_s=5.0).checks()}
+        return {check.name: check for check in Examination(**places, run=named, timeout_s=5.0).run_checks()}
 
     def run(self, *overrides: str) -> RunConfig:
         return compose_run(
@@ -179,14 +179,14 @@ def whole(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposa
     save_file({"w": torch.arange(8.0)}, model / "model.safetensors")
     (model / "config.json").write_text('{"model_type": "bert"}')
     (model / "LICENSE").write_text("do as you please")
-    digest = manifest_of(model).sha256
+    digest = build_manifest(model).sha256
     written = tmp_path / "federation.toml"
     written.write_text(
         f'name = "cardiology"\nserver = "{mailbox.address}"\n'
         f'[[model]]\nname = "tiny"\nsha256 = "{digest}"\nlicence = "CC0-1.0"\n'
     )
     federation = tmp_path / "federation"
-    provisioning.init(written, out=federation, now=now)
+    provisioning.init_federation(written, out=federation, now=now)
     mailbox.context = server_context(Kit.read(federation / "server", kind="server").tls())
     lead = Kit.read(federation / "lead", kind="lead").lead
     policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)}, releases={"reply_after_s": 600.0})
@@ -196,13 +196,13 @@ def whole(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposa
     site.change_data(path="records.csv", columns=columns)
     site.write_records()
     request = site_init(site.site_toml, out=site.kit) / REQUEST
-    admitted = provisioning.ask_to_add(federation, request=request, days=None, now=now)[1]()
+    admitted = provisioning.check_join_request(federation, request=request, days=None, now=now)[1]()
     unpack(admitted.archive, site.kit)
     install_model(model, Kit.read(site.kit, kind="site"))
     return site
 
 
-def failures(checks: dict[str, Check]) -> dict[str, str]:
+def failures(checks: dict[str, DoctorCheck]) -> dict[str, str]:
     """Names of the checks that failed, with what was found; each says what to do in one sentence."""
     found = {name: check.found for name, check in checks.items() if check.status is Status.FAILED}
     for name in found:
@@ -212,8 +212,8 @@ def failures(checks: dict[str, Check]) -> dict[str, str]:
     return found
 
 
-def code(checks: dict[str, Check]) -> int:
-    return exit_code_of(checks.values())
+def code(checks: dict[str, DoctorCheck]) -> int:
+    return overall_exit_code(checks.values())
 
 
 def test_doctor_passes_for_a_complete_site(home: Home) -> None:
@@ -239,7 +239,7 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
 
 def test_doctor_skips_dependent_checks_without_kit_and_policy(tmp_path: Path) -> None:
     visit = Examination(kit_folder=tmp_path / "kit", site_toml=tmp_path / "site.toml")
-    checks = {check.name: check for check in visit.checks()}
+    checks = {check.name: check for check in visit.run_checks()}
     assert failures(checks).keys() == {"policy", "kit"}
     assert code(checks) == 2
     assert checks["encryption (TLS)"].found == "skipped, because the kit cannot be used"
@@ -307,7 +307,7 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     ),
     "a site key that others can read": lambda home: (home.open(), home.site_key.chmod(0o640)),
     "a site key that is gone": lambda home: (home.open(), home.site_key.unlink()),
-    "another site key": lambda home: (home.open(), home.site_key.unlink(), SigningKey.load_or_make(home.site_key)),
+    "another site key": lambda home: (home.open(), home.site_key.unlink(), SigningKey.load_or_create(home.site_key)),
     "a site that is paused": lambda home: home.mark("paused"),
     "a site that has left": lambda home: home.mark("left"),
 }
@@ -353,7 +353,7 @@ def test_doctor_quotes_records_only_in_its_private_log(home: Home) -> None:
 
 def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GGUF model and a Parquet file, each in its own line with the command to install what reads it."""
-    place = model_place(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
+    place = model_store_path(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
     place.mkdir(parents=True)
     (place / "tiny.gguf").write_bytes(b"GGUF")
     (home.folder / "records.parquet").touch()
@@ -481,8 +481,8 @@ def test_doctor_log_is_truncated_and_private(tmp_path: Path) -> None:
         log = PrivateLog(path)
         path.parent.mkdir(exist_ok=True)
         path.touch(mode=0o644)
-        log.keep(text)
-        log.keep(f"{text} again")
+        log.write_entry(text)
+        log.write_entry(f"{text} again")
     assert path.read_text() == "second\nsecond again\n"
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -496,7 +496,7 @@ def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, mon
     checks = home.examined()
     assert not {"connection (TCP)", "clock"} & checks.keys()
     assert "not there until the site starts" in checks["socket"].found
-    with listening(place):
+    with listen_at(place):
         assert "members of the group" in home.examined()["socket"].found
         place.chmod(0o666)
         assert home.examined()["socket"].status == "failed"

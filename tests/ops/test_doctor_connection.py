@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.ops.doctor.check import Check
-from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, control
+from fedtune.ops.doctor.check import DoctorCheck
+from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, check_control_api
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire import bounded_http
 from fedtune.spec import KIT_SCHEMA
@@ -59,7 +59,7 @@ class World:
         self.stack.callback(mailbox.close)
         return mailbox, mailbox.address.replace(LOOPBACK, "localhost")
 
-    def said(self, status: int, **hello: Any) -> dict[str, Check]:
+    def said(self, status: int, **hello: Any) -> dict[str, DoctorCheck]:
         """By a server that answers so to whoever says hello."""
         mailbox, address = self.served()
         mailbox.says = lambda: (status, hello)
@@ -72,12 +72,12 @@ class World:
         listening = self.stack.enter_context(socket.create_server((LOOPBACK, 0)))
         return f"{LOOPBACK}:{listening.getsockname()[1]}"
 
-    def by_proxy(self, proxy: str, server: str = "localhost:1", *, name: str = "HTTPS_PROXY") -> dict[str, Check]:
+    def by_proxy(self, proxy: str, server: str = "localhost:1", *, name: str = "HTTPS_PROXY") -> dict[str, DoctorCheck]:
         self.patch.setenv(name, proxy)
         return self.tried(server)
 
-    def tried(self, server: str, *, timeout_s: float = 5.0) -> dict[str, Check]:
-        checks = {check.name: check for check in Connection(self.kit(server), timeout_s=timeout_s).checks()}
+    def tried(self, server: str, *, timeout_s: float = 5.0) -> dict[str, DoctorCheck]:
+        checks = {check.name: check for check in Connection(self.kit(server), timeout_s=timeout_s).run_checks()}
         assert list(checks) == [DNS, TCP, TLS, AUTHENTICATION]
         failures = [check for check in checks.values() if check.status == "failed"]
         assert all(check.fix.endswith(".") and check.exit_code == 1 for check in failures)
@@ -91,13 +91,13 @@ def world(tmp_path: Path, authorities: list[Authority], monkeypatch: pytest.Monk
         yield World(tmp_path, *authorities, stack, monkeypatch)
 
 
-def marks(checks: dict[str, Check]) -> str:
+def marks(checks: dict[str, DoctorCheck]) -> str:
     """The four lines' first letters: o(k), w(arning), f(ailed), s(kipped)."""
     return "".join(check.status[0] for check in checks.values())
 
 
 PROXY = "http://someone:s%20cret@"
-SITUATIONS: dict[str, Callable[[World], dict[str, Check]]] = {
+SITUATIONS: dict[str, Callable[[World], dict[str, DoctorCheck]]] = {
     "a name that does not resolve": lambda at: at.tried("fl.nowhere.invalid:9092"),
     "a port where nobody listens": lambda at: at.tried(f"127.0.0.1:{free_port()}"),
     "a certificate that soon ends": lambda at: at.tried(at.served(days=20)[1]),
@@ -137,7 +137,7 @@ def test_doctor_measures_the_clock_of_a_healthy_server(world: World, ahead_s: fl
     mailbox, address = world.served()
     mailbox.clock_ahead_s = ahead_s
     connection = Connection(world.kit(address))
-    checks = {check.name: check for check in connection.checks()}
+    checks = {check.name: check for check in connection.run_checks()}
     assert marks(checks) == "oooo"
     assert "TLSv1.3" in checks[TLS].found
     assert checks[AUTHENTICATION].found == "the server knows this key as north"
@@ -195,7 +195,7 @@ def test_doctor_fails_if_control_calls_are_reachable_from_outside(
         return httpx.Response(answered)
 
     monkeypatch.setattr(httpx, "post", post)
-    check = control("fl.example.org:443", timeout_s=1.0)
+    check = check_control_api("fl.example.org:443", timeout_s=1.0)
     assert asked == ["https://fl.example.org:443/v1/control/list-nodes"]
     assert check.status == status
     assert ("ANYBODY WHO REACHES IT CAN START CODE" in check.found) == (status == "failed")
@@ -203,6 +203,6 @@ def test_doctor_fails_if_control_calls_are_reachable_from_outside(
 
 
 def test_doctor_reports_an_unreachable_superlink() -> None:
-    check = control(f"{LOOPBACK}:{free_port()}", timeout_s=1.0)
+    check = check_control_api(f"{LOOPBACK}:{free_port()}", timeout_s=1.0)
     assert (check.status, check.exit_code) == ("failed", 1)
     assert "cannot be reached (ConnectError)" in check.found

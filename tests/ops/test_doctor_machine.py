@@ -10,8 +10,8 @@ import torch
 
 from fedtune.ops.doctor import machine_checks as machine
 from fedtune.ops.doctor import site_checks
-from fedtune.ops.doctor.check import SERVER, Check, Status
-from fedtune.ops.files import name_of
+from fedtune.ops.doctor.check import SERVER, DoctorCheck, Status
+from fedtune.ops.files import account_name
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_files import SiteFiles
 
@@ -20,7 +20,7 @@ from .conftest import check_snapshot
 GIB, MIB = 2**30, 2**20
 
 
-def check_lines(name: str, found: dict[object, Check]) -> None:
+def check_lines(name: str, found: dict[object, DoctorCheck]) -> None:
     """Compare what is said, and what there is to do, with a snapshot."""
     lines = [
         f"{what}: {one.status}, {one.found}" + (f" -> {one.fix}" if one.fix else "") for what, one in found.items()
@@ -32,20 +32,23 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
     """A slow answer does not count against the clock: how far off the figure may be is told with it."""
     cases = [(0.0, 0.5), (5.4, 0.5), (-6.0, 0.5), (6.0, 0.5), (60.4, 0.5), (-61.0, 0.5), (9.0, 8.0)]
     check_lines(
-        "a clock that is so far ahead", {f"{ahead} +- {off} s": machine.clock((ahead, off)) for ahead, off in cases}
+        "a clock that is so far ahead",
+        {f"{ahead} +- {off} s": machine.check_clock((ahead, off)) for ahead, off in cases},
     )
     # Where this machine's clock is kept, the server's is the wrong one.
-    assert [machine.clock(case, kept=True).status for case in cases] == [machine.clock(case).status for case in cases]
-    theirs = machine.clock((-61.0, 0.5), kept=True)
+    assert [machine.check_clock(case, kept=True).status for case in cases] == [
+        machine.check_clock(case).status for case in cases
+    ]
+    theirs = machine.check_clock((-61.0, 0.5), kept=True)
     assert (theirs.found, theirs.exit_code) == ("the server's is 61 s ahead, and this machine's is kept", SERVER)
 
 
 def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:
     asked: list[Path] = []
 
-    def disk(mib: int) -> Check:
+    def disk(mib: int) -> DoctorCheck:
         free = {"ledger": tmp_path / "not" / "yet"}
-        (check,) = machine.disks(free, free_bytes=lambda path: asked.append(path) or mib * MIB)
+        (check,) = machine.check_disks(free, free_bytes=lambda path: asked.append(path) or mib * MIB)
         return check
 
     check_lines("a disk with so much room", {f"{mib} MiB": disk(mib) for mib in (2048, 2047, 200, 199)})
@@ -61,19 +64,19 @@ def test_ledger_and_anchor_checks_detect_network_and_shared_disks(tmp_path: Path
     rows = ("rootfs / ramfs rw", "/dev/vda / ext4 rw", f"old {escaped} xfs rw", f"//it/share {escaped} cifs rw 0 0")
     mounts.write_text("".join(f"{row}\n" for row in rows))
     for place in ("a share/north/ledger.db", "link/ledger.db", "a share/not/yet/ledger.db"):
-        check = machine.ledger_place(tmp_path / place, system=tmp_path)
+        check = machine.check_ledger_disk(tmp_path / place, system=tmp_path)
         assert check.status is Status.WARNING
         assert check.found.startswith("cifs, over a network")
     for place in ("ledger.db", "a share2/ledger.db"):
-        check = machine.ledger_place(tmp_path / place, system=tmp_path)
+        check = machine.check_ledger_disk(tmp_path / place, system=tmp_path)
         assert (check.status, check.found) == (Status.OK, "ext4, on this machine")
-    assert machine.ledger_place(tmp_path, system=tmp_path / "none").found.startswith("an unknown one")
+    assert machine.check_ledger_disk(tmp_path, system=tmp_path / "none").found.startswith("an unknown one")
     ledger = tmp_path / "ledger.db"
-    assert "names no anchor" in machine.anchor_place(ledger, None).found
-    here = machine.anchor_place(ledger, tmp_path / "other" / "anchor.json")
+    assert "names no anchor" in machine.check_anchor_disk(ledger, None).found
+    here = machine.check_anchor_disk(ledger, tmp_path / "other" / "anchor.json")
     assert here.status is Status.WARNING
     assert "own disk" in here.found
-    assert machine.anchor_place(ledger, Path("/proc/anchor.json")).status is Status.OK
+    assert machine.check_anchor_disk(ledger, Path("/proc/anchor.json")).status is Status.OK
 
 
 def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) -> None:
@@ -81,11 +84,11 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
     (cgroup := tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     figures.write_text("MemTotal:        8388608 kB\nMemFree:          102400 kB\nMemAvailable:    4194304 kB\n")
 
-    def lines() -> dict[object, Check]:
+    def lines() -> dict[object, DoctorCheck]:
         sizes = {None: None, "1 GiB": GIB, "1.01 GiB": int(1.01 * GIB)}
         in_four_bits = {"3 GiB in four bits": 3 * GIB, "3.01 GiB in four bits": int(3.01 * GIB)}  # its files once
         return {
-            name: machine.memory(size, in_four_bits=name in in_four_bits, system=tmp_path)
+            name: machine.check_memory(size, in_four_bits=name in in_four_bits, system=tmp_path)
             for name, size in (sizes | in_four_bits).items()
         }
 
@@ -94,14 +97,14 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
     check_lines("memory for a model of such a size", lines())
     (cgroup / "memory.max").write_text(f"{3 * GIB}\n")
     (cgroup / "memory.current").write_text(f"{GIB}\n")
-    assert machine.memory(None, system=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
-    assert machine.memory(GIB, system=tmp_path / "none").status is Status.SKIPPED
+    assert machine.check_memory(None, system=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
+    assert machine.check_memory(GIB, system=tmp_path / "none").status is Status.SKIPPED
 
 
 def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) -> None:
-    def gpu(device: str, name: str, driver: str) -> Check:
+    def gpu(device: str, name: str, driver: str) -> DoctorCheck:
         asked: list[str] = []
-        check = machine.gpu(device, ask=lambda: asked.append(name) or name, driver=tmp_path / driver)
+        check = machine.check_gpu(device, ask=lambda: asked.append(name) or name, driver=tmp_path / driver)
         assert bool(asked) == (device != "cpu"), "torch, which takes a second to import, is asked only where it must be"
         return check
 
@@ -112,10 +115,10 @@ def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) ->
 
 
 def test_machine_checks_work_on_the_current_machine(tmp_path: Path) -> None:
-    assert bool(machine.this_gpu()) is torch.accelerator.is_available()
-    assert " GiB available" in machine.memory(1).found
-    assert machine.ledger_place(tmp_path / "ledger.db").found.endswith(", on this machine")
-    (check,) = machine.disks({"kit": tmp_path})
+    assert bool(machine.probe_gpu()) is torch.accelerator.is_available()
+    assert " GiB available" in machine.check_memory(1).found
+    assert machine.check_ledger_disk(tmp_path / "ledger.db").found.endswith(", on this machine")
+    (check,) = machine.check_disks({"kit": tmp_path})
     assert check.found.endswith(" GiB free")
 
 
@@ -139,12 +142,12 @@ def site(tmp_path: Path, site_policy: Any) -> Path:
         (tmp_path / folder).mkdir()
     (tmp_path / "kit" / "connection_key.pem").touch(mode=0o600)
     write_policy(site_policy("north", anchor="other disk/anchor.json"), tmp_path / "site.toml")
-    SiteFiles.of(tmp_path / "site.toml").open()
+    SiteFiles.from_site_toml(tmp_path / "site.toml").open_ledger()
     return tmp_path
 
 
-def looked_at(site: Path) -> list[Check]:
-    return list(machine.owners(site / "kit", site / "site.toml", SiteFiles.of(site / "site.toml")))
+def looked_at(site: Path) -> list[DoctorCheck]:
+    return list(machine.check_owners(site / "kit", site / "site.toml", SiteFiles.from_site_toml(site / "site.toml")))
 
 
 @pytest.mark.parametrize(("what", "name"), {**PLACES, "connection key": "kit/connection_key.pem"}.items())
@@ -159,7 +162,7 @@ def test_world_writable_files_are_reported_with_a_working_fix(site: Path, what: 
     subprocess.run(command, shell=True, check=True)
     (check,) = looked_at(site)
     assert check.status is Status.OK
-    assert name_of(os.geteuid()) in check.found
+    assert account_name(os.geteuid()) in check.found
 
 
 @AS_ROOT
@@ -190,7 +193,7 @@ def test_files_created_by_root_are_reported_once(site: Path, monkeypatch: pytest
     monkeypatch.setattr(machine, "effective_user", lambda: STRANGER)
     monkeypatch.setattr(site_checks.os, "access", lambda path, mode: Path(path).stat().st_uid == STRANGER)
     assert [check.name for check in looked_at(site)] == ["files: ledger", "files: anchor"]
-    check, history = site_checks.ledger(SiteFiles.of(site / "site.toml"))
+    check, history = site_checks.check_ledger_state(SiteFiles.from_site_toml(site / "site.toml"))
     assert history is None
     assert "this account may not read or write" in check.found
     assert "restore" not in check.fix

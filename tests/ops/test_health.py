@@ -16,7 +16,7 @@ from typing import get_args
 import pytest
 
 from fedtune.ops import health as module
-from fedtune.ops.health import Health, State, ask, serve_health
+from fedtune.ops.health import Health, State, send_probe, serve_health
 from fedtune.spec import ConfigError
 from fedtune.version import build
 
@@ -41,7 +41,7 @@ def connected(address: str) -> socket.socket:
 
 
 def test_health_report_has_fixed_keys(address: str, health: Health) -> None:
-    status, body = ask(address)
+    status, body = send_probe(address)
     assert status == 200
     told = json.loads(body)
     assert set(told) == KEYS
@@ -56,9 +56,9 @@ def test_health_report_has_fixed_keys(address: str, health: Health) -> None:
 def test_readiness_tells_whether_a_round_would_be_answered(address: str, health: Health) -> None:
     for state in get_args(State):
         health.update(state=state)
-        status, body = ask(address, "/ready")
+        status, body = send_probe(address, "/ready")
         assert (status, json.loads(body)["state"]) == (200 if state in ("connected", "training") else 503, state)
-        assert ask(address, "/health")[0] == 200
+        assert send_probe(address, "/health")[0] == 200
 
 
 def test_since_is_the_time_of_the_last_state_change(health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_endless_request_is_cut_off(address: str) -> None:
             received = b""
     assert received == b"" or received.split()[1] == b"400"
     assert time.monotonic() - began < 1.5  # by its length, before its time is over
-    assert ask(address)[0] == 200
+    assert send_probe(address)[0] == 200
 
 
 def test_slow_clients_do_not_block_health_probes(address: str) -> None:
@@ -111,8 +111,8 @@ def test_slow_clients_do_not_block_health_probes(address: str) -> None:
         slow = [stack.enter_context(connected(address)) for _ in range(40)]
         for connection in slow:
             connection.sendall(b"G")
-        assert [ask(address)[0] for _ in range(20)] == [200] * 20
-        assert ask(address, "/health")[0] == 200
+        assert [send_probe(address)[0] for _ in range(20)] == [200] * 20
+        assert send_probe(address, "/health")[0] == 200
         began = time.monotonic()
         for connection in slow:
             with contextlib.suppress(ConnectionError):
@@ -122,9 +122,9 @@ def test_slow_clients_do_not_block_health_probes(address: str) -> None:
 
 def test_health_server_stops_with_its_context(health: Health) -> None:
     with serve_health("127.0.0.1:0", health) as bound:
-        assert ask(bound)[0] == 200
+        assert send_probe(bound)[0] == 200
     with pytest.raises(ConnectionRefusedError):
-        ask(bound)
+        send_probe(bound)
     with serve_health(bound, health) as again:  # and leaves its port free
         assert again == bound
 
@@ -144,14 +144,14 @@ def test_non_loopback_address_requires_an_explicit_option(address: str, health: 
 
 def test_non_loopback_and_ipv6_addresses_can_be_served(health: Health) -> None:
     with serve_health("0.0.0.0:0", health, anywhere=True) as bound:
-        assert ask(bound.replace("0.0.0.0", "127.0.0.1"))[0] == 200
+        assert send_probe(bound.replace("0.0.0.0", "127.0.0.1"))[0] == 200
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6")
     with serve_health("[::1]:0", health) as bound:
         assert bound.startswith("[::1]:")
-        assert ask(bound)[0] == 200
+        assert send_probe(bound)[0] == 200
 
 
 def test_container_probe_reflects_health_and_readiness(address: str, health: Health) -> None:
@@ -173,7 +173,7 @@ def test_health_is_served_on_a_unix_socket(tmp_path: Path, health: Health) -> No
             assert told == address
             assert stat.S_IMODE((tmp_path / "health.sock").stat().st_mode) == 0o660
             health.update(state="training")
-            assert ask(address, "/ready")[0] == 200
+            assert send_probe(address, "/ready")[0] == 200
             assert module.main([address]) == 0
     (tmp_path / "notes").write_text("x")
     for place, bound in (

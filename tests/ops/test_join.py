@@ -16,7 +16,7 @@ from fedtune.ops.kits.certificates import public_pem, read_connection_key
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.ops.kits.members import JoinRequest, site_init
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
@@ -62,12 +62,12 @@ def test_invalid_site_name_creates_no_files(name: str, tmp_path: Path, site_poli
 def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any) -> None:
     site_toml, file = tmp_path / "site.toml", tmp_path / "site_key.pem"
     write_policy(site_policy("north"), site_toml)
-    key = SigningKey.load_or_make(file)
+    key = SigningKey.load_or_create(file)
     file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"site_key\.pem = 'mode 644': must be readable by its owner alone"):
         site_init(site_toml, out=None)
     assert {path.name for path in tmp_path.iterdir()} == {"site.toml", "site_key.pem"}
-    Ledger(tmp_path / "ledger.db", read_policy(site_toml), key)
+    SiteLedger(tmp_path / "ledger.db", read_policy(site_toml), key)
     file.unlink()
     with pytest.raises(ConfigError, match="restore it from its backup"):
         site_init(site_toml, out=None)
@@ -76,12 +76,12 @@ def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any
 
 def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: Any) -> None:
     site_toml, kept = tmp_path / "site.toml", tmp_path / "kept.pem"
-    public = SigningKey.load_or_make(kept).public
+    public = SigningKey.load_or_create(kept).public
     write_policy(site_policy("north", key_command=("/bin/cat", str(kept))), site_toml)
     kit = site_init(site_toml, out=None)
     assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
-    assert SiteFiles.of(site_toml).open().history.opened.site_key == public
-    assert SiteFiles.of(site_toml).public_key is None, "to look at a policy runs nothing"
+    assert SiteFiles.from_site_toml(site_toml).open_ledger().history.opening.site_key == public
+    assert SiteFiles.from_site_toml(site_toml).public_key is None, "to look at a policy runs nothing"
     secret = {path.name for path in tmp_path.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()}
     assert secret == {"kept.pem", "connection_key.pem"}
 
@@ -122,7 +122,7 @@ def test_csr_proves_possession_of_the_private_key(request_of: Any) -> None:
     forged = x509.load_der_x509_csr(encoded).public_bytes(serialization.Encoding.PEM).decode()
     assert public_pem(x509.load_pem_x509_csr(forged.encode())) == another_s
     with pytest.raises(ConfigError, match="must be signed with the key that it names"):
-        JoinRequest.of(resigned(path, csr=forged))
+        JoinRequest.parse_request(resigned(path, csr=forged))
 
 
 def _point(public: bytes) -> bytes:
@@ -146,7 +146,7 @@ def test_invalid_fields_of_a_signed_request_are_refused(request_of: Any) -> None
         ({"csr": "none"}, "csr = 'unreadable': must be a certificate signing request"),
     ):
         with pytest.raises(ConfigError, match=message):
-            JoinRequest.of(resigned(path, **change))
+            JoinRequest.parse_request(resigned(path, **change))
 
 
 def test_malformed_or_oversized_request_is_refused(tmp_path: Path, request_of: Any) -> None:

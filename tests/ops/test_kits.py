@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.certificates import certificate_pem, p384_of, read_certificate
+from fedtune.ops.kits.certificates import certificate_pem, p384_public_key, read_certificate
 from fedtune.ops.kits.kit_file import Address, Kit, KitFile, KitModel, read_spec
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
@@ -64,7 +64,7 @@ def test_invalid_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
 
 def test_lead_key_and_server_certificate_must_match_the_kit(kits: Any, now: datetime) -> None:
     (kits["lead"] / "lead_key.pem").unlink()
-    SigningKey.load_or_make(kits["lead"] / "lead_key.pem")
+    SigningKey.load_or_create(kits["lead"] / "lead_key.pem")
     with pytest.raises(ConfigError, match=r"kit\.toml: lead = .*must be the public key of"):
         Kit.read(kits["lead"], kind="lead")
     path = kits["server"] / "kit.toml"
@@ -74,7 +74,10 @@ def test_lead_key_and_server_certificate_must_match_the_kit(kits: Any, now: date
 
 
 def test_certificate_of_another_site_is_refused(kits: Any, request_of: Any, federation_toml: Path, now: Any) -> None:
-    kit, other = kits["site"], provisioning.init(federation_toml, out=federation_toml.parent / "other", now=now).folder
+    kit, other = (
+        kits["site"],
+        provisioning.init_federation(federation_toml, out=federation_toml.parent / "other", now=now).folder,
+    )
     south = (kit / "kit.toml").read_bytes().replace(b'"north"', b'"south"')
     for name, data, message in (
         ("connection_key.pem", (request_of("south").parent / "connection_key.pem").read_bytes(), BELONGS),
@@ -134,7 +137,7 @@ def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, 
         assert der.count(bytes.fromhex(right)) == 1
         damaged = x509.load_der_x509_certificate(der.replace(bytes.fromhex(right), bytes.fromhex(wrong)))
         with pytest.raises(ConfigError, match="must be for an EC P-384 key"):
-            p384_of(damaged, key="certificate")
+            p384_public_key(damaged, key="certificate")
         fields["sites"][0]["certificate"] = certificate_pem(damaged).decode()
         path.write_text(json.dumps(fields))
         with pytest.raises(ConfigError, match="must be one in PEM form"):
@@ -149,9 +152,9 @@ def test_server_address_must_be_host_and_port() -> None:
         ("10.0.0.3:65535", "10.0.0.3", 65535),
         ("[2001:DB8:0::1]:9092", "2001:db8::1", 9092),
     ):
-        address = Address.of(text)
+        address = Address.parse_address(text)
         assert (address.host, address.port) == (host, port)
-        assert Address.of(str(address)) == address
+        assert Address.parse_address(str(address)) == address
     for wrong in (
         *("", ":", ":9092", "fl.example.org", "fl.example.org:", "fl.example.org:0", "fl.example.org:65536"),
         *("fl.example.org:09092", "fl.example.org:+1", "fl.example.org:9092 ", "https://fl.example.org:9092"),
@@ -160,7 +163,7 @@ def test_server_address_must_be_host_and_port() -> None:
         *("a" * 64 + ".org:1", "a." * 130 + "org:1", "fl.example.org:९", "straße.de:1", "user@host:1"),
     ):
         with pytest.raises(ConfigError, match=r"server = .*must be host:port"):
-            Address.of(wrong)
+            Address.parse_address(wrong)
 
 
 @given(

@@ -179,10 +179,10 @@ def test_server_init_container_links_roster_and_certificate(desk: Desk, tmp_path
     assert {path.name for path in folder.iterdir() if path.is_symlink()} == {"roster.json", "server.pem"}
     kit = Kit.read(folder, kind="server")
     roster, certificate = KitRoster(kit), KitCertificate(kit)
-    assert roster.look().sites == ()
+    assert roster.read_newest().sites == ()
     desk.join("north")
-    provisioning.renew(desk.folder, "server", days=400, now=desk.now)
-    assert [one.site for one in roster.look().sites] == ["north"]
+    provisioning.renew_own_certificate(desk.folder, "server", days=400, now=desk.now)
+    assert [one.site for one in roster.read_newest().sites] == ["north"]
     assert certificate.is_new()
     # The server may write nothing of its kit.
     (container,) = pod_of(KUBERNETES / "server/server.yaml")["containers"]

@@ -18,7 +18,13 @@ from fedtune.ops.health import Health
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services import lead_and_server
-from fedtune.ops.services.lead_and_server import RUNNING, ServerService, latest_answers, members, running_process
+from fedtune.ops.services.lead_and_server import (
+    RUNNING,
+    ServerService,
+    find_running_process,
+    members,
+    read_latest_answers,
+)
 from fedtune.privacy.keys import SigningKey
 from fedtune.runs.federation_run import Followed
 from fedtune.spec import ConfigError
@@ -60,14 +66,14 @@ def test_lead_service_takes_site_keys_from_the_roster(joined: Any, config: RunCo
     assert of_north.site_key == SigningKey.load(federation.parent / "north" / "site_key.pem").public
     assert of_north.node_key == members(kit, ("north",))[0].node_key
     assert service.key.public == kit.lead
-    grid = service.grid()
+    grid = service.open_grid()
     assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", kit.key)
 
 
 def test_expired_lead_certificate_prevents_a_run(
     federation_toml: Path, config: Any, now: datetime, tmp_path: Path
 ) -> None:
-    provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
+    provisioning.init_federation(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
     kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
     folder = tmp_path / "one"
     folder.mkdir()
@@ -81,28 +87,28 @@ def test_expired_lead_certificate_prevents_a_run(
 
 
 def test_run_folder_names_its_process_only_while_it_lives(tmp_path: Path) -> None:
-    assert running_process(tmp_path) is None
-    with lead_and_server.running(tmp_path):
-        assert running_process(tmp_path) == os.getpid()
+    assert find_running_process(tmp_path) is None
+    with lead_and_server.mark_running(tmp_path):
+        assert find_running_process(tmp_path) == os.getpid()
         told = json.loads((tmp_path / RUNNING).read_text())
         assert told["pid"] == os.getpid()
         (tmp_path / RUNNING).write_text(json.dumps(told | {"at": "another machine"}))
-        assert running_process(tmp_path) is None, "its number is another process's here"
-    assert running_process(tmp_path) is None
+        assert find_running_process(tmp_path) is None, "its number is another process's here"
+    assert find_running_process(tmp_path) is None
     assert not (tmp_path / RUNNING).exists()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         (tmp_path / RUNNING).write_text(json.dumps({"pid": other.pid}))
-        found = running_process(tmp_path)
+        found = find_running_process(tmp_path)
         other.kill()
     assert found == other.pid
-    assert running_process(tmp_path) is None
+    assert find_running_process(tmp_path) is None
     # 0 and -1 would stand for this very group of processes, and for all of them.
     for pid in ("null", '"x"', "0", "-1", "1e30"):
         (tmp_path / RUNNING).write_text(f'{{"pid": {pid}}}')
-        assert running_process(tmp_path) is None, pid
+        assert find_running_process(tmp_path) is None, pid
     for text in ("", "{", "[]", "{}"):
         (tmp_path / RUNNING).write_text(text)
-        assert running_process(tmp_path) is None, text
+        assert find_running_process(tmp_path) is None, text
 
 
 # What its sites said.
@@ -111,7 +117,7 @@ def test_run_folder_names_its_process_only_while_it_lives(tmp_path: Path) -> Non
 def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datetime) -> None:
     shown, state, update = Mock(), Mock(), Mock()
     noted = _Noted(Followed(shown, update), tmp_path, Mock())
-    assert latest_answers(tmp_path) == {}
+    assert read_latest_answers(tmp_path) == {}
     told = [
         call.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
         call.site_answered("south", "update", num_bytes=20, charged_rounds=1),
@@ -126,11 +132,13 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
         getattr(noted, name)(*arguments, **options)
     assert shown.mock_calls == told
     assert update.mock_calls == [call(state), call(state)], "a tracker gets each state of the run, and nothing else"
-    answers = latest_answers(tmp_path)
+    answers = read_latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
     _Noted(shown, tmp_path, Mock()).site_answered("south", "stop", num_bytes=1, charged_rounds=1)
-    assert [answer["what"] for answer in latest_answers(tmp_path).values()] == ["update", "stop"], "also when resumed"
+    assert [answer["what"] for answer in read_latest_answers(tmp_path).values()] == ["update", "stop"], (
+        "also when resumed"
+    )
 
 
 # What serves.
@@ -160,13 +168,13 @@ def test_server_rereads_the_roster_each_time(service: ServerService, monkeypatch
 
 def test_server_with_a_failing_database_is_not_ready(service: ServerService) -> None:
     states = []
-    service._works(True)
+    service._update_health(True)
     states.append(service.health.snapshot()["state"])
     service.health.update(state="connected")
     for works in (True, False, False, True):
-        service._works(works)
+        service._update_health(works)
         states.append(service.health.snapshot()["state"])
     assert states == ["starting", "connected", "failing", "failing", "connected"]
     service.health.update(state="stopping")
-    service._works(False)
+    service._update_health(False)
     assert service.health.snapshot()["state"] == "stopping"

@@ -11,7 +11,7 @@ from fedtune.ops.kits.certificates import read_certificate, read_connection_key
 from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.ops.kits.kit_file import Kit, read_spec
 from fedtune.ops.kits.members import JoinRequest, Roster
-from fedtune.ops.services.site_state import serving
+from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
@@ -36,7 +36,7 @@ CONTENTS = {
 
 def _retired(path: Path) -> object:
     folder = path.rename(path.with_name("retired_keys.json")).parent
-    return FederationFolder(folder=folder, settings=SETTINGS, lead_key="").retired()
+    return FederationFolder(folder=folder, settings=SETTINGS, lead_key="").read_retired_keys()
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -51,7 +51,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "site key": SigningKey.load,
     "anchor": Head.read,
     "ledger": verify,
-    "lock": lambda path: serving(path.rename(path.with_name("ledger.db.serving")).with_suffix("")).__enter__(),
+    "lock": lambda path: lock_ledger(path.rename(path.with_name("ledger.db.serving")).with_suffix("")).__enter__(),
 }
 
 
@@ -75,10 +75,10 @@ def test_log_does_not_follow_links_and_lock_contents_are_not_quoted(tmp_path: Pa
     elsewhere, link = tmp_path / "elsewhere", tmp_path / "doctor.log"
     elsewhere.write_text(CANARY)
     link.symlink_to(elsewhere)
-    assert PrivateLog(link).keep("x") == ""
+    assert PrivateLog(link).write_entry("x") == ""
     assert elsewhere.read_text() == CANARY
     ledger = tmp_path / "ledger.db"
-    with serving(ledger):
+    with lock_ledger(ledger):
         ledger.with_name("ledger.db.serving").write_text(CANARY)
-        with pytest.raises(ConfigError, match="being served by process another"), serving(ledger):
+        with pytest.raises(ConfigError, match="being served by process another"), lock_ledger(ledger):
             pass

@@ -24,7 +24,7 @@ from fedtune.ops import logs
 from fedtune.ops.logs import LEVELS, Level, configure_logs
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, DataError, RunError
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 
 from ..conftest import own_logging
 
@@ -145,7 +145,7 @@ def test_unreadable_data_leaves_no_cell_contents_in_the_log(rows: str, tmp_path:
     file.write_text("text,label\nfine,a\n" + rows)
     columns = {"text": "text", "label": "label"}
     about: Any = {"dataset": "d", "train_file": "f", "columns": columns, "labels": ("a", "b")}
-    target = task_named("classification").target(DataSpec(declared_sizes=1, max_length=8, **about))  # type: ignore[attr-defined]
+    target = get_task("classification").target(DataSpec(declared_sizes=1, max_length=8, **about))  # type: ignore[attr-defined]
     with logged() as lines:
         try:
             _ = [*map(target, iter_records(file, columns))]

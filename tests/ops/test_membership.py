@@ -157,8 +157,8 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
         "renew-site": lambda: desk.renew("north", later=300),
         "renew-site with another key": lambda: desk.renew("north", moved),
         "add-site": lambda: desk.add(new),
-        "renew-server": lambda: provisioning.renew(desk.folder, "server", days=None, now=desk.now),
-        "renew-lead": lambda: provisioning.renew(desk.folder, "lead", days=None, now=desk.now),
+        "renew-server": lambda: provisioning.renew_own_certificate(desk.folder, "server", days=None, now=desk.now),
+        "renew-lead": lambda: provisioning.renew_own_certificate(desk.folder, "lead", days=None, now=desk.now),
         "revoke-site": lambda: desk.revoke("north"),
     }
     for name, change in changes.items():
@@ -232,7 +232,7 @@ def test_unreadable_pending_change_or_retired_keys_stop_admission(desk: Desk) ->
     with pytest.raises(ConfigError, match=r"retired_keys\.json': must be a readable file"):
         desk.add(request)
     (desk.folder / "retired_keys.json").rmdir()
-    assert FederationFolder.open(desk.folder).retired() == frozenset()
+    assert FederationFolder.open(desk.folder).read_retired_keys() == frozenset()
     desk.add(request)
 
 
@@ -280,11 +280,11 @@ def kit(desk: Desk) -> Kit:
 
 def test_every_membership_change_gives_a_newer_signed_roster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     before, kept = roster(desk).number, (desk.folder / "server/roster.json").read_bytes()
-    roster(desk).check_signed(lead_key(desk).public)
+    roster(desk).check_lead_signature(lead_key(desk).public)
     for change in (desk.join, desk.revoke):
         change("north")
         newer = roster(desk)
-        newer.check_signed(lead_key(desk).public)
+        newer.check_lead_signature(lead_key(desk).public)
         assert newer.number > before
         before = newer.number
     # A folder from a backup uses no number again.
@@ -296,51 +296,54 @@ def test_every_membership_change_gives_a_newer_signed_roster(desk: Desk, monkeyp
 
 def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: Kit, tmp_path: Path) -> None:
     served = KitRoster(kit)
-    first = served.look()
+    first = served.read_newest()
     desk.join("north")
-    assert [one.site for one in served.look().sites] == ["north"]
+    assert [one.site for one in served.read_newest().sites] == ["north"]
     newer = roster(desk)
     forged = replace(newer, number=newer.number + 1)
     for wrong, why in (
         (forged, r"roster\.json: roster\.signature = .*must be signed by the federation's lead"),
-        (forged.signed(SigningKey.load_or_make(tmp_path / "stranger.pem")), "must be signed by the federation's lead"),
-        (replace(forged, federation="other").signed(lead_key(desk)), "must be 'cardiology-2026'"),
+        (
+            forged.sign_roster(SigningKey.load_or_create(tmp_path / "stranger.pem")),
+            "must be signed by the federation's lead",
+        ),
+        (replace(forged, federation="other").sign_roster(lead_key(desk)), "must be 'cardiology-2026'"),
         (first, rf"roster\.number = {first.number}: must be higher than {newer.number}"),
-        (replace(newer, sites=()).signed(lead_key(desk)), "must be higher than"),
+        (replace(newer, sites=()).sign_roster(lead_key(desk)), "must be higher than"),
     ):
         kit.roster.write_bytes(wrong.to_bytes())
         for _ in range(2):
             with pytest.raises(ConfigError, match=why):
-                served.look()
+                served.read_newest()
     kit.roster.write_text("{")
     with pytest.raises(ConfigError, match="must be JSON"):  # in the middle of being copied
-        served.look()
+        served.read_newest()
     kit.roster.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
-        served.look()
+        served.read_newest()
     kit.roster.write_bytes(newer.to_bytes())
-    assert served.look() == newer
+    assert served.read_newest() == newer
 
 
 def test_revoked_key_stays_revoked_while_the_server_runs(desk: Desk, kit: Kit) -> None:
     served = KitRoster(kit)
     desk.join("north")
-    joined = served.look()
+    joined = served.read_newest()
     desk.revoke("north")
-    revoked = served.look()
-    dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead_key(desk))
-    returned = replace(joined, number=revoked.number + 2).signed(lead_key(desk))
+    revoked = served.read_newest()
+    dropped = replace(joined, sites=(), number=revoked.number + 1).sign_roster(lead_key(desk))
+    returned = replace(joined, number=revoked.number + 2).sign_roster(lead_key(desk))
     for before in (revoked, dropped):
         kit.roster.write_bytes(before.to_bytes())
-        assert served.look() == before
+        assert served.read_newest() == before
         kit.roster.write_bytes(returned.to_bytes())
         with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
-            served.look()
+            served.read_newest()
     # With a new key the site may come back.
     desk.renew("north", desk.request("north", kit="another"))
-    back = replace(roster(desk), number=revoked.number + 3).signed(lead_key(desk))
+    back = replace(roster(desk), number=revoked.number + 3).sign_roster(lead_key(desk))
     kit.roster.write_bytes(back.to_bytes())
-    assert served.look().sites[0].revoked is None
+    assert served.read_newest().sites[0].revoked is None
 
 
 def test_lead_refuses_a_tampered_roster(desk: Desk) -> None:

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from fedtune.ops import metrics
-from fedtune.ops.health import Health, ask
+from fedtune.ops.health import Health, send_probe
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.metrics import FIGURES, LeadMetrics, ServerMetrics, SiteMetrics, Values, serve_metrics
 from fedtune.ops.wire.gate import Traffic
@@ -55,7 +55,7 @@ def test_metrics_server_answers_only_get_on_one_path() -> None:
     answers = [("fedtune_lead_answers", {"x": 2, 'y"\n': 3})]
     assert values(scraped(lambda: answers), "fedtune_lead_answers_total") == {"x": 2.0, 'y"\n': 3.0}
     with serve_metrics("127.0.0.1:0", lambda: answers) as address:
-        assert ask(address, "/")[0] == 404
+        assert send_probe(address, "/")[0] == 404
         posted = urllib.request.Request(f"http://{address}/metrics", data=b"{}")
         with pytest.raises(urllib.error.HTTPError, match="405"):
             urllib.request.urlopen(posted, timeout=30)
@@ -90,11 +90,14 @@ def test_metrics_file_is_replaced_atomically_and_repeatedly(tmp_path: Path, monk
 
 def test_site_budget_metrics_match_the_ledger(north: Path, run_proposal: Any, command: Any) -> None:
     metrics = of_site(north)
-    assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}, "there is none yet"
-    ledger, asked = SiteFiles.of(north / "site.toml").open(), run_proposal()
-    assert values(scraped(metrics.figures), "fedtune_site_epsilon_spent") == {"charged": 0.0, "with_set_aside": 0.0}
+    assert values(scraped(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}, "there is none yet"
+    ledger, asked = SiteFiles.from_site_toml(north / "site.toml").open_ledger(), run_proposal()
+    assert values(scraped(metrics.collect_values), "fedtune_site_epsilon_spent") == {
+        "charged": 0.0,
+        "with_set_aside": 0.0,
+    }
     assert isinstance(ledger.reserve(asked, round=1, request="1"), Reservation)
-    samples, told = scraped(metrics.figures), json.loads(command("ledger", "spent", str(north), "--json").out)
+    samples, told = scraped(metrics.collect_values), json.loads(command("ledger", "spent", str(north), "--json").out)
     spent = {"charged": told["epsilon"], "with_set_aside": told["with_set_aside"]}
     assert values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
     assert 0 < spent["charged"] < spent["with_set_aside"]
@@ -106,20 +109,20 @@ def test_site_budget_metrics_match_the_ledger(north: Path, run_proposal: Any, co
 
 
 def test_exhausted_ledger_reports_no_runs_left_and_damaged_one_no_budget(north: Path, run_proposal: Any) -> None:
-    metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
+    metrics, ledger = of_site(north), SiteFiles.from_site_toml(north / "site.toml").open_ledger()
     with pytest.raises(Refused) as refused:
         _ = [ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1") for number in range(100)]
     assert refused.value.reason is Reason.MAX_EPSILON
-    samples = scraped(metrics.figures)
+    samples = scraped(metrics.collect_values)
     assert values(samples, "fedtune_site_runs_left") == {"": 0.0}
     assert values(samples, "fedtune_site_epsilon_left")[""] > 0
     ledger.freeze("consent withdrawn")
-    assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}
+    assert values(scraped(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}
     data = bytearray((north / "ledger.db").read_bytes())
     where = data.index(b"consent withdrawn")
     data[where : where + 7] = b"CONSENT"
     (north / "ledger.db").write_bytes(data)
-    samples = scraped(metrics.figures)
+    samples = scraped(metrics.collect_values)
     assert values(samples, "fedtune_site_ledger_usable") == {"": 0.0}
     assert not [sample for sample in samples if "epsilon" in sample.name or "runs" in sample.name]
 
@@ -128,22 +131,24 @@ def test_site_metrics_cover_contact_answers_and_certificate(north: Path) -> None
     health = Health()
     metrics = of_site(north, health)
     # From 0 on, since what first appears at 1 has not increased.
-    assert values(scraped(metrics.figures), "fedtune_site_answers_total") == {"update": 0.0, "site_error": 0.0}
+    assert values(scraped(metrics.collect_values), "fedtune_site_answers_total") == {"update": 0.0, "site_error": 0.0}
     for answer in ("update", "paused", "paused"):
-        metrics.answered(answer)
-    samples = scraped(metrics.figures)
+        metrics.record_answer(answer)
+    samples = scraped(metrics.collect_values)
     assert values(samples, "fedtune_site_answers_total") == {"update": 1.0, "paused": 2.0, "site_error": 0.0}
     assert 0 <= values(samples, "fedtune_site_contact_age_seconds")[""] < 60
     assert 360 <= values(samples, "fedtune_certificate_days_left")[""] <= 365
     health.update(last_contact=datetime(2026, 1, 1, tzinfo=UTC))
     since = (datetime.now(UTC) - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds()
-    assert values(scraped(metrics.figures), "fedtune_site_contact_age_seconds")[""] == pytest.approx(since, abs=60)
+    assert values(scraped(metrics.collect_values), "fedtune_site_contact_age_seconds")[""] == pytest.approx(
+        since, abs=60
+    )
 
 
 def of_server(federation: Path) -> ServerMetrics:
     """A server that has heard one of two sites; a third was revoked."""
     metrics = ServerMetrics(kit=Kit.read(federation / "server", kind="server"))
-    assert [name for name, _ in metrics.figures()] == ["fedtune_certificate_days_left"]
+    assert [name for name, _ in metrics.collect_values()] == ["fedtune_certificate_days_left"]
     metrics.members = [
         SimpleNamespace(site=name, node_key=name.encode(), revoked=name == "west")
         for name in ("north", "south", "west")
@@ -157,7 +162,7 @@ def of_server(federation: Path) -> ServerMetrics:
 
 
 def test_server_metrics_cover_sites_traffic_and_waiting_calls(federation: Path) -> None:
-    samples = scraped(of_server(federation).figures)
+    samples = scraped(of_server(federation).collect_values)
     assert values(samples, "fedtune_server_sites") == {"known": 2.0, "connected": 1.0}
     silent = values(samples, "fedtune_server_site_silent_seconds")
     assert silent == {"north": pytest.approx(10, abs=9), "south": pytest.approx(1000, abs=9)}
@@ -174,9 +179,9 @@ def metrics_in(expression: str) -> set[str]:
 
 
 def test_alert_rules_and_dashboard_use_existing_metrics(north: Path, federation: Path) -> None:
-    SiteFiles.of(north / "site.toml").open()
+    SiteFiles.from_site_toml(north / "site.toml").open_ledger()
     lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
-    figures = (of_site(north).figures, of_server(federation).figures, lead.figures)
+    figures = (of_site(north).collect_values, of_server(federation).collect_values, lead.collect_values)
     assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they have every figure"
     known, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
     for rule in GROUP["rules"]:

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from fedtune.model.base_model import model_sha256
-from fedtune.model.manifest import manifest_of
+from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.kits import models
 from fedtune.ops.kits.kit_file import Kit, KitModel
-from fedtune.ops.kits.models import install_model, installed_model, licence_files, model_place, verify_model
+from fedtune.ops.kits.models import install_model, installed_model, list_license_files, model_store_path, verify_model
 from fedtune.spec import KIT_SCHEMA, ConfigError, RunError
 
 
@@ -71,7 +71,7 @@ def sha256(path: Path) -> str:
 
 
 def pin(folder: Path) -> str:
-    return manifest_of(folder).sha256
+    return build_manifest(folder).sha256
 
 
 def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
@@ -85,7 +85,7 @@ def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
 
 def placed(path: Path, kit: Kit) -> Path:
     """The folder of a model that is installed from `path`."""
-    return model_place(kit.folder, install_model(path, kit)[0].sha256)
+    return model_store_path(kit.folder, install_model(path, kit)[0].sha256)
 
 
 def test_model_folder_is_installed_under_its_digest(folder: Path, kit: Any) -> None:
@@ -100,7 +100,7 @@ def test_model_folder_is_installed_under_its_digest(folder: Path, kit: Any) -> N
     assert installed == site.folder / "models" / digest
     assert names(installed) == WANTED, "what the hash does not cover, and code, stays outside"
     assert model_sha256(ModelSpec(path=str(installed), sha256=digest)) == digest
-    assert licence_files(site.folder, digest) == ["LICENSE"]
+    assert list_license_files(site.folder, digest) == ["LICENSE"]
     verify_model(site.folder, digest)
     assert names(site.folder / "models") == {digest}
 

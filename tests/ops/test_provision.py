@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.certificates import names_of, read_certificate
+from fedtune.ops.kits.certificates import certificate_host_names, read_certificate
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import Kit, read_signing_key
 from fedtune.privacy.keys import SigningKey
@@ -39,9 +39,9 @@ def test_init_creates_all_folders_with_private_secrets(federation: Path, federat
 
 
 def test_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: datetime) -> None:
-    public = SigningKey.load_or_make(kept := federation_toml.with_name("kept.pem")).public
+    public = SigningKey.load_or_create(kept := federation_toml.with_name("kept.pem")).public
     federation_toml.write_text(f'key_command = ["/bin/cat", "{kept}"]\n{federation_toml.read_text()}')
-    made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    made = provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
     assert made.lead_key == read_signing_key(made.folder / "lead" / "kit.toml").public == public
     assert not (made.folder / "lead" / "lead_key.pem").exists()
     text = (file := made.folder / "server" / "kit.toml").read_text()
@@ -55,10 +55,10 @@ def test_certificates_have_the_configured_validity_and_names(federation_toml: Pa
     text = text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"')
     days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
     federation_toml.write_text(f"{text}\n[certificates]\n{days}")
-    made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    made = provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
     ends = [one.not_after - now for one in made.certificates.values()]
     assert ends == [timedelta(days=days) for days in (100, 20, 30)]
-    names = names_of(read_certificate(made.folder / "server" / "server.pem"))
+    names = certificate_host_names(read_certificate(made.folder / "server" / "server.pem"))
     assert sorted(names) == ["10.0.0.3", "2001:db8::1", "fl.example.org", "localhost"]
 
 
@@ -80,27 +80,27 @@ def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: dat
         assert old in text
         federation_toml.write_text(text.replace(old, new, 1))
         with pytest.raises(ConfigError, match=message) as caught:
-            provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+            provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
         assert str(federation_toml) in str(caught.value)
         assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
 def test_existing_output_folder_is_not_changed(federation: Path, federation_toml: Path, now: datetime) -> None:
     with unchanged(federation), pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
-        provisioning.init(federation_toml, out=federation, now=now)
+        provisioning.init_federation(federation_toml, out=federation, now=now)
     dangling = federation_toml.parent / "dangling"
     dangling.symlink_to("nowhere")
     with pytest.raises(ConfigError, match="exists already"):
-        provisioning.init(federation_toml, out=dangling, now=now)
+        provisioning.init_federation(federation_toml, out=dangling, now=now)
     with pytest.raises(ConfigError, match=r"--out = '.*/made': cannot be written: .*toml"):
-        provisioning.init(federation_toml, out=federation_toml / "made", now=now)
+        provisioning.init_federation(federation_toml, out=federation_toml / "made", now=now)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_failed_init_leaves_no_files(federation_toml: Path, now: Any, monkeypatch: Any, error: Any) -> None:
     monkeypatch.setattr(provisioning.FederationFolder, "change", Mock(side_effect=error))
     with pytest.raises((ConfigError, KeyboardInterrupt), match=r"cannot be written: No space left on device|^$"):
-        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+        provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
@@ -109,14 +109,16 @@ def test_renewal_keeps_keys_and_other_files(federation: Path, kind: Literal["ser
     before = files_in(federation)
     key = read_certificate(federation / kind / f"{kind}.pem").public_key()
     later = now + timedelta(days=300)
-    provisioning.renew(federation, kind, days=None, now=later)
+    provisioning.renew_own_certificate(federation, kind, days=None, now=later)
     changed = {name for name, data in files_in(federation).items() if data != before[name]}
     rosters = {"server/roster.json", "lead/roster.json"}  # which bring it to whoever asked for it
     assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md", *rosters}  # the README names the new date
     assert read_certificate(federation / kind / f"{kind}.pem").public_key() == key
     found = Kit.read(federation / kind, kind=kind).check_certificate(later)
     assert found.not_after == later + timedelta(days=365)
-    assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
+    assert provisioning.renew_own_certificate(federation, kind, days=7, now=later).not_after == later + timedelta(
+        days=7
+    )
 
 
 def test_renewed_server_takes_new_names_but_federation_name_is_fixed(federation: Path, desk: Desk, now: Any) -> None:
@@ -125,13 +127,13 @@ def test_renewed_server_takes_new_names_but_federation_name_is_fixed(federation:
     unknown = pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first")
     with unchanged(federation), unknown:
         desk.add(site)
-    provisioning.renew(federation, "server", days=None, now=now)
+    provisioning.renew_own_certificate(federation, "server", days=None, now=now)
     desk.add(site)
     assert 'server = "new.example.org:443"' in (federation / "sites" / "north" / "kit.toml").read_text()
     assert Kit.read(federation / "server", kind="server").check_certificate(now)
     settings.write_text(settings.read_text().replace("cardiology-2026", "oncology"))
     with pytest.raises(ConfigError, match=r"federation\.toml: name = 'oncology': must stay 'cardiology-2026'"):
-        provisioning.renew(federation, "lead", days=None, now=now)
+        provisioning.renew_own_certificate(federation, "lead", days=None, now=now)
 
 
 def test_offline_authority_is_required_and_must_match_the_federation(
@@ -145,18 +147,18 @@ def test_offline_authority_is_required_and_must_match_the_federation(
     desk.revoke("north")
     (federation.parent / "offline").rename(federation / "authority")
     desk.add(federation.parent / "south/kit/join_request.json")
-    other = provisioning.init(federation_toml, out=federation_toml.parent / "other", now=desk.now).folder
+    other = provisioning.init_federation(federation_toml, out=federation_toml.parent / "other", now=desk.now).folder
     for name in ("ca_key.pem", "ca.pem"):
         (other / "authority" / name).replace(federation / "authority" / name)
     with pytest.raises(ConfigError, match="must be the authority of this federation"):
-        provisioning.renew(federation, "lead", days=None, now=desk.now)
+        provisioning.renew_own_certificate(federation, "lead", days=None, now=desk.now)
 
 
 def test_certificate_days_must_be_within_bounds(federation: Path, now: datetime) -> None:
     for days in (0, -1, 10**9):
         bounds = pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days from 1 to 36500")
         with unchanged(federation), bounds:
-            provisioning.renew(federation, "server", days=days, now=now)
+            provisioning.renew_own_certificate(federation, "server", days=days, now=now)
 
 
 @pytest.mark.parametrize("kind", ["server", "lead", "site"])

@@ -21,8 +21,8 @@ import fedtune.ops.services.site_service as site_service
 import fedtune.ops.services.site_state as site_state
 from fedtune.flower.client import SiteApp
 from fedtune.ops.health import READY, Health
-from fedtune.ops.services.site_service import _Loop, _until_stopped
-from fedtune.ops.services.site_state import MOST_WAITING, SiteState, serving
+from fedtune.ops.services.site_service import _Loop, _stop_on_signal
+from fedtune.ops.services.site_state import MOST_WAITING, SiteState, lock_ledger
 from fedtune.ops.wire.fleet import Fleet
 from fedtune.ops.wire.line_errors import Unreachable
 from fedtune.privacy.proposal import Proposal
@@ -51,7 +51,7 @@ def loop_of(connection: Any, folder: Path, stop: Any, *, ends: datetime | None =
     ends = ends or datetime.now(UTC) + timedelta(days=1)
     quiet = {"bell": SimpleNamespace(rung=threading.Event(), works=False), "app": None, "health": Health()}
     bell, app, health = (quiet | given).values()
-    return _Loop(connection, bell, app, SiteState.of(folder), health, stop, until=lambda: ends)
+    return _Loop(connection, bell, app, SiteState.in_kit(folder), health, stop, until=lambda: ends)
 
 
 def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
@@ -84,7 +84,7 @@ def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any
 
 
 def test_first_signal_requests_a_stop_and_restores_default_handlers() -> None:
-    with _until_stopped() as stop:
+    with _stop_on_signal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(5)
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
@@ -158,14 +158,14 @@ def proposed(run: str = "r", **changes: Any) -> Proposal:
 @pytest.fixture
 def state(tmp_path: Path) -> SiteState:
     (tmp_path / "kit").mkdir()
-    return SiteState.of(tmp_path / "kit")
+    return SiteState.in_kit(tmp_path / "kit")
 
 
 def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch: Any) -> None:
     for day, run, is_new in ((2, "second", True), (1, "first", True), (3, "second", False)):
         now = datetime(2030, 1, day, tzinfo=UTC)
         monkeypatch.setattr(site_state, "datetime", SimpleNamespace(now=lambda zone, now=now: now))
-        assert state.wait_for_approval(proposed(run), SETTINGS) is is_new
+        assert state.queue_for_approval(proposed(run), SETTINGS) is is_new
     waiting = [(one.proposal.run, one.since[:10]) for one in state.waiting()]
     assert waiting == [(named("first", SETTINGS), "2030-01-01"), (named("second", SETTINGS), "2030-01-02")]
 
@@ -173,14 +173,14 @@ def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 267, "con: *?"])
 def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, state: SiteState, name: str) -> None:
     before, asked = files_in(tmp_path), proposed(name, target_modules=("query",), spare_rounds=0)
-    state.wait_for_approval(asked, SETTINGS)
+    state.queue_for_approval(asked, SETTINGS)
     (made,) = files_in(tmp_path).keys() - before.keys()
     assert Path(made).parent == Path("kit/state/pending")
-    state.forget(proposed("another"))
-    (pending,) = SiteState.of(state.folder.parent).waiting()
+    state.remove_pending(proposed("another"))
+    (pending,) = SiteState.in_kit(state.folder.parent).list_pending_runs()
     assert (pending.proposal, pending.settings) == (asked, SETTINGS)
     for _ in range(2):
-        state.forget(asked)
+        state.remove_pending(asked)
         assert files_in(tmp_path) == before
 
 
@@ -193,30 +193,30 @@ def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, s
     ],
 )
 def test_damaged_pending_file_hides_no_other_run_and_is_rewritten(state: SiteState, damage: Any, caplog: Any) -> None:
-    state.wait_for_approval(proposed(), SETTINGS)
+    state.queue_for_approval(proposed(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()
     path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
-    state.wait_for_approval(proposed("other"), SETTINGS)
-    assert [pending.proposal for pending in state.waiting()] == [proposed("other")]
+    state.queue_for_approval(proposed("other"), SETTINGS)
+    assert [pending.proposal for pending in state.list_pending_runs()] == [proposed("other")]
     assert f"{path} is damaged; remove it" in caplog.text
-    assert state.wait_for_approval(proposed(), SETTINGS) is True, "the lead asks again every few seconds"
-    assert {pending.proposal for pending in state.waiting()} == {proposed(), proposed("other")}
+    assert state.queue_for_approval(proposed(), SETTINGS) is True, "the lead asks again every few seconds"
+    assert {pending.proposal for pending in state.list_pending_runs()} == {proposed(), proposed("other")}
 
 
 def test_pending_run_requires_settings_matching_its_name(state: SiteState) -> None:
     with pytest.raises(ConfigError, match="must be those whose digest is in the run's name"):
-        state.wait_for_approval(proposed(), '{"seed": 4}')
-    assert state.waiting() == []
+        state.queue_for_approval(proposed(), '{"seed": 4}')
+    assert state.list_pending_runs() == []
 
 
 def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
     for number in range(MOST_WAITING):
-        state.wait_for_approval(proposed(f"run-{number}"), SETTINGS)
+        state.queue_for_approval(proposed(f"run-{number}"), SETTINGS)
     with pytest.raises(RunError, match="100 runs wait for approval already"):
-        state.wait_for_approval(proposed("one more"), SETTINGS)
-    assert state.wait_for_approval(proposed("run-0"), SETTINGS) is False, "one of them may ask again"
-    state.forget(proposed("run-7"))
-    assert state.wait_for_approval(proposed("one more"), SETTINGS) is True
+        state.queue_for_approval(proposed("one more"), SETTINGS)
+    assert state.queue_for_approval(proposed("run-0"), SETTINGS) is False, "one of them may ask again"
+    state.remove_pending(proposed("run-7"))
+    assert state.queue_for_approval(proposed("one more"), SETTINGS) is True
 
 
 # Who serves a ledger.
@@ -237,25 +237,25 @@ def test_ledger_is_served_by_one_process_at_a_time(tmp_path: Path) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline() == "serving\n"
-            with pytest.raises(ConfigError) as caught, serving(ledger):
+            with pytest.raises(ConfigError) as caught, lock_ledger(ledger):
                 pytest.fail("two processes serve one ledger")
         finally:
             holder.kill()
     said = f"ledger = {str(ledger)!r}: is being served by process {holder.pid} already; stop that one first"
     assert str(caught.value) == said
-    with serving(ledger):
+    with lock_ledger(ledger):
         assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
 
 
 def test_serving_lock_is_released_but_its_file_remains(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     (tmp_path / "ledger.db.serving").write_text("123456789012345\n")  # a longer number is overwritten whole
-    with pytest.raises(RuntimeError, match="failed"), serving(ledger):
+    with pytest.raises(RuntimeError, match="failed"), lock_ledger(ledger):
         raise RuntimeError("failed")
     file = tmp_path / "ledger.db.serving"
     assert file.read_text() == f"{os.getpid()}\n"
     inode = file.stat().st_ino
-    with serving(ledger), pytest.raises(ConfigError, match=f"process {os.getpid()} already"), serving(ledger):
+    with lock_ledger(ledger), pytest.raises(ConfigError, match=f"process {os.getpid()} already"), lock_ledger(ledger):
         pytest.fail("nor does one process serve it twice")
     # Were it removed, two processes could hold two files of one name.
     assert file.stat().st_ino == inode
@@ -297,7 +297,7 @@ def test_site_with_an_unwritable_ledger_is_not_ready(
     said = iter(["", "ledger.db is full", "ledger.db is full", ""])
     loop = loop_of(None, tmp_path, threading.Event())
     loop.trouble = lambda: next(said)
-    states = [loop._standing.now() for _ in range(4)]
+    states = [loop._standing.current_state() for _ in range(4)]
     assert states == ["connected", "failing", "failing", "connected"]
     assert "failing" not in READY
     assert [record.getMessage() for record in caplog.records] == [

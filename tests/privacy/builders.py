@@ -16,7 +16,7 @@ from fedtune.privacy import site_policy
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -60,7 +60,7 @@ def _policy() -> Policy:
         budget=site_policy.Budget(
             delta=1e-5,
             max_epsilon=11.0,
-            reference=site_policy.Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30),
+            reference=site_policy.ReferenceRun(sampling_rate=0.25, noise_multiplier=1.0, steps=30),
         ),
         limits=site_policy.Limits(
             min_noise_multiplier=0.6, max_sampling_rate=0.5, max_grad_norm=1.0, max_local_steps=10, max_rounds=20
@@ -103,23 +103,23 @@ def of_users(*named: tuple[str, str, str], **changes: Any) -> Policy:
     return policy(population={"unit": "user"}, dataset=tuple(data), **changes)
 
 
-def reserve(ledger: Ledger, proposal: Proposal, round: int = 1, request: str = "") -> Reservation:
+def reserve(ledger: SiteLedger, proposal: Proposal, round: int = 1, request: str = "") -> Reservation:
     """Have a round charged."""
     granted = ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
     assert isinstance(granted, Reservation)
     return granted
 
 
-def train(ledger: Ledger, proposal: Proposal, *rounds: int, reply: bytes = b"reply") -> None:
+def train(ledger: SiteLedger, proposal: Proposal, *rounds: int, reply: bytes = b"reply") -> None:
     """Have rounds charged, one after the other, and commit a reply to each."""
     for round in rounds:
         ledger.commit(reserve(ledger, proposal, round), reply)
 
 
-def far_on(ledger: Ledger, refusals: int = 170) -> Head:
+def far_on(ledger: SiteLedger, refusals: int = 170) -> Head:
     """The ledger's head after so many more events that cost nothing."""
     for number in range(refusals):
-        ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
+        ledger.record_refusal(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
     return ledger.head()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.privacy.ledger import history
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Receipt
 
@@ -23,14 +23,14 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(path: Path) -> Callable[..., Ledger]:
+def opened(path: Path) -> Callable[..., SiteLedger]:
     """Open the ledger as a fresh process would; keywords change its policy, key, path, anchor or server's time."""
 
-    def make(**changes: Any) -> Ledger:
+    def make(**changes: Any) -> SiteLedger:
         values = {"path": path, "policy": policy(), "key": site_key, "anchor": None, "server": None} | changes
-        ledger = Ledger(values["path"], values["policy"], values["key"], anchor=values["anchor"])
+        ledger = SiteLedger(values["path"], values["policy"], values["key"], anchor=values["anchor"])
         if values["server"] is not None:
-            ledger.asked_at(values["server"].timestamp())
+            ledger.set_server_time(values["server"].timestamp())
         return ledger
 
     return make
@@ -63,13 +63,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Backups:
     """A ledger that is copied, goes on, and is put back."""
 
-    def __init__(self, opened: Callable[..., Ledger], path: Path) -> None:
+    def __init__(self, opened: Callable[..., SiteLedger], path: Path) -> None:
         self.open, self.path, self.kept = opened, path, path.with_name("backup.db")
 
     def back_up(self) -> None:
         shutil.copy(self.path, self.kept)
 
-    def put_back(self, *, anchor: Head | None = None) -> Ledger:
+    def put_back(self, *, anchor: Head | None = None) -> SiteLedger:
         """The ledger as it was, or made up for with an anchor of what was lost."""
         shutil.copy(self.kept, self.path)
         ledger = self.open()
@@ -81,11 +81,11 @@ class Backups:
         """Put it back, and train on it as if nothing had happened; the next one that is put back has lost that."""
         ledger = self.put_back()
         train(ledger, asked, *rounds)
-        return ledger.head(), ledger.receipt(asked.run)
+        return ledger.head(), ledger.sign_receipt(asked.run)
 
 
 @pytest.fixture
-def backups(opened: Callable[..., Ledger], path: Path) -> Backups:
+def backups(opened: Callable[..., SiteLedger], path: Path) -> Backups:
     """A ledger with one round of run r, which was backed up."""
     train(opened(), proposal(), 1)
     backups = Backups(opened, path)

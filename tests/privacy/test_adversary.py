@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events, filter
-from fedtune.privacy.cohorts import period_of
+from fedtune.privacy.cohorts import period_number
 from fedtune.privacy.ledger import history, spending
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -53,7 +53,7 @@ class Game:
         self.path, self.policy = path, policy
         self.clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
         self.server: datetime | None = self.clock.time
-        self.ledger = Ledger(path, policy, site_key)
+        self.ledger = SiteLedger(path, policy, site_key)
         self.order = self.ledger.history.order
         self.charged: list[tuple[datetime, str, DpEvent]] = []
         self.started: list[Proposal] = []
@@ -76,13 +76,13 @@ class Game:
     def ask(self, proposal: Proposal, round: int, *, request: str, reply: bool) -> Reason | None:
         """One request; returns why it was refused."""
         new = proposal.run not in self.ledger.history.runs
-        before = self.ledger.history.charged()
+        before = self.ledger.history.total_charges()
         self.hear()
         try:
             granted = self.ledger.reserve(proposal, round=round, request=request)
         except Refused as refused:
             self.refused += 1
-            assert self.ledger.history.charged() == before
+            assert self.ledger.history.total_charges() == before
             return refused.reason
         last = self.ledger.history.last_time
         if new:
@@ -98,10 +98,10 @@ class Game:
 
     def hear(self) -> None:
         """What the server says of the time comes with each request."""
-        self.ledger.asked_at(self.server.timestamp() if self.server else math.nan)
+        self.ledger.set_server_time(self.server.timestamp() if self.server else math.nan)
 
     def end(self, proposal: Proposal) -> None:
-        self.ledger.end(proposal.run)
+        self.ledger.end_run(proposal.run)
         self.expires.pop(proposal.run, None)
         self.check()
 
@@ -109,15 +109,17 @@ class Game:
         """What open runs may still spend."""
         rounds = Counter(run for _, run, _ in self.charged)
         open_runs = [proposal for proposal in self.started if now < self.expires.get(proposal.run, now)]
-        return events.grouped(each.plan.event(rounds=each.plan.most_rounds - rounds[each.run]) for each in open_runs)
+        return events.count_mechanisms(
+            each.plan.event(rounds=each.plan.most_rounds - rounds[each.run]) for each in open_runs
+        )
 
     def check(self) -> None:
         history, budget = self.ledger.history, self.policy.budget
-        charged = events.grouped([event for _, _, event in self.charged])
-        assert history.charged() == charged
+        charged = events.count_mechanisms([event for _, _, event in self.charged])
+        assert history.total_charges() == charged
         assert history.divergence(charged) == pytest.approx(divergence_of(charged, self.order), rel=1e-9)
         held = self.held(history.now(server=self.server or history.last_time))
-        surcharge = filter.surcharge(self.order, budget.delta)
+        surcharge = filter.epsilon_conversion_term(self.order, budget.delta)
         both = divergence_of(charged + held, self.order) + surcharge
         assert both <= budget.max_epsilon + 1e-9, "charged and set aside"
         now = filter.epsilon_filter(charged, order=self.order, delta=budget.delta)
@@ -126,7 +128,9 @@ class Game:
         if budget.max_epsilon_per_period is not None:
             sums: dict[int, Counter[DpEvent]] = {}
             for moment, _, event in self.charged:
-                sums.setdefault(period_of(moment, budget.period), Counter()).update(events.grouped([event]))
+                sums.setdefault(period_number(moment, budget.period), Counter()).update(
+                    events.count_mechanisms([event])
+                )
             for each in sums.values():
                 assert divergence_of(each, self.order) + surcharge <= budget.max_epsilon_per_period + 1e-9
         rounds = Counter(run.proposal.run for run in history.runs.values() for _ in range(run.charged_rounds))
@@ -140,7 +144,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     if action in ("exact", "more", "any"):
         plan = draw(st.sampled_from(SETTINGS))
         wanted = proposal(run=name, plan=plan | {"num_rounds": 20})
-        fits = spending.most_rounds(wanted, game.would_accept)
+        fits = spending.find_max_rounds(wanted, game.would_accept)
         count = {"exact": fits, "more": fits + 1, "any": draw(st.integers(1, 20))}[action]
         if not 1 <= count <= 20:
             return
@@ -160,7 +164,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         lies = [game.clock.time, game.clock.time + timedelta(days=400), game.clock.time - timedelta(days=31), None]
         game.server = draw(st.sampled_from(lies))
     elif action == "reopen":
-        game.ledger = Ledger(game.path, game.policy, site_key)
+        game.ledger = SiteLedger(game.path, game.policy, site_key)
         game.check()
 
 
@@ -179,7 +183,7 @@ def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bo
     shuffled = [event for _, _, event in game.charged]
     random.Random(0).shuffle(shuffled)
     assert filter.epsilon_filter(shuffled, order=game.order, delta=1e-5) == game.spent
-    assert verify(game.path).history.charged() == events.grouped(shuffled)
+    assert verify(game.path).history.total_charges() == events.count_mechanisms(shuffled)
 
 
 def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) -> None:
@@ -187,7 +191,7 @@ def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) ->
     game = Game(path, policy(releases={"metrics": "noised"}))
     for number, plan in enumerate(SETTINGS * 3):
         wanted = proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
-        fits = spending.most_rounds(wanted, game.would_accept)
+        fits = spending.find_max_rounds(wanted, game.would_accept)
         for rounds, accepted in ((fits + 1, False), (fits, True)):
             if not 1 <= rounds <= 20:
                 continue
@@ -198,4 +202,4 @@ def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) ->
     assert game.refused > 2
     assert 10.9 < game.spent <= 11.0
     history = game.ledger.history
-    assert 0.95 < spending.share_of_cap(history, history.charged(), cap=history.cap) <= 1
+    assert 0.95 < spending.spent_fraction_of_cap(history, history.total_charges(), cap=history.cap) <= 1

@@ -76,17 +76,17 @@ def test_event_hash_separates_adjacent_fields(run: str, request: str, dataset: s
 
 
 def test_canonical_json_is_unique_and_rejects_infinity() -> None:
-    assert chain.canonical({"b": [1, 2.5, None, "ü"], "a": True}) == b'{"a":true,"b":[1,2.5,null,"\\u00fc"]}'
+    assert chain.canonical_json({"b": [1, 2.5, None, "ü"], "a": True}) == b'{"a":true,"b":[1,2.5,null,"\\u00fc"]}'
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
-        chain.canonical({"epsilon": float("inf")})
+        chain.canonical_json({"epsilon": float("inf")})
 
 
 def test_head_round_trips_through_its_file_and_signs_every_field(tmp_path: Path) -> None:
-    head = Head.signed(site_key, **{name: value for name, (value, _) in HEAD.items()})
+    head = Head.create_signed(site_key, **{name: value for name, (value, _) in HEAD.items()})
     path = tmp_path / "anchor.json"
     path.write_bytes(head.to_bytes())
     assert Head.read(path) == head
     others = {name: other for name, (_, other) in HEAD.items()} | {"site_key": "3" * 64}
     assert set(others) | {"signature"} == {field.name for field in fields(Head)}
-    messages = {replace(head, **{name: value}).message() for name, value in others.items()}
-    assert len(messages | {head.message()}) == len(others) + 1
+    messages = {replace(head, **{name: value}).signed_bytes() for name, value in others.items()}
+    assert len(messages | {head.signed_bytes()}) == len(others) + 1

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import filter
-from fedtune.privacy.cohorts import period_of
+from fedtune.privacy.cohorts import period_number
 from fedtune.privacy.ledger import history
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Policy
@@ -35,12 +35,12 @@ def full(opened: Any, clock: Clock) -> Any:
     return partial(opened, policy=monthly)
 
 
-def charge(ledger: Ledger, proposal: Any) -> Reason | None:
+def charge(ledger: SiteLedger, proposal: Any) -> Reason | None:
     """Charge a round, or say why not."""
     try:
         train(ledger, proposal, 1)
     except Refused as refused:
-        ledger.refuse(refused, run=proposal.run, round=1, request=proposal.run)
+        ledger.record_refusal(refused, run=proposal.run, round=1, request=proposal.run)
         return refused.reason
     return None
 
@@ -64,7 +64,7 @@ def test_new_period_starts_only_when_both_clocks_have_reached_it(
 ) -> None:
     clock.time, refused = here, None if opens else Reason.MAX_EPSILON_PER_PERIOD
     assert charge(full(server=server), proposal(run="next", plan=ONE_ROUND)) is refused
-    assert period_of(full(server=server).history.last_time, "month") - period_of(JANUARY, "month") == int(opens)
+    assert period_number(full(server=server).history.last_time, "month") - period_number(JANUARY, "month") == int(opens)
 
 
 def test_server_clock_cannot_open_past_periods_one_by_one(full: Any, clock: Clock) -> None:
@@ -144,21 +144,21 @@ def test_no_sequence_of_clock_readings_opens_a_period_by_one_clock(
     clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(history, "datetime", clock)
-        Ledger(path, site, site_key)
+        SiteLedger(path, site, site_key)
         for here, server, move in moves:
-            clock.time, ledger = here, Ledger(path, site, site_key)
+            clock.time, ledger = here, SiteLedger(path, site, site_key)
             before = ledger.history.last_time
-            ledger.asked_at(server.timestamp() if server else float("nan"))
+            ledger.set_server_time(server.timestamp() if server else float("nan"))
             if move == "confirm":
                 ledger.confirm_date()
             else:
-                ledger.refuse(Refused(Reason.SITE_ERROR), run=move, round=1, request="x")
+                ledger.record_refusal(Refused(Reason.SITE_ERROR), run=move, round=1, request="x")
             after = ledger.history.last_time
             assert before <= after <= max(before, here), "the server's time is never the ledger's future"
-            old, new = period_of(before, period), period_of(after, period)
+            old, new = period_number(before, period), period_number(after, period)
             if move != "confirm" and new > old:
                 assert server is not None
                 assert new == old + 1
-                assert new <= min(period_of(here, period), period_of(server, period))
+                assert new <= min(period_number(here, period), period_number(server, period))
             if move == "confirm":
                 assert after == max(before, here)

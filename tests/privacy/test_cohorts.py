@@ -12,17 +12,17 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.privacy import events
-from fedtune.privacy.cohorts import Cohorts, cohort_name, cohort_of
+from fedtune.privacy.cohorts import Cohorts, cohort_name, cohort_number
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, Population
-from fedtune.report.page.catalogue import catalogue
-from fedtune.show.budget_text import Arrivals, neighbours_together
+from fedtune.report.page.catalogue import load_catalogue
+from fedtune.show.budget_text import ArrivalRange, merge_adjacent
 from fedtune.spec import ConfigError, RunError
 
 from .builders import changed, plan, policy, proposal, reason_of, train
@@ -53,7 +53,7 @@ ONCE = ask("r", None, "2024").plan.event()
 """What one round costs whom it admits."""
 
 
-def admitted(ledger: Ledger, asked: Proposal, own: Mapping[str, int], *, round: int = 1) -> set[str]:
+def admitted(ledger: SiteLedger, asked: Proposal, own: Mapping[str, int], *, round: int = 1) -> set[str]:
     """Charge a round; whom the sampler may draw."""
     granted = ledger.reserve(asked, round=round, request=f"{asked.run} {round}", arrivals=lambda: own)
     assert isinstance(granted, Reservation)
@@ -65,10 +65,10 @@ def admitted(ledger: Ledger, asked: Proposal, own: Mapping[str, int], *, round: 
 def test_cohort_names_match_the_period_and_have_one_spelling(period: Any) -> None:
     names = {"2026-03": ("2026-03", "2026-Q1", "2026"), "2026-04": ("2026-04", "2026-Q2", "2026")}
     for month, each in (names | {"0001-12": ("0001-12", "0001-Q4", "0001")}).items():
-        name, number = each[("month", "quarter", "year").index(period)], cohort_of(month, period)
+        name, number = each[("month", "quarter", "year").index(period)], cohort_number(month, period)
         assert cohort_name(number, period) == name
         assert Cohorts(period=period, first=name, last=name).span == (number, number)
-    assert cohort_name(cohort_of("", period), period) == "before"
+    assert cohort_name(cohort_number("", period), period) == "before"
     for said in ("2026-13", "2026-Q5", "26", "0000", "2026-Q1 ", "٢٠٢٦", "", "before", "2026-1", "2026-Q1-01"):
         with pytest.raises(ConfigError, match=r"^(last|first)"):
             Cohorts(period=period, last=said)
@@ -78,24 +78,24 @@ def test_cohort_ranges_are_ordered_and_round_trip_as_text() -> None:
     with pytest.raises(ConfigError, match="must not be before first = 2026"):
         years("2026", "2025")
     for each in (years(None, "2026"), years("2025", "2026"), years("2026", "2026")):
-        assert Cohorts.of(str(each), "year") == each
+        assert Cohorts.from_text(str(each), "year") == each
     assert 0 in years(None, "2026")
     assert [year for year in (0, 2024, 2025, 2026, 2027) if year in years("2025", "2026")] == [2025, 2026]
     with pytest.raises(ConfigError):
-        Cohorts.of("2026", "year")
+        Cohorts.from_text("2026", "year")
 
 
 def test_arrival_groups_have_readable_names() -> None:
     spans = [(0, None), (0, 1), (0, 2025), (1, None), (1, 2025), (2025, 2026), (2026, 2028), (2028, None)]
-    groups = [Arrivals.of(*span, "year") for span in spans]
-    assert [catalogue("en").arrivals([one]) for one in groups] == [
+    groups = [ArrivalRange.from_cohort(*span, "year") for span in spans]
+    assert [load_catalogue("en").arrivals([one]) for one in groups] == [
         *("Everybody", "People without a date", "People who came up to 2024, or without a date", "People with a date"),
         *("People who came up to 2024", "People who came in 2025", "People who came in 2026 to 2027"),
         "People who came in 2028 or later",
     ]
     assert [one.dates for one in groups] == ["…", "?", "…–2024", "…", "…–2024", "2025", "2026–2027", "2028–…"]  # noqa: RUF001
-    joined = neighbours_together({2: groups[2], 3: groups[5], 5: groups[7]})
-    assert joined == [Arrivals(first=None, last="2025"), groups[7]]
+    joined = merge_adjacent({2: groups[2], 3: groups[5], 5: groups[7]})
+    assert joined == [ArrivalRange(first=None, last="2025"), groups[7]]
 
 
 def test_cohorts_enter_the_plan_digest_only_if_set() -> None:
@@ -143,8 +143,8 @@ def test_every_cohort_has_the_full_budget_and_spending_is_their_maximum(ledger: 
     train(made, ask("first", None, "2024"), 1, 2, 3, 4, 5)
     train(made, ask("second", "2024", "2025"), 1, 2, 3, 4, 5)
     history = made.history
-    assert history.charged(2024) == events.grouped([ONCE] * 10)
-    assert history.charged(0) == history.charged(2023) == history.charged(2025) == events.grouped([ONCE] * 5)
+    assert history.charged(2024) == events.count_mechanisms([ONCE] * 10)
+    assert history.charged(0) == history.charged(2023) == history.charged(2025) == events.count_mechanisms([ONCE] * 5)
     assert not history.charged(2026)
     assert history.charged() == history.charged(2024)
     assert history.epsilon() == history.epsilon(history.charged(2024))
@@ -246,7 +246,7 @@ def test_refused_and_rolled_back_rounds_register_nobody(ledger: Any, path: Path)
     with pytest.raises(ZeroDivisionError):
         made.reserve(ask("new", "2026", "2026"), round=1, request="q", arrivals=date)
     assert not ledger().history.runs.keys() & {"again", "new"}
-    with store.reading(path) as file:
+    with store.open_for_reading(path) as file:
         assert register.read_rows(file) == []
 
 
@@ -294,9 +294,9 @@ def test_cohorts_survive_a_restore_without_lost_charges(backups: Backups) -> Non
     made = backups.open()
     admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
-    made.end("one")
+    made.end_run("one")
     back = backups.put_back(anchor=made.head())
-    assert not back.history.charged(0)
+    assert not back.history.total_charges(0)
     assert admitted(back, ask("three", "2024", "2024"), {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
 
 
@@ -312,7 +312,7 @@ def test_charges_after_a_restore_do_not_depend_on_records(backups: Backups, lost
         admitted(made, ask("two", *lost), own)
         anchor = made.head()
         back = backups.put_back(anchor=anchor)
-        figures = [back.history.charged(cohort) for cohort in (0, 2024, 2026)]
+        figures = [back.history.total_charges(cohort) for cohort in (0, 2024, 2026)]
         later = admitted(back, ask("three", "2024", "2026"), {"ann": 2024, "cy": 2026, **own}) - {"ben"}
         seen.append((figures, later, anchor.arrivals, anchor.charged))
     assert seen[0] == seen[1] == seen[2]
@@ -336,8 +336,8 @@ def test_unknown_people_join_the_oldest_cohort_after_lost_rows(backups: Backups)
     admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
     back = backups.put_back(anchor=made.head())
     history = back.history
-    assert history.charged(0) == events.grouped([ONCE] * 2), "ben may be anybody who is unknown here"
-    assert history.charged(2024) == history.charged(2025) == events.grouped([ONCE])
+    assert history.total_charges(0) == events.count_mechanisms([ONCE] * 2), "ben may be anybody who is unknown here"
+    assert history.total_charges(2024) == history.total_charges(2025) == events.count_mechanisms([ONCE])
     # His date says 2026 now; nor is it known that cy is new.
     own = {"ann": 2026, "ben": 2026, "cy": 2026}
     assert admitted(back, ask("three", "2024", "2026"), own) == {"ann"}
@@ -354,7 +354,7 @@ def test_people_registered_on_both_branches_join_the_oldest_cohort(backups: Back
     back.charge_gap(anchor)
     assert admitted(back, ask("three", "2025", "2026"), {"ben": 2026}) == set()
     assert admitted(back, ask("four", None, "2023"), {"ben": 2026}) == {"ben"}
-    assert back.history.charged(0) == events.grouped([ONCE] * 3)
+    assert back.history.total_charges(0) == events.count_mechanisms([ONCE] * 3)
 
 
 def test_second_restore_remembers_that_rows_were_lost(backups: Backups) -> None:
@@ -366,7 +366,7 @@ def test_second_restore_remembers_that_rows_were_lost(backups: Backups) -> None:
     assert admitted(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
 
 
-def beside_a_lost_ledger(backups: Backups, *, there: str, here: str) -> tuple[Ledger, Head]:
+def beside_a_lost_ledger(backups: Backups, *, there: str, here: str) -> tuple[SiteLedger, Head]:
     """A ledger and its backup, and the head of one that parted from it; each admitted somebody since."""
     made = backups.open()
     admitted(made, ask("lost", "2025", "2025"), {there: 2025})
@@ -397,4 +397,6 @@ def test_local_doubts_cover_charges_of_another_branch(backups: Backups) -> None:
     here = backups.open()
     here.charge_gap(other.head())
     assert admitted(here, ask("last", "2026", "2026"), {"ben": 2026}) == set()
-    assert here.history.charged(0) == events.grouped([ONCE] * 3), "both that ben was in, and the lost one"
+    assert here.history.total_charges(0) == events.count_mechanisms([ONCE] * 3), (
+        "both that ben was in, and the lost one"
+    )

@@ -14,7 +14,7 @@ from fedtune.privacy import events
 from fedtune.privacy.cohorts import OLDEST, Cohorts
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
@@ -44,8 +44,8 @@ class Site:
         self.done = Counter[str]()
         self.made = 0
 
-    def open(self, *, anchored: bool = True) -> Ledger:
-        return Ledger(self.path, self.policy, site_key, anchor=self.anchor if anchored else None)
+    def open(self, *, anchored: bool = True) -> SiteLedger:
+        return SiteLedger(self.path, self.policy, site_key, anchor=self.anchor if anchored else None)
 
     def move(self) -> None:
         names = ["arrive", "correct", "leave", "run", "run", "run", "next", "crash", "back_up", "back_up", "restore"]
@@ -94,7 +94,7 @@ class Site:
         assert granted.admitted is not None
         assert granted.admitted <= self.file.keys()
         for person in granted.admitted:
-            self.lost.setdefault(person, Counter()).update(events.grouped([asked.plan.event()]))
+            self.lost.setdefault(person, Counter()).update(events.count_mechanisms([asked.plan.event()]))
         if self.chance.random() < 0.7:
             self.ledger.commit(granted, b"reply")
 
@@ -137,17 +137,19 @@ class Site:
         self.done["lost_rows"] += bool(self.ledger.history.lost_rows)
 
     def check(self) -> None:
-        with store.reading(self.path) as file:
+        with store.open_for_reading(self.path) as file:
             rows = {row.unit: row for row in register.read_rows(file)}
-        history, secret = self.ledger.history, site_key.secret("arrivals")
-        figures = {OLDEST: history.charged(OLDEST)}
+        history, secret = self.ledger.history, site_key.derive_secret("arrivals")
+        figures = {OLDEST: history.total_charges(OLDEST)}
         for person, lost in self.lost.items():
-            cohort = history.cohort_of(rows.get(register.unit_of(secret, person)), self.file.get(person, OLDEST))
+            cohort = history.cohort_of(rows.get(register.pseudonymize(secret, person)), self.file.get(person, OLDEST))
             if cohort not in figures:
-                figures[cohort] = history.charged(cohort)
+                figures[cohort] = history.total_charges(cohort)
             assert lost <= figures[cohort], (person, cohort, self.done)
             assert history.divergence(lost) <= history.divergence(figures[cohort]) * (1 + 1e-12)
-            assert history.divergence(lost) <= history.divergence(history.charged()) * (1 + 1e-12), "spent: the largest"
+            assert history.divergence(lost) <= history.divergence(history.total_charges()) * (1 + 1e-12), (
+                "spent: the largest"
+            )
 
 
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(1000, 11_000), marks=pytest.mark.nightly)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedtune.privacy import distributed_noise
-from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, Together, add_share
+from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, Together, add_noise_share
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
@@ -36,7 +36,7 @@ def stream(*purpose: str | int) -> RandomStream:
 def share(shared: SharedNoise = FOUR, *purpose: str | int, sums: Whole | None = None) -> Whole:
     """What one site sends of one tensor."""
     values = np.zeros(COUNT, dtype=np.int64) if sums is None else sums
-    return add_share({"a": values}, shared, stream(*purpose))["a"]
+    return add_noise_share({"a": values}, shared, stream(*purpose))["a"]
 
 
 @pytest.mark.parametrize("deviation", [0.45, 0.6, 0.8, 1.0])
@@ -86,7 +86,7 @@ def test_noised_sum_is_rounded_once_to_the_nearest_cell(bits: int, noise: float,
     values = {"a": np.array([sums], dtype=np.int64), "b": np.array([-5], dtype=np.int64)}
     bounded = {name: np.clip(value, -64 * CLIP_NORM, 64 * CLIP_NORM) for name, value in values.items()}
     exact = add_gaussian_noise(bounded, noise_multiplier=noise, stream=stream("nearest"))
-    sent = add_share(values, shared, stream("nearest"))
+    sent = add_noise_share(values, shared, stream("nearest"))
     assert list(sent) == ["a", "b"]
     for name, value in sent.items():
         assert (value.shape, value.dtype) == (values[name].shape, np.int64)
@@ -120,7 +120,7 @@ def test_thresholds_that_let_a_server_read_two_sums_are_refused(
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4))
 def test_least_cell_bits_are_accepted_and_one_fewer_is_refused(noise: float) -> None:
-    bits = distributed_noise.least_cell_bits(noise)
+    bits = distributed_noise.min_cell_bits(noise)
     assert dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits).cell_bits == bits
     if bits:
         with pytest.raises(ConfigError, match=f"at least {bits}"):
@@ -130,29 +130,29 @@ def test_least_cell_bits_are_accepted_and_one_fewer_is_refused(noise: float) -> 
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4), st.integers(1, 1024))
 def test_combined_noise_never_exceeds_the_sum_of_variances(noise: float, shares: int) -> None:
-    total, exact = Fraction(distributed_noise.noise_of_shares(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
+    total, exact = Fraction(distributed_noise.combine_noise_shares(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
     assert exact * (1 - Fraction(1, 2**50)) <= total <= exact
-    assert distributed_noise.noise_of_shares(noise, 1) == noise
+    assert distributed_noise.combine_noise_shares(noise, 1) == noise
 
 
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.02, 1e3), st.integers(2, 1024), st.data())
 def test_noise_share_suffices_for_the_honest_sites_of_the_smallest_sum(total: float, threshold: int, data: Any) -> None:
     colluders = data.draw(st.integers(0, threshold - 1))
-    one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_of(total)
+    one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_for_total(total)
     honest = threshold - colluders
     assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
-    assert distributed_noise.noise_of_shares(one, honest) >= total
-    assert distributed_noise.noise_of_shares(round(one - 2e-4, 4), honest) < total, (
+    assert distributed_noise.combine_noise_shares(one, honest) >= total
+    assert distributed_noise.combine_noise_shares(round(one - 2e-4, 4), honest) < total, (
         "and not more than that, to four digits"
     )
 
 
 def test_honest_site_count_subtracts_colluders_from_survivors() -> None:
     shared = dataclasses.replace(FOUR, num_sites=5, colluders=1)
-    assert [shared.honest(survivors=number, colluders=1) for number in (5, 4, 2, 1)] == [4, 3, 1, 1]
-    assert shared.honest(survivors=5, colluders=4) == 1
-    assert shared.honest(survivors=5, colluders=0) == 5
+    assert [shared.honest_shares(survivors=number, colluders=1) for number in (5, 4, 2, 1)] == [4, 3, 1, 1]
+    assert shared.honest_shares(survivors=5, colluders=4) == 1
+    assert shared.honest_shares(survivors=5, colluders=0) == 5
     for impossible in (0, 6):
         with pytest.raises(AssertionError):
-            shared.honest(survivors=impossible, colluders=0)
+            shared.honest_shares(survivors=impossible, colluders=0)

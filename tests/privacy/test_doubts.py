@@ -8,7 +8,7 @@ import pytest
 
 from fedtune.privacy import events
 from fedtune.privacy.ledger import site_ledger
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Receipt
 from fedtune.privacy.site_policy import Dataset
@@ -18,13 +18,13 @@ from .builders import far_on, of_users, policy, proposal, reason_of, train
 from .conftest import Backups, Clock
 
 
-def require_shown(ledger: Ledger, *receipts: Receipt) -> None:
+def require_shown(ledger: SiteLedger, *receipts: Receipt) -> None:
     """Each is genuine, and the ledger lacks it."""
     for receipt in receipts:
-        assert reason_of(ledger.require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+        assert reason_of(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def require_in_doubt(ledger: Ledger, asked: Any) -> None:
+def require_in_doubt(ledger: SiteLedger, asked: Any) -> None:
     assert reason_of(ledger.reserve, asked, round=1, request="q") is Reason.LEDGER_BEHIND_RECEIPT
 
 
@@ -34,7 +34,7 @@ def test_restored_ledger_inherits_the_doubts_of_the_replaced_ledger(backups: Bac
     require_shown(doubting, receipt)
     again = backups.put_back(anchor=doubting.head())
     require_in_doubt(again, proposal(run="new"))
-    assert again.history.in_doubt == (receipt.sequence, receipt.head, "r", 4)
+    assert again.history.furthest_doubt == (receipt.sequence, receipt.head, "r", 4)
     again.charge_gap(lost)
     assert again.history.charged_rounds("r") == 4
     train(again, proposal(run="new"), 1)
@@ -55,9 +55,9 @@ def test_anchor_clears_only_the_doubts_about_events_it_knows(backups: Backups, o
     ledger = backups.put_back()
     train(ledger, proposal(), 2)
     train(ledger, proposal(run="other"), 1)
-    older, receipts = ledger.head(), [ledger.receipt("r")]
+    older, receipts = ledger.head(), [ledger.sign_receipt("r")]
     train(ledger, proposal(run="other"), 2)
-    newest, receipts = ledger.head(), [*receipts, ledger.receipt("other")]
+    newest, receipts = ledger.head(), [*receipts, ledger.sign_receipt("other")]
     behind = backups.put_back()
     for _ in range(3):
         require_shown(behind, *(receipts[number] for number in order))
@@ -74,7 +74,7 @@ def test_no_doubt_is_cleared_after_the_list_of_doubts_overflowed(backups: Backup
     ledger, receipts = backups.put_back(), []
     for round in (2, 3, 4):
         train(ledger, proposal(plan={"num_rounds": 4}, run="s"), round)
-        receipts.append(ledger.receipt("s"))
+        receipts.append(ledger.sign_receipt("s"))
     behind = backups.put_back()
     require_shown(behind, *receipts)
     assert len(behind.history.doubts) == 2
@@ -98,19 +98,19 @@ def test_rounds_of_an_unanchored_branch_do_not_count_for_another(backups: Backup
     require_in_doubt(restored, proposal(run="new"))
     restored.charge_gap(unseen)
     assert restored.history.charged_rounds("r") == 1 + 2 * (rounds - 1)
-    restored.require_contains(receipt)
+    restored.require_receipt(receipt)
     train(restored, proposal(run="new"), 1)
 
 
 def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backups) -> None:
     ledger = backups.put_back()
-    receipts = [ledger.receipt("r")]
+    receipts = [ledger.sign_receipt("r")]
     train(ledger, proposal(), 2)
-    receipts.append(ledger.receipt("r"))
+    receipts.append(ledger.sign_receipt("r"))
     far_on(ledger, 5)
-    receipts.append(ledger.receipt("x"))
+    receipts.append(ledger.sign_receipt("x"))
     ledger.deny(proposal(run="denied"), "no")
-    receipts.append(ledger.receipt("r"))
+    receipts.append(ledger.sign_receipt("r"))
     lost = far_on(ledger)
     assert [receipt.sequence for receipt in receipts] == [4, 6, 6, 13]
     for receipt in receipts[1:]:
@@ -119,7 +119,7 @@ def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backu
     require_shown(restored, receipts[1], receipts[3])
     restored.charge_gap(lost)
     for receipt in receipts:
-        restored.require_contains(receipt)
+        restored.require_receipt(receipt)
     train(restored, proposal(run="new"), 1)
 
 
@@ -139,7 +139,7 @@ def test_doubt_recorded_in_an_anchor_persists(backups: Backups, order: tuple[int
             require_in_doubt(again, proposal(run="new"))
             require_shown(again, receipt)
     if 1 in order:
-        again.require_contains(receipt)
+        again.require_receipt(receipt)
         train(again, proposal(run="new"), 1)
     else:
         require_in_doubt(backups.open(), proposal(run="new"))
@@ -194,8 +194,8 @@ def test_record_level_anchor_has_no_user_columns(opened: Any, path: Path) -> Non
 # Backups put back more than once, and copies that went their own ways: each branch counts, and nobody is stuck.
 
 
-def rounds_charged(ledger: Ledger) -> float:
-    return ledger.history.charged().total() / events.grouped([proposal().plan.event()]).total()
+def rounds_charged(ledger: SiteLedger) -> float:
+    return ledger.history.total_charges().total() / events.count_mechanisms([proposal().plan.event()]).total()
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -206,7 +206,7 @@ def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tu
         assert ledger.charge_gap(lost[number][0]), "beyond the backup, each has charges of its own"
     assert rounds_charged(ledger) == 1 + 4 + 2
     for head, receipt in lost:
-        ledger.require_contains(receipt)
+        ledger.require_receipt(receipt)
         assert verify(backups.path, anchor=head).anchor_sequence is not None
         assert not ledger.charge_gap(head), "nothing is charged twice"
 
@@ -215,11 +215,11 @@ def test_restoring_the_same_backup_twice_charges_all_lost_rounds(backups: Backup
     first, receipt_a = backups.branch(proposal(run="a"), 1, 2)
     ledger = backups.put_back(anchor=first)
     train(ledger, proposal(run="c"), 1)
-    second, receipt_c = ledger.head(), ledger.receipt("c")
+    second, receipt_c = ledger.head(), ledger.sign_receipt("c")
     again = backups.put_back(anchor=second)
     assert rounds_charged(again) == 1 + 2 + 1
     for receipt in (receipt_a, receipt_c):
-        again.require_contains(receipt)
+        again.require_receipt(receipt)
     train(again, proposal(run="d"), 1)
 
 
@@ -229,7 +229,7 @@ def test_same_request_charged_on_two_branches_counts_twice(clock: Clock, backups
     lost, receipt = backups.branch(proposal(), 2)
     ledger = backups.put_back()
     train(ledger, proposal(), 2)
-    assert reason_of(ledger.require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    assert reason_of(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
     assert ledger.charge_gap(lost)
     assert rounds_charged(ledger) == 1 + 1 + 1
 
@@ -241,29 +241,29 @@ WRONG = [*(("gap", count) for count in (-1, 0, True, 1.0)), *(("shared", count) 
 def test_forged_restore_entries_cannot_lower_the_charges(backups: Backups, key: str, value: Any) -> None:
     """Whoever has the site's key may write an entry that breaks no hash and no earlier receipt."""
     ledger = backups.open()
-    ((one, _),) = ledger.history.charged().items()
+    ((one, _),) = ledger.history.total_charges().items()
     detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
     detail |= {"marks": [], "denied": [], "caps": [], "users": [], "doubts": []}
     forged = {"gap": [[events.to_json(one), value]], "runs": {"s": value}}.get(key, value)
     with ledger._store.transaction():
-        ledger._store.note("restored", **detail)
-    assert verify(backups.path).history.charged().total() > 0, "an entry of this form is read"
+        ledger._store.append_note("restored", **detail)
+    assert verify(backups.path).history.total_charges().total() > 0, "an entry of this form is read"
     with pytest.raises(RunError), ledger._store.transaction():
-        ledger._store.note("restored", **detail | {key: forged})
+        ledger._store.append_note("restored", **detail | {key: forged})
 
 
 def test_receipts_from_a_process_ahead_raise_no_doubt(backups: Backups) -> None:
     idle, busy = backups.open(), backups.open()
     train(busy, proposal(), 2)
-    idle.require_contains(busy.receipt("r"))
-    assert backups.open().history.in_doubt is None
+    idle.require_receipt(busy.sign_receipt("r"))
+    assert backups.open().history.furthest_doubt is None
 
 
 def test_every_receipt_of_a_long_lost_branch_is_accepted_after_restoring(backups: Backups) -> None:
     ledger, receipts = backups.put_back(), []
     for _ in range(140):
         far_on(ledger, 1)
-        receipts.append(ledger.receipt("r"))
+        receipts.append(ledger.sign_receipt("r"))
     restored = backups.put_back(anchor=ledger.head())
     for receipt in receipts:
-        restored.require_contains(receipt)
+        restored.require_receipt(receipt)

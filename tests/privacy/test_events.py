@@ -35,9 +35,9 @@ def test_events_round_trip_through_json(event: DpEvent) -> None:
 
 
 def test_dp_sgd_composes_poisson_sampled_gaussian_steps() -> None:
-    event = events.dp_sgd(sampling_rate=0.1, noise_multiplier=1.5, steps=7)
+    event = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=1.5, steps=7)
     assert event == SelfComposed(PoissonSampledDpEvent(0.1, Gaussian(1.5)), 7)
-    assert events.dp_sgd(sampling_rate=0.1, noise_multiplier=0, steps=1) == NonPrivateDpEvent()
+    assert events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=0, steps=1) == NonPrivateDpEvent()
 
 
 def plainly_grouped(event: DpEvent) -> Counter[DpEvent]:
@@ -64,20 +64,20 @@ compositions: st.SearchStrategy[DpEvent] = st.recursive(
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(compositions, max_size=4))
 def test_grouping_counts_every_occurrence_of_a_mechanism(history: list[DpEvent]) -> None:
-    grouped = events.grouped(history)
+    grouped = events.count_mechanisms(history)
     assert grouped == sum(map(plainly_grouped, history), Counter())
     assert all(count > 0 for count in grouped.values())
-    assert events.grouped(grouped) == grouped
+    assert events.count_mechanisms(grouped) == grouped
     tripled = Counter({event: 3 * count for event, count in grouped.items()})
-    assert events.grouped(history * 3) == events.grouped(tripled) == tripled
+    assert events.count_mechanisms(history * 3) == events.count_mechanisms(tripled) == tripled
 
 
 def test_grouping_flattens_compositions_but_not_sampled_events() -> None:
     one = Gaussian(1.0)
-    assert events.grouped({SelfComposed(one, 4): 3, ComposedDpEvent((one, one)): 5, one: 1}) == {one: 23}
+    assert events.count_mechanisms({SelfComposed(one, 4): 3, ComposedDpEvent((one, one)): 5, one: 1}) == {one: 23}
     # Sampling does not commute with composing: two mechanisms on one sample are not two samples.
     event = PoissonSampledDpEvent(0.1, SelfComposed(Gaussian(1.0), 2))
-    assert events.grouped([event, event]) == {event: 2}
+    assert events.count_mechanisms([event, event]) == {event: 2}
 
 
 def test_unsupported_events_cannot_be_serialized() -> None:

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.site_policy import Reference
-from fedtune.show.budget_text import amount_of
+from fedtune.privacy.site_policy import ReferenceRun
+from fedtune.show.budget_text import compute_amount
 from fedtune.spec import ConfigError
 
 from .builders import policy
 
 DELTA = 1e-5
 # PITFALLS: what a plan of PLD epsilon 8 costs by Renyi divergence.
-GOLDEN = events.dp_sgd(sampling_rate=0.2, noise_multiplier=0.949, steps=25)
+GOLDEN = events.dp_sgd_event(sampling_rate=0.2, noise_multiplier=0.949, steps=25)
 
 
 @pytest.mark.parametrize(("order", "golden", "off"), [(3.0, 9.10, 0.01), (4.0, 12.9, 0.05), (8.0, 66.0, 0.5)])
@@ -28,7 +28,7 @@ def test_filter_epsilon_at_fixed_orders_matches_golden_values(order: float, gold
 
 
 def test_filter_epsilon_at_the_best_order_matches_the_golden_value() -> None:
-    assert round(filter.cheapest(GOLDEN, delta=DELTA)[0], 2) == 9.06
+    assert round(filter.smallest_cap(GOLDEN, delta=DELTA)[0], 2) == 9.06
     assert accountant.epsilon_pld([GOLDEN], DELTA) == pytest.approx(8.0, abs=0.005)
 
 
@@ -38,13 +38,13 @@ def test_divergence_and_conversion_term_match_their_formulas(order: float) -> No
     assert filter.divergence(GaussianDpEvent(2.0), order) == pytest.approx(order / 8, rel=1e-12)
     # Canonne, Kamath and Steinke 2020, proposition 12, term by term as there.
     written = math.log(1 / DELTA) / (order - 1) + math.log(1 - 1 / order) - math.log(order) / (order - 1)
-    assert filter.surcharge(order, DELTA) == pytest.approx(written, rel=1e-12)
+    assert filter.epsilon_conversion_term(order, DELTA) == pytest.approx(written, rel=1e-12)
 
 
 def test_most_divergence_is_the_cap_minus_the_conversion_term() -> None:
-    room = filter.most_divergence(9.1, order=3.0, delta=DELTA)
-    assert room + filter.surcharge(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
-    assert filter.most_divergence(1.0, order=1.5, delta=DELTA) < 0
+    room = filter.max_divergence(9.1, order=3.0, delta=DELTA)
+    assert room + filter.epsilon_conversion_term(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
+    assert filter.max_divergence(1.0, order=1.5, delta=DELTA) < 0
     with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: leaves no room for anything at delta 1e-05"):
         filter.best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
 
@@ -58,21 +58,27 @@ def test_filter_epsilon_is_zero_without_events_and_infinite_without_noise() -> N
 REFERENCES = [
     (GOLDEN, 9.1),
     (GOLDEN, 30.0),
-    (events.dp_sgd(sampling_rate=0.01, noise_multiplier=1.0, steps=500), 3.0),
+    (events.dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=500), 3.0),
     (GaussianDpEvent(20.0), 2.0),
 ]
 
 
 def test_cheapest_finds_the_minimum_over_all_orders() -> None:
-    for plan in (GOLDEN, events.dp_sgd(sampling_rate=0.01, noise_multiplier=0.6, steps=3000), GaussianDpEvent(30.0)):
-        costs = ((filter.total_divergence([plan], a) + filter.surcharge(a, DELTA), a) for a in filter.ORDERS)
-        assert filter.cheapest(plan, delta=DELTA) == min(costs)
+    for plan in (
+        GOLDEN,
+        events.dp_sgd_event(sampling_rate=0.01, noise_multiplier=0.6, steps=3000),
+        GaussianDpEvent(30.0),
+    ):
+        costs = (
+            (filter.total_divergence([plan], a) + filter.epsilon_conversion_term(a, DELTA), a) for a in filter.ORDERS
+        )
+        assert filter.smallest_cap(plan, delta=DELTA) == min(costs)
 
 
 @pytest.mark.parametrize(("reference", "cap"), REFERENCES)
 def test_best_order_maximizes_repeats_of_the_reference_run(reference: DpEvent, cap: float) -> None:
     def repeats(order: float) -> float:
-        room = filter.most_divergence(cap, order=order, delta=DELTA)
+        room = filter.max_divergence(cap, order=order, delta=DELTA)
         return room / filter.total_divergence([reference], order) if room > 0 else 0.0
 
     chosen = filter.best_order(reference, epsilon=cap, delta=DELTA)
@@ -99,13 +105,13 @@ _PLANS = [
 def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[float, float, int], cap: float) -> None:
     """Before: at caps of 50 and more the order could be one at which a plan of epsilon 2 asked for infinity."""
     rate, noise, steps = reference
-    typical = Reference(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    typical = ReferenceRun(sampling_rate=rate, noise_multiplier=noise, steps=steps)
     caps = {"max_epsilon": cap, "max_epsilon_per_period": cap if math.isfinite(cap) else None}
     site = policy(budget={"reference": typical, **caps})
-    history, amount = History.before(site), amount_of(site)
-    room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+    history, amount = History.empty(site), compute_amount(site)
+    room = filter.max_divergence(cap, order=history.order, delta=history.delta)
     for rate, noise, steps in _PLANS:
-        asked = events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+        asked = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
         assert 0 < history.divergence([asked]) < math.inf, (asked, history.order)
     assert amount.runs_in_lifetime == amount.runs_in_period
     if (runs := amount.runs_in_lifetime) is not None:
@@ -114,7 +120,7 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
 
 # Rates and noises from useful to absurd; few of each, so that divergences are computed once.
 mechanisms = st.builds(
-    lambda rate, noise: events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=1),
+    lambda rate, noise: events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1),
     st.sampled_from([1e-9, 0.01, 0.2, 1.0]),
     st.sampled_from([0.5, 1.0, 4.0, 1e8]),
 ) | st.sampled_from([GaussianDpEvent(20.0)])
@@ -129,7 +135,7 @@ def test_filter_epsilon_is_independent_of_order_and_grouping(history: Any, order
     shuffled = shuffle.sample(listed, len(listed))
     figure = filter.epsilon_filter(listed, order=order, delta=DELTA)
     assert filter.epsilon_filter(shuffled, order=order, delta=DELTA) == figure
-    assert filter.epsilon_filter(events.grouped(listed), order=order, delta=DELTA) == figure
+    assert filter.epsilon_filter(events.count_mechanisms(listed), order=order, delta=DELTA) == figure
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -147,12 +153,12 @@ def test_event_divergence_stays_positive_despite_rounding(order: float) -> None:
     # dp-accounting's own sums come out a little below 0 for events of next to no cost.
     for rate in (1e-300, 1e-9, 0.1, 0.9):
         for noise in (1e3, 1e10, 1e150):
-            event = events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=1)
+            event = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1)
             assert filter.total_divergence([event], order) > 0
 
 
 # A few settings and counts, so that slow loss distributions are few.
-steps = [events.dp_sgd(sampling_rate=q, noise_multiplier=z, steps=1) for q, z in ((0.2, 1.0), (0.05, 0.8))]
+steps = [events.dp_sgd_event(sampling_rate=q, noise_multiplier=z, steps=1) for q, z in ((0.2, 1.0), (0.05, 0.8))]
 counts = st.fixed_dictionaries({**dict.fromkeys(steps, st.integers(0, 40)), GaussianDpEvent(20.0): st.integers(0, 5)})
 
 

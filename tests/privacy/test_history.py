@@ -30,7 +30,7 @@ def told(opened: Any, path: Any, clock: Any) -> list[Event]:
 def followed(told: list[Event]) -> History:
     history = History()
     for number, event in enumerate(told, 1):
-        history.follow(replace(event, sequence=number))
+        history.apply_event(replace(event, sequence=number))
     return history
 
 
@@ -43,8 +43,8 @@ def later(event: Event, **others: Any) -> Event:
     return replace(event, time="2031-01-01T00:00:00+00:00", **others)
 
 
-OTHER_NOISE = events.to_json(events.dp_sgd(sampling_rate=0.25, noise_multiplier=1.1, steps=3))
-NOTHING = events.to_json(events.dp_sgd(sampling_rate=0.25, noise_multiplier=1.0, steps=0))
+OTHER_NOISE = events.to_json(events.dp_sgd_event(sampling_rate=0.25, noise_multiplier=1.1, steps=3))
+NOTHING = events.to_json(events.dp_sgd_event(sampling_rate=0.25, noise_multiplier=1.0, steps=0))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,10 @@ def test_history_adds_up_charges_replies_and_attempts(told: list[Event]) -> None
     run = history.runs["r"]
     assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (proposal(), 2, {1: 1, 2: 1})
     assert (run.reserved, list(run.replies)) == ({1: "q1", 2: "q2"}, ["q1"])
-    assert history.charged() == events.grouped([proposal().plan.event()] * 2)
-    assert history.charges(up_to=4) == {(each, ""): n for each, n in events.grouped([proposal().plan.event()]).items()}
+    assert history.total_charges() == events.count_mechanisms([proposal().plan.event()] * 2)
+    assert history.charges(up_to=4) == {
+        (each, ""): n for each, n in events.count_mechanisms([proposal().plan.event()]).items()
+    }
     assert history.charges(up_to=3) == {}
-    assert history.charged_in_period("month", NOW) == history.charged()
-    assert history.charged_in_period("month", NOW + timedelta(days=31)) == {}
+    assert history.charges_in_period("month", NOW) == history.total_charges()
+    assert history.charges_in_period("month", NOW + timedelta(days=31)) == {}

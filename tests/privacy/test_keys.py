@@ -18,19 +18,19 @@ from .builders import make_key
 
 def test_signing_key_is_created_once_and_then_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new" / "key.pem"
-    first = SigningKey.load_or_make(path)
-    assert SigningKey.load_or_make(path).public == SigningKey.load(path).public == first.public
+    first = SigningKey.load_or_create(path)
+    assert SigningKey.load_or_create(path).public == SigningKey.load(path).public == first.public
     assert stat.S_IMODE(path.stat().st_mode) == 0o600, "only its owner can read it"
     assert [each.name for each in path.parent.iterdir()] == ["key.pem"], "nothing is left beside it"
-    assert SigningKey.load_or_make(tmp_path / "other.pem").public != first.public
+    assert SigningKey.load_or_create(tmp_path / "other.pem").public != first.public
 
 
 def test_key_created_first_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "key.pem"
-    first = SigningKey.load_or_make(path)
+    first = SigningKey.load_or_create(path)
     seen = iter([False])  # the other process made it just after this one looked
     monkeypatch.setattr(Path, "exists", lambda self: next(seen))
-    assert SigningKey.load_or_make(path).public == first.public
+    assert SigningKey.load_or_create(path).public == first.public
 
 
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\n", b"\xff\xfe", "rsa", None])
@@ -52,7 +52,7 @@ def encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "passphrase").write_text("correct horse battery\nnothing\n")
     (tmp_path / "passphrase").chmod(0o600)
     monkeypatch.setenv(keys.PASSPHRASE_FILE, str(tmp_path / "passphrase"))
-    SigningKey.load_or_make(tmp_path / "key.pem")
+    SigningKey.load_or_create(tmp_path / "key.pem")
     return tmp_path / "key.pem"
 
 
@@ -94,8 +94,8 @@ def named_in(tmp_path: Path) -> Path:
 
 def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, named_in: Path) -> None:
     kept = tmp_path / "vault" / "key.pem"
-    public, command = SigningKey.load_or_make(kept).public, ("/bin/cat", str(kept))
-    assert SigningKey.load_or_make(tmp_path / "key.pem", command=command, named_in=named_in).public == public
+    public, command = SigningKey.load_or_create(kept).public, ("/bin/cat", str(kept))
+    assert SigningKey.load_or_create(tmp_path / "key.pem", command=command, named_in=named_in).public == public
     kept.unlink()
     again = SigningKey.load(tmp_path / "key.pem", command=command, named_in=named_in)
     assert again.public == public, "it runs once in a process"
@@ -159,9 +159,9 @@ def test_signatures_and_public_keys_have_one_spelling() -> None:
 
 def test_derived_secrets_differ_by_purpose_and_key_and_stay_hidden() -> None:
     purposes = ("receipt head", "data fingerprint")
-    secrets = {make_key(number).secret(purpose) for number in (1, 2) for purpose in purposes}
+    secrets = {make_key(number).derive_secret(purpose) for number in (1, 2) for purpose in purposes}
     assert len(secrets) == 4
     assert {len(secret) for secret in secrets} == {32}
     key = make_key(1)
-    assert (secret := key.secret("receipt head")) in secrets
+    assert (secret := key.derive_secret("receipt head")) in secrets
     assert not [hidden for hidden in (key._raw, secret) if hidden.hex() in repr(key) + key.public]

@@ -13,7 +13,7 @@ from fedtune.privacy import events, filter
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.ledger import site_ledger as ledger_module
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refused
@@ -23,13 +23,13 @@ from fedtune.spec import RunError
 from .builders import OPENED, kinds_of, of_users, policy, proposal, reason_of, reserve, site_key, tamper, train
 
 
-def refusal_of(ledger: Ledger, proposal: Proposal, round: int = 1, request: str | None = None) -> Refused:
+def refusal_of(ledger: SiteLedger, proposal: Proposal, round: int = 1, request: str | None = None) -> Refused:
     """Why a request is refused; nothing is charged for it, also as a fresh process sees it."""
-    before = ledger.history.charged()
+    before = ledger.history.total_charges()
     with pytest.raises(Refused) as caught:
         ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
-    ledger.end("no such run")  # looks at the file again
-    assert ledger.history.charged() == before
+    ledger.end_run("no such run")  # looks at the file again
+    assert ledger.history.total_charges() == before
     return caught.value
 
 
@@ -40,7 +40,9 @@ def test_round_is_charged_before_training_and_committed_afterwards(path: Path, o
     assert kinds_of(path) == [*OPENED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
     charged = events.from_json(verify(path).events[-1].detail["event"])
     assert charged == proposal().plan.event()
-    assert opened().history.charged() == events.grouped([charged]), "a killed process is charged for what it began"
+    assert opened().history.charged() == events.count_mechanisms([charged]), (
+        "a killed process is charged for what it began"
+    )
     ledger.commit(granted, b"reply 1", fingerprint="f")
     assert [kind for kind, _ in kinds_of(path)[2:]] == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
     assert verify(path).events[-1].detail["fingerprint"] == "f"
@@ -242,12 +244,14 @@ def test_spare_rounds_are_reserved_with_the_planned_rounds(opened: Any) -> None:
     # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
     with_spare = proposal(plan={"num_rounds": 3, "spare_rounds": 3})
     train(opened(), with_spare, 1)
-    assert opened().history.set_aside(datetime.now(UTC)) == events.grouped([with_spare.plan.event()] * 5)
+    assert opened().history.set_aside(datetime.now(UTC)) == events.count_mechanisms([with_spare.plan.event()] * 5)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 5})).reason is Reason.MAX_EPSILON
     train(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
     for round in (2, 3, 4, 5, 6):
         train(opened(), with_spare, round)
-    assert opened().history.charged() == events.grouped([with_spare.plan.event()] * 7), "one of them of the other run"
+    assert opened().history.charged() == events.count_mechanisms([with_spare.plan.event()] * 7), (
+        "one of them of the other run"
+    )
 
 
 def test_run_is_accepted_only_if_its_spare_rounds_fit_the_budget(opened: Any) -> None:

@@ -36,7 +36,7 @@ class PowerCut(Exception):
 
 def test_rollback_journal_and_full_synchronization_are_enabled(path: Path) -> None:
     path.parent.mkdir()
-    with store.writing(path) as file:
+    with store.open_for_writing(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert file.execute("PRAGMA synchronous").fetchone() == (3,), "EXTRA"
         assert file.in_transaction
@@ -77,7 +77,7 @@ def test_crash_within_a_transaction_rolls_it_back(opened: Any, path: Path, monke
     granted = reserve(ledger, proposal(), 2)
     before = kinds_of(path)
 
-    insert, whole = store.insert, store.writing
+    insert, whole = store.insert_event, store.open_for_writing
 
     def inserted(*args: Any) -> None:
         insert(*args)
@@ -140,7 +140,7 @@ def test_ledger_is_unchanged_after_its_writer_is_killed(opened: Any, path: Path,
 
 
 def test_full_disk_leaves_no_charge_in_memory(opened: Any, path: Path, monkeypatch: Any) -> None:
-    ledger, whole = opened(), store.writing
+    ledger, whole = opened(), store.open_for_writing
     granted = reserve(ledger, proposal(), 1)
 
     @contextlib.contextmanager
@@ -151,7 +151,7 @@ def test_full_disk_leaves_no_charge_in_memory(opened: Any, path: Path, monkeypat
             yield file
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "writing", full)
+        patched.setattr(store, "open_for_writing", full)
         with pytest.raises(RunError, match=r"cannot be read or written \(database or disk is full\); nothing is tr"):
             ledger.commit(granted, bytes(100_000))
         with pytest.raises(RunError, match="disk is full"):
@@ -161,7 +161,7 @@ def test_full_disk_leaves_no_charge_in_memory(opened: Any, path: Path, monkeypat
     assert on_disk.runs["r"].replies == {}
     for each in (ledger, opened()):
         each.end("unknown")
-        assert each.history.charged() == on_disk.charged() == events.grouped([proposal().plan.event()])
+        assert each.history.charged() == on_disk.total_charges() == events.count_mechanisms([proposal().plan.event()])
     ledger.commit(granted, bytes(100_000))  # the disk has room again
     assert opened().reserve(proposal(), round=1, request="digest r 1") == bytes(100_000)
 
@@ -183,11 +183,14 @@ def test_ledger_that_cannot_be_created_raises_a_run_error(opened: Any, path: Pat
 def test_transaction_locks_the_ledger_before_reading(opened: Any, path: Path) -> None:
     # Or two could both see room, and one of them would fail when it writes.
     opened()
-    with store.writing(path), contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+    with (
+        store.open_for_writing(path),
+        contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other,
+    ):
         with pytest.raises(sqlite3.OperationalError, match="database is locked"):
             other.execute("BEGIN IMMEDIATE")
         other.execute("BEGIN")
-    with store.writing(path):
+    with store.open_for_writing(path):
         pass
 
 
@@ -282,7 +285,7 @@ def test_one_of_eight_racing_processes_gets_the_last_round(opened: Any, path: Pa
     verified = verify(path, anchor=Head.read(anchor))
     assert verified.anchor_sequence == len(verified.events)
     assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3
-    assert verified.history.charged() == events.grouped([shared.plan.event()] * 3)
+    assert verified.history.total_charges() == events.count_mechanisms([shared.plan.event()] * 3)
 
 
 def test_concurrent_charge_between_transactions_cannot_exceed_the_plan(opened: Any, monkeypatch: Any) -> None:

@@ -10,7 +10,7 @@ from hypothesis import Phase, assume, given, reject, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events
-from fedtune.privacy.accountant import COARSE, FINE, epsilon_above, epsilon_pld
+from fedtune.privacy.accountant import COARSE, FINE, epsilon_if_above, epsilon_pld
 from fedtune.privacy.loss_distribution import UNIT, Composition, hockey_stick, sampled_gaussian
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile
@@ -25,7 +25,7 @@ EXACT = json.loads(exact_delta.FILE.read_text(encoding="utf-8"))
     ("width", "row"), [*((COARSE, row) for row in EXACT), *((FINE, row) for row in EXACT[::4])], ids=str
 )
 def test_epsilon_is_a_tight_upper_bound_on_the_exact_value(width: float, row: dict[str, float]) -> None:
-    event = events.dp_sgd(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))
+    event = events.dp_sgd_event(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))
     found = epsilon_pld([event], row["delta"], interval=width)
     assert row["epsilon"] <= found <= row["epsilon"] + row["steps"] * width**2 + width
 
@@ -39,7 +39,7 @@ def test_reference_deltas_are_accurate_to_eight_digits(row: dict[str, float]) ->
 
 def no_plan_s_epsilon_is_below_the_exact_one(rate: float, noise: float, steps: int, log_delta: float) -> None:
     delta = 10**log_delta
-    event = [events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
+    event = [events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
     found = epsilon_pld(event, delta, interval=COARSE)
     assume(0.01 < found < 50)
     try:
@@ -63,9 +63,9 @@ def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, most
 
 def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
     """Before: 9.32 of 10.83 on one grid, and a cap of 10.75 let it in."""
-    event = [events.dp_sgd(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
-    assert epsilon_above(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
-    assert epsilon_above(event, 1e-13, limit=10.84) is None
+    event = [events.dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
+    assert epsilon_if_above(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
+    assert epsilon_if_above(event, 1e-13, limit=10.84) is None
 
 
 @pytest.mark.parametrize("adding", [False, True])
@@ -113,7 +113,7 @@ def test_deltas_below_numerical_precision_are_refused() -> None:
     Plan(**settings, delta=2e-18, local_steps=10, num_rounds=100)
     with pytest.raises(ConfigError, match=r"^delta = 1e-19: must be at least 1e-18: .* for 1000 steps"):
         Plan(**settings, delta=1e-19, local_steps=10, num_rounds=100)
-    thousand = events.dp_sgd(sampling_rate=0.1, noise_multiplier=1.0, steps=1000)
+    thousand = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=1.0, steps=1000)
     assert epsilon_pld([thousand], 1e-21, interval=COARSE) == math.inf
 
 
@@ -130,9 +130,9 @@ def test_epsilon_is_the_smaller_value_of_both_grids(
     rate: float, noise: float, steps: int, delta: float, coarse_is_less: bool
 ) -> None:
     """Rounding can outweigh the finer grid; before, the larger figure was shown, and a cap between both refused."""
-    spent = [events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
+    spent = [events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
     coarse, fine = (Composition([(rate, noise, steps)], width).epsilon(delta) for width in (COARSE, FINE))
     assert (coarse < fine) == coarse_is_less
     assert epsilon_pld(spent, delta) == profile.epsilon_pld(spent, delta, interval=FINE) == min(coarse, fine)
-    assert epsilon_above(spent, delta, limit=min(coarse, fine)) is None
-    assert epsilon_above(spent, delta, limit=0.99 * min(coarse, fine)) is not None
+    assert epsilon_if_above(spent, delta, limit=min(coarse, fine)) is None
+    assert epsilon_if_above(spent, delta, limit=0.99 * min(coarse, fine)) is not None

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.mechanism import GRID_BITS, PrivacySpec, add_gaussian_noise, cell, noised_scores, poisson_sample
+from fedtune.privacy.mechanism import (
+    GRID_BITS,
+    PrivacySpec,
+    add_gaussian_noise,
+    cell_width,
+    poisson_sample,
+    release_scores,
+)
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
 
@@ -59,7 +66,7 @@ def test_noise_has_exactly_the_configured_standard_deviation(
 def test_grid_has_two_to_the_24_cells_per_clip_norm() -> None:
     assert GRID_BITS == 24
     for clip in (1.0, 0.1, 3e-5, 1e4):
-        assert Fraction(cell(clip)) * C_IN_CELLS == Fraction(clip), "exact: a power of two"
+        assert Fraction(cell_width(clip)) * C_IN_CELLS == Fraction(clip), "exact: a power of two"
 
 
 def test_noise_is_added_without_modifying_the_input_sum() -> None:
@@ -76,7 +83,7 @@ def test_noise_is_added_without_modifying_the_input_sum() -> None:
 
 
 def before_noise(scores: npt.NDArray[np.float64], declared_size: float = 1.0) -> npt.NDArray[np.float64]:
-    return np.array(noised_scores(scores, declared_size=declared_size, noise_multiplier=0.0, stream=stream("scores")))
+    return np.array(release_scores(scores, declared_size=declared_size, noise_multiplier=0.0, stream=stream("scores")))
 
 
 unit_scores = st.floats(0, 1) | st.floats() | st.sampled_from([np.nan, np.inf, -np.inf])
@@ -110,7 +117,9 @@ def test_score_and_count_receive_independent_noise_of_the_stated_size(noise_mult
     asked, noise = list[float](), np.array([5, 7]) * C_IN_CELLS
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RandomStream, "rounded_normal", lambda _, count, deviation: asked.append(deviation) or noise)
-        found = noised_scores(np.ones(2), declared_size=3.0, noise_multiplier=noise_multiplier, stream=stream("stated"))
+        found = release_scores(
+            np.ones(2), declared_size=3.0, noise_multiplier=noise_multiplier, stream=stream("stated")
+        )
     assert found == pytest.approx(((2 + 5) / 3, (2 + 7) / 3))
     (deviation,) = asked
     stated = 2 * (Fraction(noise_multiplier) * C_IN_CELLS) ** 2  # squared, so that it is exact

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
+from fedtune.privacy.ledger.site_ledger import SiteLedger
+from fedtune.privacy.policy_file import policy_from_json, read_policy, write_policy
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Dataset, Policy
@@ -62,7 +62,7 @@ def test_policy_round_trips_through_its_file(tmp_path: Path) -> None:
     ):
         write_policy(each, tmp_path / "site.toml")
         assert read_policy(tmp_path / "site.toml") == each
-        assert policy_of(json.loads(json.dumps(each.to_json()))) == each
+        assert policy_from_json(json.loads(json.dumps(each.to_json()))) == each
 
 
 def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_in: Path) -> None:
@@ -114,7 +114,7 @@ def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> N
             read_policy(path)
     for fields in (None, [], "site", 3):  # in a ledger
         with pytest.raises(ConfigError, match="must be a table"):
-            policy_of(fields)
+            policy_from_json(fields)
 
 
 def test_policy_file_keys_match_the_policy_fields(site_toml: Path) -> None:
@@ -132,13 +132,13 @@ def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path
     site_toml.write_text(site_toml.read_text().replace(left_out, ""))
     for path in (site_toml, TEMPLATE):  # nobody states it by leaving the template as it is
         with pytest.raises(ConfigError) as caught:
-            SiteFiles.of(path)
+            SiteFiles.from_site_toml(path)
         assert str(caught.value) == f"{path}: {said}"
-        assert SiteFiles.of(path, may_be_unanswered=True).policy == read_policy(path), "it can be looked at"
+        assert SiteFiles.from_site_toml(path, may_be_unanswered=True).policy == read_policy(path), "it can be looked at"
     # A simulation has nobody to ask.
     made_up = dataclasses.replace(policy(), simulated=True, asserted=Asserted())
     write_policy(made_up, site_toml)
-    assert read_policy(site_toml) == made_up == policy_of(made_up.to_json())
+    assert read_policy(site_toml) == made_up == policy_from_json(made_up.to_json())
 
 
 def test_template_lists_and_explains_every_key(filled_in: Path) -> None:
@@ -164,6 +164,6 @@ def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_in: Path) 
     plan |= {"noise_multiplier": usual.noise_multiplier, "num_rounds": usual.steps // 10}
     model = {"base_model": allow.base_models[0], "target_modules": allow.target_modules}
     asked = proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
-    reserve(Ledger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), asked)
+    reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), asked)
     for strict, reason in ((template, Reason.LEADS), (waits, Reason.AWAITING_APPROVAL)):
-        assert reason_of(reserve, Ledger(tmp_path / f"{reason}.db", strict, site_key), asked) is reason
+        assert reason_of(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), asked) is reason

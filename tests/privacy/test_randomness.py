@@ -79,9 +79,9 @@ class Fed(RandomStream):
         self.drawn: list[int] = []
         self.further: dict[tuple[int, int], list[int]] = {}
 
-    def _with_more_bits(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
+    def _round_exactly(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
         before = len(self.drawn)
-        found = super()._with_more_bits(radius_bits, angle_bits, deviation)
+        found = super()._round_exactly(radius_bits, angle_bits, deviation)
         self.further[radius_bits, angle_bits] = self.drawn[before:]
         return found
 

@@ -176,22 +176,22 @@ def signed(key: SigningKey, **changes: object) -> Receipt:
     fields: dict[str, Any] = {"site": "a", "run": "r", "charged_rounds": 2, "sequence": 9}
     fields |= {"head": "0" * 64, "site_key": key.public, "ended": False, "plan": "", "seeded_noise": False}
     fields |= {"simulated": False} | changes
-    return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").message()))
+    return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").signed_bytes()))
 
 
 def test_receipt_signature_covers_every_field() -> None:
     receipt = signed(site_key)
-    assert receipt.is_signed()
+    assert receipt.has_valid_signature()
     changes: dict[str, object] = {"site": "b", "run": "s", "charged_rounds": 1, "sequence": 8}
     changes |= {"head": "1" * 64, "site_key": make_key(7).public, "signature": signed(make_key(7)).signature}
     changes |= {"reply": "2" * 64, "ended": True, "plan": "3" * 64, "seeded_noise": True, "simulated": True}
     assert set(changes) == {field.name for field in dataclasses.fields(Receipt)}
     for name, value in changes.items():
-        assert not dataclasses.replace(receipt, **{name: value}).is_signed(), name
+        assert not dataclasses.replace(receipt, **{name: value}).has_valid_signature(), name
     with_a_reply = signed(site_key, reply="2" * 64)
-    assert with_a_reply.is_signed()
-    assert not dataclasses.replace(with_a_reply, reply="").is_signed()
-    assert not dataclasses.replace(receipt, signature="").is_signed()
+    assert with_a_reply.has_valid_signature()
+    assert not dataclasses.replace(with_a_reply, reply="").has_valid_signature()
+    assert not dataclasses.replace(receipt, signature="").has_valid_signature()
 
 
 def test_receipt_round_trips_through_json_and_rejects_other_values() -> None:

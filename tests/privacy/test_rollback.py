@@ -54,7 +54,7 @@ def test_anchor_holds_the_newest_head_after_every_transaction(anchored: Any, anc
         assert head == ledger.head()
     assert ("frozen", "") in head.marks
     ((mechanism, count),) = head.charged
-    assert {events.from_json(mechanism): count} == events.grouped([proposal().plan.event()])
+    assert {events.from_json(mechanism): count} == events.count_mechanisms([proposal().plan.event()])
 
 
 def test_disk_full_error_elsewhere_is_not_blamed_on_the_anchor(anchored: Any) -> None:
@@ -118,7 +118,10 @@ def test_anchor_of_another_ledger_or_key_raises_a_run_error(
 ) -> None:
     head = anchored().head()
     fields = {name: getattr(head, name) for name in head.__slots__ if name not in ("site_key", "signature")}
-    for other in (opened(path=tmp_path / "other.db").head(), Head.signed(make_key(9), **(fields | {"sequence": 1}))):
+    for other in (
+        opened(path=tmp_path / "other.db").head(),
+        Head.create_signed(make_key(9), **(fields | {"sequence": 1})),
+    ):
         anchor.write_bytes(other.to_bytes())
         with pytest.raises(RunError, match="the anchor is of another ledger"):
             anchored()
@@ -176,14 +179,14 @@ def test_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path
     changes = {"sequence": receipt.sequence + 1, "charged_rounds": 0, "signature": receipt.signature[::-1]}
     unsigned = dataclasses.replace(receipt, signature="")
     for forged in (other, unsigned, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
-        assert reason_of(ledger.require_contains, forged) is Reason.WRONG_SIGNATURE
+        assert reason_of(ledger.require_receipt, forged) is Reason.WRONG_SIGNATURE
 
 
 def test_receipt_of_another_population_raises_no_doubt(opened: Any, tmp_path: Path) -> None:
     ledger, other = opened(), opened(path=tmp_path / "staff.db", policy=policy(site="north-staff"))
     for one in (ledger, other):
         train(one, proposal(), 1)
-    assert reason_of(ledger.require_contains, other.receipt("r")) is Reason.WRONG_SIGNATURE
+    assert reason_of(ledger.require_receipt, other.receipt("r")) is Reason.WRONG_SIGNATURE
     train(ledger, proposal(), 2)
 
 
@@ -193,8 +196,8 @@ def test_ledger_swapped_while_open_raises_a_run_error(backups: Backups) -> None:
     backups.put_back()
     for act in (
         lambda: ledger.reserve(proposal(), round=3, request="q"),
-        lambda: ledger.end("r"),
-        lambda: ledger.refuse(Refused(Reason.LEADS), run="r", round=1, request="q"),
+        lambda: ledger.end_run("r"),
+        lambda: ledger.record_refusal(Refused(Reason.LEADS), run="r", round=1, request="q"),
     ):
         with pytest.raises(RunError, match="was changed or put back while it was open; nothing is trained"):
             act()
@@ -215,9 +218,9 @@ class Lost:
         train(ledger, proposal(), 2)
         self.earlier = ledger.head()
         train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}), 1)
-        self.newest, self.receipt = ledger.head(), ledger.receipt("r")
+        self.newest, self.receipt = ledger.head(), ledger.sign_receipt("r")
         self.spent = ledger.history.epsilon()
-        self.charged = ledger.history.charged() - events.grouped([proposal().plan.event()])
+        self.charged = ledger.history.total_charges() - events.count_mechanisms([proposal().plan.event()])
         backups.put_back()
 
 
@@ -230,8 +233,8 @@ def test_restore_charges_exactly_the_events_missing_from_the_backup(lost: Lost, 
     ledger = opened()
     gap = ledger.charge_gap(lost.newest)
     two, one = proposal().plan.event(), proposal(plan={"noise_multiplier": 2.0}).plan.event()
-    assert gap == lost.charged == events.grouped([two, one])
-    assert ledger.history.charged() == events.grouped([two, two, one])
+    assert gap == lost.charged == events.count_mechanisms([two, one])
+    assert ledger.history.charged() == events.count_mechanisms([two, two, one])
     assert opened().history.epsilon() == pytest.approx(lost.spent)
     note = verify(path).events[-1]
     assert (note.kind, note.detail["what"]) == (Kind.NOTE, "restored")
@@ -245,7 +248,7 @@ def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(lost: Lost, 
         anchored()
     anchored(anchor=None).charge_gap(lost.newest)
     ledger = anchored()
-    ledger.require_contains(lost.receipt)
+    ledger.require_receipt(lost.receipt)
     train(ledger, proposal(run="3"), 1)
     assert Head.read(anchor).sequence == ledger.history.length
     for head in (lost.newest, lost.earlier, Head.read(anchor)):
@@ -267,20 +270,20 @@ def test_long_lost_branch_is_charged_in_full(backups: Backups, before: int, afte
     train(ledger, proposal(), 2)
     backups.back_up()
     train(ledger, proposal(), 3)
-    newest, whole = far_on(ledger, after), ledger.history.charged()
+    newest, whole = far_on(ledger, after), ledger.history.total_charges()
     backups.branch(proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
     ledger = backups.open()
-    since = ledger.history.charged()
+    since = ledger.history.total_charges()
     gap = ledger.charge_gap(newest)
-    assert gap == events.grouped([proposal().plan.event()]), "and nothing again that both know"
-    assert backups.open().history.charged() == since + gap >= whole
+    assert gap == events.count_mechanisms([proposal().plan.event()]), "and nothing again that both know"
+    assert backups.open().history.total_charges() == since + gap >= whole
     assert verify(backups.path, anchor=newest).anchor_sequence is not None
 
 
 def test_restore_releases_the_reserves_of_ended_runs(backups: Backups) -> None:
     ledger = backups.open()
     train(ledger, proposal(), 2)
-    ledger.end("r")
+    ledger.end_run("r")
     train(ledger, proposal(run="2", plan={"num_rounds": 8}), *range(1, 9))
     backups.put_back(anchor=ledger.head())
     for run, reason in (("r", Reason.RUN_ENDED), ("3", Reason.MAX_EPSILON)):
@@ -306,7 +309,7 @@ def test_backup_restored_after_a_restore_is_detected(
         anchored()
     with pytest.raises(RunError, match="the ledger was put back"):
         verify(backups.path, anchor=Head.read(anchor))
-    assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    assert reason_of(backups.open().require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
 def test_restore_keeps_all_permanent_marks(opened: Any, path: Path) -> None:

@@ -61,9 +61,9 @@ def test_every_plan_field_is_in_its_json() -> None:
 @pytest.mark.parametrize("metrics", ["none", "noised"])
 def test_planned_runs_compose_to_the_target_epsilon(metrics: Any) -> None:
     privacy = PrivacySpec(epsilon=4.0, runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0)
-    made = Plan.of(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
-    assert 3.98 < epsilon_pld([made.whole] * 5, made.delta) <= 4.0 < epsilon_pld([made.whole] * 6, made.delta)
-    assert events.grouped([made.whole] * 5) == events.grouped([made.of_all_runs])
+    made = Plan.from_privacy(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
+    assert 3.98 < epsilon_pld([made.full_event] * 5, made.delta) <= 4.0 < epsilon_pld([made.full_event] * 6, made.delta)
+    assert events.count_mechanisms([made.full_event] * 5) == events.count_mechanisms([made.all_runs_event])
     with pytest.raises(ConfigError, match=r"runs = 121: must be at most 120"):
         PrivacySpec(runs=121)
 
@@ -85,10 +85,10 @@ def test_plan_takes_over_every_privacy_setting() -> None:
     changes = {"delta": 1e-6, "noise_multiplier": 2.5, "max_grad_norm": 0.3, "sampling_rate": 0.15}
     rounds = {"local_steps": 4, "num_rounds": 6, "spare_rounds": 1}
     privacy = PrivacySpec(**changes, records_per_user=5)
-    assert Plan.of(privacy, **rounds) == plan(**changes, **rounds), "a record contributes itself"
-    by_user = Plan.of(dataclasses.replace(privacy, unit="user"), **rounds)
+    assert Plan.from_privacy(privacy, **rounds) == plan(**changes, **rounds), "a record contributes itself"
+    by_user = Plan.from_privacy(dataclasses.replace(privacy, unit="user"), **rounds)
     assert by_user == plan(**changes, **rounds, unit="user", records_per_user=5)
-    silent = Plan.of(dataclasses.replace(privacy, mechanism="none"), **rounds)
+    silent = Plan.from_privacy(dataclasses.replace(privacy, mechanism="none"), **rounds)
     assert (silent.noise_multiplier, silent.private) == (0, False), "even if noise is asked for"
     assert epsilon_pld([silent.event()], 1e-5) == math.inf
 
@@ -98,12 +98,12 @@ def test_released_scores_are_accounted_as_separate_events() -> None:
     assert (plan().releases_metrics, with_scores.releases_metrics) == (False, True)
     for rounds in (1, 4):
         # Held-out records are charged like those trained on: both parts, one after the other.
-        expected = events.grouped([plan().event(rounds=rounds)]) + Counter({GaussianDpEvent(20.0): rounds})
-        assert events.grouped([with_scores.event(rounds=rounds)]) == expected
+        expected = events.count_mechanisms([plan().event(rounds=rounds)]) + Counter({GaussianDpEvent(20.0): rounds})
+        assert events.count_mechanisms([with_scores.event(rounds=rounds)]) == expected
     assert events.from_json(events.to_json(with_scores.event(rounds=4))) == with_scores.event(rounds=4)
 
 
 def test_scores_that_spend_the_whole_epsilon_are_refused() -> None:
     privacy = PrivacySpec(epsilon=0.5, metrics="noised", metrics_noise_multiplier=1.0)
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = 0\.5: is spent by the released metrics alone"):
-        Plan.of(privacy, local_steps=1, num_rounds=5)
+        Plan.from_privacy(privacy, local_steps=1, num_rounds=5)

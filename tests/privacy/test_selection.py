@@ -10,7 +10,7 @@ from scipy import special
 
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import price_of
+from fedtune.privacy.selection import compute_search_price
 
 from ..conftest import run_plan
 
@@ -31,16 +31,16 @@ def of_plan(plan: Plan) -> dict[int, float]:
 
 def test_search_trials_cost_the_composition_of_all_steps() -> None:
     other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
-    price = price_of([run_plan(), other, run_plan()])
+    price = compute_search_price([run_plan(), other, run_plan()])
     both = {a: 2 * one + of_plan(other)[a] for a, one in of_plan(run_plan()).items()}
     # Canonne, Kamath, Steinke 2020, Proposition 12.
     found = min(rho + math.log1p(-1 / a) - math.log(run_plan().delta * a) / (a - 1) for a, rho in both.items())
     assert price.epsilon_rdp == pytest.approx(found, rel=1e-3)
     assert price.epsilon < price.epsilon_rdp < price.epsilon_filter * (1 + 1e-9)
-    assert price.epsilon_of_one == accountant.epsilon_pld([other.whole], other.delta) < price.epsilon
-    assert price.epsilon == accountant.epsilon_pld({run_plan().whole: 2, other.whole: 1}, run_plan().delta)
-    every = ComposedDpEvent((run_plan().whole, other.whole, run_plan().whole))
-    assert price.epsilon_filter == filter.cheapest(every, delta=1e-5)[0]
+    assert price.epsilon_of_one == accountant.epsilon_pld([other.full_event], other.delta) < price.epsilon
+    assert price.epsilon == accountant.epsilon_pld({run_plan().full_event: 2, other.full_event: 1}, run_plan().delta)
+    every = ComposedDpEvent((run_plan().full_event, other.full_event, run_plan().full_event))
+    assert price.epsilon_filter == filter.smallest_cap(every, delta=1e-5)[0]
     assert price.trials == 3
-    without = price_of([replace(run_plan(), noise_multiplier=0.0)] * 2)
+    without = compute_search_price([replace(run_plan(), noise_multiplier=0.0)] * 2)
     assert (without.private, without.epsilon) == (False, math.inf)

@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.cohorts import period_of
+from fedtune.privacy.cohorts import period_number
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -128,7 +128,7 @@ def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPat
 def test_periods_follow_the_calendar() -> None:
     for month, quarter in ((1, 0), (3, 0), (4, 1), (9, 2), (12, 3)):
         moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
-        found = [period_of(moment, period) for period in ("month", "quarter", "year")]
+        found = [period_number(moment, period) for period in ("month", "quarter", "year")]
         assert found == [2030 * 12 + month - 1, 2030 * 4 + quarter, 2030]
 
 
@@ -195,8 +195,8 @@ def test_secure_aggregation_must_meet_the_trust_limits_of_the_site(trust: Any, s
 
 def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
     asked = of_sums()
-    alone = epsilon_pld([asked.plan.by_own_noise_alone.whole], asked.plan.delta)
-    assert alone > epsilon_pld([asked.plan.whole], asked.plan.delta)
+    alone = epsilon_pld([asked.plan.with_own_noise_only.full_event], asked.plan.delta)
+    assert alone > epsilon_pld([asked.plan.full_event], asked.plan.delta)
     trust = {"secure": True, "colluders": 1}
     policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(asked)
     tight = policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone - 0.01))
@@ -206,6 +206,6 @@ def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
 
 def test_counted_noise_is_that_of_the_fewest_honest_sites() -> None:
     plan = of_sums().plan
-    assert plan.counted_noise == pytest.approx(4.0 * math.sqrt(3 - 1))
-    assert plan.with_noise(1.0).counted_noise == pytest.approx(math.sqrt(3 - 1))
-    assert plan.by_own_noise_alone.counted_noise == 4.0
+    assert plan.accounted_noise == pytest.approx(4.0 * math.sqrt(3 - 1))
+    assert plan.with_noise(1.0).accounted_noise == pytest.approx(math.sqrt(3 - 1))
+    assert plan.with_own_noise_only.accounted_noise == 4.0

@@ -35,13 +35,13 @@ def test_share_of_cap_is_a_fraction_of_the_divergence(opened: Any) -> None:
     ledger = opened()
     train(ledger, proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
-    room = filter.most_divergence(11.0, order=history.order, delta=DELTA)
+    room = filter.max_divergence(11.0, order=history.order, delta=DELTA)
     one = history.divergence([proposal().plan.event()])
-    assert spending.share_of_cap(history, history.charged(), cap=11.0) == pytest.approx(one / room)
-    assert spending.share_of_cap(history, history.charged(), cap=math.inf) is None
+    assert spending.spent_fraction_of_cap(history, history.charged(), cap=11.0) == pytest.approx(one / room)
+    assert spending.spent_fraction_of_cap(history, history.charged(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.
-    assert filter.most_divergence(3.0, order=history.order, delta=DELTA) < 0
-    assert spending.share_of_cap(history, history.charged(), cap=3.0) == 1
+    assert filter.max_divergence(3.0, order=history.order, delta=DELTA) < 0
+    assert spending.spent_fraction_of_cap(history, history.charged(), cap=3.0) == 1
 
 
 def test_nan_divergence_does_not_fit_the_budget(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,18 +54,18 @@ def test_remaining_budget_matches_what_would_be_accepted(opened: Any) -> None:
     ledger = opened()
     five = proposal().plan.event(rounds=5)
     now = datetime.now(UTC)
-    assert spending.runs_left(ledger.history, policy(), five, now) == 2
-    assert spending.runs_left(History.before(policy()), policy(), five, now) == 2, "also before there is a ledger"
+    assert spending.remaining_runs(ledger.history, policy(), five, now) == 2
+    assert spending.remaining_runs(History.empty(policy()), policy(), five, now) == 2, "also before there is a ledger"
     train(ledger, proposal(), 1)
-    assert spending.runs_left(ledger.history, policy(), five, now) == 1, "the first holds its whole plan"
+    assert spending.remaining_runs(ledger.history, policy(), five, now) == 1, "the first holds its whole plan"
     train(ledger, proposal(run="2"), 1)
-    assert spending.runs_left(ledger.history, policy(), five, now) == 0
-    left = spending.divergence_left(ledger.history, policy(), now)
+    assert spending.remaining_runs(ledger.history, policy(), five, now) == 0
+    left = spending.remaining_divergence(ledger.history, policy(), now)
     assert 0 < left < ledger.history.divergence([proposal().plan.event()])
-    assert spending.runs_left(ledger.history, policy(budget={"max_epsilon": math.inf}), five, now) is None
-    assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": 6.0}), now) == 0
+    assert spending.remaining_runs(ledger.history, policy(budget={"max_epsilon": math.inf}), five, now) is None
+    assert spending.remaining_divergence(ledger.history, policy(budget={"max_epsilon": 6.0}), now) == 0
     ledger.freeze("for this test")
-    assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": math.inf}), now) == 0
+    assert spending.remaining_divergence(ledger.history, policy(budget={"max_epsilon": math.inf}), now) == 0
 
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
@@ -78,20 +78,20 @@ def test_most_rounds_is_the_largest_accepted_number(fits: int) -> None:
         assert each == replace(asked, plan=replace(asked.plan, num_rounds=rounds))
         return rounds <= fits
 
-    assert spending.most_rounds(asked, accepts) == min(fits, 20)
+    assert spending.find_max_rounds(asked, accepts) == min(fits, 20)
     assert len(tried) <= 5
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
 def test_least_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
-    found = spending.least_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
+    found = spending.find_min_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
     assert found >= max(bound, 1.0), "never less than was asked for"
     assert found <= max(bound, 1.0) * 1.0002 + 1e-4
     assert found == round(found, 4)
 
 
 def test_least_noise_is_none_if_no_noise_is_accepted() -> None:
-    assert spending.least_noise(proposal(), lambda each: False) is None
+    assert spending.find_min_noise(proposal(), lambda each: False) is None
     silent = proposal(plan={"noise_multiplier": 0.0})
-    found = spending.least_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
+    found = spending.find_min_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
     assert found == pytest.approx(0.5, abs=2e-4)

@@ -12,11 +12,11 @@ import pytest
 
 from fedtune.privacy.ledger import chain, store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
-from fedtune.words import spoken_start
+from fedtune.words import group_hex_start
 
 from ..cases import cases_of
 from .builders import make_key, policy, proposal, reserve, site_key, tamper
@@ -29,7 +29,7 @@ LATER = {"limits": {"max_rounds": 19}}
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger with every kind of event and note that nobody may change; beside it a head of before its last five."""
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
-    ledger = Ledger(path, policy(), site_key)
+    ledger = SiteLedger(path, policy(), site_key)
 
     def answered(asked: Any, round: int) -> None:
         ledger.commit(reserve(ledger, asked, round), b"reply %d" % round, fingerprint="f")
@@ -39,15 +39,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answered(proposal(), 2)
     lost = ledger.head()
     path.write_bytes(backup)
-    ledger = Ledger(path, policy(**LATER), site_key)
+    ledger = SiteLedger(path, policy(**LATER), site_key)
     ledger.charge_gap(lost)
     two = proposal(run="2", dataset="letters", plan={"num_rounds": 3})
     answered(two, 1)
     path.with_name("older.json").write_bytes(ledger.head().to_bytes())
-    ledger.refuse(Refused(Reason.MAX_RANK, asked=9, allowed="at most 8"), run="3", round=1, request="q")
-    ledger.offer(proposal(run="4"))
+    ledger.record_refusal(Refused(Reason.MAX_RANK, asked=9, allowed="at most 8"), run="3", round=1, request="q")
+    ledger.make_offer(proposal(run="4"))
     ledger.reserve(two, round=2, request="digest 2 2")
-    ledger.end("2")
+    ledger.end_run("2")
     ledger.freeze("for this test")
     path.with_name("newest.json").write_bytes(ledger.head().to_bytes())
     return path
@@ -131,7 +131,7 @@ def other_values(column: str, value: Any) -> list[Any]:
     if column == "detail":
         fields = json.loads(value)
         others += [json.dumps(fields), "{}", "[]", "null", value.replace(":", ": ", 1), value.replace("0", "00", 1)]
-        others += [chain.canonical({k: v for k, v in fields.items() if k != one}).decode() for one in fields]
+        others += [chain.canonical_json({k: v for k, v in fields.items() if k != one}).decode() for one in fields]
     return [other for other in dict.fromkeys(others) if other != value]
 
 
@@ -200,7 +200,7 @@ def test_invalid_json_in_an_event_raises_a_run_error(victim: Path, text: str) ->
 
 def test_ledger_resigned_by_another_key_is_detected(whole: Path, victim: Path, newest: Head) -> None:
     forger, (first, *rows, _) = make_key(9), stored(whole)
-    opening = chain.canonical(json.loads(first["detail"]) | {"site_key": forger.public}).decode()
+    opening = chain.canonical_json(json.loads(first["detail"]) | {"site_key": forger.public}).decode()
     fitting = rehashed([first | {"detail": opening}, *rows])
     replace_rows(victim, [row | {"signature": forger.sign(chain.EVENT, row["hash"].encode())} for row in fitting])
     alone = verify(victim)
@@ -208,7 +208,7 @@ def test_ledger_resigned_by_another_key_is_detected(whole: Path, victim: Path, n
     assert found(victim, site_key=site_key.public).endswith(f"names site key {forger.public}, not {site_key.public}")
     assert found(victim, anchor=newest) == "the anchor is of another ledger"
     with pytest.raises(RunError, match="is not signed by the site's key"):
-        Ledger(victim, policy(**LATER), site_key)
+        SiteLedger(victim, policy(**LATER), site_key)
 
 
 def test_event_signed_by_another_key_is_detected(whole: Path, victim: Path) -> None:
@@ -217,7 +217,7 @@ def test_event_signed_by_another_key_is_detected(whole: Path, victim: Path) -> N
         changed = [dict(row) for row in rows]
         changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
         replace_rows(victim, changed)
-        key = spoken_start(verify(whole).site_key)
+        key = group_hex_start(verify(whole).site_key)
         assert found(victim) == f"event {number + 1} is not signed by the site's key {key}"
 
 
@@ -231,7 +231,7 @@ def test_truncated_ledger_is_detected_only_with_an_anchor(whole: Path, victim: P
 
 def test_anchor_without_the_signature_of_its_site_key_is_refused(newest: Head, tmp_path: Path) -> None:
     path = tmp_path / "anchor.json"
-    forged = dataclasses.replace(newest, sequence=1, signature=make_key(9).sign(chain.HEAD, newest.message()))
+    forged = dataclasses.replace(newest, sequence=1, signature=make_key(9).sign(chain.HEAD, newest.signed_bytes()))
     path.write_bytes(forged.to_bytes())
     with pytest.raises(ValueError, match="must carry the signature of the site key that it names"):
         Head.read(path)
@@ -239,7 +239,7 @@ def test_anchor_without_the_signature_of_its_site_key_is_refused(newest: Head, t
 
 def test_opening_a_ledger_for_training_detects_tampering(whole: Path, victim: Path) -> None:
     rows = stored(whole)
-    Ledger(victim, policy(**LATER), site_key)
+    SiteLedger(victim, policy(**LATER), site_key)
     for forged in (
         [rows[0] | {"code": "x"}, *rows[1:]],
         rehashed([rows[0] | {"code": "x"}, *rows[1:]]),
@@ -247,7 +247,7 @@ def test_opening_a_ledger_for_training_detects_tampering(whole: Path, victim: Pa
     ):
         replace_rows(victim, forged)
         with pytest.raises(RunError, match="nothing is trained on a ledger in doubt"):
-            Ledger(victim, policy(**LATER), site_key)
+            SiteLedger(victim, policy(**LATER), site_key)
 
 
 def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> None:
@@ -259,8 +259,8 @@ def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> 
     wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
     event = chain.Event(**wrong).hash_after(row["hash"])
     signed = dataclasses.replace(chain.Event(**wrong), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
-    with store.writing(path) as file:
-        store.insert(file, signed)
+    with store.open_for_writing(path) as file:
+        store.insert_event(file, signed)
     for check in (lambda: ledger.end("r"), lambda: verify(path)):
         with pytest.raises(RunError, match=r"event 5 \(reserve\) cannot be understood: it does not follow"):
             check()
@@ -273,6 +273,6 @@ def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> 
 def test_empty_or_missing_ledger_raises_a_run_error(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     assert found(path) == f"ledger {path} does not exist"
-    with store.writing(path):
+    with store.open_for_writing(path):
         pass
     assert found(path) == f"ledger {path} is empty"

@@ -65,7 +65,7 @@ def language(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def of_run(run_folder: Path) -> Report:
-    return from_run.build(run_folder)
+    return from_run.build_run_report(run_folder)
 
 
 @pytest.fixture(scope="session")
@@ -74,4 +74,4 @@ def of_ledger(tmp_path_factory: pytest.TempPathFactory) -> Report:
     books = Books.made(tmp_path_factory.mktemp("sites") / "a", site_policy(limits={"max_rounds": 50}))
     books.charge(run_proposal(), 1, 2)
     books.charge(run_proposal(run="s"), 1)
-    return from_ledger.build(books.site_toml)
+    return from_ledger.build_ledger_report(books.site_toml)

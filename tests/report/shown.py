@@ -23,11 +23,11 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
 from fedtune.report.derive import cells
 from fedtune.report.derive.verdicts import CODES
-from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, SiteStatement, Verdict
-from fedtune.report.model import Assumption, Report, Step
+from fedtune.report.facts import BudgetVerdict, Cap, LedgerFacts, Release, RunFacts, SiteStatement
+from fedtune.report.model import Assumption, EpsilonStep, Report
 from fedtune.report.page import render
-from fedtune.report.rederive import derive, problems
-from fedtune.show.budget_text import Arrivals
+from fedtune.report.rederive import derive_report, problems
+from fedtune.show.budget_text import ArrivalRange
 from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 
 Make = Callable[..., Report]
@@ -48,7 +48,7 @@ def on_file(name: str) -> Make:
     """`on_file(name)(**changes)`: the report of which reports/ has the facts; its sites sign their receipts here."""
     text = (Path(__file__).parent / "reports" / f"{name}.json").read_bytes()
     facts = TypeAdapter(RunFacts | LedgerFacts).validate_json(text, strict=True)
-    return partial(replace, derive(signed_by_sites(facts) if isinstance(facts, RunFacts) else facts))
+    return partial(replace, derive_report(signed_by_sites(facts) if isinstance(facts, RunFacts) else facts))
 
 
 def key_of(site: str) -> SigningKey:
@@ -68,7 +68,7 @@ def signed_by_sites(facts: RunFacts, **changes: Any) -> RunFacts:
 def signed_receipt(receipt: Receipt, signer: str, **changes: Any) -> Receipt:
     """The receipt with changes, signed with the key of a site."""
     receipt = replace(receipt, site_key=key_of(signer).public, **changes)
-    return replace(receipt, signature=key_of(signer).sign(RECEIPT, receipt.message()))
+    return replace(receipt, signature=key_of(signer).sign(RECEIPT, receipt.signed_bytes()))
 
 
 def where(report: Report) -> set[str]:
@@ -121,7 +121,7 @@ def filled(report: Report, **changes: Any) -> Report:
     )
     without = () if report.facts.unit == "record" else ("several_records",)
     fields: dict[str, Any] = {
-        "cells": cells.rows(known),
+        "cells": cells.build_cells(known),
         **{kind: tuple(one for one in codes if one not in without) for kind, codes in CODES["listed"].items()},
         "covers": ("rounds_and_steps", "charged_retries", "noised_scores"),
         "released": ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts"),
@@ -136,10 +136,10 @@ def filled(report: Report, **changes: Any) -> Report:
 def reports() -> dict[str, Report]:
     """By situation; page 1 is kept as golden text of all but the wide ones."""
     run, ledger = on_file("run")(), with_facts(on_file("ledger")(), simulated=True)
-    exceeded = Verdict(state="exceeded", reasons=("above_target",))
-    seeded = Verdict(state="no_guarantee", reasons=("seeded_noise",))
+    exceeded = BudgetVerdict(state="exceeded", reasons=("above_target",))
+    seeded = BudgetVerdict(state="no_guarantee", reasons=("seeded_noise",))
     of_study = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
-    silent = Verdict(state="within", reasons=("site_silent",))
+    silent = BudgetVerdict(state="within", reasons=("site_silent",))
     unheard = (replace(run.facts.sites[0], receipt=None), *run.facts.sites[1:])
     return {
         "within": filled(run),
@@ -148,7 +148,7 @@ def reports() -> dict[str, Report]:
             filled(replace(run, randomness="seeded"), verdict=seeded, sites=of_study), seeded_noise=True
         ),
         "unbounded": filled(
-            on_file("run_without_privacy")(verdict=Verdict(state="no_guarantee", reasons=("no_noise",)))
+            on_file("run_without_privacy")(verdict=BudgetVerdict(state="no_guarantee", reasons=("no_noise",)))
         ),
         "upper_bound": filled(
             with_facts(with_site(run, verdict=silent, source="not_released"), sites=unheard), verdict=silent
@@ -198,16 +198,16 @@ def arrivals(ledger: Report) -> Report:
     facts, last, runs, charges = ledger.facts, 2026, [], []
     for year in range(2022, last + 1):
         cohorts = Cohorts(period="year", first=None if year == 2022 else str(year - 1), last=str(year))
-        first = facts.runs[0]
+        first = facts.run_settings_folder[0]
         plan = replace(first.plan, unit="user", cohorts=cohorts, num_rounds=3, noise_multiplier=2.0)
         runs.append(replace(first, run=f"triage-{year}", plan=plan, state="open" if year == last else "ended"))
         rounds = 2 if year == last else 3
         charges.append(replace(facts.charges[0], run=f"triage-{year}", rounds=rounds, day=f"{year}-02-01"))
     made = replace(facts, unit="user", arrivals="year", runs=tuple(runs), charges=tuple(charges), releases=())
-    return derive(made)
+    return derive_report(made)
 
 
-def periods(report: Report) -> list[Arrivals]:
+def periods(report: Report) -> list[ArrivalRange]:
     """In which people came, of whom a report tells by themselves."""
     lives = [site.lifetime for site in report.sites if site.lifetime]
     found = [one.people for life in lives for one in life.cohorts or ()]
@@ -216,7 +216,7 @@ def periods(report: Report) -> list[Arrivals]:
 
 def of_plan(run: Report, **changes: Any) -> Report:
     """The run with another plan, of which its sites signed receipts."""
-    return derive(signed_by_sites(replace(run.facts, plan=replace(run.facts.plan, **changes))))
+    return derive_report(signed_by_sites(replace(run.facts, plan=replace(run.facts.plan, **changes))))
 
 
 def admitting(run: Report) -> Report:
@@ -230,7 +230,7 @@ def drifting(run: Report) -> Report:
     plan = replace(run.facts.plan, metrics_noise_multiplier=20.0)
     means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.facts.name: 0.7}
     line = [HeldOut(run=name, date="2026-03-01", mean=mean, deviation=0.02) for name, mean in means.items()]
-    return derive(signed_by_sites(replace(run.facts, plan=plan, held_out=tuple(line))))
+    return derive_report(signed_by_sites(replace(run.facts, plan=plan, held_out=tuple(line))))
 
 
 def without_room(ledger: Report, *, left: float) -> Report:
@@ -281,7 +281,7 @@ def wide_run() -> Report:
     energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0)
     detail = detail_of(LONG, HOSTILE, "c")
     utility = replace(run.utility, epsilons=(run.utility.epsilons[0],) * 60)
-    exceeded = Verdict(state="exceeded", reasons=("above_target", "above_run_cap"))
+    exceeded = BudgetVerdict(state="exceeded", reasons=("above_target", "above_run_cap"))
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
     purpose = "To sort what patients write by the ward that can answer it, and to tell what is urgent; " * 3
     provenance = replace(run.facts.provenance, purpose=purpose)
@@ -298,10 +298,13 @@ def wide_ledger(*, runs: int = 500) -> Report:
         return tuple(replace(items[n % len(items)], run=f"run-{n:04d}-0123456789abcdef") for n in range(runs))
 
     days = [f"{2020 + n // 100}-03-01T08:00:00+00:00" for n in range(runs)]
-    steps = [Step(run=f"run-{n:04d}", round=None, time=day, epsilon=2.0 * (n + 1) / runs) for n, day in enumerate(days)]
+    steps = [
+        EpsilonStep(run=f"run-{n:04d}", round=None, time=day, epsilon=2.0 * (n + 1) / runs)
+        for n, day in enumerate(days)
+    ]
     limits = [(f"{2020 + n}-01-01T08:00:00+00:00", 4.0 + n, n) for n in range(3)]
     caps = tuple(Cap(time=time, max_epsilon=cap, charges_before=charges) for time, cap, charges in limits)
-    lifetime = replace(site.lifetime, runs=many(site.lifetime.runs), caps=caps, with_set_aside=2.5)
+    lifetime = replace(site.lifetime, runs=many(site.lifetime.run_settings_folder), caps=caps, with_set_aside=2.5)
     last = "2026-02-01T08:00:00+00:00"
     refusal = Release(kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last=last)
     of_site = {"lifetime": lifetime, "mechanisms": many(site.mechanisms), "steps": tuple(steps)}

@@ -14,8 +14,8 @@ from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.from_run import RunRecord, read_run
 from fedtune.report.model import Assumption, Report, SiteReport
-from fedtune.report.rederive import derive
-from fedtune.sites.shared_settings import for_sites
+from fedtune.report.rederive import derive_report
+from fedtune.sites.shared_settings import settings_for_sites
 
 from ..books import resigned
 from ..conftest import run_proposal
@@ -29,7 +29,7 @@ def statuses(found: Iterable[Assumption]) -> dict[str, str]:
 
 
 def assumed(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
-    return rules.assumptions(from_run.facts_of(folder, record, own={}), sites)
+    return rules.list_assumptions(from_run.collect_run_facts(folder, record, own={}), sites)
 
 
 def test_assumption_codes_are_unique_and_sorted_and_cite_existing_tests(of_run: Report, of_ledger: Report) -> None:
@@ -46,7 +46,10 @@ def test_assumption_codes_are_unique_and_sorted_and_cite_existing_tests(of_run: 
 
 def test_assumption_statuses_have_one_meaning_in_both_reports(run_folder: Path) -> None:
     """The same in the lead's report and in the site's own, about the same training."""
-    of_lead, own = from_run.build(run_folder), from_ledger.build(run_folder / "sites/site-1/site.toml")
+    of_lead, own = (
+        from_run.build_run_report(run_folder),
+        from_ledger.build_ledger_report(run_folder / "sites/site-1/site.toml"),
+    )
     by_program = {"clipping_exact", "noise_in_every_step", "poisson_sampling", "unpredictable_randomness"}
     for report in (of_lead, own):
         found = statuses(report.assumptions)
@@ -71,17 +74,23 @@ def test_clipping_is_assumed_when_all_sites_accept_inexact_gradients(folder: Pat
         path.write_text(path.read_text().replace("inexact_gradients = false", "inexact_gradients = true"))
         # One that does not accept them is enough: all train on one machine.
         expected = ("clipping_but_for_rounding", "assumed") if count == len(policies) else ("clipping_exact", "ensured")
-        assert clipping(from_run.build(folder).assumptions) == expected
+        assert clipping(from_run.build_run_report(folder).assumptions) == expected
     policies[0].unlink()
-    assert clipping(from_run.build(folder).assumptions) == ("clipping_exact", "assumed")
+    assert clipping(from_run.build_run_report(folder).assumptions) == ("clipping_exact", "assumed")
 
 
 def test_clipping_is_assumed_for_a_ledger_with_inexact_gradients(books: Any) -> None:
     made = books(allow={"inexact_gradients": True})
     made.charge(run_proposal(), 1)
-    assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
+    assert clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
+        "clipping_but_for_rounding",
+        "assumed",
+    )
     made.edit(noted=True, allow={"inexact_gradients": False})
-    assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
+    assert clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
+        "clipping_but_for_rounding",
+        "assumed",
+    )
 
 
 def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
@@ -99,7 +108,9 @@ def test_receipts_of_a_run_with_a_longer_name_are_ignored(run_folder: Path, mode
     deployed = replace(record, config=config)
     other = with_receipts_of(deployed, run=f"{config.name}-weaker-{'a' * 32}")
     assert dict(other.receipts) == {}
-    sent = for_sites(replace(config, privacy=replace(config.privacy, noise_multiplier=record.plan.noise_multiplier)))
+    sent = settings_for_sites(
+        replace(config, privacy=replace(config.privacy, noise_multiplier=record.plan.noise_multiplier))
+    )
     right = with_receipts_of(deployed, run=sent.run_id())
     assert (right.run, set(right.receipts)) == (sent.run_id(), {"site-1", "site-2"})
     # Another digest is told from the right one where what the sites were sent is known.
@@ -115,7 +126,7 @@ def test_lead_report_of_real_sites_only_assumes_site_behavior(run_folder: Path) 
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
     deployed = with_receipts_of(deployed, run=deployed.run)
-    found = statuses(assumed(run_folder, deployed, from_run.build(run_folder).sites))
+    found = statuses(assumed(run_folder, deployed, from_run.build_run_report(run_folder).sites))
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
@@ -123,14 +134,14 @@ def test_lead_report_of_real_sites_only_assumes_site_behavior(run_folder: Path) 
 
 
 def test_unsigned_receipts_large_deltas_and_accountant_mismatches_are_reported(run_folder: Path) -> None:
-    record, sites = read_run(run_folder), from_run.build(run_folder).sites
+    record, sites = read_run(run_folder), from_run.build_run_report(run_folder).sites
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
-    report = derive(from_run.facts_of(run_folder, replace(record, state=state), own={}))
+    report = derive_report(from_run.collect_run_facts(run_folder, replace(record, state=state), own={}))
     assert (status(report, "receipts_signed"), assumption(report, "receipts_signed").evidence) == ("assumed", "site-1")
-    facts = from_run.facts_of(run_folder, record, own={})
+    facts = from_run.collect_run_facts(run_folder, record, own={})
     large = replace(facts, sites=tuple(replace(site, declared_size=200_000) for site in facts.sites))
-    of_delta = {one.code: one for one in rules.assumptions(large, sites)}["delta_below_one_over_size"]
+    of_delta = {one.code: one for one in rules.list_assumptions(large, sites)}["delta_below_one_over_size"]
     assert (of_delta.status, of_delta.evidence) == ("violated", "delta=1e-05; declared_size=200000")
     wrong = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
     assert statuses(assumed(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
@@ -141,13 +152,13 @@ def test_simulation_ignores_assertions_about_people_at_other_sites(folder: Path)
     assert "no_person_at_another_site" not in policy.read_text()
     for more in ("", "\n[asserted]\nno_person_at_another_site = true\n"):  # as earlier versions wrote it
         policy.write_text(policy.read_text() + more)
-        for report in (from_run.build(folder), from_ledger.build(policy)):
+        for report in (from_run.build_run_report(folder), from_ledger.build_ledger_report(policy)):
             assert status(report, "units_at_one_site_only") == "assumed"
         assert report.facts.asserted == {}, "of the ledger"
 
 
 def test_site_denying_the_single_site_assumption_violates_it(books: Any) -> None:
-    report = from_ledger.build(books(asserted={"no_person_at_another_site": False}).ledger)
+    report = from_ledger.build_ledger_report(books(asserted={"no_person_at_another_site": False}).ledger)
     assert status(report, "units_at_one_site_only") == "violated"
     assert report.assumptions[0].code == "units_at_one_site_only"
 
@@ -158,7 +169,7 @@ def test_seeded_and_noiseless_runs_violate_their_assumptions(books: Any) -> None
     )
     made.charge(run_proposal(run="study", seeded_noise=True), 1)
     made.charge(run_proposal(run="open", noise_multiplier=0.0), 1)
-    report = from_ledger.build(made.ledger)
+    report = from_ledger.build_ledger_report(made.ledger)
     assert status(report, "unpredictable_randomness") == status(report, "noise_in_every_step") == "violated"
     assert assumption(report, "unpredictable_randomness").evidence == "study"
     assert assumption(report, "noise_in_every_step").evidence == "open"
@@ -172,9 +183,9 @@ def test_ledger_in_doubt_violates_the_completeness_assumption(books: Any) -> Non
     receipt = made.open().receipt("r")
     backup.replace(made.ledger)
     with pytest.raises(Refused) as caught:
-        made.open().require_contains(receipt)
+        made.open().require_receipt(receipt)
     assert caught.value.reason is Reason.LEDGER_BEHIND_RECEIPT
-    report = from_ledger.build(made.ledger)
+    report = from_ledger.build_ledger_report(made.ledger)
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("ledger_in_doubt",))
     assert status(report, "no_event_missing") == "violated"
     assert report.sites[0].meaning is None

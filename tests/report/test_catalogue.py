@@ -13,22 +13,22 @@ import fedtune.report
 from fedtune.federation.drift import FELL
 from fedtune.privacy.release import Reason
 from fedtune.report.derive import cells, verdicts
-from fedtune.report.facts import Verdict
+from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Assumption, CellState, SiteReport
-from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.page.report_words import data
-from fedtune.report.page.tables import Column
+from fedtune.report.page.catalogue import LANGUAGES, load_catalogue
+from fedtune.report.page.report_words import page_layout
+from fedtune.report.page.tables import TableColumn
 from fedtune.runs import results
-from fedtune.tasks.inputs import input_named
+from fedtune.tasks.inputs import get_input
 
 from .masking import GOLDEN, read_golden
 
 PACKAGE = Path(fedtune.report.__file__).parent
-TEXTS = {language: catalogue(language).texts for language in LANGUAGES}
+TEXTS = {language: load_catalogue(language).texts for language in LANGUAGES}
 KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in texts}
 
-STATES = get_args(get_type_hints(Verdict)["state"])
-ACCESS = data()["access"]
+STATES = get_args(get_type_hints(BudgetVerdict)["state"])
+ACCESS = page_layout()["access"]
 SEEN = {
     code
     for noise in ("noised", "seeded", "no_noise", "masked")
@@ -50,7 +50,7 @@ CODES: dict[str, set[str]] = {
     "relation": {"add_or_remove_one"},
     "arrivals": {"all", "undated", "undated_to", "dated", "to", "from", "in", "between"},
     "banner": {"simulation", "seeded"},
-    "value": {str(input_named("features").modality)},
+    "value": {str(get_input("features").modality)},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS, FELL},
 }
 """Codes that types and rules list, by the section that has words for them."""
@@ -181,7 +181,7 @@ def test_every_translation_key_is_used() -> None:
     whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
     known = "".join((PACKAGE / "derive" / name).read_text() for name in ("cells.py", "cells.toml"))
     whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
-    whole |= {("value", "unbounded")}  # of `epsilon_text`
+    whole |= {("value", "unbounded")}  # of `format_epsilon`
     # Other words for a text that there is.
     for of in ("by_user", "where_no_noise", "where_seeded"):
         whole |= {(of, f"{section}__{key}") for section, key in KEYS}
@@ -192,8 +192,8 @@ def test_every_translation_key_in_use_exists() -> None:
     for text in sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
-    for table in data()["table"].values():
-        for column in (Column(*column) for column in table["columns"]):
+    for table in page_layout()["table"].values():
+        for column in (TableColumn(*column) for column in table["columns"]):
             for key in (table["caption"], column.heading, column.absent or "word.none", column.zero or "word.none"):
                 assert tuple(key.split(".")) in KEYS
             assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
@@ -226,7 +226,7 @@ def test_texts_make_no_legal_claims_or_judgments(language: str) -> None:
 def test_numbers_are_formatted_for_both_languages() -> None:
     kinds = json.loads(Path(__file__).with_name("figures.json").read_text())
     for kind, value, english, german in ((kind, *row) for kind, rows in kinds.items() for row in rows):
-        assert (catalogue("en").figure(value, kind), catalogue("de").figure(value, kind)) == (english, german)
+        assert (load_catalogue("en").figure(value, kind), load_catalogue("de").figure(value, kind)) == (english, german)
 
 
 @given(st.floats(min_value=0, max_value=1e12))
@@ -234,7 +234,7 @@ def test_losses_are_rounded_up_and_remaining_budgets_down(value: float) -> None:
     def read(text: str) -> float:
         return float(text.replace(".", "").replace(",", "."))
 
-    german = catalogue("de")
+    german = load_catalogue("de")
     assert read(german.figure(value, "epsilon")) >= value
     assert read(german.figure(value, "left")) <= value
     right = german.figure(value, "of_100")
@@ -247,15 +247,15 @@ def test_losses_are_rounded_up_and_remaining_budgets_down(value: float) -> None:
     st.floats(allow_nan=False),
 )
 def test_any_float_can_be_formatted(kind: str, value: float) -> None:
-    assert catalogue("en").figure(value if kind != "bytes" else abs(value), kind)
+    assert load_catalogue("en").figure(value if kind != "bytes" else abs(value), kind)
 
 
 def test_unknown_values_are_escaped_and_lists_are_joined_as_sentences() -> None:
-    words = catalogue("en")
+    words = load_catalogue("en")
     title = words.text("page.title", name="<b>{digest}</b>")
     assert title == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;", "and not formatted again"
     assert words.code("reason", "<new>") == "<code>&lt;new&gt;</code>"
-    assert catalogue("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
+    assert load_catalogue("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
     for codes, said in ((["times", "bytes", "declared_sizes"], "times, traffic and declared sizes"), ([], "none")):
         assert words.listed("unprotected_figure", codes) == said
     assert words.listed("unprotected_figure", ["times"]) == "times"

@@ -45,8 +45,8 @@ def test_legal_fields_are_never_filled_by_fedtune() -> None:
     assert by_fedtune.isdisjoint(LEGAL)
     # A fact that no cell shows is our mistake.
     with pytest.raises(AssertionError, match="no cell shows"):
-        cells.rows({"weather": "fine"})
-    assert cells.rows({"unit": "record"})["dpia_description"]["auto"] == {"unit": "record"}
+        cells.build_cells({"weather": "fine"})
+    assert cells.build_cells({"unit": "record"})["dpia_description"]["auto"] == {"unit": "record"}
 
 
 def test_dpia_values_contain_no_prose_or_legal_claims(report: Report) -> None:
@@ -61,7 +61,7 @@ def test_dpia_values_contain_no_prose_or_legal_claims(report: Report) -> None:
 
 
 def test_run_without_noise_has_unbounded_dpia_values(tmp_path: Path) -> None:
-    auto = facts(from_run.build(simulate("privacy=none", into=tmp_path)), "auto")
+    auto = facts(from_run.build_run_report(simulate("privacy=none", into=tmp_path)), "auto")
     assert (auto["dpia_risks"]["epsilon"], auto["dpia_risks"]["right_of_100_ceiling"]) == ("unbounded", 100.0)
     assert auto["wp216_tests"]["singling_out_bound"] == 100.0
     assert auto["ico_pets"] == {

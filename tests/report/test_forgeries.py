@@ -19,7 +19,7 @@ from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive
+from fedtune.report.rederive import derive_report
 
 from ..conftest import REPOSITORY, command, simulate, write_config
 from ..deployment.federation import Federation, settings
@@ -56,7 +56,7 @@ class Deployed:
         return self.folder.parent / "roster.json"
 
     def write(self, report: Report) -> None:
-        (self.folder / "report.json").write_text(signing.to_text(report))
+        (self.folder / "report.json").write_text(signing.report_to_json(report))
 
     def checks(self, **known: Any) -> tuple[Check, ...]:
         path, report = signing.read_report(str(self.folder))
@@ -83,13 +83,13 @@ def deployed_in(into: Path) -> Deployed:
     """A run of server, lead and sites as processes over TLS, with its lead's report; each site has its name's key."""
     for name in SITES:
         (folder := into / "sites" / name).mkdir(parents=True)
-        keys._write_new(folder / "site_key.pem", key_of(name)._private)
+        keys._write_new_key(folder / "site_key.pem", key_of(name)._private)
     with contextlib.closing(Federation(into, command)) as federation:
         federation.start()
         federation.finish("forged", *settings(f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1"))
     folder, lead = federation.run_folder("forged"), SigningKey.load(federation.lead_kit / "lead_key.pem")
     shutil.copy(federation.lead_kit / "roster.json", folder.parent)
-    return Deployed(folder, signing.signed(signing.read_report(str(folder))[1], lead), lead)
+    return Deployed(folder, signing.sign_report(signing.read_report(str(folder))[1], lead), lead)
 
 
 def simulated_in(into: Path) -> Deployed:
@@ -112,7 +112,9 @@ def simulated_in(into: Path) -> Deployed:
     }
     record = replace(record, state=replace(record.state, receipts=receipts))
     write_roster(into / "roster.json")
-    return Deployed(folder, signing.signed(derive(from_run.facts_of(folder, record, own={})), LEAD))
+    return Deployed(
+        folder, signing.sign_report(derive_report(from_run.collect_run_facts(folder, record, own={})), LEAD)
+    )
 
 
 @pytest.fixture(scope="module", params=["simulated", pytest.param("deployed", marks=pytest.mark.nightly)])
@@ -290,7 +292,7 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_forgeries_signed_by_the_lead_are_rejected(run: Deployed, lie: str) -> None:
-    run.write(signing.signed(derive(LIES[lie](run.facts)), run.lead))
+    run.write(signing.sign_report(derive_report(LIES[lie](run.facts)), run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
@@ -298,28 +300,28 @@ def test_forgeries_signed_by_the_lead_are_rejected(run: Deployed, lie: str) -> N
 def test_reasons_for_an_early_end_never_lower_the_epsilon(run: Deployed) -> None:
     facts = receipts(shorter(run.facts, 1, final={}, detail=None), charged_rounds=1)
     used_up = replace(facts.rounds[0], round=2, sites=(), failed_sites=dict.fromkeys(SITES, "plan_exhausted"))
-    report = derive(replace(facts, rounds=(*facts.rounds, used_up)))
-    assert [site.spent for site in report.sites] == [site.spent for site in derive(facts).sites]
+    report = derive_report(replace(facts, rounds=(*facts.rounds, used_up)))
+    assert [site.spent for site in report.sites] == [site.spent for site in derive_report(facts).sites]
     whole, low = report.sites[0].spent.planned_epsilon, report.sites[0].spent.epsilon_pld
     assert low < 0.7 * whole == 0.7 * report.epsilon
     sites = tuple(replace(site, spent=replace(site.spent, epsilon=low)) for site in report.sites)
-    run.write(signing.signed(replace(report, sites=sites, epsilon=low), LEAD))
+    run.write(signing.sign_report(replace(report, sites=sites, epsilon=low), LEAD))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
 
 @pytest.mark.parametrize("key", [None, STRANGER])
 def test_report_without_the_signature_of_the_lead_is_rejected(run: Deployed, key: SigningKey | None) -> None:
-    run.write(replace(run.report, signature=None) if key is None else signing.signed(run.report, key))
+    run.write(replace(run.report, signature=None) if key is None else signing.sign_report(run.report, key))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
 
 @pytest.mark.parametrize("figures", [{"epsilon": 0.01}, {"verdict": {"state": "exceeded", "reasons": []}}])
 def test_underivable_figures_are_rejected(run: Deployed, figures: dict[str, Any]) -> None:
-    text = json.loads(signing.to_text(run.report)) | figures
+    text = json.loads(signing.report_to_json(run.report)) | figures
     report = signing.from_json(json.dumps(text))
-    run.write(signing.signed(report, run.lead))
+    run.write(signing.sign_report(report, run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
@@ -350,7 +352,7 @@ def test_empty_model_folder_is_rejected(run: Deployed) -> None:
 
 def test_page_drawn_by_another_version_is_not_accepted(run: Deployed) -> None:
     provenance = replace(run.facts.provenance, fedtune_version="0.0.1")
-    run.write(signing.signed(derive(replace(run.facts, provenance=provenance)), LEAD))
+    run.write(signing.sign_report(derive_report(replace(run.facts, provenance=provenance)), LEAD))
     assert run.holds()
     (run.folder / "report.html").write_text("another page")
     assert not run.holds()
@@ -361,9 +363,12 @@ HONEST: dict[str, tuple[str, Callable[[Report], Report]]] = {
     "arrivals": ("ledger", arrivals),
     "admitting": ("run", admitting),
     "drifting": ("run", drifting),
-    "exceeded": ("run", lambda report: derive(replace(report.facts, target_epsilon=0.5))),
-    "seeded": ("run", lambda one: derive(signed_by_sites(replace(one.facts, seeded_noise=True, randomness="seeded")))),
-    "silent": ("run", lambda report: derive(without(report.facts, "south-hospital"))),
+    "exceeded": ("run", lambda report: derive_report(replace(report.facts, target_epsilon=0.5))),
+    "seeded": (
+        "run",
+        lambda one: derive_report(signed_by_sites(replace(one.facts, seeded_noise=True, randomness="seeded"))),
+    ),
+    "silent": ("run", lambda report: derive_report(without(report.facts, "south-hospital"))),
 }
 
 
@@ -371,8 +376,8 @@ HONEST: dict[str, tuple[str, Callable[[Report], Report]]] = {
 def test_independent_verifier_accepts_honest_reports(name: str, tmp_path: Path, capsys: Any) -> None:
     base, change = HONEST[name]
     facts = change(on_file(base)()).facts
-    report = derive(replace(facts, simulated=True) if base == "ledger" else replace(facts, files={}))
-    (tmp_path / "report.json").write_text(signing.to_text(report))
+    report = derive_report(replace(facts, simulated=True) if base == "ledger" else replace(facts, files={}))
+    (tmp_path / "report.json").write_text(signing.report_to_json(report))
     assert verify_report.main([str(tmp_path)]) == 0, capsys.readouterr().out
     assert capsys.readouterr().out.startswith(f"HOLDS {report.verdict.state}: epsilon ")
     assert hold(check_report(tmp_path / "report.json", report, Known()))
@@ -381,13 +386,15 @@ def test_independent_verifier_accepts_honest_reports(name: str, tmp_path: Path, 
 def test_independent_verifier_checks_simulations_and_site_reports(folder: Path) -> None:
     assert verify_report.main([str(folder)]) == 0
     site = folder / "sites" / "site-1"
-    report = signing.signed(from_ledger.build(site / "site.toml"), SigningKey.load(site / "site_key.pem"))
-    (site / "report.json").write_text(signing.to_text(report))
-    for key, code in ((report.signature.key, 0), (LEAD.public, 1)):
+    report = signing.sign_report(
+        from_ledger.build_ledger_report(site / "site.toml"), SigningKey.load(site / "site_key.pem")
+    )
+    (site / "report.json").write_text(signing.report_to_json(report))
+    for key, code in ((report.signature.load_key, 0), (LEAD.public, 1)):
         assert verify_report.main([str(site), "--key", key]) == code
     cheaper = replace(report.facts, charges=report.facts.charges[:1])
     assert report.facts.verification.num_events > len(cheaper.charges)
-    (site / "report.json").write_text(signing.to_text(replace(report, facts=cheaper)))
+    (site / "report.json").write_text(signing.report_to_json(replace(report, facts=cheaper)))
     assert verify_report.main([str(site)]) == 1, "it is not what the site signed"
 
 
@@ -399,5 +406,7 @@ def test_independent_verifier_epsilon_is_a_tight_upper_bound(
     rate: float, noise: float, steps: int, delta: float
 ) -> None:
     found = verify_report.epsilon_of({(rate, noise): steps}, delta)
-    tight = accountant.epsilon_pld([events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta)
+    tight = accountant.epsilon_pld(
+        [events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta
+    )
     assert (1 - 1e-4) * tight <= found <= 1.02 * tight

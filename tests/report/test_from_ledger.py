@@ -37,27 +37,27 @@ def charged(books: Any) -> Books:
 def test_empty_ledger_reports_no_spending_and_its_declared_sizes(books: Any) -> None:
     both = tuple(Dataset(id=name, declared_size=size) for name, size in (("patients", 100), ("archive", 50)))
     made = books(dataset=both)
-    report = sound(from_ledger.build(made.ledger))
+    report = sound(from_ledger.build_ledger_report(made.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
     assert (site.steps, report.facts.releases, site.mechanisms, site.curve) == ((), (), (), ())
     made.charge(run_proposal(), 1)
-    facts = from_ledger.build(made.ledger).known
+    facts = from_ledger.build_ledger_report(made.ledger).known
     assert facts["declared_sizes"] == {"a": 150}, "the sites of a ledger are one, whatever its data sets"
     assert (facts["declared_total"], facts["dataset"]) == (150, "patients, archive")
 
 
 def test_report_figures_match_the_ledger(charged: Books) -> None:
-    report = sound(from_ledger.build(charged.ledger))
+    report = sound(from_ledger.build_ledger_report(charged.ledger))
     history = verify(charged.ledger).history
     (site,) = report.sites
     assert (site.site, site.source, report.facts.kind) == ("a", "own_ledger", "ledger")
-    expected = filter.epsilon_filter(history.charged(), order=history.order, delta=history.delta)
+    expected = filter.epsilon_filter(history.total_charges(), order=history.order, delta=history.delta)
     assert report.epsilon == site.spent.epsilon == site.lifetime.epsilon == expected
     assert (site.spent.rounds, site.spent.steps) == (3, 6)
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("s", 1, 6.0)]
     assert site.lifetime.with_set_aside > site.lifetime.epsilon, "both runs are open"
-    runs = [(run.run, run.state, run.rounds, run.most_rounds) for run in site.lifetime.runs]
+    runs = [(run.run, run.state, run.rounds, run.most_rounds) for run in site.lifetime.run_settings_folder]
     assert runs == [("r", "open", 2, 4), ("s", "open", 1, 4)]
     assert report.facts.date == history.last_time.date().isoformat()
     assert report.verdict.state == "within"
@@ -69,8 +69,8 @@ def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) 
     made.open().approve(run_proposal(noise_multiplier=5.0), by="somebody else")
     made.charge(run_proposal(), 1)
     made.open().deny(run_proposal(), "not told", by="Bo Lind")
-    report = sound(from_ledger.build(made.ledger))
-    (run,) = report.facts.runs
+    report = sound(from_ledger.build_ledger_report(made.ledger))
+    (run,) = report.facts.run_settings_folder
     said = {"what": "approved", "by": "Anna Weber", "ticket": "DPO-7", "why": "agreed", "day": report.facts.date}
     assert run.approvals == (said,)
     assert "not told" not in json.dumps(to_json(report)), "a denial's reason stays in the ledger"
@@ -78,12 +78,12 @@ def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) 
 
 def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charged: Books) -> None:
     verified = verify(charged.ledger)
-    life = from_ledger.lifetime_of(verified)
+    life = from_ledger.compute_current_lifetime(verified)
     assert ([run.state for run in life.runs], life.with_set_aside > life.epsilon) == (["open", "open"], True)
     assert life.period_epsilon == life.epsilon
     later = verified.history.last_time + timedelta(days=400)
-    facts = from_ledger.facts_of(verified.events, verified.history, verified=verified, most=0, now=later)
-    after = ledger_figures.lifetime(facts)
+    facts = from_ledger.collect_ledger_facts(verified.events, verified.history, verified=verified, most=0, now=later)
+    after = ledger_figures.compute_lifetime(facts)
     assert [run.state for run in after.runs] == ["expired", "expired"]
     assert (after.with_set_aside, after.epsilon, after.period_epsilon) == (life.epsilon, life.epsilon, 0.0)
 
@@ -91,14 +91,14 @@ def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charge
 def test_steps_list_rounds_and_switch_to_runs_for_long_histories(
     charged: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (site,) = from_ledger.build(charged.ledger).sites
+    (site,) = from_ledger.build_ledger_report(charged.ledger).sites
     every = site.steps
     assert [(step.run, step.round) for step in every] == [("r", 1), ("r", 2), ("s", 1)]
     epsilons = [step.epsilon for step in every]
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] == site.spent.epsilon
     monkeypatch.setattr(from_ledger, "MOST_STEPS", 2)
-    (site,) = from_ledger.build(charged.ledger).sites
+    (site,) = from_ledger.build_ledger_report(charged.ledger).sites
     assert [(step.run, step.round) for step in site.steps] == [("r", None), ("s", None)]
     assert [step.epsilon for step in site.steps] == [every[1].epsilon, every[2].epsilon]
 
@@ -107,8 +107,8 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> 
     charged.charge(run_proposal(run="s", noise_multiplier=6.0), 2, committed=False)
     for run in ("r", "r", "never", "seen"):
         charged.refuse(Reason.MAX_RANK, run=run)
-    charged.open().offer(run_proposal(run="t"))
-    report = from_ledger.build(charged.ledger)
+    charged.open().make_offer(run_proposal(run="t"))
+    report = from_ledger.build_ledger_report(charged.ledger)
     assert {(one.run, one.kind, one.reason): one.count for one in report.facts.releases} == {
         ("r", "update", None): 2,
         ("s", "update", None): 1,
@@ -124,9 +124,11 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> 
 
 
 def test_report_contains_no_record_data_paths_or_times_of_day(charged: Books) -> None:
-    report = from_ledger.build(charged.site_toml)
-    text = signing.to_text(report)
-    assert text == signing.to_text(from_ledger.build(charged.site_toml)), "equal ledgers give equal bytes"
+    report = from_ledger.build_ledger_report(charged.site_toml)
+    text = signing.report_to_json(report)
+    assert text == signing.report_to_json(from_ledger.build_ledger_report(charged.site_toml)), (
+        "equal ledgers give equal bytes"
+    )
     assert "f1" * 32 not in text, "a fingerprint of records must stay in the ledger"
     assert str(charged.folder) not in text
     for name in ("site_key.pem", "ledger.db", "path", 'columns"'):
@@ -143,53 +145,55 @@ def test_report_contains_no_record_data_paths_or_times_of_day(charged: Books) ->
 def test_site_policy_supplies_the_expected_key_and_anchor(books: Any) -> None:
     made = books(anchor="elsewhere/anchor.json")
     made.charge(run_proposal(), 1)
-    alone = from_ledger.build(made.ledger).facts
+    alone = from_ledger.build_ledger_report(made.ledger).facts
     assert (alone.verification.key_expected, alone.verification.rollback_excluded) == (False, False)
-    report = from_ledger.build(made.site_toml)
+    report = from_ledger.build_ledger_report(made.site_toml)
     found = report.facts.verification
     assert (found.key_expected, found.rollback_excluded, found.anchor_sequence) == (True, True, found.num_events)
     assert (status(report, "no_event_missing"), status(report, "policy_noted")) == ("verified", "verified")
-    by_hand = from_ledger.build(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
+    by_hand = from_ledger.build_ledger_report(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
     assert by_hand.facts.verification.rollback_excluded
     # Under another key than the site's it is not verified.
     (made.folder / "site_key.pem").unlink()
-    SigningKey.load_or_make(made.folder / "site_key.pem")
-    assert from_ledger.build(made.ledger).verdict.state == "within"
-    assert from_ledger.build(made.site_toml).verdict.reasons == ("ledger_not_verified",)
+    SigningKey.load_or_create(made.folder / "site_key.pem")
+    assert from_ledger.build_ledger_report(made.ledger).verdict.state == "within"
+    assert from_ledger.build_ledger_report(made.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
 def test_unrecorded_policy_change_is_reported_as_violated(charged: Books) -> None:
     charged.edit(budget={"max_epsilon": 4.0})
-    report = sound(from_ledger.build(charged.site_toml))
+    report = sound(from_ledger.build_ledger_report(charged.site_toml))
     assert status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
     assert report.facts.approved.max_epsilon == 4.0
-    assert report.sites[0].lifetime.left < from_ledger.build(charged.ledger).sites[0].lifetime.left
+    assert (
+        report.sites[0].lifetime.left_file < from_ledger.build_ledger_report(charged.ledger).sites[0].lifetime.left_file
+    )
 
 
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
 def test_spending_above_the_current_policy_is_reported_as_exceeded(charged: Books, key: str) -> None:
-    spent = from_ledger.build(charged.site_toml).epsilon
+    spent = from_ledger.build_ledger_report(charged.site_toml).epsilon
     charged.edit(budget={key: round(spent * 0.8, 3)})  # nobody opened the ledger since
-    report = sound(from_ledger.build(charged.site_toml))
+    report = sound(from_ledger.build_ledger_report(charged.site_toml))
     name = "above_lifetime_cap" if key == "max_epsilon" else "above_period_cap"
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", (name,))
     assert getattr(report.facts.approved, key) == round(spent * 0.8, 3)
     charged.edit(budget={"max_epsilon": 50.0, "max_epsilon_per_period": 60.0})
-    approved = from_ledger.build(charged.site_toml).facts.approved
+    approved = from_ledger.build_ledger_report(charged.site_toml).facts.approved
     assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
 
 
 def test_policy_with_another_period_is_judged_by_its_own_period(charged: Books) -> None:
     assert read_policy(charged.site_toml).budget.period == "year"
     charged.edit(budget={"period": "month", "max_epsilon_per_period": 0.1})
-    report = from_ledger.build(charged.site_toml)
+    report = from_ledger.build_ledger_report(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.facts.approved.period, report.sites[0].lifetime.period) == ("month", "month")
     # And loosens nothing noted.
     charged.edit(noted=True, budget={"period": "year"})
     charged.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
-    report = from_ledger.build(charged.site_toml)
+    report = from_ledger.build_ledger_report(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.facts.approved.period, report.facts.approved.max_epsilon_per_period) == ("year", 0.1)
 
@@ -226,7 +230,7 @@ def test_verdict_follows_the_caps_before_and_after_spending(
     made.charge(run_proposal(), 1, 2)
     made.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
     made.edit(noted=True, budget=after)
-    report = sound(from_ledger.build(made.ledger))
+    report = sound(from_ledger.build_ledger_report(made.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons) == verdict
     assert (status(report, "cap_never_raised") == "violated") == ("cap_raised" in verdict[1])
@@ -235,8 +239,8 @@ def test_verdict_follows_the_caps_before_and_after_spending(
     assert report.facts.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
     cap = noted["max_epsilon"]
     assert report.facts.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
-    assert (site.lifetime.left is None) == (cap == ANY)
-    assert site.lifetime.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
+    assert (site.lifetime.left_file is None) == (cap == ANY)
+    assert site.lifetime.left_file != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
 
 
 def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path: Path) -> None:
@@ -247,7 +251,7 @@ def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path:
     backup = made.copied("backup.db")
     made.charge(run_proposal(), 3)
     shutil.copy(backup, made.ledger)  # the third round is gone, and the old anchor cannot tell
-    report = sound(from_ledger.build(made.ledger, anchor=Path(old)))
+    report = sound(from_ledger.build_ledger_report(made.ledger, anchor=Path(old)))
     found = report.facts.verification
     assert (found.rollback_excluded, found.num_events - found.anchor_sequence) == (False, 2)
     assert status(report, "no_event_missing") == "assumed"
@@ -266,7 +270,7 @@ def test_mechanism_curve_is_used_only_for_fully_planned_spending(
     made = books()
     for run in ["r", *more]:
         made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *rounds)
-    report = sound(from_ledger.build(made.site_toml))
+    report = sound(from_ledger.build_ledger_report(made.site_toml))
     (site,) = report.sites
     figures = [site.meaning.right_of_100_mechanism, *(rate.mechanism for rate in site.meaning.hit_rates)]
     assert [figure is not None for figure in figures] == [known] * len(figures)
@@ -287,7 +291,7 @@ def test_mechanism_curve_is_used_only_for_fully_planned_spending(
 def test_report_of_a_tampered_ledger_gives_no_guarantee(charged: Books, statement: str, says: str) -> None:
     charged.tamper(statement)
     for path in (charged.ledger, charged.site_toml):
-        report = from_ledger.build(path)
+        report = from_ledger.build_ledger_report(path)
         assert report.verdict.state == "no_guarantee"
         assert "ledger_not_verified" in report.verdict.reasons
         assert status(report, "ledger_intact") == "violated"
@@ -303,15 +307,15 @@ def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged: Books, tm
     for content in (b"", b"no database" * 200, b"SQLite format 3\0" + bytes(100)):
         (tmp_path / "ledger.db").write_bytes(content)
         with pytest.raises(RunError, match=r"ledger\.db"):
-            from_ledger.build(tmp_path / "ledger.db")
+            from_ledger.build_ledger_report(tmp_path / "ledger.db")
     for name, said in (("none.db", "there is no such file"), ("none.toml", r"none\.toml")):
         with pytest.raises(ConfigError, match=said):
-            from_ledger.build(tmp_path / name)
+            from_ledger.build_ledger_report(tmp_path / name)
     with pytest.raises(ConfigError, match="anchor"):
-        from_ledger.build(charged.ledger, anchor=tmp_path / "none.json")
+        from_ledger.build_ledger_report(charged.ledger, anchor=tmp_path / "none.json")
     charged.edit(site="b")
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
-        from_ledger.build(charged.site_toml)
+        from_ledger.build_ledger_report(charged.site_toml)
     charged.ledger.unlink()
     with pytest.raises(ConfigError, match=r"ledger\.db.*there is no such file"):
-        from_ledger.build(charged.site_toml)
+        from_ledger.build_ledger_report(charged.site_toml)

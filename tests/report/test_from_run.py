@@ -19,7 +19,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.release import Receipt
 from fedtune.report import from_run, signing
 from fedtune.report.derive import run_figures
-from fedtune.report.facts import Verdict
+from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Report
 from fedtune.report.rederive import problems
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
@@ -35,7 +35,7 @@ def result_of(folder: Path) -> Any:
 
 
 def test_report_figures_match_run_json(run_folder: Path) -> None:
-    report, result = from_run.build(run_folder), result_of(run_folder)
+    report, result = from_run.build_run_report(run_folder), result_of(run_folder)
     facts = report.facts
     assert (facts.kind, facts.name, facts.provenance.config_sha256) == ("run", "run", result["config_sha256"])
     assert (report.epsilon, report.facts.delta) == (result["privacy"]["epsilon"], result["privacy"]["delta"])
@@ -50,7 +50,7 @@ def test_report_figures_match_run_json(run_folder: Path) -> None:
     assert [(facts.is_upper_bound(one), one.statement) for one in facts.sites] == [(False, None)] * 2
     assert facts.declared_sizes == {"site-1": 80, "site-2": 90}
     assert problems(report) == []
-    assert not any(str(folder) in signing.to_text(report) for folder in (run_folder, run_folder.parent))
+    assert not any(str(folder) in signing.report_to_json(report) for folder in (run_folder, run_folder.parent))
     # Rounds, and the epsilon so far.
     assert (facts.final, facts.before) == (result["final"]["metrics"], result["final"]["metrics_before"])
     for cost, entry in zip(facts.rounds, result["rounds"], strict=True):
@@ -64,12 +64,12 @@ def test_report_figures_match_run_json(run_folder: Path) -> None:
 
 
 def test_number_of_compositions_is_bounded_for_many_rounds(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = from_run.facts_of(run_folder, from_run.read_run(run_folder), own={})
+    facts = from_run.collect_run_facts(run_folder, from_run.read_run(run_folder), own={})
     facts = replace(facts, rounds=tuple(replace(facts.rounds[0], round=number) for number in range(1, 5001)))
     composed = Mock(side_effect=itertools.count(0.1, 0.1))
     monkeypatch.setattr(run_figures.profile, "epsilon_pld", composed)
     of_all = replace(facts.sites[0], receipt=replace(facts.sites[0].receipt, charged_rounds=5000))
-    shown = [step.epsilon for step in run_figures._steps(facts, of_all, 5.0)]
+    shown = [step.epsilon for step in run_figures._derive_steps(facts, of_all, 5.0)]
     assert run_figures._MOST_FIGURES / 2 < composed.call_count <= run_figures._MOST_FIGURES
     assert shown == sorted(shown)
     assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
@@ -82,20 +82,20 @@ def test_report_shows_the_recorded_environments_of_the_run(folder: Path) -> None
     other |= {"fedtune_version": "0.0.1", "libraries": {"torch": "0.0.7"}}
     noted["environments"] = [own | other]
     (folder / "environment.json").write_text(json.dumps(noted))
-    provenance = from_run.build(folder).facts.provenance
+    provenance = from_run.build_run_report(folder).facts.provenance
     assert (provenance.python, provenance.machine) == ("3.0.0", "Stone abacus, beads")
     assert (provenance.fedtune_version, provenance.libraries) == ("0.0.1", {"torch": "0.0.7"})
     # It was resumed with another Python.
     noted["environments"] = [own, own | {"since": "2040-01-01T00:00:00+00:00", "python": "4.0"}]
     (folder / "environment.json").write_text(json.dumps(noted))
-    provenance = from_run.build(folder).facts.provenance
+    provenance = from_run.build_run_report(folder).facts.provenance
     assert provenance.python == f"{own['python']} / 4.0"
-    assert provenance.machine.count("/") == 0
+    assert provenance.machine.wait_for_count("/") == 0
 
 
 def test_run_without_a_recorded_environment_is_reported_as_such(folder: Path) -> None:
     (folder / "environment.json").unlink()
-    report = sound(from_run.build(folder))
+    report = sound(from_run.build_run_report(folder))
     provenance = report.facts.provenance
     assert (provenance.python, provenance.machine, provenance.libraries) == (None, None, {})
     assert (report.randomness, report.sites[0].mechanisms[0].sampling_run) == ("not_recorded", "not_recorded")
@@ -105,18 +105,18 @@ def test_run_without_a_recorded_environment_is_reported_as_such(folder: Path) ->
 
 
 def test_whole_plan_is_counted_without_checkpoints(folder: Path) -> None:
-    whole = from_run.build(folder)
+    whole = from_run.build_run_report(folder)
     shutil.rmtree(folder / "checkpoints")
-    report = sound(from_run.build(folder))
+    report = sound(from_run.build_run_report(folder))
     assert report.epsilon == whole.sites[0].spent.planned_epsilon
-    assert report.verdict == Verdict(state="within", reasons=("site_silent",))
+    assert report.verdict == BudgetVerdict(state="within", reasons=("site_silent",))
     assert status(report, "receipts_signed") == "assumed"
     assert [site.source for site in report.sites] == ["not_released"] * 2, "no receipt was read"
     (folder / "run.json").unlink()
     with pytest.raises(ConfigError, match="has begun"):
-        from_run.build(folder)
+        from_run.build_run_report(folder)
     with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
-        from_run.build(folder.parent)
+        from_run.build_run_report(folder.parent)
 
 
 def change_receipts(folder: Path, change: Callable[[Receipt], Receipt]) -> None:
@@ -128,11 +128,13 @@ def change_receipts(folder: Path, change: Callable[[Receipt], Receipt]) -> None:
 
 def doubted(folder: Path) -> Report:
     """The report of a run whose receipts do not show what was charged: each site counts the whole plan."""
-    report, most = sound(from_run.build(folder)), from_run.read_run(folder).plan.most_rounds
-    assert report.verdict == Verdict(state="within", reasons=("site_silent",))
+    report, most = sound(from_run.build_run_report(folder)), from_run.read_run(folder).plan.most_rounds
+    assert report.verdict == BudgetVerdict(state="within", reasons=("site_silent",))
     assert status(report, "every_site_answered") == "violated"
     facts = report.facts
-    assert [(facts.rounds_of(site), facts.is_upper_bound(site)) for site in facts.sites] == [(most, True)] * 2
+    assert [(facts.count_charged_rounds(site), facts.is_upper_bound(site)) for site in facts.sites] == [
+        (most, True)
+    ] * 2
     assert report.epsilon == report.sites[0].spent.planned_epsilon
     return report
 
@@ -164,7 +166,7 @@ def test_receipts_older_than_the_updates_are_ignored(folder: Path) -> None:
 
 @pytest.mark.parametrize("journal", [True, False])
 def test_checkpoint_before_the_last_round_counts_the_whole_plan(folder: Path, journal: bool) -> None:
-    whole = from_run.build(folder)
+    whole = from_run.build_run_report(folder)
     (newest,) = folder.glob("checkpoints/round-0002*")
     newest.unlink()
     if not journal:
@@ -186,8 +188,8 @@ AUDIT = {
 
 
 def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Path) -> None:
-    assert "attack_on_real_records" not in from_run.build(folder).unprotected_figures
-    shown = audit_bound.best_possible(9, delta=1e-5, confidence=0.95)
+    assert "attack_on_real_records" not in from_run.build_run_report(folder).unprotected_figures
+    shown = audit_bound.max_lower_bound(9, delta=1e-5, confidence=0.95)
     bound = {"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown}
     attack = {"site": None, "score": "loss", "trained_on": 9, "never_used": 9}
     attack |= {"auroc": 0.6, "auroc_low": 0.5, "auroc_high": 0.7}
@@ -198,31 +200,31 @@ def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Pa
         "membership": [attack],
     }
     (folder / "audit.json").write_text(json.dumps(found))
-    report = sound(from_run.build(folder))
+    report = sound(from_run.build_run_report(folder))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("refuted_by_audit",))
     assert [site.meaning is None for site in report.sites] == [True, False]
     assert "attack_on_real_records" in report.unprotected_figures
     (folder / "audit.json").write_text(json.dumps(found | {"delta": 1e-4}))
     with pytest.raises(RunError, match="of another run: its delta is"):
-        from_run.build(folder)
+        from_run.build_run_report(folder)
     # Nor does it help that the bounds are gone while it says that one was passed.
     (folder / "audit.json").write_text(json.dumps(found | {"bounds": []}))
-    assert [site.verdict.state for site in from_run.build(folder).sites] == ["no_guarantee"] * 2
+    assert [site.verdict.state for site in from_run.build_run_report(folder).sites] == ["no_guarantee"] * 2
 
 
 def test_run_with_canaries_gives_no_guarantee_without_audit_results(folder: Path) -> None:
-    before = from_run.build(folder)
+    before = from_run.build_run_report(folder)
     RunFolder(folder).audit_mark.write_text("an audit")
-    report = sound(from_run.build(folder))
+    report = sound(from_run.build_run_report(folder))
     assert (before.verdict.state, report.verdict.state) == ("within", "no_guarantee")
     assert [site.verdict.reasons for site in report.sites] == [("holds_canaries",)] * 2
     assert [site.meaning for site in report.sites] == [None, None]
     (folder / "audit.json").write_text(json.dumps(AUDIT))
-    report = from_run.build(folder)
+    report = from_run.build_run_report(folder)
     assert (report.verdict.state, report.verdict.reasons) == ("within", ("audited",))
     (folder / "audit.json").write_text("{}")
     with pytest.raises(RunError, match="damaged"):
-        from_run.build(folder)
+        from_run.build_run_report(folder)
 
 
 def test_damaged_run_files_are_named_in_the_error(folder: Path) -> None:
@@ -240,7 +242,7 @@ def test_damaged_run_files_are_named_in_the_error(folder: Path) -> None:
         right = path.read_bytes()
         path.write_bytes(damage(right))
         with pytest.raises(error, match=match):
-            from_run.build(folder)
+            from_run.build_run_report(folder)
         path.write_bytes(right)
 
 
@@ -255,7 +257,7 @@ def test_configuration_with_a_different_privacy_cost_is_refused(folder: Path) ->
     ):
         path.write_text(OmegaConf.to_yaml(OmegaConf.merge(right, changes)))
         with pytest.raises(ConfigError, match=f"{key}.*must be what run.json says"):
-            from_run.build(folder)
+            from_run.build_run_report(folder)
 
 
 def test_configuration_changed_after_the_run_voids_the_guarantee(folder: Path) -> None:
@@ -263,7 +265,7 @@ def test_configuration_changed_after_the_run_voids_the_guarantee(folder: Path) -
     for old, new in (("epsilon: 8.0", "epsilon: 80.0"), ("max_grad_norm: 1.0", "max_grad_norm: 2.0")):
         assert old in text
         (folder / "config.yaml").write_text(text.replace(old, new))
-        report = sound(from_run.build(folder))
+        report = sound(from_run.build_run_report(folder))
         assert status(report, "configuration_unchanged") == "violated"
         assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
         assert report.facts.provenance.config_sha256 == result_of(folder)["config_sha256"]
@@ -273,4 +275,4 @@ def test_nan_scores_are_null_in_the_report(folder: Path) -> None:
     result = result_of(folder)
     result["final"]["metrics"]["loss"] = None
     (folder / "run.json").write_text(json.dumps(result))
-    assert from_run.build(folder).facts.final["loss"] is None
+    assert from_run.build_run_report(folder).facts.final["loss"] is None

@@ -11,8 +11,8 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.render import FONTS, as_svg, as_svg_of_own
+from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.render import FONTS, render_label, render_personalized_label
 from fedtune.report.page.report_words import Words
 from fedtune.show.lines import shortened
 
@@ -37,7 +37,7 @@ def lines(svg: str) -> list[str]:
 
 
 def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Report, language: str) -> None:
-    words = Words(report, catalogue(language))
+    words = Words(report, load_catalogue(language))
     known = [report.facts.name, report.known.get("dataset", "")]
     known += [text for section in words.catalogue.texts.values() for text in section.values()]
     figures = [(report.epsilon, "epsilon"), (report.epsilon, "factor"), (len(report.sites), "count")]
@@ -48,14 +48,14 @@ def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Re
         figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
     known += [words.catalogue.figure(value, kind) for value, kind in figures]
     known += [one.dates for one in periods(report)]
-    on_it = lines(as_svg(report, language=language))
+    on_it = lines(render_label(report, language=language))
     shown = [line for line in on_it if not re.fullmatch("[0-9a-f]{64}", line)]
     assert set(numbers(" ".join(shown))) <= set(numbers(" ".join(known)))
     # It names what is not covered, and the file to check.
     said = " ".join(on_it)
     assert all(words.code("not_protected", code).unescape() in said for code in report.not_protected)
     assert all(words.code("banner", code).unescape() in said for code in report.banners)
-    assert said.endswith(hashlib.sha256(signing.to_text(report).encode()).hexdigest())
+    assert said.endswith(hashlib.sha256(signing.report_to_json(report).encode()).hexdigest())
     for value in (words.code("unit", report.facts.unit), words.text("label.mechanism_text")):
         assert value.unescape() in said
     assert ("…" in said) == (len(report.facts.name) > 32), "nothing but a long name is cut"
@@ -66,41 +66,43 @@ def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
     found = reports()["within"]
     together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
     shared = with_site(found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms))
-    said = " ".join(lines(as_svg(shared, language=language)))
-    assert catalogue(language).texts["label"]["shared"] in said
-    assert catalogue(language).texts["label"]["shared"] not in " ".join(lines(as_svg(found, language=language)))
+    said = " ".join(lines(render_label(shared, language=language)))
+    assert load_catalogue(language).texts["label"]["shared"] in said
+    assert load_catalogue(language).texts["label"]["shared"] not in " ".join(
+        lines(render_label(found, language=language))
+    )
     assert "…" not in said
-    model = registry_entry.entry(shared, AboutSpec())["privacy"]["model"]
+    model = registry_entry.build_registry_entry(shared, AboutSpec())["privacy"]["model"]
     assert model.startswith("The sites make the noise together")
 
 
 def test_label_without_a_guarantee_shows_no_figures(language: str) -> None:
-    words = catalogue(language)
+    words = load_catalogue(language)
     for name in ("no_guarantee", "unbounded"):
         found = reports()[name]
-        said = " ".join(lines(as_svg(found, language=language)))
+        said = " ".join(lines(render_label(found, language=language)))
         assert words.text("promise.none").unescape() in said
         assert all(words.code("reason", reason).unescape() in said for reason in found.verdict.reasons)
         assert words.texts["word"]["unbounded"] in said
-        assert RED in as_svg(found, language=language).split("<text")[0], "its head is red"
+        assert RED in render_label(found, language=language).split("<text")[0], "its head is red"
         assert "100" not in numbers(said)
 
 
 def test_label_loads_nothing_escapes_names_and_fits_every_line(report: Report, language: str) -> None:
     key = "name" if report.facts.kind == "run" else "site"
     hostile = with_facts(report, **{key: HOSTILE[:20] + "\x00"})
-    svg = as_svg(hostile, language=language)
+    svg = render_label(hostile, language=language)
     root = Xml.fromstring(svg)
     assert {one.tag.removeprefix(SPACE) for one in root.iter()} == {"svg", "title", "desc", "rect", "text"}
     assert not any(name.startswith("on") or "href" in name for one in root.iter() for name in one.attrib)
     assert HOSTILE[:20] in " ".join(lines(svg))
-    assert svg == as_svg(hostile, language=language)
-    fit(as_svg(report, language=language))
+    assert svg == render_label(hostile, language=language)
+    fit(render_label(report, language=language))
 
 
 @pytest.mark.parametrize("name", ["bank-a", "W" * 64, HOSTILE])
 def test_label_of_a_personalized_adapter_promises_nothing(name: str) -> None:
-    svg = as_svg_of_own(name, name)
+    svg = render_personalized_label(name, name)
     said, short = " ".join(lines(svg)), shortened(name, 32)
     assert f"Private to {short}: no guarantee" in said
     assert "trained on the site's own records without noise" in said
@@ -132,6 +134,6 @@ def fit(svg: str) -> None:
 def test_label_names_the_cohorts_covered_by_its_epsilon() -> None:
     used, others = "2022–2024; others used less", "2025–2026; others not used"  # noqa: RUF001
     for name, whose in (("arrivals", used), ("admitting", others)):
-        said = lines(as_svg(reports()[name], language="en"))
+        said = lines(render_label(reports()[name], language="en"))
         assert said[said.index("Who came") + 1] == whose
-    assert "Who came" not in lines(as_svg(reports()["ledger"], language="en"))
+    assert "Who came" not in lines(render_label(reports()["ledger"], language="en"))

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from fedtune.privacy.accountant import epsilon_text, factor_text
+from fedtune.privacy.accountant import format_epsilon, format_factor
 from fedtune.report.facts import StartAdapter
-from fedtune.report.from_run import RunRecord, read_run, spent_on_start
+from fedtune.report.from_run import RunRecord, read_run, sum_start_losses
 from fedtune.report.model import Report
 from fedtune.report.model_card import Form, card_text
-from fedtune.report.page.render import as_svg
-from fedtune.report.rederive import derive, problems
+from fedtune.report.page.render import render_label
+from fedtune.report.rederive import derive_report, problems
 from fedtune.report.synthetic_card import together
 
 from ..conftest import simulate
@@ -47,15 +47,15 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, o
     assert {one.metric_type: one.metric_value for one in card.data.eval_results} == of_run.facts.final
     # It says what the report says and shows its label.
     text = card.text
-    said = f"was kept, epsilon {epsilon_text(of_run.epsilon)} at delta 0.00001, for one record"
+    said = f"was kept, epsilon {format_epsilon(of_run.epsilon)} at delta 0.00001, for one record"
     assert f"![Privacy label: The lead's limit for this run {said}" in text
     assert "](label.svg)" in text
     label = (run_folder / "adapter" / "label.svg").read_text()
-    assert label == as_svg(of_run, language="en")
+    assert label == render_label(of_run, language="en")
     assert hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest() in label
-    assert f"at most {factor_text(of_run.epsilon)} times as likely with any one record as without it" in text
-    assert f"This is epsilon {epsilon_text(of_run.epsilon)} at delta " in text
-    assert f"**The lead's limit for this run was kept.** Used: epsilon {epsilon_text(of_run.epsilon)} of " in text
+    assert f"at most {format_factor(of_run.epsilon)} times as likely with any one record as without it" in text
+    assert f"This is epsilon {format_epsilon(of_run.epsilon)} at delta " in text
+    assert f"**The lead's limit for this run was kept.** Used: epsilon {format_epsilon(of_run.epsilon)} of " in text
     assert text.count("\n- ") == len(of_run.not_protected)
     assert "On 10 records of the lead's own test file" in text
     assert "site-1 80, site-2 90" in text
@@ -65,7 +65,7 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, o
 @pytest.mark.parametrize(("kind", "words"), [("lora", "A LoRA"), ("dora", "A DoRA"), ("ia3", "An IA3")])
 def test_model_card_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: str, words: str) -> None:
     of_kind = replace(record, config=replace(record.config, lora=replace(record.config.lora, kind=kind)))
-    text = card_text(of_kind, of_run, Form.adapter(of_kind.config, folder="adapter"))
+    text = card_text(of_kind, of_run, Form.for_adapter(of_kind.config, folder="adapter"))
     assert kind in front_of(text)["tags"]
     assert f"{words} adapter" in text
 
@@ -129,7 +129,7 @@ def test_model_card_names_the_start_adapter_and_its_spending(record: RunRecord, 
         start = StartAdapter(**{"digest": "ab" * 32, "run": "intents", "dataset": "public", "unit": "record"} | spent)
         begun = with_facts(of_run, provenance=replace(of_run.facts.provenance, start_adapter=start))
         assert f"SHA-256 {'ab' * 32}{said}" in card_text(record, begun, FORM)
-        report = derive(begun.facts)
+        report = derive_report(begun.facts)
         assert (report.verdict.state, report.verdict.reasons) == ("within", ("began_in_an_adapter",))
         code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
         assert (status(report, code), problems(report)) == ("assumed", [])
@@ -137,7 +137,7 @@ def test_model_card_names_the_start_adapter_and_its_spending(record: RunRecord, 
 
 def test_prior_spending_of_a_start_adapter_adds_up() -> None:
     for before, spent in STARTS["of one start: what it began in, and epsilon and delta of both"]:
-        assert spent_on_start({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == tuple(
+        assert sum_start_losses({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == tuple(
             spent
         )
 

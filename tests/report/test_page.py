@@ -13,12 +13,12 @@ import pytest
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.derive import profile
-from fedtune.report.derive.verdicts import room_of
-from fedtune.report.facts import Verdict
+from fedtune.report.derive.verdicts import explain_missing_room
+from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Report, to_json
 from fedtune.report.page import render
-from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.render import as_svg
+from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.render import render_label
 from fedtune.report.page.report_words import Words, pointer
 from fedtune.report.page.tables import MOST_ROWS
 from fedtune.show.lines import shortened
@@ -51,12 +51,12 @@ def test_figures_names_and_codes_on_the_page_are_in_the_json(shown: tuple[Report
     for figure in figures:
         found = lookup(data, figure.attrib["data-at"])
         assert json.loads(figure.attrib["value"]) == found
-        assert figure.said == catalogue(language).figure(found, figure.attrib["data-as"])
-    words = Words(report, catalogue(language))
+        assert figure.said == load_catalogue(language).figure(found, figure.attrib["data-as"])
+    words = Words(report, load_catalogue(language))
     texts = [one for one in main(html).iter() if "data-at" in one.attrib and one.tag != "data"]
     assert len(texts) > 30
     for element in texts:
-        found, text = lookup(data, element.attrib["data-at"]), element.said
+        found, text = lookup(data, element.attrib["data-at"]), element.full_text
         sections = words.catalogue.texts.values()
         spoken = {section[found] for section in sections if isinstance(found, str) and found in section}
         if isinstance(found, str) and element.attrib.get("data-as") != "fact":
@@ -71,7 +71,7 @@ def test_page_shows_no_numbers_outside_figures_and_fixed_texts(shown: tuple[Repo
     def known(one: Element) -> bool:
         return "data-at" in one.attrib or one.tag in ("code", "svg") or one.attrib.get("class", "").endswith("rows")
 
-    fixed = " ".join(text for texts in catalogue(language).texts.values() for text in texts.values())
+    fixed = " ".join(text for texts in load_catalogue(language).texts.values() for text in texts.values())
     named = " ".join([report.facts.name, *(site.site for site in report.sites), *report.facts.provenance.libraries])
     named += " ".join(one.dates for one in made.periods(report))
     source = "arXiv 2303.00654"
@@ -82,7 +82,7 @@ def test_page_shows_no_numbers_outside_figures_and_fixed_texts(shown: tuple[Repo
 def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
     report, html = shown
     data = json.loads(json.dumps(to_json(report)))
-    words = Words(report, catalogue("en"))
+    words = Words(report, load_catalogue("en"))
     for kind, at in (
         ("sites", "mechanisms"),
         ("life", "runs"),
@@ -130,7 +130,7 @@ def test_page_has_no_unfilled_placeholders_or_missing_values(shown: tuple[Report
 
 def test_page_is_self_contained_and_shows_the_report_digest(shown: tuple[Report, str]) -> None:
     report, html = shown
-    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
+    digest = hashlib.sha256(signing.report_to_json(report).encode()).hexdigest()
     # On page 1, for technical documentation, how to check, and at the foot of each page.
     assert html.count(digest) == 4
     tree = parsed(html)
@@ -155,7 +155,7 @@ def test_hostile_names_are_escaped_on_the_page(language: str) -> None:
         assert "<script" not in html
         assert html.count("</style>") == 1
         assert html.count("<svg") == html.count("</svg>")
-        assert any(one.said == HOSTILE for one in main(html).iter())
+        assert any(one.full_text == HOSTILE for one in main(html).iter())
 
 
 @pytest.mark.parametrize("text", [HOSTILE, 'a\\b\n"; } body { display: none', "</style><script>", "ü病"])
@@ -223,15 +223,18 @@ def by_id(html: Element, name: str) -> Element:
 
 def test_exceeded_budget_takes_precedence_over_a_used_up_one(a_ledger_report: Make) -> None:
     full = made.without_room(a_ledger_report(), left=0.0)
-    assert room_of(full) == "used_up"
-    assert room_of(replace(full, verdict=Verdict(state="exceeded", reasons=("above_lifetime_cap",)))) is None
+    assert explain_missing_room(full) == "used_up"
+    assert (
+        explain_missing_room(replace(full, verdict=BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))))
+        is None
+    )
     (site,) = full.sites
-    assert room_of(with_site(full, lifetime=replace(site.lifetime, frozen=True))) == "closed"
+    assert explain_missing_room(with_site(full, lifetime=replace(site.lifetime, frozen=True))) == "closed"
 
 
 def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
     """Neither on page 1 nor on the label: one sentence says where it stands, and why no more is proved."""
-    words, report = catalogue(language), reports()["ledger"]
+    words, report = load_catalogue(language), reports()["ledger"]
     (site,) = report.sites
     for ceiling, is_shown in ((98.9, True), (99.98, False)):
         means = replace(site.meaning, right_of_100_ceiling=ceiling, right_of_100_mechanism=None)
@@ -243,8 +246,8 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
         section = words.texts["curve"]["heading"]
         said = words.text("meaning.several_runs", section=section).unescape()
         assert words_of(by_id(first, "ceiling")) == said
-        assert said.split(",")[0] in as_svg(shown, language=language) or is_shown
-        for text in (words_of(first), as_svg(shown, language=language)):
+        assert said.split(",")[0] in render_label(shown, language=language) or is_shown
+        for text in (words_of(first), render_label(shown, language=language)):
             assert bool(re.search(r"\b99\s%", text)) == is_shown
             assert not re.search(r"\b100\s%", text)
         assert html.all("data", data_at="/sites/0/meaning/right_of_100_ceiling"), "in the annex"
@@ -260,13 +263,13 @@ def test_strength_rating_shows_its_epsilon_thresholds(code: str, a_report: Make,
     assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))
     report = replace(a_report(), epsilon=min(most, 11.0))
     said = words_of(by_id(main(render.render(report, language=language)), "band"))
-    assert catalogue(language).texts["strength"][code] in said
+    assert load_catalogue(language).texts["strength"][code] in said
     edges = [f"{edge:g}" for edge in (least, most) if 0 < edge < math.inf]
     assert numbers(said)[-2:][-len(edges) :] == edges
 
 
 def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) -> None:
-    words = catalogue(language).texts["page"]
+    words = load_catalogue(language).texts["page"]
     for purpose, shown in (
         (None, words["no_purpose"]),
         ("To <b>sort</b> letters", "To <b>sort</b> letters"),
@@ -280,7 +283,7 @@ def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) 
 
 
 def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, language: str) -> None:
-    words = catalogue(language).texts["sign_off"]
+    words = load_catalogue(language).texts["sign_off"]
 
     def said(html: str) -> tuple[bool, ...]:
         parts = (("to-do", "simulated"), ("sign-off", "limit_first"))
@@ -289,13 +292,13 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
     assert said(page("within", language)) == said(page("ledger", language)) == (True, False)
     assert said(page("used_up", language)) == said(page("no_run_fits", language)) == (True, True)
     assert said(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
-    above = Verdict(state="exceeded", reasons=("above_lifetime_cap",))
+    above = BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))
     assert said(render.render(a_ledger_report(verdict=above), language=language)) == (False, True)
 
 
 def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, language: str, tmp_path: Path) -> None:
-    texts, key = catalogue(language).texts["check"], SigningKey.load_or_make(tmp_path / "key.pem")
-    for report in (a_report(), signing.signed(a_report(), key)):
+    texts, key = load_catalogue(language).texts["check"], SigningKey.load_or_create(tmp_path / "key.pem")
+    for report in (a_report(), signing.sign_report(a_report(), key)):
         html = by_id(main(render.render(report, language=language)), "check-one")
         command, digest, verify, *of_key, model, begins = [one.said for one in html.all("code")]
         assert (model, begins) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
@@ -323,7 +326,7 @@ def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:
 
 
 def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: str) -> None:
-    texts = catalogue(language).texts
+    texts = load_catalogue(language).texts
     known = a_report().facts.provenance
     unknown = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
     html = main(render.render(made.with_facts(a_report(), provenance=unknown), language=language))
@@ -336,7 +339,7 @@ def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: st
 
 
 def test_every_page_of_a_study_shows_its_banner_first(of_run: Report, of_ledger: Report, language: str) -> None:
-    said = catalogue(language).texts["banner"]
+    said = load_catalogue(language).texts["banner"]
     for report, banners in (
         (of_run, ["simulation"]),
         (made.with_facts(of_run, seeded_noise=True), ["simulation", "seeded"]),
@@ -362,7 +365,7 @@ def test_figures_of_a_silent_site_are_marked_as_upper_bounds(language: str) -> N
 def test_dpia_fields_in_each_state_look_different(language: str) -> None:
     html, borders = page("within", language), set()
     (section,) = main(html).all("section", id="cells")
-    words, css = catalogue(language), "".join(one.said for one in parsed(html).all("style"))
+    words, css = load_catalogue(language), "".join(one.said for one in parsed(html).all("style"))
     for state in ("auto", "design", "site", "missing"):
         found = section.all(**{"class": f"cell {state}"})
         assert found

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.report.page import render
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import load_catalogue
 from fedtune.spec import ConfigError
 
 from .shown import LONG, NAMES, Make, page, reports, with_facts
@@ -75,7 +75,7 @@ def test_pdf_is_complete_and_identical_without_system_fonts(a_report: Make, tmp_
     )
     assert made.returncode == 0, made.stderr.decode()
     assert made.stderr == b""
-    assert made.stdout == render.as_pdf(html)
+    assert made.stdout == render.convert_to_pdf(html)
     named = set(re.findall(rb"/FontName /\w+\+([\w-]+)", unpacked(made.stdout)))
     assert named == {b"Fedtune-Sans", b"Fedtune-Sans-Bold", b"Fedtune-Mono"}
     assert made.stdout.startswith(b"%PDF-")
@@ -95,7 +95,7 @@ def test_pdf_is_reproducible_without_harfbuzz(before: str | None, monkeypatch: p
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     if before is not None:
         monkeypatch.setenv("SOURCE_DATE_EPOCH", before)
-    assert render.as_pdf("<p>text</p>") == render.as_pdf("<p>text</p>")
+    assert render.convert_to_pdf("<p>text</p>") == render.convert_to_pdf("<p>text</p>")
     assert os.environ.get("SOURCE_DATE_EPOCH") == before
 
 
@@ -106,7 +106,7 @@ def test_form_inputs_become_fillable_pdf_fields(language: str) -> None:
         whole = render.render(reports()[name], language=language, fillable=True)
         html = beginning(whole)
         assert whole.count("<input") == html.count("<input")
-        objects = unpacked(render.as_pdf(html))
+        objects = unpacked(render.convert_to_pdf(html))
         asked = html.count('class="asked"')
         assert asked > 0
         assert objects.count(b"/FT /Btn") == 6 + 2 * asked, "three choices for each of two, yes and no"
@@ -145,7 +145,7 @@ def test_every_pdf_page_of_a_study_shows_its_banner(name: str) -> None:
     assert report.banners
     for one in pages(page(name, "de")):
         for banner in report.banners:
-            assert catalogue("de").texts["banner"][banner].replace(" ", "") in printed(one, above=30)
+            assert load_catalogue("de").texts["banner"][banner].replace(" ", "") in printed(one, above=30)
 
 
 @needs_weasyprint
@@ -155,7 +155,7 @@ def test_page_one_shows_the_banner_when_margins_cannot() -> None:
     for fillable in (False, True):
         first, *_ = pages(beginning(render.render(report, language="en", fillable=fillable)))
         for banner in report.banners:
-            said = catalogue("en").texts["banner"][banner].replace(" ", "") in printed(first, below=30)
+            said = load_catalogue("en").texts["banner"][banner].replace(" ", "") in printed(first, below=30)
             assert said != fillable
 
 
@@ -172,7 +172,9 @@ def test_pdf_rendering_fetches_nothing() -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         image = f'<img src="http://127.0.0.1:{server.server_port}/x.png"><img src="file:///etc/hostname">'
         style = f'<link rel="stylesheet" href="http://127.0.0.1:{server.server_port}/x.css">'
-        assert render.as_pdf(f"<html><head>{style}</head><body>{image}<p>text</p></body></html>").startswith(b"%PDF-")
+        assert render.convert_to_pdf(f"<html><head>{style}</head><body>{image}<p>text</p></body></html>").startswith(
+            b"%PDF-"
+        )
         server.shutdown()
     assert asked == []
 
@@ -180,9 +182,9 @@ def test_pdf_rendering_fetches_nothing() -> None:
 def test_missing_weasyprint_or_pango_error_suggests_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.extras.is_installed", lambda module: False)
     with pytest.raises(ConfigError, match="--pdf: needs weasyprint: pip install "):
-        render.as_pdf("<p>")
+        render.convert_to_pdf("<p>")
     monkeypatch.setattr("fedtune.extras.is_installed", lambda module: True)
     no_pango = Mock(side_effect=OSError("cannot load library 'libpango-1.0-0'"))
     monkeypatch.setattr(render.importlib, "import_module", no_pango)
     with pytest.raises(ConfigError, match=r"needs Pango .*libpango-1\.0-0"):
-        render.as_pdf("<p>")
+        render.convert_to_pdf("<p>")

@@ -15,7 +15,7 @@ from scipy.stats import norm
 
 from fedtune.privacy import accountant, events
 from fedtune.report.derive import profile
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import load_catalogue
 
 _SHARES = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9)
 
@@ -25,8 +25,8 @@ def sampled(rate: float, sigma: float, steps: int = 1) -> dict[DpEvent, int]:
 
 
 def forget() -> None:
-    kept = profile._pld, profile._epsilon_pld, profile._hit_rate_of, profile._right_by_mixture
-    for cached in (*kept, accountant.composed_rdp):
+    kept = profile._pld, profile._epsilon_pld, profile._bound_hit_rate_cached, profile._bound_by_mixture
+    for cached in (*kept, accountant.compose_rdp):
         cached.cache_clear()
 
 
@@ -75,14 +75,14 @@ def gaussian_right_of_100(mu: float) -> float:
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 40.0])
 def test_gaussian_privacy_curve_matches_the_exact_solution(sigma: float) -> None:
     spent, mu = [GaussianDpEvent(sigma)], 1 / sigma
-    for point in profile.curve(spent, 1e-5):
+    for point in profile.epsilon_curve(spent, 1e-5):
         # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
         assert gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
         if point.epsilon_pld > 0.01:
             assert gaussian_delta(mu, point.epsilon_pld - 2e-3) > point.delta
         assert point.epsilon_rdp >= point.epsilon_pld
     for alarms in _SHARES:
-        rate, exact = profile.hit_rate(spent, false_alarms=alarms), gaussian_hit_rate(mu, false_alarms=alarms)
+        rate, exact = profile.bound_hit_rate(spent, false_alarms=alarms), gaussian_hit_rate(mu, false_alarms=alarms)
         assert exact - 1e-12 <= rate <= exact * (1 + 1e-5)
     right = profile.right_of_100(spent)
     assert gaussian_right_of_100(mu) - 1e-9 <= right <= gaussian_right_of_100(mu) + 1e-3
@@ -101,7 +101,7 @@ def best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float
 @pytest.mark.parametrize(("rate", "sigma"), [(0.01, 0.8), (0.1, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("alarms", _SHARES)
 def test_sampled_step_bounds_the_best_exact_attack(rate: float, sigma: float, alarms: float) -> None:
-    bound = profile.hit_rate(sampled(rate, sigma), false_alarms=alarms)
+    bound = profile.bound_hit_rate(sampled(rate, sigma), false_alarms=alarms)
     best = max(best_attacks(rate, sigma, alarms))
     assert best * (1 - 1e-9) <= bound
     # The curve that covers add and remove at once is the convex one above both.
@@ -119,7 +119,7 @@ def test_simulated_attack_does_not_exceed_the_bound() -> None:
 
     without, with_it = losses(False), losses(True)
     for alarms in (0.001, 0.01, 0.1):
-        bound = profile.hit_rate(spent, false_alarms=alarms)
+        bound = profile.bound_hit_rate(spent, false_alarms=alarms)
         for others, sought in ((without, with_it), (-with_it, -without)):
             rate_found = (sought > np.quantile(others, 1 - alarms)).mean()
             assert rate_found <= bound + 5 * math.sqrt(bound / draws) + 5 * bound * math.sqrt(1 / (alarms * draws))
@@ -131,13 +131,13 @@ def test_simulated_attack_does_not_exceed_the_bound() -> None:
 
 
 def test_privacy_curve_is_monotone_and_below_each_ceiling(spent: dict[DpEvent, int]) -> None:
-    points = profile.curve(spent, 2e-5)
+    points = profile.epsilon_curve(spent, 2e-5)
     assert [point.delta for point in points] == sorted({*profile.DELTAS, 2e-5}, reverse=True)
     for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
         assert figures == sorted(figure for figure in figures if figure is not None)
     for point in points:
         for alarms in _SHARES:
-            rate = profile.hit_rate(spent, false_alarms=alarms)
+            rate = profile.bound_hit_rate(spent, false_alarms=alarms)
             ceiling = profile.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
             assert alarms <= rate <= ceiling + 1e-7
         right = profile.right_of_100(spent)
@@ -145,11 +145,11 @@ def test_privacy_curve_is_monotone_and_below_each_ceiling(spent: dict[DpEvent, i
 
 
 def test_hit_rate_grows_with_false_alarms_and_steps(spent: dict[DpEvent, int]) -> None:
-    rates = [profile.hit_rate(spent, false_alarms=alarms) for alarms in _SHARES]
+    rates = [profile.bound_hit_rate(spent, false_alarms=alarms) for alarms in _SHARES]
     assert rates == sorted(rate for rate in rates if rate is not None)
     twice = {event: 2 * count for event, count in spent.items()}
     for alarms, rate in zip(_SHARES, rates, strict=True):
-        assert rate <= profile.hit_rate(twice, false_alarms=alarms) + 1e-9
+        assert rate <= profile.bound_hit_rate(twice, false_alarms=alarms) + 1e-9
     assert profile.right_of_100(spent) < profile.right_of_100(twice)
 
 
@@ -165,37 +165,42 @@ def test_equal_histories_give_identical_figures() -> None:
     one = {**sampled(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **sampled(0.1, 2.0, 7)}
     other = [event for event, count in reversed(one.items()) for _ in range(count)]
     forget()
-    first = profile.meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(one, 1e-5)
+    first = profile.compute_meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000), profile.epsilon_curve(one, 1e-5)
     forget()
-    assert first == (profile.meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(other, 1e-5))
+    assert first == (
+        profile.compute_meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000),
+        profile.epsilon_curve(other, 1e-5),
+    )
 
 
 def test_mechanism_bound_never_exceeds_the_ceiling() -> None:
     # An epsilon by the fine grid may be a little below what the coarse one, of the curve, says.
-    meant = profile.meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)
+    meant = profile.compute_meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)
     assert meant.right_of_100_mechanism == meant.right_of_100_ceiling
     assert all(one.mechanism == one.ceiling for one in meant.hit_rates)
 
 
 @pytest.mark.parametrize("spent", [[NonPrivateDpEvent()], {**sampled(0.1, 1.0), NonPrivateDpEvent(): 2}])
 def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
-    meant = profile.meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
+    meant = profile.compute_meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
     assert (meant.right_of_100_ceiling, meant.right_of_100_mechanism) == (100, None)
     assert [one.ceiling for one in meant.posterior] == [1, 1, 1, 1]
     assert [(one.ceiling, one.mechanism) for one in meant.hit_rates] == [(1, None), (1, None)]
     assert meant.expected_failures is None
-    assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.curve(spent, 1e-5)} == {(None, None)}
+    assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.epsilon_curve(spent, 1e-5)} == {(None, None)}
 
 
 def test_near_zero_noise_is_bounded_and_no_spending_helps_no_attacker() -> None:
-    assert profile.hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
+    assert profile.bound_hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
     assert profile.right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
-    assert (profile.hit_rate([], false_alarms=0.01), profile.right_of_100([])) == (0.01, 50)
+    assert (profile.bound_hit_rate([], false_alarms=0.01), profile.right_of_100([])) == (0.01, 50)
     assert profile.epsilon_pld([], 1e-5) == profile.epsilon_rdp([], 1e-5) == 0
 
 
 def of_several(spent: dict[DpEvent, int], members: int) -> float:
-    return profile.right_of_several(spent, profile.right_of_100(spent), epsilon=8.0, delta=1e-5, members=members)
+    return profile.bound_right_guesses_for_several(
+        spent, profile.right_of_100(spent), epsilon=8.0, delta=1e-5, members=members
+    )
 
 
 def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -238,23 +243,23 @@ def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
     """(1.6, 1e-5) for one record is (3.2, 6e-5) for two: 96 of 100, where the triangle inequality allows 100."""
     for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
         right = profile.right_of_100_ceiling(epsilon, 1e-5)
-        found = profile.right_of_several(None, right, epsilon=epsilon, delta=1e-5, members=members)
-        for_all = profile.right_of_100_ceiling(*profile.group(epsilon, 1e-5, members=members))
+        found = profile.bound_right_guesses_for_several(None, right, epsilon=epsilon, delta=1e-5, members=members)
+        for_all = profile.right_of_100_ceiling(*profile.group_privacy(epsilon, 1e-5, members=members))
         assert found == min(100, 50 + members * (right - 50), for_all)
         assert right < found
     many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
     assert of_several(many, 2) == 50 + 2 * (profile.right_of_100(many) - 50), "of so many plans no curve is computed"
-    assert profile._right_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
+    assert profile._bound_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
 
 
 def test_twenty_mechanisms_are_composed_once_per_purpose() -> None:
     spent = {PoissonSampledDpEvent(0.01 + number / 500, GaussianDpEvent(1 + number / 10)): 250 for number in range(20)}
     forget()
-    profile.meaning(spent, epsilon=5.0, delta=1e-5, declared_size=1000)
-    profile.curve(spent, 1e-5)
+    profile.compute_meaning(spent, epsilon=5.0, delta=1e-5, declared_size=1000)
+    profile.epsilon_curve(spent, 1e-5)
     # The composition is what takes time; each point of a curve is read off it.
     assert profile._pld.cache_info().misses <= 2
-    assert accountant.composed_rdp.cache_info().misses == 1
+    assert accountant.compose_rdp.cache_info().misses == 1
 
 
 # What (epsilon, delta) alone bound: against a table that was computed elsewhere, and against what they must obey.
@@ -278,7 +283,12 @@ def test_documented_table_cells_match_computed_values(line: str) -> None:
     printed = line.split(" | ")
     epsilon = float(printed[0])
     mu = gaussian_mu(epsilon, _DELTA)
-    row = [epsilon, math.exp(epsilon), mu, *(100 * profile.posterior(epsilon, prior=prior) for prior in profile.PRIORS)]
+    row = [
+        epsilon,
+        math.exp(epsilon),
+        mu,
+        *(100 * profile.bound_posterior(epsilon, prior=prior) for prior in profile.PRIORS),
+    ]
     for alarms in profile.FALSE_ALARMS:
         row.append(100 * profile.hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
         row.append(100 * gaussian_hit_rate(mu, false_alarms=alarms))
@@ -294,7 +304,7 @@ def test_posterior_failure_probability_can_exceed_delta_many_times() -> None:
     mu = gaussian_mu(epsilon, _DELTA)
     assert norm.cdf(mu / 2 - epsilon / mu) > 30 * _DELTA
     for language, words in (("en", "many times delta"), ("de", "ein Vielfaches von Delta")):
-        texts = catalogue(language).texts
+        texts = load_catalogue(language).texts
         for text in (texts["meaning"]["posterior_note"], texts["formulae"]["posterior"]):
             assert words in text
             assert not re.search("about delta|etwa delta", text, re.IGNORECASE)
@@ -302,20 +312,20 @@ def test_posterior_failure_probability_can_exceed_delta_many_times() -> None:
 
 def test_group_privacy_degrades_with_the_number_of_records() -> None:
     for one, digits, of_five in ((1, 6, 8.6e-5), (3, 2, 0.17)):
-        epsilon, delta = profile.group(one, _DELTA, members=5)
+        epsilon, delta = profile.group_privacy(one, _DELTA, members=5)
         assert (epsilon, round(delta, digits)) == (5 * one, of_five)
-    assert profile.group(1, _DELTA, members=1) == (1, _DELTA)
-    assert profile.group(8, _DELTA, members=1000) == (8000, 1.0)
-    assert profile.group(0, _DELTA, members=3) == (0, 3 * _DELTA)
-    assert profile.group(2, 0, members=3) == (6, 0)
-    assert profile.group(5, 0.01, members=4) == (20, 1.0)
+    assert profile.group_privacy(1, _DELTA, members=1) == (1, _DELTA)
+    assert profile.group_privacy(8, _DELTA, members=1000) == (8000, 1.0)
+    assert profile.group_privacy(0, _DELTA, members=3) == (0, 3 * _DELTA)
+    assert profile.group_privacy(2, 0, members=3) == (6, 0)
+    assert profile.group_privacy(5, 0.01, members=4) == (20, 1.0)
 
 
 def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:
-    assert profile.posterior(1e5, prior=0.001) == 1
+    assert profile.bound_posterior(1e5, prior=0.001) == 1
     assert profile.hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
     assert profile.right_of_100_ceiling(1e5, 1e-5) == 100
-    assert profile.posterior(0, prior=0.1) == pytest.approx(0.1)
+    assert profile.bound_posterior(0, prior=0.1) == pytest.approx(0.1)
     assert profile.hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
     assert profile.right_of_100_ceiling(0, 0) == 50
 

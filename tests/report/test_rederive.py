@@ -17,7 +17,7 @@ from fedtune.report import rederive
 from fedtune.report.derive.profile import accountants_agree
 from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, RunFacts
 from fedtune.report.model import Problem, Report, from_json, to_json
-from fedtune.report.rederive import derive, problems
+from fedtune.report.rederive import derive_report, problems
 from fedtune.spec import ConfigError
 
 from .shown import (
@@ -112,9 +112,9 @@ def test_untouched_report_has_no_problems(report: Report) -> None:
 
 @pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "of_ledger", *CHANGED], indirect=True)
 def test_changed_derived_values_are_detected(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = rederive.figures_of(report.facts)
-    monkeypatch.setattr(rederive, "figures_of", lambda _: again)  # the facts stay
-    monkeypatch.setattr(rederive, "_too_much_work", lambda _: ())
+    again = rederive.derive_figures(report.facts)
+    monkeypatch.setattr(rederive, "derive_figures", lambda _: again)  # the facts stay
+    monkeypatch.setattr(rederive, "_check_amount_of_work", lambda _: ())
     assert [name for name, other in changed(report, "derived") if not problems(other)] == []
 
 
@@ -129,7 +129,7 @@ def test_consistent_forgeries_change_only_facts_covered_by_signatures(report: Re
     passed = []
     for name, other in changed(report, "facts"):
         try:
-            forged = derive(other.facts)
+            forged = derive_report(other.facts)
         except (ValueError, ArithmeticError, LookupError):
             continue
         passed += [] if problems(forged) else [name]
@@ -138,7 +138,7 @@ def test_consistent_forgeries_change_only_facts_covered_by_signatures(report: Re
 
 def with_facts(report: Report, **changes: Any) -> Report:
     """A report of changed facts, from which all is derived again."""
-    return derive(replace(report.facts, **changes))
+    return derive_report(replace(report.facts, **changes))
 
 
 @pytest.mark.parametrize(
@@ -169,16 +169,16 @@ def test_tolerances_never_accept_understated_figures(a_report: Make, a_ledger_re
     # Nor is more left than the cap leaves.
     report = a_ledger_report()
     used_up = with_facts(report, **approved(report.facts, max_epsilon=1.0))
-    assert (used_up.sites[0].lifetime.left, where(used_up)) == (0.0, set())
+    assert (used_up.sites[0].lifetime.left_file, where(used_up)) == (0.0, set())
     for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
         life = of.sites[0].lifetime
-        found = where(with_site(of, lifetime=replace(life, left=life.left + more)))
+        found = where(with_site(of, lifetime=replace(life, left=life.left_file + more)))
         assert found == ({"sites.north-hospital.lifetime.left"} if wrong else set())
 
 
 def of_many_plans(report: Report, count: int) -> LedgerFacts:
     """So many runs, each with another plan and with noised scores."""
-    run, noises = report.facts.runs[1], {f"r{number}": 1 + number / 1000 for number in range(count)}
+    run, noises = report.facts.run_settings_folder[1], {f"r{number}": 1 + number / 1000 for number in range(count)}
     plans = [
         replace(run.plan, noise_multiplier=noise, metrics_noise_multiplier=19 + noise) for noise in noises.values()
     ]
@@ -194,13 +194,13 @@ def of_many_plans(report: Report, count: int) -> LedgerFacts:
 def test_work_requested_by_a_small_report_is_bounded(a_ledger_report: Any, a_report: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(rederive.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
     many = of_many_plans(a_ledger_report(), 1000)
-    (problem,) = rederive._too_much_work(many)
+    (problem,) = rederive._check_amount_of_work(many)
     assert (problem.where, problem.found) == ("facts", "that would take hours to compute")
     assert problems(a_ledger_report(facts=many)) == [problem]
-    assert list(rederive._too_much_work(of_many_plans(a_ledger_report(), 200))) == []
+    assert list(rederive._check_amount_of_work(of_many_plans(a_ledger_report(), 200))) == []
     facts = a_report().facts
     many = replace(facts, rounds=facts.rounds[:1] * 1000, sites=facts.sites[:1] * 501)
-    (problem,) = rederive._too_much_work(many)
+    (problem,) = rederive._check_amount_of_work(many)
     assert problem.said == "501000 rows of a round at a site"
 
 
@@ -313,8 +313,8 @@ def test_contradictory_ledger_facts_are_detected(a_ledger_report: Make) -> None:
         ({"delta": 1e-6}, "runs.diagnosis.plan"),
         ({"order": 1.0}, "order"),
         ({"order": 1e300}, "order"),
-        ({"runs": facts.runs * 2}, "runs"),
-        ({"runs": facts.runs[:1]}, "charges"),
+        ({"runs": facts.run_settings_folder * 2}, "runs"),
+        ({"runs": facts.run_settings_folder[:1]}, "charges"),
         ({"charges": facts.charges[::-1]}, "charges"),
         ({"charges": (replace(first, rounds=5), second)}, "runs.diagnosis.plan"),
         ({"charges": (replace(first, rounds=3), second)}, "releases"),
@@ -366,7 +366,7 @@ def test_seeded_run_gives_no_guarantee(of_run: Report) -> None:
 def test_plan_above_the_target_is_exceeded_despite_lower_charges(a_report: Make) -> None:
     facts = a_report().facts
     planned = replace(facts.plan, num_rounds=12)
-    report = derive(signed_by_sites(replace(facts, plan=planned, target_epsilon=1.2)))
+    report = derive_report(signed_by_sites(replace(facts, plan=planned, target_epsilon=1.2)))
     spent = report.sites[0].spent
     assert spent.epsilon_pld < 1.2 < spent.planned_epsilon == report.epsilon
     assert report.verdict.state == "exceeded"

@@ -11,7 +11,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.report import registry_entry as registry
 from fedtune.report import signing
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import load_catalogue
 
 from .shown import NAMES, leaves, reports
 
@@ -29,16 +29,18 @@ def values(part: Any) -> list[Any]:
 
 
 def test_unanswered_registry_fields_are_empty_and_listed_as_missing(report: Report) -> None:
-    told, entry = registry.entry(report, TOLD), registry.entry(report, AboutSpec())
+    told, entry = registry.build_registry_entry(report, TOLD), registry.build_registry_entry(report, AboutSpec())
     assert told["missing"] == []
     assert set(dataclasses.asdict(TOLD).values()) <= set(values(told))
     assert set(entry["missing"]) == ASKED
     assert values(entry).count("") - values(told).count("") == len(ASKED)
-    assert registry.entry(report, AboutSpec(sector=" "))["missing"] == entry["missing"], "a blank says nothing"
+    assert registry.build_registry_entry(report, AboutSpec(sector=" "))["missing"] == entry["missing"], (
+        "a blank says nothing"
+    )
 
 
 def test_registry_entry_figures_match_the_report(report: Report) -> None:
-    entry = registry.entry(report, AboutSpec())
+    entry = registry.build_registry_entry(report, AboutSpec())
     promised = report.verdict.state != "no_guarantee" and report.epsilon is not None
     assert entry["privacy"]["epsilon"] == (report.epsilon if promised else None)
     assert (entry["privacy"]["delta"], entry["privacy"]["sites"]) == (report.facts.delta, len(report.sites))
@@ -46,16 +48,16 @@ def test_registry_entry_figures_match_the_report(report: Report) -> None:
     assert {(one["sampling_rate"], one["noise_multiplier"]) for one in entry["privacy"]["mechanisms"]} == {
         (row.sampling_rate, row.noise_multiplier) for row in rows
     }
-    words = catalogue("en")
+    words = load_catalogue("en")
     assert entry["accounting"]["leaves_out"] == [words.code("leaves_out", one).unescape() for one in report.leaves_out]
     assert len(entry["not_protected"]) == len(report.not_protected)
     assert entry["privacy"]["holds_for"].startswith("a simulation") == ("simulation" in report.banners)
-    assert entry["report_sha256"] == hashlib.sha256(signing.to_text(report).encode()).hexdigest()
-    text = registry.to_text(report, TOLD)
-    assert json.loads(text) == registry.entry(report, TOLD)
+    assert entry["report_sha256"] == hashlib.sha256(signing.report_to_json(report).encode()).hexdigest()
+    text = registry.registry_to_json(report, TOLD)
+    assert json.loads(text) == registry.build_registry_entry(report, TOLD)
 
 
 def test_registry_entry_of_a_noiseless_run_names_no_mechanism() -> None:
-    entry = registry.entry(reports()["unbounded"], TOLD)
+    entry = registry.build_registry_entry(reports()["unbounded"], TOLD)
     assert {one["name"] for one in entry["privacy"]["mechanisms"]} == {"none"}
     assert "adds no noise" in entry["privacy"]["model"]

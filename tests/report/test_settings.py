@@ -8,11 +8,11 @@ import pytest
 
 from fedtune.config import RunConfig, saved_config
 from fedtune.report import from_run
-from fedtune.report.checks import settings_problems
+from fedtune.report.checks import find_settings_problems
 from fedtune.report.facts import StartAdapter
 from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive, problems
+from fedtune.report.rederive import derive_report, problems
 from fedtune.version import __version__
 
 
@@ -24,17 +24,19 @@ def config(run_folder: Path) -> RunConfig:
 def forged(folder: Path, **changes: Any) -> Report:
     """A report that agrees with itself, of a plan that the run did not have."""
     record = read_run(folder)
-    return derive(from_run.facts_of(folder, replace(record, plan=replace(record.plan, **changes)), own={}))
+    return derive_report(
+        from_run.collect_run_facts(folder, replace(record, plan=replace(record.plan, **changes)), own={})
+    )
 
 
 def places(report: Report, config: RunConfig) -> set[str]:
-    return {problem.where.rpartition(".")[2] for problem in settings_problems(report.facts, config)}
+    return {problem.where.rpartition(".")[2] for problem in find_settings_problems(report.facts, config)}
 
 
 def test_report_matches_its_settings_and_detects_others_by_digest(of_run: Report, config: Any) -> None:
     assert places(of_run, config) == set()
     other = replace(config, training=replace(config.training, learning_rate=0.123))
-    (problem,) = settings_problems(of_run.facts, other)
+    (problem,) = find_settings_problems(of_run.facts, other)
     assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())
 
 
@@ -52,7 +54,7 @@ def test_reported_settings_are_compared_with_the_configuration(of_run: Report, c
     for key, value in (changes | {"settings": {"runtime": "deployment"}}).items():
         assert places(replace(of_run, facts=replace(of_run.facts, **{key: value})), config) - {"run"} == {key}
     shorter = replace(of_run.facts, rounds=of_run.facts.rounds[:1])
-    assert derive(shorter).verdict.reasons == ("not_finished",), "a shorter run is one that is not finished"
+    assert derive_report(shorter).verdict.reasons == ("not_finished",), "a shorter run is one that is not finished"
 
 
 def test_start_adapter_is_public_only_with_a_public_stage_in_settings(of_run: Report, config: RunConfig) -> None:

@@ -21,58 +21,58 @@ from .shown import Make, leaves, put, with_facts
 @pytest.fixture
 def text(a_report: Make) -> str:
     """A signed report, which every example of a test changes anew."""
-    return signing.to_text(signing.signed(a_report(), key))
+    return signing.report_to_json(signing.sign_report(a_report(), key))
 
 
 def test_report_round_trips_in_its_canonical_form(a_report: Make, a_ledger_report: Make) -> None:
-    for report in (a_report(), a_ledger_report(), signing.signed(a_report(), key)):
-        assert signing.read(signing.to_text(report).encode()) == report
+    for report in (a_report(), a_ledger_report(), signing.sign_report(a_report(), key)):
+        assert signing.parse_report(signing.report_to_json(report).encode()) == report
     # The canonical form is sorted, dense and without the signature.
     report = with_facts(a_report(), name="Königsberg")
-    text = signing.canonical(report).decode()
+    text = signing.canonical_bytes(report).decode()
     assert all(part in text for part in ('"name":"Königsberg"', '"delta":1e-05'))
     assert not any(part in text for part in ("\n", ', "', '": '))
     assert "signature" not in json.loads(text)
     assert list(json.loads(text)) == sorted(json.loads(text))
-    assert signing.canonical(signing.signed(report, key)) == text.encode()
+    assert signing.canonical_bytes(signing.sign_report(report, key)) == text.encode()
 
 
 def test_signature_names_its_key(a_report: Make) -> None:
-    report = signing.signed(a_report(), key)
-    assert signing.check(report) == key.public
-    assert signing.check(report, expected_key=key.public) == key.public
-    assert signing.signed(report, key) == report
+    report = signing.sign_report(a_report(), key)
+    assert signing.verify_report_signature(report) == key.public
+    assert signing.verify_report_signature(report, expected_key=key.public) == key.public
+    assert signing.sign_report(report, key) == report
     # A missing one is an error only where one is expected.
-    assert signing.check(a_report()) is None
+    assert signing.verify_report_signature(a_report()) is None
     with pytest.raises(RunError, match="not signed"):
-        signing.check(a_report(), expected_key=key.public)
+        signing.verify_report_signature(a_report(), expected_key=key.public)
 
 
 def test_foreign_or_misused_signature_is_detected(a_report: Make) -> None:
-    report = signing.signed(a_report(), key)
+    report = signing.sign_report(a_report(), key)
     with pytest.raises(RunError, match=f"not by {other.public}"):
-        signing.check(report, expected_key=other.public)
+        signing.verify_report_signature(report, expected_key=other.public)
     for signature in (
         Signature(key=other.public, signature=report.signature.signature),
-        Signature(key=report.signature.key, signature=report.signature.signature.replace("a", "A")),
+        Signature(key=report.signature.load_key, signature=report.signature.signature.replace("a", "A")),
         Signature(key="00" * 32, signature="00" * 64),
         Signature(key="", signature=""),
-        Signature(key=key.public, signature=key.sign("receipt", signing.canonical(report))),
+        Signature(key=key.public, signature=key.sign("receipt", signing.canonical_bytes(report))),
     ):
         with pytest.raises(RunError, match="does not fit"):
-            signing.check(replace(report, signature=signature))
+            signing.verify_report_signature(replace(report, signature=signature))
 
 
 def test_ledger_report_must_be_signed_by_its_site(a_ledger_report: Make) -> None:
     report = a_ledger_report()
     with pytest.raises(RunError, match="ef" * 32):
-        signing.check(signing.signed(report, key))
+        signing.verify_report_signature(signing.sign_report(report, key))
     own = with_facts(report, verification=replace(report.facts.verification, site_key=key.public))
-    assert signing.check(signing.signed(own, key)) == key.public
+    assert signing.verify_report_signature(signing.sign_report(own, key)) == key.public
 
 
 def test_signature_covers_every_value(a_ledger_report: Make, a_report: Make) -> None:
-    report = signing.signed(a_report(sites=(*a_report().sites, *a_ledger_report().sites)), key)
+    report = signing.sign_report(a_report(sites=(*a_report().sites, *a_ledger_report().sites)), key)
     changed = 0
     for path, value in leaves(to_json(report)):
         data, number = to_json(report), isinstance(value, int | float)
@@ -82,7 +82,7 @@ def test_signature_covers_every_value(a_ledger_report: Make, a_report: Make) -> 
         except ConfigError:
             continue
         with pytest.raises(RunError):
-            signing.check(other)
+            signing.verify_report_signature(other)
         changed += 1
     assert changed > 300
 
@@ -94,26 +94,26 @@ def test_edited_report_is_rejected_or_equal(text: str, data: st.DataObject) -> N
     end = data.draw(st.integers(begin, min(len(text), begin + 8)))
     edited = text[:begin] + data.draw(st.text(max_size=3)) + text[end:]
     try:
-        read = signing.read(edited.encode())
-        signing.check(read)
+        read = signing.parse_report(edited.encode())
+        signing.verify_report_signature(read)
     except FedtuneError:
         return
-    assert replace(read, signature=None) == replace(signing.read(text.encode()), signature=None)
+    assert replace(read, signature=None) == replace(signing.parse_report(text.encode()), signature=None)
 
 
 def test_report_accepts_only_its_canonical_spelling(a_report: Make) -> None:
-    text = signing.to_text(a_report())
-    assert signing.read(text.replace("\n", "\r\n").encode()) == a_report()  # as a checkout on Windows has it
+    text = signing.report_to_json(a_report())
+    assert signing.parse_report(text.replace("\n", "\r\n").encode()) == a_report()  # as a checkout on Windows has it
     whole = json.loads(text)
     for edited in (json.dumps(whole), json.dumps(whole, indent=1, sort_keys=True), f"{text} "):
         with pytest.raises(ConfigError, match="must be as fedtune writes it"):
-            signing.read(edited.encode())
+            signing.parse_report(edited.encode())
     with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*as fedtune writes it: \"delta\": 1e-05"):
-        signing.read(text.replace('"delta": 1e-05', '"delta": 1.0e-05', 1).encode())
+        signing.parse_report(text.replace('"delta": 1e-05', '"delta": 1.0e-05', 1).encode())
 
 
 def test_invalid_reports_are_refused(a_report: Make) -> None:
-    text = signing.to_text(a_report())
+    text = signing.report_to_json(a_report())
     refused = tomllib.loads(Path(__file__).with_name("no_reports.toml").read_text())
     for before, after in (
         *((before, after) for before, found in refused.items() for after in found),
@@ -122,7 +122,7 @@ def test_invalid_reports_are_refused(a_report: Make) -> None:
     ):
         assert before in text
         with pytest.raises(ConfigError):
-            signing.read(text.replace(before, after, 1).encode())
+            signing.parse_report(text.replace(before, after, 1).encode())
     for data in (b"", b"\xff\xfe\x00", b"null", b"[]", b"{}", b"1" * 5000):
         with pytest.raises(ConfigError):
-            signing.read(data)
+            signing.parse_report(data)

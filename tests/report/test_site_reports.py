@@ -14,7 +14,7 @@ from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.model import Report
 from fedtune.report.page import render
-from fedtune.report.rederive import derive
+from fedtune.report.rederive import derive_report
 from fedtune.spec import ConfigError
 
 from ..books import Books
@@ -43,31 +43,31 @@ def key_of(folder: Path, site: str) -> SigningKey:
 
 
 def report_of(folder: Path, site: str = "site-1") -> Report:
-    return from_ledger.build(folder / "sites" / site / "site.toml")
+    return from_ledger.build_ledger_report(folder / "sites" / site / "site.toml")
 
 
 def signed_report(folder: Path, site: str = "site-1", **changes: Any) -> Report:
     """What `fedtune report site.toml --sign` writes at the site; `changes` are made before it is signed."""
-    return signing.signed(replace(report_of(folder, site), **changes), key_of(folder, site))
+    return signing.sign_report(replace(report_of(folder, site), **changes), key_of(folder, site))
 
 
 def signed(folder: Path, of: str = "site-1", **changes: Any) -> Report:
     """The report of a site with changed facts, and all else as it was, signed by the first site."""
-    return signing.signed(with_facts(report_of(folder, of), **changes), key_of(folder, "site-1"))
+    return signing.sign_report(with_facts(report_of(folder, of), **changes), key_of(folder, "site-1"))
 
 
 def joined_by(folder: Path, *reports: Report) -> Report:
     """The report of the second run with what its sites released."""
-    return from_run.build(folder / "second", site_reports=reports)
+    return from_run.build_run_report(folder / "second", site_reports=reports)
 
 
 def derived(folder: Path, **changes: Any) -> Report:
     """What the first site would sign that changed facts of its ledger and derived all else from them."""
-    return signing.signed(derive(replace(report_of(folder).facts, **changes)), key_of(folder, "site-1"))
+    return signing.sign_report(derive_report(replace(report_of(folder).facts, **changes)), key_of(folder, "site-1"))
 
 
 def test_released_site_figures_are_merged_into_the_run_report(folder: Path) -> None:
-    alone = from_run.build(folder / "second")
+    alone = from_run.build_run_report(folder / "second")
     own = signed_report(folder)
     report = sound(joined_by(folder, own))
     joined, other = report.sites
@@ -94,15 +94,15 @@ def test_released_site_figures_are_merged_into_the_run_report(folder: Path) -> N
 def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
     own = signed_report(folder, "site-2")
     (folder / "second" / "site_reports").mkdir()
-    (folder / "second" / "site_reports" / "site-2.json").write_text(signing.to_text(own))
-    report = from_run.build(folder / "second")
+    (folder / "second" / "site_reports" / "site-2.json").write_text(signing.report_to_json(own))
+    report = from_run.build_run_report(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
     assert joined_by(folder, own) == report, "the same one twice is one"
-    earlier = from_run.build(folder / "first", site_reports=[signed_report(folder)]).facts
+    earlier = from_run.build_run_report(folder / "first", site_reports=[signed_report(folder)]).facts
     assert earlier.sites[0].statement.lifetime.runs[0].run == earlier.run, "and an earlier run's report takes it"
     (folder / "second" / "site_reports" / "site-1.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"site-1\.json"):
-        from_run.build(folder / "second")
+        from_run.build_run_report(folder / "second")
 
 
 def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None:
@@ -113,7 +113,7 @@ def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None
 
 
 def test_site_report_below_its_receipts_gives_no_guarantee(folder: Path) -> None:
-    *earlier, newest = report_of(folder).facts.runs
+    *earlier, newest = report_of(folder).facts.run_settings_folder
     less = derived(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
     report = sound(joined_by(folder, less))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
@@ -185,15 +185,17 @@ def test_impossible_site_statement_is_detected(folder: Path) -> None:
     ):
         forged = replace(site, statement=replace(said, **change))
         rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "date" else []))
-        assert f"sites.site-1.statement.{place}" in where(derive(replace(facts, rounds=rounds, sites=(forged, other))))
+        assert f"sites.site-1.statement.{place}" in where(
+            derive_report(replace(facts, rounds=rounds, sites=(forged, other)))
+        )
     unsigned = replace(facts, sites=(replace(site, receipt=None), other))
-    assert "sites.site-1.statement.verification.site_key" in where(derive(unsigned))
+    assert "sites.site-1.statement.verification.site_key" in where(derive_report(unsigned))
     # Of a seeded run it is said of the ledger, too.
     first, *runs = said.lifetime.runs
     for seeded in (False, True):
         life = replace(said.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
         forged = replace(site, statement=replace(said, lifetime=life))
-        report = derive(replace(facts, sites=(forged, other)))
+        report = derive_report(replace(facts, sites=(forged, other)))
         assert where(report) == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
         assert (report.verdict.state == "no_guarantee") == seeded
 
@@ -218,17 +220,17 @@ def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> No
     assert found.state == "not_checked"
     assert "site-1" in found.text
     assert "all runs" in found.text
-    assert taken(from_run.build(folder / "second")) is None
+    assert taken(from_run.build_run_report(folder / "second")) is None
     # Beside the reports that the sites signed, they are compared.
     (path.parent / "site_reports").mkdir()
     own = path.parent / "site_reports" / "site-1.json"
-    own.write_text(signing.to_text(signed_report(folder)))
+    own.write_text(signing.report_to_json(signed_report(folder)))
     assert taken(joined).state == "right"
     first, *others = joined.facts.sites
     cheaper = replace(first.statement, approved=replace(first.statement.approved, max_epsilon_per_run=0.1))
     forged = replace(joined.facts, sites=(replace(first, statement=cheaper), *others))
-    assert taken(derive(forged)).state == "wrong"
-    own.write_text(signing.to_text(signing.signed(report_of(folder), key_of(folder, "site-2"))))
+    assert taken(derive_report(forged)).state == "wrong"
+    own.write_text(signing.report_to_json(signing.sign_report(report_of(folder), key_of(folder, "site-2"))))
     assert taken(joined).state == "wrong"
 
 
@@ -236,12 +238,14 @@ def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
     # As if the site had been asked, and its answer had been lost on the way.
     record, key = from_run.read_run(folder / "second"), key_of(folder, "site-1")
     less = replace(record.receipts["site-1"], charged_rounds=0)
-    less = replace(less, signature=key.sign(RECEIPT, less.message()))
+    less = replace(less, signature=key.sign(RECEIPT, less.signed_bytes()))
     rounds = [replace(one, sites=("site-2",), failed_sites={"site-1": "no_reply"}) for one in record.state.rounds]
     state = replace(record.state, receipts={**record.state.receipts, "site-1": less}, rounds=rounds)
     Checkpoints(folder / "second" / "checkpoints", record.config_sha256).save(state)
     (folder / "second" / "run.json").unlink()  # which says what the receipts said
-    assert from_run.build(folder / "second").sites[0].spent.rounds == 0, "its receipt says so, and that the run is over"
+    assert from_run.build_run_report(folder / "second").sites[0].spent.rounds == 0, (
+        "its receipt says so, and that the run is over"
+    )
     report = joined_by(folder, signed_report(folder))
     assert report.sites[0].spent.rounds == 1
     assert report.sites[0].spent.epsilon == report.sites[1].spent.epsilon
@@ -263,13 +267,13 @@ def refused(folder: Path, report: Report) -> str:
 
 def posing(folder: Path, of: str, **changes: Any) -> Report:
     """A report of the ledger at a site, with changed facts, and signed with the key of the second one."""
-    return signing.signed(with_facts(report_of(folder, of), **changes), key_of(folder, "site-2"))
+    return signing.sign_report(with_facts(report_of(folder, of), **changes), key_of(folder, "site-2"))
 
 
 def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
     own = signed_report(folder)
     for released, says in (
-        (from_run.build(folder / "first"), "must be a site's report of its own ledger"),
+        (from_run.build_run_report(folder / "first"), "must be a site's report of its own ledger"),
         (replace(own, signature=None), "it is not signed"),
         (replace(own, epsilon=0.1), "must carry its site's signature"),
         (posing(folder, "site-1"), "must carry its site's signature"),
@@ -283,10 +287,10 @@ def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
 
 def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     facts = report_of(folder).facts
-    first, lists = facts.runs[0].run, ("runs", "charges", "releases")
+    first, lists = facts.run_settings_folder[0].run, ("runs", "charges", "releases")
     report = derived(folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists})
     assert "must be of a ledger that knows the run second-" in refused(folder, report)
-    assert from_run.build(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
+    assert from_run.build_run_report(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 
 def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> None:
@@ -294,8 +298,8 @@ def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> Non
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
         Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
     own = signed_report(tmp_path, "site-1")
-    assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
-    report = from_run.build(tmp_path / "second", site_reports=[own])
+    assert [run.run[:5] for run in own.sites[0].lifetime.run_settings_folder] == ["first"]
+    report = from_run.build_run_report(tmp_path / "second", site_reports=[own])
     site = report.sites[0]
     assert (site.source, site.spent.rounds, site.verdict.state) == ("signed_site_report", 0, "within")
     assert report.facts.sites[0].statement.lifetime.epsilon > site.spent.epsilon == 0

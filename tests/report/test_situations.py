@@ -18,10 +18,10 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.release import Reason
 from fedtune.report import from_ledger, from_run, signing
-from fedtune.report.derive.verdicts import outcome_of, room_of
+from fedtune.report.derive.verdicts import explain_missing_room, report_outcome
 from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.catalogue import LANGUAGES, load_catalogue
 from fedtune.report.page.render import render
 from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import Participants
@@ -37,12 +37,12 @@ def check(name: str, report: Report) -> Report:
 
     The page says the verdict with each of its reasons, and every site's epsilon, rounded up.
     """
-    assert signing.read(signing.to_text(report).encode()) == report
+    assert signing.parse_report(signing.report_to_json(report).encode()) == report
     assert problems(report) == []
     check_golden(name, report)
-    words, verdict = catalogue("en"), report.verdict
+    words, verdict = load_catalogue("en"), report.verdict
     text = shown_text(render(report, language="en"))
-    heading = outcome_of(report)
+    heading = report_outcome(report)
     for key in (f"verdict.{heading}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
     for site in report.sites:
@@ -70,24 +70,26 @@ def books(books: Any) -> Books:
 
 
 def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> None:
-    folder, banner = simulate(into=tmp_path), catalogue("en").texts["banner"]["simulation"]
-    report = check("within", from_run.build(folder))
+    folder, banner = simulate(into=tmp_path), load_catalogue("en").texts["banner"]["simulation"]
+    report = check("within", from_run.build_run_report(folder))
     assert verdict(report) == ("within", ())
     assert 0 < report.epsilon < report.facts.target_epsilon
     site = folder / "sites/site-1"
     signed = ["--sign", str(site / "site_key.pem"), "--output", str(tmp_path / "own")]
     for of, at in (([str(site / "site.toml"), *signed], tmp_path / "own"), ([str(folder)], folder)):
         assert banner in " ".join(command("report", *of).out.split())
-        report = signing.read((at / "report.json").read_bytes())
+        report = signing.parse_report((at / "report.json").read_bytes())
         assert report.banners == ("simulation",)
         assert problems(report) == []
         assert (at / "report.html").read_text().count(banner) == 1
     # Two figures for one training, and page 1 of each says why.
-    ours, theirs = (signing.read((at / "report.json").read_bytes()).epsilon for at in (folder, tmp_path / "own"))
+    ours, theirs = (
+        signing.parse_report((at / "report.json").read_bytes()).epsilon for at in (folder, tmp_path / "own")
+    )
     assert ours < theirs
     for at, kind in ((folder, "run"), (tmp_path / "own", "ledger")):
         first = (at / "report.html").read_text().partition('<nav aria-labelledby="contents">')[0]
-        assert catalogue("en").text(f"budget.two_figures_{kind}") in first
+        assert load_catalogue("en").text(f"budget.two_figures_{kind}") in first
     # A policy that says nothing of it, as earlier versions wrote them for kept sites.
     kept = tmp_path / "kept"
     shutil.copytree(folder / "sites", kept)
@@ -99,20 +101,20 @@ def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> Non
         ledger.unlink()
         (ledger.parent / "site.toml").write_text(text.replace("site-1", ledger.parent.name))
     simulate(f"runtime.sites_dir={kept}", into=tmp_path, name="again")
-    own = from_ledger.build(kept / "site-1/site.toml")
+    own = from_ledger.build_ledger_report(kept / "site-1/site.toml")
     assert own.banners == ("simulation",)
     assert status(own, "policy_noted") == "verified"
 
 
 def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
-    report = check("without_privacy", from_run.build(simulate("privacy=none", into=tmp_path)))
+    report = check("without_privacy", from_run.build_run_report(simulate("privacy=none", into=tmp_path)))
     assert verdict(report) == ("no_guarantee", ("no_noise",))
     assert (report.epsilon, report.facts.target_epsilon, report.randomness) == (None, None, "none")
     assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
     assert report.assumptions[0].code == "noise_in_every_step"
     assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
     for language in LANGUAGES:
-        said = catalogue(language).texts
+        said = load_catalogue(language).texts
         text = shown_text(render(report, language=language))
         assert said["where_no_noise"]["released__updates"] in text
         for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
@@ -128,12 +130,12 @@ def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
 def test_seeded_study_gives_no_guarantee(tmp_path: Path) -> None:
     folder = simulate("runtime.seeded_noise=true", into=tmp_path)
     assert result_of(folder)["privacy"]["seeded_noise"] is True
-    report = check("seeded", from_run.build(folder))
+    report = check("seeded", from_run.build_run_report(folder))
     assert verdict(report) == ("no_guarantee", ("seeded_noise",))
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.facts.seeded_noise, report.randomness) == (True, "seeded")
     for language in LANGUAGES:
-        said = catalogue(language).texts["where_seeded"]["released__updates"]
+        said = load_catalogue(language).texts["where_seeded"]["released__updates"]
         assert said in shown_text(render(report, language=language))
 
 
@@ -148,7 +150,7 @@ def kept(tmp_path: Path) -> Path:
 
 
 def test_run_refused_by_one_site_charges_only_the_other(kept: Path) -> None:
-    report = check("refused_site", from_run.build(kept / "second"))
+    report = check("refused_site", from_run.build_run_report(kept / "second"))
     refusing, training = report.sites
     assert (refusing.verdict.reasons, refusing.spent.epsilon, refusing.spent.rounds) == (("nothing_spent",), 0.0, 0)
     assert [(one.kind, one.reason, one.count) for one in refusing.releases] == [("refusal", "min_noise_multiplier", 2)]
@@ -157,13 +159,13 @@ def test_run_refused_by_one_site_charges_only_the_other(kept: Path) -> None:
 
 
 def test_two_runs_on_one_data_set_add_up(kept: Path) -> None:
-    report = check("two_runs", from_ledger.build(kept / "sites/site-2/site.toml"))
+    report = check("two_runs", from_ledger.build_ledger_report(kept / "sites/site-2/site.toml"))
     (site,) = report.sites
-    assert [(run.rounds, run.state) for run in site.lifetime.runs] == [(2, "ended")] * 2
-    assert site.lifetime.epsilon > max(run.epsilon for run in site.lifetime.runs)
+    assert [(run.rounds, run.state) for run in site.lifetime.run_settings_folder] == [(2, "ended")] * 2
+    assert site.lifetime.epsilon > max(run.epsilon for run in site.lifetime.run_settings_folder)
     # The cap went up between the two, and that is said.
     assert verdict(report) == ("within", ("cap_raised",))
-    check("two_runs_refusing_site", from_ledger.build(kept / "sites/site-1/site.toml"))
+    check("two_runs_refusing_site", from_ledger.build_ledger_report(kept / "sites/site-1/site.toml"))
 
 
 def test_crashed_run_reports_an_upper_bound(
@@ -172,22 +174,22 @@ def test_crashed_run_reports_an_upper_bound(
     monkeypatch.setattr(display.Display, "round_finished", Mock(side_effect=KeyboardInterrupt))
     assert command("simulate", *tiny(into=tmp_path)).code == 1
     folder = tmp_path / "run"
-    report = check("crashed", from_run.build(folder))
+    report = check("crashed", from_run.build_run_report(folder))
     assert verdict(report) == ("within", ("not_finished", "site_silent"))
     assert (report.facts.final, report.facts.files) == ({}, {})
     assert [site.spent.rounds for site in report.sites] == [2, 2], "no site signed that the run is over"
     assert report.epsilon == report.sites[0].spent.planned_epsilon > report.sites[0].steps[0].epsilon > 0
     # The same, as a process leaves it that dies in its second round.
     (folder / "run.json").unlink()
-    Checkpoints(folder / "checkpoints", saved_config(folder).digest()).ask(2, ["site-1", "site-2"])
-    report = check("killed", from_run.build(folder))
+    Checkpoints(folder / "checkpoints", saved_config(folder).digest()).record_request(2, ["site-1", "site-2"])
+    report = check("killed", from_run.build_run_report(folder))
     assert verdict(report) == ("within", ("not_finished", "site_silent"))
     assert all(map(report.facts.is_upper_bound, report.facts.sites))
 
 
 def test_silent_site_is_reported_with_an_upper_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Participants, "site", lambda self, index: index == 1)
-    report = check("silent_site", from_run.build(simulate(into=tmp_path)))
+    report = check("silent_site", from_run.build_run_report(simulate(into=tmp_path)))
     assert verdict(report) == ("within", ("site_silent",))
     assert [report.facts.is_upper_bound(site) for site in report.facts.sites] == [False, True]
 
@@ -195,11 +197,11 @@ def test_silent_site_is_reported_with_an_upper_bound(tmp_path: Path, monkeypatch
 def test_run_with_noised_metrics_reports_the_released_scores(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=5", "data.heldout_fraction=0.4")
     folder = simulate(*noised, into=tmp_path)
-    report = check("noised_metrics", from_run.build(folder))
+    report = check("noised_metrics", from_run.build_run_report(folder))
     assert "noised_scores" in report.covers
     (mechanism,) = report.sites[0].mechanisms
     assert sorted(charge.count for charge in mechanism.charges) == [2, 4], "scores once a round, two steps a round"
-    of_site = check("noised_metrics_site", from_ledger.build(folder / "sites/site-1/site.toml"))
+    of_site = check("noised_metrics_site", from_ledger.build_ledger_report(folder / "sites/site-1/site.toml"))
     assert "noised_scores" in of_site.released
 
 
@@ -208,7 +210,7 @@ def test_chained_runs_report_a_line_of_held_out_scores(tmp_path: Path) -> None:
     folders = [simulate(*noised, into=tmp_path, name="first")]
     for name in ("second", "third"):
         folders.append(simulate(*noised, f"model.adapter='{folders[-1]}'", into=tmp_path, name=name))
-    first, second, third = (from_run.build(folder) for folder in folders)
+    first, second, third = (from_run.build_run_report(folder) for folder in folders)
     assert first.facts.held_out is None, "it began with nothing, and is below all others"
     assert [one.run for one in second.facts.held_out] == ["second"]
     assert [one.run for one in third.facts.held_out] == ["second", "third"]
@@ -220,12 +222,12 @@ def test_chained_runs_report_a_line_of_held_out_scores(tmp_path: Path) -> None:
     shares = [share for one in rounds for share in one.site_scores.values()]
     mean = sum(score for score, _ in shares) / sum(count for _, count in shares)
     assert third.facts.held_out[-1].mean == pytest.approx(mean)
-    alone = epsilon_pld(events.grouped([GaussianDpEvent(2.0)] * len(rounds)), third.facts.delta)
+    alone = epsilon_pld(events.count_mechanisms([GaussianDpEvent(2.0)] * len(rounds)), third.facts.delta)
     assert third.utility.held_out_epsilon == pytest.approx(alone)
     assert third.utility.held_out_epsilon < third.epsilon
     # Without the report of the run before, the line begins anew.
     (folders[1] / "report.json").unlink()
-    assert [one.run for one in from_run.build(folders[2]).facts.held_out] == ["third"]
+    assert [one.run for one in from_run.build_run_report(folders[2]).facts.held_out] == ["third"]
 
 
 # Ledgers.
@@ -235,10 +237,10 @@ def test_frozen_ledger_reports_no_remaining_budget(books: Books) -> None:
     books.charge(run_proposal(), 1)
     books.open().freeze("the study is over")
     books.refuse(Reason.FROZEN, run="r")
-    report = check("frozen", from_ledger.build(books.site_toml))
+    report = check("frozen", from_ledger.build_ledger_report(books.site_toml))
     (site,) = report.sites
-    assert (site.lifetime.frozen, site.lifetime.left, site.lifetime.reference_runs_left) == (True, 0.0, 0)
-    assert room_of(report) == "closed"
+    assert (site.lifetime.is_frozen, site.lifetime.left_file, site.lifetime.reference_runs_left) == (True, 0.0, 0)
+    assert explain_missing_room(report) == "closed"
     assert verdict(report) == ("within", ())
 
 
@@ -247,20 +249,20 @@ def test_restored_ledger_reports_lost_charges(books: Books) -> None:
     backup = books.copied("backup.db")
     books.charge(run_proposal(), 2)
     books.charge(run_proposal(run="lost", noise_multiplier=6.0), 1)
-    spent = from_ledger.build(books.ledger).epsilon
+    spent = from_ledger.build_ledger_report(books.ledger).epsilon
     head = books.open().head()
     shutil.copy(backup, books.ledger)
-    assert verdict(from_ledger.build(books.site_toml)) == ("no_guarantee", ("ledger_not_verified",))
+    assert verdict(from_ledger.build_ledger_report(books.site_toml)) == ("no_guarantee", ("ledger_not_verified",))
     # Its owner takes the anchor away, which keeps it from training, and has it made up for.
     (books.folder / "anchor.json").unlink()
     books.edit(anchor="")
     books.open().charge_gap(head)
-    report = check("restored", from_ledger.build(books.site_toml))
+    report = check("restored", from_ledger.build_ledger_report(books.site_toml))
     assert report.epsilon == spent
     (site,) = report.sites
     assert (site.lifetime.restored, status(report, "lost_events_made_up_for")) == (1, "verified")
     assert "lost_branches" in report.covers
     # The second round of `r` is one of its rounds; what the unknown run did stands by itself.
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]
-    assert [(run.run, run.rounds) for run in site.lifetime.runs] == [("r", 2)]
+    assert [(run.run, run.rounds) for run in site.lifetime.run_settings_folder] == [("r", 2)]
     assert site.steps[-1].run == ""

@@ -16,10 +16,10 @@ from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.render import render
 from fedtune.report.run_page import UnfinishedReport
-from fedtune.runs.place_of_run import folder_of
+from fedtune.runs.place_of_run import find_run_folder
 from fedtune.show.run_progress import Display
 
 from ..conftest import tiny
@@ -52,11 +52,11 @@ def test_unfinished_page_shows_a_banner_and_reloads(folder: Path, state: LeadSta
     assert f"{state.round} of {state.round} rounds are done." in mark[1]
     assert re.search(r"Written \d+ \w+ \d{4}", mark[1])
     assert f'<meta http-equiv="refresh" content="{run_page.AGAIN_S}">' in html
-    plain, rest = render(from_run.build(folder), language="en"), '<nav aria-labelledby="contents">'
+    plain, rest = render(from_run.build_run_report(folder), language="en"), '<nav aria-labelledby="contents">'
     assert html.endswith(plain[plain.index(rest) :]), "the annex is a report's"
     first, of_report = (page[: page.index(rest)] for page in (html, plain))
-    assert catalogue("en").texts["unfinished"]["no_verdict"] in first
-    for part in ('id="sign-off"', 'id="to-do"', str(catalogue("en").text("verdict.within_run"))):
+    assert load_catalogue("en").texts["unfinished"]["no_verdict"] in first
+    for part in ('id="sign-off"', 'id="to-do"', str(load_catalogue("en").text("verdict.within_run"))):
         assert part in of_report
         assert part not in first, "a run that goes on has neither a verdict nor lines to sign"
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
@@ -97,7 +97,7 @@ def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0
     """A run whose page is due after each round, and its page then."""
     patched.setattr(run_page, "_SHARE", 0)
     config, seen, finished = compose_run(words), [], Display.round_finished
-    folder = folder_of(config)
+    folder = find_run_folder(config)
 
     def see(self: Display, state: LeadState) -> None:
         finished(self, state)

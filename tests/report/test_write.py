@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from fedtune.report import from_run, model, signing
-from fedtune.report.derive.profile import as_stated
+from fedtune.report.derive.profile import round_up_figures
 from fedtune.report.model import Ceiling, Meaning
 from fedtune.report.model_card import write_report_and_card
 from fedtune.report.page import render
@@ -25,9 +25,9 @@ from .shown import NAMES, reports
 
 def test_run_ends_with_a_report_page_and_model_card(run_folder: Path) -> None:
     data = (run_folder / "report.json").read_bytes()
-    report = signing.read(data)
-    assert report == from_run.build(run_folder), "later, the same run_folder gives the same report"
-    assert data.decode() == signing.to_text(report)
+    report = signing.parse_report(data)
+    assert report == from_run.build_run_report(run_folder), "later, the same run_folder gives the same report"
+    assert data.decode() == signing.report_to_json(report)
     assert (run_folder / "report.html").read_text() == render.render(report, language="en")
     assert json.loads(data)["schema_version"] == REPORT_SCHEMA
     paths = [run_folder / name for name in ("report.json", "report.html", "adapter/README.md", "adapter/label.svg")]
@@ -74,7 +74,7 @@ def test_rounding_hides_last_digit_differences_in_the_report(last: int) -> None:
     more = 1 + abs(last) * math.ulp(1.0)
     figures = {"right_of_100_ceiling": 50 * more, "right_of_100_for_2": 75 * more, "right_of_100_for_5": 99.0}
     failures = {"right_of_100_mechanism": None, "expected_failures": 230 * 1e-05}
-    stated = as_stated(Meaning(**figures, **failures, posterior=(posterior,), hit_rates=(rate,)))
+    stated = round_up_figures(Meaning(**figures, **failures, posterior=(posterior,), hit_rates=(rate,)))
     assert stated.hit_rates == (replace(rate, mechanism=0.0429679754),), "upwards, in nine digits"
     assert (stated.right_of_100_ceiling, stated.expected_failures) == (50.0, 0.0023)
     assert (stated.right_of_100_for_2, stated.posterior) == (75.0, (posterior,))
@@ -85,7 +85,7 @@ def test_reports_match_the_published_json_schema(name: str) -> None:
     schema = json.loads(model.schema_text())
     assert schema["$defs"]["Release"]["properties"]["reason"]["description"] == "of a refusal"
     validator = jsonschema.Draft202012Validator(schema)
-    data = json.loads(signing.to_text(reports()[name]))
+    data = json.loads(signing.report_to_json(reports()[name]))
     validator.validate(data)
     assert not validator.is_valid({**data, "epsilon": "much"})
     assert not validator.is_valid({**data, "surprise": 1})

@@ -12,7 +12,7 @@ from fedtune.api.compose import compose_run
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.runs import environment
-from fedtune.runs.environment import Environment, note_environment, read_environments
+from fedtune.runs.environment import Environment, read_environments, record_environment
 from fedtune.spec import RUN_SCHEMA, RunError
 
 from ..conftest import tiny
@@ -24,7 +24,7 @@ def note(folder: Path, *overrides: str) -> tuple[Environment, ...]:
     """All that is noted once a run with these settings has begun there."""
     # As much of a loaded model as an environment looks at.
     shared: Any = SimpleNamespace(config=compose_run(tiny(*overrides, into=folder)), device=torch.device("cpu"))
-    note_environment(folder, shared)
+    record_environment(folder, shared)
     return read_environments(folder)
 
 

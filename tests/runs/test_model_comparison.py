@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.finished_run import finished_run
+from fedtune.cli.finished_run import load_finished_run
 from fedtune.config import RunConfig
 from fedtune.data.records import NO_VALUE, Record, column_values
 from fedtune.model.spec import HeadSpec
-from fedtune.runs.model_comparison import side_by_side
-from fedtune.sites.run_records import sites_of
+from fedtune.runs.model_comparison import compare_runs
+from fedtune.sites.run_records import assign_sites
 from fedtune.spec import ConfigError, DataError
 
 from ..conftest import result_of, simulate
@@ -28,12 +28,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     into, found = tmp_path_factory.mktemp("runs"), {}
     for name, setting in (("four", "lora.rank=4"), ("two", "lora.rank=2"), ("short", "data.max_length=6")):
         folder = simulate(*SHORT, setting, into=into, name=name)
-        found[name] = finished_run(folder)
+        found[name] = load_finished_run(folder)
     return found
 
 
 def test_runs_on_one_base_share_its_scores(runs: Runs) -> None:
-    found = side_by_side({name: runs[name] for name in ("four", "two")})
+    found = compare_runs({name: runs[name] for name in ("four", "two")})
     assert list(found.measured) == ["base", "four", "two"]
     assert (found.num_units, found.unit, found.scores[0]) == (20, "record", "accuracy")
     most = max(Counter(record.fields["label"] for record in found.records).values())
@@ -45,7 +45,7 @@ def test_runs_on_one_base_share_its_scores(runs: Runs) -> None:
 
 
 def test_different_tokenization_gets_a_separate_base(runs: Runs) -> None:
-    found = side_by_side({name: runs[name] for name in ("four", "short")})
+    found = compare_runs({name: runs[name] for name in ("four", "short")})
     assert list(found.measured) == ["base", "base of short", "four", "short"]
     before = result_of(runs["short"][1].parent)["final"]["metrics_before"]["loss"]
     assert found.estimate("base of short", "loss").value == pytest.approx(before)
@@ -55,15 +55,15 @@ def test_incomparable_scores_are_refused(runs: Runs) -> None:
     one, adapter = runs["four"]
     turned = replace(one, data=replace(one.data, labels=tuple(reversed(one.data.labels))))
     with pytest.raises(ConfigError, match=r"must have the first run's data\.labels"):
-        side_by_side({"four": runs["four"], "other": (turned, adapter)})
+        compare_runs({"four": runs["four"], "other": (turned, adapter)})
     without = replace(one, data=replace(one.data, test_file=None))
     with pytest.raises(ConfigError, match=r"data\.test_file = null: is required to compare"):
-        side_by_side({"four": (without, adapter)})
+        compare_runs({"four": (without, adapter)})
     data = replace(one.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
     config = replace(one, task="regression", head=HeadSpec(centre=False, init="zero"), data=data)
     wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))  # of another range numbers say nothing either
     with pytest.raises(ConfigError, match=r"must have the first run's data\.target_range"):
-        side_by_side({"four": (config, adapter), "other": (wider, adapter)})
+        compare_runs({"four": (config, adapter), "other": (wider, adapter)})
 
 
 def test_records_are_assigned_to_the_sites_of_the_partition(runs: Runs, tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_records_are_assigned_to_the_sites_of_the_partition(runs: Runs, tmp_path
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = [Record({"text": row["text"], "label": "x"}, str(path), line) for line, row in enumerate(rows, start=1)]
     config, _ = runs["four"]
-    assert sites_of(config, records) is None, "dealt out by hash alone, all sites are alike"
+    assert assign_sites(config, records) is None, "dealt out by hash alone, all sites are alike"
     partition = replace(config.data.partition, kind="column", sites={"n": 0, "s": 1})
     data = replace(config.data, partition=partition, columns={**config.data.columns, "site": "ward"})
-    assert sites_of(replace(config, data=data), records) == ["site-1", "site-2", NO_VALUE] * 3
+    assert assign_sites(replace(config, data=data), records) == ["site-1", "site-2", NO_VALUE] * 3
 
 
 def test_group_column_is_read_for_existing_records(tmp_path: Path) -> None:
@@ -89,17 +89,19 @@ def test_group_column_is_read_for_existing_records(tmp_path: Path) -> None:
 
 
 def test_too_many_groups_are_refused(runs: Runs) -> None:
-    found = replace(side_by_side({"four": runs["four"]}), records=[Record({})] * 2000)
+    found = replace(compare_runs({"four": runs["four"]}), records=[Record({})] * 2000)
     many = [str(number // 10) for number in range(2000)]
     with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; must leave at most 100"):
-        found.by(many, smallest=10, pairs=[])
+        found.score_by_group(many, smallest=10, pairs=[])
 
 
 def test_runs_tested_on_different_records_are_not_compared(tmp_path: Path) -> None:
     """Their settings deal out other test records, some of which the other run may have trained on."""
     of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
-    one = finished_run(simulate(*of_file, into=tmp_path, name="one"))
-    other = finished_run(simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other"))
+    one = load_finished_run(simulate(*of_file, into=tmp_path, name="one"))
+    other = load_finished_run(
+        simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other")
+    )
     for runs in ({"one": one, "other": other}, {"other": other, "one": one}):
         with pytest.raises(ConfigError, match="must be tested on the first run's records"):
-            side_by_side(runs)
+            compare_runs(runs)

@@ -11,7 +11,7 @@ import pytest
 from fedtune.config import saved_config
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.runs.renewal import renewed
+from fedtune.runs.renewal import renew_config
 from fedtune.sites.virtual_site import VirtualSites
 from fedtune.spec import ConfigError
 
@@ -43,24 +43,26 @@ def test_renewed_run_keeps_settings_and_starts_from_the_last_adapter(last: Any) 
     before = letters(**groups)
     model = replace(before.model, adapter=str(folder), adapter_sha256=None)
     expected = replace(before, name="next", model=model, federation=replace(before.federation, renewal=1))
-    assert renewed(folder, {"name": "next"}) == expected
+    assert renew_config(folder, {"name": "next"}) == expected
     # A simulation's sites go on with their ledgers.
-    assert renewed(last(runtime={"kind": "simulation"}), {}).runtime.sites_dir == str(folder / "sites")
-    assert renewed(last(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
+    assert renew_config(last(runtime={"kind": "simulation"}), {}).runtime.sites_dir == str(folder / "sites")
+    assert renew_config(last(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
 
 
 def test_unchanged_keys_of_nested_groups_are_kept(last: Any) -> None:
     partition = PartitionSpec(kind="dirichlet", proportions=(3, 1))
     folder = last(data={"partition": partition}, federation={"num_sites": 2, "site_names": ("a", "b")})
-    data = renewed(folder, {"data.partition": {"alpha": 0.5}, "data.columns.user": "person"}).data
+    data = renew_config(folder, {"data.partition": {"alpha": 0.5}, "data.columns.user": "person"}).data
     assert (data.partition.alpha, data.partition.proportions) == (0.5, (3, 1))
     assert data.columns["user"] == "person"
 
 
 def test_cohort_window_advances_unless_specified(last: Any) -> None:
-    assert str(renewed(last(**by_cohort(None)), {}).privacy.cohorts) == "..2025"
-    assert str(renewed(last(**by_cohort("2023")), {}).privacy.cohorts) == "2024..2025"
-    assert str(renewed(last(**by_cohort("2023")), {"privacy.cohorts.last": "2025"}).privacy.cohorts) == "2023..2025"
+    assert str(renew_config(last(**by_cohort(None)), {}).privacy.cohorts) == "..2025"
+    assert str(renew_config(last(**by_cohort("2023")), {}).privacy.cohorts) == "2024..2025"
+    assert (
+        str(renew_config(last(**by_cohort("2023")), {"privacy.cohorts.last": "2025"}).privacy.cohorts) == "2023..2025"
+    )
 
 
 @pytest.mark.parametrize(("first", "named"), [(None, ""), ("2025", "privacy.cohorts.first=2026 ")])
@@ -69,30 +71,32 @@ def test_future_cohort_of_real_people_must_be_named_explicitly(
 ) -> None:
     monkeypatch.setattr("fedtune.privacy.cohorts.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC)))
     real = {"runtime": {"kind": "deployment"}}
-    assert renewed(last(**by_cohort(first, "2025" if first else "2024"), **real), {}).privacy.cohorts is not None
+    assert renew_config(last(**by_cohort(first, "2025" if first else "2024"), **real), {}).privacy.cohorts is not None
     folder = last(**by_cohort(first, "2026"), **real)
     words = (
         f"has not begun: the year that --renew would charge next.* name the window: {named}privacy.cohorts.last=2027$"
     )
     with pytest.raises(ConfigError, match=words):
-        renewed(folder, {})
+        renew_config(folder, {})
     wanted = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
-    assert str(renewed(folder, wanted).privacy.cohorts) == f"{'2026' if first else ''}..2027"
+    assert str(renew_config(folder, wanted).privacy.cohorts) == f"{'2026' if first else ''}..2027"
     simulated = last(**by_cohort(first, "2026"), runtime={"kind": "simulation"})
-    assert renewed(simulated, {}).privacy.cohorts is not None, "its people are made up"
+    assert renew_config(simulated, {}).privacy.cohorts is not None, "its people are made up"
 
 
 @pytest.mark.parametrize("groups", [{}, by_cohort(None)], ids=["everybody", "no beginning"])
 def test_renewal_without_a_window_ends_at_the_planned_runs(last: Any, groups: dict[str, Any]) -> None:
-    assert renewed(last(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
+    assert renew_config(last(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
     with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
-        renewed(last(**groups, federation={"renewal": 2}), {})
+        renew_config(last(**groups, federation={"renewal": 2}), {})
     for key, value in {"runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
         with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the runs before"):
-            renewed(last(**groups), {f"privacy.{key}": value})
+            renew_config(last(**groups), {f"privacy.{key}": value})
     # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
-    assert renewed(last(**by_cohort("2024"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
-    assert renewed(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
+    assert (
+        renew_config(last(**by_cohort("2024"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
+    )
+    assert renew_config(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
 
 
 def test_ledgers_count_runs_across_parallel_renewals(last: Any) -> None:
@@ -101,27 +105,27 @@ def test_ledgers_count_runs_across_parallel_renewals(last: Any) -> None:
     config = saved_config(folder)
     plan = config.plan()
     sites = VirtualSites.of(config, folder, plan)
-    ledger, lead = sites.files("north").open(), sites.lead_key().public
+    ledger, lead = sites.files("north").open_ledger(), sites.lead_key().public
     proposal = config.proposal(lead=lead, plan=plan)
     for runs, name in enumerate(("last", "branch", "another branch"), 1):
         ledger.reserve(replace(proposal, run=name), round=1, request="a request")
-        ledger.end(name)
+        ledger.end_run(name)
         if runs < 3:
-            assert renewed(folder, {}).federation.renewal == runs
+            assert renew_config(folder, {}).federation.renewal == runs
     with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
-        renewed(folder, {})
+        renew_config(folder, {})
 
 
 def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(last: Any, tmp_path: Path) -> None:
     for nothing in (tmp_path, "x" * 5000):
         with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
-            renewed(nothing, {})
+            renew_config(nothing, {})
     folder = last()
     # A whole group would bring defaults, such as other sites, and another count would begin the budget anew.
     words = ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x", "federation.renewal", "runtime")
     for key in words:
         with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be one setting of the run that is renewed"):
-            renewed(folder, {key: "debug"})
+            renew_config(folder, {key: "debug"})
     (folder / "adapter").rmdir()
     with pytest.raises(ConfigError, match="must hold a finished adapter/; resume the run first"):
-        renewed(folder, {})
+        renew_config(folder, {})

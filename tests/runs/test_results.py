@@ -8,7 +8,7 @@ import pytest
 
 from fedtune.federation.lead import LeadState
 from fedtune.privacy.run_plan import Plan
-from fedtune.runs.results import DIVERGED, GUESS, WORSE, FinalResult, RunResult, findings_of
+from fedtune.runs.results import DIVERGED, GUESS, WORSE, FinalResult, RunResult, find_problems
 
 from ..builders import run_result
 from ..conftest import run_plan
@@ -77,7 +77,7 @@ START = {"accuracy": 0.3, "loss": 1.0}
     ],
 )
 def test_findings_follow_from_scores_before_and_after_training(before: Any, after: Any, found: tuple[str, ...]) -> None:
-    assert findings_of((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
+    assert find_problems((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
 
 
 def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:
@@ -85,7 +85,7 @@ def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:
         *(("loss", 2.0, 2.1, (WORSE,)), ("loss", 2.0, 1.9, ())),
         *(("spearman", 0.1, -0.2, (WORSE,)), ("spearman", -0.3, -0.2, ())),
     ):
-        said = findings_of((), {score: before}, {score: after}, judged_by=score, guess=None, rows=100)
+        said = find_problems((), {score: before}, {score: after}, judged_by=score, guess=None, rows=100)
         assert said == found
     rounds = [round_of(1, metrics=GOOD, diverged=True), round_of(2, metrics=GOOD)]
-    assert findings_of(rounds, START, GOOD, judged_by="accuracy", guess=0.5, rows=100) == (DIVERGED,)
+    assert find_problems(rounds, START, GOOD, judged_by="accuracy", guess=0.5, rows=100) == (DIVERGED,)

@@ -37,7 +37,7 @@ def test_axis_ticks_are_round_numbers() -> None:
         (1e-9, 1.06e-7, [2e-8, 4e-8, 6e-8, 8e-8, 1e-7]),
         (99_999.0, 100_001.0, [99_999.0, 99_999.5, 100_000.0, 100_000.5, 100_001.0]),
     ):
-        assert drawing._ticks(low, high) == pytest.approx(ticks)
+        assert drawing._round_ticks(low, high) == pytest.approx(ticks)
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])

@@ -18,11 +18,11 @@ from fedtune.api.compose import compose_run
 from fedtune.cli import interruptible_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, SiteCharge
-from fedtune.lab.studies.trials import Trial
+from fedtune.lab.studies.trials import SearchTrial
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult
-from fedtune.show.budget_text import ABOUT_RDP, signal_words
+from fedtune.show.budget_text import ABOUT_RDP, explain_signal
 from fedtune.show.run_progress import Display, show_result
 from fedtune.sites.session import Session
 
@@ -58,7 +58,7 @@ def shown(config: RunConfig, *states: LeadState, of: Any = None, every_s: float 
     begun = {key: how.pop(key) for key in ("round", "start_adapter", "data_changed") if key in how}
     out, progress = io.StringIO(), {"shown": how.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
     display = Display(Console(file=out, **{"width": 200} | how), config, **progress)
-    with display.following():
+    with display.show_progress_bar():
         if every_s:
             display.preparing("loading the model", 0, 0)
             for done in range(4):
@@ -143,9 +143,9 @@ def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, mon
 
 
 def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
-    assert "a study at 17 kept three quarters of what" in signal_words(22.0, "classification")
-    assert "a study at 5 kept three eighths of what" in signal_words(5.2, "token_classification")
-    assert "no study says how much of task survival is learnt" in signal_words(5.2, "survival")
+    assert "a study at 17 kept three quarters of what" in explain_signal(22.0, "classification")
+    assert "a study at 5 kept three eighths of what" in explain_signal(5.2, "token_classification")
+    assert "no study says how much of task survival is learnt" in explain_signal(5.2, "survival")
 
 
 def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +156,11 @@ def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkey
         return result()
 
     monkeypatch.setattr(interruptible_run, "run_simulation", trained)
-    console, trial = Console(file=io.StringIO(), force_terminal=True, width=60), Trial(config=config, folder=Path())
-    interruptible_run.run_in_a_line(trial, console=console, name="2 of 3", session=Session())
+    console, trial = (
+        Console(file=io.StringIO(), force_terminal=True, width=60),
+        SearchTrial(config=config, folder=Path()),
+    )
+    interruptible_run.run_with_summary(trial, console=console, name="2 of 3", session=Session())
     for line in ("round 1/2 | validation: loss 4.3", "round 2/2 | about 3 s left"):
         assert f"2 of 3: {line}" in console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -169,7 +172,7 @@ def test_verbose_output_explains_rdp_epsilon(config: RunConfig) -> None:
 
 def test_displayed_epsilon_is_rounded_up_from_the_planned_one(config: RunConfig) -> None:
     plan = config.plan()
-    epsilon = epsilon_text(epsilon_pld([plan.whole], plan.delta))
+    epsilon = format_epsilon(epsilon_pld([plan.full_event], plan.delta))
     assert float(epsilon) < 4, "and not the target's 8"
     assert f"epsilon at most {epsilon} at delta 1e-05 for each record" in shown(config)
     assert "epsilon 1.001 at delta 1e-05 for each record" in table(config, result())

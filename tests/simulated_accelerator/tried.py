@@ -7,15 +7,15 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Shapes
-from fedtune.evaluation.scoring import figures_of
+from fedtune.evaluation.scoring import evaluate_examples
 from fedtune.lab.audit import sensitivity
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import dp_step, preflight
 from fedtune.training.examples import SiteExamples
-from fedtune.training.machine import device_for
-from fedtune.training.per_example import attached
+from fedtune.training.machine import resolve_device
+from fedtune.training.per_example import record_gradients
 from fedtune.training.users import UserExamples
 
 # The order in which CUDA adds up rows of float64 for a norm (Reduce.cuh of torch): it goes by how many there are.
@@ -56,25 +56,25 @@ SIM = torch.device("sim")
 def model() -> TaskModel:
     lora = LoraSpec(rank=4, alpha=8.0)
     spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype="float32"), task="causal_lm", lora=lora, seed=3)
-    return build_task_model(spec, device=device_for("auto"))
+    return build_task_model(spec, device=resolve_device("auto"))
 
 
 def moved(within: TaskModel) -> float:
-    shapes = Shapes.of(max_length=15, max_tokens=64)
-    return preflight.moved_by_others(within, shapes, keeps_states=False, max_grad_norm=1.0)
+    shapes = Shapes.from_limits(max_length=15, max_tokens=64)
+    return preflight.max_batch_influence(within, shapes, keeps_states=False, max_grad_norm=1.0)
 
 
 def clipping_by_company() -> None:
     """Print how far the trial sees a contribution move: as it is, and where a norm goes by how many rows there are."""
     within = model()
     print(moved(within))
-    own: Any = dp_step._squares_of_rows
+    own: Any = dp_step._squared_row_norms
 
     def by_company(values: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = own(values)
         return found * (1 + 1e-3 * len(values)) if values.device.type == "sim" else found
 
-    dp_step._squares_of_rows = by_company
+    dp_step._squared_row_norms = by_company
     print(moved(within))
 
 
@@ -84,7 +84,7 @@ def weights_put_aside() -> None:
     for free in (memory, 0):
         preflight.memory_of = lambda device, free=free: free  # type: ignore[misc]
         torch.sim.counters()  # type: ignore[attr-defined]
-        with preflight._random_weights(within, np.random.default_rng(0)):
+        with preflight._with_random_weights(within, np.random.default_rng(0)):
             print(torch.sim.counters().get("bytes to host", 0))  # type: ignore[attr-defined]
 
 
@@ -92,10 +92,10 @@ def scoring_without_room() -> None:
     """Print what is said where the device has no room for what is scored."""
     within = model()
     draws = np.random.default_rng(0)
-    dataset = sensitivity.made_up(within, [31] * 64, draws)
+    dataset = sensitivity.random_examples(within, [31] * 64, draws)
     taken = torch.empty(torch.accelerator.get_memory_info(SIM)[0] - 2**18, dtype=torch.uint8, device=SIM)
     try:
-        figures_of(within, dataset, pad_id=0, max_tokens=4096)
+        evaluate_examples(within, dataset, pad_id=0, max_tokens=4096)
     except ConfigError as error:
         print(error)
     del taken
@@ -105,7 +105,7 @@ def no_usable_unit() -> None:
     """What one to three units add that are all not finite: on the CPU and on the device."""
     for place in ("cpu", SIM):
         for units in (1, 2, 3):
-            sums = dp_step.zeros({"a": torch.nn.Parameter(torch.zeros(3000, device=place))})
+            sums = dp_step.zero_sums({"a": torch.nn.Parameter(torch.zeros(3000, device=place))})
             dp_step.add_clipped(sums, {"a": torch.full((units, 3000), torch.nan, device=place)}, 1.0)
             print(int(sums["a"].abs().sum()))
 
@@ -114,10 +114,10 @@ def waits_for_the_device() -> None:
     """Print how often users' means wait for the device, and the gradients of the same records by themselves."""
     within = model()
     draws = np.random.default_rng(0)
-    shapes = Shapes.of(max_length=31, max_tokens=256)
-    records = SiteExamples(sensitivity.made_up(within, [31] * 16, draws), pad_id=0, shapes=shapes, device=SIM)
+    shapes = Shapes.from_limits(max_length=31, max_tokens=256)
+    records = SiteExamples(sensitivity.random_examples(within, [31] * 16, draws), pad_id=0, shapes=shapes, device=SIM)
     users = UserExamples(records, [np.arange(first, first + 4) for first in range(0, 16, 4)], most_records=4)
-    with attached(within) as gradients:
+    with record_gradients(within) as gradients:
         (batch,) = users.cut_drawn([np.arange(first, first + 4) for first in range(0, 16, 4)])
         torch.sim.counters()  # type: ignore[attr-defined]
         users.gradients(gradients).of(batch)
@@ -138,11 +138,11 @@ def norms_as_cuda_has_them() -> None:
     draws = np.random.default_rng(0)
     for length in (768, 3072, 6144, 65_536):
         rows = torch.from_numpy(draws.standard_normal((32, length)).astype(np.float32)).to(SIM)
-        whole = as_cuda(rows.double(), dim=1), dp_step._norms({"a": rows})
+        whole = as_cuda(rows.double(), dim=1), dp_step._joint_norms({"a": rows})
         moved_rows = [0, 0]
         for first, last in ((0, 2), (2, 6), (6, 14), (14, 15), (15, 32)):
             part = rows[first:last]
-            found = as_cuda(part.double(), dim=1), dp_step._norms({"a": part})
+            found = as_cuda(part.double(), dim=1), dp_step._joint_norms({"a": part})
             for kind in range(2):
                 moved_rows[kind] += int((found[kind] != whole[kind][first:last]).sum())
         assert torch.allclose(whole[1].cpu(), rows.cpu().double().square().sum(dim=1).sqrt(), rtol=1e-14)

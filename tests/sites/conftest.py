@@ -24,7 +24,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
@@ -34,8 +34,8 @@ from fedtune.privacy.site_policy import Machine
 from fedtune.sites import work
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import LoadedModel
-from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.virtual_site import Participants, generated_policy
+from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.virtual_site import Participants, generate_policy
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
@@ -153,12 +153,12 @@ class Station:
         dataset = replace(policy.dataset[0], **changes.pop("dataset", {}))
         write_policy(changed(policy, **changes, dataset=(dataset,)), self.site_toml)
 
-    def ledger(self) -> Ledger:
-        return SiteFiles.of(self.site_toml).open()
+    def ledger(self) -> SiteLedger:
+        return SiteFiles.from_site_toml(self.site_toml).open_ledger()
 
     def request(self, config: RunConfig | None = None, *, round: int = 1, **about: Any) -> RoundRequest:
         """What the lead asks for; `about` are fields of the request, or of its proposal."""
-        sent = for_sites(config or self.config)
+        sent = settings_for_sites(config or self.config)
         proposal = sent.proposal(lead=self.lead.public, plan=sent.plan())
         of_proposal = {key: value for key, value in about.items() if hasattr(proposal, key)}
         fields = {"round": round, "site": self.name, "adapter_digest": self.first.digest()}
@@ -172,8 +172,8 @@ class Station:
         """
         adapter, key = about.pop("adapter", self.first), about.pop("key", self.lead)
         request = self.request(config, adapter_digest=adapter.digest(), **about)
-        text = json.dumps(for_sites(config or self.config).to_json()) if settings is None else settings
-        return answer(self.real.site(text), request.signed(key), adapter)
+        text = json.dumps(settings_for_sites(config or self.config).to_json()) if settings is None else settings
+        return answer(self.real.site(text), request.sign_with(key), adapter)
 
     def update(self, config: RunConfig | None = None, **about: Any) -> Update:
         """The update that must be the answer."""
@@ -189,9 +189,9 @@ class Station:
 
     def end(self, adapter: Adapter, config: RunConfig | None = None) -> Receipt | None:
         """Tell the site that the run is over, with its final adapter."""
-        run = for_sites(config or self.config).run_id()
+        run = settings_for_sites(config or self.config).run_id()
         notice = EndOfRun(run=run, lead=self.lead.public, adapter_digest=adapter.digest())
-        return end_run(self.real.site(""), notice.signed(self.lead), adapter)
+        return end_run(self.real.site(""), notice.sign_with(self.lead), adapter)
 
 
 @pytest.fixture(scope="session")
@@ -208,8 +208,8 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any
         config = letters(**groups)
         made = Station(tmp_path / name, lead_key, first_adapter, name, config)
         made.folder.mkdir()
-        sent = for_sites(config)
-        policy = generated_policy(sent, sent.plan(), name, lead=lead_key.public)
+        sent = settings_for_sites(config)
+        policy = generate_policy(sent, sent.plan(), name, lead=lead_key.public)
         columns = COLUMNS if config.privacy.unit == "record" else {**COLUMNS, "user": "kind"}
         columns |= {} if config.privacy.cohorts is None else {"user": "who", "arrival": "came"}
         own = {"machine": Machine(device="cpu", num_threads=1), "asserted": {"no_person_at_another_site": True}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedtune.api.compose import compose_run
-from fedtune.model.products import rounded_product
+from fedtune.model.products import multiply_bfloat16
 from fedtune.sites.shared_model import LoadedModel
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
@@ -18,16 +18,16 @@ needs_minilm = pytest.mark.skipif(
 def test_amx_product_of_a_row_depends_on_the_number_of_rows() -> None:
     """The reason for what follows; should it pass one day, the tests of every number of rows are for AMX, too."""
     weight, values = torch.randn(384, 1536).bfloat16(), torch.randn(512, 1536)
-    whole = rounded_product(values, weight, None)
-    assert any(not torch.equal(rounded_product(values[:rows], weight, None), whole[:rows]) for rows in range(2, 512))
-    again = rounded_product(values.clone(), weight, None)
+    whole = multiply_bfloat16(values, weight, None)
+    assert any(not torch.equal(multiply_bfloat16(values[:rows], weight, None), whole[:rows]) for rows in range(2, 512))
+    again = multiply_bfloat16(values.clone(), weight, None)
     assert torch.equal(again, whole), "of so many rows it is always the same"
 
 
 @needs_minilm
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
 def test_each_length_has_a_fixed_row_count_and_is_tried_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries, moved = [], LoadedModel._moved
+    tries, moved = [], LoadedModel._measure_influence
     monkeypatch.setattr(
         LoadedModel, "_moved", lambda self, shapes, *told: (tries.append(shapes), moved(self, shapes, *told))[1]
     )

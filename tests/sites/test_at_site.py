@@ -17,8 +17,8 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Dataset, Machine, Policy
 from fedtune.sites.shared_model import LoadedModel
-from fedtune.sites.shared_settings import at_own_site, at_site, for_sites
-from fedtune.sites.virtual_site import generated_policy
+from fedtune.sites.shared_settings import localize_settings, settings_for_own_site, settings_for_sites
+from fedtune.sites.virtual_site import generate_policy
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
 
@@ -33,8 +33,8 @@ STORE = Path("/srv/site/kit/models")
 @pytest.fixture
 def policy(lead_key: SigningKey) -> Policy:
     """A policy with places, columns and a machine of its own, and a second data set."""
-    sent = for_sites(letters())
-    made = generated_policy(sent, sent.plan(), "north", lead=lead_key.public)
+    sent = settings_for_sites(letters())
+    made = generate_policy(sent, sent.plan(), "north", lead=lead_key.public)
     letters_of_north = Dataset(id="letters", declared_size=40, path="private/mail.csv", columns=COLUMNS)
     sizes = {"num_devices": 2, "num_threads": 3, "micro_batch_tokens": 77, "kept_states_mib": 5}
     machine = Machine(device="cpu", gradient_checkpointing=True, **sizes)
@@ -45,7 +45,7 @@ def policy(lead_key: SigningKey) -> Policy:
 def here(sent: RunConfig, policy: Policy, **about: Any) -> RunConfig:
     """At a site where no model is installed, unless a keyword says so."""
     nothing = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
-    return at_site(sent, policy, folder=FOLDER, **{"installed": nothing, **about})
+    return localize_settings(sent, policy, folder=FOLDER, **{"installed": nothing, **about})
 
 
 def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -> None:
@@ -78,18 +78,20 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
 
     def read(*roles: str, **data: object) -> dict[str, str]:
         named = {"columns": {role: role for role in roles}, "labels": (), **data}
-        return dict(here(for_sites(letters(task="causal_lm", data=named)), several).data.columns)
+        return dict(here(settings_for_sites(letters(task="causal_lm", data=named)), several).data.columns)
 
     assert read("messages", chat_template="plain") == {"messages": "chat"}
     assert read("text") == {"text": "body"}
     assert read("prompt", "completion") == {"prompt": "question", "completion": "answer"}
     prompted = letters(task="causal_lm", data={"columns": {"prompt": "p", "completion": "c"}, "labels": ()})
-    assert reason_of(here, for_sites(prompted), policy) is Reason.SETTINGS, "a role that the site's data has not got"
+    assert reason_of(here, settings_for_sites(prompted), policy) is Reason.SETTINGS, (
+        "a role that the site's data has not got"
+    )
 
 
 def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     columns = {"text": "t", "text_pair": "other", "label": "l"}
-    sent = for_sites(letters(data={"columns": columns}))
+    sent = settings_for_sites(letters(data={"columns": columns}))
     assert reason_of(here, sent, policy) is Reason.SETTINGS, "its single texts would be learnt in silence"
     both = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
     assert dict(here(sent, both).data.columns) == columns
@@ -103,7 +105,7 @@ def test_data_set_named_by_the_run_is_used(policy: Policy) -> None:
 
 
 def test_training_settings_are_unchanged_at_the_site(policy: Policy) -> None:
-    sent = for_sites(letters(lora={"rank": 3}, training={"local_steps": 1}))
+    sent = settings_for_sites(letters(lora={"rank": 3}, training={"local_steps": 1}))
     config = here(sent, policy)
     same = ("name", "task", "lora", "head", "privacy", "training", "federation", "seed")
     assert all(getattr(config, key) == getattr(sent, key) for key in same)
@@ -169,7 +171,7 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
     update = site.update()
     shapes = {name: one.shape for name, one in update.tensors.items()}
     assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
-    sent = for_sites(site.config)
+    sent = settings_for_sites(site.config)
     assert sent.model.sha256 == model_sha256(ModelSpec(path="none"))
     # As a policy allows it.
     asked = sent.proposal(lead="x", plan=sent.plan())
@@ -179,11 +181,13 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
 
 def test_data_check_reads_the_file_as_training_does(site: Any) -> None:
     write(site, [*GOOD, ("old", "a", LABELS[0])])
-    config = at_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
+    config = settings_for_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
     (file,) = check(config, NoTokenizer(), within=1).files
     assert (file.rows, file.uses, sum(file.num_errors.values())) == (41, {"train": 40}, 1)
-    sent = for_sites(site.config)
-    trained = at_site(sent, read_policy(site.site_toml), folder=site.folder, installed=lambda sha256: site.folder)
+    sent = settings_for_sites(site.config)
+    trained = localize_settings(
+        sent, read_policy(site.site_toml), folder=site.folder, installed=lambda sha256: site.folder
+    )
     assert replace(config.data, declared_sizes=trained.data.declared_sizes) == trained.data
 
 

@@ -21,7 +21,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
 
@@ -58,7 +58,7 @@ def site(station: Any) -> Any:
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The users whom each round trained on."""
     seen: list[set[str]] = []
-    limited = site_work.SiteWork._work_of
+    limited = site_work.SiteWork._prepare_round
 
     def watched(self: Any, *given: Any) -> Any:
         users = [record.fields["user"] for record in self.records.training]
@@ -83,7 +83,7 @@ def test_round_samples_only_admitted_cohorts(station: Any, sampled: Any, first: 
     write(site, PEOPLE)
     site.update()
     assert sampled == [whom]
-    with store.reading(site.folder / "ledger.db") as file:
+    with store.open_for_reading(site.folder / "ledger.db") as file:
         assert len(register.read_rows(file)) == len(whom)
 
 
@@ -106,7 +106,7 @@ def test_held_out_people_are_admitted_and_registered_too(station: Any, sampled: 
     assert all(int(person.split()[1]) % 2 == 0 for person in sampled[0])
     assert len(sampled[0]) > 5 < len(scored[0])
     assert len(sampled[0]) + len(scored[0]) == 30
-    with store.reading(site.folder / "ledger.db") as file:
+    with store.open_for_reading(site.folder / "ledger.db") as file:
         assert len(register.read_rows(file)) == 30
 
 
@@ -123,8 +123,8 @@ def test_excluded_people_are_skipped_without_a_trace(site: Any, caplog: pytest.L
 
 def test_arrival_dates_are_read_on_schedule_after_acceptance(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    held, work = site_round._held_to_a_schedule, SiteProcess.work
-    monkeypatch.setattr(site_round, "_held_to_a_schedule", lambda every_s: order.append("schedule") or held(every_s))
+    held, work = site_round._pad_duration, SiteProcess.work
+    monkeypatch.setattr(site_round, "_pad_duration", lambda every_s: order.append("schedule") or held(every_s))
     monkeypatch.setattr(SiteProcess, "work", lambda *given: order.append("records") or work(*given))
     site.update()
     assert order == ["schedule", "records", "records"]
@@ -143,7 +143,7 @@ def test_unreadable_file_causes_no_charge(site: Any) -> None:
 
 
 def test_cohort_settings_must_match_the_policy(site: Any) -> None:
-    sent = for_sites(site.config)
+    sent = settings_for_sites(site.config)
     assert sent.data.columns == {role: role for role in COLUMNS}, "that there is one travels, and not its name"
     assert "cohorts" not in letters().decisive()["privacy"], "a run of everybody has the name that it had"
     with pytest.raises(ConfigError, match="must name the column for role 'arrival', as privacy"):
@@ -234,7 +234,7 @@ def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, sc
 def test_a_dropped_model_goes_from_the_work_of_a_cohort_and_its_records_stay() -> None:
     of_site, shared = SiteRecords(training=records({"one": 2, "another": 1}), heldout=[]), Mock()
     work = site_work.SiteWork("north", shared, of_site, declared_size=3, max_adapter_value=2.0)
-    limited = work._limited_to(frozenset({"one"}))
+    limited = work._restrict_to(frozenset({"one"}))
     work.drop_model()
     assert not any(hasattr(one, "shared") for one in (work, limited)), "two models would fill the memory"
     assert (len(work.records.training), len(limited.records.training)) == (3, 2)

@@ -12,7 +12,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.load import Dealt, SiteRecords
-from fedtune.sites.data_warnings import check_decides, lead_notes, may_decide, site_notes
+from fedtune.sites.data_warnings import check_decision_scores, lead_data_warnings, scores_may_decide, site_data_warnings
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
 
@@ -47,20 +47,20 @@ def simulated(tmp_path: Path) -> RunConfig:
 
 
 def test_sound_data_gives_no_warnings(simulated: RunConfig) -> None:
-    assert list(lead_notes(simulated, validation=None, test=lead("a", "b"))) == []
-    assert list(lead_notes(simulated, validation=lead("a"), test=lead("a", "b"))) == []
-    assert list(site_notes(simulated, dealt(27, 59))) == []
+    assert list(lead_data_warnings(simulated, validation=None, test=lead("a", "b"))) == []
+    assert list(lead_data_warnings(simulated, validation=lead("a"), test=lead("a", "b"))) == []
+    assert list(site_data_warnings(simulated, dealt(27, 59))) == []
     gone = changed(simulated, data={"test_file": "gone.csv"})
-    assert list(lead_notes(gone, validation=None, test=lead("a", "b"))) == []
+    assert list(lead_data_warnings(gone, validation=None, test=lead("a", "b"))) == []
 
 
 def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated: RunConfig, tmp_path: Path) -> None:
-    (note,) = lead_notes(simulated, validation=lead("a"), test=None)
+    (note,) = lead_data_warnings(simulated, validation=lead("a"), test=None)
     assert note.startswith("there are no test records, so the run ends without a score: give data.test_file or")
-    (note,) = lead_notes(simulated, validation=None, test=lead("a", "a"))
+    (note,) = lead_data_warnings(simulated, validation=None, test=lead("a", "a"))
     assert note == "all test records have the label 'a': always giving that label scores 1.0"
     some, many = blank(1, rows=10), blank(1200, rows=9000)
-    notes = lead_notes(simulated, validation=lead("a", left_out=some), test=lead("a", "b", left_out=many))
+    notes = lead_data_warnings(simulated, validation=lead("a", left_out=some), test=lead("a", "b", left_out=many))
     assert list(notes) == [
         "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run leaves them out",
         "data.test_file: A LARGE PART, 1,200 of 9,000 rows (13.3 %), cannot be used: 1,200 must not be blank; the run "
@@ -89,10 +89,10 @@ def test_file_containing_training_data_is_refused(simulated: RunConfig, tmp_path
     file = train if how == "the same path" else test
     kind = replace(simulated.data.partition, kind="file" if "{site}" in given else "iid")
     config = changed(simulated, data={"train_file": given, "partition": kind, "test_file": str(file)})
-    (note,) = lead_notes(config, validation=None, test=lead("a", "b"))
+    (note,) = lead_data_warnings(config, validation=None, test=lead("a", "b"))
     assert note == "data.test_file holds what data.train_file holds: the scores say nothing about new records"
     with pytest.raises(ConfigError, match=r"data\.validation_file = .*: must not hold what data\.train_file holds"):
-        check_decides(changed(config, data={"validation_file": str(file)}))
+        check_decision_scores(changed(config, data={"validation_file": str(file)}))
 
 
 def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated: RunConfig) -> None:
@@ -101,7 +101,7 @@ def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated:
     def decides(trained_on: list[str], validated_on: list[str]) -> bool:
         for file, words in ((config.data.train_file, trained_on), (config.data.test_file, validated_on)):
             write_records(Path(str(file)), [(word, LABELS[0]) for word in words], header=("text", "label"))
-        return may_decide(config)
+        return scores_may_decide(config)
 
     words = ["one", "two", "three"]
     assert decides(words, ["four"])
@@ -110,11 +110,11 @@ def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated:
 
 
 def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated: RunConfig) -> None:
-    (note,) = site_notes(simulated, dealt(26, 60))
+    (note,) = site_data_warnings(simulated, dealt(26, 60))
     assert "north declares 40 and has 26, south declares 40 and has 60." in note
-    (note,) = site_notes(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
+    (note,) = site_data_warnings(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
     assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
-    (note,) = site_notes(simulated, dealt(40, 40, shared_users=3))
+    (note,) = site_data_warnings(simulated, dealt(40, 40, shared_users=3))
     assert note.startswith("3 ids of users are in the files of several sites")
 
 

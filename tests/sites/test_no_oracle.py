@@ -10,11 +10,11 @@ import pytest
 import fedtune.sites.real_site as real_site
 from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import load_base, load_tokenizer
-from fedtune.model.manifest import manifest_of
+from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import HeadSpec, ModelSpec
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import LoadedModel
-from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
 from fedtune.tasks import inputs
 
@@ -27,7 +27,7 @@ LABELS = [{"labels": ("invoice", "complaint")}, {"labels": ("never", "declared")
 @pytest.mark.parametrize("asked", [*LABELS, {"heldout_fraction": 0.999999}, {"max_length": 3}], ids=str)
 def test_no_run_setting_makes_a_record_fail(asked: dict[str, Any], station: Any) -> None:
     site = station(data=asked)
-    first = LoadedModel(for_sites(site.config)).initial_adapter
+    first = LoadedModel(settings_for_sites(site.config)).initial_adapter
     write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
     site.update(adapter=first)
     write_records(site.data, [])
@@ -72,7 +72,7 @@ def test_no_run_setting_makes_a_held_out_record_fail(station: Any) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
     write_records(site.data, [(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
-    assert site.update(adapter=LoadedModel(for_sites(site.config)).initial_adapter).scores is not None
+    assert site.update(adapter=LoadedModel(settings_for_sites(site.config)).initial_adapter).scores is not None
 
 
 def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def at_site(folder: Path, station: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A site whose store holds `folder`, for a run that names it by the hash that it has now."""
 
     def make() -> Any:
-        made = station(model={"path": str(folder), "sha256": manifest_of(folder).sha256})
+        made = station(model={"path": str(folder), "sha256": build_manifest(folder).sha256})
         monkeypatch.setattr(made, "installed", lambda sha256: folder)
         made.restart()
         return made

@@ -11,7 +11,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.model.adapter import Adapter
-from fedtune.sites.personal import FEWEST_RECORDS, Parts, _Fit, note_made
+from fedtune.sites.personal import FEWEST_RECORDS, Parts, _Fit, record_personalization
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import DataError, RunError
 
@@ -51,15 +51,15 @@ def test_site_without_held_out_records_splits_by_user() -> None:
 def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
     records = [Record({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
     shared = RunModel(LoadedModel(config, declared_size=len(records), trains=False), config)
-    examples = shared.examples_of(shared.tokenised(records))
+    examples = shared.make_site_examples(shared.tokenize_records(records))
     training, choosing = np.split(np.arange(len(records)), [len(records) * 3 // 4])
     return _Fit(shared, examples, training, choosing)
 
 
 def best(fit: _Fit) -> tuple[int, str]:
     """The passes that were best, and the digest of the adapter that they came to."""
-    passes = fit.best(fit._shared.initial_adapter, what="")
-    return passes, Adapter.of(fit._shared.model).digest()
+    passes = fit.fit_best_adapter(fit._shared.initial_adapter, what="")
+    return passes, Adapter.from_task_model(fit._shared.model).digest()
 
 
 def test_personalization_stops_early_on_validation_records() -> None:
@@ -74,9 +74,9 @@ def test_personalization_stops_early_on_validation_records() -> None:
 
 def test_personalization_note_holds_only_run_and_day(tmp_path: Path) -> None:
     for run in ("first", "second"):
-        note_made(tmp_path, run=run, day="2026-11-26")
+        record_personalization(tmp_path, run=run, day="2026-11-26")
     made = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]
     assert json.loads((tmp_path / "own_adapters.json").read_text()) == made
     (tmp_path / "own_adapters.json").write_text("[")
     with pytest.raises(RunError, match="cannot be read: put it back from a backup"):
-        note_made(tmp_path, run="third", day="2026-11-26")
+        record_personalization(tmp_path, run="third", day="2026-11-26")

@@ -16,17 +16,17 @@ import pytest
 import fedtune.sites.real_site as real_site
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
-from fedtune.federation.protocol import Reply, SumRequest, digest_of_parts
-from fedtune.federation.rounding import rounded_difference
-from fedtune.federation.site_round import take_step
+from fedtune.federation.protocol import Reply, SumRequest, parts_digest_of
+from fedtune.federation.rounding import round_difference
+from fedtune.federation.site_round import answer_step
 from fedtune.model.adapter import Adapter
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Difference, Reason, Refusal, Update
-from fedtune.runs.model_comparison import side_by_side
+from fedtune.runs.model_comparison import compare_runs
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, LoadedModel, RunModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, settings_for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import build_task_model
@@ -43,14 +43,14 @@ def site(station: Any) -> Any:
 
 def sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
     """The settings that sites are sent, with values changed by somebody on the way."""
-    fields = for_sites(config).to_json()
+    fields = settings_for_sites(config).to_json()
     for group, values in groups.items():
         fields[group] |= values
     return json.dumps(fields)
 
 
 def charged(reply: Reply) -> int:
-    assert reply.receipt.is_signed()
+    assert reply.receipt.has_valid_signature()
     return reply.receipt.charged_rounds
 
 
@@ -64,7 +64,7 @@ def test_round_is_answered_with_an_update_and_a_receipt(site: Any, first_adapter
     reply = site.ask()
     assert isinstance(reply.body, Update)
     assert (reply.body.site, reply.body.round) == ("north", 1)
-    assert Adapter(reply.body.tensors).same_shapes(first_adapter)
+    assert Adapter(reply.body.tensors).has_same_shapes(first_adapter)
     assert Adapter(reply.body.tensors).digest() != first_adapter.digest()
     assert charged(reply) == 1
 
@@ -72,7 +72,7 @@ def test_round_is_answered_with_an_update_and_a_receipt(site: Any, first_adapter
 def test_bfloat16_update_is_the_rounded_difference(site: Any, first_adapter: Adapter) -> None:
     whole = site.update().tensors
     reply = site.ask(letters(federation={"update_dtype": "bfloat16"}))
-    expected = rounded_difference(whole, first_adapter.tensors)
+    expected = round_difference(whole, first_adapter.tensors)
     assert isinstance(reply.body.tensors, Difference)
     for name, half in expected.halves.items():
         np.testing.assert_array_equal(reply.body.tensors.halves[name], half)
@@ -90,8 +90,8 @@ def test_overlong_run_name_is_refused_without_a_charge(station: Any, length: int
     with pytest.raises(ConfigError, match="of at most 200 letters"):
         letters(name=named)
     # A lead that does not look is refused before anything is charged.
-    digest = for_sites(plain).digest()[:32]
-    text = json.dumps(for_sites(plain).to_json() | {"name": named})
+    digest = settings_for_sites(plain).digest()[:32]
+    text = json.dumps(settings_for_sites(plain).to_json() | {"name": named})
     for _ in range(2):
         assert site.refusal(settings=text, run=f"{named}-{digest}") is Reason.SETTINGS
     assert site.ledger().history.runs == {}
@@ -114,7 +114,7 @@ def summing(station: Any, tmp_path: Path) -> Any:
     names = ("north", "south", "east")
     secure = {"aggregation": "secure", "num_sites": 3, "site_names": names}
     site = station(federation=secure, training={"local_steps": 1})
-    members = {name: SigningKey.load_or_make(tmp_path / f"{name}.pem").public for name in names[1:]}
+    members = {name: SigningKey.load_or_create(tmp_path / f"{name}.pem").public for name in names[1:]}
     site.edit(trust={"secure": True, "members": members, "max_epsilon_if_all_collude": None})
     return site
 
@@ -203,18 +203,18 @@ def test_refused_request_loads_no_model_or_records(
 
 
 def test_pending_run_is_stored_with_its_settings(site: Any, caplog: pytest.LogCaptureFixture) -> None:
-    state = SiteState.of(site.folder)
-    site.waits = state.wait_for_approval
+    state = SiteState.in_kit(site.folder)
+    site.waits = state.queue_for_approval
     site.edit(approval="manual")
     assert site.refusal() is Reason.AWAITING_APPROVAL
-    (put_up,) = state.waiting()
+    (put_up,) = state.list_pending_runs()
     assert put_up.proposal == site.request().proposal
-    assert json.loads(put_up.settings) == json.loads(json.dumps(for_sites(site.config).decisive()))
+    assert json.loads(put_up.settings) == json.loads(json.dumps(settings_for_sites(site.config).decisive()))
     # What nobody can approve is not put up: a run that is refused, or whose settings are not what was signed.
     assert site.refusal(settings=sent_text(site.config, training={"learning_rate": 1.0})) is Reason.WRONG_RUN
     site.paused.touch()
     assert site.refusal() is Reason.PAUSED
-    assert state.waiting() == [put_up]
+    assert state.list_pending_runs() == [put_up]
     site.paused.unlink()
     site.waits = Mock(side_effect=OSError("no space left"))
     assert site.refusal() is Reason.AWAITING_APPROVAL, "also where it cannot be put up"
@@ -222,18 +222,18 @@ def test_pending_run_is_stored_with_its_settings(site: Any, caplog: pytest.LogCa
 
 
 def test_secure_aggregation_step_cannot_replace_pending_settings(summing: Any) -> None:
-    site, state = summing, SiteState.of(summing.folder)
-    site.waits = state.wait_for_approval
+    site, state = summing, SiteState.in_kit(summing.folder)
+    site.waits = state.queue_for_approval
     site.edit(approval="manual")
     session = {"session": "1" * 32}
     assert site.refusal(**session) is Reason.AWAITING_APPROVAL
-    shown, proposal = state.waiting(), site.request(**session).proposal
-    about = {"proposal": proposal, "site": "north", "expires": 1e12, "parts_digest": digest_of_parts([])}
-    join = SumRequest(**about, **session, step="join").signed(site.lead)
+    shown, proposal = state.list_pending_runs(), site.request(**session).proposal
+    about = {"proposal": proposal, "site": "north", "expires": 1e12, "parts_digest": parts_digest_of([])}
+    join = SumRequest(**about, **session, step="join").sign_with(site.lead)
     other = sent_text(site.config, data={"labels": ["invoice", "complaint", "harmless"]})
     for text in (other, '{"data": {"note": "everything is fine"}}', ""):
-        assert take_step(site.real.site(text), join, []).reason is Reason.AWAITING_APPROVAL
-        assert state.waiting() == shown
+        assert answer_step(site.real.site(text), join, []).reason is Reason.AWAITING_APPROVAL
+        assert state.list_pending_runs() == shown
 
 
 def test_allowed_request_loads_the_model(site: Any, untouchable: list[str]) -> None:
@@ -279,7 +279,7 @@ def test_model_and_records_are_cached_between_rounds(site: Any, loaded: list[str
     site.update(round=3)
     assert loaded == ["model", "records", "records", "records"], "the newest run's alone are kept"
     other = letters(name="third", seed=5)
-    site.update(other, adapter=LoadedModel(for_sites(other)).initial_adapter)
+    site.update(other, adapter=LoadedModel(settings_for_sites(other)).initial_adapter)
     assert loaded[4:] == ["model", "records"]
 
 
@@ -321,7 +321,7 @@ def test_policy_change_applies_to_the_next_request(site: Any) -> None:
 
 
 def largest(update: Update) -> float:
-    return max(float(np.abs(value).max()) for value in update.tensors.values())
+    return max(float(np.abs(value).max()) for value in update.tensors.value_names())
 
 
 def test_tighter_adapter_bound_applies_to_the_next_request(station: Any) -> None:
@@ -334,14 +334,14 @@ def test_tighter_adapter_bound_applies_to_the_next_request(station: Any) -> None
 @pytest.mark.parametrize("kind", ["dora", "ia3"])
 def test_adapter_kind_follows_the_policy_and_its_value_bound(station: Any, kind: str) -> None:
     site = station(lora={"kind": kind}, training={"learning_rate": 5.0})
-    start = Adapter.of(build_task_model(site.config.task_model()))
+    start = Adapter.from_task_model(build_task_model(site.config.task_model()))
     site.edit(allow={"adapters": ("lora",)}, limits={"max_adapter_value": 0.25})
     assert site.refusal(adapter=start) is Reason.ADAPTERS
     site.edit(allow={"adapters": ("lora", kind)})
     assert site.refusal() is Reason.ADAPTER_SHAPE, "LoRA's own tensors"
     update = site.update(adapter=start)
     assert largest(update) <= 0.25
-    assert Adapter(update.tensors).same_shapes(start)
+    assert Adapter(update.tensors).has_same_shapes(start)
     (run,) = site.ledger().history.runs.values()
     assert run.proposal.adapter == kind
 
@@ -362,7 +362,7 @@ HELD_OUT = {"data": {"heldout_fraction": 0.5}}
 
 def held_out(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
     """Texts of the records that the site keeps from training in a round."""
-    site.update(config, round=round, adapter=LoadedModel(for_sites(config)).initial_adapter)
+    site.update(config, round=round, adapter=LoadedModel(settings_for_sites(config)).initial_adapter)
     _, work = site.real._warm
     assert isinstance(work, SiteWork)
     texts = {record.fields["text"] for record in work.records.heldout}
@@ -378,7 +378,7 @@ def test_held_out_split_uses_a_secret_key_per_site(station: Any) -> None:
     assert by_north != by_south
     for site, kept in ((north, by_north), (south, by_south)):
         records = site.real._warm[1].records
-        key = SigningKey.load(site.folder / "site_key.pem").secret("held-out split")
+        key = SigningKey.load(site.folder / "site_key.pem").derive_secret("held-out split")
         by_key = split_heldout([*records.training, *records.heldout], fraction=0.5, key=key)[1]
         assert kept == {record.fields["text"] for record in by_key}, "by the secret of its key file"
     assert held_out(north, letters(name="second", seed=7, **HELD_OUT)) == by_north, "the lead's seed has no say"
@@ -393,9 +393,9 @@ def test_final_adapter_is_stored_and_can_be_scored(site: Any, restarted: bool) -
     if restarted:
         site.restart()
     assert site.end(final).charged_rounds == 1
-    folder = Path(site.adapters / for_sites(site.config).run_id())
+    folder = Path(site.adapters / settings_for_sites(site.config).run_id())
     config = saved_config(folder)
-    found = side_by_side({"tuned": (config, folder / "adapter")}, file=str(site.data))
+    found = compare_runs({"tuned": (config, folder / "adapter")}, file=str(site.data))
     shared = RunModel(LoadedModel(config), config)
     data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
     after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)

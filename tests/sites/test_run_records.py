@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Record
-from fedtune.sites.run_records import RunRecords, card_of, note_written, require_apart, sites_of
+from fedtune.sites.run_records import RunRecords, assign_sites, card_path, record_generated_texts, require_disjoint
 from fedtune.spec import ConfigError
 
 PRIVATE = [f"The {n}th Café visit of Straße {n}" for n in range(200)]
@@ -34,20 +34,20 @@ class Own(RunRecords):
         self.folder, self.texts = folder, files
 
     @property
-    def folders(self) -> Path:
+    def runs_folder(self) -> Path:
         return self.folder
 
-    def by_setting(self) -> dict[str, list[Record]]:
+    def records_by_setting(self) -> dict[str, list[Record]]:
         return {name: records(texts[:100]) for name, texts in self.texts.items()}
 
-    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
+    def read_whole_files(self) -> Iterator[tuple[str, list[Record]]]:
         yield from ((name, records(texts)) for name, texts in self.texts.items())
 
 
 def check(public: Sequence[str], own: Own, *, role: str = "text", may_owe: bool = False) -> None:
     file = own.folder / "public.jsonl"
     file.touch()
-    require_apart(records(public, role), own, key="public.train_file", file=str(file), may_owe=may_owe)
+    require_disjoint(records(public, role), own, key="public.train_file", file=str(file), may_owe=may_owe)
 
 
 @pytest.mark.parametrize("role", ["text", "prompt"])
@@ -106,13 +106,13 @@ def test_shared_texts_add_up_over_many_sites(tmp_path: Path) -> None:
 def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Path) -> None:
     written, own = [f"A model wrote {n}" for n in range(40)], Own(tmp_path, sites=PRIVATE)
     (tmp_path / "writer").mkdir()
-    note_written(tmp_path / "writer", written[:20])
-    note_written(tmp_path / "writer", written[20:])
+    record_generated_texts(tmp_path / "writer", written[:20])
+    record_generated_texts(tmp_path / "writer", written[20:])
     for may_owe in (False, True):
         with pytest.raises(ConfigError, match=r"must hold public records: .*writer wrote some of them"):
             check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, may_owe=may_owe)
     check([*written[:2], *FOREIGN[:90]], own)
-    card_of(tmp_path / "public.jsonl", ".json").touch()
+    card_path(tmp_path / "public.jsonl", ".json").touch()
     check(written, own, may_owe=True)  # whose epsilon is read from it
     with pytest.raises(ConfigError, match=r"public\.jsonl\.card\.json beside it says which runs"):
         check(written, own)
@@ -121,7 +121,7 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
 def test_note_of_written_texts_requires_a_writable_folder(tmp_path: Path) -> None:
     (tmp_path / "writer").touch()  # no folder
     with pytest.raises(ConfigError, match="must be a folder that can be written to"):
-        note_written(tmp_path / "writer", ["a text"])
+        record_generated_texts(tmp_path / "writer", ["a text"])
 
 
 def test_records_belong_to_the_site_holding_their_file(tmp_path: Path) -> None:
@@ -132,6 +132,6 @@ def test_records_belong_to_the_site_holding_their_file(tmp_path: Path) -> None:
     sites = ("federation.num_sites=2", "federation.site_names=[a,b]", "data.test_file=null", "data.test_fraction=0.3")
     config = compose_run(["experiment=own_data", "data.declared_sizes=20", *files, *sites])
     tested = RunRecords(config).dealt.test
-    assert sites_of(config, tested) == [record.fields["text"][0] for record in tested]
+    assert assign_sites(config, tested) == [record.fields["text"][0] for record in tested]
     assert {*(record.fields["text"][0] for record in tested)} == {"a", "b"}
-    assert sites_of(config, records(FOREIGN)) is None, "of another file"
+    assert assign_sites(config, records(FOREIGN)) is None, "of another file"

@@ -67,8 +67,8 @@ def test_weak_signal_is_refused_before_the_model_trial(tries: Tries) -> None:
 @pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
 def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monkeypatch: Any) -> None:
     """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
-    assert shared_model.moved_by_others is preflight.moved_by_others
-    assert shared_model.within_memory is preflight.within_memory
+    assert shared_model.moved_by_others is preflight.max_batch_influence
+    assert shared_model.within_memory is preflight.fit_to_memory
     LoadedModel(letters())
     build = shared_model.build_task_model
 
@@ -120,8 +120,8 @@ def test_changed_chat_template_requires_a_checked_model() -> None:
     )
     kept = LoadedModel(plain)
     size = sum(plain.declared_sizes().values())
-    assert kept.serves(plain, declared_size=size, inexact_allowed=False)
-    assert not kept.serves(chats, declared_size=size, inexact_allowed=False)
+    assert kept.is_reusable_for(plain, declared_size=size, inexact_allowed=False)
+    assert not kept.is_reusable_for(chats, declared_size=size, inexact_allowed=False)
     with pytest.raises(ConfigError, match=r"data\.chat_template = 'model'"):
         LoadedModel(chats)
 
@@ -176,9 +176,9 @@ def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, ca
     with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
         LoadedModel(letters(runtime={"num_devices": 2}))
     monkeypatch.setattr(shared_model, "processes_that_pay", lambda *_, **__: 2)
-    others.try_others.reset_mock()
+    others.start_trials.reset_mock()
     assert LoadedModel(letters()).devices is None
-    others.try_others.assert_called_once()
+    others.start_trials.assert_called_once()
     assert "the run goes on in one process" in caplog.text
 
 
@@ -206,6 +206,6 @@ def test_skipping_runs_ignore_unencodable_records() -> None:
         task = SimpleNamespace(tokenise=lambda records, tokenizer, *, data, lenient_within: lenient_within)
         model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_unusable=leave_out)
         shared: Any = SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(data=data))
-        return RunModel.tokenised(shared, [], lenient=lenient)  # type: ignore[return-value]
+        return RunModel.tokenize_records(shared, [], lenient=lenient)  # type: ignore[return-value]
 
     assert (within(leave_out=False), within(leave_out=True), within(leave_out=False, lenient=True)) == (None, 7, 7)

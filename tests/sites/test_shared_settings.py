@@ -15,7 +15,7 @@ from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.release import Reason, Refused
-from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
+from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, settings_for_sites
 from fedtune.spec import ConfigError
 
 from ..privacy.builders import reason_of
@@ -63,55 +63,58 @@ def test_every_setting_is_classified_as_decisive_or_neutral() -> None:
 @pytest.mark.parametrize("key", DECISIVE)
 def test_decisive_setting_changes_the_run_id(key: str) -> None:
     without = letters() if key in ("task", "data.input") else changed(WITH.get(key, {}))
-    assert for_sites(with_change(key, DECISIVE[key])).run_id() != for_sites(without).run_id()
+    assert settings_for_sites(with_change(key, DECISIVE[key])).run_id() != settings_for_sites(without).run_id()
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
 def test_neutral_settings_keep_the_run_id_and_are_not_sent(key: str) -> None:
-    sent = for_sites(with_change(key, NEUTRAL[key]))
-    assert sent.run_id() == for_sites(changed(WITH.get(key, {}))).run_id()
+    sent = settings_for_sites(with_change(key, NEUTRAL[key]))
+    assert sent.run_id() == settings_for_sites(changed(WITH.get(key, {}))).run_id()
     assert "canary" not in json.dumps(sent.to_json())
 
 
 def test_run_id_combines_name_and_settings() -> None:
-    one, other = for_sites(letters()), for_sites(letters(name="second"))
+    one, other = settings_for_sites(letters()), settings_for_sites(letters(name="second"))
     assert one.run_id().startswith("trial-")
     assert one.run_id().removeprefix("trial") == other.run_id().removeprefix("second")
     three = letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
-    assert for_sites(three).run_id() != one.run_id()
+    assert settings_for_sites(three).run_id() != one.run_id()
 
 
 def test_local_model_path_of_the_lead_is_not_sent() -> None:
     places = ("/home/ada/canary/minilm", "canary/minilm", "~/canary", "canary-labs/minilm")
-    (text,) = {text_of(for_sites(letters(model={"path": path, "sha256": HASH}))) for path in places}
+    (text,) = {text_of(settings_for_sites(letters(model={"path": path, "sha256": HASH}))) for path in places}
     assert "canary" not in text
     assert HASH in text
     packaged = letters(model={"path": "package:some_weights/model", "sha256": HASH})
-    assert for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
+    assert settings_for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
 
 
 def test_model_is_sent_with_the_digest_of_its_weights() -> None:
     for path in ("random:bert", "random:llama"):
-        sent = for_sites(letters(model={"path": path, "sha256": None}))
+        sent = settings_for_sites(letters(model={"path": path, "sha256": None}))
         assert sent.model.sha256 == model_sha256(ModelSpec(path=path))
-    assert for_sites(letters(model={"sha256": None})) == for_sites(letters())
+    assert settings_for_sites(letters(model={"sha256": None})) == settings_for_sites(letters())
     with pytest.raises(ConfigError, match=r"model\.path"):
-        for_sites(letters(model={"path": "./nowhere", "sha256": None}))
+        settings_for_sites(letters(model={"path": "./nowhere", "sha256": None}))
 
 
 def test_noise_is_calibrated_only_by_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     config = letters(privacy={"noise_multiplier": None, "epsilon": 3.0})
-    plan, sent = config.plan(), for_sites(config)
+    plan, sent = config.plan(), settings_for_sites(config)
     assert sent.privacy.noise_multiplier == plan.noise_multiplier > 0
     monkeypatch.setattr(accountant, "calibrate_noise", None)
     assert read_settings(text_of(sent), plan=plan).plan() == plan
-    assert for_sites(letters(privacy={"mechanism": "none", "noise_multiplier": None})).privacy.noise_multiplier is None
+    assert (
+        settings_for_sites(letters(privacy={"mechanism": "none", "noise_multiplier": None})).privacy.noise_multiplier
+        is None
+    )
 
 
 @pytest.mark.parametrize("key", ["seed", *DECISIVE, *NEUTRAL])
 def test_settings_round_trip_to_the_site(key: str) -> None:
     value = DECISIVE[key] if key in DECISIVE else NEUTRAL[key]
-    sent = for_sites(with_change(key, value))
+    sent = settings_for_sites(with_change(key, value))
     assert parse(sent.to_json()) == sent
     assert read_settings(text_of(sent), plan=sent.plan()) == sent
     assert read_settings(text_of(sent), plan=sent.plan()).run_id() == sent.run_id()
@@ -119,9 +122,9 @@ def test_settings_round_trip_to_the_site(key: str) -> None:
 
 def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
     voting = {"task": "votes", "head.init": "label_names", "head.scale": 1.0, "privacy.sampling_rate": 1.0}
-    sent = for_sites(changed(WITH["federation.threshold"] | voting))
+    sent = settings_for_sites(changed(WITH["federation.threshold"] | voting))
     larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
-    assert larger.plan().sums.bound == 1200
+    assert larger.plan().secure_noise.bound == 1200
     assert read_settings(text_of(larger), plan=larger.plan()) == larger
 
 
@@ -131,7 +134,7 @@ def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
 @pytest.fixture(scope="module")
 def sent() -> RunConfig:
     """What the run's sites are sent."""
-    return for_sites(letters())
+    return settings_for_sites(letters())
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_cost_of_an_unsigned_plan_is_never_computed(sent: RunConfig, monkeypatch
     # Some of these would take all of a machine's memory; so many steps are no plan.
     plan, steps = sent.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
     others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
-    monkeypatch.setattr(accountant, "epsilon_above", None)
+    monkeypatch.setattr(accountant, "epsilon_if_above", None)
     for path, value in (steps | {f"privacy.{key}": value for key, value in others.items()}).items():
         reason = reason_of(read_settings, text_of(sent, **{path: value}), plan=plan)
         assert reason is (Reason.SETTINGS if path in steps else Reason.PLAN_CHANGED), path

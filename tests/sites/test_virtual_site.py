@@ -16,23 +16,31 @@ import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.config import RunConfig
 from fedtune.evaluation.scoring import unit_scores
-from fedtune.federation.calendar import about_calendar
+from fedtune.federation.calendar import describe_calendar
 from fedtune.federation.secure.at_site import Parties
-from fedtune.federation.secure.party import Promise
+from fedtune.federation.secure.party import SumConfirmation
 from fedtune.federation.site_round import Trained
 from fedtune.privacy import filter
-from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.filter import cheapest, surcharge, total_divergence
+from fedtune.privacy.accountant import epsilon_pld, format_epsilon
+from fedtune.privacy.filter import epsilon_conversion_term, smallest_cap, total_divergence
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.mechanism import noised_scores
+from fedtune.privacy.ledger.site_ledger import SiteLedger
+from fedtune.privacy.mechanism import release_scores
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy, Releases
-from fedtune.sites.virtual_site import DEALT, POLICY, Participants, VirtualSites, budget_for, fitted, generated_policy
+from fedtune.sites.virtual_site import (
+    DEALT,
+    POLICY,
+    Participants,
+    VirtualSites,
+    budget_covering,
+    fit_to_budgets,
+    generate_policy,
+)
 from fedtune.spec import ConfigError, RefusedError, RunError
 
 from ..conftest import command, files_in, simulate, tiny
@@ -52,7 +60,7 @@ MUCH_SCORED = (
 
 def policy_and_proposal(config: RunConfig) -> tuple[Policy, Proposal]:
     plan = config.plan()
-    return generated_policy(config, plan, "site-1", lead="ab" * 32), config.proposal(lead="ab" * 32, plan=plan)
+    return generate_policy(config, plan, "site-1", lead="ab" * 32), config.proposal(lead="ab" * 32, plan=plan)
 
 
 def planned(proposal: Proposal, **changes: Any) -> Proposal:
@@ -64,17 +72,17 @@ def planned(proposal: Proposal, **changes: Any) -> Proposal:
 def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> None:
     """Before, the cap was in tenths, and 121 of 120 runs were let in: epsilon 8.039 for 8."""
     plan = config(f"privacy.runs={runs}", "privacy.epsilon=8").plan()
-    budget = budget_for([plan] * plan.runs)
-    room = filter.most_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
-    assert filter.most_repeats(plan.whole, room, order=budget.order()) == runs
+    budget = budget_covering([plan] * plan.runs)
+    room = filter.max_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
+    assert filter.max_repeats(plan.whole, room, order=budget.order()) == runs
     assert epsilon_pld({plan.whole: runs}, plan.delta) <= 8.0
     if runs > 1:
-        title, said, *_ = about_calendar(plan)
-        assert f"epsilon {epsilon_text(epsilon_pld({plan.whole: runs}, plan.delta))} in all" in title
+        title, said, *_ = describe_calendar(plan)
+        assert f"epsilon {format_epsilon(epsilon_pld({plan.whole: runs}, plan.delta))} in all" in title
         cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", said)[0])
         order = filter.best_order(plan.whole, epsilon=cap, delta=plan.delta)
-        room = filter.most_divergence(cap, order=order, delta=plan.delta)
-        assert filter.most_repeats(plan.whole, room, order=order) == runs
+        room = filter.max_divergence(cap, order=order, delta=plan.delta)
+        assert filter.max_repeats(plan.whole, room, order=order) == runs
 
 
 BY_USER = ("privacy.unit=user", "+data.columns.user=label")
@@ -85,10 +93,10 @@ OTHERS = ("privacy=none", "federation.spare_rounds=2", "runtime.seeded_noise=tru
 def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, overrides: Any) -> None:
     policy, proposal = policy_and_proposal(config(*overrides))
     policy.check(proposal)
-    cost, _ = cheapest(proposal.plan.whole, delta=proposal.plan.delta)  # infinite without privacy
+    cost, _ = smallest_cap(proposal.plan.full_event, delta=proposal.plan.delta)  # infinite without privacy
     assert cost <= policy.budget.max_epsilon
     assert policy.budget.max_epsilon <= cost + 0.1 or overrides == MUCH_SCORED  # whose order suits the training alone
-    ledger = Ledger(tmp_path / "ledger.db", policy, SigningKey.load_or_make(tmp_path / "key.pem"))
+    ledger = SiteLedger(tmp_path / "ledger.db", policy, SigningKey.load_or_create(tmp_path / "key.pem"))
     for round in range(1, proposal.plan.most_rounds + 1):
         ledger.reserve(proposal, round=round, request=f"{round}")
         if math.isfinite(cost):  # at the order that the ledger settles on, too
@@ -177,19 +185,19 @@ def test_existing_policy_is_kept_unless_it_belongs_to_another_site(kept: Any, tm
 
 def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
     """Edit the site's cap so that `count` rounds of the run fit, and hardly more."""
-    sites.check_dealt_out()
+    sites.check_partition()
     policy, file = sites.files(site).policy, sites.folder / site / "site.toml"
     write_policy(changed(policy, budget={"max_epsilon": 1000.0}), file)
     order = sites.ledger(site).history.order
     divergence = count * total_divergence([sites.plan.event()], order)
-    cap = divergence + surcharge(order, policy.budget.delta) + 1e-6
+    cap = divergence + epsilon_conversion_term(order, policy.budget.delta) + 1e-6
     write_policy(changed(policy, budget={"max_epsilon": cap}), file)
 
 
 def test_run_within_budget_is_not_adjusted(kept: Any, tmp_path: Path) -> None:
     for wanted in ("stop", "fewer_rounds", "more_noise"):
         config = kept(f"federation.if_over_budget={wanted}", "privacy.noise_multiplier=null")
-        assert fitted(config, tmp_path / "run") == config
+        assert fit_to_budgets(config, tmp_path / "run") == config
 
 
 def test_run_over_budget_is_fitted_to_the_strictest_site(kept: Any, tmp_path: Path) -> None:
@@ -197,18 +205,18 @@ def test_run_over_budget_is_fitted_to_the_strictest_site(kept: Any, tmp_path: Pa
     sites = sites_of(config, tmp_path)
     allow_rounds(sites, "site-1", 3)
     allow_rounds(sites, "site-2", 2)
-    found = fitted(config, tmp_path / "run")
+    found = fit_to_budgets(config, tmp_path / "run")
     assert found.federation.num_rounds == 2
     assert replace(found, federation=replace(found.federation, num_rounds=4)) == config
-    found = fitted(kept("federation.if_over_budget=more_noise"), tmp_path / "run")
+    found = fit_to_budgets(kept("federation.if_over_budget=more_noise"), tmp_path / "run")
     assert found.federation.num_rounds == 4
     noise = found.privacy.noise_multiplier
     assert 4.0 < noise < 8.0
     proposal = found.proposal(lead=sites.lead_key().public, plan=found.plan())
     for site in ("site-1", "site-2"):
-        assert sites.ledger(site).offer(proposal).most_rounds == 4
+        assert sites.ledger(site).make_offer(proposal).most_rounds == 4
     less = planned(proposal, noise_multiplier=noise * 0.999)
-    assert sites.ledger("site-2").offer(less).most_rounds < 4, "the least noise that does"
+    assert sites.ledger("site-2").make_offer(less).most_rounds < 4, "the least noise that does"
 
 
 def test_site_without_room_is_excluded_if_enough_others_remain(kept: Any, tmp_path: Path) -> None:
@@ -216,9 +224,9 @@ def test_site_without_room_is_excluded_if_enough_others_remain(kept: Any, tmp_pa
     sites = sites_of(config, tmp_path)
     allow_rounds(sites, "site-1", 0.5)
     allow_rounds(sites, "site-2", 3)
-    assert fitted(config, tmp_path / "run").federation.num_rounds == 3
+    assert fit_to_budgets(config, tmp_path / "run").federation.num_rounds == 3
     with pytest.raises(RefusedError, match=r"1 of 2 sites.*site-1: max_epsilon, asked "):
-        fitted(kept("federation.if_over_budget=fewer_rounds", "federation.min_sites=2"), tmp_path / "run")
+        fit_to_budgets(kept("federation.if_over_budget=fewer_rounds", "federation.min_sites=2"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
@@ -229,7 +237,7 @@ def test_no_room_at_all_is_refused_with_every_broken_rule(kept: Any, tmp_path: P
         strict = changed(sites.files(site).policy, limits={"max_sampling_rate": 0.1})
         write_policy(strict, sites.folder / site / "site.toml")
     with pytest.raises(RefusedError) as refused:
-        fitted(config, tmp_path / "run")
+        fit_to_budgets(config, tmp_path / "run")
     for site in ("site-1", "site-2"):
         assert f"{site}: max_sampling_rate, asked 0.2, allowed at most 0.1" in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -239,23 +247,23 @@ def test_no_room_at_all_is_refused_with_every_broken_rule(kept: Any, tmp_path: P
 def test_damaged_ledger_does_not_stop_other_sites(kept: Any, tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
-    sites.check_dealt_out()
+    sites.check_partition()
     sites.files("site-1")
     (sites.folder / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
-    assert fitted(config, tmp_path / "run").federation.num_rounds == 4
+    assert fit_to_budgets(config, tmp_path / "run").federation.num_rounds == 4
     with pytest.raises(RefusedError, match=r"site-1: ledger .* cannot be read or written"):
-        fitted(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")
+        fit_to_budgets(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")
 
 
 def test_partition_record_is_not_recreated_next_to_a_ledger(config: Any, tmp_path: Path) -> None:
     sites = sites_of(config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path)
-    sites.check_dealt_out()
+    sites.check_partition()
     (sites.folder / "north").mkdir()
     (sites.folder / "north" / "ledger.db").touch()
-    sites.check_dealt_out()
+    sites.check_partition()
     (sites.folder / DEALT).unlink()
     with pytest.raises(RunError, match=r"cannot be read \(FileNotFoundError\); restore it: without it nobody knows"):
-        sites.check_dealt_out()
+        sites.check_partition()
 
 
 def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_path: Path) -> None:
@@ -264,7 +272,7 @@ def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_
 
     def deal(one: VirtualSites) -> None:
         both.wait()
-        one.check_dealt_out()
+        one.check_partition()
 
     with ThreadPoolExecutor(2) as pool:
         found = [future.exception() for future in [pool.submit(deal, one) for one in sites]]
@@ -278,7 +286,7 @@ def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path)
     for gone in ("null", "moved/sites"):
         with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the folder of the ledgers of the run"):
             sites_of(config(f"runtime.sites_dir={gone}", "federation.renewal=1"), tmp_path)
-    sites_of(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_dealt_out()
+    sites_of(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_partition()
     assert sites_of(changed(before, federation={"renewal": 1}), tmp_path).folder == tmp_path / "kept"
 
 
@@ -310,12 +318,12 @@ def test_simulated_site_has_a_separate_policy_key_and_ledger(config: Any, tmp_pa
     sites = [everyone.site(index) for index in (0, 1)]
     names = [f"{site}/{name}" for site in ("site-1", "site-2") for name in ("ledger.db", "site.toml", "site_key.pem")]
     assert sorted(files_in(tmp_path / "sites")) == ["lead_key.pem", *names]
-    receipts = [site.ledger.receipt("r") for site in sites]
+    receipts = [site.ledger.sign_receipt("r") for site in sites]
     assert len({receipt.site_key for receipt in receipts}) == 2
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
-    assert everyone.site(0).ledger.receipt("r") == receipts[0], "opening it again writes nothing"
+    assert everyone.site(0).ledger.sign_receipt("r") == receipts[0], "opening it again writes nothing"
     (tmp_path / "sites" / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
-    assert everyone.changed() == [], "a ledger that is not in order answers for itself"
+    assert everyone.changed_sites() == [], "a ledger that is not in order answers for itself"
     with pytest.raises(RunError, match="cannot be read or written"):
         everyone.site(0)
 
@@ -333,8 +341,8 @@ def test_ledgers_in_one_folder_keep_separate_confirmations(site_policy: Any, tmp
     for site in ("east", "west"):
         policy = replace(site_policy(site), ledger=f"{site}.db", site_key=f"{site}.pem")
         files = SiteFiles(policy, tmp_path / "site.toml")
-        promise = Promise(session="ab" * 32, release=1, survivors=("east", "west"), confirmed=site == "east")
-        site_work.sums_of(files, Parties(), members={}).keep(promise)
+        promise = SumConfirmation(session="ab" * 32, release=1, survivors=("east", "west"), confirmed=site == "east")
+        site_work.make_sums_at_site(files, Parties(), members={}).keep(promise)
     kept = {path.name: path.read_text().count('"confirmed": true') for path in tmp_path.glob("*promises.jsonl")}
     assert kept == {"east.db.promises.jsonl": 1, "west.db.promises.jsonl": 0}
 
@@ -356,7 +364,7 @@ def test_round_scores_the_received_adapter_with_planned_noise(config: Any, tmp_p
     heldout = everyone.work["site-1"]._heldout
     exact = unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)
     stream = SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores")
-    expected = noised_scores(exact, declared_size=90 * 0.3, noise_multiplier=20.0, stream=stream)
+    expected = release_scores(exact, declared_size=90 * 0.3, noise_multiplier=20.0, stream=stream)
     assert trained.scores == expected
     assert trained.adapter.digest() != shared.initial_adapter.digest()
     again = train(everyone, attempt=2)
@@ -396,5 +404,5 @@ def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkey
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
     assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
     request = first_request(everyone.config, everyone.sites.lead_key(), site="a")
-    work.do(request, adapter, attempt=1, fingerprint_key=bytes(32))
+    work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
     assert told[-1] == "a: running the frozen layers over its records"

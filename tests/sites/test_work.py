@@ -19,7 +19,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.privacy.release import Reason, Update
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.sites.work import SiteWork, randomness_of
+from fedtune.sites.work import SiteWork, make_randomness
 from fedtune.training.devices import _Device
 
 from .conftest import first_request, letters, simulated, write_records
@@ -60,7 +60,7 @@ def test_several_devices_give_the_same_update_as_one(station: Any, tmp_path: Pat
     ask = crew.ask
 
     def dies(rank: int, what: Callable[..., Any], *about: Any) -> None:
-        if what is _Device.add_up:
+        if what is _Device.sum_contributions:
             process.kill()
         ask(rank, what, *about)
 
@@ -90,7 +90,7 @@ def test_real_site_adds_exactly_the_charged_noise(station: Any, has_scale: Any) 
     north = station(training=SGD, runtime={"seeded_noise": False})
     write_records(north.data, [("a letter", "praise")])
     update, plan = north.update(), north.config.plan()
-    assert north.ledger().history.charged() == events.grouped([plan.event()])
+    assert north.ledger().history.charged() == events.count_mechanisms([plan.event()])
     found = noise_in(update, north.first, north.config) / plan.noise_multiplier
     assert [has_scale(found, off) for off in (1 / 1.2, 1.0, 1.2)] == [False, True, False]
 
@@ -102,7 +102,7 @@ def test_noise_repeats_only_with_a_seed(station: Any, seeded: bool) -> None:
     # A new ledger knows of no answer, so that the same round is trained again.
     site.edit(ledger="another.db")
     assert (Adapter(site.update().tensors).digest() == first.digest()) is seeded
-    assert isinstance(randomness_of(seeded, 7), SeededRandomness if seeded else SystemRandomness)
+    assert isinstance(make_randomness(seeded, 7), SeededRandomness if seeded else SystemRandomness)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def do(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes =
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
     request = first_request(shared.config, lead)
-    return work.do(request, shared.initial_adapter, 1, fingerprint_key=key)
+    return work.run_round(request, shared.initial_adapter, 1, fingerprint_key=key)
 
 
 def read(letters: list[tuple[str, str]]) -> list[Record]:

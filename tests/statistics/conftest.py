@@ -14,7 +14,7 @@ from fedtune.privacy.randomness import Randomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import Records, dp_sgd_step
-from fedtune.training.per_example import attached
+from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
 from ..builders import built
@@ -44,7 +44,7 @@ def sums_of(model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 
     # A denominator of one, so that the gradient is the sum.
     records = Records(count=len(dataset), declared_size=1, cut=examples_of(dataset).cut)
     streams = {purpose: SystemRandomness().stream() for purpose in ("sampling", "noise")}
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         for _ in range(steps):
             dp_sgd_step(gradients, records, plan, parameters=parameters, optimizer=optimizer, **streams)
     return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in seen]

@@ -99,7 +99,7 @@ def test_noise_of_different_tensors_is_independent() -> None:
 def released() -> Any:
     """What a round of nobody's records moves: the noise of its one step, as it leaves the site."""
     model = model_of()
-    start = Adapter.of(model)
+    start = Adapter.from_task_model(model)
 
     def make(site: str = "a", round: int = 1, attempt: int = 1, randomness: Randomness | None = None) -> Values:
         source = randomness or SystemRandomness()

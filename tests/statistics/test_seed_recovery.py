@@ -125,7 +125,7 @@ class Seeded:
 def first_round() -> Any:
     """A first round on twelve records, as the server sees it."""
     model = model_of(rank=4)
-    start = Adapter.of(model)
+    start = Adapter.from_task_model(model)
 
     def make(source: Randomness, *, optimizer: str = "sgd") -> Release:
         return Release("a", start, after_a_round(model, start, 12, optimizer, 0.1, source=source, site="a"))
@@ -163,7 +163,7 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
         training = ("training.local_steps=1", "training.optimizer=sgd", "training.learning_rate=0.1")
         folder = simulate(*sites, *training, into=tmp_path_factory.mktemp("runs"))
         config = saved_config(folder)
-        released = Adapter.of(load_task_model(folder / "adapter", model=config.model))
+        released = Adapter.from_task_model(load_task_model(folder / "adapter", model=config.model))
         return Release(config.federation.names[0], LoadedModel(config).initial_adapter, released)
 
     return make(), make()

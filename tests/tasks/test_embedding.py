@@ -11,17 +11,17 @@ from scipy import stats
 
 from fedtune.data import Record, TextDataset, collate
 from fedtune.data.spec import DataSpec
-from fedtune.evaluation.scoring import figures_of, unit_scores
+from fedtune.evaluation.scoring import evaluate_examples, unit_scores
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.embedding import PairSettings, ranks_of_own
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.embedding import PairSettings, rank_own_positives
+from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel
 
 from ..conftest import command, result_of, simulate
 from ..data.conftest import data_spec
 from ..model.conftest import batch_of, trained
 
-TASK = task_named("embedding")
+TASK = get_task("embedding")
 SCORED = {"text": "a", "other": "b", "target": "s"}
 PAIRS = {"anchor": "a", "positive": "p"}
 TRIPLETS = {**PAIRS, "negative": "n"}
@@ -58,7 +58,11 @@ def test_layout_determines_text_count_and_primary_metric() -> None:
         data, task = settings(columns), TASK.with_settings(pairs)
         task.check_own(data)
         task.check_data(data)
-        assert (task.texts(data), task.judged(data), set(task.columns(data))) == (texts, judge, set(columns))
+        assert (task.texts_per_record(data), task.primary_metric_for(data), set(task.columns(data))) == (
+            texts,
+            judge,
+            set(columns),
+        )
 
 
 def scored(*scores: str) -> list[Record]:
@@ -67,7 +71,7 @@ def scored(*scores: str) -> list[Record]:
 
 def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_tokenizer: Any) -> None:
     data = settings(SCORED, bounds=(1.0, 5.0))
-    dataset = TASK.tokenise(scored("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
+    dataset = TASK.tokenize(scored("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
     assert (len(dataset), dataset.texts, dataset.targets.tolist()) == (3, 2, [0.0, 0.5, 1.0])
     assert [ids.tolist()[0] for ids in dataset.input_ids] == [2] * 6, "each text begins anew"
     assert dataset.lengths.tolist() == [5, 5, 5]
@@ -75,10 +79,10 @@ def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_t
     for score in ("0.9", "5.1", "-3.0"):
         assert [TASK.fault(data)(one) is None for one in scored("1.0", score, "5.0")] == [True, False, True]
         with pytest.raises(DataError, match=r"must lie in data\.target_range: 1 to 5") as caught:
-            TASK.tokenise(scored(score), encoder_tokenizer, data=data)
+            TASK.tokenize(scored(score), encoder_tokenizer, data=data)
         assert score not in str(caught.value)
     records = [*scored("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "target": "0.5"})]
-    dataset = TASK.tokenise(records, encoder_tokenizer, data=settings(SCORED), lenient_within=99)
+    dataset = TASK.tokenize(records, encoder_tokenizer, data=settings(SCORED), lenient_within=99)
     assert np.isnan(dataset.targets).tolist() == [False, False, True], "of a text that cannot be encoded there is none"
     assert [len(ids) for ids in dataset.input_ids[-2:]] == [3, 1]
 
@@ -87,14 +91,14 @@ def test_listed_negative_depends_only_on_its_record(encoder_tokenizer: Any) -> N
     texts = ("where is", "a place", "my name", "lost there")
     data, task = settings(PAIRS), TASK.with_settings({"negatives": texts, "margin": 0.4})
     records = [Record({"anchor": f"my card {word}", "positive": "is lost"}) for word in WORDS]
-    dataset = task.tokenise(records, encoder_tokenizer, data=data)
+    dataset = task.tokenize(records, encoder_tokenizer, data=data)
     taken = [ids.tolist() for ids in dataset.input_ids[2::3]]
     known = [encoder_tokenizer(text)["input_ids"] for text in texts]
     assert all(ids in known for ids in taken)
     assert len({tuple(ids) for ids in taken}) > 1
     assert dataset.targets.tolist() == pytest.approx([0.4] * len(WORDS))
     for place in range(len(WORDS)):
-        alone = task.tokenise([records[place]], encoder_tokenizer, data=data)
+        alone = task.tokenize([records[place]], encoder_tokenizer, data=data)
         assert alone.input_ids[2].tolist() == taken[place]
 
 
@@ -120,7 +124,7 @@ def dataset_of(model: TaskModel, count: int, *, texts: int) -> TextDataset:
 def test_pair_scores_do_not_depend_on_batching() -> None:
     model = trained("random:bert", "pairs")
     dataset = dataset_of(model, 30, texts=2)
-    found = [figures_of(model, dataset, pad_id=0, max_tokens=most) for most in (1, 60, 9000)]
+    found = [evaluate_examples(model, dataset, pad_id=0, max_tokens=most) for most in (1, 60, 9000)]
     scores = TASK.scores(found[0], spec=model.spec)
     assert scores["spearman"] == pytest.approx(stats.spearmanr(found[0]["cosine"], dataset.targets).statistic)
     for other in found[1:]:
@@ -130,7 +134,7 @@ def test_pair_scores_do_not_depend_on_batching() -> None:
 def test_triplet_scores_rank_each_positive_among_all() -> None:
     model = trained("random:bert", "triplets")
     dataset = dataset_of(model, 40, texts=3)
-    figures = figures_of(model, dataset, pad_id=0, max_tokens=200)
+    figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=200)
     assert {name: values.shape for name, values in figures.items()} == dict.fromkeys(("loss", "nearer", "rank"), (40,))
     with torch.no_grad():
         each = torch.cat([model.logits(collate(dataset, [place], pad_id=0)) for place in range(40)]).double().numpy()
@@ -147,12 +151,12 @@ def test_triplet_scores_rank_each_positive_among_all() -> None:
 
 def test_identical_embeddings_rank_in_the_middle() -> None:
     same = np.full((101, 4), 0.5)
-    assert ranks_of_own(same, same).tolist() == [51.0] * 101
+    assert rank_own_positives(same, same).tolist() == [51.0] * 101
     apart = np.eye(300)  # more than are ranked at a time
-    assert ranks_of_own(apart, apart).tolist() == [1.0] * 300
+    assert rank_own_positives(apart, apart).tolist() == [1.0] * 300
     broken = apart.copy()
     broken[0] = np.nan
-    assert ranks_of_own(broken, apart)[:2].tolist() == [np.inf, 1.0]
+    assert rank_own_positives(broken, apart)[:2].tolist() == [np.inf, 1.0]
 
 
 @pytest.mark.parametrize(("kind", "texts"), [("pairs", 2), ("triplets", 3)])
@@ -161,9 +165,9 @@ def test_unit_score_is_between_0_and_1_and_independent(kind: str, texts: int) ->
     dataset = dataset_of(model, 9, texts=texts)
     scores = unit_scores(model, dataset, pad_id=0)
     assert ((scores >= 0) & (scores <= 1)).all()
-    assert np.array_equal(scores[2:4], unit_scores(model, dataset.chosen([2, 3]), pad_id=0))
+    assert np.array_equal(scores[2:4], unit_scores(model, dataset.select_examples([2, 3]), pad_id=0))
     if kind == "pairs":
-        cosine = figures_of(model, dataset, pad_id=0, max_tokens=1)["cosine"]
+        cosine = evaluate_examples(model, dataset, pad_id=0, max_tokens=1)["cosine"]
         np.testing.assert_allclose(scores, np.maximum(0, 1 - np.abs(cosine - dataset.targets)), atol=1e-5)
 
 

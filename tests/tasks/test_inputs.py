@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data.features import FeatureSpec, vector_of
-from fedtune.data.records import record_of
+from fedtune.data.features import FeatureSpec, encode_features
+from fedtune.data.records import parse_record
 from fedtune.spec import DataError
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 
 from ..data.conftest import data_spec
 
@@ -35,7 +35,7 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def exported() -> Callable[[dict[str, Any]], Any]:
-    lines = input_of(DATA).loading(DATA, base="", folder="folder")
+    lines = get_input_for(DATA).loading_code(DATA, base="", folder="folder")
     assert lines is not None
     reading, _, rest = lines.partition("row = ")
     scaling = rest[rest.index("vector = []") : rest.index("settings = ")]
@@ -54,8 +54,8 @@ def exported() -> Callable[[dict[str, Any]], Any]:
 def test_exported_preprocessing_matches_training(exported: Any, column: str, value: Any) -> None:
     row = GOOD | {column: value}
     try:
-        record = record_of(row, DATA.needed_columns(()), file="", line=0)
-        expected = vector_of(record, FEATURES)
+        record = parse_record(row, DATA.required_columns(()), file="", line=0)
+        expected = encode_features(record, FEATURES)
     except DataError:
         with pytest.raises((ValueError, TypeError)):
             exported(row)

@@ -59,15 +59,15 @@ def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
     marks[:, 3] = False
     said = chances > 0.5
     said[:, 2] = False
-    found = measures.by_class(marks, said, labels="abcd")
+    found = measures.class_scores(marks, said, labels="abcd")
     expected = reference.precision_recall_fscore_support(marks, said, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())
     assert [one.label for one in found] == list("abcd")
     averages = [reference.f1_score(marks, said, average=by, zero_division=0) for by in ("micro", "macro")]
-    assert [measures.micro_f1(marks, said), measures.macro_f1_of_marks(marks, said)] == pytest.approx(averages)
+    assert [measures.micro_f1(marks, said), measures.multilabel_macro_f1(marks, said)] == pytest.approx(averages)
     none = np.zeros((3, 2), dtype=bool)
-    assert (measures.micro_f1(none, none), measures.macro_f1_of_marks(none, none)) == (0, 0), "no division"
+    assert (measures.micro_f1(none, none), measures.multilabel_macro_f1(none, none)) == (0, 0), "no division"
 
 
 def test_calibration_error_matches_a_manual_calculation() -> None:
@@ -116,8 +116,8 @@ def test_word_classifier_matches_multinomial_naive_bayes() -> None:
         ("c", "green ? hill"),  # a code that came once was not learnt, nor were its words
     ]
     learnt = [*BLUE, ("c", "green hill"), *RED]
-    assert measures.classified(learnt, public) == {"right": 2 / 4, "commonest": 1 / 4}
+    assert measures.classifier_accuracy(learnt, public) == {"right": 2 / 4, "commonest": 1 / 4}
     # Each is tested alone.  Wrong is "blue ball" alone: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
-    assert measures.classified(learnt) == {"right": 4 / 5, "commonest": 3 / 5}
-    assert measures.classified([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
-    assert measures.classified([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"
+    assert measures.classifier_accuracy(learnt) == {"right": 4 / 5, "commonest": 3 / 5}
+    assert measures.classifier_accuracy([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
+    assert measures.classifier_accuracy([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from fedtune.data import Record, TextDataset, collate
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.evaluation.scoring import figures_of, unit_scores
+from fedtune.evaluation.scoring import evaluate_examples, unit_scores
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
-from fedtune.tasks.causal_lm import added_up
-from fedtune.tasks.preference import PreferenceSettings, length_controlled
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.causal_lm import sum_token_losses
+from fedtune.tasks.preference import PreferenceSettings, length_controlled_mean
+from fedtune.tasks.registry import get_task
 from fedtune.tasks.saved import load_task_model, save_task_model
 from fedtune.tasks.task_model import TaskModel
 
@@ -27,7 +27,7 @@ from ..builders import with_random_values
 from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, chat, data_spec, in_json, rows
 from ..model.conftest import trained
 
-PAIRS = task_named("preference")
+PAIRS = get_task("preference")
 HIDDEN = UNSUPERVISED
 
 
@@ -57,7 +57,7 @@ def whole(chosen: str, rejected: str, **fields: str) -> Record:
 
 def test_chosen_and_rejected_answers_share_one_prompt(leading_tokenizer: Any) -> None:
     record = pair("where is my card", "lost", "there my name")
-    chosen, rejected = rows(PAIRS.tokenise([record], leading_tokenizer, data=settings()))
+    chosen, rejected = rows(PAIRS.tokenize([record], leading_tokenizer, data=settings()))
     assert chosen == ([CLS, WHERE, IS, MY, CARD, LOST, SEP], [HIDDEN] * 5 + [LOST, SEP])
     assert rejected == ([CLS, WHERE, IS, MY, CARD, THERE, MY, NAME, SEP], [HIDDEN] * 5 + [THERE, MY, NAME, SEP])
 
@@ -69,7 +69,7 @@ def test_prompt_is_truncated_for_the_longer_answer(
     for tokenizer, begins in ((leading_tokenizer, [CLS]), (decoder_tokenizer, [])):
         for answers in (("lost", "there my name"), ("there my name", "lost")):
             data = settings(max_length=max_length)
-            texts = rows(PAIRS.tokenise([pair("where is my card", *answers)], tokenizer, data=data))
+            texts = rows(PAIRS.tokenize([pair("where is my card", *answers)], tokenizer, data=data))
             contexts = []
             for (ids, targets), answer in zip(texts, answers, strict=True):
                 learnt = [target for target in targets if target != HIDDEN]
@@ -83,13 +83,13 @@ def test_prompt_is_truncated_for_the_longer_answer(
 
 def test_prompts_and_conversations_give_identical_pairs(leading_tokenizer: Any) -> None:
     plain = settings(chat_template="plain")
-    as_text = PAIRS.tokenise([pair("where", "lost", "my card")], leading_tokenizer, data=plain)
+    as_text = PAIRS.tokenize([pair("where", "lost", "my card")], leading_tokenizer, data=plain)
     continued = whole(said("lost"), said("my card"), messages=turns("where"))
-    assert rows(PAIRS.tokenise([continued], leading_tokenizer, data=TURNS)) == rows(as_text)
+    assert rows(PAIRS.tokenize([continued], leading_tokenizer, data=TURNS)) == rows(as_text)
     shared = whole(turns("where", "lost"), turns("where", "my card"))
-    assert rows(PAIRS.tokenise([shared], leading_tokenizer, data=WHOLE)) == rows(as_text)
+    assert rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == rows(as_text)
     longer = whole(turns("where", "there", "is", "lost"), turns("where", "there", "is", "card"))
-    learnt = [targets for _, targets in rows(PAIRS.tokenise([longer], leading_tokenizer, data=WHOLE))]
+    learnt = [targets for _, targets in rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
     assert [[one for one in targets if one != HIDDEN] for targets in learnt] == [[LOST, SEP], [CARD, SEP]], "the last"
 
 
@@ -103,7 +103,7 @@ def test_prompts_and_conversations_give_identical_pairs(leading_tokenizer: Any) 
 )
 def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record: Record, max_length: int) -> None:
     data = settings(max_length=max_length)
-    dataset = PAIRS.tokenise([record], leading_tokenizer, data=data, lenient_within=258)
+    dataset = PAIRS.tokenize([record], leading_tokenizer, data=data, lenient_within=258)
     assert (dataset.texts, len(dataset)) == (2, 1)
     assert all((targets == HIDDEN).all() for targets in dataset.targets)
 
@@ -125,7 +125,7 @@ def test_malformed_pair_is_a_fault_and_named_in_the_error(
     PAIRS.check_data(data)
     assert PAIRS.fault(data)(record) is not None
     with pytest.raises(DataError) as raised:
-        PAIRS.tokenise([record], leading_tokenizer, data=data)
+        PAIRS.tokenize([record], leading_tokenizer, data=data)
     assert str(raised.value).startswith(f"a.jsonl:3, {message}")
 
 
@@ -136,7 +136,7 @@ def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
         long = " ".join(["where"] * 1200)
         records = [pair(long, long, f"{long} lost") for _ in range(count)]
         tracemalloc.start()
-        PAIRS.tokenise(records, leading_tokenizer, data=settings(max_length=200))
+        PAIRS.tokenize(records, leading_tokenizer, data=settings(max_length=200))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
@@ -148,7 +148,7 @@ def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
 def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -> None:
     data, records = settings(prompt_template="is {prompt}"), [pair("where", "lost", "card")]
     asked = PAIRS.prompt_ids({"prompt": "where"}, leading_tokenizer, data=data).tolist()
-    chosen, _ = rows(PAIRS.tokenise(records, leading_tokenizer, data=data))
+    chosen, _ = rows(PAIRS.tokenize(records, leading_tokenizer, data=data))
     prompts, references = PAIRS.written(records, leading_tokenizer, data=data)
     assert chosen[0][: len(asked)] == prompts[0].tolist() == asked
     assert references == ["lost"]
@@ -192,7 +192,7 @@ def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, tr
 
 def test_untrained_model_has_no_preference(model: TaskModel) -> None:
     with_random_values(model, 0.0)
-    figures = figures_of(model, made_up(model), pad_id=0, max_tokens=40)
+    figures = evaluate_examples(model, made_up(model), pad_id=0, max_tokens=40)
     scores = model.task.scores(figures, spec=model.spec)
     accuracies = dict.fromkeys(("accuracy", "accuracy_length_controlled"), 0.5)
     margins = dict.fromkeys(("margin", "margin_length_controlled"), 0.0)
@@ -201,15 +201,15 @@ def test_untrained_model_has_no_preference(model: TaskModel) -> None:
 
 def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
     dataset, kept = made_up(model), {}
-    first = figures_of(model, dataset, pad_id=0, max_tokens=40, kept=kept)
+    first = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=kept)
     assert all(batch.reference is not None for batch in kept.values())
     with_random_values(model, 0.7)
-    again = figures_of(model, dataset, pad_id=0, max_tokens=40, kept=kept)
-    plain = figures_of(model, dataset, pad_id=0, max_tokens=40)
+    again = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=kept)
+    plain = evaluate_examples(model, dataset, pad_id=0, max_tokens=40)
     np.testing.assert_allclose(again["margin"], plain["margin"], rtol=1e-5)
     assert not np.allclose(first["margin"], plain["margin"])
     # A unit's score is how likely the model holds the preference.
-    by_one = figures_of(model, dataset, pad_id=0, max_tokens=1)["margin"]
+    by_one = evaluate_examples(model, dataset, pad_id=0, max_tokens=1)["margin"]
     np.testing.assert_allclose(unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-by_one)), rtol=1e-5)
 
 
@@ -220,10 +220,10 @@ def test_per_token_loss_uses_mean_log_probabilities_and_is_saved(tmp_path: Path)
     lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
     batch = collate(dataset, range(6), pad_id=0)
     with torch.no_grad():
-        own = torch.stack([-total for total, _ in added_up(plain, batch)]).view(-1, 2).numpy()
+        own = torch.stack([-total for total, _ in sum_token_losses(plain, batch)]).view(-1, 2).numpy()
     gains = own - plain.reference(batch).numpy()
     for model, of_each in ((plain, gains), (mean, gains / lengths)):
-        margins = figures_of(model, dataset, pad_id=0, max_tokens=10_000)["margin"]
+        margins = evaluate_examples(model, dataset, pad_id=0, max_tokens=10_000)["margin"]
         np.testing.assert_allclose(margins, 0.5 * (of_each[:, 0] - of_each[:, 1]), rtol=1e-4, atol=1e-5)
     save_task_model(mean, tmp_path / "adapter")
     spec = load_task_model(tmp_path / "adapter").spec
@@ -235,24 +235,24 @@ def test_rows_without_targets_skip_the_output_layer(model: TaskModel) -> None:
     batch = collate(made_up(model), range(3), pad_id=0, shape=(6, 12))
     assert model.output is not None
     with patch.object(model.output, "scores", wraps=model.output.scores) as scores:
-        totals = torch.stack([total for total, _ in added_up(model, batch)])
+        totals = torch.stack([total for total, _ in sum_token_losses(model, batch)])
     assert (scores.call_count, totals[6:].tolist()) == (6, [0.0] * 6)
     totals[6:].sum().backward()  # type: ignore[no-untyped-call]
     assert all(not one.grad.any() for one in model.trainable().values() if one.grad is not None)
     model.base.to(torch.bfloat16)
-    assert {total.dtype for total, _ in added_up(model, batch)} == {torch.float32}
+    assert {total.dtype for total, _ in sum_token_losses(model, batch)} == {torch.float32}
 
 
 def test_indistinguishable_pairs_are_not_scored(model: TaskModel) -> None:
     dataset = made_up(model)
     targets = (*dataset.targets[:8], *(np.full_like(one, HIDDEN) for one in dataset.targets[8:]))
-    with_nothing = figures_of(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
-    of_four = figures_of(model, dataset.chosen(range(4)), pad_id=0, max_tokens=1)
+    with_nothing = evaluate_examples(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
+    of_four = evaluate_examples(model, dataset.select_examples(range(4)), pad_id=0, max_tokens=1)
     assert model.task.scores(with_nothing, spec=model.spec) == model.task.scores(of_four, spec=model.spec)
     drawn = {name: values[4:] for name, values in with_nothing.items()}
     assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a draw of a bootstrap ends no evaluation"
     with pytest.raises(DataError, match="no pair to tell apart"):
-        figures_of(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
+        evaluate_examples(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))
@@ -260,9 +260,9 @@ def test_length_controlled_accuracy_ignores_preference_for_length(longer: list[i
     apart = np.array(longer, dtype=np.float64)
     by_length = (np.sign(apart) + 1) / 2
     for right in (by_length, 1 - by_length):
-        assert length_controlled(right, apart, neutral=0.5) == pytest.approx(0.5)
+        assert length_controlled_mean(right, apart, neutral=0.5) == pytest.approx(0.5)
     # Who goes by something else keeps it.
     right, apart = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
-    assert length_controlled(np.ones(5), apart, neutral=0.5) == 1.0
-    assert length_controlled(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
-    assert length_controlled(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, "of one kind alone nothing"
+    assert length_controlled_mean(np.ones(5), apart, neutral=0.5) == 1.0
+    assert length_controlled_mean(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
+    assert length_controlled_mean(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, "of one kind alone nothing"

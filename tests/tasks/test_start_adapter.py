@@ -33,7 +33,7 @@ OTHER_LABELS = ("billing", "technical", "sales")
 def moved(spec: TaskModelSpec) -> TaskModel:
     """A model whose trained tensors are all 0.5 away from where they start."""
     model = build_task_model(spec)
-    Adapter({name: value + 0.5 for name, value in Adapter.of(model).tensors.items()}).load_into(model)
+    Adapter({name: value + 0.5 for name, value in Adapter.from_task_model(model).tensors.items()}).load_into(model)
     return model
 
 
@@ -45,14 +45,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begun(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
-    return SavedAdapter.to_begin_in(str(folder)).adapter_for(build_task_model(spec))
+    return SavedAdapter.read_initial(str(folder)).initial_adapter_for(build_task_model(spec))
 
 
 def test_run_starts_from_the_saved_adapter(tuned: Path) -> None:
-    expected = Adapter.of(moved(SPEC)).digest()
+    expected = Adapter.from_task_model(moved(SPEC)).digest()
     assert begun(tuned).digest() == begun(tuned.parent).digest() == expected
-    assert SavedAdapter.to_begin_in(str(tuned)).digest == expected
-    SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, lora=lora(layers=(1, 0))))  # in any order
+    assert SavedAdapter.read_initial(str(tuned)).digest == expected
+    SavedAdapter.read_initial(str(tuned)).require_compatible(replace(SPEC, lora=lora(layers=(1, 0))))  # in any order
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_run_starts_from_the_saved_adapter(tuned: Path) -> None:
 def test_run_starts_only_from_an_adapter_of_the_same_kind(tmp_path: Path, spec: TaskModelSpec) -> None:
     model = moved(spec)
     save_task_model(model, tmp_path)
-    assert begun(tmp_path, spec).digest() == Adapter.of(model).digest()
+    assert begun(tmp_path, spec).digest() == Adapter.from_task_model(model).digest()
     if spec.task == "causal_lm":
-        assert not SavedAdapter.to_begin_in(str(tmp_path)).has_head_for(spec), "a language model has none"
+        assert not SavedAdapter.read_initial(str(tmp_path)).can_reuse_head(spec), "a language model has none"
         return
     with pytest.raises(ConfigError, match=rf"its lora\.kind is '{spec.lora.kind}', not 'lora'"):
         begun(tmp_path)
@@ -76,12 +76,12 @@ def test_run_starts_only_from_an_adapter_of_the_same_kind(tmp_path: Path, spec: 
 
 def test_head_is_reinitialized_for_other_labels(tuned: Path) -> None:
     other = replace(SPEC, labels=("billing", "technical", "praise"))  # one is gone
-    before, taken = Adapter.of(build_task_model(other)), begun(tuned, other)
-    assert taken.same_shapes(before)
+    before, taken = Adapter.from_task_model(build_task_model(other)), begun(tuned, other)
+    assert taken.has_same_shapes(before)
     for name, value in taken.tensors.items():
         expected = before.tensors[name] + (0.0 if name.startswith("head.") else 0.5)
         assert np.array_equal(value, expected), name
-    assert not SavedAdapter.to_begin_in(str(tuned)).has_head_for(other)
+    assert not SavedAdapter.read_initial(str(tuned)).can_reuse_head(other)
 
 
 @pytest.mark.parametrize("labels", [OTHER_LABELS, SPEC.labels[::-1]])
@@ -91,15 +91,19 @@ def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
 ) -> None:
     was, now = replace(SPEC, **changes), replace(SPEC, **changes, labels=labels)
     save_task_model(moved(was), tmp_path)
-    fresh, taken, saved = Adapter.of(build_task_model(now)).tensors, begun(tmp_path, now).tensors, moved(was)
-    outputs, before = (saved.task.outputs_of(one.labels) for one in (now, was))
+    fresh, taken, saved = (
+        Adapter.from_task_model(build_task_model(now)).tensors,
+        begun(tmp_path, now).tensors,
+        moved(was),
+    )
+    outputs, before = (saved.task.output_labels(one.labels) for one in (now, was))
     *layers, last = [name for name in saved.adapter_parameters() if name.startswith("head.") and "weight" in name]
     for place, name in enumerate(outputs):
-        old = Adapter.of(saved).tensors[last][before.index(name)] if name in before else fresh[last][place]
+        old = Adapter.from_task_model(saved).tensors[last][before.index(name)] if name in before else fresh[last][place]
         assert np.array_equal(taken[last][place], old), name
-    assert all(np.array_equal(taken[name], Adapter.of(saved).tensors[name]) for name in layers)
+    assert all(np.array_equal(taken[name], Adapter.from_task_model(saved).tensors[name]) for name in layers)
     ordinal = replace(was, task="ordinal")  # its rows are steps between labels
-    assert not SavedAdapter(tmp_path, ordinal, "").has_head_for(replace(ordinal, labels=labels))
+    assert not SavedAdapter(tmp_path, ordinal, "").can_reuse_head(replace(ordinal, labels=labels))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
 )
 def test_all_differences_from_the_start_adapter_are_named(tuned: Path, differing: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{message}"):
-        SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, **differing))
+        SavedAdapter.read_initial(str(tuned)).require_compatible(replace(SPEC, **differing))
 
 
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "by digest")])
@@ -149,7 +153,7 @@ def test_damaged_or_non_finite_start_adapter_is_refused(
 def test_frozen_lora_a_must_match_the_start_adapter(tuned: Path, tmp_path: Path) -> None:
     frozen = replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False))
     save_task_model(moved(frozen), tmp_path / "frozen")
-    assert begun(tmp_path / "frozen", frozen).digest() == Adapter.of(moved(frozen)).digest()
+    assert begun(tmp_path / "frozen", frozen).digest() == Adapter.from_task_model(moved(frozen)).digest()
     with pytest.raises(ConfigError, match=r"does not train .*lora_A.*its seed was 0"):
         begun(tmp_path / "frozen", replace(frozen, seed=1))
     # A run that trains A, too, sends it, and so may begin in any.
@@ -166,4 +170,4 @@ def test_folder_without_a_saved_adapter_gives_one_line_error(tmp_path: Path, con
         whole = json.dumps({"schema_version": RUN_SCHEMA, **content}) if isinstance(content, dict) else content
         (tmp_path / "fedtune.json").write_text(whole)
     with pytest.raises(ConfigError, match=r"^model\.adapter = .*must be (the folder of a fin|a saved adapter)"):
-        SavedAdapter.to_begin_in(str(tmp_path))
+        SavedAdapter.read_initial(str(tmp_path))

@@ -12,13 +12,13 @@ import torch
 from fedtune.data.records import Record
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import task_named
-from fedtune.tasks.survival import concordance, followed_through, integrated_brier
+from fedtune.tasks.registry import get_task
+from fedtune.tasks.survival import concordance, integrated_brier, observed_intervals
 
 from ..conftest import command, result_of, tiny
 from ..data.conftest import data_spec
 
-SURVIVAL = task_named("survival", {"intervals": [1.0, 2.0, 4.0]})
+SURVIVAL = get_task("survival", {"intervals": [1.0, 2.0, 4.0]})
 DATA = data_spec("text", "time", "event")
 SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="survival")
 
@@ -56,7 +56,7 @@ def test_survival_loss_uses_only_known_intervals() -> None:
     found = SURVIVAL.loss(logits, targets, spec=SPEC)  # type: ignore[attr-defined]
     torch.testing.assert_close(found, torch.stack([by_hand, torch.tensor(0.0)]))
     # Targets tell how long each was followed.
-    followed, event = followed_through(np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float))
+    followed, event = observed_intervals(np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float))
     assert (followed.tolist(), event.tolist()) == ([0, 1, 1, 2, 0], [True, True, False, False, False])
 
 
@@ -108,9 +108,9 @@ def test_integrated_brier_score_matches_a_manual_calculation() -> None:
 )
 def test_intervals_must_ascend_and_cox_is_refused(intervals: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="intervals"):
-        task_named("survival", {"intervals": intervals})
+        get_task("survival", {"intervals": intervals})
     with pytest.raises(ConfigError, match=r"task = 'cox': couples records: .*; use task=survival"):
-        task_named("cox")
+        get_task("cox")
 
 
 def test_survival_run_on_a_table_learns_scores_and_generates(tmp_path: Path) -> None:

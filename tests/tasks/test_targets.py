@@ -15,7 +15,7 @@ from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.pooled import binary_losses
-from fedtune.tasks.registry import TASKS, task_named
+from fedtune.tasks.registry import TASKS, get_task
 
 from ..cases import cases_of
 from ..data.conftest import data_spec
@@ -39,9 +39,9 @@ def spec_of(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
 
 def tokenised(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
     settings = data(task, **given)
-    role = next(iter(task_named(task).answers))
+    role = next(iter(get_task(task).answers))
     records = [Record({"text": "where is my card", role: one}, "a.csv", line) for line, one in enumerate(answers, 2)]
-    return task_named(task).tokenise(records, tokenizer, data=settings)
+    return get_task(task).tokenize(records, tokenizer, data=settings)
 
 
 def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenizer: Any) -> None:
@@ -53,7 +53,7 @@ def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenize
     dataset = tokenised("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
     assert np.asarray(dataset.targets).nbytes == 2 * 1_000, "a byte for each"
     with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
-        task_named("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
+        get_task("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
     with pytest.raises(DataError, match=message) as caught:
         tokenised(task, [answer, answer], encoder_tokenizer)
     assert "secret" not in str(caught.value)
-    fault = task_named(task).fault(data(task))
-    role = next(iter(task_named(task).answers))
+    fault = get_task(task).fault(data(task))
+    role = next(iter(get_task(task).answers))
     assert fault(Record({"text": "a", role: answer})) is not None
     assert fault(Record({"text": "a", role: "2.5" if task == "regression" else "mid"})) is None
     # Were a mistake of ours to end the answer of a site, the answer would tell of the record.
@@ -82,12 +82,12 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
 def test_empty_data_and_token_free_texts_give_zero_loss(encoder_tokenizer: Any, task: str) -> None:
     assert len(tokenised(task, [], encoder_tokenizer)) == 0
-    settings, role = data(task), next(iter(task_named(task).answers))
+    settings, role = data(task), next(iter(get_task(task).answers))
     record = Record({"text": "where", role: "2.5" if task == "regression" else "mid"})
-    lenient = task_named(task).tokenise([record], encoder_tokenizer, data=settings, lenient_within=1)
+    lenient = get_task(task).tokenize([record], encoder_tokenizer, data=settings, lenient_within=1)
     assert (np.asarray(lenient.targets) == UNSUPERVISED).all()
-    logits = LOGITS[:1, : task_named(task).outputs(spec_of(task))].clone().requires_grad_()  # type: ignore[attr-defined]
-    loss = task_named(task).loss(logits, torch.from_numpy(np.asarray(lenient.targets)), spec=spec_of(task))  # type: ignore[attr-defined]
+    logits = LOGITS[:1, : get_task(task).outputs(spec_of(task))].clone().requires_grad_()  # type: ignore[attr-defined]
+    loss = get_task(task).loss(logits, torch.from_numpy(np.asarray(lenient.targets)), spec=spec_of(task))  # type: ignore[attr-defined]
     loss.sum().backward()
     assert loss.tolist() == [0]
     assert not logits.grad.any()
@@ -117,7 +117,7 @@ def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     rows = torch.arange(200)
     assert (below[rows, predicted] <= 0.5 + 1e-6).all()
     assert (below[rows, predicted + 1] >= 0.5 - 1e-6).all()
-    start = TASKS["ordinal"].first_rows(torch.eye(3))  # type: ignore[attr-defined]
+    start = TASKS["ordinal"].initial_head_rows(torch.eye(3))  # type: ignore[attr-defined]
     assert start.shape == (2, 3)
     torch.testing.assert_close(start.norm(dim=1), torch.ones(2))
     assert (start[:, 0] < 0).all(), "the lowest label is above none"
@@ -131,7 +131,7 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
     logits = torch.tensor([[0.0], [0.5], [7.0]])
     assert task.loss(logits, targets, spec=spec).tolist() == [1, 0.25, 36]  # type: ignore[attr-defined]
     assert task.said(logits, spec=spec)["predicted"].tolist() == [3, 4, 5], "no target lies beyond the range"  # type: ignore[attr-defined]
-    assert task.read_out(logits, spec=spec).flatten().tolist() == [3, 4, 17]
+    assert task.exported_output(logits, spec=spec).flatten().tolist() == [3, 4, 17]
     assert task.true(targets, spec=spec).tolist() == [1, 3, 5]  # type: ignore[attr-defined]
     assert task.answer(torch.tensor([0.25]), spec=spec) == ("3.5", {"number": 3.5})
 
@@ -202,7 +202,7 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
 def test_label_based_head_settings_are_refused_for_unlabeled_heads(task: str, head: HeadSpec) -> None:
     spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task=task, head=head, labels=("a",))
     with pytest.raises(ConfigError, match=rf"^head\..* for {task}, w"):
-        task_named(task).check_model(spec)
+        get_task(task).check_model(spec)
 
 
 def test_binary_losses_are_bitwise_equal_across_rows() -> None:

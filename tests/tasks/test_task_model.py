@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertLMHeadModel, RobertaForCausalLM
 
 from fedtune.model.base_model import load_tokenizer
-from fedtune.model.fits import check_causal, check_examples_apart
+from fedtune.model.fits import check_causal, check_examples_independent
 from fedtune.model.layers import checkpoint_layers
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
@@ -155,11 +155,11 @@ class Base(nn.Module):
 
 
 def test_modules_mixing_examples_or_never_used_are_refused() -> None:
-    check_examples_apart(Base(lambda linear, hidden: linear(hidden)))
+    check_examples_independent(Base(lambda linear, hidden: linear(hidden)))
     with pytest.raises(ConfigError, match="several examples"):
-        check_examples_apart(Base(lambda linear, hidden: linear(hidden.flatten(0, 1)).view(hidden.shape)))
+        check_examples_independent(Base(lambda linear, hidden: linear(hidden.flatten(0, 1)).view(hidden.shape)))
     with pytest.raises(ConfigError, match="never used"):
-        check_examples_apart(Base(lambda linear, hidden: hidden))
+        check_examples_independent(Base(lambda linear, hidden: hidden))
 
 
 def test_head_center_is_the_mean_label_embedding_and_stays_frozen() -> None:

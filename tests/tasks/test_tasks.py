@@ -9,13 +9,13 @@ import pytest
 
 import fedtune
 from fedtune.data.features import FeatureSpec
-from fedtune.data.records import record_of
+from fedtune.data.records import parse_record
 from fedtune.data.spec import DataSpec
-from fedtune.data.text_rows import or_fault
+from fedtune.data.text_rows import catch_row_error
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Task
-from fedtune.tasks.registry import TASKS, task_named
+from fedtune.tasks.registry import TASKS, get_task
 
 from ..cases import cases_of
 from ..data.conftest import data_spec
@@ -32,7 +32,7 @@ def negatives(*texts: str) -> dict[str, Any]:
 
 
 def checked(task: str, roles: tuple[str, ...], *, own: Any = None, **given: Any) -> tuple[Task, DataSpec]:
-    learner, data = task_named(task, own), data_spec(*roles, **given)
+    learner, data = get_task(task, own), data_spec(*roles, **given)
     learner.check_own(data)
     learner.check_data(data)
     return learner, data
@@ -82,9 +82,9 @@ def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed:
     fault, draws, found = learner.fault(settings), random.Random(seed), set()
     for _ in range(4000):
         row = {column: made_up(draws) for column in columns.values()}
-        error = or_fault("", record_of, row, columns, file="a.jsonl", line=1)
+        error = catch_row_error("", parse_record, row, columns, file="a.jsonl", line=1)
         error = error if isinstance(error, DataError) else fault(error)
-        found |= {(error.value, error.bound.partition("; ")[0])} if error else set()
+        found |= {(error.value, error.requirement.partition("; ")[0])} if error else set()
     return found
 
 
@@ -97,7 +97,7 @@ def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], 
 
 
 def test_language_model_columns_follow_from_the_layout() -> None:
-    task = task_named("causal_lm")
+    task = get_task("causal_lm")
 
     def roles(*named: str, **given: Any) -> set[str]:
         return set(task.columns(data_spec(*named, **given)))
@@ -112,7 +112,7 @@ def test_language_model_columns_follow_from_the_layout() -> None:
 
 def check_labels(task: str, *labels: str, texts: tuple[str, ...] = ()) -> None:
     given: Any = {"task": task, "labels": labels, "head": HeadSpec(label_texts=texts)}
-    task_named(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
+    get_task(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
 
 
 def test_too_few_or_duplicate_labels_are_refused() -> None:

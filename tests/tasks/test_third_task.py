@@ -13,10 +13,10 @@ from fedtune.data import Batch, Record, TextDataset
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
-from fedtune.sites.shared_settings import for_sites, read_settings, text_for_sites
+from fedtune.sites.shared_settings import read_settings, serialize_for_sites, settings_for_sites
 from fedtune.spec import check_at_least, spec
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
-from fedtune.tasks.inputs import mean_pooled
+from fedtune.tasks.inputs import mean_pool
 from fedtune.tasks.registry import TASKS
 
 from ..conftest import command, result_of, simulate, tiny
@@ -39,7 +39,7 @@ class TextLength(Task):
     own: LengthSettings
     has_head = True
 
-    def tokenise(
+    def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         texts = [cut(record.fields["text"], data.max_length) for record in records]
@@ -56,7 +56,7 @@ class TextLength(Task):
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        pooled = mean_pooled(hidden, batch.attention_mask)
+        pooled = mean_pool(hidden, batch.attention_mask)
         # As for classification: a product with few rows rounds otherwise.
         rows = torch.nn.functional.pad(pooled, (0, 0, 0, -len(pooled) % 32))
         assert isinstance(model.head, torch.nn.ModuleDict)
@@ -114,8 +114,8 @@ def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
 
 
 def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
-    sent = for_sites(saved_config(folder))
-    assert read_settings(text_for_sites(sent), plan=sent.plan()).bound_task.own == LengthSettings(longest=20)
+    sent = settings_for_sites(saved_config(folder))
+    assert read_settings(serialize_for_sites(sent), plan=sent.plan()).bound_task.own == LengthSettings(longest=20)
     assert json.loads((folder / "adapter" / "fedtune.json").read_text())["task_settings"] == {"longest": 20}
     recipe = folder.parent / "lengths.yaml"
     for given, message in (

@@ -10,21 +10,21 @@ import torch
 from torch.nn import functional
 
 from fedtune.data import Record, TextDataset, collate
-from fedtune.data.records import record_of
+from fedtune.data.records import parse_record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.evaluation.scoring import figures_of, unit_scores
+from fedtune.evaluation.scoring import evaluate_examples, unit_scores
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.measures import entity_counts, rates
-from fedtune.tasks.registry import task_named
-from fedtune.tasks.token_classification import entities_in, marks
+from fedtune.tasks.measures import entity_counts, recall_precision_f1
+from fedtune.tasks.registry import get_task
+from fedtune.tasks.token_classification import decode_entities, marks
 
 from ..data.conftest import data_spec
 from ..model.conftest import trained
 
-TASK = task_named("token_classification")
+TASK = get_task("token_classification")
 LABELS = ("drug", "dose")
 TAGGED, SPANNED = {"tokens": "w", "tags": "t"}, {"text": "w", "spans": "t"}
 TOKENS = ["my", "card", "is", "lost", "there"]
@@ -35,7 +35,7 @@ def data(columns: dict[str, str] = TAGGED, **given: Any) -> DataSpec:
 
 
 def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> Record:
-    return record_of({"w": words, "t": answer}, columns, file="a.jsonl", line=3)
+    return parse_record({"w": words, "t": answer}, columns, file="a.jsonl", line=3)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_label_that_looks_like_a_tag_is_refused() -> None:
 
 
 def tokenised(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
-    return TASK.tokenise(records, tokenizer, data=data(**given), lenient_within=within)
+    return TASK.tokenize(records, tokenizer, data=data(**given), lenient_within=within)
 
 
 def test_first_token_of_a_word_carries_its_tag() -> None:
@@ -224,9 +224,9 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
 
 
 def test_entity_scores_match_their_counts() -> None:
-    assert rates(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
-    assert rates(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
-    assert rates(np.zeros(5), 2, 2) == (0.0, 0.0, 0.0)
+    assert recall_precision_f1(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
+    assert recall_precision_f1(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
+    assert recall_precision_f1(np.zeros(5), 2, 2) == (0.0, 0.0, 0.0)
     counts = np.zeros((2, 3, 5))
     counts[0] = [(2, 2, 1, 2, 2), (0, 0, 0, 0, 0), (2, 2, 1, 2, 2)]
     counts[1] = [(1, 0, 0, 0, 0), (1, 2, 1, 1, 1), (2, 2, 2, 2, 2)]
@@ -244,7 +244,7 @@ def test_entity_scores_match_their_counts() -> None:
 
 def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) -> None:
     """A model that always says B-drug: each word is an entity of its own, also where a window ends."""
-    assert entities_in([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
+    assert decode_entities([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
     model = trained("random:bert", TASK.name, texts=2)
     labels = model.spec.labels
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) ->
     tags = [f"B-{labels[0]}", *[f"I-{labels[0]}"] * 7]
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
     dataset = tokenised(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
-    figures = figures_of(model, dataset, pad_id=0, max_tokens=64)
+    figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
     assert figures["entities"][0].tolist() == [[1, 0, 0, 0, 0], *[[0] * 5] * (len(labels) - 1), [1, 0, 0, 0, 0]]
     assert unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
     assert TASK.guess(dataset) == 0.0
@@ -268,7 +268,7 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
     both = tokenised(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **given)
     alone = tokenised(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **given)
-    assert [TASK.hide_parts(one, data=data(**given)) for one in (both, alone)] == [[True], [False]]
+    assert [TASK.find_ignored_annotations(one, data=data(**given)) for one in (both, alone)] == [[True], [False]]
     batches = [collate(one, [0], pad_id=0) for one in (both, alone)]
     losses = [model.losses(batch) for batch in batches]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
@@ -286,7 +286,7 @@ def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
     for max_length in range(4, 12):
         given = data(SPANNED, max_length=max_length, labels=model.spec.labels)
         asked = TASK.as_asked(Record({"text": text}), given)
-        (row,) = TASK.tokenise([asked], tokenizer, data=given).targets
+        (row,) = TASK.tokenize([asked], tokenizer, data=given).targets
         logits = functional.one_hot(torch.ones(1, len(row), dtype=torch.long), 1 + 2 * len(model.spec.labels)).float()
         _, found = TASK.answer_to(asked, logits, tokenizer, data=given, spec=model.spec)
         words = text.split()[: len(found)]  # type: ignore[arg-type]
@@ -301,9 +301,9 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         given = data(columns)
         asked = TASK.prompt_fields(text, given, at="--prompt")
         assert asked == fields
-        assert set(TASK.asked_by(given)) == set(fields)
-        assert len(TASK.tokenise([TASK.as_asked(Record(asked), given)], encoder_tokenizer, data=given)) == 1
-        roles = TASK.roles_in(given)
+        assert set(TASK.input_columns(given)) == set(fields)
+        assert len(TASK.tokenize([TASK.as_asked(Record(asked), given)], encoder_tokenizer, data=given)) == 1
+        roles = TASK.required_roles(given)
         made = {role: TASK.made_up(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
         assert TASK.fault(given)(Record(made)) is None
         assert len(marks(given)(Record(made))[1]) == 1

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import FixedLength
 from fedtune.data import Record, TextDataset
 from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 
 from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, WHERE, data_spec, make_tokenizer
 
@@ -24,7 +24,7 @@ def tokenise(
     task: str, records: list[Record], tokenizer: Any, *, labels: Any = (), within: int | None = None, **data: Any
 ) -> TextDataset:
     settings = data_spec(labels=tuple(labels), **data)
-    return task_named(task).tokenise(records, tokenizer, data=settings, lenient_within=within)
+    return get_task(task).tokenize(records, tokenizer, data=settings, lenient_within=within)
 
 
 tokenise_classification, tokenise_causal_lm = (partial(tokenise, task) for task in ("classification", "causal_lm"))
@@ -68,9 +68,9 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
     records = [Record({"text": "my card", "input": title, "label": "b"}) for title in ("lost", "")]
     found = tokenise_classification(records, encoder_tokenizer, within=99, **joined)
     assert [one.tolist() for one in found.input_ids] == [[CLS, LOST, IS, MY, CARD, SEP], [CLS, MY, CARD, SEP]]
-    task, settings = task_named("classification"), data_spec(**joined)
+    task, settings = get_task("classification"), data_spec(**joined)
     task.check_data(settings)
-    assert task.roles_in(settings) == ("text", "label", "input")
+    assert task.required_roles(settings) == ("text", "label", "input")
     for template in ("{input}", "{text} {label}"):
         with pytest.raises(ConfigError, match=r"^prompt_template = "):
             task.check_data(replace(settings, prompt_template=template))
@@ -80,13 +80,13 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
 
 @pytest.mark.parametrize("task", ["classification", "ordinal", "multi_label", "regression", "survival"])
 def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_tokenizer: Any, task: str) -> None:
-    columns = {role: role for role in ("text_pair", *task_named(task).roles)}
-    settings, one = data_spec(columns=columns), data_spec(*task_named(task).roles)
-    assert task_named(task).roles_in(settings) == ("text", "text_pair", *task_named(task).roles[1:])
-    task_named(task).check_tokenizer(encoder_tokenizer, data=settings)
-    task_named(task).check_tokenizer(leading_tokenizer, data=one)
+    columns = {role: role for role in ("text_pair", *get_task(task).roles)}
+    settings, one = data_spec(columns=columns), data_spec(*get_task(task).roles)
+    assert get_task(task).required_roles(settings) == ("text", "text_pair", *get_task(task).roles[1:])
+    get_task(task).check_tokenizer(encoder_tokenizer, data=settings)
+    get_task(task).check_tokenizer(leading_tokenizer, data=one)
     with pytest.raises(ConfigError, match="has a tokenizer without a mark between two texts"):
-        task_named(task).check_tokenizer(leading_tokenizer, data=settings)
+        get_task(task).check_tokenizer(leading_tokenizer, data=settings)
 
 
 @pytest.mark.parametrize("within", [11, 6])

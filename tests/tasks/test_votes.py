@@ -12,7 +12,7 @@ from fedtune.config import saved_config
 from fedtune.privacy import events
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import verify
-from fedtune.training.per_example import attached
+from fedtune.training.per_example import record_gradients
 
 from ..builders import built
 from ..conftest import simulate
@@ -49,7 +49,7 @@ def test_vote_gradient_selects_the_nearest_candidate() -> None:
     with torch.no_grad():
         rows = model.task.embed(model, batch.input_ids, batch.attention_mask)
     nearest = (rows @ model.get_buffer("candidates").T).argmax(dim=1)
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         found = gradients.of(batch)["head.weight"][:, 0]
     votes = -torch.nn.functional.one_hot(nearest, 3).float()
     votes[1] = 0
@@ -83,11 +83,11 @@ def test_repeated_votes_give_shares_and_are_charged_per_round(
     assert weights / weights.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
     plan = saved_config(folder).plan()
     for site in verified_sites(folder):
-        assert site.charged() == events.grouped([plan.whole])
+        assert site.total_charges() == events.count_mechanisms([plan.full_event])
 
 
 def test_vote_sum_bound_covers_all_records_of_a_site(shares: Path) -> None:
     many = [*overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
     plan = compose_run(many).plan()
-    assert plan.sums.bound == plan.with_noise(9.0).sums.bound >= 70_000
-    assert compose_run(["federation.aggregation=secure"]).plan().sums.bound < 70_000
+    assert plan.secure_noise.bound == plan.with_noise(9.0).secure_noise.bound >= 70_000
+    assert compose_run(["federation.aggregation=secure"]).plan().secure_noise.bound < 70_000

@@ -9,16 +9,16 @@ import torch
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.model.adapter import Adapter
-from fedtune.model.products import multiply_by_onednn
+from fedtune.model.products import switch_to_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import Records, add_clipped, dp_sgd_step, zeros
+from fedtune.training.dp_step import Records, add_clipped, dp_sgd_step, zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.optimizer import make_optimizer
-from fedtune.training.per_example import attached
+from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
 from ..builders import DEVICE, built, with_random_values
@@ -50,7 +50,7 @@ def fresh(
 ) -> TaskModel:
     changes |= {"texts": 2} if task == "preference" else {}
     model = built(spec_of(path, task, model=ModelSpec(path=path, dtype=dtype), **changes))
-    multiply_by_onednn(model.base)  # as a run does
+    switch_to_onednn(model.base)  # as a run does
     return model
 
 
@@ -119,13 +119,13 @@ def examples_of(
 
     `kept_by`: a model whose frozen states, and what its base says of the records, are kept.
     """
-    shapes = shapes or Shapes.of(max_length=max_length, max_tokens=max_tokens)
+    shapes = shapes or Shapes.from_limits(max_length=max_length, max_tokens=max_tokens)
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
     if kept_by:
         examples.keep_frozen_states(kept_by)
         examples.keep_reference(kept_by)
         kept = all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
-        assert kept == kept_by.skips_layers
+        assert kept == kept_by.has_frozen_prefix
     return examples
 
 
@@ -157,13 +157,15 @@ def released(
 ) -> Adapter:
     """What a round over a dataset, or over records or users as training reads them, releases."""
     units = examples_of(units) if isinstance(units, TextDataset) else units
-    return train_round(model, adapter or Adapter.of(model), units, work, randomness=randomness or SeededRandomness(5))
+    return train_round(
+        model, adapter or Adapter.from_task_model(model), units, work, randomness=randomness or SeededRandomness(5)
+    )
 
 
 def summed(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = None) -> dict[str, torch.Tensor]:
     """The clipped sum of the chosen examples, or of all, in cells."""
-    sums = zeros(model.trainable())
-    with attached(model) as gradients:
+    sums = zero_sums(model.trainable())
+    with record_gradients(model) as gradients:
         for batch in examples.cut(np.array(range(len(examples)) if chosen is None else chosen)):
             add_clipped(sums, gradients.of(batch), clip)
     return sums
@@ -187,7 +189,7 @@ def stepped(
     optimizer = make_optimizer(parameters, TrainingSpec(**({"optimizer": "sgd", "learning_rate": 1.0} | training)))
     streams = {purpose: SeededRandomness(1).stream(purpose) for purpose in ("sampling", "noise")}
     streams |= {"sampling": sampling} if sampling else {}
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         for _ in range(steps):
             dp_sgd_step(units(gradients), records, plan, parameters=parameters, optimizer=optimizer, **streams)
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -11,9 +11,9 @@ from fedtune.data import Shapes, collate
 from fedtune.model import ia3_and_dora
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
-from fedtune.training.dp_step import added_halves
-from fedtune.training.per_example import attached
-from fedtune.training.preflight import moved_by_others
+from fedtune.training.dp_step import sum_by_halves
+from fedtune.training.per_example import record_gradients
+from fedtune.training.preflight import max_batch_influence
 
 from ..builders import as_tried
 from .conftest import KINDS, examples_of, fresh, made_up, trained
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.nightly
 tasks = pytest.mark.parametrize(("path", "task"), KINDS)
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
-SHAPES = as_tried(Shapes.of(max_length=15, max_tokens=40))
+SHAPES = as_tried(Shapes.from_limits(max_length=15, max_tokens=40))
 
 
 def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
@@ -38,7 +38,7 @@ def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, kee
     model, dataset = trained(path, task, lora=of_kind(kind, keeps=keeps)), made_up(task)
     looped = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
     site = examples_of(dataset, SHAPES, kept_by=model if keeps else None)
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         for batch in site.cut(np.arange(len(dataset))):
             found = gradients.of_all(batch)
             assert list(found) == list(model.trainable())
@@ -85,17 +85,17 @@ def test_dora_gradients_match_peft(path: str) -> None:
 def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) -> None:
     model = fresh("random:llama", "causal_lm", lora=of_kind(kind, keeps=keeps))
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    assert moved_by_others(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
+    assert max_batch_influence(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "all is put back"
 
 
 def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = ia3_and_dora._scaled
+    plain = ia3_and_dora._ia3_forward
 
     def flat(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
         return plain(layer, inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)
 
-    monkeypatch.setattr(ia3_and_dora, "_scaled", flat)
+    monkeypatch.setattr(ia3_and_dora, "_ia3_forward", flat)
     with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes the tokens of several examples"):
         fresh(lora=of_kind("ia3"), seed=97)  # a model that no test has built yet, and so one that is tried
 
@@ -104,7 +104,7 @@ def test_token_summation_order_depends_only_on_length() -> None:
     generator = torch.Generator().manual_seed(0)
     for length in range(1, 40):
         values = torch.randn(5, length, 3, generator=generator)
-        found = added_halves(values)
+        found = sum_by_halves(values)
         assert torch.allclose(found, values.sum(dim=1), rtol=1e-5, atol=1e-5)
         assert math.isclose(float(found[2, 1]), float(values[2, :, 1].double().sum()), rel_tol=1e-4, abs_tol=1e-5)
-        assert all(torch.equal(found[row], added_halves(values[row : row + 1])[0]) for row in range(5))
+        assert all(torch.equal(found[row], sum_by_halves(values[row : row + 1])[0]) for row in range(5))

@@ -9,12 +9,12 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from fedtune.data import Shapes
-from fedtune.model.base_model import tiny_tokenizer
+from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.model.quantized import FourBit
 from fedtune.model.refusals import ARCHITECTURES
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.tasks.task_model import build_task_model
-from fedtune.training.preflight import moved_by_others
+from fedtune.training.preflight import max_batch_influence
 
 from ..model.conftest import spec_of
 
@@ -50,7 +50,7 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     config = kind(**{key: value for key, value in wanted.items() if key in known})
     torch.manual_seed(0)
     (AutoModel if encoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
-    tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
+    build_tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
     lora = LoraSpec(rank=2, target_modules=TARGETS.get(name, ("query", "value") if encoder else ("q_proj",)))
     task = "classification" if encoder else "causal_lm"
     model = build_task_model(spec_of(task=task, model=ModelSpec(path=str(tmp_path), dtype=dtype), lora=lora))
@@ -63,5 +63,5 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
         key for key, one in base.state_dict().items() if one.is_floating_point() and one.data_ptr() not in weights
     ]
     assert beside == [], "the try puts random weights in place of parameters and codes alone"
-    shapes = Shapes.of(max_length=12, max_tokens=64, positions=60)
-    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0
+    shapes = Shapes.from_limits(max_length=12, max_tokens=64, positions=60)
+    assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0

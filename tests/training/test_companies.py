@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model.products import multiply_by_onednn
+from fedtune.model.products import switch_to_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.dp_step import contributions
+from fedtune.training.dp_step import clipped_contributions
 from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import attached
-from fedtune.training.preflight import lengths_of_texts
+from fedtune.training.per_example import record_gradients
+from fedtune.training.preflight import draw_text_lengths
 from fedtune.training.users import UserExamples, UserGradients
 
 from ..builders import as_tried, length_of, with_random_values
@@ -50,7 +50,7 @@ def threads(one_thread: None) -> None:
 def records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: int = 0) -> TextDataset:
     """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
     draws, texts = np.random.default_rng(seed), model.spec.texts
-    ids = model.made_up(lengths_of_texts(lengths.tolist(), texts, draws), draws)
+    ids = model.made_up(draw_text_lengths(lengths.tolist(), texts, draws), draws)
     return TextDataset(ids, model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=draws.integers), texts)
 
 
@@ -65,7 +65,7 @@ def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.
 def each_one(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
     """The gradients of the chosen records by their places, as a step computes them together."""
     found = {}
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         for part in examples.parts(chosen):
             rows = gradients.of_all(examples.batch(part))
             for row, place in enumerate(part.places.tolist()):
@@ -100,7 +100,7 @@ def test_record_gradient_is_bitwise_equal_in_any_batch(
     path: str, task: str, keeps: bool, dtype: str, threads: None
 ) -> None:
     model = trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
-    shapes = as_tried(Shapes.of(max_length=24, max_tokens=192))
+    shapes = as_tried(Shapes.from_limits(max_length=24, max_tokens=192))
     for length in shapes.lengths:
         lengths = of_bucket(shapes, length, 16, seed=length)
         dataset = records(model, lengths, seed=length)
@@ -110,13 +110,13 @@ def test_record_gradient_is_bitwise_equal_in_any_batch(
 
 @kinds
 def test_kept_states_do_not_depend_on_other_records(path: str, task: str, threads: None) -> None:
-    model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.of(max_length=30, max_tokens=256))
+    model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.from_limits(max_length=30, max_tokens=256))
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = records(model, lengths)
     everyone = examples_of(dataset, shapes, kept_by=model)
     expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
-    alone = examples_of(dataset.chosen(some.tolist()), shapes, kept_by=model)
+    alone = examples_of(dataset.select_examples(some.tolist()), shapes, kept_by=model)
     for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
         assert same(gradient, expected[int(some[row])])
 
@@ -137,7 +137,7 @@ def test_records_of_mixed_lengths_are_batch_invariant(
     path: str, task: str, positions: Any, lora: LoraSpec, threads: None
 ) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
-    shapes = as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions))
+    shapes = as_tried(Shapes.from_limits(max_length=30, max_tokens=200, positions=positions))
     model = trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
     dataset = records(model, lengths)
@@ -146,7 +146,7 @@ def test_records_of_mixed_lengths_are_batch_invariant(
 
 @kinds
 def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: None) -> None:
-    model, shapes = trained(path, task), as_tried(Shapes.of(max_length=30, max_tokens=200))
+    model, shapes = trained(path, task), as_tried(Shapes.from_limits(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
     sizes = np.array([1, 4, 2, 6, 1, 3, 2])
     dataset = records(model, draws.integers(1, 31, size=sizes.sum()))
@@ -155,7 +155,7 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
     def means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
         by_user = UserExamples(examples_of(dataset, shapes), users, most_records=8, most_users=most_users)
         found: list[Gradients] = []
-        with attached(model) as gradients:
+        with record_gradients(model) as gradients:
             for batch in by_user.cut_drawn([users[user] for user in chosen]):
                 each = UserGradients(gradients).of(batch)
                 found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
@@ -166,7 +166,8 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
         for user, mean in means(chosen, most_users).items():
             assert same(mean, expected[user]), (user, chosen, most_users)
             alone, beside = (
-                contributions({name: value[None] for name, value in one.items()}, 0.1) for one in (mean, expected[user])
+                clipped_contributions({name: value[None] for name, value in one.items()}, 0.1)
+                for one in (mean, expected[user])
             )
             assert same(alone, beside)
 
@@ -178,13 +179,13 @@ def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
     lora = LoraSpec(rank=2, alpha=4.0, layers=(-2, -1))
     spec = spec_of(task=task, model=ModelSpec(path=path, gguf_file=file, dtype=dtype), lora=lora)
     model = build_task_model(spec)
-    multiply_by_onednn(model.base)
+    switch_to_onednn(model.base)
     return with_random_values(model, 0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
-    shapes = as_tried(Shapes.of(max_length=40, max_tokens=480, positions=512))
+    shapes = as_tried(Shapes.from_limits(max_length=40, max_tokens=480, positions=512))
     model = packaged(MINILM, "classification", dtype=dtype)
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
@@ -194,7 +195,10 @@ def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
 
 
 def test_smollm2_is_batch_invariant() -> None:
-    model, shapes = packaged(SMOLLM2, "causal_lm"), as_tried(Shapes.of(max_length=24, max_tokens=96, positions=8192))
+    model, shapes = (
+        packaged(SMOLLM2, "causal_lm"),
+        as_tried(Shapes.from_limits(max_length=24, max_tokens=96, positions=8192)),
+    )
     for length in shapes.lengths[:2]:
         dataset = records(model, of_bucket(shapes, length, 5))
         require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=2)

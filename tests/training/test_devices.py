@@ -27,9 +27,9 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import devices as devices_module
 from fedtune.training import machine
-from fedtune.training.devices import Devices, DividedUnits, Trial, _Device, places_for
-from fedtune.training.examples import SiteExamples, rank_of
-from fedtune.training.machine import ready_model
+from fedtune.training.devices import Devices, DeviceTrial, DividedUnits, _Device, devices_for_run
+from fedtune.training.examples import SiteExamples, device_rank
+from fedtune.training.machine import prepare_model
 from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
@@ -38,7 +38,7 @@ from ..model.conftest import spec_of
 from .conftest import LAST, made_up, released, work_of
 
 REPOSITORY = Path(__file__).parents[2]
-SHAPES = Shapes.of(max_length=15, max_tokens=40)
+SHAPES = Shapes.from_limits(max_length=15, max_tokens=40)
 MAX_GRAD_NORM = 0.5
 KINDS = {
     "kept states": spec_of(lora=replace(LAST, alternate=True)),
@@ -53,18 +53,18 @@ class Room:
 
     @property
     def pids(self) -> list[int]:
-        return [int(process.pid or 0) for process, _ in self.devices.ready()._members]
+        return [int(process.pid or 0) for process, _ in self.devices.ready_crew()._members]
 
 
 def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
     runtime = RuntimeSpec(device="cpu", num_devices=count, num_threads=1)
-    model = ready_model(lambda: build_task_model(spec), runtime, max_length=15)
-    trial = Trial(
-        shapes=SHAPES, keeps_states=model.skips_layers, max_grad_norm=MAX_GRAD_NORM, pad_id=0, weights_chosen=True
+    model = prepare_model(lambda: build_task_model(spec), runtime, max_length=15)
+    trial = DeviceTrial(
+        shapes=SHAPES, keeps_states=model.has_frozen_prefix, max_grad_norm=MAX_GRAD_NORM, pad_id=0, weights_chosen=True
     )
     devices = Devices(model, others or spec, runtime, max_length=15)
-    devices.try_others(trial, trial.outcome(model, 7))
-    devices.ready()
+    devices.start_trials(trial, trial.run_trial(model, 7))
+    devices.ready_crew()
     return Room(model, devices)
 
 
@@ -111,18 +111,18 @@ def units_of(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: int
 
 def a_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = None) -> Adapter:
     planned = replace(work_of().plan, unit=units.unit, local_steps=3)
-    if room.model.skips_layers:
+    if room.model.has_frozen_prefix:
         units.keep_frozen_states(room.model)
     units.keep_reference(room.model)
     asked = work_of(round=number, plan=planned, declared_size=30)
     return released(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
 
-FIRST = {spec: Adapter.of(build_task_model(spec)) for spec in KINDS.values()}
+FIRST = {spec: Adapter.from_task_model(build_task_model(spec)) for spec in KINDS.values()}
 
 
 def divided(room: Room, count: int = 41, unit: str = "record") -> DividedUnits:
-    return room.devices.divided(units_of(room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
+    return room.devices.divide_units(units_of(room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
 
 
 def gone(pid: int, *, within_s: float = 20.0) -> bool:
@@ -153,7 +153,7 @@ def test_several_devices_release_the_same_result_as_one(room: Room, unit: str, c
 def test_every_device_contributes_to_the_sum(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three)
     counted: list[int] = []
-    answers = three.devices._crew.answers
+    answers = three.devices._crew.collect_answers
 
     def seen() -> list[Any]:
         found = answers()
@@ -180,13 +180,13 @@ def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, see
             assert (np.diff(records) > 0).all()
             assert own.num_tokens == sum(examples._dataset.lengths[records]) if isinstance(own, SiteExamples) else True
     for user, records in enumerate(by_user._users):
-        _, there = by_user.share(rank_of(user, ranks), ranks, "cpu")
+        _, there = by_user.share(device_rank(user, ranks), ranks, "cpu")
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
 def test_missing_unit_is_detected(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three)
-    by_rank = there._by_rank
+    by_rank = there._split_by_rank
     monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
     with pytest.raises(AssertionError, match="each sampled unit counts exactly once"):
         a_round(three, there)
@@ -232,7 +232,7 @@ def test_failed_or_hung_device_ends_only_the_current_round(
 
 def test_long_computation_is_not_taken_for_a_hang(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where long records lie decides how long it takes, and no record may decide whether a round succeeds."""
-    crew = three.devices.ready()
+    crew = three.devices.ready_crew()
     process, pipe = crew._members[0]
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 0.5)
     ours, theirs = multiprocessing.Pipe()
@@ -251,9 +251,9 @@ def test_long_computation_is_not_taken_for_a_hang(three: Room, monkeypatch: pyte
     # A device gives a sign after each micro-batch.
     units, signs = units_of(three.model.spec, 41), Mock()
     device = _Device(three.model, signs)
-    assert list(device._with_signs("abc")) == ["a", "b", "c"]
+    assert list(device._report_progress("abc")) == ["a", "b", "c"]
     assert signs.call_count == 3
-    device.hold(0, units)
+    device.hold_units(0, units)
     device.keep_frozen_states(0, None)
     assert signs.call_count > 3, "and while it runs the frozen layers"
 
@@ -267,16 +267,16 @@ def test_failure_on_the_first_device_discards_the_whole_step(three: Room, monkey
         patched.setattr(there._own, "cut_drawn", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             a_round(three, there)
-    assert three.devices._crew.broken, "the others' sums of this step are for no other"
+    assert three.devices._crew.is_broken, "the others' sums of this step are for no other"
     assert a_round(three, there).digest() == expected.digest()
 
 
 def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a machine whose second device rounds otherwise for some made-up examples, the third request was taken."""
     monkeypatch.setattr(devices_module, "_differ", set())
-    spec, outcome = KINDS["a reference"], Trial.outcome
+    spec, outcome = KINDS["a reference"], DeviceTrial.run_trial
     with monkeypatch.context() as patched:
-        patched.setattr(Trial, "outcome", lambda *args: outcome(*args)._replace(bits="00" * 32))
+        patched.setattr(DeviceTrial, "outcome", lambda *args: outcome(*args)._replace(bits="00" * 32))
         with pytest.raises(ConfigError, match="the same gradients"):
             begun(spec, 2)
     for _ in range(2):  # where this draw's bits are the same
@@ -315,20 +315,20 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three: Room) -> N
     number = first._number
     del first
     a_round(three, divided(three, 9))
-    crew = three.devices.ready()
+    crew = three.devices.ready_crew()
     crew.ask_all(_Device.keep_reference, number)
     with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
-        crew.answers()
-    assert crew.broken
+        crew.collect_answers()
+    assert crew.is_broken
     with pytest.raises(RunError, match="a device of this machine failed"):
         crew.ask_all(_Device.keep_reference, 0)
 
 
 def test_unavailable_gpu_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert places_for(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
+    assert devices_for_run(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
     monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    two = places_for(RuntimeSpec(num_devices=2))
+    two = devices_for_run(RuntimeSpec(num_devices=2))
     assert [str(place) for place in two] == ["cuda", "cuda:1"]
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 3: must be at most 2"):
-        places_for(RuntimeSpec(num_devices=3))
+        devices_for_run(RuntimeSpec(num_devices=3))

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional
 
 from fedtune.data import TextDataset, collate
-from fedtune.privacy.mechanism import cell, poisson_sample
+from fedtune.privacy.mechanism import cell_width, poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert_one_tensor_set
+from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert_same_tensors
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec
 
@@ -28,9 +28,9 @@ def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
     """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
     if model.task.name not in ("classification", "causal_lm", "preference"):
         return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with a textbook's
-    texts = [torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.texts_of([index])]
+    texts = [torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.text_indices([index])]
     if model.task.name == "preference":
-        targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.texts_of([index])]
+        targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.text_indices([index])]
         with model.base.disable_adapter(), torch.no_grad():
             base = [log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True)]
         chosen, rejected = (log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True))
@@ -115,7 +115,7 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
     for name, parameter in model.trainable().items():
         assert not torch.equal(after[name], before[name]), name
         # AdamW divides a gradient by its own size, so what the grid takes off shows where there was little.
-        fine = smallest[name] > (1e4 if optimizer == "adamw" else -1) * cell(clip)
+        fine = smallest[name] > (1e4 if optimizer == "adamw" else -1) * cell_width(clip)
         compared.append(fine.flatten())
         torch.testing.assert_close(after[name][fine], parameter.detach()[fine], rtol=1e-4, atol=5e-6)
     assert torch.cat(compared).float().mean() > 0.1
@@ -124,12 +124,12 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
 def test_optimizer_clipping_and_sum_use_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a step checks it before it touches records."""
     parameters = trained().trainable()
-    assert_one_tensor_set(parameters, make_optimizer(parameters, TrainingSpec()))
+    assert_same_tensors(parameters, make_optimizer(parameters, TrainingSpec()))
     without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
     more = parameters | {"buffer": torch.nn.Parameter(torch.zeros(1))}
     for other in (without_head, more):
         with pytest.raises(AssertionError, match="stepped tensors and clipped tensors differ"):
-            assert_one_tensor_set(parameters, make_optimizer(other, TrainingSpec()))
+            assert_same_tensors(parameters, make_optimizer(other, TrainingSpec()))
     cut = Mock(side_effect=AssertionError("records were read"))
     monkeypatch.setattr(conftest, "make_optimizer", lambda _, spec: make_optimizer(without_head, spec))
     with pytest.raises(AssertionError, match="stepped tensors"):

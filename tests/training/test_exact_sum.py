@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.training import dp_step
-from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions
+from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, clipped_contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.users import UserExamples, UserGradients
 
@@ -81,7 +81,7 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
     draws = np.random.default_rng(1)
     longest = 0
     for relative in (1e-9, 1e-3, 1.0, 1 + 1e-6, 1 + 1e-7, 1e3, 1e9):
-        each = contributions(tensors(made_up(draws, kind, clip * relative, 64)), clip)
+        each = clipped_contributions(tensors(made_up(draws, kind, clip * relative, 64)), clip)
         found = squares(each)
         assert max(found) <= CELLS**2
         longest = max(longest, *found)
@@ -98,7 +98,7 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
 )
 def test_any_float32_gradient_contributes_at_most_the_clip_norm(values: list[float], clip: float) -> None:
     gradients = tensors(np.array([values], dtype=np.float32))
-    (square,) = squares(contributions(gradients, clip))
+    (square,) = squares(clipped_contributions(gradients, clip))
     assert square <= CELLS**2
     if not np.isfinite(values).all():
         assert square == 0
@@ -115,7 +115,7 @@ def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
     values = made_up(draws, kind, clip * relative, units)
     gone = int(draws.integers(units))
     with_it, without = (summed(tensors(each), clip) for each in (values, np.delete(values, gone, axis=0)))
-    own = contributions(tensors(values[gone : gone + 1]), clip)
+    own = clipped_contributions(tensors(values[gone : gone + 1]), clip)
     moved = {name: with_it[name] - without[name] for name in with_it}
     assert equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
     assert squares({name: one[None] for name, one in moved.items()})[0] <= CELLS**2
@@ -135,27 +135,27 @@ def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values
     gradient = torch.randn((13, values), generator=generator)
     many = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
     of_each = {"a": gradient, "b": gradient[:, :7] * 3}
-    each, norms = contributions(of_each, 0.5), dp_step._norms(many)
+    each, norms = clipped_contributions(of_each, 0.5), dp_step._joint_norms(many)
     for rows in (1, 2, 3, 4, 7, 12):
         for start in {0, 1, 13 - rows}:
             part = slice(start, start + rows)
-            fewer = contributions({name: one[part] for name, one in of_each.items()}, 0.5)
+            fewer = clipped_contributions({name: one[part] for name, one in of_each.items()}, 0.5)
             assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
-            assert torch.equal(dp_step._norms({name: one[part] for name, one in many.items()}), norms[part])
+            assert torch.equal(dp_step._joint_norms({name: one[part] for name, one in many.items()}), norms[part])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_contribution_does_not_depend_on_memory_layout(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm's last bit does, unless rows are laid out alike; float32 weights hide it but once in millions.
-    checked = Mock(side_effect=dp_step._squares_of_rows)
-    monkeypatch.setattr(dp_step, "_squares_of_rows", checked)
+    checked = Mock(side_effect=dp_step._squared_row_norms)
+    monkeypatch.setattr(dp_step, "_squared_row_norms", checked)
     gradient = torch.randn((5, 40_000), generator=torch.Generator().manual_seed(3))
-    expected = contributions({"a": gradient}, 0.5)["a"]
+    expected = clipped_contributions({"a": gradient}, 0.5)["a"]
     by_column = gradient[:rows].t().contiguous().t()
     shifted = torch.empty(rows * 40_000 + 1)[1:].view(rows, -1).copy_(gradient[:rows])
     every_other = torch.stack([gradient, gradient], dim=1).flatten(0, 1)[::2][:rows]
     for other in (by_column, shifted, every_other):
-        assert torch.equal(contributions({"a": other}, 0.5)["a"], expected[:rows])
+        assert torch.equal(clipped_contributions({"a": other}, 0.5)["a"], expected[:rows])
     assert all(call.args[0].is_contiguous() for call in checked.call_args_list)
 
 
@@ -170,7 +170,7 @@ def test_user_changes_the_sum_by_only_its_contribution(
     table = Table(tensors(values))
     ids = tuple(np.array([number, *[1] * draws.integers(0, 19)], dtype=np.int32) for number in range(count))
     dataset = TextDataset(ids, np.zeros(count, dtype=np.int64))
-    records = SiteExamples(dataset, pad_id=0, shapes=Shapes.of(max_length=20, max_tokens=60), device="cpu")
+    records = SiteExamples(dataset, pad_id=0, shapes=Shapes.from_limits(max_length=20, max_tokens=60), device="cpu")
     users = np.split(draws.permutation(count), np.cumsum(sizes)[:-1])
     by_user = UserExamples(records, users, most_records=9, most_users=most_users)
 
@@ -196,21 +196,21 @@ def test_sum_equals_its_contributions_despite_non_finite_gradients(bad: float) -
     gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad
     for clip in (0.5, 1e-9, 100.0):
         sums = summed(gradients, clip)
-        for name, each in contributions(gradients, clip).items():
+        for name, each in clipped_contributions(gradients, clip).items():
             assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
 
 
 def test_overlong_contribution_is_dropped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = {"a": torch.randn(6, 50, generator=torch.Generator().manual_seed(2))}
-    right = dp_step._norms
+    right = dp_step._joint_norms
 
     def short_of_one(some: Any) -> torch.Tensor:
         found = right(some)
         return torch.where(torch.arange(len(found)) == 3, 0.5 * found, found) if len(found) == 6 else found
 
-    expected = contributions(gradients, 0.1)["a"]
-    monkeypatch.setattr(dp_step, "_norms", short_of_one)
+    expected = clipped_contributions(gradients, 0.1)["a"]
+    monkeypatch.setattr(dp_step, "_joint_norms", short_of_one)
     sums = {"a": torch.zeros(50, dtype=torch.int64)}
     add_clipped(sums, gradients, 0.1)
     assert torch.equal(sums["a"], (expected.sum(dim=0) - expected[3]).to(torch.int64))
-    assert not contributions(gradients, 0.1)["a"][3].any()
+    assert not clipped_contributions(gradients, 0.1)["a"][3].any()

@@ -10,7 +10,7 @@ import torch
 
 from fedtune.data import Shapes, TextDataset, collate
 from fedtune.data.features import FeatureSpec
-from fedtune.data.images import image_of
+from fedtune.data.images import read_image_field
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.adapter import Adapter
@@ -20,8 +20,8 @@ from fedtune.tasks.image_input import ImageReader
 from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.survival import SurvivalSettings
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.machine import ready_model, shapes_for
-from fedtune.training.preflight import moved_by_others
+from fedtune.training.machine import micro_batch_shapes, prepare_model
+from fedtune.training.preflight import max_batch_influence
 from fedtune.training.spec import RuntimeSpec
 
 from ..builders import DEVICE, gradients_of, with_random_values
@@ -53,14 +53,14 @@ def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: in
         labels=() if task in ("regression", "survival") else LABELS,
         target_range=(0.0, 4.0) if task == "regression" else None,
         input="features",
-        values=(*(value for one in FEATURES for value in one.values()), *map(str, range(wider))),
+        values=(*(value for one in FEATURES for value in one.value_names()), *map(str, range(wider))),
         seed=seed,
     )
 
 
 def trained(spec: TaskModelSpec, *, max_length: int = 1) -> TaskModel:
     """As after some training, so that every tensor has a gradient."""
-    model = ready_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=max_length)
+    model = prepare_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=max_length)
     return with_random_values(model, 0.3)
 
 
@@ -94,7 +94,7 @@ def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidd
     found = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
     assert len(found) == 2 * (len(hidden) + 1), "each layer has a weight and a bias"
     # And the trial before a run finds that no record moves another.
-    shapes = replace(shapes_for(model, RUNTIME, max_length=1), max_tokens=128)
+    shapes = replace(micro_batch_shapes(model, RUNTIME, max_length=1), max_tokens=128)
     require_nothing_moved(model, shapes, keeps_states=False, weights_chosen=False)
 
 
@@ -102,32 +102,36 @@ def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidd
 @layers
 def test_feature_record_is_bitwise_equal_in_any_batch(hidden: tuple[int, ...], wider: int) -> None:
     model = trained(spec_of("classification", hidden, wider=wider))
-    dataset, shapes = records(model, 90), Shapes.of(max_length=1, max_tokens=24, positions=1)
+    dataset, shapes = records(model, 90), Shapes.from_limits(max_length=1, max_tokens=24, positions=1)
     assert (shapes.lengths, shapes.rows(1)) == ((1,), (24, 12, 6, 3))
     require_alone(model, examples_of(dataset, shapes), companies=9)
 
 
 def require_nothing_moved(model: TaskModel, shapes: Shapes, **settings: bool) -> None:
-    before = Adapter.of(model).digest()
-    assert moved_by_others(model, shapes, max_grad_norm=1.0, **settings) == 0.0
-    assert Adapter.of(model).digest() == before
+    before = Adapter.from_task_model(model).digest()
+    assert max_batch_influence(model, shapes, max_grad_norm=1.0, **settings) == 0.0
+    assert Adapter.from_task_model(model).digest() == before
 
 
 def test_trial_detects_a_head_that_mixes_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(spec_of("classification", (16,)))
-    shapes = Shapes.of(max_length=1, max_tokens=64, positions=1)
+    shapes = Shapes.from_limits(max_length=1, max_tokens=64, positions=1)
     rows = type(model.base).forward
 
     def mixed(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         return rows(base, input_ids + input_ids.sum(dim=0) * 1e-3, attention_mask)
 
     monkeypatch.setattr(type(model.base), "forward", mixed)
-    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
+    assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
 
 
 def test_new_feature_model_predicts_nothing_and_follows_its_seed() -> None:
     model, again, other = (build_task_model(spec_of("ordinal", (8,), seed=seed)) for seed in (1, 1, 2))
-    assert Adapter.of(model).digest() == Adapter.of(again).digest() != Adapter.of(other).digest()
+    assert (
+        Adapter.from_task_model(model).digest()
+        == Adapter.from_task_model(again).digest()
+        != Adapter.from_task_model(other).digest()
+    )
     assert not model.logits(collate(records(model, 4), range(4), pad_id=0)).any()
 
 
@@ -153,8 +157,8 @@ def require_nothing_added(
     assert [task.fault(spec)(one) for one in good] == [None] * 4
     with monkeypatch.context() as patched:  # as if the reading had let it by
         patched.setattr(type(task), "fault", lambda self, data: lambda record: None)
-        mixed = task.tokenise([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
-    read = (mixed, task.tokenise(good, reader, data=spec))
+        mixed = task.tokenize([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
+    read = (mixed, task.tokenize(good, reader, data=spec))
     found, without = (gradients_of(model, collate(each, range(4), pad_id=0).to(DEVICE)) for each in read)
     for name, one in found.items():
         assert not one[1].any(), name
@@ -193,9 +197,9 @@ def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) ->
 def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers: Layers) -> None:
     model = of_images(folders[kind], layers=layers)
     places = MODELS[kind][2]
-    shapes = shapes_for(model, RUNTIME, max_length=places)
+    shapes = micro_batch_shapes(model, RUNTIME, max_length=places)
     most = 60 // places
-    assert (shapes.lengths, shapes.rows(places)[0], shapes.room(places, most)) == ((places,), most, most)
+    assert (shapes.lengths, shapes.rows(places)[0], shapes.capacity(places, most)) == ((places,), most, most)
     dataset = records(model, 31)
     everyone = each_one(model, examples_of(dataset, shapes), np.arange(31))
     examples = examples_of(dataset, shapes, kept_by=model if layers else None)
@@ -210,8 +214,10 @@ def test_broken_image_adds_nothing_and_affects_no_other(folders: Folders, monkey
     model = of_images(folders["vit"])
     spec = data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(*load_processor(model.spec.model))
-    good = [Record({"image": image_of(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)]
-    bad = Record({**good[1].fields, "image": image_of(encoded(picture(seed=1))[:-40], "image")})
+    good = [
+        Record({"image": read_image_field(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)
+    ]
+    bad = Record({**good[1].fields, "image": read_image_field(encoded(picture(seed=1))[:-40], "image")})
     fault = model.task.fault(spec)(bad)
     assert "no image that can be decoded" in str(fault)
     require_nothing_added(model, bad, good, reader, spec, monkeypatch)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from fedtune.data import Batch, Part, Shapes, TextDataset
-from fedtune.data.batching import alone
+from fedtune.data.batching import isolate_example
 from fedtune.model.products import FrozenLinear, RoundedLinear
 from fedtune.model.quantized import FourBit
 from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.preflight import moved_by_others
+from fedtune.training.preflight import max_batch_influence
 
 from ..builders import as_tried, gradients_of
 from .conftest import KINDS, LAST, examples_of, made_up, trained
@@ -44,7 +44,7 @@ def by_torch(model: TaskModel) -> TaskModel:
 
 def micro_batch(dataset: TextDataset) -> Batch:
     """In the shape that a step gives a data set, for shapes decide how sums are rounded."""
-    shapes = as_tried(Shapes.of(max_length=15, max_tokens=16 * len(dataset)))
+    shapes = as_tried(Shapes.from_limits(max_length=15, max_tokens=16 * len(dataset)))
     examples = examples_of(dataset, shapes)
     length = shapes.lengths[-1]
     return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
@@ -75,7 +75,7 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
     for one in (model, coarse):
         parameters = one.trainable()
         for row in range(8):
-            losses = one.losses(alone(batch, row))
+            losses = one.losses(isolate_example(batch, row))
             wanted = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, wanted, strict=True):
                 assert gradient is not None, name
@@ -105,11 +105,11 @@ def test_trial_replaces_and_restores_nf4_codes(path: str, task: str) -> None:
     def see(_: Any) -> None:
         changed.append([not torch.equal(one, before) for one, before in zip(kept(), own, strict=True)])
 
-    shapes = as_tried(Shapes.of(max_length=12, max_tokens=48))
-    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
+    shapes = as_tried(Shapes.from_limits(max_length=12, max_tokens=48))
+    assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
     assert not any(changed[0]), "first with its own"
     assert all(changed[-1]), "then with random ones, in every layer"
     assert all(map(torch.equal, kept(), own))
     layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
-    mixed = moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1)
+    mixed = max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1)
     assert mixed > 0.01, "and finds layers that mix records"

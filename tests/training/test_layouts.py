@@ -11,7 +11,7 @@ import yaml
 from fedtune.data import Record, TextDataset
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import chat as turns_of
@@ -54,13 +54,13 @@ def as_read(role: str, value: Any) -> str:
 def dataset_of(layout: str) -> TextDataset:
     data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
     records = [Record({role: as_read(role, value) for role, value in one.items()}) for one in RECORDS[layout]]
-    task = task_named(TASK_OF.get(layout, "causal_lm"), OWN.get(layout))
-    return task.tokenise(records, make_tokenizer(post="[CLS] $A"), data=data, lenient_within=258)
+    task = get_task(TASK_OF.get(layout, "causal_lm"), OWN.get(layout))
+    return task.tokenize(records, make_tokenizer(post="[CLS] $A"), data=data, lenient_within=258)
 
 
 def made(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
     task, settings = TASK_OF.get(layout, "causal_lm"), SETTINGS.get(layout, {}) | ({"lora": LAST} if keeps else {})
-    learner = task_named(task, OWN.get(layout))
+    learner = get_task(task, OWN.get(layout))
     base = "random:bert" if learner.has_head else "random:llama"
     return trained(base, task, size=size, task_settings=learner.own, **settings)
 

@@ -13,13 +13,13 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
-from fedtune.training.lead_step import held_back, lead_step
+from fedtune.training.lead_step import limit_sum_length, secure_server_step
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 
 SIZE = 60
 TOGETHER = Together(num_sites=3, threshold=3, colluders=0)
-PLAN = Plan.of(PrivacySpec(noise_multiplier=1.0), local_steps=1, num_rounds=4, together=TOGETHER)
+PLAN = Plan.from_privacy(PrivacySpec(noise_multiplier=1.0), local_steps=1, num_rounds=4, together=TOGETHER)
 CELL = PLAN.max_grad_norm * 2.0**-PLAN.shared.cell_bits
 
 
@@ -37,7 +37,7 @@ def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: 
         saved = Checkpoints(tmp_path / "checkpoints", "x")
         saved.save(LeadState(round=number, adapter=kept, strategy=state))
         state = saved.load().strategy
-        kept, state = lead_step(
+        kept, state = secure_server_step(
             kept, total, state, training=training, plan=PLAN, step=number - 1, sites=3, most=50.0, declared_size=SIZE
         )
         set_learning_rate(whole, learning_rate_factor(training, step=number - 1, total_steps=4))
@@ -63,13 +63,13 @@ def of_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
 def test_honest_secure_sum_is_not_limited(values: int, agreeing: float) -> None:
     for seed in range(50 if values < 1000 else 3):
         total = of_honest_sites(values=values, agreeing=agreeing, seed=seed)
-        assert held_back(total, PLAN, sites=3, declared_size=SIZE) is total
+        assert limit_sum_length(total, PLAN, sites=3, declared_size=SIZE) is total
 
 
 def test_excessive_secure_sum_is_scaled_to_the_bound() -> None:
     total = of_honest_sites(values=1000, agreeing=0.5, seed=1)
     total[7] += round(1e6 / CELL)  # a million clip norms that no unit has
-    held = held_back(total, PLAN, sites=3, declared_size=SIZE)
+    held = limit_sum_length(total, PLAN, sites=3, declared_size=SIZE)
     length = float(np.sqrt(np.square(held, dtype=np.float64).sum())) * CELL
     sampled = PLAN.sampling_rate * SIZE
     most = sampled + 8 * (math.sqrt(sampled) + 1) + PLAN.noise_multiplier * math.sqrt(3) * (math.sqrt(1000) + 8)

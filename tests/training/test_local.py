@@ -17,7 +17,7 @@ from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.training import dp_step, local
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import share_of_round
+from fedtune.training.local import compute_round_share
 from fedtune.training.spec import TrainingSpec
 
 from .conftest import KINDS, examples_of, fresh, made_up, plan_of, released, work_of
@@ -36,7 +36,7 @@ def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[i
 def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
     # opacus#820: with the wrong order the loss falls and epsilon grows, and the adapters never change.
     model = fresh(path, task)
-    start = Adapter.of(model)
+    start = Adapter.from_task_model(model)
     others = {
         name: tensor.clone()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -55,7 +55,7 @@ def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
     """Of a secure sum, over so many records."""
     model, units = fresh(), examples_of(made_up("classification", records))
     asked = work_of(plan=plan, **changes)
-    return share_of_round(model, Adapter.of(model), units, asked, randomness=SeededRandomness(5))
+    return compute_round_share(model, Adapter.from_task_model(model), units, asked, randomness=SeededRandomness(5))
 
 
 TOGETHER = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
@@ -126,7 +126,7 @@ TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)
 def test_alternating_rounds_train_a_and_b_in_turn(noise: float) -> None:
     planned = plan_of(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
     model, dataset = fresh(lora=TURNS), made_up("classification")
-    before = Adapter.of(model)
+    before = Adapter.from_task_model(model)
     for round, rests in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
         after = released(model, dataset, work_of(plan=planned, round=round), adapter=before)
         same = {name for name, value in after.tensors.items() if np.array_equal(value, before.tensors[name])}
@@ -173,4 +173,4 @@ def test_noiseless_round_matches_plain_training() -> None:
                 parameter -= 0.1 * gradient
     for name, tensor in after.tensors.items():
         np.testing.assert_allclose(tensor, parameters[name].detach().numpy(), rtol=1e-4, atol=1e-6)
-        assert np.abs(tensor - Adapter.of(fresh()).tensors[name]).max() > 1e-3 or "lora_A" in name
+        assert np.abs(tensor - Adapter.from_task_model(fresh()).tensors[name]).max() > 1e-3 or "lora_A" in name

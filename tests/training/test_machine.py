@@ -17,7 +17,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import machine
-from fedtune.training.machine import device_for, ready_model, shapes_for, usable_cores
+from fedtune.training.machine import micro_batch_shapes, prepare_model, resolve_device, usable_cores
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
@@ -26,7 +26,7 @@ SKIPS = replace(TINY, lora=LoraSpec(layers=(-1,)))
 
 
 def ready(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: Any) -> TaskModel:
-    return ready_model(lambda: build_task_model(spec), RuntimeSpec(num_threads=1, **runtime), max_length=max_length)
+    return prepare_model(lambda: build_task_model(spec), RuntimeSpec(num_threads=1, **runtime), max_length=max_length)
 
 
 def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
     for each, length, last in ((TINY, most + 1, most), (spec, 513, 512), (spec, 514, 512)):
         with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most the model's {last}"):
             ready(each, max_length=length)
-    shapes = shapes_for(ready(spec, max_length=512), RuntimeSpec(), max_length=512)
+    shapes = micro_batch_shapes(ready(spec, max_length=512), RuntimeSpec(), max_length=512)
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
 
 
@@ -53,7 +53,7 @@ def test_default_micro_batch_grows_with_threads() -> None:
 
 def test_texts_per_record_divide_the_micro_batch() -> None:
     model = ready(replace(TINY, task="embedding", labels=(), texts=3), max_length=30)
-    shapes = shapes_for(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
+    shapes = micro_batch_shapes(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
     assert max(rows * 3 * length for length in shapes.lengths for rows in shapes.rows(length)) <= 1200
     assert shapes.rows(24)[0] == 1200 // 3 // 24
 
@@ -70,14 +70,14 @@ def test_frozen_states_are_kept_while_they_fit_memory(monkeypatch: pytest.Monkey
 
     def most(runtime: RuntimeSpec, num_tokens: int) -> bool:
         fits, more = (
-            machine.keeps_frozen_states(model, runtime, num_tokens=count) for count in (num_tokens, num_tokens + 1)
+            machine.frozen_states_fit(model, runtime, num_tokens=count) for count in (num_tokens, num_tokens + 1)
         )
         return fits and not more
 
     assert most(RuntimeSpec(kept_states_mib=1), a_mib)
-    assert not machine.keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
+    assert not machine.frozen_states_fit(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
     assert machine.frozen_states_mib(trains, num_tokens=10**9) == 0, "its first layer trains"
-    assert machine.keeps_frozen_states(trains, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
+    assert machine.frozen_states_fit(trains, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
     # By default a quarter of the available memory is set aside.
     for text, mib in (("MemTotal: 9 kB\nMemAvailable:   40960 kB\n", 10), ("nothing of the kind\n", 1024)):
         monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
@@ -90,33 +90,33 @@ def test_states_exceeding_memory_go_to_a_folder_with_space(tmp_path: Path, monke
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=20 * 2**20))
     there = RuntimeSpec(kept_states_mib=0, kept_states_folder=str(tmp_path))
-    assert machine.folder_for_states(model, there, num_tokens=10 * a_mib) == tmp_path
-    assert machine.folder_for_states(model, there, num_tokens=10 * a_mib + a_mib) is None, "half of what is free"
-    assert machine.folder_for_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
+    assert machine.frozen_states_folder(model, there, num_tokens=10 * a_mib) == tmp_path
+    assert machine.frozen_states_folder(model, there, num_tokens=10 * a_mib + a_mib) is None, "half of what is free"
+    assert machine.frozen_states_folder(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
     missing = replace(there, kept_states_folder=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"runtime\.kept_states_folder = .*: must be a folder in which this process"):
-        machine.folder_for_states(model, missing, num_tokens=1)
+        machine.frozen_states_folder(model, missing, num_tokens=1)
 
 
 def test_states_on_disk_are_private_and_unnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[int] = []
     unlink = os.unlink
     monkeypatch.setattr(os, "unlink", lambda name: (modes.append(os.stat(name).st_mode & 0o777), unlink(name)))
-    room = machine.room_for_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
+    room = machine.allocate_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
     room[:] = torch.arange(15).view(5, 3)
     assert room.dtype == torch.bfloat16
     assert room[4].tolist() == [12, 13, 14]
     assert modes == [0o600]
     assert list(tmp_path.iterdir()) == []
-    assert machine.room_for_states(0, 3, dtype=torch.float32, folder=tmp_path).shape == (0, 3)
+    assert machine.allocate_states(0, 3, dtype=torch.float32, folder=tmp_path).shape == (0, 3)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
 def test_missing_gpu_is_refused_except_for_planning() -> None:
-    assert device_for("auto").type == "cpu"
+    assert resolve_device("auto").type == "cpu"
     with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': needs a GPU"):
-        device_for("cuda")
-    assert device_for("cuda", must_exist=False).type == "cpu"
+        resolve_device("cuda")
+    assert resolve_device("cuda", must_exist=False).type == "cpu"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to cores")
@@ -126,7 +126,7 @@ def test_process_on_one_core_uses_one_thread() -> None:
     os.sched_setaffinity(0, {min(allowed)})
     try:
         assert usable_cores() == 1
-        ready_model(lambda: build_task_model(TINY), RuntimeSpec(), max_length=8)
+        prepare_model(lambda: build_task_model(TINY), RuntimeSpec(), max_length=8)
         assert torch.get_num_threads() == 1
     finally:
         os.sched_setaffinity(0, allowed)
@@ -153,4 +153,4 @@ def test_long_cpu_simulation_uses_one_process_per_core(
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setattr(machine, "_memory_bytes", lambda: gib * 2**30)
     spec = RuntimeSpec(**({"device": "cpu"} | runtime))  # type: ignore[arg-type]
-    assert machine.processes_that_pay(spec, gradients=gradients) == processes
+    assert machine.choose_num_processes(spec, gradients=gradients) == processes

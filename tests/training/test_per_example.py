@@ -9,11 +9,11 @@ import torch
 
 from fedtune.data import collate
 from fedtune.model.adapter import Adapter
-from fedtune.model.layers import layer_stack
+from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import HeadSpec, LoraSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.per_example import attached
+from fedtune.training.per_example import record_gradients
 
 from ..builders import gradients_of
 from .conftest import BAD, CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepped, summed, trained, with_bad
@@ -47,7 +47,7 @@ def hook(model: TaskModel, within: str) -> Any:
 def test_batches_are_independent_and_hooks_are_removed(path: str, task: str) -> None:
     model, dataset = trained(path, task), made_up(task)
     before = watched_in(model)
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         assert watched_in(model) > before
         first = gradients.of(collate(dataset, [0, 1], pad_id=0))
         gradients.of(collate(dataset, [2, 3, 4], pad_id=0))
@@ -138,7 +138,7 @@ def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: s
     handles.append(embedding.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape)))
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
     batch = collate(with_bad(dataset, *bad), range(5), pad_id=0, shape=shape)
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         with pytest.raises((IndexError, RuntimeError), match="no such"):
             gradients.of_all(batch)
         for _ in range(2):  # and again: one failure leaves nothing to the next pass
@@ -162,7 +162,7 @@ def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: s
 
 def test_shared_module_sums_both_gradients() -> None:
     model, dataset = trained(), made_up("classification")
-    layers = layer_stack(model.base.get_base_model())[1]
+    layers = find_layer_stack(model.base.get_base_model())[1]
     layers[1] = layers[0]
     looped = [loop_gradient(model, dataset, place) for place in range(3)]
     found = gradients_of(model, collate(dataset, [0, 1, 2], pad_id=0))
@@ -174,7 +174,7 @@ def test_shared_module_sums_both_gradients() -> None:
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_gradients_after_a_step_use_the_new_adapter(elsewhere: bool) -> None:
     model, dataset = trained(), made_up("classification")
-    with attached(model) as gradients:
+    with record_gradients(model) as gradients:
         gradients.of(collate(dataset, [0], pad_id=0))
         with torch.no_grad():
             for parameter in model.trainable().values():
@@ -203,7 +203,7 @@ def test_adapters_and_sums_stay_float32_in_low_precision_bases(path: str, task: 
     assert {total.dtype for total in summed(model, examples_of(made_up(task)), 1.0).values()} == {torch.int64}
     after = stepped(model, records_of(made_up(task)), plan_of(noise_multiplier=1.0))
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
-    assert {tensor.dtype for tensor in Adapter.of(model).tensors.values()} == {np.dtype(np.float32)}
+    assert {tensor.dtype for tensor in Adapter.from_task_model(model).tensors.values()} == {np.dtype(np.float32)}
     for name, tensor in after.items():  # not rounded to bfloat16 on the way
         assert not torch.equal(tensor, tensor.bfloat16().float()), name
 

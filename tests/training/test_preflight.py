@@ -15,31 +15,31 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.machine import ready_model
+from fedtune.training.machine import prepare_model
 from fedtune.training.per_example import PerExampleGradients
-from fedtune.training.preflight import _Trial, moved_by_others, require_alone
+from fedtune.training.preflight import _Trial, max_batch_influence, require_batch_invariance
 from fedtune.training.spec import RuntimeSpec
 
 from .conftest import KINDS, LAST, fresh
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
-SHAPES = Shapes.of(max_length=20, max_tokens=80)
+SHAPES = Shapes.from_limits(max_length=20, max_tokens=80)
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def check(
     model: TaskModel, *, shapes: Shapes = SHAPES, keeps: bool = False, inexact_allowed: bool = False, **settings: Any
 ) -> float:
-    moved = moved_by_others(model, shapes, keeps_states=keeps, **({"max_grad_norm": 0.1} | settings))
-    require_alone(moved, path=model.spec.model.path, inexact_allowed=inexact_allowed)
+    moved = max_batch_influence(model, shapes, keeps_states=keeps, **({"max_grad_norm": 0.1} | settings))
+    require_batch_invariance(moved, path=model.spec.model.path, inexact_allowed=inexact_allowed)
     return moved
 
 
 def require_refused(model: TaskModel, said: str, **settings: Any) -> None:
-    before = Adapter.of(model).digest()
+    before = Adapter.from_task_model(model).digest()
     with pytest.raises(ConfigError, match=said):
         check(model, **settings)
-    assert Adapter.of(model).digest() == before, "values are put back also then"
+    assert Adapter.from_task_model(model).digest() == before, "values are put back also then"
 
 
 def layers_of(model: TaskModel) -> Any:
@@ -73,16 +73,16 @@ class Products(TorchDispatchMode):
 def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> None:
     """Also in rounds in which A or B rests: its product is not left to other kernels then."""
     lora = LoraSpec(rank=4, alpha=8.0, alternate=True)
-    model = ready_model(lambda: fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=12)
+    model = prepare_model(lambda: fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=12)
 
     def products() -> set[Any]:
         with Products() as products:
-            check(model, seed=1, shapes=Shapes.of(max_length=12, max_tokens=40))
+            check(model, seed=1, shapes=Shapes.from_limits(max_length=12, max_tokens=40))
         return products.seen
 
     tried = products()
     for round in (1, 2):
-        with model.in_round(round):
+        with model.freeze_for_round(round):
             assert (seen := products()) <= tried
         assert seen
 
@@ -100,18 +100,18 @@ def test_ordinary_models_pass_the_batch_invariance_trial(
     path: str, task: str, checkpointing: bool, keeps: bool
 ) -> None:
     model = last_layer(path, task)
-    before = Adapter.of(model).digest()
+    before = Adapter.from_task_model(model).digest()
     if checkpointing:
         model.enable_gradient_checkpointing()
     assert check(model, keeps=keeps) == 0.0
-    assert Adapter.of(model).digest() == before, "the adapter's values are put back"
+    assert Adapter.from_task_model(model).digest() == before, "the adapter's values are put back"
     expected = last_layer(path, task).state_dict()
     assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "and the model's weights"
 
 
 OTHERS = {
-    "as long as the model": Shapes.of(max_length=20, max_tokens=64, positions=20),
-    "a place behind the longest": Shapes.of(max_length=20, max_tokens=64, positions=21),
+    "as long as the model": Shapes.from_limits(max_length=20, max_tokens=64, positions=20),
+    "a place behind the longest": Shapes.from_limits(max_length=20, max_tokens=64, positions=21),
     "one shape a length": Shapes((8, 24), max_tokens=64, row_shares=(1,)),
     "a row at a time": Shapes((24,), max_tokens=1),
 }
@@ -184,9 +184,9 @@ def test_last_bit_dependence_is_refused_or_measured() -> None:
 
     model = with_layer(last_layer(), last_bit, number=-1)
     require_refused(model, r"another gradient .*inexact_gradients = true")
-    before = Adapter.of(model).digest()
+    before = Adapter.from_task_model(model).digest()
     assert 2.0**-24 <= check(model, inexact_allowed=True) < 1e-4
-    assert Adapter.of(model).digest() == before
+    assert Adapter.from_task_model(model).digest() == before
 
 
 @pytest.mark.parametrize("accepted", [False, True], ids=["", "inexact gradients are accepted"])
@@ -352,9 +352,9 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
     rows = SHAPES.rows(length)[0]
     for row, token in ((rows - 1, length - 3), (rows // 2, length - 3), (0, 0)):
         handle = layers_of(model)[0].register_forward_pre_hook(partial(rounds_one_token, row, token))
-        assert trial().most_moved_by_place(0.1) > 0, (row, token)
+        assert trial().max_influence_of_row(0.1) > 0, (row, token)
         handle.remove()
-    assert trial().most_moved_by_place(0.1) == 0
+    assert trial().max_influence_of_row(0.1) == 0
 
 
 @pytest.mark.parametrize("chosen", [True, False])

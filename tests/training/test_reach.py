@@ -12,7 +12,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
-from fedtune.training.reach import Reach, reach
+from fedtune.training.reach import UpdateBound, bound_update
 from fedtune.training.spec import TrainingSpec
 
 PLAN = Plan(
@@ -53,7 +53,7 @@ def trained(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) ->
 @pytest.mark.parametrize("round", [1, 3])
 def test_honest_training_stays_within_the_update_bound(settings: dict[str, Any], sent: Adapter, round: int) -> None:
     spec = TrainingSpec(**settings)
-    bound = reach(spec, PLAN, round=round, declared_size=SIZE, sent=sent)
+    bound = bound_update(spec, PLAN, round=round, declared_size=SIZE, sent=sent)
     denominator = PLAN.sampling_rate * SIZE
     draws = np.random.default_rng(round)
     direction = {name: draws.normal(size=value.shape) for name, value in sent.tensors.items()}
@@ -67,38 +67,38 @@ def test_honest_training_stays_within_the_update_bound(settings: dict[str, Any],
         return np.full(shape, 10.0 ** (step - 5))  # Adam goes furthest where gradients grow
 
     for gradients in (honest, growing):
-        assert bound.includes(trained(spec, sent, gradients, round=round), sent=sent), gradients.__name__
+        assert bound.allows(trained(spec, sent, gradients, round=round), sent=sent), gradients.__name__
     for name in sent.tensors if settings in SPECS[:5] else ():
         for value in (1e30, -1e30, 1e4):
             update = {key: np.array(tensor) for key, tensor in sent.tensors.items()}
             update[name].flat[3] = value
-            assert not bound.includes(update, sent=sent), f"what is far beyond training is not: {name}"
+            assert not bound.allows(update, sent=sent), f"what is far beyond training is not: {name}"
 
 
 def test_norm_bound_limits_many_small_changes(sent: Adapter) -> None:
-    bound = reach(TrainingSpec(optimizer="sgd", learning_rate=1.0), PLAN, round=1, declared_size=SIZE, sent=sent)
+    bound = bound_update(TrainingSpec(optimizer="sgd", learning_rate=1.0), PLAN, round=1, declared_size=SIZE, sent=sent)
     size = bound.value["a.lora_A"] * 0.99
     one = {name: np.array(value) for name, value in sent.tensors.items()}
     one["a.lora_B"].flat[0] = size
-    assert bound.includes(one, sent=sent)
+    assert bound.allows(one, sent=sent)
     everything = {name: value + np.copysign(np.float32(size), value) for name, value in sent.tensors.items()}
-    assert not bound.includes(everything, sent=sent)
+    assert not bound.allows(everything, sent=sent)
 
 
 def test_changes_toward_zero_are_always_allowed(sent: Adapter) -> None:
-    nowhere = Reach(value=dict.fromkeys(sent.tensors, 0.0), norm=0.0)
+    nowhere = UpdateBound(value=dict.fromkeys(sent.tensors, 0.0), norm=0.0)
     for factor in (1.0, 0.5, 0.0):
         smaller = {name: (factor * value).astype(np.float32) for name, value in sent.tensors.items()}
-        assert nowhere.includes(smaller, sent=sent)
+        assert nowhere.allows(smaller, sent=sent)
     other_sign = {name: (-0.01 * value).astype(np.float32) for name, value in sent.tensors.items()}
-    assert not nowhere.includes(other_sign, sent=sent)
+    assert not nowhere.allows(other_sign, sent=sent)
 
 
 def test_unclipped_or_fast_forgetting_training_has_no_bound(sent: Adapter) -> None:
     plain, long = replace(PLAN, noise_multiplier=0.0), replace(PLAN, local_steps=400)
     forgets = TrainingSpec(betas=(0.9, 0.1), local_steps=400)
     norms = [
-        reach(spec, plan, round=1, declared_size=SIZE, sent=sent).norm
+        bound_update(spec, plan, round=1, declared_size=SIZE, sent=sent).norm
         for spec, plan in ((TrainingSpec(optimizer="sgd"), plain), (forgets, long), (TrainingSpec(), plain))
     ]
     assert norms[:2] == [math.inf, math.inf]
@@ -111,16 +111,16 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
 @pytest.mark.parametrize("settings", [SGD, TrainingSpec(weight_decay=0.1)], ids=["sgd", "adamw"])
 def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent: Adapter) -> None:
     """With lora.alternate A rests in round 1, and in no round has it a part of what the others may move."""
-    rests = LoraSpec(alternate=True).rests_in(1)
+    rests = LoraSpec(alternate=True).frozen_name_part(1)
     sent = Adapter({name.replace("lora_A", "lora_A.weight"): value for name, value in sent.tensors.items()})
     resting = "a.lora_A.weight"
-    bound = reach(settings, PLAN, round=1, declared_size=SIZE, sent=sent, rests=rests)
+    bound = bound_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent, rests=rests)
     for move in (0.01, -0.01):
         moved = sent.tensors[resting] + np.copysign(np.float32(move), move * sent.tensors[resting])
-        assert not bound.includes({**sent.tensors, resting: moved}, sent=sent)
-    assert bound.includes({**sent.tensors, resting: sent.tensors[resting] / 2}, sent=sent), "into a site's own bound"
+        assert not bound.allows({**sent.tensors, resting: moved}, sent=sent)
+    assert bound.allows({**sent.tensors, resting: sent.tensors[resting] / 2}, sent=sent), "into a site's own bound"
     others = Adapter({name: value for name, value in sent.tensors.items() if name != resting})
-    assert bound.norm == reach(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
+    assert bound.norm == bound_update(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
     plain = replace(PLAN, noise_multiplier=0.0)
-    still = reach(settings, plain, round=1, declared_size=SIZE, sent=sent, rests=rests)
-    assert not still.includes({**sent.tensors, resting: sent.tensors[resting] * 1.01}, sent=sent)
+    still = bound_update(settings, plain, round=1, declared_size=SIZE, sent=sent, rests=rests)
+    assert not still.allows({**sent.tensors, resting: sent.tensors[resting] * 1.01}, sent=sent)

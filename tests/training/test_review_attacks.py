@@ -12,7 +12,7 @@ import torch
 from fedtune.data import Shapes, TextDataset
 from fedtune.model.spec import HeadSpec, LoraSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.dp_step import SMALLEST_NORM, contributions
+from fedtune.training.dp_step import SMALLEST_NORM, clipped_contributions
 
 from ..builders import with_random_values
 from ..model.conftest import spec_of
@@ -32,12 +32,12 @@ def attacked(model: TaskModel, clip: float, *, seed: int, first_id: int, classes
     lengths = [*draws.integers(5, 20, size=OTHERS), LONGEST]
     ids = tuple(draws.integers(first_id, model.num_ids, size=length).astype(np.int32) for length in lengths)
     targets = draws.integers(0, classes, size=len(ids))
-    shapes = Shapes.of(max_length=LONGEST, max_tokens=2048)
+    shapes = Shapes.from_limits(max_length=LONGEST, max_tokens=2048)
     few, many = (examples_of(TextDataset(ids[:count], targets[:count]), shapes) for count in (OTHERS, OTHERS + 1))
     after = each_one(model, many, np.arange(OTHERS + 1))
     for place, gradient in each_one(model, few, np.arange(OTHERS)).items():
         assert same(gradient, after[place]), f"record {place} moved"
-    own = contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
+    own = clipped_contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
     without, moved = summed(model, few, clip), summed(model, many, clip)
     for name, one in moved.items():
         one -= without[name]

@@ -17,7 +17,7 @@ from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.training import local
-from fedtune.training.dp_step import Records, contributions, dp_sgd_step
+from fedtune.training.dp_step import Records, clipped_contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
@@ -43,13 +43,13 @@ def random_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradien
 
 def test_contributions_are_truncated_toward_zero() -> None:
     wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
-    assert contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
+    assert clipped_contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
 
 
 def test_tiny_clip_norm_does_not_amplify_rounding() -> None:
     clip = 1e-6
     gradient = {"a": torch.tensor([[3e-5, 4e-5], [0.6, 0.8]])}  # 50 clip norms, and a million
-    found = contributions(gradient, clip)["a"]
+    found = clipped_contributions(gradient, clip)["a"]
     assert found[0].tolist() == pytest.approx([0.03 * CELLS, 0.04 * CELLS], rel=1e-5)
     assert found[1].tolist() == pytest.approx([0.6 * CELLS, 0.8 * CELLS], rel=1e-5)
 
@@ -57,20 +57,20 @@ def test_tiny_clip_norm_does_not_amplify_rounding() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [60_000, 1_000_000])
 def test_many_equal_values_stay_within_the_clip_norm(size: int, count: int) -> None:
-    found = contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
+    found = clipped_contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
     assert all(0.99 * CELLS**2 < int(square) <= CELLS**2 for square in (found**2).sum(dim=1))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_gradient_counts_as_zero_and_affects_no_other(bad: float) -> None:
     gradients = random_gradients(5)
-    right = {name: one.clone() for name, one in contributions(gradients, 1.0).items()}
+    right = {name: one.clone() for name, one in clipped_contributions(gradients, 1.0).items()}
     gradients["head.weight"][2, 1, 1] = bad
-    for name, one in contributions(gradients, 1.0).items():
+    for name, one in clipped_contributions(gradients, 1.0).items():
         assert not one[2].any()
         assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
     largest = torch.finfo(torch.float32).max
-    found = contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
+    found = clipped_contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
     assert torch.equal(found[0], found[1]), "the largest that is finite is clipped like any other"
     assert 0.99 * CELLS**2 < float(found[0].square().sum()) <= CELLS**2
 
@@ -142,14 +142,14 @@ def numbered(*lengths: int) -> TextDataset:
 
 
 def examples_of(dataset: TextDataset) -> SiteExamples:
-    shapes = Shapes.of(max_length=int(dataset.lengths.max(initial=1)), max_tokens=64)
+    shapes = Shapes.from_limits(max_length=int(dataset.lengths.max(initial=1)), max_tokens=64)
     return conftest.examples_of(dataset, shapes)
 
 
 def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = trained(), examples_of(conftest.made_up("classification", 6))
     bound = 0.05
-    start = Adapter.of(model)
+    start = Adapter.from_task_model(model)
     assert max(float(np.abs(value).max()) for value in start.tensors.values()) > 5 * bound
     before: list[float] = []
 
@@ -171,7 +171,7 @@ def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPa
 def test_projection_changes_only_values_outside_the_bound(most: float) -> None:
     values = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.1, -9.0, 0.25])
     parameter = nn.Parameter(values.clone())
-    local.project({"a": parameter}, most)
+    local.clamp_parameters({"a": parameter}, most)
     assert torch.equal(parameter.detach(), values.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-most, most))
     assert parameter.requires_grad
 
@@ -195,7 +195,7 @@ def test_user_mean_is_bitwise_equal_regardless_of_batch_company(beside: list[int
     users = UserExamples(examples_of(numbered(*lengths)), [np.array(each) for each in places], most_records=100)
 
     def last_mean(*chosen: int) -> torch.Tensor:
-        (batch,) = users.cut_with(SeededRandomness(1).stream("records"))(np.array(chosen))
+        (batch,) = users.make_cutter(SeededRandomness(1).stream("records"))(np.array(chosen))
         return UserGradients(Table({"a": rows})).of(batch)["a"][-1]  # type: ignore[arg-type]
 
     assert torch.equal(last_mean(*beside, 0), last_mean(0))

@@ -14,12 +14,12 @@ from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import machine, per_example
-from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.dp_step import add_clipped, zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import train_round
-from fedtune.training.machine import peak_bytes, step_bytes
-from fedtune.training.per_example import PerExampleGradients, attached
-from fedtune.training.preflight import within_memory
+from fedtune.training.machine import measure_peak_bytes, step_bytes
+from fedtune.training.per_example import PerExampleGradients, record_gradients
+from fedtune.training.preflight import fit_to_memory
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 from fedtune.training.users import UserExamples
 
@@ -28,14 +28,14 @@ from .conftest import fresh, made_up, plan_of, trained, work_of
 pytestmark = pytest.mark.nightly
 
 CPU = torch.device("cpu")
-SHAPES = Shapes.of(max_length=20, max_tokens=400)
+SHAPES = Shapes.from_limits(max_length=20, max_tokens=400)
 KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm"), ("random:llama", "preference")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 MIB = 2**20
 
 
 def within(model: TaskModel, num_bytes: float) -> Shapes:
-    return within_memory(model, SHAPES, most_bytes=int(num_bytes), keeps_states=model.skips_layers)
+    return fit_to_memory(model, SHAPES, most_bytes=int(num_bytes), keeps_states=model.has_frozen_prefix)
 
 
 def rows_of(shapes: Shapes) -> list[int]:
@@ -54,13 +54,13 @@ def a_step_on(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
 
     def work() -> None:
-        if model.skips_layers:
+        if model.has_frozen_prefix:
             examples.keep_frozen_states(model, parts=[part])
         examples.keep_reference(model, parts=[part])
-        with attached(model) as gradients:
-            add_clipped(zeros(model.trainable()), gradients.of(examples.batch(part)), 1.0)
+        with record_gradients(model) as gradients:
+            add_clipped(zero_sums(model.trainable()), gradients.of(examples.batch(part)), 1.0)
 
-    return peak_bytes(work, CPU)
+    return measure_peak_bytes(work, CPU)
 
 
 def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +74,8 @@ def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.zeros(MIB // 4)
 
     before = torch.zeros(MIB)
-    assert peak_bytes(work, CPU) == peak_bytes(lambda: [work() for _ in range(3)], CPU) == 3 * MIB
-    assert peak_bytes(lambda: before.add_(1.0), CPU) == 0, "what was there before is nobody's of these"
+    assert measure_peak_bytes(work, CPU) == measure_peak_bytes(lambda: [work() for _ in range(3)], CPU) == 3 * MIB
+    assert measure_peak_bytes(lambda: before.add_(1.0), CPU) == 0, "what was there before is nobody's of these"
     # A GPU's allocator says it itself.
     of_gpu = {
         "synchronize": None,
@@ -85,7 +85,7 @@ def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     for name, value in of_gpu.items():
         monkeypatch.setattr(torch.accelerator, name, Mock(return_value=value))
-    assert peak_bytes(lambda: None, torch.device("cuda")) == 300
+    assert measure_peak_bytes(lambda: None, torch.device("cuda")) == 300
 
 
 def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: 
     too_few, needed = MIB // 2, 10 * MIB
     while needed > 1.01 * too_few:
         middle = (needed + too_few) // 2
-        fits = rows_of(within_memory(model, one_length, most_bytes=middle, keeps_states=False)) == rows_of(one_length)
+        fits = rows_of(fit_to_memory(model, one_length, most_bytes=middle, keeps_states=False)) == rows_of(one_length)
         too_few, needed = (too_few, middle) if fits else (middle, needed)
     dataset, part = full_of(model, SHAPES, length)
     ordinary = a_step_on(model, SHAPES, dataset, part)
@@ -166,9 +166,9 @@ def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.Mo
     least = within(model, 1.5 * a_step_on(model, SHAPES, of_length(model, 24, 1), Part(np.arange(1), 1, 24)))
     assert min(rows_of(least)) >= 1
     full = replace(SHAPES, full=SHAPES.lengths[-1])  # a length without padding keeps its empty row
-    with_room = within_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
+    with_room = fit_to_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
     assert with_room.rows(full.full)[-1] == 2
-    assert with_room.room(full.full, 2) == 1
+    assert with_room.capacity(full.full, 2) == 1
     for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
         monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
         with pytest.raises(ConfigError, match=said):
@@ -179,7 +179,7 @@ def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("path", "task"), KINDS[:2])
 def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit: str) -> None:
     model, dataset = trained(path, task), made_up(task, 40)
-    start = Adapter.of(model)
+    start = Adapter.from_task_model(model)
     planned = plan_of(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
     asked = work_of(plan=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()

@@ -9,10 +9,10 @@ import torch
 
 from fedtune.spec import ConfigError
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
-from fedtune.training.spec import TrainingSpec, automatic_rate
+from fedtune.training.spec import TrainingSpec, choose_learning_rate
 
 RATE: Callable[..., float] = partial(
-    automatic_rate, steps=50, sampled=30.0, noise_multiplier=2.0, outputs=20, num_sites=4
+    choose_learning_rate, steps=50, sampled=30.0, noise_multiplier=2.0, outputs=20, num_sites=4
 )
 
 
@@ -58,10 +58,10 @@ def test_learning_rate_schedule_matches_golden_values(schedule: Any, warmup: int
 def test_unclipped_run_uses_separate_learning_rates() -> None:
     recipe = TrainingSpec(learning_rate=0.3, head_learning_rate=0.6, unclipped_head_learning_rate=0.9)
     assert (recipe.peak_rates(clipped=True), recipe.peak_rates(clipped=False)) == ((0.3, 0.6), (0.3, 0.9))
-    assert recipe.lower_rates(clipped=True) == {"learning_rate": 0.1, "head_learning_rate": 0.2}
-    assert recipe.lower_rates(clipped=False) == {"learning_rate": 0.1, "unclipped_head_learning_rate": 0.3}
+    assert recipe.suggest_lower_rates(clipped=True) == {"learning_rate": 0.1, "head_learning_rate": 0.2}
+    assert recipe.suggest_lower_rates(clipped=False) == {"learning_rate": 0.1, "unclipped_head_learning_rate": 0.3}
     assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).peak_rates(clipped=False) == (0.3, 0.3)
-    assert TrainingSpec(learning_rate=0.3).lower_rates(clipped=True) == {"learning_rate": 0.1}
+    assert TrainingSpec(learning_rate=0.3).suggest_lower_rates(clipped=True) == {"learning_rate": 0.1}
 
 
 def test_lora_and_head_have_separate_learning_rates() -> None:

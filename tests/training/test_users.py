@@ -8,12 +8,12 @@ import numpy.typing as npt
 import pytest
 
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import cell, choose_records
+from fedtune.privacy.mechanism import cell_width, choose_records
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.training import dp_step
 from fedtune.training.dp_step import add_clipped
 from fedtune.training.local import RoundOfTraining
-from fedtune.training.per_example import attached
+from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 
@@ -61,11 +61,11 @@ def test_user_level_sum_matches_its_definition(path: str, task: str, most: int) 
     expected = defined(each, taking_part, clip=clip)
     for max_tokens in (1, 13, 40, 10_000):
         by_user = UserExamples(examples_of(dataset, max_tokens=max_tokens), users, most_records=most)
-        sums = dp_step.zeros(model.trainable())
-        with attached(model) as of_each:
+        sums = dp_step.zero_sums(model.trainable())
+        with record_gradients(model) as of_each:
             for batch in by_user.cut_drawn([users[user][:most] for user in chosen]):
                 add_clipped(sums, UserGradients(of_each).of(batch), clip)
-        found = {name: total.numpy() * cell(clip) for name, total in sums.items()}
+        found = {name: total.numpy() * cell_width(clip) for name, total in sums.items()}
         assert norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
     assert norm(expected) > 1e-2 * clip
 
@@ -106,7 +106,7 @@ def test_group_sampling_matches_its_definition() -> None:
     taken: list[list[tuple[int, ...]]] = []
 
     def cut(chosen: npt.NDArray[np.int64]) -> Any:
-        batches = list(by_user.cut_with(choosing)(chosen))
+        batches = list(by_user.make_cutter(choosing)(chosen))
         taken.append(sorted(tuple(records.tolist()) for batch in batches for records in batch.contributions))
         return batches
 
@@ -151,7 +151,7 @@ def test_users_with_one_record_train_like_records(path: str, task: str, noise: f
     by_user = released(trained(path, task), alone, round_of(**changes))
     by_record = released(trained(path, task), examples_of(dataset), round_of(unit="record", **changes))
     assert by_user.digest() == by_record.digest(), "the same bits, sums, noise and steps"
-    assert by_user.digest() != Adapter.of(trained(path, task)).digest()
+    assert by_user.digest() != Adapter.from_task_model(trained(path, task)).digest()
 
 
 def test_plain_training_also_averages_per_user() -> None:
@@ -162,7 +162,7 @@ def test_plain_training_also_averages_per_user() -> None:
     expected = defined(each, [records.tolist() for records in users], clip=1e9)
     for max_tokens in (1, 10_000):
         model = trained("random:llama", "causal_lm")
-        before = Adapter.of(model)
+        before = Adapter.from_task_model(model)
         by_user = UserExamples(examples_of(dataset, max_tokens=max_tokens), users, most_records=9)
         after = released(model, by_user, round_of(most=9, **quiet))
         for name, total in expected.items():

@@ -2,7 +2,7 @@
 per site.
 
 Nothing here trusts the lead.  A site accepts only members from its own roster, terms within its own limits, and keys
-signed by their owners; every later message is bound to the digest of exactly these (`Session.digest`).
+signed by their owners; every later message is bound to the digest of exactly these (`KeyAgreement.digest`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from fedtune.federation.secure.masks import is_mask_key
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
-from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.chain import canonical_json
 from fedtune.privacy.threshold import least_threshold as safe_threshold
 from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_whole
 
@@ -131,7 +131,7 @@ class Terms:
         """Return the SHA-256 of the terms and the protocol version, in hex."""
         # The number of the wire format is in it, since masks of two versions would not cancel.
         fields = {**asdict(self), "members": dict(self.members), "protocol": WIRE_SCHEMA}
-        return hashlib.sha256(canonical(fields)).hexdigest()
+        return hashlib.sha256(canonical_json(fields)).hexdigest()
 
     def check_survivors(self, survivors: Sequence[str]) -> None:
         """Check a list of survivors: members only, at least `threshold` of them, each once and in sorted order.
@@ -191,14 +191,14 @@ class Announcement:
     signature: str
 
     @classmethod
-    def made(cls, site: str, terms: Terms, key: str, *, identity: SigningKey) -> Announcement:
+    def create_signed(cls, site: str, terms: Terms, key: str, *, identity: SigningKey) -> Announcement:
         """Build a site's announcement and sign it with the site's identity key."""
         unsigned = cls(site=site, terms=terms.digest(), key=key, signature="")
         return replace(unsigned, signature=identity.sign(KEY, unsigned.to_bytes()))
 
     def to_bytes(self) -> bytes:
         """Encode the announcement as it is sent; with an empty signature, these are the bytes to sign."""
-        return canonical(asdict(self))
+        return canonical_json(asdict(self))
 
     def require_genuine(self, terms: Terms) -> None:
         """Check that the announcement is signed by a member and refers to these terms.
@@ -218,7 +218,7 @@ class Announcement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Session:
+class KeyAgreement:
     """A secure aggregation session: the terms, and the key that each member announced under them."""
 
     terms: Terms
@@ -228,7 +228,7 @@ class Session:
     digest: str
 
     @classmethod
-    def of(cls, terms: Terms, announcements: Collection[Announcement]) -> Session:
+    def from_announcements(cls, terms: Terms, announcements: Collection[Announcement]) -> KeyAgreement:
         """Build a session from announcements: exactly one per member, each with a valid signature.
 
         Raises:
@@ -241,5 +241,5 @@ class Session:
             raise Rejected(Wrong.REPEATED)
         if set(keys) != set(terms.members):
             raise Rejected(Wrong.KEY_MISSING)
-        digest = hashlib.sha256(canonical({"terms": terms.digest(), "keys": keys})).hexdigest()
+        digest = hashlib.sha256(canonical_json({"terms": terms.digest(), "keys": keys})).hexdigest()
         return cls(terms=terms, keys=keys, digest=digest)

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedtune.federation.secure.agreement import Demand, Rejected, Terms, Wrong, require_pinned
-from fedtune.federation.secure.party import Keep, Party, Promise
+from fedtune.federation.secure.party import Keep, Party, SumConfirmation
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 
 _MOST_NOTED = 64  # sessions whose newest promises are on disk; a site has long lost the keys of older ones
 
 
-def kept_in(path: Path) -> Keep:
+def promise_writer(path: Path) -> Keep:
     """Return a function that writes promises to `path`; each promise replaces the earlier one of its session and is
     flushed to disk.
 
@@ -24,7 +24,7 @@ def kept_in(path: Path) -> Keep:
     site.
     """
 
-    def keep(promise: Promise) -> None:
+    def keep(promise: SumConfirmation) -> None:
         lines = path.read_bytes().splitlines() if path.exists() else []
         others = [line for line in lines if promise.session.encode() not in line]
         kept = [*others[1 - _MOST_NOTED :], json.dumps(asdict(promise)).encode()]

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.chain import canonical_json
 
 SEED_BYTES = 32
 TAG_BYTES = 16
@@ -35,7 +35,7 @@ class MaskKey:
         """The public key as 64 hex digits."""
         return self._private.public_key().public_bytes_raw().hex()
 
-    def agreed_in(self, session: str, keys: Mapping[str, str]) -> PairSecrets:
+    def derive_secrets(self, session: str, keys: Mapping[str, str]) -> PairSecrets:
         """Derive the pairwise secrets with every member of a session.
 
         Args:
@@ -69,7 +69,7 @@ class PairSecrets:
 
     def mask_seed(self, site: str, other: str, *, release: int) -> bytes:
         """Return the seed of the mask that two sites share in one release; both sites derive the same seed."""
-        return self._derived(other, "mask", release, *sorted((site, other)))
+        return self._derive_key(other, "mask", release, *sorted((site, other)))
 
     def seal(self, text: bytes, *, sender: str, receiver: str, release: int) -> bytes:
         """Encrypt a message from `sender` to `receiver` in one release; call it once, because the key is used with a
@@ -77,7 +77,7 @@ class PairSecrets:
         """
         return self._cipher(receiver, sender, receiver, release).encrypt(bytes(12), text, None)
 
-    def opened(self, sealed: bytes, *, sender: str, receiver: str, release: int) -> bytes | None:
+    def unseal(self, sealed: bytes, *, sender: str, receiver: str, release: int) -> bytes | None:
         """Decrypt what `sender` sealed for `receiver` in this release; None if the ciphertext is anything else."""
         try:
             return self._cipher(sender, sender, receiver, release).decrypt(bytes(12), sealed, None)
@@ -85,14 +85,14 @@ class PairSecrets:
             return None
 
     def _cipher(self, other: str, sender: str, receiver: str, release: int) -> ChaCha20Poly1305:
-        return ChaCha20Poly1305(self._derived(other, "shares", release, sender, receiver))
+        return ChaCha20Poly1305(self._derive_key(other, "shares", release, sender, receiver))
 
-    def _derived(self, other: str, *about: str | int) -> bytes:
-        salt, info = bytes.fromhex(self._session), b"fedtune secure sum\0" + canonical(about)
+    def _derive_key(self, other: str, *about: str | int) -> bytes:
+        salt, info = bytes.fromhex(self._session), b"fedtune secure sum\0" + canonical_json(about)
         return HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=info).derive(self._agreed[other])
 
 
-def masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
+def sum_masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
     """Sum the masks that `site` adds to its vector in a release, modulo 2**64; shape (length,).
 
     Of the mask shared by two sites, the first by name adds it and the other subtracts it, so that it cancels in the sum
@@ -105,7 +105,7 @@ def masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[
     """
     total = np.zeros(length, np.uint64)
     for other, seed in seeds.items():
-        stream = _stream(seed, length)
+        stream = _keystream(seed, length)
         if site <= other:
             total += stream
         else:
@@ -113,7 +113,7 @@ def masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[
     return total
 
 
-def _stream(seed: bytes, length: int) -> npt.NDArray[np.uint64]:
+def _keystream(seed: bytes, length: int) -> npt.NDArray[np.uint64]:
     """Generate a ChaCha20 keystream of `length` values; the nonce may be constant because each seed has one stream
     only.
     """

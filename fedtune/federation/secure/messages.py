@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from fedtune.federation.secure.agreement import CONFIRMATION, SHARES, Announcement, Rejected, Session, Terms, Wrong
+from fedtune.federation.secure.agreement import CONFIRMATION, SHARES, Announcement, KeyAgreement, Rejected, Terms, Wrong
 from fedtune.federation.secure.masks import TAG_BYTES
-from fedtune.federation.secure.packing import packed_bytes
+from fedtune.federation.secure.packing import packed_size
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
-from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.chain import canonical_json
 
 MOST_JSON_BYTES = 1 << 17  # of a message but an upload; the largest that 20 sites need is far smaller
 MOST_RELEASES = 1 << 31
@@ -35,7 +35,7 @@ _SHARE = re.compile(f"[0-9a-f]{{{2 * SHARE_BYTES}}}")
 
 def read_announcement(data: bytes) -> Announcement:
     """Decode an announcement; raises Rejected for any other bytes."""
-    return Announcement(**_fields(data, Announcement))
+    return Announcement(**_decode_fields(data, Announcement))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +53,12 @@ class ConfirmRequest:
         """Encode the message as it is sent; for a `ConfirmRequest`, these are also the bytes that a site signs to
         confirm.
         """
-        return canonical(asdict(self))
+        return canonical_json(asdict(self))
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
+    def from_bytes(cls, data: bytes, session: KeyAgreement) -> Self:
         """Decode a message that belongs to this session; raises Rejected for any other bytes."""
-        message = cls(**_fields(data, cls))
+        message = cls(**_decode_fields(data, cls))
         _check_texts(message.survivors)
         if message.session != session.digest:
             raise Rejected(Wrong.SESSION_DIFFERS)
@@ -97,7 +97,7 @@ class Confirmation(ConfirmRequest):
     signature: str
 
     @classmethod
-    def of(cls, asked: ConfirmRequest, site: str, *, identity: SigningKey) -> Confirmation:
+    def create_signed(cls, asked: ConfirmRequest, site: str, *, identity: SigningKey) -> Confirmation:
         """Build a site's confirmation and sign it with the site's identity key."""
         return cls(**asdict(asked), site=site, signature=identity.sign(CONFIRMATION, asked.to_bytes()))
 
@@ -149,7 +149,7 @@ class Revealed(ConfirmRequest):
     signature: str
 
     @classmethod
-    def of(
+    def create_signed(
         cls, asked: ConfirmRequest, site: str, *, shares: dict[str, dict[str, str]], identity: SigningKey
     ) -> Revealed:
         """Build the message with a site's shares and sign it with the site's identity key."""
@@ -176,7 +176,7 @@ class Revealed(ConfirmRequest):
         return None if found is None else int(found, 16)
 
 
-def seeds_needed(survivor: str, survivors: list[str], terms: Terms) -> list[str]:
+def list_needed_seeds(survivor: str, survivors: list[str], terms: Terms) -> list[str]:
     """List which of a survivor's masks must be removed from the survivors' sum, by the site that the mask is shared
     with.
 
@@ -207,10 +207,10 @@ class Upload:
         return b"".join([_UPLOAD, head, *(one for row in self.digests for one in row), *self.sealed, self.vector])
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Upload:
+    def from_bytes(cls, data: bytes, session: KeyAgreement) -> Upload:
         """Decode an upload that belongs to this session; raises Rejected for any other bytes."""
         terms = session.terms
-        size = upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
+        size = upload_size(len(terms.members), length=terms.length, bits=terms.bits)
         if len(data) != size or not data.startswith(_UPLOAD):
             raise Rejected(Wrong.MALFORMED)
         digest, release, index = _HEAD.unpack_from(data, len(_UPLOAD))
@@ -219,31 +219,31 @@ class Upload:
         if not (index < len(terms.sites) and 1 <= release < MOST_RELEASES):
             raise Rejected(Wrong.MALFORMED)
         num_sites, start = len(terms.sites), len(_UPLOAD) + _HEAD.size
-        digests, start = _cut(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
-        sealed, start = _cut(data, start, num_sites, sealed_bytes(num_sites))
+        digests, start = _split_pieces(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
+        sealed, start = _split_pieces(data, start, num_sites, sealed_size(num_sites))
         rows = tuple(digests[row : row + num_sites + 1] for row in range(0, len(digests), num_sites + 1))
         site, vector = terms.sites[index], data[start:]
         return cls(session=session.digest, release=release, site=site, digests=rows, sealed=sealed, vector=vector)
 
 
-def upload_bytes(num_sites: int, *, length: int, bits: int) -> int:
+def upload_size(num_sites: int, *, length: int, bits: int) -> int:
     """Return the size in bytes of an upload of `length` values; all uploads of a run have the same size."""
-    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_bytes(num_sites))
-    return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(length, bits)
+    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_size(num_sites))
+    return len(_UPLOAD) + _HEAD.size + shares + packed_size(length, bits)
 
 
-def sealed_bytes(num_sites: int) -> int:
+def sealed_size(num_sites: int) -> int:
     """Return the size in bytes of the ciphertext from one site to another: a share of each of the sender's seeds."""
     return num_sites * SHARE_BYTES + TAG_BYTES
 
 
-def _cut(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:
+def _split_pieces(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:
     """Cut `count` pieces of `size` bytes each, from `start` on; return the pieces and the offset after them."""
     end = start + count * size
     return tuple(data[place : place + size] for place in range(start, end, size)), end
 
 
-def _fields(data: bytes, message: Any) -> dict[str, Any]:
+def _decode_fields(data: bytes, message: Any) -> dict[str, Any]:
     """Decode the fields of a message: exactly the expected names and types, in canonical JSON; raises Rejected
     otherwise.
     """
@@ -251,7 +251,7 @@ def _fields(data: bytes, message: Any) -> dict[str, Any]:
         raise Rejected(Wrong.MALFORMED)
     try:
         found = json.loads(data)
-        if type(found) is not dict or canonical(found) != data:
+        if type(found) is not dict or canonical_json(found) != data:
             raise ValueError("not canonical")
     except (ValueError, RecursionError):
         raise Rejected(Wrong.MALFORMED) from None

@@ -9,23 +9,23 @@ Residues = npt.NDArray[np.uint64]
 _AT_ONCE = 1 << 16  # values whose bits are in memory as bytes; a multiple of 8, so that each piece ends with a byte
 
 
-def reduced(numbers: Residues, bits: int) -> Residues:
+def reduce_residues(numbers: Residues, bits: int) -> Residues:
     """Reduce numbers modulo 2**64 to numbers modulo 2**bits."""
     return numbers & np.uint64(2**bits - 1)
 
 
-def signed(numbers: Residues, bits: int) -> npt.NDArray[np.int64]:
+def to_signed_integers(numbers: Residues, bits: int) -> npt.NDArray[np.int64]:
     """Convert residues to signed integers in [-2**(bits-1), 2**(bits-1))."""
     unused = np.uint64(64 - bits)
     return (numbers << unused).view(np.int64) >> unused.astype(np.int64)
 
 
-def packed_bytes(count: int, bits: int) -> int:
+def packed_size(count: int, bits: int) -> int:
     """Return how many bytes `count` packed residues take."""
     return -(-count * bits // 8)
 
 
-def packed(numbers: Residues, bits: int) -> bytes:
+def pack_residues(numbers: Residues, bits: int) -> bytes:
     """Pack residues back to back, lowest bit first; the unused bits of the last byte are zero."""
     octets = -(-bits // 8)
     pieces = []
@@ -36,19 +36,19 @@ def packed(numbers: Residues, bits: int) -> bytes:
     return b"".join(pieces)
 
 
-def unpacked(data: bytes | memoryview, count: int, bits: int) -> Residues:
-    """Unpack `count` residues written by `packed`; shape (count,).
+def unpack_residues(data: bytes | memoryview, count: int, bits: int) -> Residues:
+    """Unpack `count` residues written by `pack_residues`; shape (count,).
 
     Raises:
         ValueError: the bytes are not a valid packing.
     """
-    if len(data) != packed_bytes(count, bits):
+    if len(data) != packed_size(count, bits):
         raise ValueError("length")
     numbers = np.zeros((count, 8), np.uint8)
     octets, stored = -(-bits // 8), np.frombuffer(data, np.uint8)
     for start in range(0, count, _AT_ONCE):
         rows = min(_AT_ONCE, count - start)
-        piece = stored[start * bits // 8 : start * bits // 8 + packed_bytes(rows, bits)]
+        piece = stored[start * bits // 8 : start * bits // 8 + packed_size(rows, bits)]
         rows_of_bits = np.unpackbits(piece, bitorder="little")
         if rows_of_bits[rows * bits :].any():
             raise ValueError("bits beyond the last value")

@@ -15,8 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.federation.secure import shares
-from fedtune.federation.secure.agreement import Announcement, Demand, Rejected, Session, Terms, Wrong, require_pinned
-from fedtune.federation.secure.masks import SEED_BYTES, MaskKey, PairSecrets, masks
+from fedtune.federation.secure.agreement import (
+    Announcement,
+    Demand,
+    KeyAgreement,
+    Rejected,
+    Terms,
+    Wrong,
+    require_pinned,
+)
+from fedtune.federation.secure.masks import SEED_BYTES, MaskKey, PairSecrets, sum_masks
 from fedtune.federation.secure.messages import (
     MOST_RELEASES,
     Confirmation,
@@ -24,15 +32,15 @@ from fedtune.federation.secure.messages import (
     Revealed,
     UnmaskRequest,
     Upload,
+    list_needed_seeds,
     read_announcement,
-    seeds_needed,
 )
-from fedtune.federation.secure.packing import packed, reduced
+from fedtune.federation.secure.packing import pack_residues, reduce_residues
 from fedtune.privacy.keys import SigningKey
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Promise:
+class SumConfirmation:
     """A promise that binds a site, stored before the site answers.
 
     Attributes:
@@ -49,7 +57,7 @@ class Promise:
     confirmed: bool
 
 
-Keep = Callable[[Promise], None]  # writes a promise so that it is on disk when the call returns, or raises
+Keep = Callable[[SumConfirmation], None]  # writes a promise so that it is on disk when the call returns, or raises
 
 
 class Party:
@@ -76,10 +84,10 @@ class Party:
         demand(terms)
         self._site, self._identity, self._terms, self._keep = site, identity, terms, keep
         self._key = MaskKey()
-        self._joined: tuple[Session, PairSecrets] | None = None
+        self._joined: tuple[KeyAgreement, PairSecrets] | None = None
         self._release = 0
         self._promised: ConfirmRequest | None = None
-        self._noted: set[Promise] = set()
+        self._noted: set[SumConfirmation] = set()
 
     @property
     def terms(self) -> Terms:
@@ -88,7 +96,7 @@ class Party:
 
     def announce(self) -> bytes:
         """Return the site's signed key for this session."""
-        return Announcement.made(self._site, self._terms, self._key.public, identity=self._identity).to_bytes()
+        return Announcement.create_signed(self._site, self._terms, self._key.public, identity=self._identity).to_bytes()
 
     def join(self, announcements: Sequence[bytes]) -> str:
         """Accept the keys of all members, once, and return the session's digest, which is equal at all sites that
@@ -99,11 +107,11 @@ class Party:
         """
         if len(announcements) > len(self._terms.members):
             raise Rejected(Wrong.REPEATED)
-        session = Session.of(self._terms, [read_announcement(data) for data in announcements])
+        session = KeyAgreement.from_announcements(self._terms, [read_announcement(data) for data in announcements])
         if session.keys[self._site] != self._key.public:
             raise Rejected(Wrong.WRONG_KEY)
         if self._joined is None:
-            self._joined = session, self._key.agreed_in(session.digest, session.keys)
+            self._joined = session, self._key.derive_secrets(session.digest, session.keys)
         if self._joined[0].digest != session.digest:
             raise Rejected(Wrong.SESSION_DIFFERS)
         return session.digest
@@ -137,16 +145,18 @@ class Party:
         self._release, self._promised = release, None
         seeds = {other: pairs.mask_seed(self._site, other, release=release) for other in sites}
         seeds[self._site] = os.urandom(SEED_BYTES)
-        masked = vector.astype(np.uint64) + masks(self._site, seeds, length=self._terms.length)  # modulo 2**64
+        masked = vector.astype(np.uint64) + sum_masks(self._site, seeds, length=self._terms.length)  # modulo 2**64
         # By the site that a mask is shared with: the seed at place 0, and a share for each member at its place.
-        dealt = [shares.split(seeds[other], threshold=self._terms.threshold, num_shares=len(sites)) for other in sites]
+        dealt = [
+            shares.split_secret(seeds[other], threshold=self._terms.threshold, num_shares=len(sites)) for other in sites
+        ]
         return Upload(
             session=session.digest,
             release=release,
             site=self._site,
             digests=tuple(
                 tuple(
-                    shares.digest(share, session.digest, release, self._site, other, place)
+                    shares.share_digest(share, session.digest, release, self._site, other, place)
                     for place, share in enumerate(values)
                 )
                 for other, values in zip(sites, dealt, strict=True)
@@ -160,7 +170,7 @@ class Party:
                 )
                 for place, receiver in enumerate(sites, start=1)
             ),
-            vector=packed(reduced(masked, self._terms.bits), self._terms.bits),
+            vector=pack_residues(reduce_residues(masked, self._terms.bits), self._terms.bits),
         ).to_bytes(self._terms)
 
     def confirm(self, request: bytes) -> bytes:
@@ -178,8 +188,8 @@ class Party:
         if self._promised not in (None, asked):
             raise Rejected(Wrong.SURVIVORS_CHANGED)
         self._promised = asked  # before it is written: if that fails half-way, no other set is promised either
-        self._note(asked, confirmed=False)
-        return Confirmation.of(asked, self._site, identity=self._identity).to_bytes()
+        self._record_promise(asked, confirmed=False)
+        return Confirmation.create_signed(asked, self._site, identity=self._identity).to_bytes()
 
     def unmask(self, request: bytes) -> bytes:
         """Reveal the shares that unmask the sum of the survivors, which this site and enough other sites have
@@ -192,30 +202,32 @@ class Party:
         asked = UnmaskRequest.from_bytes(request, session)
         if asked.asked != self._promised:
             raise Rejected(Wrong.NOT_PROMISED)
-        self._note(asked.asked, confirmed=True)
-        given = {survivor: self._shares_of(survivor, asked, pairs) for survivor in asked.survivors}
-        return Revealed.of(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
+        self._record_promise(asked.asked, confirmed=True)
+        given = {survivor: self._open_shares(survivor, asked, pairs) for survivor in asked.survivors}
+        return Revealed.create_signed(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
 
-    def _shares_of(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
+    def _open_shares(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
         """Return shares of the seeds to remove from a survivor's upload; empty if the survivor sealed none for this
         site.
         """
         sealed = asked.sealed_by(survivor)
-        text = pairs.opened(sealed, sender=survivor, receiver=self._site, release=asked.release)
+        text = pairs.unseal(sealed, sender=survivor, receiver=self._site, release=asked.release)
         size, sites = shares.SHARE_BYTES, self._terms.sites
         if text is None or len(text) != len(sites) * size:
             return {}
         dealt = {other: text[place * size : (place + 1) * size].hex() for place, other in enumerate(sites)}
-        return {other: dealt[other] for other in seeds_needed(survivor, asked.survivors, self._terms)}
+        return {other: dealt[other] for other in list_needed_seeds(survivor, asked.survivors, self._terms)}
 
-    def _note(self, asked: ConfirmRequest, *, confirmed: bool) -> None:
+    def _record_promise(self, asked: ConfirmRequest, *, confirmed: bool) -> None:
         survivors = tuple(asked.survivors)
-        promise = Promise(session=asked.session, release=asked.release, survivors=survivors, confirmed=confirmed)
+        promise = SumConfirmation(
+            session=asked.session, release=asked.release, survivors=survivors, confirmed=confirmed
+        )
         if promise not in self._noted:
             self._keep(promise)
             self._noted = {promise, *(one for one in self._noted if one.release == asked.release)}
 
-    def _require_joined(self) -> tuple[Session, PairSecrets]:
+    def _require_joined(self) -> tuple[KeyAgreement, PairSecrets]:
         if self._joined is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
         return self._joined

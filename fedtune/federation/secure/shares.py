@@ -9,13 +9,13 @@ import secrets
 from collections.abc import Mapping
 from functools import lru_cache
 
-from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.chain import canonical_json
 
 PRIME = 2**256 + 297  # the smallest prime above 2**256, so that every 32 bytes are a secret
 SHARE_BYTES = 33
 
 
-def split(secret: bytes, *, threshold: int, num_shares: int) -> list[int]:
+def split_secret(secret: bytes, *, threshold: int, num_shares: int) -> list[int]:
     """Split a secret: return the values at 0, 1, ..., num_shares of a random polynomial of degree threshold - 1 that is
     equal to the secret at 0.
 
@@ -32,19 +32,19 @@ def split(secret: bytes, *, threshold: int, num_shares: int) -> list[int]:
     return [_value_at(place, coefficients) for place in range(num_shares + 1)]
 
 
-def joined(shares: Mapping[int, int]) -> int:
+def combine_shares(shares: Mapping[int, int]) -> int:
     """Interpolate the shares, place -> value, and return the value at 0; no place may be 0."""
     weights = _weights(tuple(shares))
     return sum(weight * share for weight, share in zip(weights, shares.values(), strict=True)) % PRIME
 
 
-def digest(share: int, *about: str | int) -> bytes:
+def share_digest(share: int, *about: str | int) -> bytes:
     """Return the SHA-256 of a share, bound to `about`, which says what the share belongs to.
 
     A site publishes the digest of every share that it deals, so that wrong shares can be detected.  Secrets and shares
     have 256 random bits, so that a digest does not allow guessing them.
     """
-    return hashlib.sha256(b"fedtune share\0" + canonical(about) + share.to_bytes(SHARE_BYTES)).digest()
+    return hashlib.sha256(b"fedtune share\0" + canonical_json(about) + share.to_bytes(SHARE_BYTES)).digest()
 
 
 def _value_at(place: int, coefficients: list[int]) -> int:

@@ -12,32 +12,34 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.federation.secure import shares
-from fedtune.federation.secure.agreement import Announcement, Rejected, Session, Terms, Wrong
-from fedtune.federation.secure.masks import SEED_BYTES, masks
+from fedtune.federation.secure.agreement import Announcement, KeyAgreement, Rejected, Terms, Wrong
+from fedtune.federation.secure.masks import SEED_BYTES, sum_masks
 from fedtune.federation.secure.messages import (
     Confirmation,
     ConfirmRequest,
     Revealed,
     UnmaskRequest,
     Upload,
+    list_needed_seeds,
     read_announcement,
-    seeds_needed,
 )
-from fedtune.federation.secure.packing import reduced, signed, unpacked
+from fedtune.federation.secure.packing import reduce_residues, to_signed_integers, unpack_residues
 from fedtune.spec import RunError
 
 
-def session_of(terms: Terms, announcements: dict[str, bytes]) -> Session:
+def build_session(terms: Terms, announcements: dict[str, bytes]) -> KeyAgreement:
     """Build the session from the members' announcements, by member; every site builds the same session from them.
 
     Raises:
         Rejected: an announcement is missing, duplicated or not genuine, or a site announced a key for another site; the
             error names the site, unless an announcement is missing.
     """
-    return Session.of(terms, [_genuine(terms, site, data) for site, data in announcements.items()])
+    return KeyAgreement.from_announcements(
+        terms, [_verify_announcement(terms, site, data) for site, data in announcements.items()]
+    )
 
 
-def _genuine(terms: Terms, site: str, data: bytes) -> Announcement:
+def _verify_announcement(terms: Terms, site: str, data: bytes) -> Announcement:
     """Decode and verify the announcement that `site` sent for itself."""
     try:
         announced = read_announcement(data)
@@ -73,7 +75,7 @@ class Summation:
         wrong_shares: pairs (holder, dealer) for each share that is wrong or missing; one of the two sites is at fault.
     """
 
-    def __init__(self, session: Session, *, release: int) -> None:
+    def __init__(self, session: KeyAgreement, *, release: int) -> None:
         self._session, self._terms, self._release = session, session.terms, release
         self._uploads: dict[str, Upload] = {}
         self._masked = np.zeros(session.terms.length, np.uint64)
@@ -99,7 +101,7 @@ class Summation:
         if site in self._uploads:
             raise Rejected(Wrong.REPEATED)
         try:
-            self._masked += unpacked(upload.vector, self._terms.length, self._terms.bits)
+            self._masked += unpack_residues(upload.vector, self._terms.length, self._terms.bits)
         except ValueError:
             raise Rejected(Wrong.MALFORMED) from None
         self._uploads[site] = upload
@@ -112,7 +114,7 @@ class Summation:
         """
         self._closed = True
         if len(self._uploads) < self._terms.threshold:
-            raise Unreadable(self._release, f"{len(self._uploads)} sites uploaded{self._bound}")
+            raise Unreadable(self._release, f"{len(self._uploads)} sites uploaded{self._threshold_clause}")
         return self._asked.to_bytes()
 
     def add_confirmation(self, site: str, data: bytes) -> None:
@@ -130,7 +132,9 @@ class Summation:
             Unreadable: fewer sites than the threshold confirmed the survivors.
         """
         if len(self._confirmed) < self._terms.threshold:
-            raise Unreadable(self._release, f"{len(self._confirmed)} sites confirmed the survivors{self._bound}")
+            raise Unreadable(
+                self._release, f"{len(self._confirmed)} sites confirmed the survivors{self._threshold_clause}"
+            )
         place = self._terms.sites.index(site)
         return UnmaskRequest(
             session=self._session.digest,
@@ -157,21 +161,22 @@ class Summation:
             Unreadable: too few sites helped, or too few shares of a survivor's seed are correct.
         """
         if len(self._revealed) < self._terms.threshold:
-            raise Unreadable(self._release, f"{len(self._revealed)} sites gave shares{self._bound}")
+            raise Unreadable(self._release, f"{len(self._revealed)} sites gave shares{self._threshold_clause}")
         # All of them first, so that every wrong share is known before the first one ends it.
         right = {
             survivor: {
-                other: self._right(survivor, other) for other in seeds_needed(survivor, self.survivors, self._terms)
+                other: self._correct_shares(survivor, other)
+                for other in list_needed_seeds(survivor, self.survivors, self._terms)
             }
             for survivor in self.survivors
         }
         total = self._masked.copy()
         for survivor, given in right.items():
-            seeds = {other: self._seed(survivor, other, found) for other, found in given.items()}
-            total -= masks(survivor, seeds, length=self._terms.length)
-        return signed(reduced(total, self._terms.bits), self._terms.bits)
+            seeds = {other: self._reconstruct_seed(survivor, other, found) for other, found in given.items()}
+            total -= sum_masks(survivor, seeds, length=self._terms.length)
+        return to_signed_integers(reduce_residues(total, self._terms.bits), self._terms.bits)
 
-    def _right(self, survivor: str, other: str) -> dict[int, int]:
+    def _correct_shares(self, survivor: str, other: str) -> dict[int, int]:
         """Return the correct shares of a survivor's seed, by the place of their holder; wrong shares are recorded in
         `wrong_shares`.
         """
@@ -182,21 +187,21 @@ class Summation:
             if holder not in self._revealed:
                 continue
             share = self._revealed[holder].share(survivor, other)
-            if share is not None and shares.digest(share, *about, place) == digests[place]:
+            if share is not None and shares.share_digest(share, *about, place) == digests[place]:
                 right[place] = share
             else:
                 self.wrong_shares.add((holder, survivor))
         return right
 
-    def _seed(self, survivor: str, other: str, right: dict[int, int]) -> bytes:
+    def _reconstruct_seed(self, survivor: str, other: str, right: dict[int, int]) -> bytes:
         """Reconstruct a survivor's seed from correct shares."""
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         if len(right) < self._terms.threshold:
-            what = f"{len(right)} sites gave right shares of what unmasks {survivor}{self._bound}"
+            what = f"{len(right)} sites gave right shares of what unmasks {survivor}{self._threshold_clause}"
             raise Unreadable(self._release, what)
-        seed = shares.joined(dict(list(right.items())[: self._terms.threshold]))
-        if shares.digest(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
+        seed = shares.combine_shares(dict(list(right.items())[: self._terms.threshold]))
+        if shares.share_digest(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
             raise Unreadable(self._release, f"{survivor} dealt shares that do not fit together", site=survivor)
         return seed.to_bytes(SEED_BYTES)
 
@@ -211,5 +216,5 @@ class Summation:
             raise Rejected(Wrong.RELEASE_OVER)
 
     @property
-    def _bound(self) -> str:
+    def _threshold_clause(self) -> str:
         return f", and {self._terms.threshold} must"

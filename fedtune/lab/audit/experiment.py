@@ -13,7 +13,7 @@ from typing import Any
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.door import Progress, Run, Teller, load, run_in_folder
 from fedtune.config import RunConfig, parse
-from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound
+from fedtune.evaluation.audit_bound import epsilon_lower_bound, max_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.simulation import simulate
@@ -24,12 +24,12 @@ from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy_file import write_policy
-from fedtune.report.derive.verdicts import read_audit, refuted
+from fedtune.report.derive.verdicts import read_audit, refuted_bounds
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.runs.federation_run import Followed, Listener
-from fedtune.runs.place_of_run import folder_of
+from fedtune.runs.place_of_run import find_run_folder
 from fedtune.runs.results import RunResult
-from fedtune.sites.virtual_site import POLICY, Participants, generated_policy
+from fedtune.sites.virtual_site import POLICY, Participants, generate_policy
 from fedtune.spec import RUN_SCHEMA, ConfigError
 from fedtune.words import unbounded
 
@@ -53,16 +53,16 @@ def audit(
     `recipe`, `settings`, `progress` and errors are as of `simulate`; `attack` has values by the names of
     `fedtune.lab.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
     """
-    spec = AuditSpec.of(attack)
-    config = auditable(compose_recipe(recipe, settings), spec)
-    folder = folder_of(config)
+    spec = AuditSpec.from_mapping(attack)
+    config = make_auditable(compose_recipe(recipe, settings), spec)
+    folder = find_run_folder(config)
     run_in_folder(config, folder, Teller(config, progress), work=partial(run_audit, spec=spec))
     found = read_audit(folder)
     assert found is not None, "an audit that ended has written what it found"
     return load(folder), found
 
 
-def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
+def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     """Return the configuration of the audited run: `config`, with records held out if the attack needs them.
 
     Raises:
@@ -104,7 +104,7 @@ def audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
 
 
 def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: AuditSpec) -> RunResult:
-    """Run `config` as returned by `auditable`, attack it, and write the run folder, including `audit.json`.
+    """Run `config` as returned by `make_auditable`, attack it, and write the run folder, including `audit.json`.
 
     Raises:
         ConfigError: the canaries do not fit the model, or as for `simulate`.
@@ -113,7 +113,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     sites = audited_sites(config, spec)
     everyone = Participants(config, folder, progress=listener.preparing)
     for site in config.federation.active:  # none refuses an adapter for its size: a broken clip is to show as a bound
-        policy = generated_policy(config, everyone.sites.plan, site, lead=everyone.sites.lead_key().public)
+        policy = generate_policy(config, everyone.sites.plan, site, lead=everyone.sites.lead_key().public)
         limits = replace(policy.limits, max_adapter_value=_LARGEST_ADAPTER)
         write_policy(replace(policy, limits=limits), everyone.sites.folder / site / POLICY)
     attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
@@ -126,10 +126,10 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
             write_durably(RunFolder(folder).audit_mark, _MARK.format(what=planted).encode())
         adapters.append(state.adapter)
 
-    with attack.watching():
+    with attack.observe_steps():
         run = simulate(config, folder, Followed(listener, note), everyone=everyone)
-    counts = attack.counts(adapters)
-    membership = attack.membership() if isinstance(attack, RecordAttack) else ()
+    counts = attack.count_guesses(adapters)
+    membership = attack.membership_baselines() if isinstance(attack, RecordAttack) else ()
     # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
     claims: dict[Place, float] = {site: unbounded(run.privacy.sites[site].epsilon) for site in sites}
     claims[None] = max(claims.values())
@@ -139,7 +139,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
             site=place,
             claimed_epsilon=claims[place],
             lower_bound=epsilon_lower_bound(canaries, guesses, right, **known),
-            best_possible=best_possible(canaries, guesses=guesses, **known),
+            best_possible=max_lower_bound(canaries, guesses=guesses, **known),
             canaries=canaries,
             guesses=guesses,
             right=right,
@@ -155,6 +155,6 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         membership=membership,
         exceeded=False,
     )
-    fields = {**asdict(replace(found, exceeded=bool(refuted(found)))), "schema_version": RUN_SCHEMA}
+    fields = {**asdict(replace(found, exceeded=bool(refuted_bounds(found)))), "schema_version": RUN_SCHEMA}
     write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
     return run

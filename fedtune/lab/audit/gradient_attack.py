@@ -23,13 +23,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedtune.data import Batch
-from fedtune.lab.audit.guesses import Coins, Count, Place, by_likelihood, counted
+from fedtune.lab.audit.guesses import Coins, Count, Place, count_right_guesses, likelihood_ratios
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import cell
+from fedtune.privacy.mechanism import cell_width
 from fedtune.privacy.randomness import RandomStream
 from fedtune.sites.virtual_site import Participants
-from fedtune.sites.work import TrainingUnits, randomness_of
+from fedtune.sites.work import TrainingUnits, make_randomness
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
@@ -79,13 +79,13 @@ class Tally:
             self.records = {name: g.new_zeros(g.shape[1:], dtype=torch.int64) for name, g in gradients.items()}
         dp_step.add_clipped(self.records, gradients, self.max_grad_norm)
 
-    def end(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def finish_step(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Add a finished step to the total; called just before the optimizer steps with the noisy mean gradient."""
         parts = []
         for name, parameter in parameters.items():
             assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
             noisy = parameter.grad.double() * (self.denominator / self.max_grad_norm)
-            known = self.records[name] * cell(1.0) if self.records else 0.0
+            known = self.records[name] * cell_width(1.0) if self.records else 0.0
             parts.append((noisy - known).flatten().cpu())
         self.total += torch.cat(parts).numpy()
         self.steps += 1
@@ -103,12 +103,12 @@ class Observer:
         self.training: Tally | None = None  # of the site that has sampled a step
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def observe_steps(self) -> Iterator[None]:
         """Observe optimizer steps within the block."""
 
         def before_step(*_: object) -> None:
             if self.training is not None:  # a site without canaries is not watched
-                self.training.end(self.parameters)
+                self.training.finish_step(self.parameters)
                 self.training = None
 
         handle = register_optimizer_step_pre_hook(before_step)
@@ -168,7 +168,7 @@ class Canaries:
 
         return Watched()
 
-    def sampled(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
+    def register_step(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
         """Register a sampled step; return the real units' indices and the coordinates of the sampled canaries."""
         self.observer.training, self.tally.records = self.tally, {}
         return indices[indices < num_real], self.parts(indices[indices >= num_real] - num_real)
@@ -202,7 +202,7 @@ class CanaryExamples(_Behind, SiteExamples):
 
     def cut(self, indices: Places) -> Iterator[Batch]:
         """Yield micro-batches of the sampled records, then of the sampled canaries."""
-        real, parts = self._canaries.sampled(indices, len(self._real))
+        real, parts = self._canaries.register_step(indices, len(self._real))
         yield from self._real.cut(real)
         yield from map(CanaryBatch.of, parts)
 
@@ -225,12 +225,12 @@ class CanaryUserBatch(UserBatch):
 class CanaryUsers(_Behind, UserExamples):
     """A site's users, followed by its canary users, each with the maximum number of records per user."""
 
-    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """Return a function that yields micro-batches of the sampled users, then of the sampled canaries."""
-        cut = self._real.cut_with(stream)
+        cut = self._real.make_cutter(stream)
 
         def with_canaries(indices: Places) -> Iterator[UserBatch]:
-            real, parts = self._canaries.sampled(indices, len(self._real))
+            real, parts = self._canaries.register_step(indices, len(self._real))
             yield from cut(real)
             for coordinates in parts:
                 records = [np.full(self._real.most_records, one) for one in coordinates]
@@ -263,13 +263,13 @@ class GradientAttack:
         # Where canaries lie is no secret, so an ordinary generator will do.
         order = np.random.default_rng(everyone.config.seed).permutation(size).astype(np.int64)
         self.planted = {
-            site: self._plant(site, order[number * spec.canaries : (number + 1) * spec.canaries], size=size)
+            site: self._plant_canaries(site, order[number * spec.canaries : (number + 1) * spec.canaries], size=size)
             for number, site in enumerate(sites)
         }
 
-    def _plant(self, site: str, coordinates: Places, *, size: int) -> Canaries:
+    def _plant_canaries(self, site: str, coordinates: Places, *, size: int) -> Canaries:
         everyone, plan, work = self._everyone, self._everyone.plan, self._everyone.work[site]
-        randomness = randomness_of(everyone.config.runtime.seeded_noise, everyone.config.seed)
+        randomness = make_randomness(everyone.config.runtime.seeded_noise, everyone.config.seed)
         inserted = randomness.stream(site, "audit", "coins").bernoulli(len(coordinates), 0.5)
         denominator = plan.sampling_rate * work.declared_size
         tally = Tally(max_grad_norm=plan.max_grad_norm, denominator=denominator, total=np.zeros(size))
@@ -281,30 +281,32 @@ class GradientAttack:
         everyone.work[site] = replace(work, around=planted)
         return canaries
 
-    def watching(self) -> AbstractContextManager[None]:
+    def observe_steps(self) -> AbstractContextManager[None]:
         """Observe every optimizer step within the block."""
-        return self._observer.watching()
+        return self._observer.observe_steps()
 
-    def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
+    def count_guesses(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
         """Count correct guesses for each site (from its noisy steps) and for the average of all sites.
 
         Args:
             adapters: the initial adapter, and the aggregated adapter after each round.
         """
-        counts: dict[Place, Count] = {None: self._count([*self.planted.values()], self._moves(adapters), least=0.0)}
-        of_sites = {site: self._count([one], one.tally.total, least=1.0) for site, one in self.planted.items()}
+        counts: dict[Place, Count] = {
+            None: self._count_right([*self.planted.values()], self._adapter_moves(adapters), least=0.0)
+        }
+        of_sites = {site: self._count_right([one], one.tally.total, least=1.0) for site, one in self.planted.items()}
         return of_sites | counts
 
-    def _count(self, planted: Sequence[Canaries], vector: Vector, *, least: float) -> Count:
+    def _count_right(self, planted: Sequence[Canaries], vector: Vector, *, least: float) -> Count:
         coordinates = np.concatenate([one.coordinates for one in planted])
         scores, controls = vector[coordinates], np.delete(vector, coordinates)
         steps, rate = planted[0].tally.steps, self._everyone.plan.sampling_rate
-        evidence = by_likelihood(scores, controls, steps=steps, sampling_rate=rate, least=least)
+        evidence = likelihood_ratios(scores, controls, steps=steps, sampling_rate=rate, least=least)
         inserted = np.concatenate([one.inserted for one in planted])
         guesses = (self._spec.guesses or self._spec.canaries) * len(planted)
-        return counted(evidence, inserted, guesses=guesses)
+        return count_right_guesses(evidence, inserted, guesses=guesses)
 
-    def _moves(self, adapters: Sequence[Adapter]) -> Vector:
+    def _adapter_moves(self, adapters: Sequence[Adapter]) -> Vector:
         """Return how far the average moved down each coordinate over all rounds, in units of the learning rates.
 
         Everyone who receives each round's adapter sees this: another site, or a server that sees no individual updates.

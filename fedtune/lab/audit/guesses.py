@@ -17,7 +17,7 @@ Place = str | None  # a site; None: the aggregated model, which the server and e
 _LEAST_SPREAD = 1e-4  # in shares of what one draw of a canary adds: rounding, where nothing else moves a score
 
 
-def counted(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
+def count_right_guesses(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
     """Guess the `guesses` canaries with the strongest evidence: inserted if the evidence is positive.
 
     Args:
@@ -33,7 +33,9 @@ def counted(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
     return len(evidence), len(surest), int(right.sum())
 
 
-def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate: float, least: float = 0.0) -> Values:
+def likelihood_ratios(
+    scores: Values, controls: Values, *, steps: int, sampling_rate: float, least: float = 0.0
+) -> Values:
     """Return (canaries,) log likelihood ratios of "inserted" against "left out".
 
     Assumes that each draw of a canary adds the same amount to its score.  The score of a canary that was left out is
@@ -59,7 +61,7 @@ def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate
     return inside + above**2 / (2 * spread**2)
 
 
-def by_rank(scores: Values) -> Values:
+def centered_ranks(scores: Values) -> Values:
     """Return (canaries,) ranks centered on the median: the upper half is guessed as inserted, the extremes first."""
     places: Values = np.argsort(np.argsort(scores, kind="stable")).astype(np.float64) - (len(scores) - 1) / 2
     return places

@@ -18,15 +18,15 @@ import numpy as np
 from scipy.stats import binomtest
 
 from fedtune.data import Record
-from fedtune.evaluation.scoring import batches_by_length, scoring
-from fedtune.lab.audit.guesses import Coins, Count, Place, Values, by_rank, counted
+from fedtune.evaluation.scoring import batches_by_length, evaluation_mode
+from fedtune.lab.audit.guesses import Coins, Count, Place, Values, centered_ranks, count_right_guesses
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import RandomStream
 from fedtune.report.facts import AuditHitRate, AuditMembership
 from fedtune.sites.virtual_site import Participants
-from fedtune.sites.work import randomness_of
-from fedtune.tasks.inputs import input_of
+from fedtune.sites.work import make_randomness
+from fedtune.tasks.inputs import get_input_for
 
 FALSE_ALARMS = (0.01, 0.001)
 _WORDS = 8  # in each text of a canary: short enough to be read whole, random enough to be nobody's
@@ -44,7 +44,7 @@ class PlantedRecords:
     never_used: list[Record]  # its held-out ones, which a keyed hash picked
 
 
-def _gain(losses: Values) -> Values:
+def _loss_drop(losses: Values) -> Values:
     """Return each record's loss before training minus its loss after: the log likelihood ratio of the two models."""
     gain: Values = losses[0] - losses[1]
     return gain
@@ -65,22 +65,22 @@ class RecordAttack:
         tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
         words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
         self._words = words if len(words) >= _FEWEST_WORDS else [f"word{number}" for number in range(1000)]
-        self.planted = {site: self._plant(site) for site in sites}
-        self._losses: dict[str, list[Values]] = {}  # as `_losses_at` has them
+        self.planted = {site: self._plant_records(site) for site in sites}
+        self._losses: dict[str, list[Values]] = {}  # as `_losses_before_and_after` has them
 
-    def _plant(self, site: str) -> PlantedRecords:
+    def _plant_records(self, site: str) -> PlantedRecords:
         config, work = self._everyone.config, self._everyone.work[site]
-        randomness = randomness_of(config.runtime.seeded_noise, config.seed)
+        randomness = make_randomness(config.runtime.seeded_noise, config.seed)
         inserted = randomness.stream(site, "audit", "coins").bernoulli(self._spec.canaries, 0.5)
         texts = randomness.stream(site, "audit", "records")
-        canaries = [self._made_up(texts) for _ in range(self._spec.canaries)]
+        canaries = [self._random_record(texts) for _ in range(self._spec.canaries)]
         chosen = [canary for canary, is_in in zip(canaries, inserted, strict=True) if is_in]
         trained_on, never_used = list(work.records.training), list(work.records.heldout)
         records = replace(work.records, training=[*trained_on, *chosen])
         self._everyone.work[site] = replace(work, records=records)
         return PlantedRecords(canaries=canaries, inserted=inserted, trained_on=trained_on, never_used=never_used)
 
-    def _made_up(self, stream: RandomStream) -> Record:
+    def _random_record(self, stream: RandomStream) -> Record:
         """Build a canary from random words and, if the task declares its answers, a random answer."""
         config, data = self._everyone.config, self._everyone.config.data
         task = config.bound_task
@@ -90,45 +90,53 @@ class RecordAttack:
             return int(draw % np.uint64(count))
 
         def text(role: str) -> str:
-            chosen = task.made_up(role, data, draw=one_of) or input_of(data).made_up_field(role, data, draw=one_of)
+            chosen = task.made_up(role, data, draw=one_of) or get_input_for(data).made_up_field(role, data, draw=one_of)
             return " ".join(self._words[one_of(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
 
         return Record({role: text(role) for role in task.columns(data)})
 
-    def watching(self) -> AbstractContextManager[None]:
+    def observe_steps(self) -> AbstractContextManager[None]:
         """Observe nothing: the attacker sees only the final model."""
         return nullcontext()
 
-    def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
+    def count_guesses(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
         """Count correct guesses for each site and over all sites; also score the real records.
 
         Args:
             adapters: the initial adapter, and the aggregated adapter after each round.
         """
-        self._losses = {site: self._losses_at(planted, adapters) for site, planted in self.planted.items()}
-        evidence = {site: by_rank(_gain(losses[0])) for site, losses in self._losses.items()}
+        self._losses = {
+            site: self._losses_before_and_after(planted, adapters) for site, planted in self.planted.items()
+        }
+        evidence = {site: centered_ranks(_loss_drop(losses[0])) for site, losses in self._losses.items()}
         guesses = self._spec.guesses or self._spec.canaries
-        of_sites = {site: counted(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence}
-        together = by_rank(np.concatenate([_gain(losses[0]) for losses in self._losses.values()]))
+        of_sites = {
+            site: count_right_guesses(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence
+        }
+        together = centered_ranks(np.concatenate([_loss_drop(losses[0]) for losses in self._losses.values()]))
         inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
-        counts: dict[Place, Count] = {None: counted(together, inserted, guesses=guesses * len(self.planted))}
+        counts: dict[Place, Count] = {
+            None: count_right_guesses(together, inserted, guesses=guesses * len(self.planted))
+        }
         return of_sites | counts
 
-    def membership(self) -> tuple[AuditMembership, ...]:
-        """Return the membership baselines on real records, by site and over all sites; call `counts` first."""
+    def membership_baselines(self) -> tuple[AuditMembership, ...]:
+        """Return the membership baselines on real records, by site and over all sites; call `count_guesses` first."""
         by_site = list(self._losses.values())
         pooled = [np.concatenate(some, axis=1) for some in zip(*by_site, strict=True)]
         return tuple(
-            self._baseline(site, score, trained_on=losses[1], never_used=losses[2])
+            self._membership_baseline(site, score, trained_on=losses[1], never_used=losses[2])
             for site, losses in [*self._losses.items(), (None, pooled)]
             if losses[1].size and losses[2].size
             for score in ("loss", "reference_ratio")
         )
 
-    def _baseline(
+    def _membership_baseline(
         self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: Values, never_used: Values
     ) -> AuditMembership:
-        members, others = (_gain(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used))
+        members, others = (
+            _loss_drop(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used)
+        )
         area, low, high = auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for share in FALSE_ALARMS:
@@ -146,21 +154,23 @@ class RecordAttack:
             hit_rates=tuple(rates),
         )
 
-    def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
+    def _losses_before_and_after(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
         """Return (2, records) losses before and after training: of canaries, training records, and held-out records."""
         groups = (planted.canaries, planted.trained_on, planted.never_used)
-        first, last = ([self._losses_of(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1]))
+        first, last = (
+            [self._record_losses(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1])
+        )
         return [np.stack(both) for both in zip(first, last, strict=True)]
 
-    def _losses_of(self, records: Sequence[Record], adapter: Adapter) -> Values:
+    def _record_losses(self, records: Sequence[Record], adapter: Adapter) -> Values:
         if not records:
             return np.zeros(0)
         losses = np.zeros(len(records))
         shared, evaluation = self._everyone.shared, self._everyone.config.evaluation
         adapter.load_into(shared.model)
-        examples = shared.tokenised(records)
+        examples = shared.tokenize_records(records)
         pad_id = shared.tokenizer.pad_token_id
-        with scoring(shared.model):
+        with evaluation_mode(shared.model):
             for places, batch in batches_by_length(examples, pad_id=pad_id, max_tokens=evaluation.max_tokens):
                 losses[places] = shared.model.losses(batch.to(shared.device)).double().cpu().numpy()
         # A model that diverged gives no number for some; to the attack that is the largest loss.
@@ -179,7 +189,7 @@ def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float,
     of_members = (np.searchsorted(both[0], members, "left") + np.searchsorted(both[0], members, "right")) / 2
     of_others = (np.searchsorted(both[1], others, "left") + np.searchsorted(both[1], others, "right")) / 2
     area = float(of_members.mean() / len(others))
-    variance = _variance(of_members / len(others)) + _variance(of_others / len(members))
+    variance = _placement_variance(of_members / len(others)) + _placement_variance(of_others / len(members))
     reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
     return area, max(0.0, area - reach), min(1.0, area + reach)
 
@@ -204,5 +214,5 @@ def hit_rate(
     return found / len(members), float(interval.low), float(interval.high)
 
 
-def _variance(placements: Values) -> float:
+def _placement_variance(placements: Values) -> float:
     return float(placements.var(ddof=1) / len(placements)) if len(placements) > 1 else 0.25

@@ -32,9 +32,9 @@ from fedtune.spec import spec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import project
-from fedtune.training.per_example import attached
-from fedtune.training.preflight import lengths_of_texts
+from fedtune.training.local import clamp_parameters
+from fedtune.training.per_example import record_gradients
+from fedtune.training.preflight import draw_text_lengths
 from fedtune.training.users import UserExamples
 
 FILE = "sensitivity.json"
@@ -72,7 +72,7 @@ class Worst:
     others: int
 
 
-def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) -> Worst:
+def search_violations(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) -> Worst:
     """Try `audit.tries` cases on the run's model, and write the result to `folder`.
 
     Raises:
@@ -80,7 +80,7 @@ def search(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) 
     """
     shared = RunModel(LoadedModel(config), config)
     bound = adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
-    found = _Search(shared, bound=bound, seed=seed).over(audit.tries)
+    found = _Search(shared, bound=bound, seed=seed).run_cases(audit.tries)
     write_durably(folder / FILE, json.dumps(asdict(found), indent=1).encode() + b"\n")
     return found
 
@@ -91,14 +91,14 @@ class _Search:
         self._unit = shared.config.privacy.unit
         self._draws = np.random.default_rng(seed)
 
-    def over(self, tries: int) -> Worst:
-        with attached(self._shared.model) as self._gradients:
-            cases = [self._one() for _ in range(tries)]
+    def run_cases(self, tries: int) -> Worst:
+        with record_gradients(self._shared.model) as self._gradients:
+            cases = [self._run_case() for _ in range(tries)]
         exceeded, others_moved = (sum(map(attrgetter(name), cases)) for name in ("exceeded", "others_moved"))
         worst = max(cases, key=attrgetter("moved"))
         return replace(worst, tries=tries, exceeded=exceeded, others_moved=others_moved)
 
-    def _one(self) -> Worst:
+    def _run_case(self) -> Worst:
         """Try one case: other units, one additional unit, an adapter and a clip norm."""
         num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
         by_user, most = self._unit == "user", _MOST_OF_A_USER
@@ -108,15 +108,15 @@ class _Search:
         usual = max(1, int(most * self._draws.choice([0.1, 0.3, 1.0])))
         lengths = self._draws.integers(1, usual, size=sum(units), endpoint=True)
         lengths[self._draws.random(len(lengths)) < 0.1] = most
-        dataset = made_up(self._shared.model, [int(length) for length in lengths], self._draws)
+        dataset = random_examples(self._shared.model, [int(length) for length in lengths], self._draws)
         examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.loaded.shapes, device=self._shared.device)
         if self._shared.loaded.keeps_states:
             examples.keep_frozen_states(self._shared.model)
         examples.keep_reference(self._shared.model)
-        adapter = self._fill(examples)
+        adapter = self._fill_adapter(examples)
         max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
 
-        summed = partial(self._sum, examples, units, max_grad_norm)
+        summed = partial(self._clean_sum, examples, units, max_grad_norm)
         # The one more has any place among the others, so that it changes rows, shapes and company.
         one_more = int(self._draws.integers(0, num_others, endpoint=True))
         everyone = list(range(num_others + 1))
@@ -133,7 +133,7 @@ class _Search:
             others=num_others,
         )
 
-    def _fill(self, examples: SiteExamples) -> str:
+    def _fill_adapter(self, examples: SiteExamples) -> str:
         """Fill the adapter with values that a lead might send, and return how they were generated."""
         how = str(self._draws.choice(["small", "random", "at the bound", "by ascent"]))
         parameters = self._shared.model.trainable()
@@ -151,13 +151,13 @@ class _Search:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.add_(slopes[name].sign() * self._bound / _ASCENT_STEPS)
-            project(parameters, self._bound)
-        project(parameters, self._bound)
+            clamp_parameters(parameters, self._bound)
+        clamp_parameters(parameters, self._bound)
         return how
 
-    def _sum(self, examples: SiteExamples, units: list[int], max_grad_norm: float, chosen: list[int]) -> Integers:
+    def _clean_sum(self, examples: SiteExamples, units: list[int], max_grad_norm: float, chosen: list[int]) -> Integers:
         """Return the clean sum of the chosen units in grid cells, computed with the code of a step."""
-        sums = dp_step.zeros(self._shared.model.trainable())
+        sums = dp_step.zero_sums(self._shared.model.trainable())
         places = np.array(chosen, dtype=np.int64)
         if self._unit == "record":
             batches: Iterator[object] = iter(examples.cut(places))
@@ -172,12 +172,12 @@ class _Search:
         return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
 
 
-def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
+def random_examples(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
     """Generate examples of the given lengths over the whole vocabulary.
 
     Some repeat one token, which is the hardest case for attention.
     """
-    input_ids = model.made_up(lengths_of_texts(lengths, model.spec.texts, draws), draws)
+    input_ids = model.made_up(draw_text_lengths(lengths, model.spec.texts, draws), draws)
     for ids in input_ids:
         if draws.random() < 0.2:
             ids[:] = ids[0]

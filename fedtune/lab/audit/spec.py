@@ -41,7 +41,7 @@ class AuditSpec:
     tries: int = 200
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> AuditSpec:
+    def from_mapping(cls, given: Mapping[str, Any]) -> AuditSpec:
         """Build the settings from a mapping of names to values.
 
         Raises:

@@ -19,20 +19,20 @@ import numpy.typing as npt
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults
-from fedtune.data.formats import format_of, raw_rows
-from fedtune.data.load import lead_side, split_key
-from fedtune.data.marked import entities_of, entity_types
+from fedtune.data.formats import detect_format, raw_rows
+from fedtune.data.load import assign_to_lead, split_key
+from fedtune.data.marked import count_entity_types, entities_from_tags
 from fedtune.data.partition import assign_site, is_heldout, is_selected
-from fedtune.data.records import Record, chunks, judged, resolve_file
+from fedtune.data.records import Record, chunk_records, resolve_file, validate_rows
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import misplaced, split_labels
 from fedtune.extras import install_command, is_installed
 from fedtune.lab.preparation import duplicates
-from fedtune.lab.preparation.duplicates import Earlier, Likeness, Twin, spelling
-from fedtune.lab.preparation.patterns import ODD_TEXTS, damage, identifiers, odd_texts
+from fedtune.lab.preparation.duplicates import Earlier, Likeness, Twin, normalize_spelling
+from fedtune.lab.preparation.patterns import ODD_TEXTS, find_damage, find_identifiers, find_odd_texts
 from fedtune.spec import DataError
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 from fedtune.version import shipped_folders
 
 SHOWN = 20  # errors that are kept of a file, and lines of a finding
@@ -105,7 +105,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
         DataError: a file as a whole is unusable, for example missing; errors in single records are findings.
     """
     look = _Look(config, tokenizer, within)
-    files = tuple(look.file(path, use, site) for path, use, site in _files(config))
+    files = tuple(look.check_file(path, use, site) for path, use, site in _iter_files(config))
     declared = config.declared_sizes().items()
     sizes = {site: {"declared": size, "true": len(look.units[site])} for site, size in declared}
     missing = f"near-duplicates: datasketch is not installed ({install_command('data')})"
@@ -116,7 +116,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     return Checked(max_length=config.data.max_length, files=files, sizes=sizes, skipped=tuple(skipped))
 
 
-def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
+def _iter_files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
     """Yield (path, use, site) for each file; the site is empty for partitioned files and the lead's files."""
     data = config.data
     sites = config.federation.names if data.partition.kind == "file" else ("",)
@@ -128,11 +128,11 @@ def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
         yield (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), use, site
 
 
-def labels_of(record: Record, data: DataSpec) -> Mapping[str, int]:
+def count_labels(record: Record, data: DataSpec) -> Mapping[str, int]:
     """Count a record's labels, or the types of its entities."""
     if "labels" in record.fields:
         return Counter(split_labels(record.fields["labels"], separator=data.label_separator))
-    return {record.fields["label"]: 1} if "label" in record.fields else entity_types(record.fields, data.labels)
+    return {record.fields["label"]: 1} if "label" in record.fields else count_entity_types(record.fields, data.labels)
 
 
 class _Look:
@@ -146,19 +146,19 @@ class _Look:
         self.earlier = Earlier(alike=is_installed("datasketch"))
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
 
-    def file(self, path: Path, use: str, site: str) -> FileCheck:
-        data, unit, form = self._data, self._config.privacy.unit, format_of(path)
+    def check_file(self, path: Path, use: str, site: str) -> FileCheck:
+        data, unit, form = self._data, self._config.privacy.unit, detect_format(path)
         rows, by_row, faults, errors = 0, form == ".json", Faults(), list[tuple[str, str, str]]()
         self._found: dict[tuple[Kind, str, str], Finding] = {}  # in this file so far, by kind, what and column
         self._texts: dict[bytes, tuple[int, int]] = {}  # in it by digest: the first line, and records that have it
         uses, spelt_otherwise, labels = Counter[str](), Counter[str](), dict.fromkeys(data.labels, 0)
-        spellings = {spelling(label): label for label in reversed(data.labels)}
+        spellings = {normalize_spelling(label): label for label in reversed(data.labels)}
         lengths: list[int] = []
 
         def fault(record: Record) -> DataError | None:
             error = self._fault(record)
             if error is not None:  # perhaps by a label that is a declared one but for case and spaces
-                unknown = {spelling(label) for label in labels_of(record, data) if label not in labels}
+                unknown = {normalize_spelling(label) for label in count_labels(record, data) if label not in labels}
                 spelt_otherwise.update(spellings[one] for one in unknown & spellings.keys())
             elif data.partition.kind == "column" and record.fields.get("site") not in (*data.partition.sites, None):
                 error = DataError(record.at("site"), "another site", "must be one of data.partition.sites")
@@ -167,7 +167,9 @@ class _Look:
         def usable() -> Iterator[Record]:
             """Yield the records that a run can use; count the others as errors, without quoting them."""
             nonlocal rows
-            for line, one in judged(path, self.task.columns(data, partition=use == "train", unit=unit), fault=fault):
+            for line, one in validate_rows(
+                path, self.task.columns(data, partition=use == "train", unit=unit), fault=fault
+            ):
                 rows += 1
                 if isinstance(one, Record):
                     yield replace(one, line=rows) if by_row else one
@@ -176,18 +178,18 @@ class _Look:
                 if len(errors) < SHOWN:
                     errors.append((f"row {rows} ({one.key})" if by_row else one.key, str(one.value), one.bound))
 
-        for some in chunks(usable()):
-            lengths += self._note_tokens(some)
+        for some in chunk_records(usable()):
+            lengths += self._check_lengths(some)
             for record in some:
-                its_use = self._use(record, site) if use == "train" else use
+                its_use = self._classify_use(record, site) if use == "train" else use
                 uses[its_use] += 1
-                for label in labels_of(record, data).keys() & labels.keys():
+                for label in count_labels(record, data).keys() & labels.keys():
                     labels[label] += 1
-                self._note_record(record, its_use)
+                self._check_record(record, its_use)
         # What the rows say beside what a run reads of them.
         for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
-            for what, column in odd_texts(row, form) if not isinstance(row, DataError) else ():
-                self._note(number if by_row else line, "damage", what, column)
+            for what, column in find_odd_texts(row, form) if not isinstance(row, DataError) else ():
+                self._add_finding(number if by_row else line, "damage", what, column)
         if shared := self._found.get(("shared", "", "")):
             most = max(count for _, count in self._texts.values())
             self._found["shared", "", ""] = replace(shared, what=f"(one is in {most:,})")
@@ -197,17 +199,17 @@ class _Look:
             rows=rows,
             uses={use: uses[use] for use in _USES if use in uses},
             errors=tuple(errors),
-            num_errors=faults.left_out(used=0).reasons,
+            num_errors=faults.summarize(used=0).reasons,
             findings=tuple(sorted(self._found.values(), key=lambda one: get_args(Kind).index(one.kind))),
             labels=labels,
             spelt_otherwise=dict(spelt_otherwise.most_common()),
-            lengths=_lengths(np.array(lengths)) if lengths and data.max_length > 1 else None,
+            lengths=_summarize_lengths(np.array(lengths)) if lengths and data.max_length > 1 else None,
         )
 
-    def _use(self, record: Record, site: str) -> str:
+    def _classify_use(self, record: Record, site: str) -> str:
         """Return the use of a record of a training file; a record to train on is counted for its site."""
         data, unit = self._data, self._config.privacy.unit
-        if side := lead_side(record, data, key=self._key, unit=unit):
+        if side := assign_to_lead(record, data, key=self._key, unit=unit):
             return side
         if not is_selected(record, fraction=data.train_fraction, key=self._key, unit=unit):
             return "unused"
@@ -220,19 +222,19 @@ class _Look:
         units.add(record.fields["user"] if unit == "user" else len(units))
         return "train"
 
-    def _note(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
+    def _add_finding(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
         """Add a record to a finding by its line, with the line of the earlier record that it resembles."""
         one = self._found.get((kind, what, column)) or Finding(kind=kind, what=what, column=column)
         lines = (*one.lines, (line, like))[:SHOWN]
         self._found[kind, what, column] = replace(one, count=one.count + 1, lines=lines)
 
-    def _note_tokens(self, records: Sequence[Record]) -> list[int]:
+    def _check_lengths(self, records: Sequence[Record]) -> list[int]:
         """Return the token counts of the records' examples before truncation, and note truncated records."""
 
         def read(records: Sequence[Record], length: int) -> tuple[TextDataset, list[int]]:
             """Tokenize the records; return the examples and the number of trained targets in each."""
             data = replace(self._data, max_length=length)
-            examples = self.task.tokenise(records, self._tokenizer, data=data, lenient_within=self._within)
+            examples = self.task.tokenize(records, self._tokenizer, data=data, lenient_within=self._within)
             known = [np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets]
             learnt = np.array(list(map(np.count_nonzero, known))).reshape(len(examples), -1).sum(axis=1)
             return examples, learnt.tolist()
@@ -243,45 +245,49 @@ class _Look:
         fitted = read([records[place] for place in long], most)[1] if long else []
         for place, count in zip(long, fitted, strict=True):
             if self._data.windows == 1 or count < left[place]:
-                self._note(records[place].line, "cut")
+                self._add_finding(records[place].line, "cut")
             if 0 < count < left[place]:
-                self._note(records[place].line, "lost")
+                self._add_finding(records[place].line, "lost")
             left[place] = count
-        for record, count, hides in zip(records, left, self.task.hide_parts(whole, data=self._data), strict=True):
+        for record, count, hides in zip(
+            records, left, self.task.find_ignored_annotations(whole, data=self._data), strict=True
+        ):
             if not count:
-                self._note(record.line, "unlearnt")
+                self._add_finding(record.line, "unlearnt")
             if hides:
-                self._note(record.line, "hidden")
+                self._add_finding(record.line, "hidden")
         return [int(length) for length in whole.lengths]
 
-    def _note_record(self, record: Record, use: str) -> None:
+    def _check_record(self, record: Record, use: str) -> None:
         """Note oddities in a record's own values, and its overlap with earlier records."""
-        data, line, twins = self._data, record.line, self.earlier.twins(record, use)
+        data, line, twins = self._data, record.line, self.earlier.find_twins(record, use)
         same, alike = ([one for one in twins[kind] if one.use == use] for kind in get_args(Likeness))
-        own_same, own_alike = ([one for one in some if one.answer == record.answer] for some in (same, alike))
+        own_same, own_alike = ([one for one in some if one.answer == record.target_key] for some in (same, alike))
         others, near_others = ([one for one in twins[kind] if one.use != use] for kind in get_args(Likeness))
         here: _Likes = (("same", own_same), ("contradiction", same), ("alike", own_alike))
         elsewhere: _Likes = (("overlap", others), ("near_overlap", near_others))
         for likes in (here, elsewhere):  # in each the first that there is
             if found := next(((kind, some[0]) for kind, some in likes if some), None):
                 kind, twin = found
-                self._note(line, kind, twin.use if likes is elsewhere else "", like=twin.line)
-        if entities_of(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
-            self._note(line, "scheme")
+                self._add_finding(line, kind, twin.use if likes is elsewhere else "", like=twin.line)
+        if entities_from_tags(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
+            self._add_finding(line, "scheme")
         for way in misplaced(record.fields):
-            self._note(line, "torn", way)
-        if self.task.texts(data) > data.windows:
-            self._note_shared_texts(record)
-        for what, column in input_of(data).odd(record, data):
-            self._note(line, "declared", what, column)
+            self._add_finding(line, "torn", way)
+        if self.task.texts_per_record(data) > data.windows:
+            self._check_shared_texts(record)
+        for what, column in get_input_for(data).find_oddities(record, data):
+            self._add_finding(line, "declared", what, column)
         odd: dict[tuple[Kind, str, str], None] = {}
         for role, text in record.texts():
-            odd |= dict.fromkeys(("personal", kind, data.columns[role]) for kind, *_ in identifiers(text))
-            odd |= dict.fromkeys(("damage", what, data.columns[role]) for what in damage(text) if what not in ODD_TEXTS)
+            odd |= dict.fromkeys(("personal", kind, data.columns[role]) for kind, *_ in find_identifiers(text))
+            odd |= dict.fromkeys(
+                ("damage", what, data.columns[role]) for what in find_damage(text) if what not in ODD_TEXTS
+            )
         for one in odd:
-            self._note(line, *one)
+            self._add_finding(line, *one)
 
-    def _note_shared_texts(self, record: Record) -> None:
+    def _check_shared_texts(self, record: Record) -> None:
         """Note a record with several texts if an earlier record contains one of them."""
         earlier = []
         for text in {text for _, text in record.texts()}:
@@ -291,10 +297,10 @@ class _Look:
             if count or len(self._texts) < duplicates.MOST_SAME:
                 self._texts[digest] = line, count + 1
         if earlier:
-            self._note(record.line, "shared", like=min(earlier))
+            self._add_finding(record.line, "shared", like=min(earlier))
 
 
-def _lengths(lengths: npt.NDArray[np.int64]) -> Lengths:
+def _summarize_lengths(lengths: npt.NDArray[np.int64]) -> Lengths:
     median, most_of_them = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.9))
     shortest, longest = int(lengths.min()), int(lengths.max())
     step = math.ceil((longest + 1 - shortest) / _BINS)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from fedtune.data.formats import raw_rows
-from fedtune.data.records import Fault, Record, record_of
+from fedtune.data.records import Fault, Record, parse_record
 from fedtune.data.text_rows import Row
 from fedtune.data.tokenise import whole_texts
-from fedtune.data.values import OPTIONAL_ROLES, is_written
-from fedtune.lab.preparation.duplicates import Earlier, words_said
-from fedtune.lab.preparation.patterns import damage, identifiers, masked
+from fedtune.data.values import OPTIONAL_ROLES, is_free_text
+from fedtune.lab.preparation.duplicates import Earlier, split_words
+from fedtune.lab.preparation.patterns import find_damage, find_identifiers, masked
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -55,16 +55,16 @@ class Cleaning:
             raise ConfigError("--mask", "personal", bound)
         self.drop, self.mask = drop, mask
         self._columns, self._fault = columns, fault
-        self._as_it_is = {column for role, column in {**named, **columns}.items() if not is_written(role)}
+        self._as_it_is = {column for role, column in {**named, **columns}.items() if not is_free_text(role)}
         self._earlier = Earlier(alike="near-duplicates" in drop)
 
-    def reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
+    def drop_reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
         """Yield the rules by which a row is dropped; the first one counts."""
         if isinstance(row, DataError):
             yield UNREADABLE
             return
         try:
-            record = record_of(row, self._columns, file=file, line=line)
+            record = parse_record(row, self._columns, file=file, line=line)
         except DataError:
             needed = [row.get(column) for role, column in self._columns.items() if role not in OPTIONAL_ROLES]
             if any(value is None or (isinstance(value, str) and not value.strip()) for value in needed):
@@ -74,19 +74,19 @@ class Cleaning:
         if self._fault(record) is not None:
             yield "unusable"
         texts = [text for _, text in record.texts()]
-        if "personal" in self.drop and any(map(identifiers, texts)):
+        if "personal" in self.drop and any(map(find_identifiers, texts)):
             yield "personal"
-        if "damaged" in self.drop and any(any(damage(text)) for text in texts):
+        if "damaged" in self.drop and any(any(find_damage(text)) for text in texts):
             yield "damaged"
         if not {"duplicates", "near-duplicates"} & set(self.drop):
             return
         # Last, since a record that is dropped is no earlier one.
-        twins = self._earlier.twins(record)
+        twins = self._earlier.find_twins(record)
         for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
-            if any(twin.answer == record.answer for twin in some):
+            if any(twin.answer == record.target_key for twin in some):
                 yield rule
 
-    def changed(self, row: Row, kinds: Counter[str]) -> Row:
+    def transform_row(self, row: Row, kinds: Counter[str]) -> Row:
         """Mask the identifiers in a row's texts; answers, features, sites and users stay unchanged."""
 
         def text_of(value: str) -> str:
@@ -136,31 +136,31 @@ class Coding(Cleaning):
         self.codes: dict[str, tuple[str, ...]] = {}
         self._tokenizer, self._bounds = tokenizer, bounds
         if votes is not None:
-            from fedtune.model.fits import usable_positions
+            from fedtune.model.fits import max_positions
             from fedtune.tasks.task_model import build_task_model
 
             self.codes["topic"], self._model = votes.labels, cast(Any, build_task_model(votes))
-            self._most = min(_MOST_TOKENS, usable_positions(self._model.base.get_base_model()) or _MOST_TOKENS)
+            self._most = min(_MOST_TOKENS, max_positions(self._model.base.get_base_model()) or _MOST_TOKENS)
         if bounds:
             between = (f"{low + 1} to {high} words" for low, high in pairwise(bounds))
             self.codes["length"] = (f"up to {bounds[0]} words", *between, f"over {bounds[-1]} words")
 
-    def changed(self, row: Row, kinds: Counter[str]) -> Row:
+    def transform_row(self, row: Row, kinds: Counter[str]) -> Row:
         """Return the row with its codes.
 
         Raises:
             ConfigError: the row already has a column of that name.
         """
-        record, places = record_of(row, self._columns, file="", line=0), dict[str, int]()
+        record, places = parse_record(row, self._columns, file="", line=0), dict[str, int]()
         if "topic" in self.codes:
-            said, within = [(Record({"text": record.said}), ("text",))], self._model.num_ids
+            said, within = [(Record({"text": record.full_text}), ("text",))], self._model.num_ids
             (ids,), _ = whole_texts(said, self._tokenizer, max_length=self._most, lenient_within=within)
             alone = torch.from_numpy(ids)[None]
             with torch.no_grad():
                 embedding = self._model.task.embed(self._model, alone, torch.ones_like(alone))
             places["topic"] = int((embedding @ self._model.get_buffer("candidates").T).argmax())
         if "length" in self.codes:
-            places["length"] = bisect_left(self._bounds, sum(word is not None for word in words_said(record)))
+            places["length"] = bisect_left(self._bounds, sum(word is not None for word in split_words(record)))
         for column in places.keys() & row.keys():
             raise ConfigError("FILE", column, "must not have this column: a new one gets its name")
         found = {column: self.codes[column][place] for column, place in places.items()}
@@ -187,13 +187,13 @@ def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
     """
     done = Cleaned()
     for line, row in raw_rows(path):
-        reasons = cleaning.reasons(row, file=str(path), line=line)
+        reasons = cleaning.drop_reasons(row, file=str(path), line=line)
         rule = next((one for one in reasons if one in (UNREADABLE, *cleaning.drop)), None)
         if rule is not None or isinstance(row, DataError):
             done.dropped[str(rule)] += 1
             continue
         # What JSON has no form for, such as a date, as text, and a number that is none as null.
-        written = jsonable(cleaning.changed(row, done.masked) if cleaning.mask else row)
+        written = jsonable(cleaning.transform_row(row, done.masked) if cleaning.mask else row)
         try:
             stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
         except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads

@@ -17,8 +17,8 @@ import numpy as np
 from fedtune.data import values as read
 from fedtune.data.formats import OF_RECORDS, image_files
 from fedtune.data.images import SUFFIXES
-from fedtune.data.lists import listed_in
-from fedtune.data.marked import entity_types, read_tag, spans_of, words_of
+from fedtune.data.lists import parse_list
+from fedtune.data.marked import count_entity_types, read_spans, read_words, split_tag
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError, shown
 
@@ -65,7 +65,7 @@ where they have few values.  `wanted` may say whether an answer is wanted, in wo
 better, of which there are several `rivals` to one prompt.  `alike` are pairs of texts beside those that a number or a
 letter tells apart; `turns` are of a conversation.  Of `people` the first counts.  `things` end the name of a column of
 names, which are no texts that somebody wrote.  `splits`, `marked` and `checks` say what a row is for, with `helpers`
-and values of `parts`, `reviews` and `passed`; `ids` and `numbered` are of records.
+and values of `parts`, `reviews` and `passed`; `ids` and `group_numbered` are of records.
 """
 _ENDINGS, _LINKED = (*SUFFIXES, *NAMES["endings"]), "linked"
 """Of paths of images, the last of which no run reads; and images at addresses on the net."""
@@ -102,13 +102,13 @@ _TAKEN_BACK, _OF_MARKS = re.compile("reject|ignore|skip|discard"), re.compile("(
 """Words that take a record back, and beginnings of the names of flags that do."""
 
 
-class Column:
+class DataColumn:
     """A named column of a file; it collects statistics of its values and then classifies itself."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.key = re.sub(r"[\W_]+", "", name).lower()  # `Patient ID`, `patient_id` and `PatientID` are one
-        self.words = _words(name)
+        self.words = _split_words(name)
         # The same with # in place of the numbers and single letters that tell it from others: `answer_a` is `answer#`.
         self.stem = "".join("#" if len(word) == 1 or word.isdecimal() else word for word in self.words)
         self.mark = "".join(word for word in self.words if len(word) == 1 or word.isdecimal())
@@ -119,7 +119,7 @@ class Column:
         self.filled = self.characters = 0  # rows with a value that is not blank; of all its texts together
         self.longest = self.furthest = 0  # characters of a text; the second of the whole numbers of an object in a list
         self.types = Counter[str]()  # how often each type of value came
-        self.reads = Counter[str]()  # how many values a run can read in a role, or are of a kind that `note` names
+        self.reads = Counter[str]()  # how many values a run can read in a role, or are of a kind that `add_value` names
         # How often each label came, by the type of its values; empty where there are too many, or too long ones.
         self.values = defaultdict[str, Counter[str]](Counter)
         # The same where values are lists, by what separates them ("[": a list); not where there are too many.
@@ -136,7 +136,7 @@ class Column:
         self._open = True
         self._ids = set[int]()  # of persons
 
-    def note(self, value: object, row: int) -> None:
+    def add_value(self, value: object, row: int) -> None:
         """Add the value of one row to the statistics; `row` counts from 1."""
         if read.is_missing(value):
             return
@@ -150,7 +150,7 @@ class Column:
         kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(kind, kind)
         if not text or text[0] in _BEGIN_NUMBERS:
             with suppress(DataError):
-                number = float(read.number_of(value, self.name))
+                number = float(read.read_number(value, self.name))
                 if len(self.numbers) < _MOST_NUMBERS:
                     self.numbers.append(number)
                 self.reads["target"] += 1
@@ -160,11 +160,11 @@ class Column:
         if len(self._first[kind]) < _ODD_SHOWN:
             self._first[kind].append((row, shown(value)))
         self.reads["image"] += isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
-        for what in _kinds_of_text(text) if text else ():
+        for what in _text_kinds(text) if text else ():
             self.reads[what] += 1
         if text.startswith(_LISTS) or isinstance(value, list | dict):
-            self._note_objects(value)
-        self._note_labels(value, text)
+            self._count_objects(value)
+        self._count_labels(value, text)
         if self.person is not None and len(self._ids) == self.filled - 1:  # as long as no two are the same
             self._ids.add(hash(text or str(value)))
         if self._open:
@@ -176,13 +176,13 @@ class Column:
                     self.values.clear()
                     self._open = False
 
-    def _note_labels(self, value: object, text: str) -> None:
+    def _count_labels(self, value: object, text: str) -> None:
         """Count the possible labels of a list, or of a text with separators."""
         is_plain = bool(text) and not text.startswith(_LISTS)
         if not self.parts or (is_plain and len(self.parts) == 1) or not isinstance(value, list | str | dict):
             return
         with suppress(DataError):  # else it is odd
-            found = text if is_plain else read.labels_of(value, self.name)
+            found = text if is_plain else read.read_labels(value, self.name)
             for mark in [one for one in self.parts if (one == "[") == found.startswith("[")]:
                 labels, counts = read.split_labels(found, separator=mark), self.parts[mark]
                 counts.update(labels)
@@ -191,14 +191,14 @@ class Column:
                 if len(counts) > _MOST_LABELS or any(len(label) > LONGEST_LABEL for label in labels):
                     del self.parts[mark]
 
-    def _note_objects(self, value: object) -> None:
+    def _count_objects(self, value: object) -> None:
         """Classify a list or object, also as JSON text: chat turns, numbers, tokens, tags of a scheme, or spans."""
-        turns = read.turns_like(value)
+        turns = read.guess_turns(value)
         self.beside.update(key for turn in turns for key in turn if key not in read.READ_OF_TURNS and turn[key])
         first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
         self.reads["messages"] += bool(turns)
-        self.reads["whole chat"] += read.speaker_of(first) != "assistant"  # it begins with what is answered
-        listed = None if turns or isinstance(value, dict) else listed_in(value)
+        self.reads["whole chat"] += read.speaker_role(first) != "assistant"  # it begins with what is answered
+        listed = None if turns or isinstance(value, dict) else parse_list(value)
         if listed is None:
             return
         self.reads["vector"] += len(listed) > 1 and all(one in (0, 1, "0", "1") for one in listed)
@@ -209,23 +209,23 @@ class Column:
         self.furthest = max(self.furthest, *places, 0)
         if not isinstance(first, str) or first[:1] in _BEGIN_NUMBERS:
             with suppress(DataError):
-                self.sizes[len(read.numbers_of(read.feature_of(value, self.name), self.name))] += 1
+                self.sizes[len(read.parse_numbers(read.read_feature(value, self.name), self.name))] += 1
         found, plain = Counter[str](), Counter[str]()
         try:
             if isinstance(first, str | int | float):
-                tags = words_of(value, self.name).split("\n")
+                tags = read_words(value, self.name).split("\n")
                 self.reads["tokens"] += 1
-                words_of(value, self.name, "tags")
-                letters = {read_tag(one)[0] for one in tags}
+                read_words(value, self.name, "tags")
+                letters = {split_tag(one)[0] for one in tags}
                 if "" not in letters:
                     self.reads["tags"] += 1
                     self.letters |= letters
-                    found.update(entity_types({"tags": "\n".join(tags)}))
-                    plain.update(entity_types({"tags": "\n".join(tags)}, tags))
+                    found.update(count_entity_types({"tags": "\n".join(tags)}))
+                    plain.update(count_entity_types({"tags": "\n".join(tags)}, tags))
                 elif "O" in tags:
                     self.fault = "must have a letter and the type, as B-name and I-name, or O"
             else:
-                found.update(entity_types({"spans": spans_of(value, self.name)}))
+                found.update(count_entity_types({"spans": read_spans(value, self.name)}))
                 self.reads["spans"] += 1
         except DataError as error:
             self.fault = error.bound
@@ -233,16 +233,16 @@ class Column:
             self.marked.update(found)
             self.plain.update(plain)
 
-    def nearly(self, *kinds: str) -> bool:
+    def is_nearly_all(self, *kinds: str) -> bool:
         """Whether nearly all values have one of these types, or can be read as such."""
         count = sum(self.types[kind] or self.reads[kind] for kind in kinds)
         return self.filled > 0 and count >= NEARLY * self.filled
 
-    def mostly(self, kind: str) -> bool:
+    def is_mostly(self, kind: str) -> bool:
         """Whether most values are of this kind."""
         return 2 * self.reads[kind] > self.filled
 
-    def judge(self, rows: int, *, may_be_label: bool = True) -> None:
+    def classify(self, rows: int, *, may_be_label: bool = True) -> None:
         """Classify the column once the values of all rows have been added.
 
         `may_be_label` is False for a column that accompanies other texts.
@@ -264,34 +264,36 @@ class Column:
         self.size = size if size > 1 and count >= NEARLY * self.filled else None
 
         said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MOST_LABELS
-        self.is_nested = self.nearly("list", "object")
+        self.is_nested = self.is_nearly_all("list", "object")
         self.with_keys = f" of objects with {', '.join([*self.keys][:5])}" if self.keys else ""
-        self.is_number = self.nearly("target") and min(self.numbers) < max(self.numbers)  # of more than one value
-        self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")
-        self.is_image, self.is_date = self.nearly("image", *SUFFIXES), self.nearly("date")
+        self.is_number = self.is_nearly_all("target") and min(self.numbers) < max(
+            self.numbers
+        )  # of more than one value
+        self.is_text, self.is_chat = self.is_nearly_all("text", "number as text"), self.is_nearly_all("messages")
+        self.is_image, self.is_date = self.is_nearly_all("image", *SUFFIXES), self.is_nearly_all("date")
         # How many paths of images end otherwise than in what a run reads, where nearly all are such paths.
         others = ", ".join(f"{self.reads[end]:,} {end}" for end in (*NAMES["endings"], _LINKED) if self.reads[end])
-        self.other_images = others if self.nearly(*_ENDINGS, _LINKED) and not self.is_image else ""
-        self.is_vector = self.nearly("vector") or (self.size is not None and not self.mostly("tokens"))
+        self.other_images = others if self.is_nearly_all(*_ENDINGS, _LINKED) and not self.is_image else ""
+        self.is_vector = self.is_nearly_all("vector") or (self.size is not None and not self.is_mostly("tokens"))
         self.is_constant, self.is_empty = len(self.labels) == 1, not self.filled
         # How many different values it has; 0: they are not counted.
-        self.num_values = len(set(self.numbers)) if self.nearly("target") else len(self.labels)
+        self.num_values = len(set(self.numbers)) if self.is_nearly_all("target") else len(self.labels)
         self.said = " or ".join(sorted(self.labels, reverse=True)[:5]) or self.holds
         self.least, self.most = min(self.numbers, default=0), max(self.numbers, default=0)
         self.is_said, self.is_context = self.is_text or self.is_chat, self.is_text or self.is_empty
-        self.is_tokens, self.is_whole_chat = self.nearly("tokens"), self.nearly("whole chat")
-        self.is_tags, self.is_spans = (self.nearly(role) and bool(self.entities) for role in ("tags", "spans"))
+        self.is_tokens, self.is_whole_chat = self.is_nearly_all("tokens"), self.is_nearly_all("whole chat")
+        self.is_tags, self.is_spans = (self.is_nearly_all(role) and bool(self.entities) for role in ("tags", "spans"))
         self.are_words = self.is_tokens and not self.is_tags and self.size is None
-        self.is_speaker = {"assistant"} < set(map(read.speaker_of, self.labels))
+        self.is_speaker = {"assistant"} < set(map(read.speaker_role, self.labels))
         # Yes or no, or good or bad.
-        self.is_flag = self.nearly("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
+        self.is_flag = self.is_nearly_all("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
         # Few values, each of which comes often.
-        often = self.filled >= _RECORDS_A_LABEL * len(self.labels) and self.nearly("label")
+        often = self.filled >= _RECORDS_A_LABEL * len(self.labels) and self.is_nearly_all("label")
         fraction = self.is_number and self.reads["whole"] < NEARLY * self.filled
         is_label = may_be_label and few and often and not (fraction or self.is_date or self.is_vector)
         # As people and laboratories write numbers, and as a run does not read them.
-        is_other = self.nearly("target", "other number", "measure") and not self.nearly("target")
-        self.is_other_number = is_other and (self.mostly("other number") or not is_label)
+        is_other = self.is_nearly_all("target", "other number", "measure") and not self.is_nearly_all("target")
+        self.is_other_number = is_other and (self.is_mostly("other number") or not is_label)
         self.other_numbers = self.filled - self.reads["target"]
         self.is_label = is_label and not self.is_other_number
         self.is_binary = self.is_label and said <= {"0", "1", "true", "false"}
@@ -300,15 +302,15 @@ class Column:
         plain = "".join(word for word in rest if len(word) > 1 and word.isalpha())
         self.is_called_answer = not {self.key, plain, *self.words[-1:]}.isdisjoint(NAMES["answers"] + NAMES["labels"])
         # A tag for a single word in each row, and a row for each word.
-        is_scheme = all(tag in _BARE or read_tag(tag)[0] for tag in self.labels)
+        is_scheme = all(tag in _BARE or split_tag(tag)[0] for tag in self.labels)
         self.is_tag = self.is_label and is_scheme and "O" in self.labels
-        self.separator = self._separator()
+        self.separator = self._detect_separator()
         self.is_few, self.is_list = self.is_label or self.separator is not None, self.separator == "["
         self.unread = WORDS["never_read"].get("rejected" if self.key in NAMES["rejected"] else self.key, "")
         self.is_rank = self.is_number and len(self.labels) > 2
         self.is_answer = self.is_few or self.is_number
         self.is_event = self.event_values is not None
-        is_other = self.is_other_number or not (self.is_text or self.nearly("target"))
+        is_other = self.is_other_number or not (self.is_text or self.is_nearly_all("target"))
         is_long = not self.is_text or self.mean_characters >= LONGEST_LABEL or self.is_constant
         self.is_called_time = self.is_number and bool(_OF_TIMES.fullmatch(self.key))
         self.may_be_time = self.is_number and bool(self.is_called_time or _WORDS_OF_TIMES.match(" ".join(self.words)))
@@ -317,21 +319,23 @@ class Column:
         self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
         self.is_lone_answer = self.is_called_answer and not self.is_answer and (self.is_constant or self.is_empty)
         # The second of the numbers of each, as the end of a part of a text; 0: it holds no such.
-        self.furthest *= self.nearly("places")
+        self.furthest *= self.is_nearly_all("places")
         self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
-        self.is_code = self.is_text and self.nearly("code") and not self.is_label  # links, paths or other marks
+        self.is_code = self.is_text and self.is_nearly_all("code") and not self.is_label  # links, paths or other marks
         # Texts written behind a prompt, and no label that is called so; and what is asked, not who asks.
         self.is_completion = self.is_text and not (self.is_label and self.key in NAMES["often_labels"])
-        self.is_asked = self.is_text and (self.person is None or self.mostly("phrase"))
+        self.is_asked = self.is_text and (self.person is None or self.is_mostly("phrase"))
         # Texts that somebody wrote, by their words or with a usual name; and a few words each, which may be names.
-        is_words = self.is_text and not (self.nearly("target") or self.is_date or self.is_image or self.is_other_number)
+        is_words = self.is_text and not (
+            self.is_nearly_all("target") or self.is_date or self.is_image or self.is_other_number
+        )
         is_words = is_words and not (self.is_code or {*self.words[-1:]} & {*NAMES["things"]})
         is_named = self.key in NAMES["texts"]
-        self.is_prose = is_words and (self.mostly("prose") or (is_named and self.mostly("word")))
-        self.is_short = is_words and self.mostly("words") and not (self.is_label or self.is_prose)
+        self.is_prose = is_words and (self.is_mostly("prose") or (is_named and self.is_mostly("word")))
+        self.is_short = is_words and self.is_mostly("words") and not (self.is_label or self.is_prose)
         # What a row is for, as whoever wrote the file marked it: for the test, rejected, or to count more than others.
         is_part = said <= all_parts or any(one.startswith("train") for one in said)
-        is_part = is_part and all(all_parts.intersection(_words(label)) for label in self.labels)
+        is_part = is_part and all(all_parts.intersection(_split_words(label)) for label in self.labels)
         is_called = bool(rest) and {*rest}.issubset(NAMES["splits"])
         is_called = is_called or (self.is_flag and 0 < len(rest) < len(self.words) and {*rest} <= all_parts)
         self.is_split = self.is_label and (is_part or is_called)
@@ -343,26 +347,26 @@ class Column:
         self.is_weight, self.is_mark = bool(_OF_WEIGHTS.fullmatch(self.key)), self.is_split or self.is_review
         # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
         # An id that no two rows share says of no two that they are of one person.
-        self.is_id = self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
+        self.is_id = self.filled > 0 and not (self.is_nearly_all("list", "object") or self.is_flag)
         is_name = not self.is_text or (self.mean_characters <= _LONGEST_ID and self.reads["prose"] <= most)
         self.is_once = self.is_id and is_name and len(self._ids) == self.filled == rows > 1
-        self.is_of_persons = self.person is not None and self.nearly("list")
+        self.is_of_persons = self.person is not None and self.is_nearly_all("list")
         self.is_person = self.person is not None and self.is_id and is_name and not self.is_once
         self.is_place = not set(self.words).isdisjoint(NAMES["places"])  # its name says so, as `hospital_id` does
         # It numbers the records, as `message_id` does, or has no name, or counts them.
         of_records = self.key in NAMES["ids"] or self.words[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
-        self.is_of_records = of_records or not self.name.strip() or self.is_once or self._counts_rows()
+        self.is_of_records = of_records or not self.name.strip() or self.is_once or self._is_row_number()
         of_a_row = self.is_mark or self.is_weight or self.is_of_records or self.is_person or self.is_place
         # Few values under a bare name (`author`, `account`), which may be an answer; each stays a person's until then.
         is_bare = self.is_person and self.words[-1:] == [NAMES["people"][self.person or 0]]
         self.may_be_one_of_few = is_bare and self.is_label and len(self.labels) < _MANY_PERSONS
         self.may_be_answer = self.is_answer and self.person is None and not (of_a_row or (self.is_prose and is_named))
         # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
-        self.is_category = self.size is None and not self.nearly("target")
+        self.is_category = self.size is None and not self.is_nearly_all("target")
         is_value = self.filled > 0 and (not self.is_category or self.is_label or self.is_flag)
         self.is_feature = is_value and not of_a_row and not self.is_date
 
-    def _counts_rows(self) -> bool:
+    def _is_row_number(self) -> bool:
         """Whether the values are nearly all distinct whole numbers that identify rows.
 
         The column's name, few gaps, or equal length as in ids are the evidence.
@@ -374,12 +378,12 @@ class Column:
         is_id = is_id and len(f"{distinct[0]:.0f}") == len(f"{distinct[-1]:.0f}")
         return is_whole and (is_named or is_id or bool(distinct[-1] - distinct[0] < 2 * count))
 
-    def _separator(self) -> str | None:
+    def _detect_separator(self) -> str | None:
         """Return the separator of a multi-label column; "[" for lists; None if it is not a multi-label column."""
         if self.is_vector or self.is_other_number:
             return None
         for mark, counts in self.parts.items():
-            often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.nearly(mark)
+            often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.is_nearly_all(mark)
             # Names with a comma in each are no lists: labels that come in several combinations are.
             if often and (mark == "[" or (self.several[mark] and not (self._open and len(self.labels) < len(counts)))):
                 return mark
@@ -388,15 +392,15 @@ class Column:
     @property
     def event_values(self) -> tuple[str, ...] | None:
         """The values for censored people and for those with the event; None if the column does not encode an event."""
-        said = sorted(set(map(read.category_of, self.labels)))
-        words = {one: set(_words(one)) for one in said}
+        said = sorted(set(map(read.normalize_category, self.labels)))
+        words = {one: set(_split_words(one)) for one in said}
         pair = [one for course in ("stayed", "came") for one in said if words[one] & {*NAMES[course]}]
         pair = said if said == ["1", "2"] else pair[::-1] if self.key in NAMES["inverted"] else pair
         return tuple(pair) if len(said) == 2 and sorted(pair) == said else None
 
-    def judges(self, some: Iterable[Column]) -> bool:
+    def judges(self, some: Iterable[DataColumn]) -> bool:
         """Whether it says which of some numbered columns is better: by its name, or its values are their marks."""
-        marks = {word for label in self.labels for word in _words(label)[-1:]}.difference(NAMES["ties"])
+        marks = {word for label in self.labels for word in _split_words(label)[-1:]}.difference(NAMES["ties"])
         is_called = not {*self.words}.isdisjoint(NAMES["better"])
         return self.is_label and (is_called or marks == {one.mark for one in some})
 
@@ -410,29 +414,29 @@ class Column:
         low, high = numbers[few], numbers[-1 - few]
         return next((one for one in _SCALES if one[0] <= low and high <= one[1]), None)
 
-    def why(self, reasons: Literal["unread", "no_answer"]) -> str:
+    def explain(self, reasons: Literal["unread", "no_answer"]) -> str:
         """Explain why no run reads the column, or why it cannot be an answer: the first matching reason in
         names.toml.
         """
         return next(why for what, why in WORDS[reasons].items() if getattr(self, what)).format(self)
 
 
-def numbered(every: Iterable[Column]) -> Iterator[list[Column]]:
+def group_numbered(every: Iterable[DataColumn]) -> Iterator[list[DataColumn]]:
     """Yield groups of columns whose names differ only by a number or a letter, if one of them holds texts or turns.
 
     Each group is sorted by that number or letter.
     """
-    groups = defaultdict[str, list[Column]](list)
+    groups = defaultdict[str, list[DataColumn]](list)
     for one in sorted(every, key=lambda one: [word.zfill(9) for word in one.words]):
         if "#" in one.stem and (one.is_text or one.is_chat):
             groups[one.stem].append(one)
     for some in groups.values():
-        is_texts = (one.is_chat or one.mostly("words" if not one.is_label else "prose") for one in some)
+        is_texts = (one.is_chat or one.is_mostly("words" if not one.is_label else "prose") for one in some)
         if len(some) > 1 and any(is_texts):
             yield some
 
 
-def no_rows(path: Path) -> DataError:
+def no_records_error(path: Path) -> DataError:
     """Build the error about a file or folder without records; it lists the data files below it."""
     tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
     for one in sorted(path.rglob("*")):
@@ -448,12 +452,12 @@ def no_rows(path: Path) -> DataError:
         if any(parts[0].is_dir() for parts in tables.values()):
             found, bound = "images two folders deep", "must be one folder of class folders, or a table of paths"
         return DataError(str(path), found, f"{bound}: name {', '.join(below[:10])}")
-    if images := other_images(path):
+    if images := count_unsupported_images(path):
         return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
     return DataError(str(path), "no rows", "must hold at least one record")
 
 
-def refusal(path: Path, what: str, columns: Sequence[Column], other: object = "") -> DataError:
+def refusal(path: Path, what: str, columns: Sequence[DataColumn], other: object = "") -> DataError:
     """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
     names = listed(one.name for one in columns)
     said = {"names": names, "other": other, "event": WORDS["bounds"]["is_event"]}
@@ -461,7 +465,7 @@ def refusal(path: Path, what: str, columns: Sequence[Column], other: object = ""
     return DataError(f"{path}, column{'s' * (len(columns) > 1)} {names}", value, bound)
 
 
-def other_images(folder: Path) -> str:
+def count_unsupported_images(folder: Path) -> str:
     """Count the images below a folder in formats that are not supported, by extension."""
     endings = (next(filter(one.name.lower().endswith, NAMES["endings"]), "") for one in folder.rglob("*"))
     return ", ".join(f"{count:,} {end}" for end, count in Counter(endings).items() if end)
@@ -473,7 +477,7 @@ def listed(columns: Iterable[str]) -> str:
     return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
 
 
-def _words(name: str) -> list[str]:
+def _split_words(name: str) -> list[str]:
     """Split a name into lower-case words and numbers."""
     return re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
@@ -485,7 +489,7 @@ def _whole_numbers(value: object, *, within: int = 3) -> list[int]:
     return [one for one in parts if type(one) is int] or next(filter(None, inner), [])
 
 
-def _kinds_of_text(text: str) -> Iterator[str]:
+def _text_kinds(text: str) -> Iterator[str]:
     """Yield what a text looks like: its number of words, a code, a date, a number in another notation, or a path."""
     words = len(_WORD.findall(text[:_HEAD]))
     words = 0 if words and len(_NUMBERED.findall(text[:_HEAD])) > words else words
@@ -494,7 +498,7 @@ def _kinds_of_text(text: str) -> Iterator[str]:
         yield "code"
     if len(text) <= _LONGEST_DATE and _DATE.fullmatch(text):
         yield "date"
-    elif read.is_number_in_another_form(text):
+    elif read.is_localized_number(text):
         yield "other number"
     elif len(text) <= _LONGEST_DATE and _MEASURE.fullmatch(text):
         yield "measure"

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.formats import detect_format, raw_rows
 from fedtune.data.text_rows import Row
 from fedtune.lab.preparation.columns import (
     NAMES,
     SHARD,
     WORDS,
-    Column,
+    DataColumn,
+    count_unsupported_images,
+    group_numbered,
     listed,
-    no_rows,
-    numbered,
-    other_images,
+    no_records_error,
     refusal,
 )
-from fedtune.lab.preparation.patterns import ODD_TEXTS, odd_texts
+from fedtune.lab.preparation.patterns import ODD_TEXTS, find_odd_texts
 from fedtune.spec import ConfigError, DataError
 
 Kind: TypeAlias = str  # one of `KINDS`
@@ -31,7 +31,7 @@ KINDS: Mapping[Kind, Sequence[str]] = {kind: said.split(" = ") for kind, said in
 SHOWN_ROWS = 5
 OPEN = "???"  # in place of a setting that a person must give
 Form: TypeAlias = Literal["table", "texts"]
-Roles: TypeAlias = dict[str, tuple[Column, str]]  # by role the column that has it, and why
+Roles: TypeAlias = dict[str, tuple[DataColumn, str]]  # by role the column that has it, and why
 
 
 class _Part(NamedTuple):
@@ -43,12 +43,12 @@ class _Part(NamedTuple):
     optional: bool = False  # whether the kind can do without it
 
     @property
-    def bound(self) -> str:
+    def requirement(self) -> str:
         """The requirement on the column's values, as the end of a message."""
         return f"must hold {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
 
 
-def _parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
+def _make_parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
     return tuple(_Part(role, NAMES.get(some, ()), fits) for role, some in names.items())
 
 
@@ -67,7 +67,7 @@ _BY_FORM = {"tags": "is_tags", "spans": "is_spans", "tokens": "are_words", "text
 _BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
 
 
-def _layouts(pair: Sequence[Column]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]:
+def _iter_layouts(pair: Sequence[DataColumn]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]:
     """Yield the kinds of files that are recognized by column names; the first match counts.
 
     `pair`: two columns of related texts, if the file has them.
@@ -75,12 +75,12 @@ def _layouts(pair: Sequence[Column]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]
     texts = [_Part(role, [one.key]) for role, one in zip(("text", "other"), pair, strict=False)]
     yield "entities", (_Part("tokens", NAMES["tokens"], "is_tokens"), _Part("tags", NAMES["tags"], "is_tags"))
     yield "entities", (_Part("text", (*NAMES["texts"], "data")), _Part("spans", NAMES["spans"], "is_spans"))
-    yield "preferences", _parts(_BOTH, "is_whole_chat")
-    yield "preferences", (_Part("messages", _ASKED, "is_chat"), *_parts(_BOTH, "is_chat"))
-    yield "preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_parts(_BOTH))
+    yield "preferences", _make_parts(_BOTH, "is_whole_chat")
+    yield "preferences", (_Part("messages", _ASKED, "is_chat"), *_make_parts(_BOTH, "is_chat"))
+    yield "preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_make_parts(_BOTH))
     yield "chat", (_Part("messages", NAMES["chats"], "is_chat"), _SYSTEM)
-    yield "triplets", _parts(_BELONGS | {"negative": "negatives"})
-    yield "scored", (*(texts or _parts({"text": "", "other": ""})), _Part("target", _SCORES, "is_score"))
+    yield "triplets", _make_parts(_BELONGS | {"negative": "negatives"})
+    yield "scored", (*(texts or _make_parts({"text": "", "other": ""})), _Part("target", _SCORES, "is_score"))
     # What is asked of a text is answered in words, however few the answers are.
     yield "pairs", (_PROMPT, _Part("input", NAMES["contexts"]), _SYSTEM, _COMPLETION)
     yield "pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits="is_completion"))
@@ -102,7 +102,7 @@ class Found:
     rows: int  # that can be read
     faults: Sequence[DataError]  # what is wrong with the first of the others
     num_faults: int  # all of them
-    columns: Mapping[str, Column]
+    columns: Mapping[str, DataColumn]
     first: Sequence[Row]
     kind: Kind
     roles: Mapping[str, str]  # role to column; `user` where a column says whose each record is
@@ -143,7 +143,7 @@ class Found:
         """(column, reason) for each column that no run reads."""
         for one in self.columns.values():
             if one.name not in (*self.roles.values(), *self.features):
-                why, teaches = one.why("unread"), {"prompt", "messages"} & set(self.roles)
+                why, teaches = one.explain("unread"), {"prompt", "messages"} & set(self.roles)
                 yield one.name, why.replace("--text-pair", "--context") if teaches else why
             elif one.is_chat:
                 yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
@@ -159,8 +159,8 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         DataError: the file is unsuitable.
         ConfigError: a choice is invalid.
     """
-    columns, first, faults = dict[str, Column](), list[Row](), list[DataError]()
-    kind_of_file, rows, num_faults = format_of(path), 0, 0
+    columns, first, faults = dict[str, DataColumn](), list[Row](), list[DataError]()
+    kind_of_file, rows, num_faults = detect_format(path), 0, 0
     odd = defaultdict[tuple[str, str], list[int]](list)  # lines by what is odd, and column
     for number, (line, row) in enumerate(raw_rows(path), 1):
         if isinstance(row, DataError):
@@ -168,20 +168,20 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
             faults += [row] if num_faults <= SHOWN_ROWS else []
             continue
         rows += 1
-        for place in odd_texts(row, kind_of_file):
+        for place in find_odd_texts(row, kind_of_file):
             odd[place].append(line)
         first += [row] if rows <= SHOWN_ROWS else []
         for name, value in row.items():
             if name not in columns:
-                columns[name] = Column(name)
+                columns[name] = DataColumn(name)
             columns[name].note(value, number)
     if not rows:
-        raise faults[0] if faults else no_rows(path)
+        raise faults[0] if faults else no_records_error(path)
     for column in columns.values():
-        column.judge(rows)
-    for some in numbered(columns.values()):  # as one of them is, so are the others
+        column.classify(rows)
+    for some in group_numbered(columns.values()):  # as one of them is, so are the others
         for column in some:
-            column.judge(rows, may_be_label=False)
+            column.classify(rows, may_be_label=False)
     if not chosen and kind_of_file in (".csv", ".tsv"):
         _require_header(columns, path)
     for option, name in chosen.items():
@@ -193,7 +193,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
     _require_fit([*_BESIDE, _IMAGE, *_FOLLOWED], roles)
     beside = {part.role: roles.pop(part.role) for part in _BESIDE if part.role in roles}
     free = [one for one in columns.values() if one not in beside.values()]
-    kind, found = (guess := _Guess(free, roles, path, form)).made()
+    kind, found = (guess := _Guess(free, roles, path, form)).detect_roles()
     found |= {role: (one, "chosen") for role, one in beside.items()}
     taken = [one for one, _ in found.values()]
     people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one not in taken)
@@ -204,7 +204,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         f"{column}: {len(lines):,} of its values have {ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
         for (what, column), lines in odd.items()
     )
-    images = other_images(path) if kind_of_file == "classes" else ""
+    images = count_unsupported_images(path) if kind_of_file == "classes" else ""
     skipped = [f"{images} images beside them are not read: convert them to PNG, JPEG or WebP."] if images else []
     return Found(
         path=path,
@@ -216,21 +216,21 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         kind=kind,
         roles={role: one.name for role, (one, _) in found.items()},
         why={role: why for role, (_, why) in found.items()},
-        notes=(*guess.notes(found), *odd_notes, *skipped),
-        features=tuple(one.name for one in guess.features(but=taken)) if kind == "table" else (),
+        notes=(*guess.list_notes(found), *odd_notes, *skipped),
+        features=tuple(one.name for one in guess.list_features(but=taken)) if kind == "table" else (),
     )
 
 
-def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, Column]) -> None:
+def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, DataColumn]) -> None:
     """Refuse a chosen column whose values do not fit its role."""
     for part in parts:
         one = chosen.get(part.role)
         if one is not None and not getattr(one, part.fits):
-            bound = one.fault if part.role in ("tags", "spans") and one.fault else part.bound
+            bound = one.fault if part.role in ("tags", "spans") and one.fault else part.requirement
             raise ConfigError(f"--{_OPTION_OF[part.role]}", one.name, bound)
 
 
-def _require_header(columns: Mapping[str, Column], path: Path) -> None:
+def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
     """Refuse a table whose first row looks like a record or a comment, because its texts would become column names."""
     filled = [one for one in columns.values() if one.filled]
     unnamed = [one for one in filled if one.name.startswith("(column ")]
@@ -251,52 +251,58 @@ class _Guess:
     refused.
     """
 
-    every: Sequence[Column]
-    chosen: Mapping[str, Column]
+    every: Sequence[DataColumn]
+    chosen: Mapping[str, DataColumn]
     path: Path
     form: Form | None
 
-    def made(self) -> tuple[Kind, Roles]:
-        roles, pair = set(self.chosen), self._pair()
+    def detect_roles(self) -> tuple[Kind, Roles]:
+        roles, pair = set(self.chosen), self._find_text_pair()
         if roles == {"text"}:
             return "text", {"text": (self.chosen["text"], "chosen; without --label its texts alone are learnt")}
-        for what, some, other in self._unwanted() if not roles else ():
+        for what, some, other in self._iter_unwanted() if not roles else ():
             if some:
                 raise refusal(self.path, what, some, other)
-        layouts = [one for one in _layouts(pair) if roles <= {part.role for part in one[1]}]
+        layouts = [one for one in _iter_layouts(pair) if roles <= {part.role for part in one[1]}]
         for kind, parts in layouts if self.form is None else ():
-            if found := self._laid_out(parts):
+            if found := self._match_layout(parts):
                 return "instructions" if kind == "pairs" and found["prompt"][0].key == "instruction" else kind, found
         if not {"text", "image"} <= roles and any(roles - _INPUTS <= answer for answer in _ANSWERS):
-            if answered := self._answered(pair):
+            if answered := self._detect_answered(pair):
                 return answered
-            text = self._text("is_prose") or (None if self.features() else self._text("is_short"))
+            text = self._find_text("is_prose") or (None if self.list_features() else self._find_text("is_short"))
             if text and not roles and self.form != "table":
-                others = [one for one in self._texts("is_prose") if 2 * one.mean_characters >= text[0].mean_characters]
+                others = [
+                    one
+                    for one in self._text_candidates("is_prose")
+                    if 2 * one.mean_characters >= text[0].mean_characters
+                ]
                 others += [one for one in self.every if one.is_image]
                 if len(others) > 1:
                     raise refusal(self.path, "texts", others)
                 return "text", {"text": (text[0], f"{text[1]}; no label stands beside it")}
-        raise self._misfit(layouts)
+        raise self._misfit_error(layouts)
 
-    def notes(self, found: Roles) -> Iterator[str]:
+    def list_notes(self, found: Roles) -> Iterator[str]:
         """Yield notes for the user about the columns that have these roles, or could have them."""
         used = {one.name for one, _ in found.values()}
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
             if role in found and getattr(found[role][0], holds):
                 yield WORDS["notes"][role].format(found[role][0])
-        times, events = self._timed()
+        times, events = self._survival_candidates()
         if times and "label" in found and found["label"][0] in events:
             yield WORDS["notes"]["followed"].format(found["label"][0], times[0])
-        yield from (f"{one.name}: {one.why('unread')}." for one in self.every if one.is_mark and one.name not in used)
+        yield from (
+            f"{one.name}: {one.explain('unread')}." for one in self.every if one.is_mark and one.name not in used
+        )
         if shard := SHARD.search(self.path.name):
             yield WORDS["notes"]["shard"].format(shard[1])
 
-    def features(self, *, but: Collection[Column] = ()) -> list[Column]:
+    def list_features(self, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:
         """List the columns usable as features of a table: no answers, row ids or person ids."""
         return [one for one in self.every if one.is_feature and one not in but]
 
-    def _laid_out(self, parts: Sequence[_Part]) -> Roles | None:
+    def _match_layout(self, parts: Sequence[_Part]) -> Roles | None:
         """Assign columns to the roles of one layout; None if a required column is missing."""
         found: Roles = {}
         needed = [part for part in parts if not part.optional]
@@ -305,7 +311,7 @@ class _Guess:
             if one is None and not (part.optional and all(other.role in self.chosen for other in needed)):
                 but = (*(other for other, _ in found.values()), *self.chosen.values())
                 alike = [other.key for other in self.every if getattr(other, _BY_FORM.get(part.role, ""), False)]
-                one = self._named([*part.names, *alike[: len(alike) == 1]], part.fits, but=but)
+                one = self._find_named([*part.names, *alike[: len(alike) == 1]], part.fits, but=but)
                 why = _BY_VALUES if one is not None and one.key not in part.names else "its name"
             if one is not None and getattr(one, part.fits):
                 found[part.role] = one, why
@@ -313,23 +319,29 @@ class _Guess:
                 return None
         return {part.role: found[part.role] for part in parts if part.role in found}
 
-    def _answered(self, pair: Sequence[Column]) -> tuple[Kind, Roles] | None:
+    def _detect_answered(self, pair: Sequence[DataColumn]) -> tuple[Kind, Roles] | None:
         """Detect a file of images, texts, text pairs or table rows with an answer; any input may have any kind of
         answer.
         """
-        is_open, texts = self.form is None and not {"image", "text"} & set(self.chosen), self._texts("is_prose")
+        is_open, texts = (
+            self.form is None and not {"image", "text"} & set(self.chosen),
+            self._text_candidates("is_prose"),
+        )
         for one in self.every if is_open else ():
             if one.other_images and (not texts or one.key in NAMES["images"]):
                 raise refusal(self.path, "ending", [one], one.other_images)
-        kind, roles = self._with_answer()
+        kind, roles = self._detect_answer()
         but = [one for one, _ in roles.values()]
-        features, text = self.features(but=but), None if self.form == "table" else self._text("is_prose", but=but)
+        features, text = (
+            self.list_features(but=but),
+            None if self.form == "table" else self._find_text("is_prose", but=but),
+        )
         if not roles:
             return None
-        if self.form is None and (image := self._image(text)):
+        if self.form is None and (image := self._find_image(text)):
             return "images", {"image": image, **roles}
         if text is None and self.form != "table":
-            text = self._text("is_text" if self.form else "is_short", but=but)
+            text = self._find_text("is_text" if self.form else "is_short", but=but)
             if text and features and self.form is None:
                 raise refusal(self.path, "few_words", [text[0]], listed(one.name for one in features))
         if text is None:
@@ -338,67 +350,69 @@ class _Guess:
             return kind, {"text": (pair[0], text[1]), "text_pair": (pair[1], "its name beside the other's"), **roles}
         return kind, {"text": text, **roles}
 
-    def _with_answer(self) -> tuple[Kind, Roles]:
+    def _detect_answer(self) -> tuple[Kind, Roles]:
         """Return the answer's columns and the kind of text file that has such an answer; no columns if there is
         none.
         """
         chosen = set(self.chosen)
-        is_open = chosen <= _INPUTS and not self._named(NAMES["answers"], "is_answer")
-        timed = self._followed() if chosen & _TIMED or is_open else None
-        answer = None if timed or chosen & _TIMED else self._answer()
+        is_open = chosen <= _INPUTS and not self._find_named(NAMES["answers"], "is_answer")
+        timed = self._detect_survival() if chosen & _TIMED or is_open else None
+        answer = None if timed or chosen & _TIMED else self._find_answer()
         if answer is None:
             return "followed", timed or {}
         if answer[0].separator is not None:
             return "tagged", {"labels": answer}
         return ("labelled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
 
-    def _followed(self) -> Roles | None:
+    def _detect_survival(self) -> Roles | None:
         """Return the columns of a survival time and its event; the user must choose if the values do not encode an
         event.
         """
-        times, events = self._timed()
+        times, events = self._survival_candidates()
         if not _TIMED & set(self.chosen):
-            if not times or not events or not {*self._usual()} <= {*events}:
+            if not times or not events or not {*self._named_answers()} <= {*events}:
                 return None
-            is_one = len(times) == len(events) == 1 and not self._usual()
+            is_one = len(times) == len(events) == 1 and not self._named_answers()
             if not (is_one and times[0].is_called_time and events[0].is_event):
                 raise refusal(self.path, "event", events, listed(one.name for one in times))
         named = zip(_FOLLOWED, (times, events), strict=True)
-        return self._laid_out([part._replace(names=[one.key for one in some]) for part, some in named])
+        return self._match_layout([part._replace(names=[one.key for one in some]) for part, some in named])
 
-    def _timed(self) -> tuple[list[Column], list[Column]]:
+    def _survival_candidates(self) -> tuple[list[DataColumn], list[DataColumn]]:
         """Return the possible time-to-event columns, preferring those named so, and the possible event columns."""
         events = [one for one in self.every if one.may_be_event]
         times = [one for one in self.every if one.may_be_time and any(event.is_event for event in events)]
         return [one for one in self.every if one.is_called_time] or times, events
 
-    def _answer(self) -> tuple[Column, str] | None:
+    def _find_answer(self) -> tuple[DataColumn, str] | None:
         """Return the answer's column and the reason; the user must choose if several columns qualify."""
         if one := self.chosen.get("label") or self.chosen.get("target"):
             if not one.is_answer:
-                raise ConfigError("--label" if "label" in self.chosen else "--score", one.name, one.why("no_answer"))
+                raise ConfigError(
+                    "--label" if "label" in self.chosen else "--score", one.name, one.explain("no_answer")
+                )
             return one, "chosen"
-        self._require_read(NAMES["answers"])
-        one = self._named(NAMES["answers"], "is_answer", but=self.chosen.values()) or self._only_answer()
+        self._require_readable_answer(NAMES["answers"])
+        one = self._find_named(NAMES["answers"], "is_answer", but=self.chosen.values()) or self._find_only_answer()
         if one is None:
             return None
-        names = self._named([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
+        names = self._find_named([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
         if names and names.is_label and one.is_number:
             return names, f"the names of {one.name}"
         is_named = one.is_called_answer or one.key in (*NAMES["topics"], *NAMES["numbers"])
         return one, "its name" if is_named else _BY_VALUES
 
-    def _only_answer(self) -> Column | None:
+    def _find_only_answer(self) -> DataColumn | None:
         """Return the only column that can be the answer, by a usual name for answers or else by its values."""
-        usual, others = self._usual(), [one for one in self.every if one not in self.chosen.values()]
+        usual, others = self._named_answers(), [one for one in self.every if one not in self.chosen.values()]
         is_text = any(one.is_prose for one in self.every)
         if not usual:
             longest = max((one.longest for one in self.every if one.is_prose), default=0)
             marked = [one for one in self.every if one.is_lone_answer or one.is_tags or 0 < one.furthest <= longest]
-            self._require_read(_MAY_ANSWER, others=marked)
+            self._require_readable_answer(_MAY_ANSWER, others=marked)
         few = [one for one in others if one.may_be_answer and (one.is_label or (one.is_list and one.several["["]))]
         numbers = [one for one in others if one.may_be_answer and one.is_number and one not in few]
-        if not few or self._is_of_texts():  # in a table, one column of few values among numbers is not yet the answer
+        if not few or self._has_texts():  # in a table, one column of few values among numbers is not yet the answer
             numbers = [one for one in numbers if one.key in NAMES["numbers"]]
         binary = [one for one in few if one.is_binary]
         if len(usual) == 1 < len(binary) and usual[0] in binary and is_text:
@@ -410,59 +424,59 @@ class _Guess:
             raise refusal(self.path, "answers", found, lists)
         return found[0] if found else None
 
-    def _usual(self) -> list[Column]:
+    def _named_answers(self) -> list[DataColumn]:
         """Return columns of few values, or of lists of such, with a usual name for answers to such records."""
-        topics = NAMES["topics"] if self._is_of_texts() else ()
+        topics = NAMES["topics"] if self._has_texts() else ()
         few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
         return [one for one in few if one.is_called_answer or one.key in topics]
 
-    def _is_of_texts(self) -> bool:
+    def _has_texts(self) -> bool:
         """Whether the records are texts or images and not rows of a table."""
         others = any(one.is_short or one.is_image for one in self.every)
-        return self.form != "table" and (others or bool(self._texts("is_prose")))
+        return self.form != "table" and (others or bool(self._text_candidates("is_prose")))
 
-    def _require_read(self, names: Sequence[str], *, others: Iterable[Column] = ()) -> None:
+    def _require_readable_answer(self, names: Sequence[str], *, others: Iterable[DataColumn] = ()) -> None:
         """Refuse a column that is called an answer, or is one of `others`, and is none: others would be learnt."""
         named = [one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))]
         unread = [one for one in named if one.is_unread_answer or one.is_lone_answer]
         for one in (one for one in (*unread, *others) if one not in self.chosen.values()):
-            raise refusal(self.path, "unread", [one], one.why("no_answer"))
+            raise refusal(self.path, "unread", [one], one.explain("no_answer"))
 
-    def _image(self, text: tuple[Column, str] | None) -> tuple[Column, str] | None:
+    def _find_image(self, text: tuple[DataColumn, str] | None) -> tuple[DataColumn, str] | None:
         """Return the image column: by name or, without a text column, the only one with images in a supported
         format.
         """
         if {"image", "text"} & set(self.chosen):
             return (self.chosen["image"], "chosen") if "image" in self.chosen else None
         found = [one for one in self.every if one.is_image and (text is None or one.key in NAMES["images"])]
-        if named := self._named(NAMES["images"], "is_image"):
+        if named := self._find_named(NAMES["images"], "is_image"):
             return named, "its name"
         if len(found) > 1:
             raise refusal(self.path, "images", found)
         return (found[0], _BY_VALUES) if found else None
 
-    def _text(self, fits: str, *, but: Collection[Column] = ()) -> tuple[Column, str] | None:
+    def _find_text(self, fits: str, *, but: Collection[DataColumn] = ()) -> tuple[DataColumn, str] | None:
         """Return the text column and the reason: by name, or the longest texts."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
-        others = self._texts(fits, but=but)
+        others = self._text_candidates(fits, but=but)
         texts = [one for one in others if not one.is_label] or others
-        if named := self._named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
+        if named := self._find_named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
             return named, "its name"
-        if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._pair()}:
+        if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._find_text_pair()}:
             raise refusal(self.path, "texts", texts)
         return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
-    def _texts(self, fits: str, *, but: Collection[Column] = ()) -> list[Column]:
+    def _text_candidates(self, fits: str, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:
         """Return the columns that a record may be about; a comment column that few rows fill is excluded."""
         others = [one for one in self.every if getattr(one, fits) and one not in but and not one.unread]
         others = [one for one in others if not (one.is_person or one.is_of_records)]
-        most = max((one.filled for one in (*others, *self.features(but=but))), default=0)
+        most = max((one.filled for one in (*others, *self.list_features(but=but))), default=0)
         return [one for one in others if 2 * one.filled >= most]
 
-    def _named(self, names: Sequence[str], fits: str, *, but: Iterable[Column] = ()) -> Column | None:
+    def _find_named(self, names: Sequence[str], fits: str, *, but: Iterable[DataColumn] = ()) -> DataColumn | None:
         """Return the column with the first of these names whose values fit."""
-        by_key = defaultdict[str, list[Column]](list)
+        by_key = defaultdict[str, list[DataColumn]](list)
         for one in (one for one in self.every if getattr(one, fits) and one not in but):
             by_key[one.key].append(one)
         found = next((by_key[name] for name in names if name in by_key), [])
@@ -470,42 +484,44 @@ class _Guess:
             raise refusal(self.path, "alike", found)
         return found[0] if found else None
 
-    def _pair(self) -> Sequence[Column]:
+    def _find_text_pair(self) -> Sequence[DataColumn]:
         """Return two text columns with matching names, the first one first; empty if there are none."""
         if second := self.chosen.get("text_pair"):
-            text = self._text("is_text", but=[second])
+            text = self._find_text("is_text", but=[second])
             return [text[0], second] if text else ()
-        alike = [[self._named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
+        alike = [[self._find_named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
         found = [[one for one in some if one] for some in alike]
         others = {*NAMES["rivals"], *NAMES["turns"], *NAMES["negatives"]}
-        found += [some for some in numbered(self.every) if not others & set(some[0].words)]
+        found += [some for some in group_numbered(self.every) if not others & set(some[0].words)]
         two = [some for some in found if len(some) == 2 and not any(one.is_label for one in some)]
         return two[0] if two and "text" not in self.chosen else ()
 
-    def _unwanted(self) -> Iterator[tuple[str, Sequence[Column], object]]:
+    def _iter_unwanted(self) -> Iterator[tuple[str, Sequence[DataColumn], object]]:
         """Yield columns that show that rows should not be used as they are: withdrawn, or spread over several rows or
         columns.
 
         Each item is (reason, columns, detail).
         """
-        prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
-        answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
+        prompt = self._find_named(_ASKED, "is_asked") or self._find_named(_ASKED, "is_chat")
+        answers = self._find_named(NAMES["chats"], "is_chat") or (
+            prompt and self._find_named(NAMES["completions"], "is_said")
+        )
         flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
         yield "unwanted", [one for one in self.every if one.is_review], "a record"
         yield "unwanted", flags, answers.name if answers else ""
         parts = [one for one in self.every if one.is_tag or (one.key in NAMES["speakers"] and one.is_speaker)]
         yield "rows", parts, ""
-        for some in numbered(self.every):
+        for some in group_numbered(self.every):
             judges = [one for one in self.every if one.judges(some)]
             rival, turn, negative = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
             is_odd = rival or turn or judges or (len(some) > 2 and not negative)
             yield "several", [*some, *(judges[:1] if not turn else [])] if is_odd else [], ""
-        laid_out = {kind for kind, parts in _layouts(()) if self._laid_out(parts)}
+        laid_out = {kind for kind, parts in _iter_layouts(()) if self._match_layout(parts)}
         for roles, other in ((_BOTH, "prompt, what they answer"), (_BELONGS, "negative, what does not belong to them")):
-            some = [one for what in roles.values() if (one := self._named(NAMES[what], "is_said"))]
+            some = [one for what in roles.values() if (one := self._find_named(NAMES[what], "is_said"))]
             yield "belong", some if len(some) > 1 and not laid_out & {"preferences", "triplets"} else [], other
 
-    def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
+    def _misfit_error(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
         """Explain why the chosen columns match no kind of file, or why the file itself matches none."""
         _require_fit((part for _, parts in layouts for part in parts), self.chosen)
         if self.chosen:
@@ -521,7 +537,7 @@ class _Guess:
         named = listed(f"{one.name} ({one.holds})" for one in self.every)
         bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
-            bound += f"; {one.name}: {one.why('unread')}" if one.filled and not one.is_feature else ""
-        if chat := self._named(NAMES["chats"], "filled") or next((one for one in self.every if one.keys), None):
+            bound += f"; {one.name}: {one.explain('unread')}" if one.filled and not one.is_feature else ""
+        if chat := self._find_named(NAMES["chats"], "filled") or next((one for one in self.every if one.keys), None):
             bound += f", or in {chat.name} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {named or 'without a name'}", bound)

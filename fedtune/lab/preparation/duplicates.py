@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fedtune.data.records import Record
-from fedtune.data.text_rows import at_line
-from fedtune.data.values import UNSPACED, one_form
+from fedtune.data.text_rows import format_location
+from fedtune.data.values import UNSPACED, normalize_name
 from fedtune.extras import is_installed
-from fedtune.lab.preparation.patterns import identifiers
+from fedtune.lab.preparation.patterns import find_identifiers
 
 SAME = 0.8  # texts are alike that share so much of their runs of five letters (Jaccard)
 MOST_SAME, MOST_ALIKE, MOST_LETTERS = 500_000, 100_000, 20_000_000
@@ -61,19 +61,19 @@ class Earlier:
         """Whether later records are no longer stored."""
         return len(self._same) >= MOST_SAME or len(self._noted) >= MOST_ALIKE or self._letters >= MOST_LETTERS
 
-    def twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
+    def find_twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
         """Return the earlier duplicates and near-duplicates of a record, at most one per use and answer.
 
         With `keep`, the record then counts as an earlier one itself.
         """
-        text, twin = record.said, Twin(use, record.answer, record.line)
+        text, twin = record.full_text, Twin(use, record.target_key, record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         same = self._same.get(digest, ())
         if keep and all(one[:2] != twin[:2] for one in same) and len(self._same) < MOST_SAME:
             self._same[digest] = (*same, twin)
-        return {"same": same, "alike": self._alike(text, twin, keep)}
+        return {"same": same, "alike": self._find_similar(text, twin, keep)}
 
-    def _alike(self, text: str, twin: Twin, keep: bool) -> tuple[Twin, ...]:
+    def _find_similar(self, text: str, twin: Twin, keep: bool) -> tuple[Twin, ...]:
         letters = text[:_FIRST].casefold()
         if self._index is None or len(letters) < _LEAST or self._letters >= MOST_LETTERS:
             return ()
@@ -93,11 +93,11 @@ class Earlier:
         return tuple(found.values())
 
 
-def spelling(label: str) -> str:
+def normalize_spelling(label: str) -> str:
     """Normalize a label: case, whitespace, Unicode form, invisible characters, and `.0` of a whole number are
     ignored.
     """
-    text = unicodedata.normalize("NFKC", one_form(label)).casefold()
+    text = unicodedata.normalize("NFKC", normalize_name(label)).casefold()
     return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
 
 
@@ -118,7 +118,7 @@ class Near:
     details: list[tuple[str, int, str]]  # likely identifiers that others have: kind, how many others, the first of them
 
 
-def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) -> Iterator[tuple[int, int, str]]:
+def find_longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) -> Iterator[tuple[int, int, str]]:
     """Yield for each text the longest run of words that another text contains: (length, end position, location of the
     other).
 
@@ -166,39 +166,46 @@ def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) ->
     yield from (max((best[at][0], end, best[at][1]) for end, at in enumerate(states, 1)) for states in ends)
 
 
-def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
+def compare_records(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
     """Compare records with others, which are streamed and not kept; records with the longest shared runs come first."""
-    texts, having = list(map(words_said, records)), {detail: list[str]() for one in records for detail in _details(one)}
+    texts, having = (
+        list(map(split_words, records)),
+        {detail: list[str]() for one in records for detail in _find_details(one)},
+    )
     earlier, twins = Earlier(alike=is_installed("datasketch")), dict[str, tuple[str, str]]()
     for number, one in enumerate(records):
-        earlier.twins(one, str(number))  # with a use of its own each is kept
+        earlier.find_twins(one, str(number))  # with a use of its own each is kept
 
     def read() -> Iterator[tuple[str, Words]]:
         for other in others:
-            place = at_line(other.file, other.line)
-            for likeness, some in earlier.twins(other, keep=False).items():
+            place = format_location(other.file, other.line)
+            for likeness, some in earlier.find_twins(other, keep=False).items():
                 for its, *_ in some:
                     twins[its] = max(twins.get(its, ("", "")), (likeness, place), key=lambda twin: twin[0])
-            for detail in _details(other) & having.keys():
+            for detail in _find_details(other) & having.keys():
                 having[detail].append(place)
-            yield place, words_said(other)
+            yield place, split_words(other)
 
     near = []
-    for number, (words, end, place) in enumerate(longest_runs(texts, read())):
+    for number, (words, end, place) in enumerate(find_longest_runs(texts, read())):
         one, text, twin = records[number], texts[number], twins.get(str(number), ("", ""))
         share, run = words / max(1, len(text) - text.count(None)), " ".join(map(str, text[end - words : end]))
-        details = [(kind, len(some), some[0]) for kind, form in sorted(_details(one)) if (some := having[kind, form])]
-        near.append(Near(at_line(one.file, one.line), words, share, run, place if words else "", *twin, details))
+        details = [
+            (kind, len(some), some[0]) for kind, form in sorted(_find_details(one)) if (some := having[kind, form])
+        ]
+        near.append(
+            Near(format_location(one.file, one.line), words, share, run, place if words else "", *twin, details)
+        )
     return sorted(near, key=lambda one: (-one.words, -one.share))
 
 
-def words_said(record: Record) -> Words:
+def split_words(record: Record) -> Words:
     """Split a record's texts into normalized words, without case, punctuation or variant forms."""
     plain = (re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold()) for _, text in record.texts())
     return [word for text in plain for word in (*_WORD.findall(text), None)]
 
 
-def _details(record: Record) -> set[tuple[str, str]]:
+def _find_details(record: Record) -> set[tuple[str, str]]:
     """Return (kind, form) of likely identifiers; all but e-mail addresses are reduced to letters and digits."""
-    found = ((kind, text[a:b]) for _, text in record.texts() for kind, a, b in identifiers(text))
+    found = ((kind, text[a:b]) for _, text in record.texts() for kind, a, b in find_identifiers(text))
     return {(kind, (text if kind == "e-mail" else re.sub(r"[\W_]", "", text)).casefold()) for kind, text in found}

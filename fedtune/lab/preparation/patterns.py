@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from operator import itemgetter
 
 
-def identifiers(text: str) -> list[tuple[str, int, int]]:
+def find_identifiers(text: str) -> list[tuple[str, int, int]]:
     """Find likely personal identifiers as (kind, start, end), without overlaps; kinds with a checksum take
     precedence.
     """
@@ -31,13 +31,13 @@ def identifiers(text: str) -> list[tuple[str, int, int]]:
 
 def masked(text: str) -> tuple[str, list[str]]:
     """Replace each identifier by its kind in brackets; return the text and the kind of each replacement."""
-    found = identifiers(text)
+    found = find_identifiers(text)
     ends = [0, *(end for _, _, end in found)]
     parts = [f"{text[end:start]}[{kind}]" for end, (kind, start, _) in zip(ends, found, strict=False)]
     return "".join([*parts, text[ends[-1] :]]), [kind for kind, _, _ in found]
 
 
-def damage(text: str) -> Iterator[str]:
+def find_damage(text: str) -> Iterator[str]:
     """Yield each kind of encoding damage in a text once."""
     if text.isascii() and text.isprintable():
         return
@@ -76,7 +76,7 @@ _PATTERNS: Mapping[str, re.Pattern[str]] = {
 """By kind, each from left to right without looking back far: a text may have millions of characters."""
 
 
-def _iban(text: str) -> str:
+def _match_iban(text: str) -> str:
     """Return the valid IBAN at the start of a text, or "".
 
     ISO 13616: with letters as numbers and the first four characters moved to the end, an IBAN is 1 modulo 97.
@@ -89,7 +89,7 @@ def _iban(text: str) -> str:
     return ""
 
 
-def _card(text: str) -> str:
+def _match_card_number(text: str) -> str:
     """Return the text if it passes the Luhn check, otherwise "".
 
     Every second digit from the right is doubled, and the sum of all digits must be divisible by 10.
@@ -99,7 +99,7 @@ def _card(text: str) -> str:
     return text if len(set(digits)) > 1 and (sum(digits[::-2]) + sum(doubled)) % 10 == 0 else ""
 
 
-def _tax_id(text: str) -> str:
+def _match_tax_id(text: str) -> str:
     """Return the text if it is a valid German tax id, otherwise "".
 
     Federal Central Tax Office: one of the first ten digits occurs two or three times; check digit by ISO 7064 mod 11,
@@ -114,7 +114,7 @@ def _tax_id(text: str) -> str:
     return text if repeated and (11 - product) % 10 == digits[10] else ""
 
 
-def _address(text: str) -> str:
+def _match_ip_address(text: str) -> str:
     """Return the text if `ipaddress` accepts it, otherwise ""; a bare `::` is punctuation."""
     try:
         return text if len(text) > 2 and ipaddress.ip_address(text) else ""
@@ -122,7 +122,12 @@ def _address(text: str) -> str:
         return ""
 
 
-_CHECKS = {"IBAN": _iban, "card number": _card, "German tax id": _tax_id, "IP address": _address}
+_CHECKS = {
+    "IBAN": _match_iban,
+    "card number": _match_card_number,
+    "German tax id": _match_tax_id,
+    "IP address": _match_ip_address,
+}
 """By kind, the part of a match that is one; "" where none is."""
 
 # Marks and rows within a text.
@@ -146,7 +151,7 @@ ODD_TEXTS: Mapping[str, str] = {
 }
 
 
-def odd_texts(row: Mapping[str, object], form: str) -> Iterator[tuple[str, str]]:
+def find_odd_texts(row: Mapping[str, object], form: str) -> Iterator[tuple[str, str]]:
     """Yield (one of `ODD_TEXTS`, column) for each cell whose text was damaged or altered by a program."""
     in_cell, rows_within, marks, quotes, mojibake, html = ODD_TEXTS
     commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")

@@ -19,18 +19,18 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
-from fedtune.data.features import FeatureSpec, columns_of
-from fedtune.data.records import chunks, usable_records
+from fedtune.data.features import FeatureSpec, feature_columns
+from fedtune.data.records import chunk_records, iter_usable_records
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import NO_NAME, category_of, misplaced
-from fedtune.lab.preparation.check_data import labels_of
-from fedtune.lab.preparation.columns import Column
+from fedtune.data.values import NO_NAME, misplaced, normalize_category
+from fedtune.lab.preparation.check_data import count_labels
+from fedtune.lab.preparation.columns import DataColumn
 from fedtune.lab.preparation.detect import KINDS, OPEN, Found
-from fedtune.lab.preparation.duplicates import spelling
+from fedtune.lab.preparation.duplicates import normalize_spelling
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
-from fedtune.tasks.registry import TASKS, task_named
-from fedtune.words import counted
+from fedtune.tasks.registry import TASKS, get_task
+from fedtune.words import pluralize
 
 _MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
 _LONGEST_TOLD = 4096  # tokens up to which lengths are told apart
@@ -54,7 +54,7 @@ _Setting: TypeAlias = tuple[str, Any, str]  # key, value (None: it is not writte
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class ExperimentPlan:
     """A file as read by the chosen model's tokenizer, and the decisions made before there is an experiment."""
 
     base: str  # the experiment of conf/ that it builds on
@@ -82,7 +82,7 @@ class Plan:
         return _SHARES[bisect_right(_SMALLER_FROM, self.units)]
 
 
-def left_open(base: str) -> Sequence[str]:
+def placeholder_overrides(base: str) -> Sequence[str]:
     """Return placeholder overrides for the settings that an experiment of conf/ leaves to the file's owner."""
     placeholders = {
         "own_text": ["data.columns={prompt: a, completion: b}"],
@@ -95,14 +95,16 @@ def left_open(base: str) -> Sequence[str]:
     return placeholders.get(base, ["data.labels=[a,b]"])
 
 
-def filled(found: Found) -> list[str]:
+def fill_overrides(found: Found) -> list[str]:
     """Return placeholder overrides for the settings that a file's experiment leaves to its owner."""
     features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
     by_role = {"time": "task_settings.intervals=[1]", "target": "data.target_range=[0, 1]"}
     return [*features, *(setting for role, setting in by_role.items() if role in found.roles)]
 
 
-def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None) -> Plan:
+def plan_experiment(
+    found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None
+) -> ExperimentPlan:
     """Read the file again, as a run with the settings of `config` would, and plan its experiment.
 
     `config` is the base experiment of the file's kind; token ids must be below `within`.
@@ -111,18 +113,21 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
         ConfigError: the file cannot be partitioned by the site column.
     """
     base = KINDS[found.kind][1]
-    task = task_named(_task_of(found) or config.task, {"intervals": [1.0]} if "time" in found.roles else None)
+    task = get_task(_find_task(found) or config.task, {"intervals": [1.0]} if "time" in found.roles else None)
     # A label becomes public: that of one record alone is no class.
     shared = [label for label, count in found.labels.items() if count > 1]
     own: dict[str, Any] = {"labels": tuple(shared if len(shared) > 1 else found.labels), "max_length": _LONGEST_TOLD}
     if found.features:  # by the file's own values: to look at its rows with, and for nothing that is written
-        own |= {"features": tuple(_by_own_values(found.columns[name]) for name in found.features), "max_length": 1}
-    own |= {"prompt_template": _template(found) or config.data.prompt_template}
+        own |= {
+            "features": tuple(_feature_from_values(found.columns[name]) for name in found.features),
+            "max_length": 1,
+        }
+    own |= {"prompt_template": _prompt_template(found) or config.data.prompt_template}
     own |= {"columns": dict(found.roles), "chat_template": "none", **found.settings}
     own |= {"target_range": _ANY_NUMBER} if own.get("target_range") == OPEN else {}
     data = replace(config.data, **own)
     reader: Any = NoTokenizer() if found.features else tokenizer  # the base leaves the columns open
-    roles = {**found.roles, **columns_of(data.features, {})}
+    roles = {**found.roles, **feature_columns(data.features, {})}
     if found.kind in _TURNS:
         try:  # the model's own template, if it has one that can be taken
             data = replace(data, chat_template="model")
@@ -132,23 +137,25 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     faults, at = Faults(), defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
     counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
     unknown, num_tokens, marks = 0, 1, [getattr(reader, f"{one}_token_id", None) for one in ("unk", "bos", "eos")]
-    for chunk in chunks(usable_records(found.path, roles, fault=task.fault(data), faults=faults, lenient=False)):
+    for chunk in chunk_records(
+        iter_usable_records(found.path, roles, fault=task.fault(data), faults=faults, lenient=False)
+    ):
         usable += len(chunk)
         for record in chunk:
             users.add(record.fields.get("user", ""))
             at[record.fields.get("site", "")][record.fields.get("user", "")] += 1
-            num_of.update(labels_of(record, data))
+            num_of.update(count_labels(record, data))
             cut_words.update(misplaced(record.fields))
         if len(counts) < _MEASURED_ROWS:
-            read = task.tokenise(chunk, reader, data=data, lenient_within=within)
+            read = task.tokenize(chunk, reader, data=data, lenient_within=within)
             counts, num_tokens = counts + read.lengths.tolist(), num_tokens + read.num_tokens
             if marks[0] not in (None, *marks[1:]):
                 unknown += sum(int(np.count_nonzero(ids == marks[0])) for ids in read.input_ids)
-    left_out = faults.left_out(used=usable)
+    left_out = faults.summarize(used=usable)
     # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
     by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
     units = len(users) if by_user and usable else usable
-    named = in_order(at) if "site" in found.roles else []
+    named = sort_labels(at) if "site" in found.roles else []
     places = {place: len(at[place]) if by_user else at[place].total() for place in named}
     if by_user and sum(places.values()) > units:
         bound = "must be the same in all records of a person, who is protected at one site; or use --unit record"
@@ -164,7 +171,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     most = max(_STEP, math.ceil(max(min(longest, _MOST_TOKENS), usual) / _STEP) * _STEP)
     most = longest if base == "own_images" else most
     more = math.ceil((longest - most) / (most - _STRIDE - 2)) if base == "own_entities" and longest > most else 0
-    return Plan(
+    return ExperimentPlan(
         base=base,
         num_sites=len(places) or sites or 2 + bisect_right(_MORE_SITES, units),
         usable=usable,
@@ -175,7 +182,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
         max_length=most,
         windows=min(_MOST_WINDOWS, 1 + more),
         turns=None if data.chat_template == "none" else data.chat_template,
-        labels={label: num_of[label] for label in in_order(num_of)},
+        labels={label: num_of[label] for label in sort_labels(num_of)},
         places=places,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
         misplaced=cut_words,
@@ -183,19 +190,19 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     )
 
 
-def _by_own_values(column: Column) -> FeatureSpec:
-    names = (*map(category_of, column.labels), "x")[:1]
+def _feature_from_values(column: DataColumn) -> FeatureSpec:
+    names = (*map(normalize_category, column.labels), "x")[:1]
     declared: Any = {"categories": names} if column.is_category else {"range": (-1.0, 1.0)}
     return FeatureSpec(columns=(column.name,), size=column.size, missing="indicator", **declared)
 
 
-def _task_of(found: Found) -> str | None:
+def _find_task(found: Found) -> str | None:
     """Return the first task for these roles; None: keep the task of the experiment in conf/."""
     roles = tuple(role for role in found.roles if role not in ("user", "site"))
     return next((name for name, task in TASKS.items() if roles in task.layouts), None)
 
 
-def in_order(labels: Iterable[str]) -> list[str]:
+def sort_labels(labels: Iterable[str]) -> list[str]:
     """Sort labels in natural order: numbers by value, also within texts."""
 
     def parts(label: str) -> list[tuple[float, str]]:
@@ -205,18 +212,18 @@ def in_order(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda label: (parts(label), label))
 
 
-def _template(found: Found) -> str | None:
+def _prompt_template(found: Found) -> str | None:
     """Return the prompt template if the base's own does not fit; otherwise None."""
     asked = "{prompt}" if found.kind == "instructions" else None
     return "{prompt}\n\n{input}" if "input" in found.roles else asked
 
 
-def run_name(file: Path) -> str:
+def derive_run_name(file: Path) -> str:
     """Derive a run's name from the name of its experiment file."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("-._")[:100] or "own"
 
 
-def declared_size(plan: Plan, units: int | None = None) -> int:
+def suggest_declared_size(plan: ExperimentPlan, units: int | None = None) -> int:
     """Suggest a rounded declared size for a site with `units` units in the file; None: an equal share of all units."""
     test, validation = plan.shares
     share = (plan.units / plan.num_sites if units is None else units) * (1 - test - validation)
@@ -224,42 +231,42 @@ def declared_size(plan: Plan, units: int | None = None) -> int:
     return max(1, int(share // unit * unit))
 
 
-def _sizes(plan: Plan) -> list[int]:
+def _declared_sizes(plan: ExperimentPlan) -> list[int]:
     """Return a declared size per site, or a single one for all sites."""
-    return [declared_size(plan, count) for count in plan.places.values()] or [declared_size(plan)]
+    return [suggest_declared_size(plan, count) for count in plan.places.values()] or [suggest_declared_size(plan)]
 
 
-def _num_cut(plan: Plan) -> int:
+def _count_truncated(plan: ExperimentPlan) -> int:
     """Count the records that a run would truncate."""
     read = plan.max_length + (plan.windows - 1) * (plan.max_length - _STRIDE - 2)
     return int((plan.lengths > read).sum())
 
 
-def experiment(found: Found, plan: Plan, *, file: Path) -> str:
+def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
     """Return the YAML of an experiment to be saved as `file`; its relative paths start at that file's folder."""
     # A name may hold the end of a line, and what follows would be a setting.
-    about = f"# An experiment for {found.path.name}.  Run it with: {next_line(file)}"
+    about = f"# An experiment for {found.path.name}.  Run it with: {next_command(file)}"
     own = plan.model_path is not None
     pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "licence"))}
     adapted = {"target_modules": "all-linear", "layers": None}
     adapts = plan.base != "own_images" and (own or plan.model is not None)
-    task = _task_of(found) if found.kind in _OF_ANY_TASK else None
+    task = _find_task(found) if found.kind in _OF_ANY_TASK else None
     zero = {"centre": False, "init": "zero"} if found.kind == "followed" else None
     unit = "user" if plan.by_user else None
     named = [re.sub(r"[^A-Za-z0-9_-]+", "-", place).strip("-_")[:100] for place in plan.places]
     site_names = named if all(named) and len({*named}) == len(named) > 0 else None
     # The power of ten that is at most a tenth of 1 over the largest site's size.
-    delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * max(_sizes(plan)))))
+    delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * max(_declared_sizes(plan)))))
     lines = [
         "".join(letter if letter.isprintable() else "?" for letter in about),
         "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them",
         "# before you show this page to others.",
         "defaults:",
         f"  - {plan.base:<{_BEFORE_COMMENT - 2}} # adapters, rates and rounds: conf/experiment/{plan.base}.yaml",
-        *_settings(("- override /model", plan.model, "the frozen base model")),
+        *_setting_lines(("- override /model", plan.model, "the frozen base model")),
         "",
-        *_settings(
-            ("name", run_name(file), "of the run and of its folder in runs/; each run needs a new one"),
+        *_setting_lines(
+            ("name", derive_run_name(file), "of the run and of its folder in runs/; each run needs a new one"),
             ("model", pinned if own else None, "pin sha256 with what fedtune model-hash prints"),
             ("lora", adapted if adapts else None, "adapters on every linear layer, whatever the model calls them"),
             ("task", task, "what is learnt of each row; ordinal: labels in order"),
@@ -268,16 +275,16 @@ def experiment(found: Found, plan: Plan, *, file: Path) -> str:
         ),
         *_own(found),
         "data:",
-        *_settings(*_data(found, plan, file)),
-        *_all_texts(found),
-        *_public_lists(found, plan),
+        *_setting_lines(*_data_settings(found, plan, file)),
+        *_all_texts_lines(found),
+        *_public_list_lines(found, plan),
         "federation:",
-        *_settings(
+        *_setting_lines(
             ("num_sites", plan.num_sites, "a simulation deals the file out to this many sites"),
             ("site_names", site_names, "in the order of partition"),
         ),
         "privacy:",
-        *_settings(
+        *_setting_lines(
             ("unit", unit, "all records of one person are protected together: docs/user_level.md"),
             ("epsilon", 8.0, "the promise to each of them; lower is stronger: docs/epsilon.md"),
             ("delta", delta, "must stay below 1 / declared_sizes"),
@@ -290,17 +297,17 @@ def _own(found: Found) -> Iterator[str]:
     """The settings of the task alone."""
     if "time" in found.roles:
         yield "task_settings:"
-        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_scalar(found.roles["time"])}'
+        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_to_yaml(found.roles["time"])}'
 
 
-def _settings(*some: _Setting, within: str = "  ") -> Iterator[str]:
+def _setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
     """Yield settings as YAML, each on a line with a comment."""
     for key, value, why in some:
         if value is not None:
-            yield within + f"{key}: {_scalar(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
+            yield within + f"{key}: {_to_yaml(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
 
 
-def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
+def _data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Setting]:
     """Return the settings of `data`, except lists."""
     test, validation = plan.shares
     # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
@@ -309,8 +316,8 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
     path = records.relative_to(folder) if records.is_relative_to(folder) else records
     lies_within = "the least and the largest number: it becomes PUBLIC, and records outside are left out"
     turns = "turns as the model's own template writes them (model), or in words (plain)"
-    lacking = f"{counted(plan.left_out.count, 'row')} cannot be used"
-    cut = _num_cut(plan)
+    lacking = f"{pluralize(plan.left_out.count, 'row')} cannot be used"
+    cut = _count_truncated(plan)
     are_cut = f"; {cut:,} of {len(plan.lengths):,} records are longer and are cut" if cut else ""
     most = f"places of an image in the model{are_cut}"
     if plan.base != "own_images":
@@ -319,14 +326,14 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
     stride = min(_STRIDE, (plan.max_length - 2) // 2) if plan.base == "own_entities" else None
     units = "persons" if plan.by_user else "records"
     sites = {value: place for place, value in enumerate(plan.places)}
-    sizes = _sizes(plan) if plan.places else declared_size(plan)
+    sizes = _declared_sizes(plan) if plan.places else suggest_declared_size(plan)
     return [
         ("train_file", str(path), "the records; relative paths begin at this page's folder"),
         ("columns", dict(found.roles), "role of fedtune: column of the file"),
         ("target_range", found.settings.get("target_range"), lies_within),
         ("event_values", found.settings.get("event_values"), "that it did not come up to the time, and that it came"),
         ("label_separator", found.settings.get("label_separator"), "stands between the labels of a record"),
-        ("prompt_template", _template(found), "what is asked; a part whose columns are blank is left out"),
+        ("prompt_template", _prompt_template(found), "what is asked; a part whose columns are blank is left out"),
         ("chat_template", plan.turns, turns),
         ("unusable", "leave_out" if plan.left_out.count else None, lacking),
         ("max_length", None if found.features else plan.max_length, most),
@@ -338,13 +345,13 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
         ("declared_sizes", sizes, f"each site publishes this number of {units}: it becomes PUBLIC"),
         (
             "dataset",
-            run_name(Path(found.path.name.split(".")[0])),
+            derive_run_name(Path(found.path.name.split(".")[0])),
             "the name by which sites and ledgers know these records",
         ),
     ]
 
 
-def _all_texts(found: Found) -> Iterator[str]:
+def _all_texts_lines(found: Found) -> Iterator[str]:
     """Yield commented-out lines that make the model read all text columns; the user decides whether to enable them."""
     others = [one for one in found.columns.values() if one.is_prose and one.name not in found.roles.values()]
     if found.kind not in _ANSWERED or "text_pair" in found.roles or not others:
@@ -352,12 +359,12 @@ def _all_texts(found: Found) -> Iterator[str]:
     others.sort(key=lambda one: (one.filled, one.mean_characters, one.name))
     beside = dict(zip(["input", *(f"part_{n}" for n in range(2, 99))], (one.name for one in others), strict=False))
     yield "  # Other columns hold texts, too.  A model reads them all with these two lines in place of columns above:"
-    yield f"  # columns: {_scalar({**found.roles, **beside})}"
+    yield f"  # columns: {_to_yaml({**found.roles, **beside})}"
     template = "\n\n".join(f"{{{role}}}" for role in (*beside, "text"))
-    yield f"  # prompt_template: {_scalar(template)}"
+    yield f"  # prompt_template: {_to_yaml(template)}"
 
 
-def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
+def _public_list_lines(found: Found, plan: ExperimentPlan) -> Iterator[str]:
     """The features and labels of `data`."""
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
     # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
@@ -367,7 +374,7 @@ def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
     for name in found.features:
         column = found.columns[name]
         declared = f'{"categories" if column.is_category else "range"}: "???"'
-        declared = f"range: {_scalar([*plan.ranges[name]])}" if name in plan.ranges else declared
+        declared = f"range: {_to_yaml([*plan.ranges[name]])}" if name in plan.ranges else declared
         size = f", size: {column.size}" if column.size else ""
         # All may lack values: whether a row of the file does would be told by the model's shape.
         what = f"columns: [{json.dumps(name, ensure_ascii=False)}], {declared}{size}, missing: indicator"
@@ -375,25 +382,25 @@ def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
     if found.labels:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
         yield "  labels:"
-        yield from (f"    - {_scalar(label)}" for label in plan.labels)
+        yield from (f"    - {_to_yaml(label)}" for label in plan.labels)
     elif found.kind in _OF_ANY_TASK:
         yield "  labels: []"
 
 
-def about_spellings(labels: Iterable[str]) -> list[str]:
+def describe_spellings(labels: Iterable[str]) -> list[str]:
     """Return a sentence for each group of labels that are probably the same label."""
     together = defaultdict[str, list[str]](list)
     for label in labels:
-        together[spelling(label)].append(label)
+        together[normalize_spelling(label)].append(label)
     alike = [", ".join(map(ascii, some)) for some in together.values() if len(some) > 1]
     what_to_do = "write them alike in the file if they are one. They differ in case, spaces, form or invisible letters"
     return [f"The labels {some} look alike, and are learnt as different ones: {what_to_do} alone." for some in alike]
 
 
-def notes(found: Found, plan: Plan) -> Iterator[str]:
+def list_notes(found: Found, plan: ExperimentPlan) -> Iterator[str]:
     """Yield notes for the user before the first run."""
     public = "Sizes are public; at a real site, the site chooses its own in its site.toml."
-    yield f"declared_sizes: {', '.join(f'{one:,}' for one in _sizes(plan))}, near what each site trains on. {public}"
+    yield f"declared_sizes: {', '.join(f'{one:,}' for one in _declared_sizes(plan))}, near what each site trains on. {public}"
     proposed = "Labels, target_range and max_length were proposed from nearly all records of the file"
     yield f"{proposed}, and become public too: change what says more than it should."
     if plan.by_user:
@@ -401,26 +408,26 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
         yield f"{records}, each of whom is protected as a whole (privacy.unit: user)."
     if plan.alike:
         others = "like another but for case, and count as other persons: write them alike in the file if they are one."
-        yield f"{counted(plan.alike, 'id')} of persons are {others}"
+        yield f"{pluralize(plan.alike, 'id')} of persons are {others}"
     if plan.units < _FEW_UNITS * plan.num_sites:
-        units = counted(plan.units, "person" if plan.by_user else "record")
+        units = pluralize(plan.units, "person" if plan.by_user else "record")
         yield f"{units}: that is little, so with noise expect the run to learn little."
     if plan.left_out.count:
         yield f"{plan.left_out}. A run leaves such rows out (unusable: leave_out)."
     if plan.unknown > _MOST_UNKNOWN:
         told = f"{plan.unknown:.0%} of the tokens are unknown to this model"
         yield f"{told}: choose one that knows the texts' language (--model)."
-    yield from about_spellings(plan.labels)
+    yield from describe_spellings(plan.labels)
     if none := NO_NAME & set(plan.labels):
         yield f"A label may stand for no value: {', '.join(sorted(none))}. If so, take it out of labels."
     if rare := [label for label, count in plan.labels.items() if count < _FEW_OF_LABEL]:
         yield f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public."
     if unusable := len(found.labels) - len(plan.labels):
-        yield f"No class, since one row alone or none that can be used has it: {counted(unusable, 'label')}."
+        yield f"No class, since one row alone or none that can be used has it: {pluralize(unusable, 'label')}."
     for way, count in plan.misplaced.items():
         yield f"{count:,} of {plan.usable:,} records have parts that begin or end within a word{way and f' {way}'}."
     yield from found.notes
-    if cut := _num_cut(plan):
+    if cut := _count_truncated(plan):
         lost = "the beginning of what stands before their answer" if found.kind in _TURNS else "their end"
         lost = "the middle of their longest text" if "prompt" in found.roles else lost
         longer = f"{cut:,} of {len(plan.lengths):,} records are longer than max_length ({plan.max_length} tokens)"
@@ -429,10 +436,10 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
         yield f"Lengths are of the first {_MEASURED_ROWS:,} rows."
 
 
-def _scalar(value: Any) -> str:
+def _to_yaml(value: Any) -> str:
     quotes = '"' if isinstance(value, str) and not value.isprintable() else None
     text: str = yaml.safe_dump(
-        literal(value),
+        escape_interpolations(value),
         default_flow_style=True,
         default_style=quotes,
         allow_unicode=True,
@@ -442,15 +449,15 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def literal(value: Any) -> Any:
+def escape_interpolations(value: Any) -> Any:
     """Escape each `${` in texts, so that Hydra does not read it as an interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
-        return {key: literal(one) for key, one in value.items()}
-    return [literal(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: escape_interpolations(one) for key, one in value.items()}
+    return [escape_interpolations(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def next_line(file: Path) -> str:
+def next_command(file: Path) -> str:
     """Return the command to type next; a bare name would refer to conf/."""
     return shlex.join(["fedtune", "simulate", f"experiment={'' if '/' in str(file) else './'}{file}"])

@@ -13,15 +13,22 @@ from fedtune.api.compose import compose_run
 from fedtune.api.door import Callback, stages
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate, constant_words
+from fedtune.evaluation.bootstrap import (
+    FEWEST_UNITS,
+    NO_DIFFERENCE,
+    RESAMPLES,
+    Comparison,
+    Estimate,
+    describe_against_constant,
+)
 from fedtune.evaluation.groups import OTHERS, GroupScores
-from fedtune.lab.studies.trials import Trial
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.lab.studies.trials import SearchTrial
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.show.lines import duration
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
 from fedtune.version import __version__
-from fedtune.words import counted, jsonable, score_words, size
+from fedtune.words import jsonable, pluralize, score_words, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
@@ -38,7 +45,7 @@ class Line:
 
     name: str  # what tables call it
     kind: Kind  # who took part; "run" for one that was there already, and "own" for a site's own adapter
-    run: Trial
+    run: SearchTrial
     site: str | None = None  # the one that trained alone, or whose own adapter it is
 
     @property
@@ -46,7 +53,7 @@ class Line:
         return self.run.config.privacy.private and self.kind != "own"
 
     @property
-    def moved(self) -> int:
+    def bytes_moved(self) -> int:
         """Bytes of adapters sent in both directions; 0 if no adapter is shared."""
         if self.run.result is None or self.kind in ("alone", "pooled"):
             return 0
@@ -89,13 +96,13 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
                 named["training.go_on_without_signal"] = True
             if kind != "federated" or changes:  # a secure sum needs several sites, and noise
                 named |= {"federation.aggregation": "plain", "federation.threshold": None, "federation.colluders": 0}
-            config = compose_run(words, changed={**_who(asked, kind, site), **changes, **named})
+            config = compose_run(words, changed={**_participant_settings(asked, kind, site), **changes, **named})
             name = (f"{site} alone" if site else kind) + ("" if config.privacy.private else NO_PRIVACY)
-            lines.append(Line(name=name, kind=kind, site=site, run=Trial.of(config)))
+            lines.append(Line(name=name, kind=kind, site=site, run=SearchTrial.from_config(config)))
     return lines
 
 
-def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
+def _participant_settings(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
     alone = {"federation.min_sites": 1, "federation.enough_sites": None}
     if kind == "alone":
         return {**alone, "federation.participants": [site]}
@@ -106,7 +113,7 @@ def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
         **alone,
         "federation.num_sites": 1,
         "federation.site_names": ["all"],
-        "data.declared_sizes": sum(asked.data.sizes(asked.federation.num_sites)),
+        "data.declared_sizes": sum(asked.data.site_sizes(asked.federation.num_sites)),
         "data.partition.proportions": [],
         "data.partition.sites": dict.fromkeys(asked.data.partition.sites, 0),
     }
@@ -139,165 +146,181 @@ class Compared:
     def sections(self) -> list[Section]:
         return [
             Section(title="Verdict", notes=self.verdict()),
-            self._scores(),
-            self._beside_main(),
-            self._other_scores(),
-            *(self._by_group(title, found) for title, found in self.groups.items()),
-            self._own(),
-            self._cost(),
-            Section(title="How to read this", notes=[*self.notes, *self._about()]),
+            self._scores_section(),
+            self._main_section(),
+            self._other_scores_section(),
+            *(self._group_section(title, found) for title, found in self.groups.items()),
+            self._personalized_section(),
+            self._cost_section(),
+            Section(title="How to read this", notes=[*self.notes, *self._reading_notes()]),
         ]
 
     def verdict(self) -> list[str]:
         """Summarize the result in sentences, most important first."""
-        compare, base, private = self.sides.comparison, self.models[0], self.lines[0].private
-        told, constant, score = [self._sentence(base)], self.sides.constant, self.sides.judged_by
+        compare, base, private = self.sides.compare_models, self.models[0], self.lines[0].private
+        told, constant, score = [self._comparison_sentence(base)], self.sides.constant, self.sides.judged_by
         if constant is not None:
             mine = self.sides.estimate(self.main, score)
-            told.insert(0, constant_words(self.main, mine, constant, score=score, num_units=self.sides.num_units))
-        told[-1:-1] = self._against_alone()
+            told.insert(
+                0, describe_against_constant(self.main, mine, constant, score=score, num_units=self.sides.num_units)
+            )
+        told[-1:-1] = self._compare_with_alone()
         others = [name for name in self.sides.measured if name not in (self.main, base)]
         for verdict in ("better", "worse"):
             if names := [name for name in others if compare(name, self.main).verdict == verdict]:
-                told.append(f"{_capital(self.main)} is {verdict} than {_listed(names)}.")
+                told.append(f"{_capitalize(self.main)} is {verdict} than {_join_names(names)}.")
         private_of = {line.name: line.private for line in self.lines}
-        told += [self._sentence(mean) for mean, names in self.means.items() if private_of[names[0]] == private]
+        told += [
+            self._comparison_sentence(mean) for mean, names in self.means.items() if private_of[names[0]] == private
+        ]
         plain = f"{self.main}{NO_PRIVACY}"
         if plain in private_of:
             found = compare(plain, self.main)
             if found.verdict == NO_DIFFERENCE:
-                told.append(f"These records do not show what privacy costs it: {interval_text(found)}.")
+                told.append(f"These records do not show what privacy costs it: {format_with_interval(found)}.")
             else:
-                told.append(f"With privacy it is {found.verdict} than without: {self._score} {interval_text(found)}.")
+                told.append(
+                    f"With privacy it is {found.verdict} than without: {self._score} {format_with_interval(found)}."
+                )
         pairs = combinations(self.sides.measured, 2)
         if alike := [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]:
             alike.sort(key=lambda pair: self.main not in pair)
             shown = "; ".join(map(" and ".join, alike[:_MOST_NAMED]))
-            more = f"; and {counted(len(alike) - _MOST_NAMED, 'more pair')}" if len(alike) > _MOST_NAMED else ""
+            more = f"; and {pluralize(len(alike) - _MOST_NAMED, 'more pair')}" if len(alike) > _MOST_NAMED else ""
             told.append(f"These records do not tell apart: {shown}{more}.")
         for title, groups in self.groups.items():
-            told += self._fair(title, groups)
-        besides = self._own_beside().items()
-        told += [f"Compared with {beside}, the own adapter is {_by_verdict(at, 'at')}." for beside, at in besides]
+            told += self._group_sentences(title, groups)
+        besides = self._personalized_comparisons().items()
+        told += [f"Compared with {beside}, the own adapter is {_list_by_verdict(at, 'at')}." for beside, at in besides]
         if own := [line.name for line in self.lines if line.kind == "own"]:
-            told.append(f"No guarantee covers what is said of {_listed(own)}: trained without noise at one site.")
+            told.append(f"No guarantee covers what is said of {_join_names(own)}: trained without noise at one site.")
         return told
 
     @property
-    def _alone(self) -> Mapping[str, str]:
+    def _runs_alone(self) -> Mapping[str, str]:
         """By site, the name of its own run alone, with the same privacy as the main run."""
         first = self.lines[0]
         return {str(one.site): one.name for one in self.lines if one.kind == "alone" and one.private == first.private}
 
-    def _against_alone(self) -> Iterator[str]:
+    def _compare_with_alone(self) -> Iterator[str]:
         """Yield the sentence that compares the federation with each site alone.
 
         Uses each site's own test records if they are known, otherwise all records.
         """
         at_sites, each = self.groups.get(AT_SITES), dict[str, Comparison]()
-        for site, name in self._alone.items():
+        for site, name in self._runs_alone.items():
             if at_sites is None:
-                each[site] = self.sides.comparison(name, self.main)
+                each[site] = self.sides.compare_models(name, self.main)
             elif site in at_sites.changes:
                 each[site] = at_sites.changes[site][name, self.main]
         if each and self.lines[0].kind == "federated":
             where = "on all records" if at_sites is None else "on each site's own test records"
-            yield f"Compared with each site alone, {where}, {self.main} is {_by_verdict(each, 'at')}."
+            yield f"Compared with each site alone, {where}, {self.main} is {_list_by_verdict(each, 'at')}."
 
-    def _sentence(self, base: str) -> str:
-        found = self.sides.comparison(base, self.main)
+    def _comparison_sentence(self, base: str) -> str:
+        found = self.sides.compare_models(base, self.main)
         if found.verdict == NO_DIFFERENCE:
-            return f"{_capital(self.main)} cannot be told apart from {base} by {self._score}: {interval_text(found)}."
-        return f"{_capital(self.main)} is {found.verdict} than {base}: {self._score} {interval_text(found)}."
+            return f"{_capitalize(self.main)} cannot be told apart from {base} by {self._score}: {format_with_interval(found)}."
+        return f"{_capitalize(self.main)} is {found.verdict} than {base}: {self._score} {format_with_interval(found)}."
 
-    def _fair(self, title: str, found: GroupScores) -> Iterator[str]:
+    def _group_sentences(self, title: str, found: GroupScores) -> Iterator[str]:
         changes = {name: pairs[self.models[0], self.main] for name, pairs in found.changes.items()}
-        yield f"{_capital(title)}, compared with {self.models[0]}, {self.main} is {_by_verdict(changes, 'in')}."
+        yield f"{_capitalize(title)}, compared with {self.models[0]}, {self.main} is {_list_by_verdict(changes, 'in')}."
         name = found.groups.smallest
-        count = counted(min(found.groups.sizes), self.sides.unit)
-        yield f"The smallest group is {name} ({count}): {_range(found.scores[name][self.main])}."
+        count = pluralize(min(found.groups.sizes), self.sides.unit)
+        yield f"The smallest group is {name} ({count}): {_format_estimate(found.scores[name][self.main])}."
 
-    def _own_beside(self) -> dict[str, dict[str, Comparison]]:
+    def _personalized_comparisons(self) -> dict[str, dict[str, Comparison]]:
         """Compare each personalized adapter with the site's alternatives: {alternative: {site: comparison}}.
 
         Uses the site's own records if the scores are grouped by site.
         """
         at_sites, found = self.groups.get(AT_SITES), dict[str, dict[str, Comparison]]()
-        for beside, own in _own_pairs(self.lines, base=self.models[0]):
+        for beside, own in _personalized_pairs(self.lines, base=self.models[0]):
             pairs = {} if at_sites is None else at_sites.changes.get(str(own.site), {})
             if at_sites is None or pairs:  # else the site has too few of them
-                one = pairs.get((beside, own.name)) or self.sides.comparison(beside, own.name)
+                one = pairs.get((beside, own.name)) or self.sides.compare_models(beside, own.name)
                 found.setdefault(beside.removeprefix(f"{own.site} "), {})[str(own.site)] = one
         return found
 
-    def _own(self) -> Section:
-        rows = [(site, beside, *changed(one)) for beside, at in self._own_beside().items() for site, one in at.items()]
+    def _personalized_section(self) -> Section:
+        rows = [
+            (site, beside, *format_change(one))
+            for beside, at in self._personalized_comparisons().items()
+            for site, one in at.items()
+        ]
         where = "the records that the site would have" if AT_SITES in self.groups else "all records"
         headings = ("site", "compared with", "difference", "95 % interval", "own is")
         return Section(title=f"Own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4})
 
-    def _scores(self) -> Section:
+    def _scores_section(self) -> Section:
         base, *others = self.models
         own = self.sides.estimate(base, self.sides.judged_by)
-        rows = [(base, _figure(own.value), _ends(own), "", "", "")]
+        rows = [(base, _format_score(own.value), _format_interval(own), "", "", "")]
         if self.sides.constant is not None:
-            rows.append(("best constant answer", _figure(self.sides.constant), "", "", "", ""))
+            rows.append(("best constant answer", _format_score(self.sides.constant), "", "", "", ""))
         for name in others:
-            found = self.sides.comparison(base, name)
-            rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *changed(found)))
+            found = self.sides.compare_models(base, name)
+            rows.append((name, _format_score(found.tuned.value), _format_interval(found.tuned), *format_change(found)))
         where = f" on {self.data}" if self.data else ""
-        title = f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}"
+        title = f"{_capitalize(self._score)}{where}: {pluralize(len(self.sides.records), 'record')}"
         headings = ("model", self._score, "95 % interval", f"minus {base}", "95 % interval", "compared with it")
         return Section(title=title, headings=headings, rows=rows, words={0, 5})
 
-    def _beside_main(self) -> Section:
+    def _main_section(self) -> Section:
         others = [name for name in self.models[1:] if name != self.main]
-        rows = [(name, *changed(self.sides.comparison(name, self.main))) for name in others]
+        rows = [(name, *format_change(self.sides.compare_models(name, self.main))) for name in others]
         headings = ("compared with", "difference", "95 % interval", f"{self.main} is")
-        return Section(title=f"{_capital(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
+        return Section(title=f"{_capitalize(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
 
-    def _other_scores(self) -> Section:
+    def _other_scores_section(self) -> Section:
         names = [name for name in self.sides.scores if name != self.sides.judged_by]
-        rows = [(model, *(_range(self.sides.estimate(model, name)) for name in names)) for model in self.models]
+        rows = [
+            (model, *(_format_estimate(self.sides.estimate(model, name)) for name in names)) for model in self.models
+        ]
         headings = ("model", *map(score_words, names))
         return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
 
-    def _by_group(self, title: str, found: GroupScores) -> Section:
+    def _group_section(self, title: str, found: GroupScores) -> Section:
         """Build the table of scores by group.
 
         Groups by site are compared with the site's own run alone, other groups with the model before training.
         """
         base, groups = self.models[0], found.groups
-        alone = {name: self._alone[name] for name in groups.names if title == AT_SITES and name in self._alone}
+        alone = {
+            name: self._runs_alone[name] for name in groups.names if title == AT_SITES and name in self._runs_alone
+        }
         rows = []
         for name, count in zip(groups.names, groups.sizes, strict=True):
             scores = found.scores[name]
             change = found.changes[name][alone.get(name, base), self.main]
-            values = [_figure(scores[base].value)]
-            values += [_figure(scores[alone[name]].value) if name in alone else "-"] if alone else []
-            rows.append((name, f"{count:,}", *values, _figure(scores[self.main].value), *changed(change)[1:]))
+            values = [_format_score(scores[base].value)]
+            values += [_format_score(scores[alone[name]].value) if name in alone else "-"] if alone else []
+            rows.append(
+                (name, f"{count:,}", *values, _format_score(scores[self.main].value), *format_change(change)[1:])
+            )
         headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
         headings += (f"minus {'alone' if alone else base},\n95 % interval", "compared with it")
-        merged = f"{OTHERS}: {counted(len(groups.merged), 'small group')}, merged by size alone."
-        title, notes = f"{_capital(self._score)} {title}", [merged] if groups.merged else []
+        merged = f"{OTHERS}: {pluralize(len(groups.merged), 'small group')}, merged by size alone."
+        title, notes = f"{_capitalize(self._score)} {title}", [merged] if groups.merged else []
         return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
 
-    def _cost(self) -> Section:
+    def _cost_section(self) -> Section:
         rows = []
         for line, result in ((line, line.run.result) for line in self.lines):
             if result is not None:
                 took = "-" if result.final.seconds is None else duration(result.final.seconds)
-                moved = size(line.moved) if line.moved else "none"
-                rows.append((line.name, epsilon_text(result.privacy.epsilon), took, moved))
+                moved = size(line.bytes_moved) if line.bytes_moved else "none"
+                rows.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
         notes = ["Time: the whole run on this machine, which plays all sites one after another."]
         if any(line.kind == "pooled" for line in self.lines):
             notes.append("Pooled, all records themselves would have to leave their sites.")
         headings = ("model", "epsilon", "time", "adapters moved")
         return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
 
-    def _about(self) -> Iterator[str]:
+    def _reading_notes(self) -> Iterator[str]:
         count, unit = self.sides.num_units, self.sides.unit
-        drawn = f"from {RESAMPLES:,} draws of {counted(count, unit)}, with replacement, the same for all models"
+        drawn = f"from {RESAMPLES:,} draws of {pluralize(count, unit)}, with replacement, the same for all models"
         told = "They say how far other test records would move a score, and nothing about another run of that training."
         yield f"Intervals: 95 %, {drawn}. {told}"
         if count < FEWEST_UNITS:
@@ -313,7 +336,7 @@ class Compared:
             about = {"name": name, "mean_of": list(self.means.get(name, ())) or None, "scores": scores}
             models.append(about | (_run_json(lines[name]) if name in lines else {}))
         pairs = [
-            {"base": one, "tuned": other, "score": score, **_pair_json(sides.comparison(one, other, score))}
+            {"base": one, "tuned": other, "score": score, **_pair_json(sides.compare_models(one, other, score))}
             for one, other in combinations(self.models, 2)
             for score in sides.scores
         ]
@@ -344,7 +367,7 @@ def _run_json(line: Line) -> dict[str, Any]:
         return about
     final, privacy = line.run.result.final, line.run.result.privacy
     about |= {"epsilon": privacy.epsilon, "delta": privacy.delta, "seconds": final.seconds}
-    return about | {"bytes": line.moved, "energy": final.energy}
+    return about | {"bytes": line.bytes_moved, "energy": final.energy}
 
 
 def _pair_json(found: Comparison) -> dict[str, Any]:
@@ -375,8 +398,8 @@ def score_side_by_side(
 
     `finished` contains the settings and the adapter folder for each run; a group has at least `smallest` units.
     """
-    from fedtune.runs.model_comparison import side_by_side
-    from fedtune.sites.run_records import sites_of
+    from fedtune.runs.model_comparison import compare_runs
+    from fedtune.sites.run_records import assign_sites
 
     means = {}
     for suffix in ("", NO_PRIVACY):
@@ -384,18 +407,18 @@ def score_side_by_side(
         if len(names) > 1:
             means[f"alone, mean of {len(names)}{suffix}"] = names
     runs = dict(zip((line.name for line in lines), finished, strict=True))
-    sides = side_by_side(runs, file=data, records=records, means=means, progress=stages(progress))
+    sides = compare_runs(runs, file=data, records=records, means=means, progress=stages(progress))
     first, main = finished[0][0], lines[0].name
     base, notes = next(iter(sides.measured)), []
     pairs = [(name, main) for name in sides.measured if name != main]
-    pairs += [(beside, own.name) for beside, own in _own_pairs(lines, base=base)]
+    pairs += [(beside, own.name) for beside, own in _personalized_pairs(lines, base=base)]
     is_federated = any(line.kind == "federated" for line in lines)
     values = {f"by {by}": column_values(sides.records, by, key="--by")} if by else {}
-    if is_federated and (at_sites := sites_of(first, sides.records)) is not None:
+    if is_federated and (at_sites := assign_sites(first, sides.records)) is not None:
         values = {AT_SITES: at_sites, **values}
     groups = {}
     for title, of_records in values.items():
-        if (found := sides.by(of_records, smallest=smallest, pairs=pairs)) is None:
+        if (found := sides.score_by_group(of_records, smallest=smallest, pairs=pairs)) is None:
             notes.append(f"No scores {title}: fewer than two groups have {smallest} {sides.unit}s.")
         else:
             groups[title] = found
@@ -408,49 +431,49 @@ def score_side_by_side(
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
 
 
-def _own_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
+def _personalized_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
     """Yield each site's personalized adapter with every alternative open to that site, the base included."""
     for own in (line for line in lines if line.kind == "own" and line.site):
         others = [line.name for line in lines if line.kind != "own" and line.site in (None, own.site)]
         yield from ((beside, own) for beside in (base, *others))
 
 
-def _by_verdict(changes: Mapping[str, Comparison], place: str) -> str:
+def _list_by_verdict(changes: Mapping[str, Comparison], place: str) -> str:
     parts = []
     for verdict, said in (("better", "better"), ("worse", "worse"), (NO_DIFFERENCE, "not told apart")):
         names = [name for name, one in changes.items() if one.verdict == verdict]
         shown = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
-        parts += [f"{said} {place} {_listed(shown)}"] if names else []
+        parts += [f"{said} {place} {_join_names(shown)}"] if names else []
     return "; ".join(parts)
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _figure(value: float) -> str:
+def _format_score(value: float) -> str:
     return f"{value:z.4f}" if math.isfinite(value) else "not finite"
 
 
-def _ends(estimate: Estimate, *, sign: str = "") -> str:
+def _format_interval(estimate: Estimate, *, sign: str = "") -> str:
     if math.isnan(estimate.low):
         return "unknown"
     return f"{estimate.low:{sign}z.4f} to {estimate.high:{sign}z.4f}"
 
 
-def _range(estimate: Estimate) -> str:
-    return f"{_figure(estimate.value)} ({_ends(estimate)})"
+def _format_estimate(estimate: Estimate) -> str:
+    return f"{_format_score(estimate.value)} ({_format_interval(estimate)})"
 
 
-def changed(found: Comparison) -> tuple[str, str, str]:
+def format_change(found: Comparison) -> tuple[str, str, str]:
     """Format a comparison: the difference, its interval, and the verdict on the second model."""
-    return f"{found.difference.value:+z.4f}", _ends(found.difference, sign="+"), found.verdict
+    return f"{found.difference.value:+z.4f}", _format_interval(found.difference, sign="+"), found.verdict
 
 
-def interval_text(found: Comparison) -> str:
+def format_with_interval(found: Comparison) -> str:
     """Format the difference between two models with its interval."""
-    return "{} ({})".format(*changed(found))
+    return "{} ({})".format(*format_change(found))

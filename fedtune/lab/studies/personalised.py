@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fedtune.api.door import Callback, Run, stages
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
-from fedtune.lab.studies.comparison import interval_text
+from fedtune.lab.studies.comparison import format_with_interval
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, check_one_of
-from fedtune.words import counted, score_words
+from fedtune.words import pluralize, score_words
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
@@ -53,17 +53,19 @@ def personalise(
         ValueError: the run is not finished or uses real sites, or a site has too few records.
         RunError: a site's record of its personalized adapters is damaged.
     """
-    parts, adapter = parts_of(run.config, sites), run.adapter
+    parts, adapter = split_site_records(run.config, sites), run.adapter
     from fedtune.sites.virtual_site import VirtualSites
 
     virtual, made = VirtualSites.of(run.config, run.folder, run.config.plan()), {}
     for site, of_site in parts.items():
         into, beside = run.folder / f"private_to_{site}", virtual.files(site).ledger.parent
-        made[site] = make(run.config, adapter, of_site, site=site, into=into, beside_ledger=beside, progress=progress)
+        made[site] = make_personalized(
+            run.config, adapter, of_site, site=site, into=into, beside_ledger=beside, progress=progress
+        )
     return made
 
 
-def parts_of(config: RunConfig, sites: Sequence[str] = ()) -> dict[str, Parts]:
+def split_site_records(config: RunConfig, sites: Sequence[str] = ()) -> dict[str, Parts]:
     """Split the records of simulated sites by purpose, with the checks of `personalise`.
 
     Raises:
@@ -76,14 +78,14 @@ def parts_of(config: RunConfig, sites: Sequence[str] = ()) -> dict[str, Parts]:
         check_one_of("SITE", site, config.federation.active)
     from fedtune.data.load import split_key
     from fedtune.sites.personal import Parts
-    from fedtune.sites.run_records import deal_out
+    from fedtune.sites.run_records import partition_run_records
 
-    dealt = dict(zip(config.federation.names, deal_out(config).sites, strict=True))
+    dealt = dict(zip(config.federation.names, partition_run_records(config).sites, strict=True))
     key, unit = split_key(config.seed), config.privacy.unit
     return {site: Parts.of(dealt[site], key=key, unit=unit) for site in sites or config.federation.active}
 
 
-def make(
+def make_personalized(
     config: RunConfig,
     adapter: Path,
     parts: Parts,
@@ -95,8 +97,8 @@ def make(
     lenient: bool = False,
 ) -> Personalised:
     """Train a site's personalized adapter in `into`, and score it against the shared adapter and training alone."""
-    from fedtune.report.page.render import as_svg_of_own
-    from fedtune.runs.model_comparison import side_by_side
+    from fedtune.report.page.render import render_personalized_label
+    from fedtune.runs.model_comparison import compare_runs
     from fedtune.sites.personal import personalise as train
 
     with TemporaryDirectory() as scratch:
@@ -109,12 +111,12 @@ def make(
             into=into,
             alone=alone,
             beside_ledger=beside_ledger,
-            label=as_svg_of_own(site, config.name),
+            label=render_personalized_label(site, config.name),
             lenient=lenient,
             progress=stages(progress),
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
-        sides = side_by_side({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)
+        sides = compare_runs({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)
     return Personalised(folder=into, passes=passes, seen=parts.seen, sides=sides)
 
 
@@ -125,8 +127,8 @@ def sections(made: Mapping[str, Personalised]) -> list[Section]:
         sides, score = one.sides, one.sides.judged_by
         base = next(iter(sides.measured))
         values = [f"{sides.estimate(name, score).value:.4f}" for name in (base, ALONE, SHARED, OWN)]
-        rows.append((site, f"{sides.num_units:,}", *values, interval_text(sides.comparison(SHARED, OWN))))
-        notes.append(_sentence(site, one))
+        rows.append((site, f"{sides.num_units:,}", *values, format_with_interval(sides.compare_models(SHARED, OWN))))
+        notes.append(_summary_sentence(site, one))
     first = next(iter(made.values())).sides
     headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
     if any(one.seen for one in made.values()):
@@ -146,7 +148,7 @@ def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
             "folder": str(one.folder),
             "score": sides.judged_by,
             "values": {name: sides.estimate(name, sides.judged_by) for name in sides.measured},
-            "own_less": {name: sides.comparison(name, OWN) for name in sides.measured if name != OWN},
+            "own_less": {name: sides.compare_models(name, OWN) for name in sides.measured if name != OWN},
             "units": sides.num_units,
             "passes": one.passes,
             "scored_records_were_trained_on": one.seen,
@@ -154,12 +156,12 @@ def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "sites": sites}
 
 
-def _sentence(site: str, one: Personalised) -> str:
+def _summary_sentence(site: str, one: Personalised) -> str:
     if one.passes == 0:
         return f"{site}: its own records do not improve the shared adapter, which its own one equals."
-    beside = {name: one.sides.comparison(name, OWN).verdict for name in (SHARED, ALONE)}
+    beside = {name: one.sides.compare_models(name, OWN).verdict for name in (SHARED, ALONE)}
     words = " and ".join(
         f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"
         for name, verdict in beside.items()
     )
-    return f"{site}: own {words}; it went {counted(one.passes, 'time')} through its records."
+    return f"{site}: own {words}; it went {pluralize(one.passes, 'time')} through its records."

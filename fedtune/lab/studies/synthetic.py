@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from fedtune.api.door import Callback, Progress, Run
 from fedtune.api.experiment_file import OPEN
-from fedtune.data.records import Record, iter_records, resolve_file, without_records
+from fedtune.data.records import Record, empty_file_error, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.lab.preparation.starter import literal
-from fedtune.sites.run_records import RunRecords, in_one_form, require_apart
+from fedtune.lab.preparation.starter import escape_interpolations
+from fedtune.sites.run_records import RunRecords, normalize_text, require_disjoint
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS
 from fedtune.version import shipped_folders
@@ -82,10 +82,10 @@ def synthesize(
     Raises:
         ValueError: a run, the codes or a setting cannot be used; nothing was generated.
     """
-    *roles, _ = columns = columns_of(run)
-    shares = _declared(run, codes, roles, own or RunRecords(run.config)) if codes is not None else {}
+    *roles, _ = columns = synthetic_columns(run)
+    shares = _read_codes(run, codes, roles, own or RunRecords(run.config)) if codes is not None else {}
     if votes is not None:
-        voted: dict[Code, float] = {(text,): weight for text, weight in weights_of(votes).items()}
+        voted: dict[Code, float] = {(text,): weight for text, weight in vote_shares(votes).items()}
         if len(roles) > 1 or (shares and set(shares) != set(voted)):
             bound = "must have the codes as its candidates, each the text of the prompt's one column"
             raise ConfigError("--votes", str(votes.folder), bound)
@@ -93,18 +93,18 @@ def synthesize(
     if beginnings:
         if shares:
             raise ConfigError("--beginnings", "records", "must be given without --codes and --votes: they have codes")
-        shares = dict(as_written(beginnings, tuple(columns.values())).wanted)
+        shares = dict(load_synthetic(beginnings, tuple(columns.values())).wanted)
     if not shares:
         raise ConfigError("--codes", None, "must be given, or --votes or --beginnings: what records are written for")
-    wanted = {code: count for code, count in allotted(shares, rows).items() if count}
+    wanted = {code: count for code, count in allot_rows(shares, rows).items() if count}
     try:
         whole = re.compile(pattern) if pattern is not None else None
     except re.error as error:
         raise ConfigError("--pattern", pattern, f"must be a regular expression ({error})") from None
     from fedtune.runs.saved_model import SavedModel
 
-    saved = SavedModel(run.config, {"tuned": adapter_of(run).folder})
-    saved.use("tuned")
+    saved = SavedModel(run.config, {"tuned": read_adapter(run).folder})
+    saved.use_adapter("tuned")
     prompts = {code: saved.prompt_ids(dict(zip(roles, code, strict=True)), at="--codes") for code in wanted}
     order = list(wanted)
     places = {code: place for place, code in enumerate(order)}
@@ -128,7 +128,7 @@ def synthesize(
         asked = [prompts[code] for code in missing]
         for place, text in saved.drawn(asked, spec, first=first, against=against, begun=begun):
             code = missing[place]
-            if (fault := _fault(text, ChainMap[str, Any](texts[code], varied[code]), whole)) is not None:
+            if (fault := _find_fault(text, ChainMap[str, Any](texts[code], varied[code]), whole)) is not None:
                 left_out[fault] += 1
             else:
                 texts[code][str(text)] = None
@@ -138,7 +138,7 @@ def synthesize(
     return Synthetic(rows=written, wanted=wanted, left_out=dict(left_out))
 
 
-def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | None) -> str | None:
+def _find_fault(text: str | None, others: Container[str], whole: re.Pattern[str] | None) -> str | None:
     if text is None:
         return "not ended"
     is_broken, is_other = "\N{REPLACEMENT CHARACTER}" in text, whole is not None and whole.fullmatch(text) is None
@@ -146,7 +146,7 @@ def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | No
     return next((fault for fault, found in faults.items() if found), None)
 
 
-def adapter_of(run: Run) -> SavedAdapter:
+def read_adapter(run: Run) -> SavedAdapter:
     """Read a run's adapter.
 
     Raises:
@@ -157,7 +157,7 @@ def adapter_of(run: Run) -> SavedAdapter:
     return SavedAdapter.read(run.adapter)
 
 
-def columns_of(run: Run) -> dict[str, str]:
+def synthetic_columns(run: Run) -> dict[str, str]:
     """Map roles to columns of a synthetic record: the prompt's roles, which define a code, then the completion.
 
     Raises:
@@ -167,10 +167,10 @@ def columns_of(run: Run) -> dict[str, str]:
     if not task.predicts_tokens or "prompt" not in data.columns or "completion" not in data.columns:
         bound = "must be a language model that completes prompts: data.columns names prompt and completion"
         raise ConfigError("RUN", str(run.folder), bound)
-    return {role: data.columns[role] for role in (*task.asked_by(data), "completion")}
+    return {role: data.columns[role] for role in (*task.input_columns(data), "completion")}
 
 
-def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Code, float]:
+def _read_codes(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Code, float]:
     """Read the codes of a public file with their counts.
 
     Raises:
@@ -179,14 +179,14 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
     path = resolve_file(str(codes), shipped_folders(), key="--codes")
 
     def counts(records: Iterable[Record]) -> Counter[Code]:
-        return Counter(tuple(in_one_form(one.fields[role]) for role in roles) for one in records)
+        return Counter(tuple(normalize_text(one.fields[role]) for role in roles) for one in records)
 
     if not (listed := list(iter_records(path, {role: run.config.data.columns[role] for role in roles}))):
-        raise without_records(path)
-    require_apart(listed, own, key="--codes", file=str(codes))
+        raise empty_file_error(path)
+    require_disjoint(listed, own, key="--codes", file=str(codes))
     found = counts(listed)
     times = Counter[Code]()
-    for key, records in own.whole_files():
+    for key, records in own.read_whole_files():
         times += (theirs := counts(records))
         if max(theirs.values()) > 1 and theirs <= found:  # with shares of its own: each once is a list of codes, too
             raise ConfigError("--codes", str(codes), f"must be a public list: all prompts of {key} stand in it")
@@ -196,7 +196,7 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
     return dict(Counter(tuple(one.fields[role] for role in roles) for one in listed))
 
 
-def weights_of(votes: Run) -> dict[str, float]:
+def vote_shares(votes: Run) -> dict[str, float]:
     """Return each candidate's text with its noisy share of all votes; shares are at least 0 and sum to 1.
 
     Raises:
@@ -206,7 +206,7 @@ def weights_of(votes: Run) -> dict[str, float]:
     if not config.bound_task.counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
-    _, head = adapter_of(votes).tensors
+    _, head = read_adapter(votes).tensors
     weights = head["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
         raise ConfigError("--votes", str(votes.folder), "must have a candidate with votes: noise left none above 0")
@@ -216,7 +216,7 @@ def weights_of(votes: Run) -> dict[str, float]:
     return dict(found)
 
 
-def allotted(shares: Mapping[Code, float], rows: int) -> dict[Code, int]:
+def allot_rows(shares: Mapping[Code, float], rows: int) -> dict[Code, int]:
     """Allot `rows` by shares, as whole numbers, by largest remainders (Hamilton's method)."""
     exact: npt.NDArray[np.float64] = np.array(list(shares.values())) * (rows / sum(shares.values()))
     counts = np.floor(exact).astype(int)
@@ -224,15 +224,15 @@ def allotted(shares: Mapping[Code, float], rows: int) -> dict[Code, int]:
     return dict(zip(shares, counts.tolist(), strict=True))
 
 
-def as_written(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Synthetic:
-    """Build `Synthetic` from the rows of a file that `synthesize` wrote; `columns` are those of `columns_of`, in
+def load_synthetic(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Synthetic:
+    """Build `Synthetic` from the rows of a file that `synthesize` wrote; `columns` are those of `synthetic_columns`, in
     order.
     """
     codes = Counter(tuple(row[column] for column in columns[:-1]) for row in rows)
     return Synthetic(rows=tuple(rows), wanted=codes, left_out={})
 
 
-def chosen(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic:
+def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic:
     """Select the `keep` records with the most votes, in file order.
 
     Each unit of `votes` voted for the text most similar to its own.
@@ -240,7 +240,7 @@ def chosen(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic
     Raises:
         ConfigError: there are too few candidates, or a text was not on the ballot.
     """
-    weights = weights_of(votes)
+    weights = vote_shares(votes)
     rows = [row for row in found.rows if row[column] != OPEN]  # as on the ballot
     if keep > len(rows):
         raise ConfigError("--rows", keep, f"must be at most the {len(rows)} candidates on a ballot")
@@ -250,7 +250,7 @@ def chosen(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic
     return replace(found, rows=tuple(rows[place] for place in sorted(order[:keep])))
 
 
-def labelled(found: Synthetic, column: str, classifier: Run) -> Synthetic:
+def relabel(found: Synthetic, column: str, classifier: Run) -> Synthetic:
     """Relabel the records with a classifier trained at the same sites, in that classifier's label column.
 
     A model tuned with noise often fails to write about the requested code.  A classifier recognizes better what a text
@@ -264,7 +264,7 @@ def labelled(found: Synthetic, column: str, classifier: Run) -> Synthetic:
     if config.bound_task.answers != {"label"} or label == column:
         bound = f"must be a run whose records have a text and, in another column than {column}, one label"
         raise ConfigError("--labels", str(classifier.folder), bound)
-    adapter_of(classifier)
+    read_adapter(classifier)
     answers: Any = classifier.predict([row[column] for row in found.rows])
     rows = ({**row, label: answer[0]["label"]} for row, answer in zip(found.rows, answers, strict=True))
     return replace(found, rows=tuple(rows))
@@ -276,12 +276,12 @@ def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
 
     texts = list(dict.fromkeys(row[column] for row in rows if row[column] != OPEN))
     data = {key: getattr(config.data, key) for key in _OF_RECORDS} | {"partition": asdict(config.data.partition)}
-    by = config.data.needed_columns((), partition=True, unit=config.privacy.unit)
+    by = config.data.required_columns((), partition=True, unit=config.privacy.unit)
     data |= {"columns": {"text": config.data.columns["completion"], **by}}
     data |= {"labels": [f"text-{number:05}" for number in range(len(texts))]}
     names = {"num_sites": config.federation.num_sites, "site_names": list(config.federation.names)}
     settings = {"data": data, "head": {"label_texts": texts}, "federation": names}
     settings |= {"privacy": {"unit": config.privacy.unit}, "seed": config.seed}
-    plain = literal(json.loads(json.dumps(settings)))
+    plain = escape_interpolations(json.loads(json.dumps(settings)))
     recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
     return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, sort_keys=False))

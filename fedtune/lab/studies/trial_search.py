@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import Searched, compose_run, split_searched
 from fedtune.config import RunConfig, saved_config
-from fedtune.evaluation.bootstrap import direction
+from fedtune.evaluation.bootstrap import score_direction
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
-from fedtune.lab.studies.trials import Trial, Trials, Values, combinations, compared_on, run_quietly
+from fedtune.lab.studies.trials import SearchTrial, Trials, Values, comparability_key, list_combinations, run_quietly
 from fedtune.privacy import accountant
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, price_of
+from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, compute_search_price
 from fedtune.show.budget_text import SEEDED
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least, check_at_most
-from fedtune.words import counted, jsonable
+from fedtune.words import jsonable, pluralize
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -61,7 +61,7 @@ class Search:
     plans: tuple[Plan, ...] = ()  # of all trials
 
     @classmethod
-    def of(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:
+    def from_overrides(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:
         """Draw the trials that can be drawn in advance, validate every trial known by now, and compute their plans.
 
         Raises:
@@ -84,14 +84,18 @@ class Search:
         search = cls(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
         search._check_name()
         if method == "tpe" and trials is not None:
-            tried = ends(searched)
+            tried = extreme_values(searched)
             shapes = tuple(search.trial("shape", values) for values in tried)
-            search._check_alike(shapes)
-            return replace(search, shapes=shapes, plans=(_one_plan(tried, shapes),) * trials)
-        listed = combinations(searched) if trials is None else at_random(searched, seed=str(asked.seed), number=trials)
+            search._check_compatible(shapes)
+            return replace(search, shapes=shapes, plans=(_common_plan(tried, shapes),) * trials)
+        listed = (
+            list_combinations(searched)
+            if trials is None
+            else draw_random_trials(searched, seed=str(asked.seed), number=trials)
+        )
         search = replace(search, listed=tuple(listed))
         shapes = tuple(search.trial(name, values) for name, values in zip(search.names, listed, strict=True))
-        search._check_alike(shapes)
+        search._check_compatible(shapes)
         return replace(search, shapes=shapes, plans=tuple(shape.plan() for shape in shapes))
 
     @property
@@ -108,7 +112,7 @@ class Search:
 
     @cached_property
     def price(self) -> SearchPrice:
-        return price_of(self.plans)
+        return compute_search_price(self.plans)
 
     def trial(self, name: str, values: Values) -> RunConfig:
         sites = self.asked.runtime.sites_dir or str(RunFolder(self.folder).sites)
@@ -120,7 +124,7 @@ class Search:
         if self.asked.runtime.sites_dir is None:
             return
         sites = self._sites(self.shapes[0])
-        sites.check_there()  # before anything is written there
+        sites.check_policies_exist()  # before anything is written there
         lead = sites.lead_key().public
         known = {shape.name: shape for shape in self.shapes}
         runs = []
@@ -132,36 +136,36 @@ class Search:
         others = [one.proposal(lead=lead, plan=one.plan()) for one in self.shapes]
         sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
 
-    def run(self, trials: Trials, work: Callable[[Trial], RunResult] = run_quietly) -> None:
+    def run(self, trials: Trials, work: Callable[[SearchTrial], RunResult] = run_quietly) -> None:
         """Run every unfinished trial, add it to `trials`, and record the selected one."""
-        from fedtune.sites.virtual_site import budget_for
+        from fedtune.sites.virtual_site import budget_covering
 
         if not (self.folder / _FILE).exists():
-            self._note()
+            self._record_search()
         tpe = None if self.listed else Tpe(self.searched, seed=str(self.asked.seed), number=self.number)
-        within = budget_for(self.plans) if self.asked.runtime.sites_dir is None else None
+        within = budget_covering(self.plans) if self.asked.runtime.sites_dir is None else None
         spent: list[Plan] = []
         for place, name in enumerate(self.names):
             values = tpe.ask() if tpe else self.listed[place]
-            trial = Trial.of(self.trial(name, values), values)
+            trial = SearchTrial.from_config(self.trial(name, values), values)
             if trial.config.plan() not in self.plans:
                 bound = "decide together what a trial costs: search them by grid"
                 raise ConfigError("KEY=VALUE", ", ".join(values), bound)
             if within is not None and not trial.earlier:
-                self._sites(trial.config).allow(within=within)
+                self._sites(trial.config).write_policies(within=within)
             trial = trial.run(work)
             of_sites = trial.result.privacy.sites.values() if trial.result else ()
             if any(one.rounds for one in of_sites) or not isinstance(trial.error, RefusedError):  # else no charge
                 spent.append(trial.config.plan())
-            together = accountant.epsilon_pld([plan.whole for plan in spent], self.plans[0].delta)
+            together = accountant.epsilon_pld([plan.full_event for plan in spent], self.plans[0].delta)
             trials.rows[trial.folder] = trial = replace(trial, together=together)
             trials.write()
-            if trial.error is not None and (trial.can_go_on or not isinstance(trial.error, FedtuneError)):
+            if trial.error is not None and (trial.can_resume or not isinstance(trial.error, FedtuneError)):
                 raise trial.error
             if tpe:
-                tpe.tell(None if trial.score is None else direction(trial.config.judged_by) * trial.score)
+                tpe.tell(None if trial.score is None else score_direction(trial.config.judged_by) * trial.score)
         if (best := trials.best) is not None:
-            self._pick(best)
+            self._record_selection(best)
 
     def _check_name(self) -> None:
         if not self.folder.exists() or not any(self.folder.iterdir()):
@@ -178,10 +182,10 @@ class Search:
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
         return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
 
-    def _check_alike(self, shapes: Sequence[RunConfig]) -> None:
-        from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
+    def _check_compatible(self, shapes: Sequence[RunConfig]) -> None:
+        from fedtune.sites.virtual_site import partition_settings  # torch takes seconds to import
 
-        dealt = [dealt_out(one) | {"federation.participants": list(one.federation.active)} for one in shapes]
+        dealt = [partition_settings(one) | {"federation.participants": list(one.federation.active)} for one in shapes]
         for shape, settings in zip(shapes, dealt, strict=True):
             for key, value in settings.items():
                 if value != dealt[0][key]:
@@ -193,7 +197,7 @@ class Search:
             if shape.privacy.private != shapes[0].privacy.private:
                 bound = "must be so in all trials or in none: without noise nothing is bounded"
                 raise ConfigError("privacy", "none", bound)
-        if len(set(map(compared_on, shapes))) > 1:
+        if len(set(map(comparability_key, shapes))) > 1:
             bound = "must leave the task and the validation records as they are, or scores cannot be compared"
             raise ConfigError("KEY=VALUE", ", ".join(one.key for one in self.searched), bound)
 
@@ -202,25 +206,25 @@ class Search:
 
         return VirtualSites.of(config, self.folder, config.plan())
 
-    def _note(self, **more: Any) -> None:
+    def _record_search(self, **more: Any) -> None:
         """Write the search file; before the first trial, it claims the folder for this search."""
         about = {"schema_version": SCHEMA_VERSION, "search": self._identity(), "price": jsonable(self.price)}
         try:
-            self._owe(self.folder)  # before the first trial, which takes it along
-            write_durably(self.folder / _FILE, json_text(about | more).encode())
+            self._record_price(self.folder)  # before the first trial, which takes it along
+            write_durably(self.folder / _FILE, to_json_text(about | more).encode())
         except OSError as error:
             bound = f"must be a folder to write {self.asked.name} into ({error.strerror})"
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
 
-    def _owe(self, folder: Path, score: float | None = None) -> None:
+    def _record_price(self, folder: Path, score: float | None = None) -> None:
         """Write the search's total price into a folder, since every trial inherits it; `score`: that of the selected
         trial.
         """
         about = {"search": self.asked.name, "method": self.method, "judged_by": self.asked.judged_by}
-        owed = Selection.of(self.price, self.plans, **about, score=score)
-        write_durably(RunFolder(folder).selection, json_text(asdict(owed)).encode())
+        owed = Selection.from_price(self.price, self.plans, **about, score=score)
+        write_durably(RunFolder(folder).selection, to_json_text(asdict(owed)).encode())
 
-    def _pick(self, best: Trial) -> None:
+    def _record_selection(self, best: SearchTrial) -> None:
         """Record the selected trial, after rewriting its report and card and those of a previous selection."""
         from fedtune.report import model_card
 
@@ -228,12 +232,12 @@ class Search:
         if noted == best.folder.name:
             return
         for folder, score in {**({self.folder / noted: None} if noted else {}), best.folder: best.score}.items():
-            self._owe(folder, score)
+            self._record_price(folder, score)
             model_card.write_report_and_card(folder, language=best.config.report.language)
-        self._note(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
+        self._record_search(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
 
-    def picked_text(self, best: Trial) -> str:
-        by, trials, promise = best.config.judged_by, counted(self.number, "trial"), _promise(self.price)
+    def describe_selection(self, best: SearchTrial) -> str:
+        by, trials, promise = best.config.judged_by, pluralize(self.number, "trial"), _describe_promise(self.price)
         return f"Picked by validation {by} ({best.score:.3f}) out of {trials}; its report says so. {promise}"
 
 
@@ -252,12 +256,12 @@ def _check_searchable(asked: RunConfig) -> None:
     if asked.may_be_fitted:
         bound = "must be stop in a search, whose price is fixed before the first trial"
         raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
-    from fedtune.sites.data_warnings import check_decides
+    from fedtune.sites.data_warnings import check_decision_scores
 
-    check_decides(asked)
+    check_decision_scores(asked)
 
 
-def _one_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
+def _common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
     """Return the common plan of all trials when their values are not known in advance (TPE).
 
     Raises:
@@ -278,31 +282,31 @@ def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
         return Section(title="Price of the search", notes=[_NOT_PRIVATE])
     rows = [
         ("trials", f"{price.trials}"),
-        ("epsilon of the dearest trial", epsilon_text(price.epsilon_of_one)),
-        ("epsilon of all together", f"{epsilon_text(price.epsilon)} (by RDP {epsilon_text(price.epsilon_rdp)})"),
-        ("least lifetime cap", f"{epsilon_text(price.epsilon_filter)}, by the ledgers' filter"),
+        ("epsilon of the dearest trial", format_epsilon(price.epsilon_of_one)),
+        ("epsilon of all together", f"{format_epsilon(price.epsilon)} (by RDP {format_epsilon(price.epsilon_rdp)})"),
+        ("least lifetime cap", f"{format_epsilon(price.epsilon_filter)}, by the ledgers' filter"),
     ]
-    notes = [_promise(price), "Anybody who sees the picked adapter alone may learn as much."]
+    notes = [_describe_promise(price), "Anybody who sees the picked adapter alone may learn as much."]
     notes += [SEEDED] if seeded_noise else []
     return Section(title="Price of the search", rows=rows, words={0, 1}, notes=notes)
 
 
-def _promise(price: SearchPrice) -> str:
+def _describe_promise(price: SearchPrice) -> str:
     if not price.private:
         return _NOT_PRIVATE
-    bound = f"epsilon at most {epsilon_text(price.epsilon)} at delta {price.delta:g} for each {price.unit}"
+    bound = f"epsilon at most {format_epsilon(price.epsilon)} at delta {price.delta:g} for each {price.unit}"
     return f"All trials together: {bound}, at every site."
 
 
-def at_random(searched: Sequence[Searched], *, seed: str, number: int) -> list[Values]:
+def draw_random_trials(searched: Sequence[Searched], *, seed: str, number: int) -> list[Values]:
     """Draw independent trials from the same distribution, with a separate seed for each."""
-    optuna = _optuna()
+    optuna = _import_optuna()
     spaces = {one.key: _distribution(one) for one in searched}
     trials = []
     for place in range(number):
         # One seed for each, so that one trial's values say nothing about its place among them.
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_number_from(seed, place)))
-        trials.append(_typed(searched, study.ask(spaces).params))
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_derive_seed(seed, place)))
+        trials.append(_format_values(searched, study.ask(spaces).params))
     return trials
 
 
@@ -310,40 +314,40 @@ class Tpe:
     """Optuna's tree-structured Parzen estimator; a third of the trials, at most ten, are random at first."""
 
     def __init__(self, searched: Sequence[Searched], *, seed: str, number: int) -> None:
-        optuna = _optuna()
+        optuna = _import_optuna()
         first = max(1, min(10, number // 3))
-        sampler = optuna.samplers.TPESampler(seed=_number_from(seed, 0), n_startup_trials=first)
+        sampler = optuna.samplers.TPESampler(seed=_derive_seed(seed, 0), n_startup_trials=first)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._failed = optuna.trial.TrialState.FAIL
         self._searched, self._spaces = searched, {one.key: _distribution(one) for one in searched}
 
     def ask(self) -> Values:
         self._trial = self._study.ask(self._spaces)
-        return _typed(self._searched, self._trial.params)
+        return _format_values(self._searched, self._trial.params)
 
     def tell(self, score: float | None) -> None:
         """Report the score of the latest trial, where larger is better; None: it has no score."""
         self._study.tell(self._trial, score, state=self._failed if score is None else None)
 
 
-def ends(searched: Sequence[Searched]) -> list[Values]:
+def extreme_values(searched: Sequence[Searched]) -> list[Values]:
     """Combine all listed values and interval ends, or vary one setting at a time if the combinations are too many."""
-    values = {one.key: one.choices or (_number(one, one.low), _number(one, one.high)) for one in searched}
+    values = {one.key: one.choices or (_format_number(one, one.low), _format_number(one, one.high)) for one in searched}
     if math.prod(map(len, values.values())) <= _MOST_ENDS:
         return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
     first = {key: choices[0] for key, choices in values.items()}
     return [first, *({**first, key: value} for key, choices in values.items() for value in choices[1:])]
 
 
-def _number_from(seed: str, place: int) -> int:
+def _derive_seed(seed: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} values {place}".encode()).digest()[:4], "big")
 
 
-def _typed(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
-    return {one.key: str(values[one.key]) if one.choices else _number(one, values[one.key]) for one in searched}
+def _format_values(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
+    return {one.key: str(values[one.key]) if one.choices else _format_number(one, values[one.key]) for one in searched}
 
 
-def _number(one: Searched, value: float) -> str:
+def _format_number(one: Searched, value: float) -> str:
     """Format a drawn value; four significant digits are enough to tell trials apart."""
     return str(value) if one.is_whole else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
 
@@ -358,7 +362,7 @@ def _distribution(one: Searched) -> BaseDistribution:
     return distributions.FloatDistribution(one.low, one.high, log=one.log)
 
 
-def _optuna() -> Any:
+def _import_optuna() -> Any:
     require_extra("--method", "random or tpe", "search", "optuna", or_else="; a grid does without")
     import optuna
 

@@ -16,19 +16,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fedtune.api.compose import MOST_RUNS, Searched, compose_run, key_of, split_searched, value_of
+from fedtune.api.compose import MOST_RUNS, Searched, compose_run, override_key, override_value, split_searched
 from fedtune.config import RunConfig
-from fedtune.evaluation.bootstrap import direction
+from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.lead import Scores
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
-from fedtune.runs.place_of_run import folder_of, going_on, is_finished, time_stamp
+from fedtune.runs.place_of_run import default_run_name, find_run_folder, going_on, is_finished
 from fedtune.runs.results import DIVERGED, RunResult
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
-from fedtune.words import counted, unbounded
+from fedtune.words import pluralize, unbounded
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """Of the CSV; the settings that differ follow, then what was spent, then the scores."""
@@ -39,7 +39,7 @@ Values = Mapping[str, str]  # of one run: the settings that differ between the r
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
+class SearchTrial:
     """One of several runs, with its settings, state and result."""
 
     config: RunConfig
@@ -52,7 +52,7 @@ class Trial:
     together: float | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, values: Values | None = None) -> Trial:
+    def from_config(cls, config: RunConfig, values: Values | None = None) -> SearchTrial:
         """Read a run's state from disk: new, begun by the same command, or finished.
 
         Raises:
@@ -61,11 +61,11 @@ class Trial:
         folder = Path(config.tracking.output_dir) / config.name
         if config.resume is None and folder.exists():
             config = going_on(config, folder, name=config.name)
-        folder = folder_of(config)
-        result = result_in(folder, finished=True)
+        folder = find_run_folder(config)
+        result = read_result(folder, finished=True)
         return cls(config=config, folder=folder, values=values or {}, earlier=result is not None, result=result)
 
-    def run(self, work: Callable[[Trial], RunResult]) -> Trial:
+    def run(self, work: Callable[[SearchTrial], RunResult]) -> SearchTrial:
         """Run `work` and return the updated trial, with the error if it failed; a finished trial is returned
         unchanged.
         """
@@ -74,7 +74,7 @@ class Trial:
         try:
             return replace(self, result=work(self))
         except BaseException as error:
-            return replace(self, error=error, result=result_in(self.folder))
+            return replace(self, error=error, result=read_result(self.folder))
 
     @property
     def state(self) -> str:
@@ -93,7 +93,7 @@ class Trial:
         return " ".join(text.split())
 
     @property
-    def can_go_on(self) -> bool:
+    def can_resume(self) -> bool:
         stopped = isinstance(self.error, RunError) and not isinstance(self.error, StuckError)
         return stopped or self.state in ("interrupted", "not begun")
 
@@ -117,40 +117,42 @@ class Trial:
         run in a table that shows all scores.  A selection that a report states (`fedtune search`) requires a validation
         file of the lead.
         """
-        from fedtune.sites.data_warnings import may_decide
+        from fedtune.sites.data_warnings import scores_may_decide
 
-        usable = self.state == "finished" and (self.config.data.validation_fraction > 0 or may_decide(self.config))
+        usable = self.state == "finished" and (
+            self.config.data.validation_fraction > 0 or scores_may_decide(self.config)
+        )
         return self.validation.get(self.config.judged_by) if usable else None
 
 
-def price_text(runs: Mapping[str, Trial]) -> Iterator[str]:
+def describe_price(runs: Mapping[str, SearchTrial]) -> Iterator[str]:
     """Describe how many runs are still to do and what each of them costs; nothing if all are finished."""
     if not (waiting := {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}):
         return
     names = [*waiting][:_MOST_NAMED]
     names += [f"and {len(waiting) - _MOST_NAMED} more"] if len(waiting) > _MOST_NAMED else []
-    rounds = _range(counted(most, "round") for most in sorted({plan.num_rounds for plan in waiting.values()}))
-    yield f"{counted(len(waiting), 'run')} of {rounds}, one after the other: {', '.join(names)}."
-    if prices := {(plan.whole, plan.delta) for plan in waiting.values() if plan.private}:
+    rounds = _format_range(pluralize(most, "round") for most in sorted({plan.num_rounds for plan in waiting.values()}))
+    yield f"{pluralize(len(waiting), 'run')} of {rounds}, one after the other: {', '.join(names)}."
+    if prices := {(plan.full_event, plan.delta) for plan in waiting.values() if plan.private}:
         epsilons = sorted(accountant.epsilon_pld([whole], delta) for whole, delta in prices)
-        deltas = _range(f"{delta:g}" for delta in sorted({delta for _, delta in prices}))
-        spends = f"epsilon {_range(map(epsilon_text, epsilons))} at delta {deltas}"
+        deltas = _format_range(f"{delta:g}" for delta in sorted({delta for _, delta in prices}))
+        spends = f"epsilon {_format_range(map(format_epsilon, epsilons))} at delta {deltas}"
         yield f"Each spends {spends} of its records; together they spend more."
 
 
-def _range(values: Iterable[str]) -> str:
+def _format_range(values: Iterable[str]) -> str:
     first, *others = dict.fromkeys(values)
     return f"{first} to {others[-1]}" if others else first
 
 
-def run_quietly(trial: Trial) -> RunResult:
+def run_quietly(trial: SearchTrial) -> RunResult:
     """Run a trial with `fedtune.simulate`, without output."""
     from fedtune.api.door import simulate
 
     return simulate(trial.config).result
 
 
-def compared_on(config: RunConfig) -> tuple[Any, ...]:
+def comparability_key(config: RunConfig) -> tuple[Any, ...]:
     """Return everything that runs must share for their validation scores to be comparable."""
     data = config.data
     read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
@@ -163,7 +165,7 @@ def compared_on(config: RunConfig) -> tuple[Any, ...]:
     return (config.task, *chosen, *read, *on_tokens)
 
 
-def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
+def read_result(folder: Path, *, finished: bool = False) -> RunResult | None:
     """Read the result of the run in `folder`; None if there is none or, with `finished`, if the run is not finished."""
     if not RunFolder(folder).result.is_file():
         return None
@@ -174,7 +176,7 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
     return None
 
 
-def combinations(searched: Sequence[Searched]) -> list[Values]:
+def list_combinations(searched: Sequence[Searched]) -> list[Values]:
     """Return every combination of values; those of the last setting change fastest.
 
     Raises:
@@ -196,27 +198,27 @@ class Trials:
 
     table: Path
     fewest: int = 2  # scored runs among which one is called the best
-    rows: dict[Path, Trial] = field(default_factory=dict)  # by folder
+    rows: dict[Path, SearchTrial] = field(default_factory=dict)  # by folder
     again: tuple[str, ...] = ()  # overrides that make the same sweep again, under the same name
 
     @classmethod
-    def of_sweep(cls, overrides: Sequence[str], compose: Callable[[list[str]], RunConfig] = compose_run) -> Trials:
+    def from_sweep(cls, overrides: Sequence[str], compose: Callable[[list[str]], RunConfig] = compose_run) -> Trials:
         """Build one run per combination of comma-separated values; run names extend the sweep's name, unless it is
         swept.
         """
         fixed, searched = split_searched(overrides)
-        given = [str(value_of(override)) for override in fixed if key_of(override) == "name"]
+        given = [str(override_value(override)) for override in fixed if override_key(override) == "name"]
         is_named = any(one.key == "name" for one in searched)
-        name = given[-1] if given else time_stamp()
+        name = given[-1] if given else default_run_name()
         trials = cls(Path(), again=(*overrides, *([] if given or is_named else [f"name={name}"])))
         differ = [one.key for one in searched if len(one.choices) > 1]
-        for values in combinations(searched):
+        for values in list_combinations(searched):
             words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
             if not is_named:
                 chosen = ",".join(f"{key}={value}" for key, value in values.items())
                 suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
                 words.append(f"name='{name}-{suffix}'")
-            trial = Trial.of(compose(words), {key: values[key].strip("'\"") for key in differ})
+            trial = SearchTrial.from_config(compose(words), {key: values[key].strip("'\"") for key in differ})
             if trial.folder in trials.rows:
                 raise ConfigError("name", trial.config.name, "is the name of two runs of the sweep; choose others")
             trials.rows[trial.folder] = trial
@@ -225,7 +227,7 @@ class Trials:
         trials._check_table()
         return trials
 
-    def run(self, work: Callable[[Trial], RunResult] = run_quietly) -> None:
+    def run(self, work: Callable[[SearchTrial], RunResult] = run_quietly) -> None:
         """Run every unfinished trial despite failures, then raise the first one; unexpected errors are raised
         immediately.
         """
@@ -237,22 +239,22 @@ class Trials:
                 self.write()
         finally:
             self.write()
-        self.raise_first()
+        self.raise_first_error()
 
-    def raise_first(self) -> None:
+    def raise_first_error(self) -> None:
         for trial in self.rows.values():
             if trial.error is not None:
                 raise trial.error
 
     @property
-    def best(self) -> Trial | None:
+    def best(self) -> SearchTrial | None:
         """The finished run with the best validation score; None if there are too few scores or they are not
         comparable.
         """
         scored = [(score, trial) for trial in self.rows.values() if (score := trial.score) is not None]
-        if len(scored) < self.fewest or len({compared_on(trial.config) for _, trial in scored}) > 1:
+        if len(scored) < self.fewest or len({comparability_key(trial.config) for _, trial in scored}) > 1:
             return None
-        sign = direction(scored[0][1].config.judged_by)
+        sign = score_direction(scored[0][1].config.judged_by)
         return max(scored, key=lambda pair: sign * pair[0])[1]
 
     def _check_table(self) -> None:
@@ -335,9 +337,9 @@ class Trials:
                     "*" if trial is best else "",
                     str(number),
                     *trial.values.values(),
-                    *(_figure(getattr(trial, kind), name) for kind, name in scores),
-                    epsilon_text(trial.result.privacy.epsilon) if trial.result else "-",
-                    *([epsilon_text(trial.together)] if shared else []),
+                    *(_format_figure(getattr(trial, kind), name) for kind, name in scores),
+                    format_epsilon(trial.result.privacy.epsilon) if trial.result else "-",
+                    *([format_epsilon(trial.together)] if shared else []),
                     trial.state,
                 )
             )
@@ -345,16 +347,16 @@ class Trials:
         headings += (*(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
         headings += (*(["epsilon\nso far"] if shared else []), "state")
         title, words = "Trials" if shared else "Sweep", {0, *range(2, 2 + len(keys)), len(headings) - 1}
-        notes = list(_notes(trials, best))
+        notes = list(_trial_notes(trials, best))
         return Section(title=title, headings=headings, rows=rows, words=words, styles=styles, notes=notes)
 
 
-def _figure(scores: Scores, name: str) -> str:
+def _format_figure(scores: Scores, name: str) -> str:
     value = scores.get(name)
     return f"{value:.3f}" if value is not None else "not finite" if name in scores else "-"
 
 
-def _notes(trials: Sequence[Trial], best: Trial | None) -> Iterator[str]:
+def _trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for number, trial in enumerate(trials, start=1):
         if trial.reason:
@@ -362,9 +364,9 @@ def _notes(trials: Sequence[Trial], best: Trial | None) -> Iterator[str]:
     for reason, numbers in reasons.items():
         yield f"run{'s' * (len(numbers) > 1)} {', '.join(numbers)} failed: {reason}"
     if waiting := sum(trial.state == "not begun" for trial in trials):
-        yield f"{counted(waiting, 'run')} not begun yet."
+        yield f"{pluralize(waiting, 'run')} not begun yet."
     if earlier := sum(trial.earlier for trial in trials):
-        yield f"{counted(earlier, 'run')} had been finished before, with the same settings."
+        yield f"{pluralize(earlier, 'run')} had been finished before, with the same settings."
     finished = [trial for trial in trials if trial.state == "finished"]
     if best is not None:
         yield f"* best by validation {best.config.judged_by}. Test scores must not choose: they would then be too good."

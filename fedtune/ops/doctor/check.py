@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
+class DoctorCheck:
     """One line of the doctor's output: what was checked, and the finding.
 
     Guarantee: `found` and `fix` contain no record text, no exact number of records and no path of a data file, because
@@ -44,22 +44,22 @@ class Check:
         return {"name": self.name, "status": self.status.value, "found": self.found, "fix": self.fix}
 
 
-def ok(name: str, found: str) -> Check:
+def ok(name: str, found: str) -> DoctorCheck:
     """Return a check that passed."""
-    return Check(name=name, status=Status.OK, found=found)
+    return DoctorCheck(name=name, status=Status.OK, found=found)
 
 
-def warning(name: str, found: str, *, fix: str) -> Check:
+def warning(name: str, found: str, *, fix: str) -> DoctorCheck:
     """Return a check that passed, with a finding that needs attention."""
-    return Check(name=name, status=Status.WARNING, found=found, fix=fix)
+    return DoctorCheck(name=name, status=Status.WARNING, found=found, fix=fix)
 
 
-def failed(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> Check:
+def failed(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> DoctorCheck:
     """Return a check that failed: the site could not work like this."""
-    return Check(name=name, status=Status.FAILED, found=found, fix=fix, exit_code=exit_code)
+    return DoctorCheck(name=name, status=Status.FAILED, found=found, fix=fix, exit_code=exit_code)
 
 
-def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
+def from_error(name: str, error: FedtuneError, *, fix: str) -> DoctorCheck:
     """A failed check in the words of an error; its own remedy, where it has one, is the fix."""
     if not isinstance(error, ConfigError):
         return failed(name, str(error), fix=fix)
@@ -72,12 +72,12 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
     return failed(name, f"{error.key}{given} {error.bound}", fix=said)
 
 
-def skipped(name: str, because: str) -> Check:
+def skipped(name: str, because: str) -> DoctorCheck:
     """Return a check that does not apply here, or cannot be made now."""
-    return Check(name=name, status=Status.SKIPPED, found=f"skipped, because {because}")
+    return DoctorCheck(name=name, status=Status.SKIPPED, found=f"skipped, because {because}")
 
 
-def exit_code_of(checks: Iterable[Check]) -> int:
+def overall_exit_code(checks: Iterable[DoctorCheck]) -> int:
     """Return the exit code of the most important failure, or 0 if no check failed."""
     codes = {check.exit_code for check in checks if check.status is Status.FAILED}
     return next((code for code in (SETTINGS, REFUSED, SERVER) if code in codes), 0)
@@ -93,7 +93,7 @@ class PrivateLog:
     def __init__(self, path: Path) -> None:
         self._path, self._begun = path, False
 
-    def keep(self, text: str) -> str:
+    def write_entry(self, text: str) -> str:
         """Write `text` to the log, and return the clause that says where; empty if the log cannot be written."""
         try:
             self._path.parent.mkdir(exist_ok=True)

@@ -18,8 +18,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from fedtune.ops.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
-from fedtune.ops.kits.certificates import SOON_DAYS, ip_address
+from fedtune.ops.doctor.check import SERVER, DoctorCheck, Status, failed, ok, skipped, warning
+from fedtune.ops.kits.certificates import SOON_DAYS, parse_ip_address
 from fedtune.ops.kits.kit_file import Address, Kit
 from fedtune.spec import ConfigError, causes_of
 
@@ -53,20 +53,20 @@ class Connection:
     Attributes:
         clock_ahead_s: how many seconds this machine's clock is ahead of the server's, and the uncertainty of that
         figure;
-            None if unknown, and until `checks` has finished.
+            None if unknown, and until `run_checks` has finished.
     """
 
     def __init__(self, kit: Kit, *, timeout_s: float = 10.0) -> None:
         self._kit, self._timeout_s = kit, timeout_s
-        self._host, self._server = Address.of(kit.server).host, kit.server
+        self._host, self._server = Address.parse_address(kit.server).host, kit.server
         self._proxy = _proxy_for(self._host)
         self._encrypted: Any = None
         self._begun: dict[str, float] = {}  # the client's steps, and when each began or was complete
         self.clock_ahead_s: tuple[float, float] | None = None
 
-    def checks(self) -> Iterator[Check]:
+    def run_checks(self) -> Iterator[DoctorCheck]:
         """Yield one check per step of the connection; the steps after a failed step are skipped."""
-        from fedtune.ops.wire.bounded_http import bounded
+        from fedtune.ops.wire.bounded_http import bound_client
         from fedtune.ops.wire.fleet import HELLO, signed_headers  # Flower takes a second to import
 
         tls = self._kit.tls()
@@ -82,19 +82,21 @@ class Connection:
         try:
             client = httpx.Client(verify=context, timeout=self._timeout_s)
         except (ImportError, ValueError, httpx.InvalidURL):  # its own words may hold the proxy's password
-            yield from self._up_to(_failed(TCP, "the proxy that HTTPS_PROXY names cannot be used", fix=_PROXY_FIX))
+            yield from self._report_steps_up_to(
+                _failed(TCP, "the proxy that HTTPS_PROXY names cannot be used", fix=_PROXY_FIX)
+            )
             return
         with client:
-            bounded(client)
+            bound_client(client)
             try:
                 address = f"https://{self._server}{HELLO}"
                 answer = client.get(address, headers=headers, extensions={"trace": self._trace})
             except httpx.HTTPError as error:
-                yield from self._up_to(self._why(error))
+                yield from self._report_steps_up_to(self._find_failed_step(error))
                 return
-            yield from self._up_to(self._encryption())
+            yield from self._report_steps_up_to(self._describe_encryption())
         self._compare_clocks(answer)
-        yield self._known(answer)
+        yield self._check_authentication(answer)
 
     def _trace(self, event: str, about: dict[str, Any]) -> None:
         step = event.partition(".")[2]  # without which part of the client speaks
@@ -102,10 +104,10 @@ class Connection:
         if step == "start_tls.complete":  # later the server may have hung up
             self._encrypted = about["return_value"].get_extra_info("ssl_object")
 
-    def _up_to(self, check: Check) -> Iterator[Check]:
+    def _report_steps_up_to(self, check: DoctorCheck) -> Iterator[DoctorCheck]:
         """Yield the checks of all steps up to `check` and, if `check` failed, the later steps as skipped."""
         via = f" through the proxy {self._proxy}, as HTTPS_PROXY says" if self._proxy else ""
-        resolved = f"{self._host} is an address" if ip_address(self._host) else f"{self._host} resolves"
+        resolved = f"{self._host} is an address" if parse_ip_address(self._host) else f"{self._host} resolves"
         before = {
             DNS: ok(DNS, f"{self._host} is for the proxy to resolve" if self._proxy else resolved),
             TCP: ok(TCP, f"{self._server} accepts connections{via}"),
@@ -116,7 +118,7 @@ class Connection:
         if check.status is Status.FAILED:
             yield from (skipped(name, f"{check.name} failed") for name in STEPS[number + 1 :])
 
-    def _why(self, error: httpx.HTTPError) -> Check:
+    def _find_failed_step(self, error: httpx.HTTPError) -> DoctorCheck:
         """Return the failed check of the step at which the client stopped."""
         causes = list(causes_of(error))
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
@@ -126,7 +128,7 @@ class Connection:
             found = f"{name} does not resolve ({unresolved.strerror})"
             return _failed(DNS, found, fix=_PROXY_FIX if self._proxy else fix)
         if "start_tls.started" in self._begun:
-            return self._why_not_encrypted(error, causes)
+            return self._explain_tls_failure(error, causes)
         if isinstance(error, httpx.ProxyError):
             fix = f"Have CONNECT to {self._server} allowed on the proxy, or put the host into NO_PROXY to go round it."
             if str(error).startswith("407"):
@@ -143,15 +145,15 @@ class Connection:
         system = next((cause.strerror for cause in causes if isinstance(cause, OSError)), None)
         return _failed(TCP, f"{goal} cannot be reached ({system or type(error).__name__})", fix=fix)
 
-    def _why_not_encrypted(self, error: httpx.HTTPError, causes: list[BaseException]) -> Check:
-        from fedtune.ops.wire.identity import refusal
+    def _explain_tls_failure(self, error: httpx.HTTPError, causes: list[BaseException]) -> DoctorCheck:
+        from fedtune.ops.wire.identity import explain_tls_refusal
 
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 found, fix = _WRONG_CERTIFICATES.get(cause.verify_code, _ANY_OTHER)
                 about = {"host": self._host, "server": self._server, "why": cause.verify_message}
                 return _failed(TLS, "the server's certificate " + found.format(**about), fix=fix.format(**about))
-        said = refusal(error) or ""
+        said = explain_tls_refusal(error) or ""
         if said.startswith("it does not accept this site's certificate"):
             fix = f"Ask the lead for a new kit (`fedtune provision renew-site {self._kit.site}`), and unzip it here."
             return _failed(TLS, f"the server refused this site's certificate ({said.rpartition(': ')[2]})", fix=fix)
@@ -165,7 +167,7 @@ class Connection:
             found = f"{self._server} does not speak TLS as expected ({said or reason or type(error).__name__})"
         return _failed(TLS, found, fix=fix)
 
-    def _encryption(self) -> Check:
+    def _describe_encryption(self) -> DoctorCheck:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(self._encrypted.getpeercert()["notAfter"]), UTC)
         found = f"{self._encrypted.version()}; the federation's own server, whose certificate ends on {ends:%Y-%m-%d}"
         if (ends - datetime.now(UTC)).days < SOON_DAYS:
@@ -180,21 +182,21 @@ class Connection:
             return
         self.clock_ahead_s = ((asked + answered) / 2 - theirs, (answered - asked) / 2 + 0.5)
 
-    def _known(self, answer: httpx.Response) -> Check:
-        from fedtune.ops.wire.fleet import reason_in, said_in
+    def _check_authentication(self, answer: httpx.Response) -> DoctorCheck:
+        from fedtune.ops.wire.fleet import parse_answer_field, parse_refusal_reason
         from fedtune.ops.wire.line_errors import Foreign
 
         site = self._kit.site or ""
         fix = f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."
         try:
             if answer.status_code != httpx.codes.OK:
-                reason = reason_in(answer, self._server)
+                reason = parse_refusal_reason(answer, self._server)
                 if "revoked" in reason:
                     fix = "Ask the lead why this site was revoked, and for a new kit if it is to come back."
                 elif "clock" in reason:
                     fix = "Turn on time synchronisation on this machine, for instance with `timedatectl set-ntp true`."
                 return _failed(AUTHENTICATION, f"the server refused this site: {reason}", fix=fix)
-            known = said_in(answer, "site", self._server)
+            known = parse_answer_field(answer, "site", self._server)
         except Foreign as error:
             fix = "Ask the lead whether a fedtune server of this version runs at this address."
             return _failed(AUTHENTICATION, str(error), fix=fix)
@@ -208,7 +210,7 @@ _CONTROL = "Flower's control"
 _CLOSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUND)
 
 
-def control(server: str, *, timeout_s: float) -> Check:
+def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
     """Check that no outside caller can start code at the sites through the Control API of an unmodified SuperLink."""
     try:
         # Whose certificate it is changes nothing about what a stranger may call.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.ops.doctor import machine_checks, site_checks
-from fedtune.ops.doctor.check import Check, PrivateLog, from_error, ok, skipped
-from fedtune.ops.doctor.connection_checks import STEPS, Connection, control
+from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, from_error, ok, skipped
+from fedtune.ops.doctor.connection_checks import STEPS, Connection, check_control_api
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.site_files import SiteFiles
@@ -50,9 +50,9 @@ class Examination:
         """The site's policy, from `files`."""
         return self.files.policy
 
-    def checks(self) -> Iterator[Check]:
+    def run_checks(self) -> Iterator[DoctorCheck]:
         """Make the checks one after another, and yield their lines."""
-        for names, needs, look in self._looks():
+        for names, needs, look in self._list_checks():
             if missing := [need for need in needs if need not in self._read]:
                 yield from (skipped(name, f"{missing[0]} cannot be used") for name in names)
                 continue
@@ -63,39 +63,47 @@ class Examination:
                 if isinstance(error, FedtuneError) and not isinstance(error, DataError):
                     yield from_error(names[0], error, fix="Correct what is named here.")
                 else:
-                    yield site_checks.unforeseen(names[0], error, self._log)
+                    yield site_checks.report_unexpected_error(names[0], error, self._log)
 
-    def _looks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[Check]]]]:
+    def _list_checks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[DoctorCheck]]]]:
         """Yield for each check the names of its lines, the files that it needs, and the function that makes it."""
         yield (("policy",), (), self._read_policy)
         yield (("kit",), (), self._read_kit)
-        yield (("files",), (), lambda: machine_checks.owners(self.kit_folder, self.site_toml, self._files_if_read))
+        yield (
+            ("files",),
+            (),
+            lambda: machine_checks.check_owners(self.kit_folder, self.site_toml, self._files_or_none),
+        )
         now = datetime.now(UTC)
-        yield (("certificate",), (_KIT,), lambda: [site_checks.certificate(self.kit, now)])
-        yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
-        yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
-        if self._files_if_read is not None and self.policy.socket:
-            yield (("Flower's control",), (_KIT,), lambda: [control(self.kit.server, timeout_s=self.timeout_s)])
-            yield (("socket",), (), lambda: [machine_checks.socket_place(self.site_toml.parent / self.policy.socket)])
+        yield (("certificate",), (_KIT,), lambda: [site_checks.check_site_certificate(self.kit, now)])
+        yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.check_matching_names(self.kit, self.policy)])
+        yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.check_lead(self.kit, self.policy)])
+        if self._files_or_none is not None and self.policy.socket:
+            yield (
+                ("Flower's control",),
+                (_KIT,),
+                lambda: [check_control_api(self.kit.server, timeout_s=self.timeout_s)],
+            )
+            yield (("socket",), (), lambda: [machine_checks.check_socket(self.site_toml.parent / self.policy.socket)])
         else:
-            yield ((*STEPS, "clock"), (_KIT,), self._connect)
-        yield (("disks",), (), self._disks)
+            yield ((*STEPS, "clock"), (_KIT,), self._check_connection)
+        yield (("disks",), (), self._check_disks)
         if (model := self.model) is not None:
-            yield (("import",), (_KIT,), lambda: [site_checks.imported(model, self.kit)])
-        yield (("base models",), (_KIT, _POLICY), lambda: site_checks.base_models(self.kit, self.policy))
-        yield (("memory",), (), self._memory)
-        gpu = machine_checks.this_gpu
-        yield (("GPU",), (_POLICY,), lambda: [machine_checks.gpu(self.policy.machine.device, ask=gpu)])
-        data = partial(site_checks.data_sets, folder=self.site_toml.parent, log=self._log)
+            yield (("import",), (_KIT,), lambda: [site_checks.import_base_model(model, self.kit)])
+        yield (("base models",), (_KIT, _POLICY), lambda: site_checks.check_base_models(self.kit, self.policy))
+        yield (("memory",), (), self._check_memory)
+        gpu = machine_checks.probe_gpu
+        yield (("GPU",), (_POLICY,), lambda: [machine_checks.check_gpu(self.policy.machine.device, ask=gpu)])
+        data = partial(site_checks.check_data_sets, folder=self.site_toml.parent, log=self._log)
         yield (("data",), (_POLICY,), lambda: data(self.policy))
         yield (("ledger",), (_POLICY,), self._read_ledger)
-        yield (("site key",), (_POLICY,), lambda: [site_checks.site_key(self.files, self._history_if_read)])
-        yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.budget(self.history, self.policy)])
-        yield (("serving",), (), lambda: [site_checks.serving(self.kit_folder / "state")])
+        yield (("site key",), (_POLICY,), lambda: [site_checks.check_site_key(self.files, self._history_or_none)])
+        yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.check_budget(self.history, self.policy)])
+        yield (("serving",), (), lambda: [site_checks.check_serving(self.kit_folder / "state")])
         if (run := self.run) is None:
             yield (("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
         else:
-            of_site = partial(site_checks.experiment, site_toml=self.site_toml)
+            of_site = partial(site_checks.preview_run, site_toml=self.site_toml)
             yield (
                 ("run",),
                 (_KIT, _POLICY, _LEDGER),
@@ -103,16 +111,16 @@ class Examination:
             )
 
     @property
-    def _history_if_read(self) -> History | None:
+    def _history_or_none(self) -> History | None:
         return self.history if _LEDGER in self._read else None
 
     @property
-    def _files_if_read(self) -> SiteFiles | None:
+    def _files_or_none(self) -> SiteFiles | None:
         return self.files if _POLICY in self._read else None
 
-    def _read_policy(self) -> Iterator[Check]:
+    def _read_policy(self) -> Iterator[DoctorCheck]:
         try:
-            self.files = SiteFiles.of(self.site_toml)
+            self.files = SiteFiles.from_site_toml(self.site_toml)
         except ConfigError as error:
             fix = "Correct what is named here; `fedtune site template` explains every key."
             yield from_error("policy", error, fix=fix)
@@ -120,7 +128,7 @@ class Examination:
         self._read.add(_POLICY)
         yield ok("policy", f"can be read, for site {self.policy.site} and population {self.policy.population.name}")
 
-    def _read_kit(self) -> Iterator[Check]:
+    def _read_kit(self) -> Iterator[DoctorCheck]:
         try:
             self.kit = Kit.read(self.kit_folder, kind="site")
         except ConfigError as error:
@@ -129,33 +137,33 @@ class Examination:
         self._read.add(_KIT)
         yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
 
-    def _connect(self) -> Iterator[Check]:
+    def _check_connection(self) -> Iterator[DoctorCheck]:
         connection = Connection(self.kit, timeout_s=self.timeout_s)
-        yield from connection.checks()
-        from fedtune.ops.wire.identity import clock_is_kept  # Flower takes a second to import
+        yield from connection.run_checks()
+        from fedtune.ops.wire.identity import is_clock_synchronized  # Flower takes a second to import
 
-        yield machine_checks.clock(connection.clock_ahead_s, kept=clock_is_kept())
+        yield machine_checks.check_clock(connection.clock_ahead_s, kept=is_clock_synchronized())
 
-    def _disks(self) -> Iterator[Check]:
-        folders, files = {"kit": self.kit_folder}, self._files_if_read
+    def _check_disks(self) -> Iterator[DoctorCheck]:
+        folders, files = {"kit": self.kit_folder}, self._files_or_none
         if files is None:
-            yield from machine_checks.disks(folders)
+            yield from machine_checks.check_disks(folders)
             return
         folders["ledger"] = files.ledger.parent
         if files.anchor is not None:
             folders["anchor"] = files.anchor.parent
-        yield from machine_checks.disks(folders)
-        yield machine_checks.ledger_place(files.ledger)
-        yield machine_checks.anchor_place(files.ledger, files.anchor)
+        yield from machine_checks.check_disks(folders)
+        yield machine_checks.check_ledger_disk(files.ledger)
+        yield machine_checks.check_anchor_disk(files.ledger, files.anchor)
 
-    def _memory(self) -> Iterator[Check]:
+    def _check_memory(self) -> Iterator[DoctorCheck]:
         both = {_KIT, _POLICY} <= self._read
         model_bytes = site_checks.largest_model_bytes(self.kit, self.policy) if both else None
         in_four_bits = both and self.policy.allow.dtypes == ("nf4",)
-        yield machine_checks.memory(model_bytes, in_four_bits=in_four_bits)
+        yield machine_checks.check_memory(model_bytes, in_four_bits=in_four_bits)
 
-    def _read_ledger(self) -> Iterator[Check]:
-        check, history = site_checks.ledger(self.files)
+    def _read_ledger(self) -> Iterator[DoctorCheck]:
+        check, history = site_checks.check_ledger_state(self.files)
         if history is not None:
             self.history = history
             self._read.add(_LEDGER)

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fedtune.ops.doctor.check import SERVER, Check, failed, ok, skipped, warning
-from fedtune.ops.files import name_of, own_group
+from fedtune.ops.doctor.check import SERVER, DoctorCheck, failed, ok, skipped, warning
+from fedtune.ops.files import account_name, primary_group
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.system import effective_group, effective_user, grp
 
@@ -26,7 +26,7 @@ _NAME = "files"
 _ROOT = 0
 
 
-def clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> Check:
+def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> DoctorCheck:
     """Compare this machine's clock with the server's.
 
     Args:
@@ -52,9 +52,9 @@ def clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> Check:
     return ok(name, f"within {MOST_AHEAD_S:g} s of the server's")
 
 
-def disks(
+def check_disks(
     folders: Mapping[str, Path], *, free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
-) -> Iterator[Check]:
+) -> Iterator[DoctorCheck]:
     """Check the free disk space for each kind of stored file.
 
     Args:
@@ -62,7 +62,7 @@ def disks(
         free_bytes: returns the free space of the disk that holds a folder.
     """
     for what, folder in folders.items():
-        name, free = f"disk of the {what}", free_bytes(existing(folder))
+        name, free = f"disk of the {what}", free_bytes(nearest_existing(folder))
         found = f"{free / _GIB:.1f} GiB free"
         if free < TOO_LITTLE_DISK_BYTES:
             found = f"{free / 2**20:.0f} MiB free, and at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
@@ -73,13 +73,13 @@ def disks(
             yield ok(name, found)
 
 
-def ledger_place(ledger: Path, *, system: Path = Path("/")) -> Check:
+def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
     """Check that the ledger is on a local disk: on a network file system, locks and syncs depend on the file server.
 
     The kind of the file system comes from the kernel's mount table below `system`.
     """
-    name, place, kind, deepest = "file system", Path(os.path.realpath(existing(ledger))), "an unknown one", 0
-    for line in _text(system / "proc/self/mounts").splitlines():
+    name, place, kind, deepest = "file system", Path(os.path.realpath(nearest_existing(ledger))), "an unknown one", 0
+    for line in _read_text(system / "proc/self/mounts").splitlines():
         _, folder, found, *_ = line.split()
         folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # blanks are written as \040
         # The deepest folder holds the ledger; the last of several mounts at one folder hides the others.
@@ -91,7 +91,7 @@ def ledger_place(ledger: Path, *, system: Path = Path("/")) -> Check:
     return ok(name, f"{kind}, on this machine")
 
 
-def socket_place(place: Path) -> Check:
+def check_socket(place: Path) -> DoctorCheck:
     """Check that only the site's own user and one group can open the site's Unix socket."""
     name = "socket"
     if not place.parent.is_dir():
@@ -111,7 +111,7 @@ def socket_place(place: Path) -> Check:
     return ok(name, f"for the site's user and members of the group {group}")
 
 
-def anchor_place(ledger: Path, anchor: Path | None) -> Check:
+def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
     """Check that the anchor is on another disk than the ledger, so that it detects when the ledger's disk was
     restored.
     """
@@ -119,13 +119,13 @@ def anchor_place(ledger: Path, anchor: Path | None) -> Check:
     if anchor is None:
         found = "the policy names no anchor: nothing here notices when the ledger is put back to an older copy"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk.")
-    if existing(anchor).stat().st_dev == existing(ledger).stat().st_dev:
+    if nearest_existing(anchor).stat().st_dev == nearest_existing(ledger).stat().st_dev:
         found = "on the ledger's own disk: both can be put back together"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there.")
     return ok(name, "on another disk than the ledger")
 
 
-def memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> Check:
+def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> DoctorCheck:
     """Compare the available memory with a rough need: 3 times the size of the largest model's files, plus 1 GiB.
 
     The factor 3 covers weights, activations and gradients.
@@ -138,12 +138,12 @@ def memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path 
         system: root folder of the kernel's files on memory, including the limit of a container.
     """
     name, machine, cgroup = "memory", system / "proc/meminfo", system / "sys/fs/cgroup"
-    figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _text(machine), re.MULTILINE))
+    figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _read_text(machine), re.MULTILINE))
     if not {"MemTotal", "MemAvailable"} <= set(figures):
         return skipped(name, f"{machine} does not say how much this machine has")
     total, available = (1024 * int(figures[one]) for one in ("MemTotal", "MemAvailable"))
-    if (limit := _number(cgroup / "memory.max")) is not None and limit < total:
-        total, available = limit, min(available, limit - (_number(cgroup / "memory.current") or 0))
+    if (limit := _read_number(cgroup / "memory.max")) is not None and limit < total:
+        total, available = limit, min(available, limit - (_read_number(cgroup / "memory.current") or 0))
     found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
     if model_bytes is None:
         return ok(name, f"{found}; the need is known when a base model is installed")
@@ -154,7 +154,7 @@ def memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path 
     return ok(name, found)
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     """Return a file's text, or an empty text if the file cannot be read."""
     try:
         return file.read_text("utf-8", "surrogateescape")
@@ -162,13 +162,15 @@ def _text(file: Path) -> str:
         return ""
 
 
-def _number(file: Path) -> int | None:
+def _read_number(file: Path) -> int | None:
     """Return the number in a file, or None if the file is missing or contains a word."""
-    text = _text(file).strip()
+    text = _read_text(file).strip()
     return int(text) if text.isdecimal() else None
 
 
-def gpu(device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/driver/nvidia/version")) -> Check:
+def check_gpu(
+    device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/driver/nvidia/version")
+) -> DoctorCheck:
     """Check that the device that the policy asks for is available.
 
     Args:
@@ -190,26 +192,26 @@ def gpu(device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/drive
     return ok(name, "none: this site trains on the CPU")
 
 
-def this_gpu() -> str:
+def probe_gpu() -> str:
     """Return name and memory of the GPU that torch would train on; empty if a small test computation fails on it."""
-    from fedtune.training.accelerators import accelerator, memory_of, name_of
+    from fedtune.training.accelerators import account_name, find_accelerator, total_memory
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the line says it
         try:
-            device = accelerator()
-            return f"{name_of(device)} with {memory_of(device) / _GIB:.0f} GiB" if device is not None else ""
+            device = find_accelerator()
+            return f"{account_name(device)} with {total_memory(device) / _GIB:.0f} GiB" if device is not None else ""
         except RuntimeError:  # a driver that fails
             return ""
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return `path` if it exists, or else its nearest parent folder that does."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[Check]:
+def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[DoctorCheck]:
     """Check who owns the policy, the keys and the ledger's files; yield one line per wrong owner, or one line if there
     is none.
 
@@ -225,17 +227,21 @@ def owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[Chec
         places |= {"ledger": files.ledger, "ledger's folder": folder, "site key": files.site_key}
         if files.anchor is not None:
             places["anchor"] = files.anchor
-    wrong = [check for what, path in places.items() if (check := _wrong(what, path, account)) is not None]
+    wrong = [check for what, path in places.items() if (check := _check_owner(what, path, account)) is not None]
     yield from wrong
     if account != effective_user():
-        found = f"the site's process runs as account {name_of(account)}, and this is {name_of(effective_user())}"
-        fix = f"Run the doctor as {name_of(account)}, for instance with `sudo -u {name_of(account)}`."
+        found = (
+            f"the site's process runs as account {account_name(account)}, and this is {account_name(effective_user())}"
+        )
+        fix = f"Run the doctor as {account_name(account)}, for instance with `sudo -u {account_name(account)}`."
         yield failed(f"{_NAME}: account", found, fix=fix)
     elif not wrong:
-        yield ok(_NAME, f"those of account {name_of(account)} are its own, and no other account but root changes any")
+        yield ok(
+            _NAME, f"those of account {account_name(account)} are its own, and no other account but root changes any"
+        )
 
 
-def _wrong(what: str, path: Path, account: int) -> Check | None:
+def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
     try:
         found = path.stat()
     except OSError:
@@ -244,10 +250,10 @@ def _wrong(what: str, path: Path, account: int) -> Check | None:
     # Root may own what the site's process only reads, and a folder that the process may write into.
     may_be_roots = what == "policy" or (folder and os.access(path, os.W_OK))
     if found.st_uid != account and not (found.st_uid == _ROOT and may_be_roots):
-        own = name_of(account)
-        said = f"{path} belongs to account {name_of(found.st_uid)}, and the site's process runs as {own}"
+        own = account_name(account)
+        said = f"{path} belongs to account {account_name(found.st_uid)}, and the site's process runs as {own}"
         return failed(name, said, fix=f"Run `chown {own}: {path}`.")
-    own_gid = own_group(account)
+    own_gid = primary_group(account)
     others = found.st_mode & stat.S_IWGRP and found.st_gid not in (
         effective_group() if own_gid is None else own_gid,
         _ROOT,

@@ -12,19 +12,19 @@ from datetime import datetime
 from pathlib import Path
 
 from fedtune.config import RunConfig
-from fedtune.data.formats import what_is
+from fedtune.data.formats import describe_path
 from fedtune.data.records import iter_records
 from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import verdict
-from fedtune.federation.verdict import Verdict
-from fedtune.ops.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, warning
+from fedtune.federation.verdict import DryRun
+from fedtune.ops.doctor.check import REFUSED, DoctorCheck, PrivateLog, failed, from_error, ok, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
-from fedtune.ops.kits.kit_file import Kit, model_place, require_model_reader
+from fedtune.ops.kits.kit_file import Kit, model_store_path, require_model_reader
 from fedtune.ops.kits.models import (
     install_model,
     installed_model,
-    is_made_here,
-    licence_files,
+    is_built_in_model,
+    list_license_files,
     verify_model,
 )
 from fedtune.privacy import accountant, events
@@ -32,13 +32,13 @@ from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.release import asked_and_allowed
+from fedtune.privacy.release import format_asked_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks.registry import TASKS
-from fedtune.words import spoken_start
+from fedtune.words import group_hex_start
 
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
@@ -46,7 +46,7 @@ FEW, MANY = 0.5, 2.0
 FEW_DATED = 0.5  # users with a readable date of arrival, as a share of all, below which a person should look
 
 
-def certificate(kit: Kit, now: datetime) -> Check:
+def check_site_certificate(kit: Kit, now: datetime) -> DoctorCheck:
     """Check that the site's certificate matches its key and was issued by the authority, and how long it remains
     valid.
     """
@@ -63,7 +63,7 @@ def certificate(kit: Kit, now: datetime) -> Check:
     return ok(name, f"belongs to this site's key; {said}")
 
 
-def names(kit: Kit, policy: Policy) -> Check:
+def check_matching_names(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the kit and the policy name the same site."""
     if kit.site == policy.site:
         return ok("site's name", f"{policy.site}, in kit and policy")
@@ -71,17 +71,17 @@ def names(kit: Kit, policy: Policy) -> Check:
     return failed("site's name", found, fix="Use the kit that was made for this policy's site.")
 
 
-def lead(kit: Kit, policy: Policy) -> Check:
+def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the policy allows runs of the federation's lead."""
     name = "lead"
     if kit.lead in policy.allow.leads:
-        return ok(name, f"the kit's lead {spoken_start(kit.lead)} is one of the policy's leads")
+        return ok(name, f"the kit's lead {group_hex_start(kit.lead)} is one of the policy's leads")
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
-    found = f"the policy does not allow the kit's lead {spoken_start(kit.lead)}: all of its requests are refused"
+    found = f"the policy does not allow the kit's lead {group_hex_start(kit.lead)}: all of its requests are refused"
     return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
 
 
-def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
+def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
     """Check that each base model that the policy allows is installed and unchanged, by reading all of its files."""
     known = {model.sha256: model for model in kit.model}
     for sha256 in policy.allow.base_models:
@@ -89,11 +89,11 @@ def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
         if sha256 == UNVERIFIED:
             found = "the policy accepts runs that do not say which model they train"
             yield warning(name, found, fix='Take "unverified" out of allow.base_models, except for a test federation.')
-        elif sha256 not in known and not model_place(kit.folder, sha256).is_dir():
+        elif sha256 not in known and not model_store_path(kit.folder, sha256).is_dir():
             found = "the policy allows it, and no run of this federation may name it"
             yield warning(name, found, fix="Take it out of allow.base_models, or ask the lead for it.")
         else:
-            yield _installed(kit, sha256, name=name, licence=known[sha256].licence if sha256 in known else "")
+            yield _check_installed(kit, sha256, name=name, licence=known[sha256].licence if sha256 in known else "")
     for model in kit.model:
         if model.sha256 not in policy.allow.base_models:
             found = f"runs may name it, and the policy does not allow it (SHA-256 {model.sha256})"
@@ -104,10 +104,10 @@ def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
         yield failed("base models", found, fix=fix)
 
 
-def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
-    place = model_place(kit.folder, sha256)
+def _check_installed(kit: Kit, sha256: str, *, name: str, licence: str) -> DoctorCheck:
+    place = model_store_path(kit.folder, sha256)
     if not place.is_dir():
-        if is_made_here(sha256):
+        if is_built_in_model(sha256):
             return ok(name, "a tiny made-up model for tests, of which nothing needs to be installed")
         fix = (
             "Get its files and run `fedtune site doctor ... --import-model PATH`, with PATH their folder or GGUF file."
@@ -123,18 +123,18 @@ def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
         require_model_reader(kit.folder, sha256)
     except ConfigError as error:
         return from_error(name, error, fix="Install what is named here, into the environment of the site's process.")
-    papers = ", ".join(licence_files(kit.folder, sha256)) or "no licence file came with it"
+    papers = ", ".join(list_license_files(kit.folder, sha256)) or "no licence file came with it"
     if not licence:
         fix = "Take it out of allow.base_models, or ask the lead to put it into the federation."
         return warning(name, "installed and unchanged, and no run of this federation may name it", fix=fix)
     return ok(name, f"installed and unchanged; licence {licence} ({papers})")
 
 
-def imported(model: Path, kit: Kit) -> Check:
+def import_base_model(model: Path, kit: Kit) -> DoctorCheck:
     """Install a base model with `install_model` before the other checks, and report the result."""
     installed, is_new = install_model(model, kit)
     state = "is installed now" if is_new else "was installed before, and is unchanged"
-    return ok("import", f"{installed.name} {state}, in {model_place(kit.folder, installed.sha256)}")
+    return ok("import", f"{installed.name} {state}, in {model_store_path(kit.folder, installed.sha256)}")
 
 
 def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
@@ -148,19 +148,19 @@ def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
     return max(sizes, default=None)
 
 
-def data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[Check]:
+def check_data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[DoctorCheck]:
     """Check that each data set of the policy can be used for training, by reading every record."""
     for dataset in policy.dataset:
-        yield _data(dataset, folder, policy, log=log)
+        yield _check_data_set(dataset, folder, policy, log=log)
 
 
-def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) -> Check:
+def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) -> DoctorCheck:
     tasks, unit = policy.allow.tasks, policy.population.unit
     name, block = f"data {dataset.id}", f"[[dataset]] {dataset.id} in site.toml"
     if not dataset.path:
         return failed(name, "has no file", fix=f"Set `path` in {block}.")
     path = folder / dataset.path
-    if other := what_is(path):
+    if other := describe_path(path):
         found = f"is {other}" if path.exists() else "its file is not there, or this account may not look"
         fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
         return failed(name, found, fix=fix)
@@ -181,7 +181,7 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
                 dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
         count = len(dated) if unit == "user" else sum(1 for _ in kept)
     except DataError as error:
-        return _unreadable(error, dataset, name=name, block=block, log=log)
+        return _report_unreadable_file(error, dataset, name=name, block=block, log=log)
     if not count:
         return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
     if policy.population.arrivals and sum(dated.values()) < FEW_DATED * count:
@@ -190,16 +190,20 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
         fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anybody."
         return warning(name, f"{found} (without: the oldest cohort)", fix=fix)
     lacking = ", ".join(task for task in tasks if task not in served)
-    return _sized(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
+    return _compare_with_declared_size(
+        name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block
+    )
 
 
-def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog) -> Check:
+def _report_unreadable_file(
+    error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog
+) -> DoctorCheck:
     """Report a data file that cannot be read, without the error's own message.
 
     The message may reveal the number of records, because it names a line that may be the last, or the first record,
     because it lists the columns, which in a file without a header are that record.
     """
-    where = log.keep(f"{name}: {error}")
+    where = log.write_entry(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
         fix = "Leave out records of several people, or decide who owns them: each record has one id, without , ; or |."
         return failed(name, f"a record names several users; runs leave such records out{where}", fix=fix)
@@ -213,7 +217,7 @@ def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, lo
     return failed(name, found, fix=fix)
 
 
-def _sized(name: str, share: float, *, units: str, lacking: str, block: str) -> Check:
+def _compare_with_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
     """Compare the true number of records or users with the declared size, in words without figures."""
     if share < FEW:
         fix = f"See whether the file is whole; otherwise declare a smaller size in {block}."
@@ -228,16 +232,16 @@ def _sized(name: str, share: float, *, units: str, lacking: str, block: str) -> 
     return ok(name, found)
 
 
-def unforeseen(name: str, error: Exception, log: PrivateLog) -> Check:
+def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> DoctorCheck:
     """Report a check that raised an unexpected error; the error's text goes to the private log, since it may contain
     anything.
     """
-    where = log.keep(f"{name}: {''.join(traceback.format_exception(error))}")
+    where = log.write_entry(f"{name}: {''.join(traceback.format_exception(error))}")
     found = f"could not be looked at ({type(error).__name__}){where}"
     return failed(name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1)
 
 
-def ledger(files: SiteFiles) -> tuple[Check, History | None]:
+def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
     """Check that the ledger is intact, belongs to this site and can be used for training; also return its history if
     so.
     """
@@ -248,7 +252,7 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
             fix = "Give it to the account of the site's process, as the lines `files` say."
             return failed(name, f"this account may not read or write {path}: nothing is trained", fix=fix), None
     try:
-        verified = files.verified()
+        verified = files.verify_ledger()
         if verified is None and files.anchor is not None and files.anchor.is_file():
             newest = Head.read(files.anchor).sequence
             raise RunError(f"{files.ledger} is missing, and its anchor knows {newest} events")
@@ -258,33 +262,33 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
         fix = f"Train nothing, and restore it as {_PAGE} says; a new ledger would spend the budget twice."
         return failed(name, str(error), fix=fix), None
     if verified is None:
-        return ok(name, "none yet; it is made when the site starts"), History.before(files.policy)
+        return ok(name, "none yet; it is made when the site starts"), History.empty(files.policy)
     history = verified.history
-    if wrong := next(_unfit(files, history), None):
+    if wrong := next(_find_ledger_problems(files, history), None):
         return wrong, None
     rollback = "as far as its anchor" if verified.anchor_sequence else "though without an anchor's word"
     return ok(name, f"whole and signed, {rollback}"), history
 
 
-def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
+def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[DoctorCheck]:
     """Yield the reasons why an intact ledger would still prevent training."""
     name = "ledger"
-    for key, made_for, says in history.opened.differences(files.policy):
+    for key, made_for, says in history.opening.differences(files.policy):
         fix = f"Set {key} in site.toml back: it is fixed for the ledger's life."
         yield failed(name, f"was made for {key} = {made_for}, and the policy says {says}", fix=fix)
-    if files.anchor is not None and not files.anchor.is_file() and history.charged():
+    if files.anchor is not None and not files.anchor.is_file() and history.total_charges():
         fix = f"Bring the anchor back, or make a new one with `fedtune ledger anchor` ({_PAGE})."
         yield failed(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
-    if history.in_doubt is not None:
+    if history.furthest_doubt is not None:
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
-        found = f"in doubt: a receipt knows event {history.in_doubt.sequence}, which it lacks; nothing is trained"
+        found = f"in doubt: a receipt knows event {history.furthest_doubt.sequence}, which it lacks; nothing is trained"
         yield failed(name, found, fix=fix)
-    if history.frozen:
+    if history.is_frozen:
         fix = "There is no way back, and that was meant; ask the lead to revoke this site if nothing else is to come."
         yield failed(name, "frozen: all training on this population has ended for ever", fix=fix)
 
 
-def site_key(files: SiteFiles, history: History | None) -> Check:
+def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
     """Check that the site's signing key exists, is private, and is the key that the ledger was created with."""
     name, path, command = "site key", files.site_key, files.policy.key_command
     if not (command or path.is_file()):
@@ -293,18 +297,18 @@ def site_key(files: SiteFiles, history: History | None) -> Check:
         fix = "Restore it from its backup: the ledger needs the key that it was made with."
         return failed(name, f"{path} is missing", fix=fix)
     try:
-        public = files.key().public
+        public = files.load_key().public
         if path.is_file():
             check_private(path)
     except ConfigError as error:
         return from_error(name, error, fix="Restore it from its backup, or mend what the message names.")
-    if history is not None and history.length and history.opened.site_key != public:
+    if history is not None and history.length and history.opening.site_key != public:
         fix = "Restore the key that the ledger was made with from its backup."
         return failed(name, f"{command[0] if command else path} is not the key that the ledger was made with", fix=fix)
-    return ok(name, f"{spoken_start(public)}, {'from its command' if command else 'readable by its owner alone'}")
+    return ok(name, f"{group_hex_start(public)}, {'from its command' if command else 'readable by its owner alone'}")
 
 
-def serving(state: Path) -> Check:
+def check_serving(state: Path) -> DoctorCheck:
     """Check in the folder `state` that the site is not paused and has not left the federation."""
     name = "serving"
     if (state / "left").exists():
@@ -315,38 +319,38 @@ def serving(state: Path) -> Check:
     return ok(name, "neither paused, nor has the site left")
 
 
-def budget(history: History, policy: Policy) -> Check:
+def check_budget(history: History, policy: Policy) -> DoctorCheck:
     """Check how much of the lifetime budget is left."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
-    taken = history.taken(now)
+    taken = history.charges_and_reservations(now)
     if history.seeded:
         fix = "Keep real records out of it: it is marked for ever."
         return warning(name, "a run took its noise from a seed: this ledger promises nothing", fix=fix)
-    if why := history.held_back():
+    if why := history.pending_period_reason():
         return warning(
             name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
         )
-    epsilon = accountant.epsilon_text(history.epsilon(taken))
+    epsilon = accountant.format_epsilon(history.epsilon(taken))
     if math.isinf(cap):
         found = f"no lifetime cap, and so no promise; epsilon {epsilon} is taken"
         return warning(name, found, fix="Set budget.max_epsilon in site.toml before real records are trained on.")
-    runs = spending.runs_left(history, policy, policy.budget.reference.event, now)
+    runs = spending.remaining_runs(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
-    found = f"{_percent(history, policy)} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
+    found = f"{_format_cap_share(history, policy)} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
         fix = "Plan without this site, or for smaller runs; a cap that is raised promises less than it did."
         return warning(name, found, fix=fix)
     return ok(name, found)
 
 
-def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> Check:
+def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> DoctorCheck:
     """Report how the site would answer a run, and what the run would cost; nothing is written.
 
     Raises:
         ConfigError: no noise level satisfies the run's plan.
     """
-    if config.model.sha256 is None and config.model.built_in:
+    if config.model.sha256 is None and config.model.is_built_in:
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
         # The lead adds the hash before it asks; of such a model it is known without the lead.
@@ -354,26 +358,26 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
         config = dataclasses.replace(config, model=model)
     plan, sizes = config.plan(), config.declared_sizes()
     proposal = config.proposal(lead=kit.lead, plan=plan)
-    said = verdict.ask(site_toml, proposal, declared_sizes=sizes)
+    said = verdict.dry_run(site_toml, proposal, declared_sizes=sizes)
     name = "run"
     if said.broken:
-        values = [(one.reason, asked_and_allowed(one.asked, one.allowed)) for one in said.broken]
+        values = [(one.reason, format_asked_and_allowed(one.asked, one.allowed)) for one in said.broken]
         rules = "; ".join(f"{rule} ({of_both})" if of_both else rule for rule, of_both in values)
         # Of a key or a hash the beginning.
         rules = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", rules)
-        found, fix = f"would be refused: {rules}", _instead(said, plan)
+        found, fix = f"would be refused: {rules}", _suggest_alternative(said, plan)
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
         return failed(name, found, fix=fix, exit_code=REFUSED)
     who = ", once a person here approves it" if policy.approval == "manual" else ""
-    found = f"would be accepted{who}; {_price(plan, history, policy)}"
+    found = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: it has to name {policy.site} in federation.site_names."
         return warning(name, f"{found}; but it names no site {policy.site}", fix=fix)
     return ok(name, found)
 
 
-def _instead(said: Verdict, plan: Plan) -> str:
+def _suggest_alternative(said: DryRun, plan: Plan) -> str:
     """Suggest a similar run that the site would accept."""
     ways = []
     if 0 < said.most_rounds < plan.num_rounds:
@@ -385,17 +389,17 @@ def _instead(said: Verdict, plan: Plan) -> str:
     return "Tell the lead, or change these rules in site.toml if you agree to the run."
 
 
-def _price(plan: Plan, history: History, policy: Policy) -> str:
+def _describe_cost(plan: Plan, history: History, policy: Policy) -> str:
     """Describe the cost of a run on its own, and as a share of the lifetime budget."""
-    alone = accountant.epsilon_pld([plan.whole], plan.delta, interval=accountant.COARSE)
-    price = f"epsilon {accountant.epsilon_text(alone)} for the run alone"
+    alone = accountant.epsilon_pld([plan.full_event], plan.delta, interval=accountant.COARSE)
+    price = f"epsilon {accountant.format_epsilon(alone)} for the run alone"
     if math.isinf(policy.budget.max_epsilon):
         return f"{price}; there is no lifetime cap"
-    before, after = _percent(history, policy), _percent(history, policy, also=plan)
+    before, after = _format_cap_share(history, policy), _format_cap_share(history, policy, also=plan)
     return f"{price}; lifetime budget {before} taken before, {after} after"
 
 
-def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> str:
+def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = None) -> str:
     """Describe which share of the lifetime cap's divergence is charged, reserved, and would be used by `also`; finite
     caps only.
 
@@ -404,10 +408,10 @@ def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> s
     other cohorts.
     """
     now = history.now()
-    taken = [history.taken(now)]
+    taken = [history.charges_and_reservations(now)]
     if also is not None:
-        asked = events.grouped([also.whole])
-        taken += [history.taken(now, cohort) + asked for cohort in history.cohorts(also.cohorts)]
-    share = spending.share_of_cap(history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon)
+        asked = events.count_mechanisms([also.full_event])
+        taken += [history.charges_and_reservations(now, cohort) + asked for cohort in history.cohorts(also.cohorts)]
+    share = spending.spent_fraction_of_cap(history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon)
     assert share is not None, "a finite cap"
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"

@@ -45,13 +45,13 @@ class Certificate:
     fingerprint: str  # SHA-256 of the public key (its SubjectPublicKeyInfo), 64 hex digits; a renewal keeps it
 
     @classmethod
-    def of(cls, certificate: x509.Certificate) -> Certificate:
+    def from_x509(cls, certificate: x509.Certificate) -> Certificate:
         """Extract the facts of an X.509 certificate."""
         return cls(
             name=common_name(certificate.subject) or "",
             not_before=certificate.not_valid_before_utc,
             not_after=certificate.not_valid_after_utc,
-            fingerprint=fingerprint_of(public_pem(certificate)),
+            fingerprint=key_fingerprint(public_pem(certificate)),
         )
 
     def days_left(self, now: datetime) -> int:
@@ -99,7 +99,9 @@ def check_private(path: Path) -> None:
         raise ConfigError(str(path), f"mode {mode:03o}", bound, remedy=f"chmod 600 {path}")
 
 
-def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str) -> ec.EllipticCurvePublicKey:
+def p384_public_key(
+    holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str
+) -> ec.EllipticCurvePublicKey:
     """Return the public key of a certificate or a signing request, which must be EC P-384.
 
     `key` is the name that an error uses for the certificate or request.
@@ -129,7 +131,7 @@ def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: st
         raise ConfigError(key, common_name(certificate.subject), "must be issued by the authority in ca.pem") from None
 
 
-def check_in_force(certificate: x509.Certificate, *, now: datetime, key: str, renewal: str) -> None:
+def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, renewal: str) -> None:
     """Check that `certificate` is valid at `now` (with a time zone); `renewal` tells people what to do if it is not."""
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
@@ -158,7 +160,7 @@ def check_days(key: str, days: int) -> None:
         raise ConfigError(key, days, f"must be a number of days from 1 to {_MOST_DAYS}")
 
 
-def names_of(certificate: x509.Certificate) -> list[str]:
+def certificate_host_names(certificate: x509.Certificate) -> list[str]:
     """Return the host names and IP addresses in a server certificate, in lower case."""
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -175,7 +177,7 @@ def public_pem(holder: x509.Certificate | x509.CertificateSigningRequest | ec.El
     return holder.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def fingerprint_of(public: bytes) -> str:
+def key_fingerprint(public: bytes) -> str:
     """Return the fingerprint of a public key in PEM format: the SHA-256 of its DER-encoded SubjectPublicKeyInfo, in
     hex.
     """
@@ -184,7 +186,7 @@ def fingerprint_of(public: bytes) -> str:
     return hashlib.sha256(encoded).hexdigest()
 
 
-def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def parse_ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Parse an IP address; return None if `text` is a host name.  Zone ids (fe80::1%eth0) are not accepted."""
     try:
         return None if "%" in text else ipaddress.ip_address(text)
@@ -200,15 +202,15 @@ class Authority:
     certificate: x509.Certificate
 
     @classmethod
-    def make(cls, federation: str, *, days: int, now: datetime) -> Authority:
+    def create_authority(cls, federation: str, *, days: int, now: datetime) -> Authority:
         """Create an authority for `federation` that is valid for `days` days from `now` (with a time zone)."""
         check_days("authority_days", days)
-        key = make_key()
-        name = _subject(federation, kind="authority", name="authority")
-        builder = _begun(key.public_key(), subject=name, issuer=name)
+        key = generate_connection_key()
+        name = _build_subject(federation, kind="authority", name="authority")
+        builder = _start_certificate(key.public_key(), subject=name, issuer=name)
         builder = builder.not_valid_before(now - CLOCK_SKEW).not_valid_after(now + timedelta(days=days))
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
+        builder = builder.add_extension(_build_key_usage(signs_certificates=True), critical=True)
         return cls(key=key, certificate=builder.sign(key, hashes.SHA384()))
 
     @classmethod
@@ -248,19 +250,21 @@ class Authority:
             ConfigError: the authority's own certificate is not valid now.
         """
         own = self.certificate
-        check_in_force(own, now=now, key="authority", renewal=_OVER)
+        check_validity(own, now=now, key="authority", renewal=_OVER)
         federation = str(own.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
         issuer = own.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-        addresses = {host: ip_address(host) for host in hosts}
+        addresses = {host: parse_ip_address(host) for host in hosts}
         names = [x509.IPAddress(address) if address else x509.DNSName(host) for host, address in addresses.items()]
         extensions: list[tuple[x509.ExtensionType, bool]] = [
             (x509.BasicConstraints(ca=False, path_length=None), True),
-            (_usage(signs_certificates=False), True),
+            (_build_key_usage(signs_certificates=False), True),
             (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), False),
             (x509.ExtendedKeyUsage([_OID.SERVER_AUTH if names else _OID.CLIENT_AUTH]), False),
             *([(x509.SubjectAlternativeName(names), False)] if names else []),
         ]
-        builder = _begun(public, subject=_subject(federation, kind=kind, name=name), issuer=own.subject)
+        builder = _start_certificate(
+            public, subject=_build_subject(federation, kind=kind, name=name), issuer=own.subject
+        )
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)
         begins = max(now - CLOCK_SKEW, own.not_valid_before_utc)
@@ -268,7 +272,7 @@ class Authority:
         return builder.not_valid_before(begins).not_valid_after(ends).sign(self.key, hashes.SHA384())
 
 
-def make_key() -> ec.EllipticCurvePrivateKey:
+def generate_connection_key() -> ec.EllipticCurvePrivateKey:
     """Generate an EC P-384 key."""
     return ec.generate_private_key(ec.SECP384R1())
 
@@ -285,7 +289,7 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _subject(federation: str, *, kind: str, name: str) -> x509.Name:
+def _build_subject(federation: str, *, kind: str, name: str) -> x509.Name:
     return x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
@@ -295,13 +299,15 @@ def _subject(federation: str, *, kind: str, name: str) -> x509.Name:
     )
 
 
-def _begun(public: ec.EllipticCurvePublicKey, *, subject: x509.Name, issuer: x509.Name) -> x509.CertificateBuilder:
+def _start_certificate(
+    public: ec.EllipticCurvePublicKey, *, subject: x509.Name, issuer: x509.Name
+) -> x509.CertificateBuilder:
     """Start building a certificate, with a random serial number of 159 bits."""
     builder = x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
 
 
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def _build_key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         content_commitment=False,

@@ -17,19 +17,19 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.federation.run_folder import locked
-from fedtune.ops.files import writing
+from fedtune.federation.run_folder import lock_folder
+from fedtune.ops.files import translate_write_errors
 from fedtune.ops.kits.certificates import (
     Authority,
     Certificate,
+    certificate_host_names,
     certificate_pem,
     check_common_name,
     check_days,
-    fingerprint_of,
-    names_of,
+    key_fingerprint,
     read_certificate,
 )
-from fedtune.ops.kits.kit_file import Address, KitFile, KitModel, check_models, is_host, read_json, read_spec
+from fedtune.ops.kits.kit_file import Address, KitFile, KitModel, check_model_names, is_host, read_json, read_spec
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -77,16 +77,18 @@ class FederationFile:
 
     def __post_init__(self) -> None:
         check_common_name("name", self.name)
-        Address.of(self.server)
+        Address.parse_address(self.server)
         for host in self.also_known_as:
             if not is_host(host):
                 raise ConfigError("also_known_as", host, "must be a DNS name or an IP address, without a port")
-        check_models(self.model)
+        check_model_names(self.model)
 
     @property
     def hosts(self) -> tuple[str, ...]:
         """All names and addresses of the server without duplicates; the first one is written into the kits."""
-        return tuple(dict.fromkeys((Address.of(self.server).host, *(host.lower() for host in self.also_known_as))))
+        return tuple(
+            dict.fromkeys((Address.parse_address(self.server).host, *(host.lower() for host in self.also_known_as)))
+        )
 
 
 @spec
@@ -126,8 +128,8 @@ class FederationFolder:
                 written.
         """
         if (folder / CHANGE).exists():
-            with locked(folder):
-                _complete(folder)
+            with lock_folder(folder):
+                _complete_change(folder)
         if not all(map(os.path.isfile, (folder / SETTINGS, folder / "server" / "roster.json"))):
             bound = "must be the folder that `fedtune provision init` made; name it with --federation"
             raise ConfigError("--federation", str(folder), bound)
@@ -140,18 +142,18 @@ class FederationFolder:
 
     @classmethod
     @contextmanager
-    def held(cls, folder: Path) -> Iterator[FederationFolder]:
+    def open_locked(cls, folder: Path) -> Iterator[FederationFolder]:
         """Open the federation in `folder`, and lock it against changes by other commands while the block runs."""
         cls.open(folder)
-        with locked(folder):
-            _complete(folder)
+        with lock_folder(folder):
+            _complete_change(folder)
             yield cls.open(folder)
 
     @property
     def certificates(self) -> dict[str, Certificate]:
         """The certificates of the authority, of the server and of the lead's connection."""
         files = {"authority": "server/ca.pem", "server": "server/server.pem", "lead": "lead/lead.pem"}
-        return {name: Certificate.of(read_certificate(self.folder / file)) for name, file in files.items()}
+        return {name: Certificate.from_x509(read_certificate(self.folder / file)) for name, file in files.items()}
 
     def issue(
         self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
@@ -164,7 +166,10 @@ class FederationFolder:
                 not in the server's certificate.
         """
         if kind == "site":
-            host, names = self.settings.hosts[0], names_of(read_certificate(self.folder / "server" / "server.pem"))
+            host, names = (
+                self.settings.hosts[0],
+                certificate_host_names(read_certificate(self.folder / "server" / "server.pem")),
+            )
             if host not in names:
                 bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
                 raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
@@ -183,7 +188,7 @@ class FederationFolder:
         """The current roster."""
         return Roster.read(self.folder / "server" / "roster.json")
 
-    def change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
+    def apply_change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
         """Change the federation: write `files` (path in the folder -> content) and both signed rosters with `members`.
 
         The change is atomic.  It is committed as soon as change.json is on disk with all of its content, and the next
@@ -203,12 +208,12 @@ class FederationFolder:
             federation=self.settings.name,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
-        ).signed(self._signing_key())
+        ).sign_roster(self._signing_key())
         both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
         encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}
-        with writing(self.folder, key="--federation"):
-            write_durably(self.folder / CHANGE, _json_of(_Change(version=KIT_SCHEMA, files=encoded)))
-        _complete(self.folder)
+        with translate_write_errors(self.folder, key="--federation"):
+            write_durably(self.folder / CHANGE, _to_json_bytes(_Change(version=KIT_SCHEMA, files=encoded)))
+        _complete_change(self.folder)
 
     def _signing_key(self) -> SigningKey:
         command, file = self.settings.key_command, self.folder / SETTINGS
@@ -217,7 +222,7 @@ class FederationFolder:
             raise ConfigError("lead key", own.public, f"must be the federation's, {self.lead_key}")
         return own
 
-    def retired(self) -> frozenset[str]:
+    def read_retired_keys(self) -> frozenset[str]:
         """Return the fingerprints of connection keys that sites have replaced; Flower never accepts such a key
         again.
         """
@@ -231,10 +236,10 @@ class FederationFolder:
         except ConfigError as error:
             raise error.in_file(path) from None
 
-    def retiring(self, node_key: bytes) -> dict[str, bytes]:
-        """Return the updated file of retired connection keys, including `node_key`, as an argument for `change`."""
-        fingerprints = tuple(sorted(self.retired() | {fingerprint_of(node_key)}))
-        return {_RETIRED: _json_of(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
+    def retire_key(self, node_key: bytes) -> dict[str, bytes]:
+        """Return the updated file of retired connection keys, including `node_key`, as an argument for `apply_change`."""
+        fingerprints = tuple(sorted(self.read_retired_keys() | {key_fingerprint(node_key)}))
+        return {_RETIRED: _to_json_bytes(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
     def kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
         """Return the public files of a kit (name -> content), without the roster."""
@@ -252,12 +257,12 @@ class FederationFolder:
         return {
             "kit.toml": kit.to_toml().encode(),
             "ca.pem": certificate_pem(ca),
-            "README.md": _readme(kit, certificate, ca=ca).encode(),
+            "README.md": _render_readme(kit, certificate, ca=ca).encode(),
             f"{kind}.pem": certificate_pem(certificate),
         }
 
 
-def _complete(folder: Path) -> None:
+def _complete_change(folder: Path) -> None:
     """Write the files of a committed change that may not all be written yet; repeating this is harmless."""
     path = folder / CHANGE
     if not path.exists():
@@ -278,26 +283,26 @@ def _complete(folder: Path) -> None:
         raise ConfigError("files", "something else", "must be bytes in base64").in_file(path) from None
 
 
-def _json_of(what: _Change | _RetiredKeys) -> bytes:
+def _to_json_bytes(what: _Change | _RetiredKeys) -> bytes:
     return json.dumps(dataclasses.asdict(what), indent=1).encode() + b"\n"
 
 
-def _readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
+def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
     """Return the text of a kit's README.md: what its files are, which are secret, and the commands to run, in order."""
-    own = Certificate.of(certificate)
+    own = Certificate.from_x509(certificate)
     return (
         (_TEMPLATES / f"{kit.kind}.md")
         .read_text(encoding="utf-8")
         .format(
             federation=kit.federation,
             server=kit.server,
-            port=Address.of(kit.server).port,
-            hosts=", ".join(names_of(certificate)),
+            port=Address.parse_address(kit.server).port,
+            hosts=", ".join(certificate_host_names(certificate)),
             site=kit.site,
             fingerprint=spoken(own.fingerprint),
             ends=f"{own.not_after:%Y-%m-%d}",
             lead_key=kit.lead,
             lead=spoken(kit.lead),
-            authority=spoken(Certificate.of(ca).fingerprint),
+            authority=spoken(Certificate.from_x509(ca).fingerprint),
         )
     )

@@ -14,11 +14,11 @@ from fedtune.codec import decode, parse_json, read_toml, to_toml
 from fedtune.extras import require_extra
 from fedtune.ops.kits.certificates import (
     Certificate,
-    check_in_force,
+    certificate_host_names,
     check_issued,
     check_private,
-    ip_address,
-    names_of,
+    check_validity,
+    parse_ip_address,
     public_pem,
     read_certificate,
     read_connection_key,
@@ -56,7 +56,7 @@ class Address:
     port: int
 
     @classmethod
-    def of(cls, text: str, *, key: str = "server") -> Address:
+    def parse_address(cls, text: str, *, key: str = "server") -> Address:
         """Parse an address of the form host:port.
 
         Raises:
@@ -69,7 +69,7 @@ class Address:
             raise ConfigError(key, text, _BOUND)
         if not is_host(host):
             raise ConfigError(key, text, _BOUND)
-        address = ip_address(host)
+        address = parse_ip_address(host)
         return cls(host=host.lower() if address is None else address.compressed, port=int(port))
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Address:
 
 def is_host(text: str) -> bool:
     """Whether `text` names a single machine: a DNS name without wildcards, or an IP address."""
-    address = ip_address(text)
+    address = parse_ip_address(text)
     if address is not None:
         return not address.is_unspecified and not address.is_multicast
     labels = text.split(".")
@@ -94,7 +94,7 @@ def read_spec(cls: type[T], path: Path) -> T:
     """
     table = read_toml(path, key="file")
     with errors_in(path):
-        return _of_this_version(cls, table)
+        return _check_kit_version(cls, table)
 
 
 def read_json(cls: type[T], data: bytes, *, key: str) -> T:
@@ -103,10 +103,10 @@ def read_json(cls: type[T], data: bytes, *, key: str) -> T:
     Raises:
         ConfigError: names the key, its value and the accepted values; the argument `key` names the file.
     """
-    return _of_this_version(cls, parse_json(data, key=key, bound="must be JSON: one object, whole"))
+    return _check_kit_version(cls, parse_json(data, key=key, bound="must be JSON: one object, whole"))
 
 
-def _of_this_version(cls: type[T], table: dict[str, Any]) -> T:
+def _check_kit_version(cls: type[T], table: dict[str, Any]) -> T:
     # First: another version's file may have other keys, too.
     if "version" in {one.name for one in fields(cls)}:  # type: ignore[arg-type]
         check_schema("version", table.get("version"), KIT_SCHEMA, of="file")
@@ -134,7 +134,7 @@ class KitModel:
             raise ConfigError("licence", self.licence, "must name the model's licence on one line")
 
 
-def check_models(models: tuple[KitModel, ...]) -> None:
+def check_model_names(models: tuple[KitModel, ...]) -> None:
     """Check that no two models have the same name."""
     names = [model.name for model in models]
     if len(set(names)) != len(names):
@@ -164,11 +164,11 @@ class KitFile:
 
     def __post_init__(self) -> None:
         check_name("federation", self.federation)
-        Address.of(self.server)
+        Address.parse_address(self.server)
         check_public_key("lead", self.lead)
         if self.key_command and self.kind != "lead":  # a site runs no command that its lead names
             raise ConfigError("key_command", list(self.key_command), "has no place in a kit that is not the lead's")
-        check_models(self.model)
+        check_model_names(self.model)
         if self.kind == "site":
             if self.site is None:
                 raise ConfigError("site", NOT_GIVEN, "is required in a site's kit")
@@ -225,7 +225,7 @@ class Kit(KitFile):
         Raises:
             ConfigError: `site_toml` is not a policy, or belongs to another site.
         """
-        files = SiteFiles.of(site_toml)
+        files = SiteFiles.from_site_toml(site_toml)
         if files.policy.site != self.site:
             raise ConfigError("site", files.policy.site, f"must be {self.site}, as in the kit").in_file(site_toml)
         return files
@@ -278,17 +278,21 @@ class Kit(KitFile):
             ConfigError: the certificate belongs to another key, another authority or another name, or is not valid now.
         """
         ca, certificate = read_certificate(self.ca), read_certificate(self.certificate)
-        key, found = str(self.certificate), Certificate.of(certificate)
+        key, found = str(self.certificate), Certificate.from_x509(certificate)
         if public_pem(certificate) != public_pem(read_connection_key(self.key)):
             raise ConfigError(key, found.name, f"must belong to the key in {self.key.name}; it was made for another")
         check_issued(certificate, ca=ca, key=key)
         expected = self.site if self.kind == "site" else self.kind
         if found.name != expected:
             raise ConfigError(key, found.name, f"must be the certificate of {expected}")
-        if self.kind == "server" and (host := Address.of(self.server).host) not in names_of(certificate):
-            raise ConfigError(key, host, f"must be in the certificate, which names {names_of(certificate)}")
-        check_in_force(ca, now=now, key=str(self.ca), renewal="provision the federation again")
-        check_in_force(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
+        if self.kind == "server" and (host := Address.parse_address(self.server).host) not in certificate_host_names(
+            certificate
+        ):
+            raise ConfigError(
+                key, host, f"must be in the certificate, which names {certificate_host_names(certificate)}"
+            )
+        check_validity(ca, now=now, key=str(self.ca), renewal="provision the federation again")
+        check_validity(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
         return found
 
 
@@ -300,10 +304,10 @@ def read_signing_key(path: Path) -> SigningKey:
     """
     if path.name == "kit.toml":
         return Kit.read(path.parent, kind="lead").load_key()
-    return SiteFiles.of(path).key() if path.suffix == ".toml" else SigningKey.load(path)
+    return SiteFiles.from_site_toml(path).load_key() if path.suffix == ".toml" else SigningKey.load(path)
 
 
-def model_place(kit_folder: Path, sha256: str) -> Path:
+def model_store_path(kit_folder: Path, sha256: str) -> Path:
     """Return the folder of an installed base model, which may be missing."""
     return kit_folder / "models" / sha256
 
@@ -312,7 +316,7 @@ def require_model_reader(kit_folder: Path, sha256: str) -> None:
     """Check that the extra `gguf` is installed if an installed model needs it; a missing model or safetensors need
     no extra.
     """
-    if any(model_place(kit_folder, sha256).glob("*.gguf")):
+    if any(model_store_path(kit_folder, sha256).glob("*.gguf")):
         require_extra("base model", sha256, "gguf")
 
 
@@ -324,13 +328,13 @@ class KitCertificate:
     """
 
     def __init__(self, kit: Kit) -> None:
-        self._kit, self._mark, self._said = kit, file_mark(kit.certificate), ""
+        self._kit, self._mark, self._said = kit, stat_signature(kit.certificate), ""
         self.certificate = kit.check_certificate(datetime.now(UTC))
 
     def is_new(self) -> bool:
         """Whether the kit contains a different, valid certificate since the last call."""
         try:
-            mark = file_mark(self._kit.certificate)
+            mark = stat_signature(self._kit.certificate)
             if mark == self._mark:
                 return False
             certificate = self._kit.check_certificate(datetime.now(UTC))
@@ -347,7 +351,7 @@ class KitCertificate:
         return True
 
 
-def file_mark(path: Path) -> tuple[int, int, int]:
+def stat_signature(path: Path) -> tuple[int, int, int]:
     """Return a file's inode, size and modification time, which change when the file is replaced or written."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns, found.st_size

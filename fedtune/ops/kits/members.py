@@ -19,16 +19,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedtune.ops.files import new_folder, write_secret, writing
+from fedtune.ops.files import new_folder, translate_write_errors, write_secret
 from fedtune.ops.kits.certificates import (
     UNREADABLE,
     check_common_name,
     check_private,
     common_name,
-    fingerprint_of,
+    generate_connection_key,
     is_p384,
-    make_key,
-    p384_of,
+    key_fingerprint,
+    p384_public_key,
     private_pem,
     public_pem,
 )
@@ -72,7 +72,7 @@ class Member:
             except ValueError:
                 raise ConfigError("revoked", self.revoked, "must be a time in ISO form, or null") from None
         try:
-            issued = self.issued
+            issued = self.x509_certificate
             named, connection_key = common_name(issued.subject), issued.public_key()  # parsed only now
         except UNREADABLE:
             raise ConfigError("certificate", self.site, "must be one in PEM form") from None
@@ -81,7 +81,7 @@ class Member:
         _check_datasets(self.datasets)
 
     @property
-    def issued(self) -> x509.Certificate:
+    def x509_certificate(self) -> x509.Certificate:
         """The site's certificate, parsed."""
         return x509.load_pem_x509_certificate(self.certificate.encode())
 
@@ -132,25 +132,25 @@ class Roster:
         Raises:
             ConfigError: the file is missing or invalid; the message says what is wrong.
         """
-        return _in_file(path, lambda data: read_json(cls, data, key="roster"), key="roster")
+        return _parse_file(path, lambda data: read_json(cls, data, key="roster"), key="roster")
 
     @classmethod
     def read_signed(cls, path: Path, *, kit: KitFile) -> Roster:
         """Read a roster, and check that it belongs to the federation of `kit` and is signed by its lead."""
         roster = cls.read(path)
         with errors_in(path):
-            roster.check_signed(kit.lead)
+            roster.check_lead_signature(kit.lead)
             if roster.federation != kit.federation:
                 raise ConfigError("roster.federation", roster.federation, f"must be {kit.federation!r}")
         return roster
 
-    def signed(self, key: SigningKey) -> Roster:
+    def sign_roster(self, key: SigningKey) -> Roster:
         """Return this roster with the lead's signature."""
-        return dataclasses.replace(self, signature=key.sign(ROSTER, signed_bytes(dataclasses.asdict(self))))
+        return dataclasses.replace(self, signature=key.sign(ROSTER, bytes_to_sign(dataclasses.asdict(self))))
 
-    def check_signed(self, lead: str) -> None:
+    def check_lead_signature(self, lead: str) -> None:
         """Check the signature against the lead's public key."""
-        if not is_signed(lead, ROSTER, signed_bytes(dataclasses.asdict(self)), self.signature):
+        if not is_signed(lead, ROSTER, bytes_to_sign(dataclasses.asdict(self)), self.signature):
             bound = "must be signed by the federation's lead: somebody else made it, or changed it"
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
@@ -159,8 +159,8 @@ class Roster:
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
 
 
-def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
-    """Parse the first `most` bytes of a file with `of`; an error in the content names the file."""
+def _parse_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
+    """Parse the first `most` bytes of a file with `parse_request`; an error in the content names the file."""
     try:
         with path.open("rb") as file:
             data = file.read(most)
@@ -202,7 +202,7 @@ class JoinRequest:
     def __post_init__(self) -> None:
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
-        if not is_signed(self.site_key, PURPOSE, signed_bytes(dataclasses.asdict(self)), self.signature):
+        if not is_signed(self.site_key, PURPOSE, bytes_to_sign(dataclasses.asdict(self)), self.signature):
             bound = "must be the site's: the request was changed after it was made; ask the site for it again"
             raise ConfigError("signature", self.signature, bound)
         _check_csr(self.csr, site=self.site)
@@ -215,10 +215,10 @@ class JoinRequest:
         Raises:
             ConfigError: the file is not a join request, or was changed after the site signed it.
         """
-        return _in_file(path, cls.of, key="request", most=_MOST_BYTES + 1)
+        return _parse_file(path, cls.parse_request, key="request", most=_MOST_BYTES + 1)
 
     @classmethod
-    def of(cls, data: bytes) -> JoinRequest:
+    def parse_request(cls, data: bytes) -> JoinRequest:
         """Parse a join request from the bytes of its file."""
         if len(data) > _MOST_BYTES:
             raise ConfigError("request", f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes")
@@ -249,7 +249,7 @@ def _check_csr(text: str, *, site: str) -> None:
         signed, name = csr.is_signature_valid, common_name(csr.subject)
     except UNREADABLE:
         raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM form") from None
-    p384_of(csr, key="csr")
+    p384_public_key(csr, key="csr")
     if not signed:
         raise ConfigError("csr", name, "must be signed with the key that it names")
     if name != site:
@@ -268,14 +268,16 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
     Raises:
         ConfigError: the policy is invalid, the folder exists or cannot be written, or a key cannot be used.
     """
-    files = SiteFiles.of(site_toml)
+    files = SiteFiles.from_site_toml(site_toml)
     with errors_in(site_toml):
         check_site_name(files.policy.site)
     folder = out or site_toml.parent / "kit"
     with new_folder(folder, key="folder") as building:
-        connection = make_key()
-        write_durably(building / REQUEST, json.dumps(_request(files, connection), indent=1).encode() + b"\n")
-        JoinRequest.of((building / REQUEST).read_bytes())  # what the lead would refuse is refused here
+        connection = generate_connection_key()
+        write_durably(
+            building / REQUEST, json.dumps(_build_request_fields(files, connection), indent=1).encode() + b"\n"
+        )
+        JoinRequest.parse_request((building / REQUEST).read_bytes())  # what the lead would refuse is refused here
         write_secret(building / "connection_key.pem", private_pem(connection))
     return folder
 
@@ -291,7 +293,7 @@ Site {request.site}: data sets {declared}.
      {folder / REQUEST}
 2. When the lead calls you, or you the lead, read these out, so that nobody's request is taken for yours. Note the
    fingerprints of lead and authority that the lead reads out:
-     connection key  {spoken(fingerprint_of(request.node_key))}
+     connection key  {spoken(key_fingerprint(request.node_key))}
      site key        {spoken(request.site_key)}
 3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It begins with comparing what
    you noted:
@@ -302,7 +304,7 @@ Keep a backup of the site key that site.toml names; without it the ledger cannot
 """
 
 
-def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
+def _build_request_fields(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
     """Return the fields of a `JoinRequest`, making the site key if it is missing.
 
     A missing site key is an error if there is a ledger, which needs the key that it was created with.
@@ -311,8 +313,8 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
     if files.ledger.is_file() and not (policy.key_command or path.is_file()):
         bound = f"is missing, and ledger {files.ledger} needs the key that it was made with"
         raise ConfigError("site_key", str(path), bound, remedy="restore it from its backup")
-    with writing(path, key="site_key"):
-        site_key = files.key(make=True)
+    with translate_write_errors(path, key="site_key"):
+        site_key = files.load_key(make=True)
     if path.is_file():
         check_private(path)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, policy.site)])
@@ -324,10 +326,10 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
         "site_key": site_key.public,
         "datasets": {one.id: one.declared_size for one in policy.dataset},
     }
-    return {**fields, "signature": site_key.sign(PURPOSE, signed_bytes(fields))}
+    return {**fields, "signature": site_key.sign(PURPOSE, bytes_to_sign(fields))}
 
 
-def signed_bytes(fields: Mapping[str, Any]) -> bytes:
+def bytes_to_sign(fields: Mapping[str, Any]) -> bytes:
     """Return the bytes to sign: all fields except the signature, as canonical JSON."""
     signed = {key: value for key, value in fields.items() if key != "signature"}
     return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()

@@ -10,11 +10,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from fedtune.federation.run_folder import locked
-from fedtune.model.manifest import Manifest, manifest_of
-from fedtune.model.source import model_folder, only_gguf
+from fedtune.federation.run_folder import lock_folder
+from fedtune.model.manifest import Manifest, build_manifest
+from fedtune.model.source import find_model_folder, find_single_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
-from fedtune.ops.kits.kit_file import Kit, KitModel, model_place
+from fedtune.ops.kits.kit_file import Kit, KitModel, model_store_path
 from fedtune.spec import ConfigError, RunError
 from fedtune.system import fsync_folder
 
@@ -33,7 +33,7 @@ def installed_model(kit_folder: Path, sha256: str) -> Path:
     Raises:
         ConfigError: the model is not installed.
     """
-    folder = model_place(kit_folder, sha256)
+    folder = model_store_path(kit_folder, sha256)
     if not folder.is_dir():
         remedy = "run `fedtune site doctor --import-model PATH` with the model's folder or file"
         raise ConfigError("base model", sha256, "is not installed here", remedy=remedy)
@@ -47,12 +47,12 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
         ConfigError: the model is not installed, or its files were changed or are incomplete.
     """
     folder = installed_model(kit_folder, sha256)
-    manifest = _manifest(folder, key="base model")
+    manifest = _build_model_manifest(folder, key="base model")
     if manifest.sha256 != sha256:
         raise ConfigError("base model", sha256, f"is not what lies in its folder, which has SHA-256 {manifest.sha256}")
 
 
-def is_made_here(sha256: str) -> bool:
+def is_built_in_model(sha256: str) -> bool:
     """Whether the base model is one of the tiny untrained models that fedtune generates for tests, which need no
     installation.
     """
@@ -61,7 +61,7 @@ def is_made_here(sha256: str) -> bool:
     return any(model_sha256(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
 
 
-def licence_files(kit_folder: Path, sha256: str) -> list[str]:
+def list_license_files(kit_folder: Path, sha256: str) -> list[str]:
     """Return the names of the license files that were installed with a model."""
     names = (path.name for path in installed_model(kit_folder, sha256).iterdir())
     return sorted(name for name in names if name.upper().startswith("LICEN"))
@@ -85,39 +85,39 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
             when they are read, or that redirect the loader.
         RunError: the disk has too little space, or cannot be written.
     """
-    place = _packaged(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
+    place = _find_in_package(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
     folder, gguf_file = (place, None) if place.is_dir() else (place.parent, place.name)
     if gguf_file is None:
         _check_folder(folder)
     elif place.suffix != ".gguf" or not place.is_file():
         bound = "must be a folder with safetensors or with one GGUF file, or a .gguf file"
         raise ConfigError(_OPTION, str(path), bound)
-    papers = _papers(folder)
-    manifest = _manifest(folder, gguf_file=gguf_file, key=_OPTION)
+    papers = _find_license_files(folder)
+    manifest = _build_model_manifest(folder, gguf_file=gguf_file, key=_OPTION)
     model = next((model for model in kit.model if model.sha256 == manifest.sha256), None)
     if model is None:
         allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.model) or "no model at all"
         raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, and kit.toml names {allowed}")
-    target = model_place(kit.folder, manifest.sha256)
+    target = model_store_path(kit.folder, manifest.sha256)
     try:
         target.parent.mkdir(exist_ok=True)
-        with locked(target.parent):
+        with lock_folder(target.parent):
             with suppress(ConfigError, OSError):  # of one that is not there, or was changed
                 verify_model(kit.folder, manifest.sha256)
                 return model, False
-            _copy((*(folder / name for name, _ in manifest.files), *papers), target)
+            _copy_into_store((*(folder / name for name, _ in manifest.files), *papers), target)
     except OSError as error:
         raise RunError(f"{target.parent} cannot be written ({error.strerror}); nothing was installed") from error
     return model, True
 
 
-def _packaged(path: str) -> Path:
+def _find_in_package(path: str) -> Path:
     """Locate a folder or a GGUF file inside an installed Python package, without importing the package."""
     folder, _, name = path.rpartition("/")
     is_file = name.endswith(".gguf")
     try:
         spec = ModelSpec(path=folder, gguf_file=name) if is_file else ModelSpec(path=path)
-        found = model_folder(spec)
+        found = find_model_folder(spec)
     except ConfigError as error:
         raise ConfigError(_OPTION, path, error.bound, remedy=error.remedy) from error
     return found / name if is_file else found
@@ -135,25 +135,25 @@ def _check_folder(folder: Path) -> None:
             raise ConfigError(_OPTION, str(folder), bound, remedy="give a real copy of the folder (cp -rL)")
 
 
-def _manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manifest:
+def _build_model_manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manifest:
     """Build the manifest of the model in a folder: its safetensors, or else its only GGUF file."""
     try:
-        name = gguf_file or only_gguf(folder)
+        name = gguf_file or find_single_gguf(folder)
         if name is not None and not re.fullmatch(r"[\w.-]+\.gguf", name):
             bound = "must be named in letters, digits, '-', '_' and '.': runs name the file"
             raise ConfigError(key, str(folder / name), bound)
-        return manifest_of(folder, gguf_file=name)
+        return build_manifest(folder, gguf_file=name)
     except ConfigError as error:
         raise ConfigError(key, error.value, error.bound, remedy=error.remedy) from error
 
 
-def _papers(folder: Path) -> tuple[Path, ...]:
+def _find_license_files(folder: Path) -> tuple[Path, ...]:
     """List the license and notice files, as text: no file that a loader could take for weights or settings."""
     papers = (file for file in sorted(folder.iterdir()) if _PAPER.fullmatch(file.name) and file.is_file())
     return tuple(file for file in papers if file.stat().st_size <= _MOST_PAPER_BYTES)
 
 
-def _copy(files: tuple[Path, ...], target: Path) -> None:
+def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:
     """Copy `files` into a folder next to `target`, verify them there, and rename that folder to `target`."""
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(target.parent).free
     if free < needed + _KEPT_FREE_BYTES:
@@ -169,7 +169,7 @@ def _copy(files: tuple[Path, ...], target: Path) -> None:
         for file in files:
             _copy_durably(file, draft / file.name)
         fsync_folder(draft)
-        if _manifest(draft, key=_OPTION).sha256 != target.name:
+        if _build_model_manifest(draft, key=_OPTION).sha256 != target.name:
             raise ConfigError(_OPTION, str(files[0].parent), "changed while it was copied; nothing was installed")
         if target.exists():
             os.rename(target, damaged)

@@ -16,14 +16,14 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.ops.files import new_folder, write_secret, zip_of
+from fedtune.ops.files import make_zip, new_folder, write_secret
 from fedtune.ops.kits.certificates import (
     Authority,
     Certificate,
     certificate_pem,
-    fingerprint_of,
-    make_key,
-    p384_of,
+    generate_connection_key,
+    key_fingerprint,
+    p384_public_key,
     private_pem,
     read_certificate,
 )
@@ -37,7 +37,7 @@ from fedtune.spec import ConfigError, errors_in
 OwnKind = Literal["server", "lead"]
 
 
-def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
+def init_federation(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
     """Create a federation from its federation.toml in the new folder `out` (None: a folder named after the federation).
 
     Raises:
@@ -46,25 +46,27 @@ def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
     settings = read_spec(FederationFile, file)
     target = out or Path(settings.name)
     with new_folder(target, key="--out") as building:
-        authority = Authority.make(settings.name, days=settings.certificates.authority_days, now=now)
-        server, lead = make_key(), make_key()
+        authority = Authority.create_authority(settings.name, days=settings.certificates.authority_days, now=now)
+        server, lead = generate_connection_key(), generate_connection_key()
         for name in ("authority", "server", "lead", "sites"):
             (building / name).mkdir(mode=0o700)
         write_secret(building / "authority" / "ca_key.pem", private_pem(authority.key))
         write_secret(building / "server" / "server_key.pem", private_pem(server))
         write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
         command, lead_key = settings.key_command, building / "lead" / "lead_key.pem"
-        public = SigningKey.load_or_make(lead_key, command=command, named_in=file).public
+        public = SigningKey.load_or_create(lead_key, command=command, named_in=file).public
         write_durably(building / SETTINGS, file.read_bytes())
         for name in ("authority", "server"):
             write_durably(building / name / "ca.pem", certificate_pem(authority.certificate))
         federation = FederationFolder(folder=building, settings=settings, lead_key=public)
-        kits = _kit(federation, "server", server.public_key(), days=None, now=now)
-        federation.change((), {**kits, **_kit(federation, "lead", lead.public_key(), days=None, now=now)})
+        kits = _build_public_kit(federation, "server", server.public_key(), days=None, now=now)
+        federation.apply_change(
+            (), {**kits, **_build_public_kit(federation, "lead", lead.public_key(), days=None, now=now)}
+        )
     return FederationFolder.open(target)
 
 
-def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Certificate:
+def renew_own_certificate(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Certificate:
     """Issue a new certificate for the existing key of the server (with the names now in federation.toml) or of the
     lead.
 
@@ -72,13 +74,15 @@ def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Ce
         ConfigError: the authority's key is missing.
     """
     path = folder / kind / f"{kind}.pem"
-    with FederationFolder.held(folder) as federation:
-        public = p384_of(read_certificate(path), key=path.name)
-        federation.change(federation.roster.sites, _kit(federation, kind, public, days=days, now=now))
-    return Certificate.of(read_certificate(path))
+    with FederationFolder.open_locked(folder) as federation:
+        public = p384_public_key(read_certificate(path), key=path.name)
+        federation.apply_change(
+            federation.roster.sites, _build_public_kit(federation, kind, public, days=days, now=now)
+        )
+    return Certificate.from_x509(read_certificate(path))
 
 
-def _kit(
+def _build_public_kit(
     federation: FederationFolder, kind: OwnKind, public: ec.EllipticCurvePublicKey, *, days: int | None, now: datetime
 ) -> dict[str, bytes]:
     """Return the public files of the server's or the lead's kit by their path in the folder, without the roster."""
@@ -100,7 +104,7 @@ Asked = tuple[JoinRequest, Callable[[], Admitted]]
 then.  People compare keys in between; nothing is changed yet."""
 
 
-def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
+def check_join_request(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
     """Read and check a site's request to join the federation in `folder`.
 
     Raises:
@@ -116,12 +120,12 @@ def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) 
                     if member.revoked:
                         bound = f"was revoked on {member.revoked}: let it in again with {again}"
                     raise ConfigError("site", asked.site, bound)
-            _check_keys_are_new(federation, asked, federation.roster.sites)
+            _check_new_keys(federation, asked, federation.roster.sites)
 
-    return _asked(folder, request, replaces, days=days, now=now)
+    return _check_request(folder, request, replaces, days=days, now=now)
 
 
-def ask_to_renew(
+def check_renewal_request(
     folder: Path, name: str, *, request: Path, days: int | None, new_site_key: bool, now: datetime
 ) -> Asked:
     """Read and check a site's new request, for another connection key or other declared data sets.
@@ -140,14 +144,14 @@ def ask_to_renew(
     """
 
     def replaces(federation: FederationFolder, asked: JoinRequest) -> Member:
-        old = _member_named(name, federation.roster.sites)
+        old = _find_member(name, federation.roster.sites)
         with errors_in(request):
             if asked.site != old.site:
                 raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
             if asked.node_key == old.node_key:
                 _check_not_revoked(old)
             else:
-                _check_keys_are_new(federation, asked, [one for one in federation.roster.sites if one != old])
+                _check_new_keys(federation, asked, [one for one in federation.roster.sites if one != old])
             if asked.site_key != old.site_key and not new_site_key:
                 bound = (
                     f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: "
@@ -157,10 +161,10 @@ def ask_to_renew(
                 raise ConfigError("site_key", asked.site_key, bound)
         return old
 
-    return _asked(folder, request, replaces, days=days, now=now)
+    return _check_request(folder, request, replaces, days=days, now=now)
 
 
-def _asked(
+def _check_request(
     folder: Path,
     request: Path,
     replaces: Callable[[FederationFolder, JoinRequest], Member | None],
@@ -178,14 +182,14 @@ def _asked(
         old = replaces(federation, asked)
         return old, Member(
             site=asked.site,
-            certificate=_certify(federation, asked.signing_request, site=asked.site, days=days, now=now),
+            certificate=_issue_site_certificate(federation, asked.signing_request, site=asked.site, days=days, now=now),
             site_key=asked.site_key,
             datasets=asked.datasets,
             revoked=None,
         )
 
     def let_in() -> Admitted:
-        with FederationFolder.held(folder) as federation:
+        with FederationFolder.open_locked(folder) as federation:
             return _admit(federation, *checked(federation))
 
     checked(FederationFolder.open(folder))
@@ -198,24 +202,26 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> A
     Raises:
         ConfigError: there is no such site, or it was revoked.
     """
-    with FederationFolder.held(folder) as federation:
-        old = _member_named(name, federation.roster.sites)
+    with FederationFolder.open_locked(folder) as federation:
+        old = _find_member(name, federation.roster.sites)
         _check_not_revoked(old)
-        member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
+        member = replace(
+            old, certificate=_issue_site_certificate(federation, old.x509_certificate, site=name, days=days, now=now)
+        )
         return _admit(federation, old, member)
 
 
 def _admit(federation: FederationFolder, old: Member | None, member: Member) -> Admitted:
     """Replace the roster entry `old` with `member`, or append `member`, and write its kit and a zip of the kit."""
     members = (*(member if one == old else one for one in federation.roster.sites), *([] if old else [member]))
-    kit = federation.kit_files("site", member.issued, site=member.site)
+    kit = federation.kit_files("site", member.x509_certificate, site=member.site)
     files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
     archive = f"sites/{member.site}-kit.zip"
-    files[archive] = zip_of(kit, moment=member.issued.not_valid_before_utc)
+    files[archive] = make_zip(kit, moment=member.x509_certificate.not_valid_before_utc)
     if old and member.node_key != old.node_key:
-        files |= federation.retiring(old.node_key)
-    federation.change(members, files)
-    changes = _changes(old, member) if old else ()
+        files |= federation.retire_key(old.node_key)
+    federation.apply_change(members, files)
+    changes = _list_changes(old, member) if old else ()
     return Admitted(member=member, archive=federation.folder / archive, changes=changes)
 
 
@@ -225,17 +231,17 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
     Raises:
         ConfigError: there is no such site, or it was already revoked.
     """
-    with FederationFolder.held(folder) as federation:
+    with FederationFolder.open_locked(folder) as federation:
         members = federation.roster.sites
-        old = _member_named(name, members)
+        old = _find_member(name, members)
         if old.revoked:
             raise ConfigError("site", name, f"was revoked before, on {old.revoked}")
         revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
-        federation.change(tuple(revoked if one is old else one for one in members), {})
+        federation.apply_change(tuple(revoked if one is old else one for one in members), {})
         return revoked
 
 
-def _certify(
+def _issue_site_certificate(
     federation: FederationFolder,
     holder: x509.Certificate | x509.CertificateSigningRequest,
     *,
@@ -244,15 +250,15 @@ def _certify(
     now: datetime,
 ) -> str:
     """Issue a site certificate for the key of `holder`, in PEM format."""
-    issued = federation.issue("site", p384_of(holder, key="csr"), name=site, days=days, now=now)
+    issued = federation.issue("site", p384_public_key(holder, key="csr"), name=site, days=days, now=now)
     return certificate_pem(issued).decode()
 
 
-def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
+def _check_new_keys(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
     """Check that no other site has or had these keys; Flower never accepts a removed connection key again."""
-    fingerprint = fingerprint_of(asked.node_key)
+    fingerprint = key_fingerprint(asked.node_key)
     again = "make a new one with `fedtune site init --out NEW`"
-    if fingerprint in federation.retired():
+    if fingerprint in federation.read_retired_keys():
         raise ConfigError("connection key", fingerprint, f"was replaced before and can never be used again: {again}")
     for member in others:
         if member.node_key == asked.node_key:
@@ -272,7 +278,7 @@ def _check_not_revoked(member: Member) -> None:
         raise ConfigError("site", member.site, bound)
 
 
-def _member_named(name: str, members: Collection[Member]) -> Member:
+def _find_member(name: str, members: Collection[Member]) -> Member:
     for member in members:
         if member.site == name:
             return member
@@ -280,7 +286,7 @@ def _member_named(name: str, members: Collection[Member]) -> Member:
     raise ConfigError("site", name, f"must be a site of the federation: {known}")
 
 
-def _changes(old: Member, new: Member) -> tuple[str, ...]:
+def _list_changes(old: Member, new: Member) -> tuple[str, ...]:
     """List what a renewal changed besides the certificate."""
     changes = []
     if old.revoked:

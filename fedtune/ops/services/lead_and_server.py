@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from fedtune.federation.lead import read_receipts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
-from fedtune.ops.kits.certificates import fingerprint_of
-from fedtune.ops.kits.kit_file import DATABASE, Address, Kit, KitCertificate, file_mark
+from fedtune.ops.kits.certificates import key_fingerprint
+from fedtune.ops.kits.kit_file import DATABASE, Address, Kit, KitCertificate, stat_signature
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.metrics import ServerMetrics
 from fedtune.privacy.durable import write_durably
@@ -57,13 +57,13 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
     return tuple(known[name] for name in names or current)
 
 
-def everyone(kit: Kit) -> FederationSpec:
+def federation_of_all_sites(kit: Kit) -> FederationSpec:
     """Return the settings of a federation of all sites in the roster that are not revoked."""
     names = tuple(member.site for member in members(kit, ()))
     return FederationSpec(num_sites=len(names), site_names=names)
 
 
-def run_named(kit: Kit, name: str) -> str:
+def find_run_name(kit: Kit, name: str) -> str:
     """Return the full name of a run, as its sites know it: either `name` itself, or the matching run in the newest
     receipts.
 
@@ -81,7 +81,7 @@ def run_named(kit: Kit, name: str) -> str:
     return found[0]
 
 
-def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
+def read_latest_answers(folder: Path) -> dict[str, dict[str, str]]:
     """Return each site's latest answer and its time (UTC); empty before the first answer.
 
     Raises:
@@ -97,16 +97,16 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[None]:
+def mark_running(folder: Path) -> Iterator[None]:
     """Record this process in the run folder while the block runs, so that `fedtune run stop` finds it."""
-    write_durably(folder / RUNNING, json.dumps({"pid": os.getpid(), "at": _here()}).encode())
+    write_durably(folder / RUNNING, json.dumps({"pid": os.getpid(), "at": _process_namespace()}).encode())
     try:
         yield
     finally:
         (folder / RUNNING).unlink(missing_ok=True)
 
 
-def _here() -> str:
+def _process_namespace() -> str:
     """Return where this process's id is valid: the host name, and on Linux the PID namespace, which differs in
     containers.
     """
@@ -114,12 +114,14 @@ def _here() -> str:
     return f"{platform.node()} {os.readlink(own) if own.is_symlink() else ''}"
 
 
-def running_process(folder: Path) -> int | None:
+def find_running_process(folder: Path) -> int | None:
     """Return the id of the process that is working on a run folder on this machine, or None."""
     try:
         told = json.loads((folder / RUNNING).read_bytes())
         pid = int(told["pid"])
-        if told.get("at") not in (None, _here()) or pid <= 0:  # which is a group of processes, or none, to the system
+        if (
+            told.get("at") not in (None, _process_namespace()) or pid <= 0
+        ):  # which is a group of processes, or none, to the system
             return None
         send_signal(pid, 0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -143,7 +145,7 @@ class KitRoster:
         self._newest: Roster | None = None
         self._revoked: frozenset[str] = frozenset()
 
-    def look(self) -> Roster:
+    def read_newest(self) -> Roster:
         """Return the newest roster.
 
         Raises:
@@ -153,20 +155,20 @@ class KitRoster:
         """
         path = self._kit.roster
         try:
-            mark = file_mark(path)
+            mark = stat_signature(path)
         except OSError as error:
             raise ConfigError("roster", str(path), f"cannot be read ({error.strerror})") from None
         if self._newest is None or mark != self._mark:
-            self._newest = self._newer(Roster.read_signed(path, kit=self._kit))
+            self._newest = self._check_newer(Roster.read_signed(path, kit=self._kit))
             self._mark = mark
         return self._newest
 
-    def _newer(self, roster: Roster) -> Roster:
+    def _check_newer(self, roster: Roster) -> Roster:
         before = self._newest
         if before is not None and roster != before and roster.number <= before.number:
             bound = f"must be higher than {before.number}, that of the roster before"
             raise ConfigError("roster.number", roster.number, bound)
-        keys = {one.site: fingerprint_of(one.node_key) for one in roster.sites}
+        keys = {one.site: key_fingerprint(one.node_key) for one in roster.sites}
         revoked = {one.site for one in roster.sites if one.revoked is not None}
         if back := [site for site, key in keys.items() if site not in revoked and key in self._revoked]:
             bound = "must stay revoked: revoke them again, after the federation's folder was put back from a backup"
@@ -205,14 +207,14 @@ class ServerService:
         roster, certificate = KitRoster(self.kit), KitCertificate(self.kit)
 
         def look() -> Sequence[Member]:
-            self.metrics.members = roster.look().sites
+            self.metrics.members = roster.read_newest().sites
             return self.metrics.members
 
         settings = ServerSettings(
             tls=self.kit.tls(),
             lead=self.kit.lead,
             host=self.host,
-            port=self.port or Address.of(self.kit.server).port,
+            port=self.port or Address.parse_address(self.kit.server).port,
             database=folder / DATABASE,
             roster=look,
             audit=folder / FILE_NAME,
@@ -225,11 +227,11 @@ class ServerService:
             about = {"federation": self.kit.federation, "port": settings.port, "certificate_until": until}
             log.info("the server listens", extra=about)
 
-        serve(settings, ready=ready, works=self._works, has_new_certificate=certificate.is_new)
+        serve(settings, ready=ready, works=self._update_health, has_new_certificate=certificate.is_new)
         self.health.update(state="stopping")
         log.info("the server is down")
 
-    def _works(self, works: bool) -> None:
+    def _update_health(self, works: bool) -> None:
         """Update the health state when the database starts or stops accepting writes: without storage, a server is
         not ready.
         """

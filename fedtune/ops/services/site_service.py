@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.data.formats import require_reader
 from fedtune.flower.client import SiteApp
-from fedtune.flower.site_socket import listening, serve_one
-from fedtune.ops.files import signals_handled, trouble_of
+from fedtune.flower.site_socket import listen_at, serve_one
+from fedtune.ops.files import find_write_problem, handle_signals
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
-from fedtune.ops.services.site_state import SiteState, serving
+from fedtune.ops.services.site_state import SiteState, lock_ledger
 from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
@@ -69,26 +69,26 @@ class SiteService:
                 one of the site's files or models.
             RunError: the ledger is missing, or cannot be trusted or written; or the site has left the federation.
         """
-        state = SiteState.of(self.kit.folder)
-        files = self._checked(state)
+        state = SiteState.in_kit(self.kit.folder)
+        files = self._check_files(state)
         certificate = None if files.policy.socket else KitCertificate(self.kit)  # a socket's peer needs none
         if self.kit.lead not in files.policy.allow.leads:
             log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
-        with serving(files.ledger), _until_stopped() as stop:
+        with lock_ledger(files.ledger), _stop_on_signal() as stop:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
-            state.check_ledger(files.open().history.opened.ledger)
-            process = cache(lambda: self._site_process(state))
+            state.check_ledger(files.open_ledger().history.opening.ledger)
+            process = cache(lambda: self._create_site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
-            trouble = partial(trouble_of, files.ledger, *([files.anchor] if files.anchor else []))
+            trouble = partial(find_write_problem, files.ledger, *([files.anchor] if files.anchor else []))
             if certificate is None:
                 place = self.site_toml.parent / files.policy.socket
                 _AtSocket(app, state, self.health, stop, self.answered, trouble).run(place)
             else:
-                self._at_server(app, state, stop, certificate=certificate, trouble=trouble)
+                self._serve_over_network(app, state, stop, certificate=certificate, trouble=trouble)
             log.info("the site is down", extra={"site": files.policy.site})
 
-    def _at_server(
+    def _serve_over_network(
         self,
         app: SiteApp,
         state: SiteState,
@@ -107,8 +107,8 @@ class SiteService:
 
         def until() -> datetime:
             if certificate.is_new():
-                fleet.show_certificate()
-                bell.show_certificate()
+                fleet.reload_certificate()
+                bell.reload_certificate()
             return certificate.certificate.not_after
 
         try:
@@ -119,7 +119,7 @@ class SiteService:
             bell.close()
             fleet.close()
 
-    def _site_process(self, state: SiteState) -> SiteProcess:
+    def _create_site_process(self, state: SiteState) -> SiteProcess:
         """Create the site's training state.
 
         The caller delays this until the first message, because the libraries take seconds to import and most of the
@@ -131,22 +131,22 @@ class SiteService:
         return SiteProcess(
             site_toml=self.site_toml,
             installed=lambda sha256: installed_model(self.kit.folder, sha256),
-            paused=lambda: state.paused.exists() or state.left.exists(),
-            runs=state.runs,
+            paused=lambda: state.paused_file.exists() or state.left_file.exists(),
+            runs=state.run_settings_folder,
             adapters=self.kit.folder / "adapters",
-            awaits=partial(_put_up_for_approval, state),
+            awaits=partial(_queue_for_approval, state),
         )
 
-    def _checked(self, state: SiteState) -> SiteFiles:
+    def _check_files(self, state: SiteState) -> SiteFiles:
         files = self.kit.site_files(self.site_toml)
         if not (files.policy.key_command or files.site_key.is_file()):
             bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
             raise ConfigError("site_key", str(files.site_key), bound)
         if files.site_key.is_file():
             check_private(files.site_key)
-        files.key()  # so that a passphrase or a command that does not work is found before anything is answered
-        if state.left.exists():
-            raise RunError(f"this site has left the federation; remove {state.left} to take part again")
+        files.load_key()  # so that a passphrase or a command that does not work is found before anything is answered
+        if state.left_file.exists():
+            raise RunError(f"this site has left the federation; remove {state.left_file} to take part again")
         for dataset in files.policy.dataset:
             require_reader(self.site_toml.parent / dataset.path)
         for sha256 in files.policy.allow.base_models:
@@ -154,8 +154,8 @@ class SiteService:
         return files
 
 
-def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str, software: str) -> None:
-    if state.wait_for_approval(proposal, settings, software=software):
+def _queue_for_approval(state: SiteState, proposal: Proposal, settings: str, software: str) -> None:
+    if state.queue_for_approval(proposal, settings, software=software):
         log.warning("a run waits for approval", extra={"run": proposal.run, "lead_software": software})
 
 
@@ -171,9 +171,9 @@ class _Standing:
         self._state, self._trouble = state, trouble
         self._looked, self._said = -math.inf, ""
 
-    def now(self) -> State:
+    def current_state(self) -> State:
         """Return the state; the ledger is tested every few seconds, and a changed result is logged."""
-        if self._state.paused.exists():
+        if self._state.paused_file.exists():
             return "paused"
         if time.monotonic() - self._looked > _LEDGER_S:
             before, self._said, self._looked = self._said, self._trouble(), time.monotonic()
@@ -203,46 +203,46 @@ class _Loop:
         self._standing = _Standing(self.state, lambda: self.trouble())
 
     def run(self) -> None:
-        while not self.stop.is_set() and not self.state.left.exists():
+        while not self.stop.is_set() and not self.state.left_file.exists():
             self.bell.rung.clear()
-            if (message := self._next()) is not None:
+            if (message := self._receive_next()) is not None:
                 self._poll_s = _POLL_S
                 try:
                     self._answer(message)
                 except Exception:  # of a kind that Flower can address no answer to
                     log.exception("a message was dropped: there is no answer to its kind")
             elif self._active:
-                self._rest()
+                self._wait_for_question()
         # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.
         time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
 
-    def _rest(self) -> None:
+    def _wait_for_question(self) -> None:
         """Sleep until there may be a question, or the site must stop or leave."""
         until = time.monotonic() + (_RUNG_POLL_S if self.bell.works else self._poll_s)
         self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
-        while not (self.stop.is_set() or self.state.left.exists() or self.bell.rung.is_set()):
+        while not (self.stop.is_set() or self.state.left_file.exists() or self.bell.rung.is_set()):
             if (left := until - time.monotonic()) <= 0:
                 return
-            self.health.update(state=self._standing.now())
+            self.health.update(state=self._standing.current_state())
             self.until()
             self.bell.rung.wait(min(left, _LOOK_S))
 
-    def _next(self) -> Message | None:
+    def _receive_next(self) -> Message | None:
         try:
             self._require_certificate()
             if not self._active:
                 self.fleet.activate()
                 self._active = True
-                self._connected()  # what comes next may take long
+                self._record_contact()  # what comes next may take long
             message = self.fleet.receive()
         except (Unreachable, Unauthorised) as error:
-            self._trouble(error)
+            self._handle_connection_error(error)
             return None
         except Dropped as error:
             log.info("a message was gone before it was fetched", extra={"reason": str(error)})
             return None
         self._wait_s = 1.0
-        self._connected()
+        self._record_contact()
         return message
 
     def _require_certificate(self) -> None:
@@ -256,15 +256,15 @@ class _Loop:
                 "unzip it over this one"
             )
 
-    def _connected(self) -> None:
-        self.health.update(state=self._standing.now(), last_contact=datetime.now(UTC))
+    def _record_contact(self) -> None:
+        self.health.update(state=self._standing.current_state(), last_contact=datetime.now(UTC))
 
     def _answer(self, message: Message) -> None:
         self.health.update(state="training")
         began = time.monotonic()
         reply = self.app.answer(message)
         about, seconds = message.metadata.message_type, time.monotonic() - began
-        self._rounds += _note(about, reply.content, seconds=seconds, answered=self.answered)
+        self._rounds += _log_answer(about, reply.content, seconds=seconds, answered=self.answered)
         self.health.update(rounds_answered=self._rounds)
         self._send(message, reply)
 
@@ -272,7 +272,7 @@ class _Loop:
         """Send the answer, and retry while the server is unreachable: it may be the only copy outside the ledger."""
         from fedtune.ops.wire.fleet import Fleet
 
-        while not Fleet.is_void(message, now=time.time()):
+        while not Fleet.is_past_deadline(message, now=time.time()):
             try:
                 self._require_certificate()
                 self.fleet.reply(reply)
@@ -282,11 +282,11 @@ class _Loop:
                 log.info("nobody waits for this answer any more", extra={"reason": str(error)})
                 return
             except (Unreachable, Unauthorised) as error:
-                self._trouble(error)
-            if self.stop.is_set() or self.state.left.exists():
+                self._handle_connection_error(error)
+            if self.stop.is_set() or self.state.left_file.exists():
                 return  # the ledger has the bytes, and the lead will ask again
 
-    def _trouble(self, error: Unreachable | Unauthorised) -> None:
+    def _handle_connection_error(self, error: Unreachable | Unauthorised) -> None:
         expired = isinstance(error, Expired)
         self.health.update(state="expired" if expired else "disconnected")
         wait_s = self._wait_s if isinstance(error, Unreachable) else _UNAUTHORISED_S
@@ -312,10 +312,10 @@ class _AtSocket:
         self._standing, self._rounds = _Standing(state, trouble), 0
 
     def run(self, place: Path) -> None:
-        with listening(place) as server:
+        with listen_at(place) as server:
             log.info("the site is up", extra={"socket": str(place)})
-            while not self._stop.is_set() and not self._state.left.exists():
-                self._health.update(state=self._standing.now())
+            while not self._stop.is_set() and not self._state.left_file.exists():
+                self._health.update(state=self._standing.current_state())
                 serve_one(server, self._answer, wait_s=_LOOK_S)
             self._health.update(state="stopping")
 
@@ -323,14 +323,14 @@ class _AtSocket:
         began = time.monotonic()
         self._health.update(state="training", last_contact=datetime.now(UTC))
         reply = self._app.answering(kind, created_at, content)
-        self._rounds += _note(kind, reply, seconds=time.monotonic() - began, answered=self._answered)
+        self._rounds += _log_answer(kind, reply, seconds=time.monotonic() - began, answered=self._answered)
         self._health.update(rounds_answered=self._rounds)
         return reply
 
 
-def _note(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[str], None]) -> bool:
+def _log_answer(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[str], None]) -> bool:
     """Log an answer, and count it with `answered`; return whether it is an update."""
-    found = SiteApp.answer_in(reply)
+    found = SiteApp.read_answer(reply)
     if found is None or isinstance(found, Offer):
         log.info("answered", extra={"what": kind})
         answered("offer" if found else "other")
@@ -343,7 +343,7 @@ def _note(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[s
 
 
 @contextmanager
-def _until_stopped() -> Iterator[threading.Event]:
+def _stop_on_signal() -> Iterator[threading.Event]:
     """Yield an event that the first SIGTERM or SIGINT sets; the second signal ends the process at once."""
     stop = threading.Event()
 
@@ -352,5 +352,5 @@ def _until_stopped() -> Iterator[threading.Event]:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 
-    with signals_handled(first):
+    with handle_signals(first):
         yield stop

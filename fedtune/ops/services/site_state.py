@@ -50,24 +50,24 @@ class SiteState:
     folder: Path
 
     @classmethod
-    def of(cls, kit_folder: Path) -> SiteState:
+    def in_kit(cls, kit_folder: Path) -> SiteState:
         """Return the state folder of a kit, creating it if it is missing."""
         folder = kit_folder / "state"
         folder.mkdir(exist_ok=True)
         return cls(folder)
 
     @property
-    def paused(self) -> Path:
+    def paused_file(self) -> Path:
         """Path of the file that exists while the site is paused."""
         return self.folder / "paused"
 
     @property
-    def left(self) -> Path:
+    def left_file(self) -> Path:
         """Path of the file that exists once the site has left the federation."""
         return self.folder / "left"
 
     @property
-    def runs(self) -> Path:
+    def run_settings_folder(self) -> Path:
         """Folder with the settings of runs, as the leads sent them."""
         made = self.folder / "runs"
         made.mkdir(exist_ok=True)
@@ -76,18 +76,18 @@ class SiteState:
     def set_paused(self, paused: bool) -> None:
         """Pause or resume the site."""
         if paused:
-            write_durably(self.paused, f"{datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
+            write_durably(self.paused_file, f"{datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
         else:
-            self.paused.unlink(missing_ok=True)
+            self.paused_file.unlink(missing_ok=True)
 
-    def wait_for_approval(self, proposal: Proposal, settings: str, *, software: str = "") -> bool:
+    def queue_for_approval(self, proposal: Proposal, settings: str, *, software: str = "") -> bool:
         """Queue a run for a person's approval; return whether the run is new in the queue.
 
         Raises:
             ConfigError: the digest of the settings is not the one in the run's name.
             RunError: too many runs are waiting already.
         """
-        path, waiting = self._pending(proposal), self._waiting_files()
+        path, waiting = self._pending_path(proposal), self._pending_files()
         if path not in waiting and len(waiting) >= MOST_WAITING:
             raise RunError(f"{MOST_WAITING} runs wait for approval already; approve some, or remove {path.parent}")
         known = self._read(path) if path in waiting else None  # a repeated request keeps its place
@@ -97,13 +97,13 @@ class SiteState:
         write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
         return known is None
 
-    def waiting(self) -> list[Pending]:
+    def list_pending_runs(self) -> list[Pending]:
         """List the runs that wait for approval, oldest first; unreadable files are skipped."""
-        return sorted(filter(None, map(self._read, self._waiting_files())), key=lambda pending: pending.since)
+        return sorted(filter(None, map(self._read, self._pending_files())), key=lambda pending: pending.since)
 
-    def forget(self, proposal: Proposal) -> None:
+    def remove_pending(self, proposal: Proposal) -> None:
         """Remove a run from the approval queue."""
-        self._pending(proposal).unlink(missing_ok=True)
+        self._pending_path(proposal).unlink(missing_ok=True)
 
     def check_ledger(self, ledger: str) -> None:
         """Check that the ledger has the same id as the ledger that was served before, and remember the id.
@@ -123,10 +123,10 @@ class SiteState:
         """Whether the site has served a ledger before."""
         return (self.folder / "ledger_id").exists()
 
-    def _waiting_files(self) -> set[Path]:
+    def _pending_files(self) -> set[Path]:
         return set((self.folder / "pending").glob("*.json"))
 
-    def _pending(self, proposal: Proposal) -> Path:
+    def _pending_path(self, proposal: Proposal) -> Path:
         folder = self.folder / "pending"
         folder.mkdir(exist_ok=True)
         # Named by digest, because two leads may give their runs the same name.
@@ -142,7 +142,7 @@ class SiteState:
 
 
 @contextmanager
-def serving(ledger: Path) -> Iterator[None]:
+def lock_ledger(ledger: Path) -> Iterator[None]:
     """Lock `ledger` while the block runs, so that no other process serves it.
 
     Raises:

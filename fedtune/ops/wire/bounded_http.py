@@ -39,14 +39,14 @@ _OBJECT, _OTHER = (16 * _MIB, 180.0), (4 * _MIB, 60.0)
 """Most bytes and seconds of an answer with an object, for Flower cuts arrays into objects of 5 MB, and of another."""
 
 
-def bounded(client: httpx.Client) -> None:
+def bound_client(client: httpx.Client) -> None:
     """Apply the bounds to every call of `client`, including calls through a proxy, and disable redirects."""
     client.follow_redirects = False
     client._transport = _Bounded(client._transport)
     client._mounts = {pattern: transport and _Bounded(transport) for pattern, transport in client._mounts.items()}
 
 
-def show(client: httpx.Client, context: ssl.SSLContext) -> None:
+def replace_ssl_context(client: httpx.Client, context: ssl.SSLContext) -> None:
     """Use `context`, which has another certificate, for all new connections of a bounded client.
 
     An SSL context that is in use must not be changed, so it is replaced.
@@ -108,7 +108,7 @@ class _Deadline(threading.local):
     def begin(self, seconds: float) -> None:
         self.at = time.monotonic() + seconds
 
-    def within(self, timeout: float | None, expired: type[httpcore.TimeoutException]) -> float:
+    def limit_timeout(self, timeout: float | None, expired: type[httpcore.TimeoutException]) -> float:
         """Return `timeout`, shortened to the time that is left before the deadline."""
         left = self.at - time.monotonic()
         if left <= 0:
@@ -161,7 +161,7 @@ class _Stream(httpcore.NetworkStream):
         stream = self._inner.start_tls(ssl_context, server_hostname, within)
         alert_s = min(_ALERT_S, _LEAST_ALERT_S + _HANDSHAKES * (time.monotonic() - began))
         try:
-            _hear_refusal(stream.get_extra_info("socket"), within_s=alert_s)
+            _raise_if_rejected(stream.get_extra_info("socket"), within_s=alert_s)
         except OSError as error:
             stream.close()
             raise httpcore.ConnectError(str(error)) from error
@@ -174,7 +174,7 @@ class _Stream(httpcore.NetworkStream):
         return self._inner.get_extra_info(info)
 
 
-def _hear_refusal(connection: object, *, within_s: float) -> None:
+def _raise_if_rejected(connection: object, *, within_s: float) -> None:
     """Raise an error if the server rejects our certificate within `within_s` seconds.
 
     Raises:

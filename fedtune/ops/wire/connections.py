@@ -36,7 +36,7 @@ _BACKLOG = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class ConnectionLimits:
     """Limits on connections.
 
     Attributes:
@@ -73,7 +73,7 @@ def server_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-def most_connections() -> int:
+def max_connections() -> int:
     """Return how many connections this process's limit of open files allows, after raising that limit as far as
     possible.
     """
@@ -100,7 +100,7 @@ class Door:
     def __init__(
         self,
         context: ssl.SSLContext,
-        limits: Limits,
+        limits: ConnectionLimits,
         *,
         member: Callable[[bytes], str],
         audit: AuditLog,
@@ -108,7 +108,7 @@ class Door:
     ) -> None:
         self.context, self.limits, self.audit, self.member = context, limits, audit, member
         self.of_certificate = of_certificate
-        self._most = most_connections()
+        self._most = max_connections()
         self._of_address: Counter[str] = Counter()
         self._shaking: dict[asyncio.Task[None], str] = {}  # with their addresses, the oldest first
         self._accepting: list[asyncio.Task[None]] = []
@@ -136,8 +136,8 @@ class Door:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def leave(self, address: str) -> None:
-        origin = _origin(address)
+    def release_slot(self, address: str) -> None:
+        origin = _address_group(address)
         self._of_address[origin] -= 1
         if not self._of_address[origin]:
             del self._of_address[origin]
@@ -152,40 +152,42 @@ class Door:
                     await asyncio.sleep(_PAUSE_S)
                     continue
                 address = str(name[0])
-                if not self._admits(address):
+                if not self._may_connect(address):
                     connection.close()
                     continue
-                self._of_address[_origin(address)] += 1
+                self._of_address[_address_group(address)] += 1
                 http = make(address)
-                task = loop.create_task(self._shake_hands(connection, http, address))
+                task = loop.create_task(self._perform_handshake(connection, http, address))
                 self._shaking[task] = address
                 # A task that gives way before it began runs nothing of its own.
-                task.add_done_callback(partial(self._shaken, connection, http, address))
+                task.add_done_callback(partial(self._finish_handshake, connection, http, address))
 
-    def _shaken(self, connection: socket.socket, http: Http, address: str, task: asyncio.Task[None]) -> None:
+    def _finish_handshake(self, connection: socket.socket, http: Http, address: str, task: asyncio.Task[None]) -> None:
         self._shaking.pop(task, None)
         if http.transport is None:  # else it leaves when it ends
             connection.close()
-            self.leave(address)
+            self.release_slot(address)
 
-    def _admits(self, address: str) -> bool:
-        origin = _origin(address)
+    def _may_connect(self, address: str) -> bool:
+        origin = _address_group(address)
         if self._of_address[origin] >= min(self.limits.of_address, self._most // 2):
-            self.audit.note("connection refused", address=address, reason="too many from this address")
-            return self._give_way([task for task, other in self._shaking.items() if _origin(other) == origin])
+            self.audit.log_event("connection refused", address=address, reason="too many from this address")
+            return self._evict_oldest(
+                [task for task, other in self._shaking.items() if _address_group(other) == origin]
+            )
         if self._of_address.total() >= self._most:
-            self.audit.note("connection refused", address=address, reason="too many connections")
-            return self._give_way(self._shaking)
+            self.audit.log_event("connection refused", address=address, reason="too many connections")
+            return self._evict_oldest(self._shaking)
         return True
 
-    def _give_way(self, shaking: Iterable[asyncio.Task[None]]) -> bool:
+    def _evict_oldest(self, shaking: Iterable[asyncio.Task[None]]) -> bool:
         """Abort the oldest connection that has not finished its handshake; return whether there was one."""
         if (oldest := next(iter(shaking), None)) is not None:
             del self._shaking[oldest]
             oldest.cancel()
         return oldest is not None
 
-    async def _shake_hands(self, connection: socket.socket, http: Http, address: str) -> None:
+    async def _perform_handshake(self, connection: socket.socket, http: Http, address: str) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: http,
@@ -195,10 +197,10 @@ class Door:
                 ssl_shutdown_timeout=_SHUTDOWN_S,
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            self.audit.note("handshake refused", address=address, reason=_why(error))
+            self.audit.log_event("handshake refused", address=address, reason=_handshake_error_reason(error))
 
 
-def _origin(address: str) -> str:
+def _address_group(address: str) -> str:
     """Return the group in which a connection is counted: the IPv4 address, or the IPv6 /64 network, which one
     machine may own.
     """
@@ -207,7 +209,7 @@ def _origin(address: str) -> str:
     return str(ipaddress.ip_network((ipaddress.ip_address(address.partition("%")[0]), 64), strict=False))
 
 
-def _why(error: BaseException) -> str:
+def _handshake_error_reason(error: BaseException) -> str:
     """Return the reason for a failed handshake in OpenSSL's own words, which name only the kind of error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate: {error.verify_message}"
@@ -228,24 +230,24 @@ class Http(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        peer, until = _peer(transport, self._address)
+        peer, until = _read_peer(transport, self._address)
         limits, self._key = self._door.limits, peer.key
         self.app_state = {**self.app_state, PEER: peer}
         about = {"address": peer.address, "certificate": peer.certificate, "member": self._door.member(peer.key)}
         self._door.of_certificate[self._key] += 1
         if self._door.of_certificate[self._key] > limits.of_certificate:
-            self._door.audit.note("connection refused", reason="too many with this certificate", **about)
+            self._door.audit.log_event("connection refused", reason="too many with this certificate", **about)
             transport.abort()
             return
-        self._door.audit.note("connected", **about)
+        self._door.audit.log_event("connected", **about)
         left = (until - datetime.now(UTC)).total_seconds()
-        self._at("life", min(limits.life_s, max(0.0, left)), self._end)
-        self._at("head", limits.head_s, self._hang_up)
+        self._schedule("life", min(limits.life_s, max(0.0, left)), self._end_lifetime)
+        self._schedule("head", limits.head_s, self._hang_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in self._timers.values():
             timer.cancel()
-        self._door.leave(self._address)
+        self._door.release_slot(self._address)
         self._door.of_certificate[self._key] -= 1
         if not self._door.of_certificate[self._key]:
             del self._door.of_certificate[self._key]
@@ -265,11 +267,11 @@ class Http(H11Protocol):
         if self.cycle is not None and self.cycle.more_body:
             # A call was refused whose body still comes: closing TLS in order would read on for seconds.
             self.transport.abort()
-        self._at("head", self._door.limits.idle_s, self._hang_up)
+        self._schedule("head", self._door.limits.idle_s, self._hang_up)
         super().on_response_complete()
         self._unset_keepalive_if_required()
 
-    def _at(self, name: str, seconds: float, call: Callable[[], None]) -> None:
+    def _schedule(self, name: str, seconds: float, call: Callable[[], None]) -> None:
         if name in self._timers:
             self._timers[name].cancel()
         self._timers[name] = self.loop.call_later(seconds, call)
@@ -278,15 +280,15 @@ class Http(H11Protocol):
         """Close the connection because no complete request arrived in time."""
         self.transport.close()
 
-    def _end(self) -> None:
+    def _end_lifetime(self) -> None:
         """End the connection at the end of its own lifetime or its certificate's; the current request has some
         minutes to finish.
         """
-        self._at("life", self._door.limits.answer_s, self.transport.abort)
+        self._schedule("life", self._door.limits.answer_s, self.transport.abort)
         self.shutdown()
 
 
-def _peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
+def _read_peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
     """Return the holder of the client's certificate, and when the certificate expires."""
     shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
     peer = Peer(address=address, certificate=common_name(shown.subject) or "", key=public_pem(shown))

@@ -25,7 +25,6 @@ from fedtune.flower.internals import (
     fleet_pb2,
     heartbeat_pb2,
     http_client,
-    identify,
     inflating,
     message_to_proto,
     node_authentication,
@@ -34,10 +33,11 @@ from fedtune.flower.internals import (
     objects,
     remove_content_from_message,
     set_metadata,
+    set_sender_ids,
 )
 from fedtune.ops.kits.certificates import read_connection_key
-from fedtune.ops.wire.bounded_http import OutOfBounds, bounded, show
-from fedtune.ops.wire.identity import Tls, clocks_apart, refusal, staying
+from fedtune.ops.wire.bounded_http import OutOfBounds, bound_client, replace_ssl_context
+from fedtune.ops.wire.identity import Tls, describe_clock_difference, explain_tls_refusal, harden_client
 from fedtune.ops.wire.line_errors import Dropped, Foreign, Unauthorised, Unreachable
 from fedtune.ops.wire.message_objects import pull_message
 
@@ -64,7 +64,7 @@ class Fleet:
         private = read_connection_key(tls.key)
         public = private.public_key()
         self._public = asymmetric.public_key_to_bytes(public)
-        self._client = staying(
+        self._client = harden_client(
             FleetHttpClient(
                 f"https://{server}",
                 interceptors=[
@@ -93,16 +93,16 @@ class Fleet:
             public_key=self._public, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
         )
         try:
-            with in_our_words():
+            with translate_line_errors():
                 self._node = node_pb2.Node(node_id=self._client.ActivateNode(request).node_id)
         except Unauthorised as error:
             hello(self._server, self._tls)  # says whether, and why, the server does not know the key
             raise Unreachable("an earlier connection of this site is not over yet, or it was just added") from error
         self._may_have_lost_one = False
         # Flower's messages say from here who sends them.
-        identify(node_id=self._node.node_id, task_id=0)
+        set_sender_ids(node_id=self._node.node_id, task_id=0)
         if self._beating is None:
-            self._beating = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+            self._beating = threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True)
             self._beating.start()
 
     def receive(self) -> Message | None:
@@ -114,8 +114,11 @@ class Fleet:
         """
         if self._may_have_lost_one:
             # Leave and return: the server gives a message once, and the lead asks again when it sees a site return.
-            with contextlib.suppress(Unauthorised), in_our_words():  # the server thinks that it is away already
-                self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._activated.node_id))
+            with (
+                contextlib.suppress(Unauthorised),
+                translate_line_errors(),
+            ):  # the server thinks that it is away already
+                self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._active_node.node_id))
             self.activate()
         self._may_have_lost_one = True
         message = self._next_message()
@@ -123,8 +126,8 @@ class Fleet:
         return message
 
     def _next_message(self) -> Message | None:
-        node = self._activated
-        with in_our_words():
+        node = self._active_node
+        with translate_line_errors():
             answer = self._client.PullMessages(fleet_pb2.PullMessagesRequest(node=node))
             if not answer.messages_list:
                 return None
@@ -136,7 +139,7 @@ class Fleet:
                 fetching.make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
             )
         set_metadata(message, message_id=tree.object_id)
-        identify(run_id=run_id)
+        set_sender_ids(run_id=run_id)
         return message
 
     def reply(self, reply: Message) -> None:
@@ -146,11 +149,11 @@ class Fleet:
             Dropped: the Flower run has ended, or the server has lost it.
             Unauthorised, Unreachable: as for `activate`.
         """
-        node, run_id, id = self._activated, reply.metadata.run_id, reply.object_id
+        node, run_id, id = self._active_node, reply.metadata.run_id, reply.object_id
         set_metadata(reply, message_id=id)
         in_doubt, self._may_have_lost_one = self._may_have_lost_one, True
         try:
-            with in_our_words(), objects.no_object_id_recompute():
+            with translate_line_errors(), objects.no_object_id_recompute():
                 begun = self._begun.get(id)
                 self._begun = {id: begun or self._announce(reply)}
                 send = fetching.make_push_object_fn_protobuf(
@@ -171,14 +174,14 @@ class Fleet:
         self._begun, self._may_have_lost_one = {}, in_doubt
 
     @staticmethod
-    def is_void(message: Message, *, now: float) -> bool:
+    def is_past_deadline(message: Message, *, now: float) -> bool:
         """Whether the server no longer accepts an answer to a message; `now` is in seconds since 1970."""
         until = message.metadata.created_at + message.metadata.ttl
         return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
 
     def _announce(self, reply: Message) -> fleet_pb2.PushMessagesResponse:
         request = fleet_pb2.PushMessagesRequest(
-            node=self._activated,
+            node=self._active_node,
             messages_list=[message_to_proto(remove_content_from_message(reply))],
             message_object_trees=[objects.get_object_tree(reply)],
             # Flower reports here how long the app ran, which grows with the true number of records.
@@ -186,9 +189,9 @@ class Fleet:
         )
         return self._client.PushMessages(request)
 
-    def show_certificate(self) -> None:
+    def reload_certificate(self) -> None:
         """Use the kit's current certificate for all new connections."""
-        show(http_client(self._client), self._tls.client_context())
+        replace_ssl_context(http_client(self._client), self._tls.client_context())
 
     def close(self) -> None:
         """Tell the server, if it is reachable, that this node goes offline, and close the connection."""
@@ -201,11 +204,11 @@ class Fleet:
         self._client.close()
 
     @property
-    def _activated(self) -> node_pb2.Node:
+    def _active_node(self) -> node_pb2.Node:
         assert self._node is not None, "activate comes first"
         return self._node
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             # The number may have changed: a server that lost its database gives new ones.
             request = heartbeat_pb2.SendNodeHeartbeatRequest(
@@ -227,28 +230,28 @@ def hello(server: str, tls: Tls) -> str:
         Unreachable: there is no connection.
     """
     headers = signed_headers(tls)
-    with in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
-        bounded(client)
+    with translate_line_errors(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
+        bound_client(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
     if answer.status_code != httpx.codes.OK:
-        reason_in(answer, server)  # of fedtune's own server
-        raise _refused(answer, "the server refused this site")
-    return said_in(answer, "site", server)
+        parse_refusal_reason(answer, server)  # of fedtune's own server
+        raise _build_refusal_error(answer, "the server refused this site")
+    return parse_answer_field(answer, "site", server)
 
 
-def reason_in(answer: httpx.Response, server: str) -> str:
+def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
     """Return the reason why fedtune's server refused a call.
 
     Raises:
         Foreign: the answer does not come from a fedtune server.
     """
-    reason = said_in(answer, "reason", server)
+    reason = parse_answer_field(answer, "reason", server)
     if not reason.isprintable() or len(reason) > _MOST_REASON:  # words that are not for people
         raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})")
     return reason
 
 
-def said_in(answer: httpx.Response, field: str, server: str) -> str:
+def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
     """Return a field of a fedtune server's JSON answer.
 
     Raises:
@@ -274,22 +277,22 @@ def signed_headers(tls: Tls) -> dict[str, str]:
     }
 
 
-def _refused(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
+def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
     """Return the error for a call that the server refused, with the server's reason, such as "revoked", if it gives
     one.
 
     If the two clocks differ too much, the error is Unreachable, because the clocks may be corrected soon.
     """
     with contextlib.suppress(Foreign, httpx.StreamError):
-        reason = reason_in(answer, "")
-        if "clock" in reason and (apart := clocks_apart(answer, most_s=_MOST_APART_S)):
+        reason = parse_refusal_reason(answer, "")
+        if "clock" in reason and (apart := describe_clock_difference(answer, most_s=_MOST_APART_S)):
             return Unreachable(apart)
         what += f": {reason}"
     return Unauthorised(what)
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
+def translate_line_errors() -> Iterator[None]:
     """Translate errors of Flower and httpx into the few errors to which a site can react."""
     try:
         yield
@@ -298,7 +301,9 @@ def in_our_words() -> Iterator[None]:
         if error.response.is_redirect:
             raise Unreachable(f"the server sends elsewhere ({status}), which is never followed") from error
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
-            raise _refused(error.response, f"the server does not take this site's key ({status})") from error
+            raise _build_refusal_error(
+                error.response, f"the server does not take this site's key ({status})"
+            ) from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise Dropped(f"the server no longer needs this message ({status})") from error
         raise Unreachable(f"the server answered {status}") from error
@@ -308,7 +313,7 @@ def in_our_words() -> Iterator[None]:
         raise Unreachable(f"the server's answer is not accepted: {error}") from error
     except httpx.HTTPError as error:
         cut = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)
-        what = refusal(error) or ("the connection was cut" if cut else type(error).__name__)
+        what = explain_tls_refusal(error) or ("the connection was cut" if cut else type(error).__name__)
         raise Unreachable(f"no connection to the server ({what})") from error
     except Exception as error:  # a proxy's page, or bytes that are no message: each library has errors of its own
         raise Unreachable(f"the server's answer cannot be read ({type(error).__name__})") from error

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 from fedtune.flower.internals import PROTOBUF_MEDIA_TYPE, asymmetric, constant, core, now
 from fedtune.ops.wire.audit_log import AuditLog, Event
 from fedtune.ops.wire.fleet import HELLO
-from fedtune.ops.wire.identity import NotAllowed, SeenCalls, body_of_lead
+from fedtune.ops.wire.identity import NotAllowed, SeenCalls, verified_body_hash
 from fedtune.ops.wire.waiting import WAIT, Questions
 
 if TYPE_CHECKING:  # SQLAlchemy takes time to import
@@ -100,7 +100,7 @@ class Traffic:
     heard: dict[str, float] = field(default_factory=dict)  # site -> when it last made a call that was let in
     connections: Counter[bytes] = field(default_factory=Counter)  # open ones, by the key of their certificate
 
-    def counted(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """Wrap `receive` and `send` so that the bytes of all bodies are counted."""
 
         async def counted_receive() -> MutableMapping[str, Any]:
@@ -147,26 +147,26 @@ class Gate:
         if scope["type"] != "http":
             return
         path = scope.get("path", "")
-        receive, send = self._traffic.counted(receive, send)
+        receive, send = self._traffic.count_bytes(receive, send)
         try:
             if path in _SITE_CALLS:
-                await self._site_call(scope, receive, send)
+                await self._handle_site_call(scope, receive, send)
             elif path in _LEAD_CALLS:
-                await self._lead_call(scope, receive, send)
+                await self._handle_lead_call(scope, receive, send)
             elif path == WAIT:
-                await self._wait_call(scope, send)
+                await self._handle_wait_call(scope, send)
             elif path == HELLO:
-                site = self._member(headers_of(scope), _peer(scope)).site
-                await answer(send, 200, {"site": site, "time": time.time()})
+                site = self._authenticate_member(headers_by_name(scope), _peer_of_scope(scope)).site
+                await send_json(send, 200, {"site": site, "time": time.time()})
             else:
                 raise NotAllowed(404, "no such call")
         except NotAllowed as refusal:
-            self._note(scope, refusal)
-            await answer(send, refusal.status, {"reason": refusal.reason})
+            self._log_refusal(scope, refusal)
+            await send_json(send, refusal.status, {"reason": refusal.reason})
 
-    async def _wait_call(self, scope: Scope, send: Send) -> None:
+    async def _handle_wait_call(self, scope: Scope, send: Send) -> None:
         """Hold a site's call until the lead has a question for it; see `fedtune.ops.wire.waiting`."""
-        member = self._member(headers_of(scope), _peer(scope))
+        member = self._authenticate_member(headers_by_name(scope), _peer_of_scope(scope))
         try:
             ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
             number = int(heard[:_MOST_DIGITS])
@@ -174,49 +174,49 @@ class Gate:
             name, number = "", 0
         if name != "heard":
             raise NotAllowed(400, "malformed")
-        if (node := await asyncio.to_thread(self._rules.node_of, member.node_key)) is None:
+        if (node := await asyncio.to_thread(self._rules.find_node, member.node_key)) is None:
             raise NotAllowed(403, "unknown")
         self._traffic.waiting += 1
         try:
-            count = await self._questions.count(node, heard=number)
+            count = await self._questions.wait_for_count(node, heard=number)
         finally:
             self._traffic.waiting -= 1
-        await answer(send, 200, {"questions": count})
+        await send_json(send, 200, {"questions": count})
 
     def close(self) -> None:
         """Answer all held calls, because the server is shutting down."""
         self._questions.close()
 
-    async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle_site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authenticate and check a site's call, and pass it to Flower.
 
         Flower authenticates the call again, but only after reading its body, which a revoked site could make large.
         """
-        headers, path = headers_of(scope), scope["path"]
+        headers, path = headers_by_name(scope), scope["path"]
         try:
-            member = self._member(headers, _peer(scope))
+            member = self._authenticate_member(headers, _peer_of_scope(scope))
         except NotAllowed as refusal:
             raise NotAllowed(401, refusal.reason) from None
-        check_form(scope, headers)
-        body = await read_body(receive, headers, most_bytes=self._rules.most_bytes(path))
-        await asyncio.to_thread(self._rules.check, path, member.node_key, body)
-        await self._app(as_read(scope, headers), again(body, receive), send)
+        check_call_format(scope, headers)
+        body = await read_body(receive, headers, most_bytes=self._rules.max_body_bytes(path))
+        await asyncio.to_thread(self._rules.check_call, path, member.node_key, body)
+        await self._app(normalize_scope(scope, headers), replay_body(body, receive), send)
 
-    async def _lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
-        body = await self._body_of_lead(scope, receive)
-        check_form(scope, headers)
+    async def _handle_lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, path, peer = headers_by_name(scope), scope["path"], _peer_of_scope(scope)
+        body = await self._read_signed_body(scope, receive)
+        check_call_format(scope, headers)
         if path in _OF_RUNS:
-            self._audit.note(_OF_RUNS[path], **self._about(peer))
+            self._audit.log_event(_OF_RUNS[path], **self._describe_peer(peer))
         nodes: list[int] = []
         if path == _PUSH_QUESTIONS:
-            nodes = await asyncio.to_thread(self._rules.asked, body)
+            nodes = await asyncio.to_thread(self._rules.register_questions, body)
         if path == _PULL_ANSWERS:
-            body = await asyncio.to_thread(self._rules.finished, body)
-        await self._app(as_read(scope, headers), again(body, receive), send)
-        self._questions.asked(nodes)
+            body = await asyncio.to_thread(self._rules.keep_complete_answers, body)
+        await self._app(normalize_scope(scope, headers), replay_body(body, receive), send)
+        self._questions.count_questions(nodes)
 
-    async def _body_of_lead(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read_signed_body(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body of a call after checking that the lead signed it.
 
         Raises:
@@ -224,20 +224,20 @@ class Gate:
             over a
                 site's connection.
         """
-        headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
-        signed = body_of_lead(headers, path=path, lead=self._lead, now=time.time())
+        headers, path, peer = headers_by_name(scope), scope["path"], _peer_of_scope(scope)
+        signed = verified_body_hash(headers, path=path, lead=self._lead, now=time.time())
         if signed is None:
             raise NotAllowed(401, _UNSIGNED)
-        if peer is not None and self._with(peer.key):
+        if peer is not None and self._member_by_key(peer.key):
             raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
-        self._seen.check(headers)  # before a body is read that may be large
+        self._seen.check_unused(headers)  # before a body is read that may be large
         body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
         if hashlib.sha256(body).hexdigest() != signed:
             raise NotAllowed(401, _UNSIGNED)
-        self._seen.take(headers, now=time.time())
+        self._seen.use_signature(headers, now=time.time())
         return body
 
-    def _member(self, headers: dict[str, str], peer: Peer | None) -> Member:
+    def _authenticate_member(self, headers: dict[str, str], peer: Peer | None) -> Member:
         """Return the member that makes a call over its own connection.
 
         Raises:
@@ -255,7 +255,7 @@ class Gate:
             raise NotAllowed(401, "wrong signature")
         if not -constant.SYSTEM_TIME_TOLERANCE < age < constant.TIMESTAMP_TOLERANCE:
             raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
-        if (known := self._with(key)) is None:
+        if (known := self._member_by_key(key)) is None:
             raise NotAllowed(403, "unknown")
         if known.revoked:
             raise NotAllowed(403, "revoked")
@@ -265,17 +265,17 @@ class Gate:
         self._traffic.heard[known.site] = time.time()
         return known
 
-    def _with(self, key: bytes) -> Member | None:
+    def _member_by_key(self, key: bytes) -> Member | None:
         """Return the member with a connection key, including revoked members; None if there is none."""
         return next((member for member in self._roster() if member.node_key == key), None)
 
-    def name_of(self, key: bytes) -> str:
+    def member_name(self, key: bytes) -> str:
         """Return the name of the member with a connection key; empty if there is none."""
-        member = self._with(key)
+        member = self._member_by_key(key)
         return member.site if member else ""
 
-    def _note(self, scope: Scope, refusal: NotAllowed) -> None:
-        path, peer = scope.get("path", ""), _peer(scope)
+    def _log_refusal(self, scope: Scope, refusal: NotAllowed) -> None:
+        path, peer = scope.get("path", ""), _peer_of_scope(scope)
         event: Event = "call refused"
         if path in _LEAD_CALLS:
             event = "lead's call refused"
@@ -284,22 +284,22 @@ class Gate:
         reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
         # Paths that are no calls are a caller's own words: they would make as many lines as he likes.
         named = path if path in {HELLO, WAIT} | _SITE_CALLS | _LEAD_CALLS else ""
-        about = {"path": named, "reason": reason, **self._about(peer)}
-        if self._audit.note(event, **about):
+        about = {"path": named, "reason": reason, **self._describe_peer(peer)}
+        if self._audit.log_event(event, **about):
             log.warning("%s: %s", event, reason, extra=about)
 
-    def _about(self, peer: Peer | None) -> dict[str, str]:
+    def _describe_peer(self, peer: Peer | None) -> dict[str, str]:
         if peer is None:
             return {}
-        return {"address": peer.address, "certificate": peer.certificate, "member": self.name_of(peer.key)}
+        return {"address": peer.address, "certificate": peer.certificate, "member": self.member_name(peer.key)}
 
 
-def _peer(scope: Scope) -> Peer | None:
+def _peer_of_scope(scope: Scope) -> Peer | None:
     peer = scope.get("state", {}).get(PEER)
     return peer if isinstance(peer, Peer) else None
 
 
-def check_form(scope: Scope, headers: dict[str, str]) -> None:
+def check_call_format(scope: Scope, headers: dict[str, str]) -> None:
     """Check that a call has the form that Flower reads: Flower authenticates no other, and decompresses nothing.
 
     Raises:
@@ -313,12 +313,12 @@ def check_form(scope: Scope, headers: dict[str, str]) -> None:
         raise NotAllowed(415, "a compressed body")
 
 
-def headers_of(scope: Scope) -> dict[str, str]:
+def headers_by_name(scope: Scope) -> dict[str, str]:
     """Return the headers as a dict; the last of several headers with the same name wins."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-def as_read(scope: Scope, headers: dict[str, str]) -> Scope:
+def normalize_scope(scope: Scope, headers: dict[str, str]) -> Scope:
     """Return the call with normalized headers, so that Flower interprets it in the same way as the gate.
 
     Flower uses the first of several headers with the same name.  It also takes a call's kind from its URL, which in
@@ -359,21 +359,21 @@ async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: in
         raise NotAllowed(408, "too slow") from None
 
 
-def again(body: bytes, receive: Receive) -> Receive:
+def replay_body(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` function that yields `body` first, and then the further messages of `receive`."""
     given = False
 
-    async def again() -> MutableMapping[str, Any]:
+    async def replay_body() -> MutableMapping[str, Any]:
         nonlocal given
         if given:
             return await receive()
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return replay_body
 
 
-async def answer(send: Send, status: int, content: dict[str, object]) -> None:
+async def send_json(send: Send, status: int, content: dict[str, object]) -> None:
     """Send a JSON response."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

@@ -22,7 +22,7 @@ import httpx
 
 from fedtune.flower.asking_grid import CLOCKS_S
 from fedtune.flower.internals import add_headers, http_client, rpc
-from fedtune.ops.wire.bounded_http import HungUp, bounded
+from fedtune.ops.wire.bounded_http import HungUp, bound_client
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.spec import causes_of
 
@@ -47,13 +47,13 @@ class Tls:
         return context
 
 
-def staying(client: _Client) -> _Client:
+def harden_client(client: _Client) -> _Client:
     """Bound the calls of a Flower client and disable its redirects; return the client.
 
     Flower's client would follow a redirect with its signed headers: whoever runs the server could make a site or a lead
     call any address in its own network, even without TLS.
     """
-    bounded(http_client(client))
+    bound_client(http_client(client))
     return client
 
 
@@ -70,7 +70,7 @@ _OF_CERTIFICATES = (
 """TLS alerts that are about the certificate that this end showed; others are about protocols and ciphers."""
 
 
-def refusal(error: BaseException) -> str | None:
+def explain_tls_refusal(error: BaseException) -> str | None:
     """Return which end rejects the other's certificate, and why; None if certificates are not the cause of the
     error.
     """
@@ -115,7 +115,7 @@ class SeenCalls:
         self._most = most
         self._until: dict[str, float] = {}
 
-    def check(self, headers: Mapping[str, str]) -> None:
+    def check_unused(self, headers: Mapping[str, str]) -> None:
         """Check that a signature has not been used yet.
 
         Raises:
@@ -124,14 +124,14 @@ class SeenCalls:
         if headers[SIGNATURE] in self._until:
             raise NotAllowed(401, "the lead's signature was used before")
 
-    def take(self, headers: Mapping[str, str], *, now: float) -> None:
+    def use_signature(self, headers: Mapping[str, str], *, now: float) -> None:
         """Mark the signature of a valid call of the lead as used.
 
         Raises:
             NotAllowed: the signature was used before, or too many signatures are stored.
         """
         signature = headers[SIGNATURE]
-        self.check(headers)
+        self.check_unused(headers)
         if len(self._until) >= self._most:
             self._until = {one: until for one, until in self._until.items() if until >= now}
         if len(self._until) >= self._most:
@@ -148,12 +148,12 @@ class LeadSignature:
     def intercept(self, context: rpc.ProtobufRequestContext, call_next: rpc.ProtobufCall) -> httpx.Response:
         request = context.request
         moment, digest = repr(time.time()), hashlib.sha256(request.read()).hexdigest()
-        signature = self._key.sign(CALL, _message(request.url.path, moment, digest))
+        signature = self._key.sign(CALL, _signed_message(request.url.path, moment, digest))
         add_headers(request, {TIME: moment, BODY: digest, SIGNATURE: signature})
         return call_next(context)
 
 
-def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
+def verified_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
     """Return the SHA-256, in hex, of the body that the lead signed for this call; None without a valid signature.
 
     Only the headers are needed, so that the bodies of other callers need not be read.
@@ -165,10 +165,10 @@ def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float
         return None
     if not (math.isfinite(age) and abs(age) <= TOLERANCE_S):
         return None
-    return body if is_signed(lead, CALL, _message(path, moment, body), headers.get(SIGNATURE, "")) else None
+    return body if is_signed(lead, CALL, _signed_message(path, moment, body), headers.get(SIGNATURE, "")) else None
 
 
-def clocks_apart(answer: httpx.Response, *, most_s: float) -> str:
+def describe_clock_difference(answer: httpx.Response, *, most_s: float) -> str:
     """Describe the difference between the server's clock and this machine's, if it exceeds `most_s`; otherwise empty.
 
     If time synchronization runs on this machine, the server's clock is the wrong one.
@@ -179,15 +179,19 @@ def clocks_apart(answer: httpx.Response, *, most_s: float) -> str:
         return ""
     if abs(ahead) <= most_s:
         return ""
-    whose = "this machine's is synchronized, so the server's is wrong" if clock_is_kept() else "one of them is wrong"
+    whose = (
+        "this machine's is synchronized, so the server's is wrong"
+        if is_clock_synchronized()
+        else "one of them is wrong"
+    )
     return f"the server's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's: {whose}"
 
 
-def clock_is_kept() -> bool:
+def is_clock_synchronized() -> bool:
     """Whether the kernel reports that this machine's clock is synchronized; False if it does not report anything."""
     adjtimex = getattr(ctypes.CDLL(None), "adjtimex", None)
     return adjtimex is not None and adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) not in (-1, _TIME_ERROR)
 
 
-def _message(path: str, moment: str, body: str) -> bytes:
+def _signed_message(path: str, moment: str, body: str) -> bytes:
     return f"{path}\n{moment}\n{body}".encode()

@@ -26,16 +26,16 @@ from fedtune.flower.internals import (
     fetching,
     http_client,
     http_grid,
-    identify,
     inflating,
     message_pb2,
     node_pb2,
     rpc,
     run_from_proto,
     runtime_pb2,
+    set_sender_ids,
 )
-from fedtune.ops.wire.bounded_http import show
-from fedtune.ops.wire.identity import TOLERANCE_S, LeadSignature, Tls, clocks_apart, staying
+from fedtune.ops.wire.bounded_http import replace_ssl_context
+from fedtune.ops.wire.identity import TOLERANCE_S, LeadSignature, Tls, describe_clock_difference, harden_client
 from fedtune.ops.wire.message_objects import NotWhole, pull_message
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
@@ -69,11 +69,11 @@ class LeadSession:
 
         def client(*token: RuntimeTokenHttpInterceptor) -> RunStarter:
             signed: tuple[rpc.ProtobufClientInterceptor, ...] = (version, *token, signature)
-            return staying(RunStarter(f"https://{server}", interceptors=signed, verify=tls.client_context()))
+            return harden_client(RunStarter(f"https://{server}", interceptors=signed, verify=tls.client_context()))
 
-        with readable():
+        with translate_read_errors():
             with client() as opening:
-                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_bundle())))
+                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_empty_bundle())))
                 # It may be one that another process has just started; any fresh run will do.
                 token = opening.AcquireTask(
                     runtime_pb2.AcquireTaskRequest(supported_task_types=[core.TaskType.SERVER_APP])
@@ -82,18 +82,18 @@ class LeadSession:
                 raise RunError(f"{server} started a run and did not hand it out")
             self._client, self._tls = client(RuntimeTokenHttpInterceptor(token)), tls
             given = self._client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
-        identify(run_id=given.run.run_id, node_id=given.context.node_id, task_id=given.task_id)
+        set_sender_ids(run_id=given.run.run_id, node_id=given.context.node_id, task_id=given.task_id)
         self.grid = http_grid(server, token, self._client)
         self.grid.set_run(run_from_proto(given.run))
         self._nodes: dict[int, node_pb2.NodeInfo] = {}
         self._looked = float("-inf")
         self._stop = threading.Event()
-        threading.Thread(target=self._beat, name="lead's heartbeats", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="lead's heartbeats", daemon=True).start()
 
-    def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
+    def online_sites(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
         """Return the online sites by number; the server is asked at most once per second."""
         if time.monotonic() - self._looked > 1.0:
-            with readable():
+            with translate_read_errors():
                 online = self.grid.get_nodes()
                 self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
             self._looked = time.monotonic()
@@ -103,32 +103,32 @@ class LeadSession:
         """Send a question; return its id, "" if its node is gone, or None if the server refuses a message of this
         size.
         """
-        with readable():
+        with translate_read_errors():
             ids = list(self.grid.push_messages([message]))
             if len(ids) > 1:
                 raise ValueError("more than was asked for")
         return ids[0] if ids else None
 
-    def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
+    def fetch_answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
         """Yield the answers to these questions, fetching each on demand so that they need not all be in memory.
 
         Flower's own call fails as a whole if one answer is broken, and trusts what every answer claims about itself.
         """
-        with readable():
+        with translate_read_errors():
             found = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=message_ids))
         ends = time.monotonic() + most_s
         pairs = zip(found.messages_list, found.message_object_trees, strict=False)
         for about, tree in pairs:
             message, is_lost = None, False
             try:
-                message = self._whole(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
+                message = self._fetch_message(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
             except inflating.ObjectPullError:
                 is_lost = True
             if message is not None and message.has_error() and not about.HasField("error"):
                 message = None  # an error is the server's to say
             yield about.metadata.reply_to_message_id, message, is_lost
 
-    def _whole(self, tree: message_pb2.ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
+    def _fetch_message(self, tree: message_pb2.ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
         """Fetch a message with its content from the server; None if the content is invalid."""
         node, run_id = self.grid.node, self.grid.run.run_id
         try:
@@ -150,9 +150,9 @@ class LeadSession:
             log.warning("an answer cannot be read (%s)", type(error).__name__)
             return None
 
-    def show_certificate(self) -> None:
+    def reload_certificate(self) -> None:
         """Use the kit's current certificate for all new connections."""
-        show(http_client(self._client), self._tls.client_context())
+        replace_ssl_context(http_client(self._client), self._tls.client_context())
 
     def close(self) -> None:
         """End the run; messages that nobody fetched are dropped."""
@@ -163,7 +163,7 @@ class LeadSession:
             )
         self._client.close()
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             try:
                 self._client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest())
@@ -172,7 +172,7 @@ class LeadSession:
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def translate_read_errors() -> Iterator[None]:
     """Turn an answer that is not Flower's, such as a proxy's error page, into a connection error."""
     try:
         yield
@@ -182,11 +182,11 @@ def readable() -> Iterator[None]:
         raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
 
 
-def not_started(server: str, error: httpx.HTTPError) -> RunError:
+def start_error(server: str, error: httpx.HTTPError) -> RunError:
     """Return the error that explains to the lead why its server did not start a run."""
     if not isinstance(error, httpx.HTTPStatusError):
         return RunError(f"{server} cannot be reached ({type(error).__name__}: {error})")
-    if apart := clock_of(error):
+    if apart := explain_clock_error(error):
         return RunError(f"{server}: {apart}")
     if error.response.status_code == httpx.codes.UNAUTHORIZED:
         return RunError(f"{server} does not take this lead's signature: another federation's kit, or a wrong clock")
@@ -195,16 +195,16 @@ def not_started(server: str, error: httpx.HTTPError) -> RunError:
     return RunError(f"{server} cannot start a run ({error.response.status_code})")
 
 
-def clock_of(error: Exception) -> str:
+def explain_clock_error(error: Exception) -> str:
     """Describe the difference of the clocks if it is the reason why a server refused the lead's call; otherwise
     empty.
     """
     if not (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED):
         return ""
-    return clocks_apart(error.response, most_s=TOLERANCE_S - 1)
+    return describe_clock_difference(error.response, most_s=TOLERANCE_S - 1)
 
 
-def _bundle() -> bytes:
+def _empty_bundle() -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("pyproject.toml", _BUNDLE)

@@ -66,16 +66,16 @@ def pull_message(
     if len(ids) > MOST_OBJECTS:
         raise NotWhole(f"a message of more than {MOST_OBJECTS} objects")
     most_bytes, most_s = min(most_bytes, MOST_BYTES), min(most_s, MOST_S)
-    contents = inflating.pull_objects(ids, _Budget(pull, most_s), max_time=most_s)
-    if (size := _size(tree.object_id, "Message", contents, {})) > most_bytes:
+    contents = inflating.pull_objects(ids, _PullLimit(pull, most_s), max_time=most_s)
+    if (size := _assembled_size(tree.object_id, "Message", contents, {})) > most_bytes:
         raise NotWhole(f"a message of {size} bytes, and it may have {most_bytes}")
     confirm(tree.object_id)
     message = inflating.inflate_object_from_contents(tree.object_id, contents)
-    assert isinstance(message, Message)  # as `_size` required
+    assert isinstance(message, Message)  # as `_assembled_size` required
     return message
 
 
-class _Budget:
+class _PullLimit:
     """A wrapper of `pull` that raises NotWhole once a message exceeds its limits of bytes or time."""
 
     def __init__(self, pull: Callable[[str], bytes], most_s: float) -> None:
@@ -95,7 +95,7 @@ class _Budget:
         return content
 
 
-def _size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
+def _assembled_size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
     """Compute the size in bytes of the object `id` after assembly, where a part counts as often as it is named.
 
     `known` caches the size of each object: a few hundred objects that share their parts would otherwise keep a machine
@@ -108,23 +108,23 @@ def _size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, in
         raise NotWhole(f"a {kind} that is something else")
     if id not in known:
         parts = _PARTS[kind]
-        kinds = {child: _kind(contents[child], parts) for child in children}
-        named = _named(kind, content, children) if parts else []
+        kinds = {child: _read_object_kind(contents[child], parts) for child in children}
+        named = _list_named_parts(kind, content, children) if parts else []
         if set(named) != kinds.keys():
             raise NotWhole(f"a {kind} whose parts are not those that it names")
-        sizes = {child: _size(child, kinds[child], contents, known) for child in kinds}
+        sizes = {child: _assembled_size(child, kinds[child], contents, known) for child in kinds}
         known[id] = len(content) + sum(sizes[part] for part in named)
     return known[id]
 
 
-def _kind(content: bytes, allowed: tuple[str, ...]) -> str:
+def _read_object_kind(content: bytes, allowed: tuple[str, ...]) -> str:
     kind = content[:16].decode("latin-1").partition(" ")[0]
     if kind not in allowed:
         raise NotWhole("a message whose parts do not belong together")
     return kind
 
 
-def _named(kind: str, content: bytes, children: list[str]) -> list[str]:
+def _list_named_parts(kind: str, content: bytes, children: list[str]) -> list[str]:
     """List the parts that an object names, with repetitions."""
     if kind == "Message":
         return children

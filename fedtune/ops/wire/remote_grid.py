@@ -16,8 +16,8 @@ from fedtune.flower import asking_grid
 from fedtune.flower.asking_grid import AskingGrid, Pulled, Questions
 from fedtune.flower.flower_records import num_bytes
 from fedtune.flower.internals import Message, inflating
-from fedtune.ops.wire.identity import Tls, refusal
-from fedtune.ops.wire.lead_session import LeadSession, clock_of, not_started
+from fedtune.ops.wire.identity import Tls, explain_tls_refusal
+from fedtune.ops.wire.lead_session import LeadSession, explain_clock_error, start_error
 from fedtune.privacy.keys import SigningKey
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class RemoteGrid(AskingGrid):
             try:
                 self._open()
             except httpx.HTTPError as error:
-                if not (_is_away(error) and time.monotonic() < deadline):
-                    raise not_started(self._server, error) from error
+                if not (_is_temporary(error) and time.monotonic() < deadline):
+                    raise start_error(self._server, error) from error
                 self._wait_for_server(error)
         return self
 
@@ -72,25 +72,25 @@ class RemoteGrid(AskingGrid):
 
     def _nodes(self) -> Mapping[int, Any]:
         if self._has_new_certificate() and self._session is not None:
-            self._session.show_certificate()
+            self._session.reload_certificate()
         self._open()
-        return self._opened.nodes(self._numbers)
+        return self._open_session.online_sites(self._numbers)
 
     def _push(self, message: Message) -> str | None:
-        return self._opened.push(message)
+        return self._open_session.push(message)
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
         self._said = ""
         # An answer holds what its question holds, with other numbers: an adapter, or words.
         asked_bytes = max(num_bytes(question.question.content) for question in questions.values())
-        return self._opened.answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
+        return self._open_session.fetch_answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
 
-    def _mend(self, trouble: Exception, questions: Questions) -> None:
-        if not isinstance(trouble, httpx.HTTPStatusError) or trouble.response.is_redirect or _is_away(trouble):
+    def _recover(self, trouble: Exception, questions: Questions) -> None:
+        if not isinstance(trouble, httpx.HTTPStatusError) or trouble.response.is_redirect or _is_temporary(trouble):
             self._wait_for_server(trouble)
             return
         if self._session is None:
-            raise not_started(self._server, trouble) from trouble
+            raise start_error(self._server, trouble) from trouble
         log.warning("the server forgot this run (%s); asking again", trouble.response.status_code)
         self._close()
         for one in questions.values():
@@ -98,7 +98,7 @@ class RemoteGrid(AskingGrid):
             one.unsent = None
 
     @property
-    def _opened(self) -> LeadSession:
+    def _open_session(self) -> LeadSession:
         assert self._session is not None, "used as a context manager"
         return self._session
 
@@ -112,15 +112,15 @@ class RemoteGrid(AskingGrid):
             self._session = None
 
     def _wait_for_server(self, error: Exception) -> None:
-        said = clock_of(error) or f"cannot be reached ({type(error).__name__})"
+        said = explain_clock_error(error) or f"cannot be reached ({type(error).__name__})"
         if said != self._said:  # once, however long it lasts
             log.warning("%s %s; trying again", self._server, said)
         self._said = said
         time.sleep(asking_grid.RECONNECT_S)
 
 
-def _is_away(error: httpx.HTTPError) -> bool:
+def _is_temporary(error: httpx.HTTPError) -> bool:
     """Whether the server is down, failing or has a wrong clock, so that waiting may help and the run need not end."""
     if not isinstance(error, httpx.HTTPStatusError):
-        return refusal(error) is None
-    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or bool(clock_of(error))
+        return explain_tls_refusal(error) is None
+    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or bool(explain_clock_error(error))

@@ -86,12 +86,12 @@ class SiteCalls:
         self._sizes: dict[str, int] = {}  # of questions that were fetched: their objects are deleted then
         self._asked: dict[str, frozenset[str]] = {}  # the lead's objects, and what each is made of
 
-    def most_bytes(self, path: str) -> int:
+    def max_body_bytes(self, path: str) -> int:
         """Return the maximum size in bytes of the body of a call."""
         call = path.removeprefix(FLEET)
         return {"push-messages": _ANNOUNCED_BYTES, "push-object": _OBJECT_BYTES}.get(call, _SMALL_BYTES)
 
-    def check(self, path: str, key: bytes, body: bytes) -> None:
+    def check_call(self, path: str, key: bytes, body: bytes) -> None:
         """Check that the site with the connection key `key` may make this call.
 
         Raises:
@@ -101,7 +101,7 @@ class SiteCalls:
             request: Any = PROTOBUF_REQUEST_TYPES["POST", path].FromString(body)
         except Exception:  # protobuf's own, which mypy does not know
             raise NotAllowed(400, "not a message of this call") from None
-        node = self.node_of(key)
+        node = self.find_node(key)
         call = path.removeprefix(FLEET)
         if call == "activate-node":
             own = request.public_key == key
@@ -115,16 +115,16 @@ class SiteCalls:
             self._check_object(request, node or 0)
         elif call == "pull-object":
             run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node or 0)
-            if not any(self._rows(_IS_ASKED, object=request.object_id, node=mine, run=run)):
+            if not any(self._run_query(_IS_ASKED, object=request.object_id, node=mine, run=run)):
                 raise NotAllowed(409, "an object of no question to this node")
         elif call == "confirm-message-received":
             self._check_confirmed(request, node or 0)
 
-    def node_of(self, key: bytes) -> int | None:
+    def find_node(self, key: bytes) -> int | None:
         """Return the id of the node with this connection key; None if there is no such node."""
         return self._state.get_node_id_by_public_key(key)
 
-    def asked(self, body: bytes) -> list[int]:
+    def register_questions(self, body: bytes) -> list[int]:
         """Remember which parts the lead's questions consist of, so that no site can declare other parts; return the
         asked nodes.
 
@@ -138,14 +138,14 @@ class SiteCalls:
             return []
         with self._lock:
             for tree in request.message_object_trees:
-                for part in islice(_parts(tree), _MOST_OBJECTS):
+                for part in islice(_iterate_objects(tree), _MOST_OBJECTS):
                     self._asked.pop(part.object_id, None)
                     self._asked[part.object_id] = frozenset(child.object_id for child in part.children)
             while len(self._asked) > _REMEMBERED_OBJECTS:
                 del self._asked[next(iter(self._asked))]
         return [message.metadata.dst_node_id for message in request.messages_list]
 
-    def finished(self, body: bytes) -> bytes:
+    def keep_complete_answers(self, body: bytes) -> bytes:
         """Reduce the lead's request for answers to the answers that have arrived completely.
 
         Flower would let the lead wait for an answer with a missing part, and an answer may be announced at any moment.
@@ -154,7 +154,7 @@ class SiteCalls:
         """
         asked = runtime_pb2.PullAppMessagesRequest.FromString(body)
         moment = now()
-        found = self._rows(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
+        found = self._run_query(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
         unanswered = {row[0] for row in found}
         ids = [id for id in asked.message_ids if id not in unanswered]
         return (
@@ -185,7 +185,7 @@ class SiteCalls:
                 self._answers[node][about.message_id] = answer
 
     def _object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
-        parts = list(islice(_parts(tree), _MOST_OBJECTS + 1))
+        parts = list(islice(_iterate_objects(tree), _MOST_OBJECTS + 1))
         if len(parts) > _MOST_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
             raise NotAllowed(403, "too many objects, or objects without a name")
         with self._lock:
@@ -208,7 +208,7 @@ class SiteCalls:
             raise NotAllowed(403, "in another sender's name")
         if about.dst_node_id != constant.SUPERLINK_NODE_ID:
             raise NotAllowed(403, "not to the lead")
-        found = list(self._rows(_QUESTION, id=about.reply_to_message_id))
+        found = list(self._run_query(_QUESTION, id=about.reply_to_message_id))
         if not about.reply_to_message_id:
             raise NotAllowed(403, "answers no question")
         if not found or found[0].until <= time.time():
@@ -236,12 +236,12 @@ class SiteCalls:
                 return
         # The session's id is known to whom it was given, and to nobody else: one from before this process's start.
         run = uint64_to_int64(request.run_id)
-        if not any(self._rows(_IS_AWAITED, session=request.session_id, object=id, run=run)):
+        if not any(self._run_query(_IS_AWAITED, session=request.session_id, object=id, run=run)):
             raise NotAllowed(409, "an object that nobody waits for")
 
     def _check_confirmed(self, request: message_pb2.ConfirmMessageReceivedRequest, node: int) -> None:
         id = request.message_object_id
-        found = list(self._rows(_QUESTION, id=id))
+        found = list(self._run_query(_QUESTION, id=id))
         if not found or found[0].dst_node_id != uint64_to_int64(node):
             raise NotAllowed(409, "no question to this node")
         size = self._num_bytes(id)
@@ -256,15 +256,15 @@ class SiteCalls:
         return kept
 
     def _num_bytes(self, id: str) -> int:
-        return int(next(iter(self._rows(_NUM_BYTES, id=id)))[0])
+        return int(next(iter(self._run_query(_NUM_BYTES, id=id)))[0])
 
-    def _rows(self, query: Any, **values: object) -> Iterable[Any]:
+    def _run_query(self, query: Any, **values: object) -> Iterable[Any]:
         with self._state.session() as session:
             return session.execute(query, values).all()
 
 
-def _parts(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
+def _iterate_objects(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
     """Yield all objects of a tree; protobuf bounds the depth of the recursion."""
     yield tree
     for child in tree.children:
-        yield from _parts(child)
+        yield from _iterate_objects(child)

@@ -26,10 +26,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.flower.internals import constant, superlink_app
-from fedtune.ops.files import signals_handled
+from fedtune.ops.files import handle_signals
 from fedtune.ops.kits.members import Member
 from fedtune.ops.wire.audit_log import AuditLog
-from fedtune.ops.wire.connections import Door, Http, Limits, server_context
+from fedtune.ops.wire.connections import ConnectionLimits, Door, Http, server_context
 from fedtune.ops.wire.gate import Gate, Roster, Traffic
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.site_calls import SiteCalls
@@ -57,7 +57,7 @@ class ServerSettings:
     database: Path  # file with messages and nodes, made when missing
     roster: Roster  # the sites as they stand now; called every two seconds
     audit: Path | None = None  # file that says who came and what was refused; None: none is kept
-    limits: Limits = field(default_factory=Limits)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     traffic: Traffic = field(default_factory=Traffic)  # where what comes and goes is counted
 
 
@@ -81,7 +81,7 @@ def serve(
     )
     audit = AuditLog(settings.audit)
     roster = _KeptRoster(settings.roster, state, audit)
-    roster.look()
+    roster.refresh_roster()
     gate = Gate(
         app,
         lead=settings.lead,
@@ -93,13 +93,13 @@ def serve(
     door = Door(
         server_context(settings.tls),
         settings.limits,
-        member=gate.name_of,
+        member=gate.member_name,
         audit=audit,
         of_certificate=settings.traffic.connections,
     )
 
     def listens() -> None:
-        audit.note("server started")
+        audit.log_event("server started")
         ready()
 
     http = uvicorn.Config(
@@ -117,22 +117,22 @@ def serve(
     server = _Server(http, door, listens, gate.close)
 
     def look() -> None:
-        works(roster.takes_writes())
+        works(roster.accepts_writes())
         audit.flush()
         if has_new_certificate():
             door.context = server_context(settings.tls)
-        roster.look()
+        roster.refresh_roster()
 
-    with signals_handled(lambda *_: None):  # uvicorn raises the signal that stopped it once more when it is done
+    with handle_signals(lambda *_: None):  # uvicorn raises the signal that stopped it once more when it is done
         try:
-            with _watched(look):
+            with _call_periodically(look):
                 server.run()
         finally:
             audit.flush(all_=True)
-            audit.note("server stopped")
+            audit.log_event("server stopped")
 
 
-def keep_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) -> None:
+def apply_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) -> None:
     """Register new sites with Flower and remove revoked sites; all other nodes are left alone.
 
     A key that the roster no longer contains also stays registered, because Flower never accepts a removed key again,
@@ -144,7 +144,7 @@ def keep_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) 
         if member.revoked and node_id is not None:
             state.delete_node(constant.NOOP_FLWR_AID, node_id)
             log.warning("%s was revoked", member.site)
-            audit.note("member revoked", member=member.site)
+            audit.log_event("member revoked", member=member.site)
         elif not member.revoked and node_id is None:
             try:
                 state.create_node(
@@ -152,10 +152,10 @@ def keep_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) 
                 )
             except ValueError:
                 log.error("%s: its connection key was revoked before; it needs a new one", member.site)
-                audit.note("member not registered", member=member.site, reason="its key was revoked before")
+                audit.log_event("member not registered", member=member.site, reason="its key was revoked before")
             else:
                 log.info("%s is registered", member.site)
-                audit.note("member registered", member=member.site)
+                audit.log_event("member registered", member=member.site)
 
 
 class _KeptRoster:
@@ -166,11 +166,11 @@ class _KeptRoster:
         self._took = True
         self.members: Sequence[Member] = ()
 
-    def look(self) -> None:
+    def refresh_roster(self) -> None:
         self.members = self._read()  # first: a database that takes no writes must not keep a revoked site in
-        keep_roster(self.state, self.members, self.audit)
+        apply_roster(self.state, self.members, self.audit)
 
-    def takes_writes(self) -> bool:
+    def accepts_writes(self) -> bool:
         """Return whether the database accepts writes, which fail on a full disk; a change is logged."""
         before = self._took
         try:
@@ -187,8 +187,8 @@ class _KeptRoster:
 
 
 @contextmanager
-def _watched(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` every two seconds while the block runs."""
+def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
+    """Call `refresh_roster` every two seconds while the block runs."""
     stop = threading.Event()
 
     def watch() -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import httpx
 
-from fedtune.ops.wire.bounded_http import bounded, show
+from fedtune.ops.wire.bounded_http import bound_client, replace_ssl_context
 from fedtune.ops.wire.fleet import signed_headers
 from fedtune.ops.wire.identity import Tls
 
@@ -34,14 +34,14 @@ class Questions:
         self._waiting: dict[int, asyncio.Event] = {}
         self._closed = False
 
-    def asked(self, nodes: Iterable[int]) -> None:
+    def count_questions(self, nodes: Iterable[int]) -> None:
         """Count one more question for each node, once Flower has stored it, and answer the calls that wait for it."""
         for node in nodes:
             self._counts[node] += 1
             if event := self._waiting.pop(node, None):
                 event.set()
 
-    async def count(self, node: int, *, heard: int) -> int:
+    async def wait_for_count(self, node: int, *, heard: int) -> int:
         """Return the node's number of questions as soon as it differs from `heard`, or after some seconds."""
         if self._counts[node] == heard and not self._closed:
             event = self._waiting.setdefault(node, asyncio.Event())
@@ -68,13 +68,13 @@ class Bell:
         self.rung, self.works = rung, False
         self._address, self._tls = f"https://{server}{WAIT}", tls
         self._client = httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S)
-        bounded(self._client)
+        bound_client(self._client)
         self._stop = threading.Event()
         threading.Thread(target=self._listen, name="bell", daemon=True).start()
 
-    def show_certificate(self) -> None:
+    def reload_certificate(self) -> None:
         """Use the kit's current certificate in new connections."""
-        show(self._client, self._tls.client_context())
+        replace_ssl_context(self._client, self._tls.client_context())
 
     def close(self) -> None:
         """Stop after the current call."""

@@ -22,7 +22,7 @@ from fedtune.codec import decode, parse_json
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import LEDGER_SCHEMA, NOT_GIVEN, ConfigError, RunError
-from fedtune.words import spoken_start
+from fedtune.words import group_hex_start
 
 START = "0" * 64  # what stands in the place of the hash before the first event
 EVENT, HEAD = "ledger event", "ledger head"  # purposes of signatures
@@ -77,10 +77,10 @@ class Event:
         """Return the SHA-256, in hex, of this event appended after the event whose hash is `before`."""
         fields = asdict(self)
         del fields["hash"], fields["signature"]
-        return hashlib.sha256(b"fedtune ledger event\n" + before.encode() + b"\n" + canonical(fields)).hexdigest()
+        return hashlib.sha256(b"fedtune ledger event\n" + before.encode() + b"\n" + canonical_json(fields)).hexdigest()
 
 
-def canonical(data: object) -> bytes:
+def canonical_json(data: object) -> bytes:
     """Serialize `data` as canonical JSON: sorted keys, no spaces, ASCII, no infinity or NaN."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
@@ -176,21 +176,21 @@ class Head:
     arrivals: Arrivals | None = None
 
     @classmethod
-    def signed(cls, key: SigningKey, **fields: Any) -> Head:
+    def create_signed(cls, key: SigningKey, **fields: Any) -> Head:
         """Create a head and sign it with `key`."""
         unsigned = cls(**fields, site_key=key.public, signature="")
-        return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.message()))
+        return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.signed_bytes()))
 
-    def message(self) -> bytes:
+    def signed_bytes(self) -> bytes:
         """Return the bytes that are signed."""
         said = self._fields()
         del said["signature"]
-        return canonical(said)
+        return canonical_json(said)
 
     def _fields(self) -> dict[str, Any]:
         said = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy each of thousands of hashes
         said |= {"schema": LEDGER_SCHEMA, "arrivals": self.arrivals and asdict(self.arrivals)}
-        return _without_none(said, "arrivals")
+        return _drop_none(said, "arrivals")
 
     def to_bytes(self) -> bytes:
         """Return the content of an anchor file."""
@@ -211,7 +211,7 @@ class Head:
         check_ledger_schema(path, fields.pop("schema", None))
         try:
             head = decode(cls, fields)
-            right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
+            right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.signed_bytes(), head.signature)
         except ValueError as error:  # a ConfigError, or a number that JSON does not have
             raise damaged from error
         if not right:
@@ -253,10 +253,10 @@ class Restored:
     def to_json(self) -> dict[str, Any]:
         """Return the detail field of the note."""
         fields = {key: sorted(each) if isinstance(each, frozenset) else each for key, each in asdict(self).items()}
-        return _without_none(fields, "arrivals")
+        return _drop_none(fields, "arrivals")
 
     @classmethod
-    def of(cls, detail: dict[str, Any]) -> Restored:
+    def from_detail(cls, detail: dict[str, Any]) -> Restored:
         """Parse the detail field of a restore note.
 
         Raises:
@@ -269,7 +269,7 @@ class Restored:
         return restored
 
 
-def charges_of(
+def iter_charges(
     charged: Sequence[tuple[dict[str, Any], int]], arrivals: Arrivals | None
 ) -> Iterator[tuple[DpEvent, int, str]]:
     """Iterate over counted mechanisms, each with the cohorts that it was charged to ("" for everybody)."""
@@ -277,13 +277,13 @@ def charges_of(
     return ((dp_events.from_json(event), n, said) for (event, n), said in zip(charged, ranges, strict=True))
 
 
-def table(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
+def charge_rows(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
     """Return the charges as sorted rows: (mechanism as JSON, count, charged cohorts)."""
     rows = [(dp_events.to_json(event), count, said) for (event, said), count in charges.items()]
     return sorted(rows, key=lambda row: (json.dumps(row[0], sort_keys=True), row[2]))
 
 
-def _without_none(fields: dict[str, Any], key: str) -> dict[str, Any]:
+def _drop_none(fields: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != key or value is not None}
 
 
@@ -315,4 +315,4 @@ def check_signature(event: Event, site_key: str) -> None:
         RunError: the signature is not valid.
     """
     if not is_signed(site_key, EVENT, event.hash.encode(), event.signature):
-        raise RunError(f"event {event.sequence} is not signed by the site's key {spoken_start(site_key)}")
+        raise RunError(f"event {event.sequence} is not signed by the site's key {group_hex_start(site_key)}")

@@ -1,7 +1,7 @@
 """The sum of a ledger's events: runs, charges and reservations.  Spending is always derived from events, never stored.
 
-`History.follow` processes one event after another.  It reads nothing but events, so that everybody with the same ledger
-derives the same figures.
+`History.apply_event` processes one event after another.  It reads nothing but events, so that everybody with the same
+ledger derives the same figures.
 """
 
 from __future__ import annotations
@@ -19,11 +19,22 @@ from dp_accounting import DpEvent
 from fedtune.codec import decode, decode_value
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
-from fedtune.privacy.cohorts import OLDEST, Cohorts, groups, period_of
+from fedtune.privacy.cohorts import OLDEST, Cohorts, cohort_group_starts, period_number
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import LASTING, START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, table
+from fedtune.privacy.ledger.chain import (
+    LASTING,
+    START,
+    Arrivals,
+    Doubt,
+    Event,
+    Head,
+    Kind,
+    Restored,
+    charge_rows,
+    iter_charges,
+)
 from fedtune.privacy.ledger.register import Opened, Row
-from fedtune.privacy.policy_file import marks_of, never, policy_of
+from fedtune.privacy.policy_file import never_accepted_mark, permanent_marks, policy_from_json
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
@@ -34,7 +45,7 @@ _FIRST = ("opened", "policy")  # the notes that every ledger begins with
 
 
 @dataclass(kw_only=True, slots=True)
-class Run:
+class AcceptedRun:
     """One accepted run.
 
     Attributes:
@@ -67,10 +78,10 @@ class Run:
         """Whether the run may still be charged."""
         return self.expires is not None and now < self.expires
 
-    def set_aside(self, now: datetime) -> Counter[DpEvent]:
+    def remaining_charges(self, now: datetime) -> Counter[DpEvent]:
         """Return the rest of the plan that the run may still spend; empty once the run is no longer open."""
         left = self.plan.most_rounds - self.charged_rounds
-        once = dp_events.grouped([self.plan.event()]) if self.is_open(now) else Counter()
+        once = dp_events.count_mechanisms([self.plan.event()]) if self.is_open(now) else Counter()
         return Counter({event: count * left for event, count in once.items()})
 
 
@@ -94,7 +105,7 @@ class History:
             named; another column would turn a budget per person into a budget per visit.
         delta: the delta of every epsilon in the ledger.
         order: the Renyi order of the filter.
-        runs: run name -> `Run`.
+        runs: run name -> `AcceptedRun`.
         doubts: genuine receipts that prove missing events, each until a restore makes up for it.
         restored: the restore notes, one for each time that a backup was put back.
         lost_runs: run -> rounds charged on lost branches only.
@@ -106,8 +117,8 @@ class History:
         refused: (day, run, lead, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
-        marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the result of `marks_of` for each policy,
-            and `never(run, lead)` for a run that was refused and then ended by that lead.
+        marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the result of `permanent_marks` for each
+            policy, and `never(run, lead)` for a run that was refused and then ended by that lead.
         decided: digest of a proposal -> the decisions of people on it: `what` ("approved" or "denied"), the `day`, and
             `by`, `ticket` and `why`, each None if not given.
         last_time: time of the newest event.
@@ -121,7 +132,7 @@ class History:
         self.policy: Policy | None = None
         self.users: set[tuple[str, str, str]] = set()
         self.delta = self.order = math.nan
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, AcceptedRun] = {}
         self.doubts: frozenset[Doubt] = frozenset()
         self.restored: list[Restored] = []
         self.lost_runs: dict[str, int] = {}
@@ -142,13 +153,13 @@ class History:
         self.lost_rows: list[tuple[int, int]] = []
 
     @classmethod
-    def before(cls, policy: Policy) -> History:
+    def empty(cls, policy: Policy) -> History:
         """Return the empty history of a ledger that is yet to be created under `policy`."""
         history = cls()
         history.policy, history.delta, history.order = policy, policy.budget.delta, policy.budget.order()
         return history
 
-    def follow(self, event: Event) -> None:
+    def apply_event(self, event: Event) -> None:
         """Process the next event.
 
         Raises:
@@ -157,11 +168,11 @@ class History:
         self.hashes.append(event.hash)  # also if it fails: what was followed by half must not pass for what came before
         self.path += [(event.sequence, event.hash)] if event.kind in LASTING else []
         try:
-            self._follow(event)
+            self._dispatch_event(event)
         except (FedtuneError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise RunError(f"event {event.sequence} ({event.kind}) cannot be understood: {error}") from error
 
-    def _follow(self, event: Event) -> None:
+    def _dispatch_event(self, event: Event) -> None:
         moment = datetime.fromisoformat(event.time)
         if self.last_time is not None and moment < self.last_time:
             raise ValueError("its time is earlier than that of the event before it")
@@ -173,27 +184,27 @@ class History:
                 if event.run in self.runs:
                     raise ValueError("the run was accepted before")
                 proposal = decode(Proposal, event.detail["proposal"])
-                if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opened.arrivals:
+                if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opening.arrivals:
                     raise ValueError("its cohorts are not those of the ledger's calendar")
                 expires = datetime.fromisoformat(event.detail["expires"])
-                self.runs[event.run] = Run(proposal=proposal, expires=expires)
+                self.runs[event.run] = AcceptedRun(proposal=proposal, expires=expires)
                 self.marks |= {("seeded", "")} if proposal.seeded_noise else set()
             case Kind.RESERVE:
-                self._reserve(event, moment)
+                self._apply_reservation(event, moment)
             case Kind.COMMIT:
                 run = self.runs[event.run]
                 if run.reserved.get(event.round) != event.request or run.attempts[event.round] != event.attempt:
                     raise ValueError("it commits a round that was not reserved")
                 run.replies[event.request] = str(event.detail["reply_sha256"])
             case Kind.REFUSAL | Kind.RELEASE:
-                stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_of_a_stranger
+                stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_from_stranger
                 self.answers[moment.date(), stranger] += 1
                 lead, reason = str(event.detail.get("lead", "")), str(event.detail.get("reason"))
                 self.refused.add((moment.date(), event.run, lead, reason))
             case Kind.NOTE:
-                self._note(event, moment)
+                self._apply_note(event, moment)
 
-    def _reserve(self, event: Event, moment: datetime) -> None:
+    def _apply_reservation(self, event: Event, moment: datetime) -> None:
         run = self.runs[event.run]
         run.attempts[event.round] += 1
         self._rounds.append((event.sequence, event.run))
@@ -210,42 +221,42 @@ class History:
             raise ValueError("it does not charge the cohorts of the run's plan")
         if cohorts is not None:
             self.register = str(event.detail["register"])
-        for part, count in dp_events.grouped([charged]).items():
+        for part, count in dp_events.count_mechanisms([charged]).items():
             self._charges.append((event.sequence, moment, part, count, cohorts))
 
-    def _note(self, event: Event, moment: datetime) -> None:
+    def _apply_note(self, event: Event, moment: datetime) -> None:
         match event.detail["what"]:
             case "opened":
                 if self._opened is not None:
                     raise ValueError("the ledger was opened before")
-                self._opened = Opened.of(event.detail)
+                self._opened = Opened.from_detail(event.detail)
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
-                before, self.policy = self.policy, policy_of(event.detail["policy"])
+                before, self.policy = self.policy, policy_from_json(event.detail["policy"])
                 loosens = before.budget if before and self._charges else None
-                self.marks.update(marks_of(self.policy, before=loosens, time=event.time))
+                self.marks.update(permanent_marks(self.policy, before=loosens, time=event.time))
                 self.users.update(_user_columns(self.policy))
                 self.policies.append(
                     (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
                 )
             case "approved":
-                self.approved[self._decided(event).digest()] = moment
+                self.approved[self._apply_decision(event).digest()] = moment
             case "denied":
-                denied = self._decided(event)
+                denied = self._apply_decision(event)
                 self.denied.add(denied.digest())
                 if (run := self.runs.get(event.run)) is not None and run.proposal == denied:
                     run.expires = None
             case "run_ended":
                 lead = str(event.detail.get("lead", ""))
                 if event.run not in self.runs and self.has_refused(event.run, lead):
-                    self.marks.add(never(event.run, lead))
+                    self.marks.add(never_accepted_mark(event.run, lead))
                 else:
                     ended = self.runs[event.run]
                     ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
             case "date_confirmed":
                 pass  # its time is what it says
             case "restored":
-                self._restore(Restored.of(event.detail), event.sequence, moment)
+                self._apply_restore(Restored.from_detail(event.detail), event.sequence, moment)
             case "in_doubt":
                 shown = [event.detail["sequence"], event.detail["head"], event.run, event.detail["rounds"]]
                 self.doubts |= {decode_value("in_doubt", shown, Doubt)}
@@ -254,18 +265,18 @@ class History:
             case other:
                 raise ValueError(f"unknown note {other!r}")
 
-    def _decided(self, event: Event) -> Proposal:
+    def _apply_decision(self, event: Event) -> Proposal:
         """Process a person's decision, and return the proposal that it is about."""
         proposal = decode(Proposal, event.detail["proposal"])
         said = {key: decode_value(key, event.detail[key], str) or None for key in ("what", "by", "ticket", "why")}
         self.decided[proposal.digest()].append({**said, "day": event.time[:10]})
         return proposal
 
-    def _restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
+    def _apply_restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
         self.restored.append(restored)
         self._charges += [
-            (sequence, moment, event, count, Cohorts.of(said, self.opened.arrivals) if said else None)
-            for event, count, said in charges_of(restored.gap, restored.arrivals)
+            (sequence, moment, event, count, Cohorts.from_text(said, self.opening.arrivals) if said else None)
+            for event, count, said in iter_charges(restored.gap, restored.arrivals)
         ]
         if restored.arrivals is not None and restored.arrivals.lost_after is not None:
             self.lost_rows.append((restored.arrivals.lost_after, sequence))
@@ -283,7 +294,7 @@ class History:
             self.lost_runs[name] = rounds + self.lost_runs.get(name, 0)
 
     @property
-    def opened(self) -> Opened:
+    def opening(self) -> Opened:
         """The ledger's first event."""
         assert self._opened is not None, "an empty history has not been opened"
         return self._opened
@@ -294,12 +305,12 @@ class History:
         return ("seeded", "") in self.marks
 
     @property
-    def frozen(self) -> bool:
+    def is_frozen(self) -> bool:
         """Whether all training on this population has ended for good."""
         return ("frozen", "") in self.marks
 
     @property
-    def in_doubt(self) -> Doubt | None:
+    def furthest_doubt(self) -> Doubt | None:
         """The doubt with the highest sequence, or None.  A ledger in doubt permits no training."""
         return max(self.doubts, default=None)
 
@@ -323,7 +334,7 @@ class History:
         """The hash of the newest event."""
         return self.hashes[-1] if self.hashes else START
 
-    def other_users(self, policy: Policy) -> list[tuple[str, str, str]]:
+    def changed_user_columns(self, policy: Policy) -> list[tuple[str, str, str]]:
         """Return (key, earlier user column, user column in `policy`) wherever the two columns differ."""
         named = list(_user_columns(policy))  # two of its own data sets may differ over one file
         return [
@@ -363,7 +374,7 @@ class History:
         A ledger without arrivals has one group, which holds everybody.
         """
         known = {cohorts for *_, cohorts in self._charges} | {run.plan.cohorts for run in self.runs.values()}
-        begins = groups(known | {admitted}, oldest_apart=bool(self.lost_rows))
+        begins = cohort_group_starts(known | {admitted}, oldest_apart=bool(self.lost_rows))
         return [cohort for cohort in begins if admitted is None or cohort in admitted]
 
     def cohort_of(self, row: Row | None, own: int) -> int:
@@ -378,46 +389,52 @@ class History:
             return OLDEST if self.lost_rows else own
         return OLDEST if any(last < row.sequence <= at for last, at in self.lost_rows) else row.cohort
 
-    def charged(self, cohort: int | None = None) -> Counter[DpEvent]:
+    def total_charges(self, cohort: int | None = None) -> Counter[DpEvent]:
         """Count all mechanisms charged so far: to `cohort`, or to the cohort with the highest spending."""
-        return self._most(cohort, lambda number: self._sum(number, lambda _: True))
+        return self._highest_spending(cohort, lambda number: self._sum_charges(number, lambda _: True))
 
-    def taken(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+    def charges_and_reservations(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
         """Count all mechanisms charged so far or set aside for open runs."""
-        return self._most(cohort, lambda number: self.charged(number) + self.set_aside(now, number))
+        return self._highest_spending(
+            cohort, lambda number: self.total_charges(number) + self.remaining_charges(now, number)
+        )
 
     def epsilon(self, spent: Counter[DpEvent] | None = None) -> float:
         """Return the epsilon of `spent`, by default of all charges, by the Renyi filter as in the caps; may be
         infinite.
         """
-        return filter.epsilon_filter(self.charged() if spent is None else spent, order=self.order, delta=self.delta)
+        return filter.epsilon_filter(
+            self.total_charges() if spent is None else spent, order=self.order, delta=self.delta
+        )
 
-    def charged_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+    def charges_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
         """Count the mechanisms charged in the calendar period that contains `now`."""
-        this = period_of(now, period)
-        return self._most(cohort, lambda number: self._sum(number, lambda moment: period_of(moment, period) == this))
+        this = period_number(now, period)
+        return self._highest_spending(
+            cohort, lambda number: self._sum_charges(number, lambda moment: period_number(moment, period) == this)
+        )
 
-    def set_aside(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+    def remaining_charges(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
         """Count the mechanisms that open runs may still spend."""
 
         def of_cohort(number: int) -> Counter[DpEvent]:
             total: Counter[DpEvent] = Counter()
             for run in self.runs.values():
                 if run.plan.cohorts is None or number in run.plan.cohorts:
-                    total.update(run.set_aside(now))
-            return dp_events.grouped(total)
+                    total.update(run.remaining_charges(now))
+            return dp_events.count_mechanisms(total)
 
-        return self._most(cohort, of_cohort)
+        return self._highest_spending(cohort, of_cohort)
 
-    def _sum(self, cohort: int, chosen: Callable[[datetime], bool]) -> Counter[DpEvent]:
+    def _sum_charges(self, cohort: int, chosen: Callable[[datetime], bool]) -> Counter[DpEvent]:
         owes_all_up_to = max((at for _, at in self.lost_rows if cohort == OLDEST), default=0)
         total: Counter[DpEvent] = Counter()
         for sequence, moment, event, count, cohorts in self._charges:
             if (cohorts is None or cohort in cohorts or sequence <= owes_all_up_to) and chosen(moment):
                 total[event] += count
-        return dp_events.grouped(total)
+        return dp_events.count_mechanisms(total)
 
-    def _most(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
+    def _highest_spending(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
         """Return `figure` of a cohort; without one, the figure with the largest divergence over all cohorts."""
         if cohort is not None:
             return figure(cohort)
@@ -443,17 +460,17 @@ class History:
         if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
             return clock
         told = server or clock
-        begun, said, wanted = (period_of(moment, self.policy.budget.period) for moment in (last, told, clock))
+        begun, said, wanted = (period_number(moment, self.policy.budget.period) for moment in (last, told, clock))
         if wanted == begun or wanted == said == begun + 1:
             return clock
         return max(last, min(clock, told)) if said == begun else last
 
-    def held_back(self, *, server: datetime | None = None) -> str:
+    def pending_period_reason(self, *, server: datetime | None = None) -> str:
         """Return why the clock's budget period has not begun and how to open it; empty if the period has begun."""
         if self.policy is None or self.last_time is None:
             return ""
         clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
-        if period_of(clock, period) <= period_of(time, period):
+        if period_number(clock, period) <= period_number(time, period):
             return ""
         told = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
         return (
@@ -462,7 +479,7 @@ class History:
             "say so with `fedtune ledger confirm-date --policy site.toml`"
         )
 
-    def knows(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
+    def covers_receipt(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
         """Whether the ledger contains the receipt's event, whose hash `matches`, or has made up for its loss.
 
         `besides` is a restore note to assume in addition.
@@ -472,7 +489,7 @@ class History:
         there = [hash for restored in lost for number, hash in restored.path if number == shown.sequence]
         return any(map(matches, [*here, *there]))
 
-    def holds(self, head: Head) -> bool:
+    def covers_head(self, head: Head) -> bool:
         """Whether no event up to `head` is missing, or every lasting event that is missing has been made up for."""
         if head.sequence <= self.length and self.hashes[head.sequence - 1] == head.hash:
             return True
@@ -482,14 +499,14 @@ class History:
         """Create and sign the newest head."""
         assert self.last_time is not None
         assert self.policy is not None
-        charged = table(self.charges())
+        charged = charge_rows(self.charges())
         arrivals = Arrivals(
             ranges=tuple(said for *_, said in charged),
             lost_after=min((last for last, _ in self.lost_rows), default=None),
         )
-        return Head.signed(
+        return Head.create_signed(
             key,
-            ledger=self.opened.ledger,
+            ledger=self.opening.ledger,
             sequence=self.length,
             hash=self.hash,
             time=self.last_time.isoformat(),
@@ -503,7 +520,7 @@ class History:
             policy=self.policy.digest(),
             caps=self.caps,
             users=tuple(sorted(self.users)),
-            arrivals=arrivals if self.opened.arrivals else None,
+            arrivals=arrivals if self.opening.arrivals else None,
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:

@@ -61,7 +61,7 @@ class Opened:
     arrivals: Literal[Calendar, ""] = ""
 
     @classmethod
-    def under(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:
+    def from_policy(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:
         """Create the first event of a ledger that begins under `policy`."""
         budget = policy.budget
         return cls(
@@ -81,7 +81,7 @@ class Opened:
         return {name: value for name, value in asdict(self).items() if name != "arrivals" or value}
 
     @classmethod
-    def of(cls, detail: dict[str, Any]) -> Opened:
+    def from_detail(cls, detail: dict[str, Any]) -> Opened:
         """Parse the detail field of a first event.
 
         Raises:
@@ -116,7 +116,7 @@ class Row(NamedTuple):
     cohort: int
 
 
-def unit_of(key: bytes, user: str) -> bytes:
+def pseudonymize(key: bytes, user: str) -> bytes:
     """Return the pseudonym of a user in the register: without `key`, nobody can look a person up."""
     return hmac.digest(key, user.encode(), hashlib.sha256)[:UNIT_BYTES]
 
@@ -127,7 +127,7 @@ def digest_after(before: str, rows: Iterable[Row]) -> str:
     return hashlib.sha256(b"fedtune arrivals\n" + before.encode() + packed).hexdigest() if packed else before
 
 
-def digests(rows: Iterable[Row]) -> dict[int, str]:
+def digests_by_event(rows: Iterable[Row]) -> dict[int, str]:
     """Map the sequence of each event with rows to the register's digest after these rows, in order."""
     digest, made = START, dict[int, str]()
     for sequence, of_one in groupby(sorted(rows), key=lambda row: row.sequence):

@@ -24,11 +24,11 @@ from dp_accounting import DpEvent
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
-from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charges_of, table
-from fedtune.privacy.ledger.history import History, Run
+from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charge_rows, iter_charges
+from fedtune.privacy.ledger.history import AcceptedRun, History
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
-from fedtune.privacy.policy_file import never
+from fedtune.privacy.policy_file import never_accepted_mark
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
@@ -57,12 +57,12 @@ class Reservation:
     admitted: frozenset[str] | None = None
 
     @property
-    def of_events(self) -> dict[str, Any]:
+    def event_fields(self) -> dict[str, Any]:
         """The fields that identify this reservation in events."""
         return {"run": self.run, "round": self.round, "request": self.request, "attempt": self.attempt}
 
 
-class Ledger:
+class SiteLedger:
     """The ledger of a site, opened for training.
 
     Args:
@@ -83,13 +83,13 @@ class Ledger:
         self._key, self._store = key, EventStore(path, key, anchor)
         with self._store.transaction():
             if not self.history.length:
-                opened = Opened.under(policy, ledger=secrets.token_hex(16), site_key=key.public)
-                self._store.note("opened", **opened.to_json())
+                opened = Opened.from_policy(policy, ledger=secrets.token_hex(16), site_key=key.public)
+                self._store.append_note("opened", **opened.to_json())
                 if opened.arrivals:
-                    self._store.make_register()
-            self._require_fitting()
+                    self._store.create_register()
+            self._require_fixed_settings()
             if self.history.policy != policy:
-                self._store.note("policy", policy=policy.to_json(), sha256=policy.digest())
+                self._store.append_note("policy", policy=policy.to_json(), sha256=policy.digest())
 
     @property
     def folder(self) -> Path:
@@ -136,9 +136,9 @@ class Ledger:
                 self.require_startable(proposal)
                 expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
                 detail: dict[str, Any] = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
-                self._store.append(Kind.PLAN, detail, run=proposal.run, dataset=proposal.dataset)
+                self._store.append_event(Kind.PLAN, detail, run=proposal.run, dataset=proposal.dataset)
                 run = self.history.runs[proposal.run]
-            elif (stored := self._repeated(run, proposal, round, request)) is not None:
+            elif (stored := self._find_stored_reply(run, proposal, round, request)) is not None:
                 return stored
             else:
                 self._require_another_round(run, now)
@@ -151,9 +151,11 @@ class Ledger:
             if (cohorts := run.plan.cohorts) is not None:
                 # The digest always, since others learn the number of events, which must depend on no record; the salt
                 # hides it, since an anchor, which anybody may read, has the event's hash.
-                admitted, detail["register"] = self._store.admit(arrivals(), cohorts)
+                admitted, detail["register"] = self._store.admit_users(arrivals(), cohorts)
                 cohort, granted = str(cohorts), replace(granted, admitted=admitted)
-            self._store.append(Kind.RESERVE, detail, **granted.of_events, dataset=proposal.dataset, cohort=cohort)
+            self._store.append_event(
+                Kind.RESERVE, detail, **granted.event_fields, dataset=proposal.dataset, cohort=cohort
+            )
             return granted
 
     def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
@@ -166,17 +168,17 @@ class Ledger:
         """
         with self._store.transaction():
             run = self.history.runs[reservation.run]
-            if self.history.frozen:
+            if self.history.is_frozen:
                 raise Refused(Reason.FROZEN)
-            self._require_undenied(run.proposal)
+            self._require_not_denied(run.proposal)
             newest = run.attempts[reservation.round] == reservation.attempt
             assert newest, "only the newest reservation of a round is committed"
             assert reservation.request not in run.replies, "a request is committed once"
             self._store.store_reply(run=reservation.run, request=reservation.request, reply=reply)
             detail = {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint}
-            self._store.append(Kind.COMMIT, detail, **reservation.of_events, dataset=run.proposal.dataset)
+            self._store.append_event(Kind.COMMIT, detail, **reservation.event_fields, dataset=run.proposal.dataset)
 
-    def refuse(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
+    def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request; "awaiting approval" and "paused" are recorded once a day.
 
         Beyond a daily limit refusals are not recorded.
@@ -187,10 +189,10 @@ class Ledger:
                 return
             asked = refused.asked and refused.asked[:_MOST_TEXT]  # what is asked for comes from a server
             detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed, "lead": lead}
-            if self._has_room_for_answer(stranger=refused.reason.is_of_a_stranger):
-                self._store.append(Kind.REFUSAL, detail, run=run, round=round, request=request)
+            if self._may_record_answer(stranger=refused.reason.is_from_stranger):
+                self._store.append_event(Kind.REFUSAL, detail, run=run, round=round, request=request)
 
-    def end(self, run: str, *, lead: str = "", adapter_sha256: str = "") -> None:
+    def end_run(self, run: str, *, lead: str = "", adapter_sha256: str = "") -> None:
         """Record the end of a run, which releases the unspent rest of its reservation.
 
         A run that this site refused and never accepted can no longer be accepted from that lead, so that a receipt can
@@ -205,9 +207,9 @@ class Ledger:
         with self._store.transaction():
             if (known := self.history.runs.get(run)) is not None:
                 if known.expires is not None:
-                    self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256)
-            elif never(run, lead) not in self.history.marks and self.history.has_refused(run, lead):
-                self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256, lead=lead)
+                    self._store.append_note("run_ended", run=run, adapter_sha256=adapter_sha256)
+            elif never_accepted_mark(run, lead) not in self.history.marks and self.history.has_refused(run, lead):
+                self._store.append_note("run_ended", run=run, adapter_sha256=adapter_sha256, lead=lead)
 
     def approve(self, proposal: Proposal, *, by: str = "", ticket: str = "", why: str = "") -> None:
         """Record that a person at the site approves exactly this proposal.
@@ -226,7 +228,7 @@ class Ledger:
             if proposal.run not in self.history.runs:
                 self.require_acceptable(proposal)
             about = proposal.to_json()
-            self._store.note("approved", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
+            self._store.append_note("approved", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def deny(self, proposal: Proposal, why: str, *, by: str = "", ticket: str = "") -> None:
         """Record that a person at the site denies exactly this proposal, for good; `why` never leaves the site.
@@ -236,14 +238,14 @@ class Ledger:
         """
         with self._store.transaction():
             about = proposal.to_json()
-            self._store.note("denied", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
+            self._store.append_note("denied", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def freeze(self, why: str) -> None:
         """End all training on the population, for good."""
         with self._store.transaction():
-            self._store.note("frozen", why=why)
+            self._store.append_note("frozen", why=why)
 
-    def asked_at(self, server_time: float) -> None:
+    def set_server_time(self, server_time: float) -> None:
         """Store the server's time at the current request, in seconds since 1970; an invalid time is ignored."""
         try:
             self._store.server_time = datetime.fromtimestamp(server_time, UTC)
@@ -255,14 +257,14 @@ class Ledger:
         date.
         """
         with self._store.transaction():
-            self._store.note("date_confirmed", not_before=self.history.clock)
+            self._store.append_note("date_confirmed", not_before=self.history.clock)
 
     @property
-    def held_back(self) -> str:
+    def pending_period_reason(self) -> str:
         """Why the clock's budget period has not begun and how to open it; empty if the period has begun."""
-        return self.history.held_back(server=self._store.server_time)
+        return self.history.pending_period_reason(server=self._store.server_time)
 
-    def receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
+    def sign_receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
         """Sign a receipt for the charges of a lead's `run` so far, together with the digest of the accompanying
         reply.
         """
@@ -272,7 +274,7 @@ class Ledger:
             "run": run,
             "charged_rounds": self.history.charged_rounds(run),
             # By an event alone: a clock that is ahead is set right again, and what is signed stays.
-            "ended": never(run, lead) in self.history.marks if known is None else known.expires is None,
+            "ended": never_accepted_mark(run, lead) in self.history.marks if known is None else known.expires is None,
             "plan": known.plan.digest() if known else "",
             "seeded_noise": bool(known and known.proposal.seeded_noise),
             "simulated": self.policy.simulated,
@@ -282,9 +284,9 @@ class Ledger:
             "reply": reply,
         }
         unsigned = Receipt(**fields, signature="")
-        return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.message()))
+        return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.signed_bytes()))
 
-    def require_contains(self, receipt: Receipt) -> None:
+    def require_receipt(self, receipt: Receipt) -> None:
         """Check that the ledger contains a receipt that this site once issued.
 
         A ledger without its own receipt was lost or rolled back.
@@ -295,14 +297,17 @@ class Ledger:
             Refused: the receipt is not this site's, or the ledger does not contain its head.
         """
         # The name, too, since populations of one organization may have ledgers under one key.
-        if (receipt.site, receipt.site_key) != (self.policy.site, self._key.public) or not receipt.is_signed():
+        if (receipt.site, receipt.site_key) != (
+            self.policy.site,
+            self._key.public,
+        ) or not receipt.has_valid_signature():
             raise Refused(Reason.WRONG_SIGNATURE)
         shown = Doubt(receipt.sequence, receipt.head, receipt.run, receipt.charged_rounds)
         with self._store.transaction():
             doubts = self.history.doubts
-            known = self._store.knows(shown)
+            known = self._store.covers_receipt(shown)
             if not known and shown not in doubts and len(doubts) < _MOST_DOUBTS:
-                self._store.note("in_doubt", **shown._asdict())
+                self._store.append_note("in_doubt", **shown._asdict())
         if not known:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
@@ -318,14 +323,14 @@ class Ledger:
         """
         self._store.require_same_ledger(anchor)
         with self._store.transaction():
-            if self.history.holds(anchor):
+            if self.history.covers_head(anchor):
                 return Counter()
             # What lies behind the last event that both know was charged on another branch, and makes up for nothing.
             both = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
             shared = max(both, default=0)
-            there = charges_of(anchor.charged, anchor.arrivals)
+            there = iter_charges(anchor.charged, anchor.arrivals)
             gap = Counter({(event, said): count for event, count, said in there}) - self.history.charges(up_to=shared)
-            lost = table(gap)
+            lost = charge_rows(gap)
             restored = Restored(
                 shared=shared,
                 end=anchor.sequence,
@@ -334,25 +339,25 @@ class Ledger:
                 runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
                 denied=frozenset(anchor.denied),
                 marks=frozenset(anchor.marks),
-                caps=_beyond(self.history.caps, anchor.caps),
+                caps=_after_common_prefix(self.history.caps, anchor.caps),
                 users=frozenset(anchor.users),
                 doubts=frozenset(anchor.doubts),
                 arrivals=self._lost_arrivals(anchor, [said for *_, said in lost], shared=shared),
             )
             doubts = self.history.doubts.union(anchor.doubts)
             if len(doubts) < _MOST_DOUBTS:
-                doubts = frozenset(doubt for doubt in doubts if not self._store.knows(doubt, besides=restored))
+                doubts = frozenset(doubt for doubt in doubts if not self._store.covers_receipt(doubt, besides=restored))
             # What was charged there counts in the anchor's period, or in a later one.
             then = datetime.fromisoformat(anchor.time)
-            self._store.note("restored", not_before=then, **replace(restored, doubts=doubts).to_json())
-            self._require_fitting()
+            self._store.append_note("restored", not_before=then, **replace(restored, doubts=doubts).to_json())
+            self._require_fixed_settings()
         return sum((Counter({event: count}) for (event, _), count in gap.items()), Counter[DpEvent]())
 
     def head(self) -> Head:
         """Return the newest head, for an anchor."""
         return self._store.head()
 
-    def offer(self, proposal: Proposal) -> Offer:
+    def make_offer(self, proposal: Proposal) -> Offer:
         """Compute how much of a new run the site would accept now.
 
         An offer is a release, and is recorded like a refusal.
@@ -363,14 +368,14 @@ class Ledger:
         """
         with self._store.transaction():
             self._require_newest_policy()
-            if not self._has_room_for_answer():
+            if not self._may_record_answer():
                 raise RunError("too many refusals and offers today to record another one")
-            rounds = spending.most_rounds(proposal, self._would_accept)
-            noise = spending.least_noise(proposal, self._would_accept)
+            rounds = spending.find_max_rounds(proposal, self._would_accept)
+            noise = spending.find_min_noise(proposal, self._would_accept)
             if not rounds and noise is None:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise, "lead": proposal.lead}
-            self._store.append(Kind.RELEASE, detail, run=proposal.run)
+            self._store.append_event(Kind.RELEASE, detail, run=proposal.run)
         return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
 
     def require_acceptable(self, proposal: Proposal) -> None:
@@ -391,12 +396,12 @@ class Ledger:
         Raises:
             Refused: names the rule, the requested value and the allowed value.
         """
-        self._require_undenied(proposal)
+        self._require_not_denied(proposal)
         if (known := self.history.runs.get(proposal.run)) is not None:
-            spending.require_usable(self.history)
-            _require_same(known, proposal)
+            spending.require_usable_ledger(self.history)
+            _require_same_proposal(known, proposal)
             return
-        if never(proposal.run, proposal.lead) in self.history.marks:
+        if never_accepted_mark(proposal.run, proposal.lead) in self.history.marks:
             raise Refused(Reason.RUN_ENDED)
         self.require_acceptable(proposal)
         if approved and self.policy.approval == "manual":
@@ -417,7 +422,7 @@ class Ledger:
 
     def fingerprint_key(self) -> bytes:
         """Return the secret key of the records' HMAC; a plain hash would let anybody test a candidate data set."""
-        return self._key.secret("data fingerprint")
+        return self._key.derive_secret("data fingerprint")
 
     # What follows decides or writes inside a transaction.
 
@@ -428,7 +433,7 @@ class Ledger:
             return False
         return True
 
-    def _require_another_round(self, run: Run, now: datetime) -> None:
+    def _require_another_round(self, run: AcceptedRun, now: datetime) -> None:
         """Require that an accepted run may be charged for one more round.
 
         Policy and period may have changed since the run was accepted.
@@ -440,8 +445,8 @@ class Ledger:
         if run.charged_rounds >= run.plan.most_rounds:
             raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
         self.policy.check(run.proposal)
-        asked = events.grouped([run.plan.event()])
-        spending.require_room(
+        asked = events.count_mechanisms([run.plan.event()])
+        spending.require_budget_room(
             self.history, self.policy, run.plan.cohorts, asked=asked, held=lambda _: Counter(), now=now
         )
 
@@ -461,7 +466,7 @@ class Ledger:
             unsure.append(shared)
         return Arrivals(ranges=tuple(ranges), lost_after=min(unsure, default=None))
 
-    def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
+    def _find_stored_reply(self, run: AcceptedRun, proposal: Proposal, round: int, request: str) -> bytes | None:
         """Return the stored reply to a repeated request; None for a round that is still to be trained.
 
         Guarantee: rounds never go back.  For a round before the newest charged one, the ledger returns the stored reply
@@ -472,16 +477,16 @@ class Ledger:
             raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=run.reserved[round])
         if request not in run.replies and round >= max(run.reserved, default=0):
             return None
-        reply = self._store.reply_to(request)
+        reply = self._store.stored_reply(request)
         if reply is None or hashlib.sha256(reply).hexdigest() != run.replies[request]:
             raise Refused(Reason.REPLY_NO_LONGER_STORED, asked=round)
         return reply
 
-    def _require_undenied(self, proposal: Proposal) -> None:
+    def _require_not_denied(self, proposal: Proposal) -> None:
         if proposal.digest() in self.history.denied:
             raise Refused(Reason.DENIED)
 
-    def _has_room_for_answer(self, *, stranger: bool = False) -> bool:
+    def _may_record_answer(self, *, stranger: bool = False) -> bool:
         most = MOST_STRANGERS_A_DAY if stranger else MOST_ANSWERS_A_DAY
         return self.history.answers[self._store.now().date(), stranger] < most
 
@@ -489,11 +494,11 @@ class Ledger:
         if self.history.policy != self.policy:
             raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; open it again")
 
-    def _require_fitting(self) -> None:
+    def _require_fixed_settings(self) -> None:
         """Require the unit, delta, population, site, key and user columns with which the ledger was created."""
-        opened = self.history.opened
+        opened = self.history.opening
         differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
-        differences += self.history.other_users(self.policy)
+        differences += self.history.changed_user_columns(self.policy)
         for key, made_for, says in differences:
             if made_for != says:
                 raise RunError(
@@ -502,13 +507,13 @@ class Ledger:
                 )
 
 
-def _beyond(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
+def _after_common_prefix(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
     """Return the items of `there` after the common prefix of both sequences."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
     return tuple(there[sum(1 for _ in same) :])
 
 
-def _require_same(known: Run, proposal: Proposal) -> None:
+def _require_same_proposal(known: AcceptedRun, proposal: Proposal) -> None:
     """Require the same settings as the accepted run; the lead may differ, because a run's name covers settings only."""
     if known.proposal != proposal:
         raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=known.proposal.digest())

@@ -21,11 +21,11 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 
 
-def share_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
+def spent_fraction_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
     """Return the fraction of a lifetime cap's divergence that is spent; None for an infinite cap."""
     if math.isinf(cap):
         return None
-    room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+    room = filter.max_divergence(cap, order=history.order, delta=history.delta)
     return history.divergence(spent) / room if room > 0 else 1.0
 
 
@@ -35,22 +35,22 @@ def require_acceptable(history: History, policy: Policy, proposal: Proposal, now
     Raises:
         Refused: names the rule, the requested value and the allowed value.
     """
-    require_usable(history)
+    require_usable_ledger(history)
     if proposal.run in history.lost_runs:
         raise Refused(Reason.RUN_ENDED)
     policy.check(proposal)
     require_plan_room(history, policy, proposal.plan, now)
 
 
-def require_usable(history: History) -> None:
+def require_usable_ledger(history: History) -> None:
     """Require that the ledger is neither frozen nor in doubt.
 
     Raises:
         Refused: it is, so that no training is possible.
     """
-    if history.frozen:
+    if history.is_frozen:
         raise Refused(Reason.FROZEN)
-    if history.in_doubt:
+    if history.furthest_doubt:
         raise Refused(Reason.LEDGER_BEHIND_RECEIPT)
 
 
@@ -60,32 +60,37 @@ def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetim
     Raises:
         Refused: names the cap, the resulting epsilon and the allowed epsilon.
     """
-    asked, held = events.grouped([plan.whole]), partial(history.set_aside, now)
-    require_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
+    asked, held = events.count_mechanisms([plan.full_event]), partial(history.remaining_charges, now)
+    require_budget_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
 
 
-def divergence_left(history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None) -> float:
+def remaining_divergence(history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None) -> float:
     """Return the Renyi divergence that the lifetime cap leaves for new runs, at the ledger's order.
 
     The result is the smallest over the cohorts in `admitted` (None: everybody).
     """
-    if history.frozen or history.in_doubt:
+    if history.is_frozen or history.furthest_doubt:
         return 0.0
     if math.isinf(policy.budget.max_epsilon):
         return math.inf
-    room = filter.most_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
-    return max(0.0, min(room - history.divergence(history.taken(now, each)) for each in history.cohorts(admitted)))
+    room = filter.max_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
+    return max(
+        0.0,
+        min(
+            room - history.divergence(history.charges_and_reservations(now, each)) for each in history.cohorts(admitted)
+        ),
+    )
 
 
-def runs_left(
+def remaining_runs(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
     """Return how many more runs at the cost of `plan` the lifetime cap allows; None if any number."""
-    left = divergence_left(history, policy, now, admitted=admitted)
-    return filter.most_repeats(plan, left, order=history.order)
+    left = remaining_divergence(history, policy, now, admitted=admitted)
+    return filter.max_repeats(plan, left, order=history.order)
 
 
-def require_room(
+def require_budget_room(
     history: History,
     policy: Policy,
     admitted: Cohorts | None,
@@ -106,21 +111,21 @@ def require_room(
     """
     budget = policy.budget
     for cohort in history.cohorts(admitted):
-        period, besides = history.charged_in_period(budget.period, now, cohort), held(cohort)
+        period, besides = history.charges_in_period(budget.period, now, cohort), held(cohort)
         for reason, cap, charged in (
-            (Reason.MAX_EPSILON, budget.max_epsilon, history.charged(cohort)),
+            (Reason.MAX_EPSILON, budget.max_epsilon, history.total_charges(cohort)),
             (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
         ):
             if cap is None:
                 continue
-            room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+            room = filter.max_divergence(cap, order=history.order, delta=history.delta)
             # Not `>`: a divergence that is NaN must be refused.
             if not history.divergence(charged + besides + asked) <= room:
                 would, now_at = history.epsilon(charged + besides + asked), history.epsilon(charged + besides)
                 raise Refused(reason, asked=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is taken")
 
 
-def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
+def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
     """Return the largest accepted `num_rounds`, up to the proposal's own; 0 if none is accepted."""
 
     def refused(rounds: int) -> bool:
@@ -129,7 +134,7 @@ def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
     return bisect(range(1, proposal.plan.num_rounds + 1), False, key=refused)
 
 
-def least_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:
+def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:
     """Return the smallest accepted noise multiplier, to four decimals; None if none is accepted.
 
     The result is never below the noise multiplier of the proposal.

@@ -28,7 +28,7 @@ from fedtune.privacy.ledger.chain import (
     Head,
     Kind,
     Restored,
-    canonical,
+    canonical_json,
     check_chain,
     check_ledger_schema,
     check_signature,
@@ -60,7 +60,7 @@ BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[sqlite3.Connection]:
+def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
     """Open one transaction that locks the ledger at `path` against all other writers; a missing file is created.
 
     The transaction is durable when the block ends, and is rolled back if the block raises.
@@ -96,7 +96,7 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
+def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     """Open an existing ledger read-only, except that a transaction interrupted by a crash is rolled back.
 
     Raises:
@@ -122,10 +122,10 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
         raise RunError(f"ledger {path} cannot be read ({error})") from error
 
 
-def insert(file: sqlite3.Connection, event: Event) -> None:
+def insert_event(file: sqlite3.Connection, event: Event) -> None:
     """Append one event as a row."""
     values = [getattr(event, name) for name in _COLUMNS]
-    values[_COLUMNS.index("detail")] = canonical(event.detail).decode()
+    values[_COLUMNS.index("detail")] = canonical_json(event.detail).decode()
     values[_COLUMNS.index("kind")] = event.kind.value
     marks = ", ".join("?" * len(_COLUMNS))
     file.execute(f"INSERT INTO events ({', '.join(_COLUMNS)}) VALUES ({marks})", values)
@@ -139,19 +139,19 @@ def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
     """
     query = f"SELECT {', '.join(_COLUMNS)} FROM events WHERE sequence > ? ORDER BY sequence"
     rows = file.execute(query, (after,)).fetchall()  # a cursor left half-way would hold the lock after an error
-    return [_event(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
+    return [_parse_event(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
 
 
-def stored_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
+def read_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
     """Return (run, request digest, reply) for each stored reply."""
     return file.execute("SELECT run, request, reply FROM replies").fetchall()
 
 
-def _event(row: dict[str, object]) -> Event:
+def _parse_event(row: dict[str, object]) -> Event:
     try:
         detail = parse_json(str(row["detail"]), key="detail", bound="must be JSON")
         # One event has one spelling, or a change of spelling would go unseen.
-        if canonical(detail).decode() != row["detail"]:
+        if canonical_json(detail).decode() != row["detail"]:
             raise ValueError("detail")
         return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
     except ValueError as error:
@@ -170,7 +170,7 @@ def _check_tables(file: sqlite3.Connection, path: Path) -> None:
 
 
 @contextmanager
-def _using(anchor: Path | None) -> Iterator[None]:
+def _name_anchor_in_errors(anchor: Path | None) -> Iterator[None]:
     """Convert operating-system errors about the anchor into a RunError that names it."""
     try:
         yield
@@ -213,13 +213,13 @@ class EventStore:
         """
         before = self.history.length
         try:
-            with writing(self.path) as file:
+            with open_for_writing(self.path) as file:
                 self._catch_up(file)
-                with _using(self._anchor):
-                    self._require_anchored()
+                with _name_anchor_in_errors(self._anchor):
+                    self._require_anchor_head()
                 before, self._open_file = self.history.length, file
                 yield
-            with _using(self._anchor):
+            with _name_anchor_in_errors(self._anchor):
                 if self._anchor is not None and (self.history.length > before or not self._anchor.exists()):
                     self._write_anchor(self._anchor)
         except BaseException:
@@ -238,7 +238,7 @@ class EventStore:
         """Return the time of the next event; unless the server has sent its time, no budget period begins."""
         return self.history.now(server=self.server_time or self.history.last_time)
 
-    def append(
+    def append_event(
         self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **about: str | int
     ) -> None:
         """Append one event to the chain and process it; `about` sets further fields of `Event`."""
@@ -248,29 +248,29 @@ class EventStore:
             "kind": kind,
             "time": max(now, not_before or now).isoformat(),
             "code": __version__,
-            "detail": json.loads(canonical(detail)),
+            "detail": json.loads(canonical_json(detail)),
             **about,
         }
         hash = Event(**unsigned).hash_after(self.history.hash)
         event = Event(**unsigned, hash=hash, signature=self._key.sign(EVENT, hash.encode()))
-        insert(self._file, event)
-        self.history.follow(event)
+        insert_event(self._file, event)
+        self.history.apply_event(event)
 
-    def note(self, what: str, *, run: str = "", not_before: datetime | None = None, **detail: Any) -> None:
+    def append_note(self, what: str, *, run: str = "", not_before: datetime | None = None, **detail: Any) -> None:
         """Append a note."""
-        self.append(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
+        self.append_event(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
 
     def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
         """Store `reply` as the newest reply of `run`, replacing the previous one."""
         row = (run, request, reply)
         self._file.execute("INSERT OR REPLACE INTO replies (run, request, reply) VALUES (?, ?, ?)", row)
 
-    def make_register(self) -> None:
+    def create_register(self) -> None:
         """Create the register of arrivals in a new ledger."""
         for statement in register.SCHEMA:
             self._file.execute(statement)
 
-    def admit(self, own: Mapping[str, int], cohorts: Cohorts) -> tuple[frozenset[str], str]:
+    def admit_users(self, own: Mapping[str, int], cohorts: Cohorts) -> tuple[frozenset[str], str]:
         """Return the users whom the next charged round may sample, and the register's digest after their admission.
 
         `own` maps each user to the cohort by the user's own records.
@@ -282,12 +282,12 @@ class EventStore:
         Raises:
             RunError: the register does not match the digest in the hash chain.
         """
-        rows, key = register.read_rows(self._file), self._key.secret("arrivals")
-        if [START, *register.digests(rows).values()][-1] != self.history.register:
+        rows, key = register.read_rows(self._file), self._key.derive_secret("arrivals")
+        if [START, *register.digests_by_event(rows).values()][-1] != self.history.register:
             raise RunError(f"the register of arrivals in ledger {self.path} was changed; nothing is trained")
         known, admitted, new = {row.unit: row for row in rows}, set[str](), list[register.Row]()
         for user, cohort in own.items():
-            unit = register.unit_of(key, user)
+            unit = register.pseudonymize(key, user)
             row = known.get(unit)
             counted = self.history.cohort_of(row, cohort)
             if counted in cohorts:
@@ -297,7 +297,7 @@ class EventStore:
         self._file.executemany("INSERT INTO arrivals (sequence, unit, cohort) VALUES (?, ?, ?)", new)
         return frozenset(admitted), register.digest_after(self.history.register, new)
 
-    def reply_to(self, request: str) -> bytes | None:
+    def stored_reply(self, request: str) -> bytes | None:
         """Return the stored reply to a request; None if it is no longer stored."""
         row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
@@ -308,18 +308,18 @@ class EventStore:
 
     def salted_head(self) -> str:
         """Return the hash of the newest lasting event, salted with a secret of the site."""
-        return self._salted(self.history.path[-1][1])
+        return self._salt_hash(self.history.path[-1][1])
 
-    def knows(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
+    def covers_receipt(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
         """Whether the ledger contains the receipt's event, or has made up for its loss.
 
         `besides` is a restore note to assume in addition.
         """
-        return self.history.knows(
-            shown, lambda hash: hmac.compare_digest(self._salted(hash), shown.head), besides=besides
+        return self.history.covers_receipt(
+            shown, lambda hash: hmac.compare_digest(self._salt_hash(hash), shown.head), besides=besides
         )
 
-    def _require_anchored(self) -> None:
+    def _require_anchor_head(self) -> None:
         """Require that the ledger contains the head in its anchor.
 
         Raises:
@@ -330,7 +330,7 @@ class EventStore:
             return
         if not self._anchor.exists():
             # Without a charge the ledger is as good as new: a crash came before its first anchor was written.
-            if self.history.charged():
+            if self.history.total_charges():
                 raise RunError(
                     f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
                 )
@@ -342,7 +342,7 @@ class EventStore:
         if not self.history.length:
             raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} knows {anchor.sequence} events of it")
         self.require_same_ledger(anchor)
-        if not self.history.holds(anchor):
+        if not self.history.covers_head(anchor):
             raise RunError(
                 f"ledger {self.path} is older than its anchor {self._anchor} (event {self.history.length} of at least "
                 f"{anchor.sequence}), or has branched off; see `fedtune ledger restore`"
@@ -354,7 +354,7 @@ class EventStore:
         Raises:
             RunError: it belongs to another ledger.
         """
-        if (anchor.ledger, anchor.site_key) != (self.history.opened.ledger, self._key.public):
+        if (anchor.ledger, anchor.site_key) != (self.history.opening.ledger, self._key.public):
             raise RunError(f"the anchor is of another ledger than {self.path}")
 
     def _catch_up(self, file: sqlite3.Connection) -> None:
@@ -372,15 +372,15 @@ class EventStore:
             if new:
                 check_signature(new[-1], self._key.public)
             for event in new:
-                self.history.follow(event)
+                self.history.apply_event(event)
         except RunError as error:
             raise RunError(f"ledger {self.path}: {error}; nothing is trained on a ledger in doubt") from error
 
     def _write_anchor(self, anchor: Path) -> None:
         """Update the anchor after the ledger, so that a crash can only leave the anchor behind the ledger."""
-        with writing(self.path) as file:  # or two processes could write their heads in the wrong order
+        with open_for_writing(self.path) as file:  # or two processes could write their heads in the wrong order
             self._catch_up(file)
             write_durably(anchor, self.head().to_bytes())
 
-    def _salted(self, hash: str) -> str:
-        return hmac.digest(self._key.secret("receipt head"), hash.encode(), "sha256").hex()
+    def _salt_hash(self, hash: str) -> str:
+        return hmac.digest(self._key.derive_secret("receipt head"), hash.encode(), "sha256").hex()

@@ -31,7 +31,7 @@ class Verified:
     @property
     def site_key(self) -> str:
         """The public key that signed all events."""
-        return self.history.opened.site_key
+        return self.history.opening.site_key
 
 
 def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = None) -> Verified:
@@ -43,7 +43,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     Raises:
         RunError: names the first mismatch.
     """
-    with store.reading(path) as file:
+    with store.open_for_reading(path) as file:
         (answer,) = file.execute("PRAGMA integrity_check(1)").fetchone()
         if answer != "ok":
             raise RunError(f"the file is damaged: {answer}")
@@ -51,7 +51,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         if stray:
             raise RunError(f"{stray} rows stand before event 1")
         events = store.read_events(file)
-        replies = store.stored_replies(file)
+        replies = store.read_replies(file)
         (arrivals,) = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'arrivals'").fetchone()
         rows = register.read_rows(file) if arrivals else []
     if not events:
@@ -59,13 +59,13 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     chain.check_chain(events)
     history = History()
     for event in events:
-        history.follow(event)
-    own_key = history.opened.site_key
+        history.apply_event(event)
+    own_key = history.opening.site_key
     if site_key is not None and site_key != own_key:
         raise RunError(f"ledger {path} names site key {own_key}, not {site_key}")
     for event in events:
         chain.check_signature(event, own_key)
-    if bool(arrivals) != bool(history.opened.arrivals):
+    if bool(arrivals) != bool(history.opening.arrivals):
         raise RunError("it does not have the tables of its first event")
     _check_register(rows, events)
     # Each run's newest reply is the one that was committed, and no other is stored.
@@ -74,14 +74,14 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     if sorted(stored) != sorted(expected):
         raise RunError("the stored replies are not the newest ones that were committed")
     if anchor is not None:
-        if (anchor.ledger, anchor.site_key) != (history.opened.ledger, own_key):
+        if (anchor.ledger, anchor.site_key) != (history.opening.ledger, own_key):
             raise RunError("the anchor is of another ledger")
-        if not history.holds(anchor) and anchor.sequence > len(events):
+        if not history.covers_head(anchor) and anchor.sequence > len(events):
             raise RunError(
                 f"an older copy of the ledger was put back: it ends at event {len(events)}, "
                 f"the anchor knows {anchor.sequence}"
             )
-        if not history.holds(anchor):
+        if not history.covers_head(anchor):
             raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger has branched off")
     return Verified(
         events=tuple(events),
@@ -93,7 +93,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
 
 def _check_register(rows: Sequence[register.Row], events: Sequence[Event]) -> None:
     """Verify that each row of the register belongs to an event that charged a round, and that no row is missing."""
-    digest, after = START, register.digests(rows)
+    digest, after = START, register.digests_by_event(rows)
     for event in events:
         if event.kind is Kind.RESERVE and event.cohort:
             digest = after.pop(event.sequence, digest)

@@ -17,7 +17,7 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.facts import RunFacts, Value
 from fedtune.report.model import Cells, CellState, Report
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import get_input_for
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.config import RunConfig
@@ -31,7 +31,7 @@ SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that a run's settings,
 TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
 
-def rows(known: Mapping[str, Value]) -> Cells:
+def build_cells(known: Mapping[str, Value]) -> Cells:
     """Build the cells from the `known` facts (name -> value)."""
     assert known.keys() <= {name for field in FIELDS.values() for name in field["facts"]}, "a fact that no cell shows"
     made: dict[str, dict[CellState, dict[str, Value]]] = {}
@@ -45,7 +45,7 @@ def rows(known: Mapping[str, Value]) -> Cells:
     return made
 
 
-def of_report(report: Report) -> Cells:
+def build_report_cells(report: Report) -> Cells:
     """Build the cells from a report's figures; the report's existing cells are ignored."""
     facts, made = report.facts, report.facts.provenance
     # What follows from the sites' own figures is of the worst site each, as are the report's verdict and epsilon.
@@ -115,34 +115,34 @@ def of_report(report: Report) -> Cells:
             "ledger_verified": "no" if verified is None else "yes",
             "rollback_excluded": "up_to_the_anchor" if up_to_there else "yes" if to_the_end else "no",
         }
-    return rows(known)
+    return build_cells(known)
 
 
-def facts_of(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Return the fields of `RunFacts` that follow from a run's settings and plan."""
     federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
-    known = {"name": config.name, "target_epsilon": epsilon, "settings": settings_of(config, plan)}
+    known = {"name": config.name, "target_epsilon": epsilon, "settings": cell_facts_from_settings(config, plan)}
     judged = {"judged_by": config.judged_by, "keep_round": federation.keep_round, "stop_after": federation.stop_after}
     return known | judged
 
 
-def provenance_of(config: RunConfig) -> dict[str, str | None]:
+def provenance_from_settings(config: RunConfig) -> dict[str, str | None]:
     """Return the fields of `Provenance` that follow from a run's settings alone."""
     model, data, purpose = config.model, config.data, config.report.about.purpose
-    base = {"model": model.shown_path, "model_licence": model.licence}
+    base = {"model": model.public_path, "model_licence": model.licence}
     return {**base, "dataset": data.dataset, "task": config.task, "purpose": purpose}
 
 
-def settings_of(config: RunConfig, plan: Plan) -> dict[str, Value]:
+def cell_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Value]:
     """Return the facts in cells that follow from a run's settings."""
     data = config.data
     known: dict[str, Value] = {
         "columns_used": tuple(dict.fromkeys(config.bound_task.columns(data, unit=plan.unit))),
         "runtime": config.runtime.kind,
         "most_tokens": data.max_length,
-        "modality": input_of(data).modality,
-        "rank": rank_text(config.lora.kind, config.lora.matrices),
-        "target_modules": tuple(config.lora.modules) or "none",
+        "modality": get_input_for(data).modality,
+        "rank": format_rank(config.lora.kind, config.lora.effective_rank),
+        "target_modules": tuple(config.lora.adapted_modules) or "none",
         "update_checks": config.federation.strategy,
         "labels": len(data.labels) or None,
         "heldout_fraction": data.heldout_fraction,
@@ -152,7 +152,7 @@ def settings_of(config: RunConfig, plan: Plan) -> dict[str, Value]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def rank_text(adapter: str, rank: int) -> str:
+def format_rank(adapter: str, rank: int) -> str:
     """Format an adapter's rank, followed by its kind unless it is LoRA."""
     rank = 0 if adapter == NO_ADAPTER else rank
     return str(rank) if adapter == "lora" else f"{rank} ({adapter})"

@@ -15,18 +15,18 @@ from functools import partial
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, groups, period_of
+from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, cohort_group_starts, period_number
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
-from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step
-from fedtune.show.budget_text import Arrivals
+from fedtune.report.model import EpsilonStep, Mechanism, Report, SiteReport, Spent
+from fedtune.show.budget_text import ArrivalRange
 from fedtune.words import finite, unbounded
 
 
-def report_of(facts: LedgerFacts) -> Report:
+def derive_ledger_report(facts: LedgerFacts) -> Report:
     """Derive the report of a ledger from its facts."""
-    ran, charged, life, delta = mechanisms(facts), charged_of(facts), lifetime(facts), facts.delta
+    ran, charged, life, delta = list_mechanisms(facts), largest_charges(facts), compute_lifetime(facts), facts.delta
     spent = Spent(
         epsilon=life.epsilon,
         epsilon_pld=life.epsilon_pld,
@@ -36,14 +36,16 @@ def report_of(facts: LedgerFacts) -> Report:
         steps=sum(row.rounds * row.local_steps for row in ran),
     )
     loosened, verified = bool(facts.limits_loosened), facts.verification is not None
-    charges = num_charges(facts)
-    found = verdicts.of_ledger(life, facts.approved, charges=charges, verified=verified, limits_loosened=loosened)
+    charges = count_charges(facts)
+    found = verdicts.ledger_reasons(life, facts.approved, charges=charges, verified=verified, limits_loosened=loosened)
     reasons, capped = list(found), ((run.plan, run.max_epsilon) for run in facts.runs if run.max_epsilon is not None)
     # As it was decided when the run was accepted.
-    if any(accountant.epsilon_above([plan.whole], plan.delta, limit=cap) is not None for plan, cap in capped):
+    if any(accountant.epsilon_if_above([plan.full_event], plan.delta, limit=cap) is not None for plan, cap in capped):
         reasons.append("above_run_cap")
-    verdict = verdicts.judged(reasons, spent, source="own_ledger")
-    trust = profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent))))
+    verdict = verdicts.judge_site(reasons, spent, source="own_ledger")
+    trust = profile.epsilons_by_observer(
+        ran, lambda spent: _epsilon_by_filter(facts, Counter(events.count_mechanisms(spent)))
+    )
     site = SiteReport(
         site=facts.site,
         source="own_ledger",
@@ -51,59 +53,63 @@ def report_of(facts: LedgerFacts) -> Report:
         spent=spent,
         meaning=None,
         mechanisms=ran,
-        curve=profile.curve(charged, delta),
-        steps=steps(facts, life),
+        curve=profile.epsilon_curve(charged, delta),
+        steps=compute_steps(facts, life),
         lifetime=life,
         by_trust=trust,
     )
-    fixed, size = _was_fixed(facts, ran), facts.declared_size
-    return rules.report_of(facts, (rules.explained(site, ran, charged, delta=delta, declared_size=size, fixed=fixed),))
+    fixed, size = _was_fixed_beforehand(facts, ran), facts.declared_size
+    return rules.assemble_report(
+        facts, (rules.add_meaning(site, ran, charged, delta=delta, declared_size=size, fixed=fixed),)
+    )
 
 
-def _was_fixed(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
+def _was_fixed_beforehand(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
     """Whether all charges were fixed before anything was released: a single run, charged for its whole plan.
 
     Otherwise a later run may have been chosen, or an earlier run ended, because of a release.
     """
-    charged, plans = [row for row in ran if row.rounds], plans_of(facts)
+    charged, plans = [row for row in ran if row.rounds], plans_by_run(facts)
     most = {run: plan.most_rounds for run, plan in plans.items()}
     return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds
 
 
-def num_charges(facts: LedgerFacts) -> int:
+def count_charges(facts: LedgerFacts) -> int:
     """Count the rounds that the entries charged, plus the restored backups."""
     return sum(entry.rounds if entry.run else 1 for entry in facts.charges)
 
 
-def plans_of(facts: LedgerFacts) -> Mapping[str, Plan]:
+def plans_by_run(facts: LedgerFacts) -> Mapping[str, Plan]:
     """Map the name of each run to its plan."""
     return {run.run: run.plan for run in facts.runs}
 
 
-def charged_of(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
+def largest_charges(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
     """Return all charges of the cohort with the largest divergence; with a `period`, only those of the newest
     entry's period.
     """
-    return _most(facts, [charged_to(facts, cohort, period=period) for cohort in _groups(facts)])
+    return _with_largest_divergence(
+        facts, [charges_to_cohort(facts, cohort, period=period) for cohort in _cohort_groups(facts)]
+    )
 
 
-def _most(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[DpEvent]:
+def _with_largest_divergence(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[DpEvent]:
     return max(found, key=lambda each: filter.total_divergence(each, facts.order) if len(found) > 1 else 0.0)
 
 
-def charged_to(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
+def charges_to_cohort(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
     """Return all charges of a cohort; None: the charges of all cohorts together."""
-    plans, total, owed = plans_of(facts), Counter[DpEvent](), _owed(facts)
-    now = None if period is None else period_of(datetime.fromisoformat(facts.date), period)
+    plans, total, owed = plans_by_run(facts), Counter[DpEvent](), _last_charge_with_lost_rows(facts)
+    now = None if period is None else period_number(datetime.fromisoformat(facts.date), period)
     for number, entry in enumerate(facts.charges):
-        if period is None or period_of(datetime.fromisoformat(entry.day), period) == now:
-            for charged, admitted in _of_entry(entry, plans, facts.arrivals):
+        if period is None or period_number(datetime.fromisoformat(entry.day), period) == now:
+            for charged, admitted in _charges_of_entry(entry, plans, facts.arrivals):
                 if cohort is None or admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
                     total.update(charged)
-    return events.grouped(total)
+    return events.count_mechanisms(total)
 
 
-def _owed(facts: LedgerFacts) -> int:
+def _last_charge_with_lost_rows(facts: LedgerFacts) -> int:
     """Return the index of the last charge after which arrival rows were lost; -1 if none were.
 
     The oldest cohort is also charged for this entry and all entries before it.
@@ -111,61 +117,66 @@ def _owed(facts: LedgerFacts) -> int:
     return max((number for number, entry in enumerate(facts.charges) if entry.lost_rows), default=-1)
 
 
-def _groups(facts: LedgerFacts) -> list[int]:
+def _cohort_groups(facts: LedgerFacts) -> list[int]:
     """Return the first cohort of each group of cohorts that have equal figures."""
     said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
-    lost = [Cohorts.of(one, facts.arrivals) for one in said if facts.arrivals]
-    return groups([*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_owed(facts) >= 0)
+    lost = [Cohorts.from_text(one, facts.arrivals) for one in said if facts.arrivals]
+    return cohort_group_starts(
+        [*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_last_charge_with_lost_rows(facts) >= 0
+    )
 
 
-def _of_entry(
+def _charges_of_entry(
     entry: ChargedRounds, plans: Mapping[str, Plan], arrivals: Calendar | None
 ) -> Iterator[tuple[Counter[DpEvent], Cohorts | None]]:
     """Yield the charges of an entry, each with the cohorts that they apply to (None: everybody)."""
     lost = list(zip(entry.lost, entry.lost_cohorts or [""] * len(entry.lost), strict=True))
     for said in dict.fromkeys(said for _, said in lost):
-        admitted = Cohorts.of(said, arrivals) if arrivals and said else None
-        yield profile.charges_of(charge for charge, of_charge in lost if of_charge == said), admitted
+        admitted = Cohorts.from_text(said, arrivals) if arrivals and said else None
+        yield profile.parse_charges(charge for charge, of_charge in lost if of_charge == said), admitted
     if entry.run:
         plan = plans[entry.run]
-        yield events.grouped([plan.event(rounds=entry.rounds)]), plan.cohorts
+        yield events.count_mechanisms([plan.event(rounds=entry.rounds)]), plan.cohorts
 
 
-def _filtered(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
+def _epsilon_by_filter(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
     return finite(filter.epsilon_filter(charged, order=facts.order, delta=facts.delta))
 
 
-def rounds_of(facts: LedgerFacts) -> Mapping[str, int]:
+def rounds_by_run(facts: LedgerFacts) -> Mapping[str, int]:
     """Return run -> number of rounds that the ledger's own entries charged."""
-    rounds = Counter(dict.fromkeys(plans_of(facts), 0))
+    rounds = Counter(dict.fromkeys(plans_by_run(facts), 0))
     for entry in facts.charges:
         rounds[entry.run] += entry.rounds  # of a lost branch, which has no run, none
     return rounds
 
 
-def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
+def list_mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
     """Return the mechanisms of each run, including rounds on lost branches, followed by the unnamed mechanisms of
     lost runs.
     """
-    own, charged = rounds_of(facts), charged_to(facts, None)
+    own, charged = rounds_by_run(facts), charges_to_cohort(facts, None)
     # Of a head that names more rounds than charges the events alone count, and what they leave is nobody's run.
     for rounds in ({run.run: own[run.run] + run.lost_rounds for run in facts.runs}, own):
         unexplained = Counter(charged)
         for run in facts.runs:
-            unexplained.subtract(profile.charged_events(run.plan, rounds[run.run]))
+            unexplained.subtract(profile.count_charged_events(run.plan, rounds[run.run]))
         if all(count >= 0 for count in unexplained.values()):
             break
     # The fedtune that wrote the entry samples so.
-    made = partial(profile.mechanism_of, sampling="poisson")
+    made = partial(profile.describe_mechanism, sampling="poisson")
     known = [made(one.plan, run=one.run, rounds=rounds[one.run]) for one in facts.runs]
-    return (*known, *(profile.mechanism_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
+    return (
+        *known,
+        *(profile.describe_lost_mechanism(event, count) for event, count in unexplained.items() if count > 0),
+    )
 
 
-def lifetime(facts: LedgerFacts) -> Lifetime:
+def compute_lifetime(facts: LedgerFacts) -> Lifetime:
     """Compute the figures over all runs, as of the facts' date."""
-    own, rounds = rounds_of(facts), {row.run: row.rounds for row in mechanisms(facts)}
-    begins = _groups(facts)
-    spent = [charged_to(facts, cohort) for cohort in begins]
+    own, rounds = rounds_by_run(facts), {row.run: row.rounds for row in list_mechanisms(facts)}
+    begins = _cohort_groups(facts)
+    spent = [charges_to_cohort(facts, cohort) for cohort in begins]
     # With what open runs that admit a cohort have set aside.
     held = [
         (run.plan.cohorts, run.plan.event(rounds=run.plan.most_rounds - own[run.run]))
@@ -173,20 +184,20 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
         if run.state == "open"
     ]
     taken = [
-        one + events.grouped([event for admitted, event in held if admitted is None or cohort in admitted])
+        one + events.count_mechanisms([event for admitted, event in held if admitted is None or cohort in admitted])
         for cohort, one in zip(begins, spent, strict=True)
     ]
-    charged, most = _most(facts, spent), _most(facts, taken)
-    left, each = _left(facts, most), filter.total_divergence([facts.reference.event], facts.order)
+    charged, most = _with_largest_divergence(facts, spent), _with_largest_divergence(facts, taken)
+    left, each = _divergence_left(facts, most), filter.total_divergence([facts.reference.event], facts.order)
     return Lifetime(
         order=facts.order,
-        epsilon=_filtered(facts, charged),
-        with_set_aside=_filtered(facts, most),
+        epsilon=_epsilon_by_filter(facts, charged),
+        with_set_aside=_epsilon_by_filter(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
         left=left,
         period=facts.approved.period,
-        period_epsilon=_filtered(facts, charged_of(facts, period=facts.approved.period)),
+        period_epsilon=_epsilon_by_filter(facts, largest_charges(facts, period=facts.approved.period)),
         reference_runs_left=None if left is None or each == 0 else math.floor(left / each),
         caps=facts.caps,
         runs=tuple(
@@ -199,7 +210,7 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
                 most_rounds=run.plan.most_rounds,
                 steps=rounds[run.run] * run.plan.local_steps,
                 epsilon=profile.epsilon_pld([run.plan.event(rounds=rounds[run.run])], facts.delta),
-                planned_epsilon=profile.epsilon_pld([run.plan.whole], facts.delta),
+                planned_epsilon=profile.epsilon_pld([run.plan.full_event], facts.delta),
                 seeded_noise=run.seeded_noise,
             )
             for run in facts.runs
@@ -211,27 +222,27 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
         cohorts=facts.arrivals
         and tuple(
             CohortFigures(
-                people=Arrivals.of(cohort, after, facts.arrivals),
-                epsilon=_filtered(facts, one),
-                with_set_aside=_filtered(facts, with_held),
-                left=_left(facts, with_held),
+                people=ArrivalRange.from_cohort(cohort, after, facts.arrivals),
+                epsilon=_epsilon_by_filter(facts, one),
+                with_set_aside=_epsilon_by_filter(facts, with_held),
+                left=_divergence_left(facts, with_held),
             )
             for cohort, after, one, with_held in zip(begins, [*begins[1:], None], spent, taken, strict=True)
         ),
     )
 
 
-def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
+def _divergence_left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
     """Return what is left of the lifetime cap, as a Renyi divergence at the ledger's order; None: there is no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
     if facts.approved.max_epsilon is None:
         return None
-    room = filter.most_divergence(facts.approved.max_epsilon, order=facts.order, delta=facts.delta)
+    room = filter.max_divergence(facts.approved.max_epsilon, order=facts.order, delta=facts.delta)
     return max(0.0, room - filter.total_divergence(taken, facts.order))
 
 
-def steps(facts: LedgerFacts, life: Lifetime) -> tuple[Step, ...]:
+def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]:
     """Return the filter's epsilon after each round that is listed separately, and after each run that is listed as a
     whole.
 
@@ -239,18 +250,25 @@ def steps(facts: LedgerFacts, life: Lifetime) -> tuple[Step, ...]:
     differ.
     """
     charges, order, delta = facts.charges, facts.order, facts.delta
-    totals, plans, owed = dict.fromkeys(_groups(facts), 0.0), plans_of(facts), _owed(facts)
+    totals, plans, owed = (
+        dict.fromkeys(_cohort_groups(facts), 0.0),
+        plans_by_run(facts),
+        _last_charge_with_lost_rows(facts),
+    )
     last = {entry.run: number for number, entry in enumerate(charges)}
     of_cohorts = [one.epsilon for one in life.cohorts or ()]
-    each, made = {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()}, list[Step]()
+    each, made = (
+        {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()},
+        list[EpsilonStep](),
+    )
 
     def figure(total: float, at_last: float | None) -> float | None:
         if number == len(charges) - 1 or not total:
             return at_last if total else 0.0
-        return finite(min(unbounded(at_last), max(0.0, total + filter.surcharge(order, delta))))
+        return finite(min(unbounded(at_last), max(0.0, total + filter.epsilon_conversion_term(order, delta))))
 
     for number, entry in enumerate(charges):
-        for charged, admitted in _of_entry(entry, plans, facts.arrivals):
+        for charged, admitted in _charges_of_entry(entry, plans, facts.arrivals):
             cost = each[entry.run] * entry.rounds if entry.run else filter.total_divergence(charged, order)
             for cohort in totals:
                 if admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
@@ -259,5 +277,5 @@ def steps(facts: LedgerFacts, life: Lifetime) -> tuple[Step, ...]:
             continue
         cohorts = tuple(map(figure, totals.values(), of_cohorts)) or None
         so_far = figure(max(totals.values()), life.epsilon)
-        made.append(Step(run=entry.run, round=entry.round, time=entry.day, epsilon=so_far, cohorts=cohorts))
+        made.append(EpsilonStep(run=entry.run, round=entry.round, time=entry.day, epsilon=so_far, cohorts=cohorts))
     return tuple(made)

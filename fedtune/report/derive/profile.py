@@ -54,19 +54,19 @@ _THIRTEEN_DIGITS = Context(prec=13, rounding=ROUND_HALF_EVEN)
 _NINE_DIGITS = Context(prec=9, rounding=ROUND_CEILING)
 
 
-def charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
+def count_charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
     """Return the number of times that each single mechanism ran in `rounds` charged rounds."""
-    return events.grouped([plan.event(rounds=rounds)])
+    return events.count_mechanisms([plan.event(rounds=rounds)])
 
 
-def parts_of(event: DpEvent) -> tuple[float, DpEvent]:
+def split_sampling(event: DpEvent) -> tuple[float, DpEvent]:
     """Split a mechanism into its sampling probability and the mechanism that is applied to the sampled records or
     persons.
     """
     return (event.sampling_probability, event.event) if isinstance(event, PoissonSampledDpEvent) else (1.0, event)
 
 
-def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
+def describe_mechanism(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
     """Describe `rounds` charged rounds of a plan, including retries; `sampling` says how records or persons joined a
     step.
     """
@@ -74,22 +74,24 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
         run=run,
         sampling_run=sampling,
         sampling_rate=plan.sampling_rate,
-        noise_multiplier=plan.counted_noise,
+        noise_multiplier=plan.accounted_noise,
         max_grad_norm=plan.max_grad_norm if plan.private else None,
         local_steps=plan.local_steps,
         rounds=rounds,
         metrics_noise_multiplier=plan.metrics_noise_multiplier,
-        charges=tuple(Charge(event=one, count=count) for one, count in events.counted(charged_events(plan, rounds))),
+        charges=tuple(
+            Charge(event=one, count=count) for one, count in events.mechanism_counts(count_charged_events(plan, rounds))
+        ),
         records_per_user=plan.records_per_user,
         shared=plan.shared,
     )
 
 
-def mechanism_of_lost_run(event: DpEvent, count: int) -> Mechanism:
+def describe_lost_mechanism(event: DpEvent, count: int) -> Mechanism:
     """Describe a mechanism from a lost branch of the ledger, of which only the event is known; it counts as a single
     round.
     """
-    ((json, _),), (rate, gaussian) = events.counted([event]), parts_of(event)
+    ((json, _),), (rate, gaussian) = events.mechanism_counts([event]), split_sampling(event)
     noise = gaussian.noise_multiplier if isinstance(gaussian, GaussianDpEvent) else 0.0
     scores = noise if gaussian is event else 0.0
     return Mechanism(
@@ -105,7 +107,7 @@ def mechanism_of_lost_run(event: DpEvent, count: int) -> Mechanism:
     )
 
 
-def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
+def parse_charges(charges: Iterable[Charge]) -> Counter[DpEvent]:
     """Count the mechanisms in a report's charges.
 
     Raises:
@@ -115,28 +117,28 @@ def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
     for charge in charges:
         check_at_least("count", charge.count, 1)
         total[events.from_json(charge.event)] += charge.count
-    return events.grouped(total)
+    return events.count_mechanisms(total)
 
 
-def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
+def charges_against_colluders(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
     """Return the charges if `colluders` other sites reveal the noise that they added; None: as many as each run
     assumed.
     """
     total: Counter[DpEvent] = Counter()
     for row in rows:
         if row.shared is None:  # of a lost run nothing is known but its charges
-            total.update(charges_of(row.charges))
+            total.update(parse_charges(row.charges))
             continue
-        noise = row.noise_multiplier if colluders is None else row.shared.noise_against(colluders)
+        noise = row.noise_multiplier if colluders is None else row.shared.honest_noise(colluders)
         steps = row.local_steps * row.rounds
-        charged = [events.dp_sgd(sampling_rate=row.sampling_rate, noise_multiplier=noise, steps=steps)]
+        charged = [events.dp_sgd_event(sampling_rate=row.sampling_rate, noise_multiplier=noise, steps=steps)]
         if row.metrics_noise_multiplier > 0:
             charged.append(SelfComposedDpEvent(GaussianDpEvent(row.metrics_noise_multiplier), row.rounds))
-        total.update(events.grouped(charged))
+        total.update(events.count_mechanisms(charged))
     return total
 
 
-def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
+def epsilons_by_observer(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
     """Compute a site's epsilon for each kind of observer with the function `epsilon`; None without secure
     aggregation.
     """
@@ -144,26 +146,28 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
         return None
     lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
     return Epsilons(
-        server_alone=epsilon(charged_against(rows, colluders=0)),
-        with_colluders=epsilon(charged_against(rows, colluders=None)),
-        with_all_others=None if lost else epsilon(charged_against(rows, colluders=MOST_SITES_OF_SUM)),
+        server_alone=epsilon(charges_against_colluders(rows, colluders=0)),
+        with_colluders=epsilon(charges_against_colluders(rows, colluders=None)),
+        with_all_others=None if lost else epsilon(charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM)),
     )
 
 
-def told_by_others(rows: Sequence[Mechanism], trust: Epsilons | None) -> tuple[Spent, float | None] | None:
+def charges_if_others_collude(rows: Sequence[Mechanism], trust: Epsilons | None) -> tuple[Spent, float | None] | None:
     """Return the charges, and their epsilon, if all other sites reveal their noise; None if the site added all of
     its noise.
     """
-    return None if trust is None else (charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
+    return (
+        None if trust is None else (charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
+    )
 
 
-def largest(epsilons: Iterable[float | None]) -> float | None:
+def largest_epsilon(epsilons: Iterable[float | None]) -> float | None:
     """Return the largest epsilon; None, which means unbounded, is larger than any number."""
     values = list(epsilons)
     return None if None in values else max((value for value in values if value is not None), default=0.0)
 
 
-def posterior(epsilon: float, *, prior: float) -> float:
+def bound_posterior(epsilon: float, *, prior: float) -> float:
     """Bound how sure an attacker can become that a record was used: posterior odds are e^epsilon times the `prior`
     odds.
 
@@ -189,7 +193,9 @@ def right_of_100_ceiling(epsilon: float, delta: float) -> float:
     return 100 * (1 + delta * factor) / (1 + factor)
 
 
-def right_of_several(spent: Spent | None, right: float, *, epsilon: float, delta: float, members: int) -> float:
+def bound_right_guesses_for_several(
+    spent: Spent | None, right: float, *, epsilon: float, delta: float, members: int
+) -> float:
     """Bound how many of 100 guesses about the membership of a person with `members` records are right.
 
     The result is the least of three bounds.  Each further record shifts the outcome at most as far as one record does,
@@ -208,19 +214,19 @@ def right_of_several(spent: Spent | None, right: float, *, epsilon: float, delta
         delta: the report's delta.
         members: number of the person's records.
     """
-    found = [50 + members * (right - 50), right_of_100_ceiling(*group(epsilon, delta, members=members))]
-    by_mixture = None if spent is None else _right_by_mixture(_counted(spent), members)
+    found = [50 + members * (right - 50), right_of_100_ceiling(*group_privacy(epsilon, delta, members=members))]
+    by_mixture = None if spent is None else _bound_by_mixture(_sorted_mechanisms(spent), members)
     return min(100.0, *found, *([] if by_mixture is None else [by_mixture]))
 
 
 @lru_cache(maxsize=256)
-def _right_by_mixture(counted: Counted, members: int) -> float | None:
+def _bound_by_mixture(counted: Counted, members: int) -> float | None:
     """Compute the bound from the mechanism's own curve; None if it is unbounded or would take long to compute."""
     if len(counted) > _MOST_PLANS_OF_SEVERAL:
         return None
     total = None
     for event, count in counted:
-        rate, gaussian = parts_of(event)
+        rate, gaussian = split_sampling(event)
         if not isinstance(gaussian, GaussianDpEvent) or gaussian.noise_multiplier < _LEAST_NOISE_OF_SEVERAL:
             return None
         shares = {n: math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)}
@@ -236,7 +242,7 @@ def _right_by_mixture(counted: Counted, members: int) -> float | None:
     return None if total is None else 50 * (1 + min(1.0, max(0.0, float(total.get_delta_for_epsilon(0.0)))))
 
 
-def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
+def group_privacy(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
     """Convert (epsilon, delta) for one record into (epsilon, delta) for `members` records of one person (group
     privacy).
 
@@ -262,7 +268,7 @@ def _inverse_exponential(epsilon: float) -> float:
     return 0.0 if epsilon > _LARGEST_EXPONENT else math.exp(-epsilon)
 
 
-def interval_of(source: Source) -> float:
+def pld_interval(source: Source) -> float:
     """Return the width of the PLD buckets for a site's epsilon; curves always use the coarse grid, which only raises
     figures.
     """
@@ -271,7 +277,7 @@ def interval_of(source: Source) -> float:
 
 def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
     """Compute epsilon at `delta` with PLD accounting, from cached compositions; None: unbounded."""
-    return _epsilon_pld(_counted(spent), delta, interval)
+    return _epsilon_pld(_sorted_mechanisms(spent), delta, interval)
 
 
 @lru_cache(maxsize=1024)  # most sites of a run were charged alike
@@ -281,7 +287,7 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | Non
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     """Compute epsilon at `delta` with RDP accounting; None: unbounded."""
-    return finite(accountant.composed_rdp(_counted(spent))(delta))
+    return finite(accountant.compose_rdp(_sorted_mechanisms(spent))(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
@@ -295,7 +301,7 @@ def accountants_agree(figures: Figures, *, width: float) -> bool:
     return figures.epsilon_pld <= figures.epsilon_rdp + width * math.sqrt(figures.steps + figures.rounds)
 
 
-def curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
+def epsilon_curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
     """Compute epsilon with both accountants at powers of ten and at the report's own delta, largest first; ()
     without charges.
     """
@@ -304,7 +310,7 @@ def curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
     return tuple(CurvePoint(delta=one, epsilon_pld=pld, epsilon_rdp=rdp) for one, pld, rdp in both)
 
 
-def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
+def bound_hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
     """Bound the share of the used records that any attack on this mechanism finds (its true positive rate); None:
     unbounded.
 
@@ -314,16 +320,16 @@ def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
     and
     Su 2019, arXiv 1905.02383, Section 2.3).
     """
-    return _hit_rate_of(_counted(spent), false_alarms)
+    return _bound_hit_rate_cached(_sorted_mechanisms(spent), false_alarms)
 
 
 @lru_cache(maxsize=256)
-def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
+def _bound_hit_rate_cached(counted: Counted, false_alarms: float) -> float | None:
     own = _pld(counted, accountant.COARSE)
     if math.isinf(own.epsilon(0.5)):
         return None
-    more_alarms = _least(lambda epsilon: math.exp(epsilon) * false_alarms + own.delta(epsilon))
-    fewer_misses = _least(lambda epsilon: 1 - (1 - own.delta(epsilon) - false_alarms) * math.exp(-epsilon))
+    more_alarms = _minimize_bound(lambda epsilon: math.exp(epsilon) * false_alarms + own.delta(epsilon))
+    fewer_misses = _minimize_bound(lambda epsilon: 1 - (1 - own.delta(epsilon) - false_alarms) * math.exp(-epsilon))
     return max(false_alarms, min(1.0, more_alarms, fewer_misses))
 
 
@@ -332,11 +338,11 @@ def right_of_100(spent: Spent) -> float | None:
 
     The best attack is right with probability (1 + delta) / 2, where delta is the mechanism's own at epsilon 0.
     """
-    own = _pld(_counted(spent), accountant.COARSE)
+    own = _pld(_sorted_mechanisms(spent), accountant.COARSE)
     return None if math.isinf(own.epsilon(0.5)) else 50 * (1 + own.delta(0.0))
 
 
-def meaning(
+def compute_meaning(
     spent: Spent,
     *,
     epsilon: float | None,
@@ -348,26 +354,26 @@ def meaning(
     """Express `epsilon` (None: unbounded) at `delta`, and all charges in `spent`, as frequencies of successful attacks.
 
     The mechanism's curve only bounds attacks if all charges were `fixed` beforehand.  `others` is the result of
-    `told_by_others`.
+    `charges_if_others_collude`.
     """
     stated, known = unbounded(epsilon), spent if fixed else None
-    right, by_mechanism = _right(known, stated, delta)
+    right, by_mechanism = _bound_right_guesses(known, stated, delta)
     best = right if by_mechanism is None else by_mechanism
-    for_several = partial(right_of_several, known, best, epsilon=stated, delta=delta)
+    for_several = partial(bound_right_guesses_for_several, known, best, epsilon=stated, delta=delta)
     with_all_others, rates = None, []
     for alarms in FALSE_ALARMS:
         ceiling = hit_rate_ceiling(stated, delta, false_alarms=alarms)
-        found = None if known is None else hit_rate(known, false_alarms=alarms)
+        found = None if known is None else bound_hit_rate(known, false_alarms=alarms)
         found = None if found is None else min(found, ceiling)
         rates.append(Ceiling(given=alarms, ceiling=ceiling, mechanism=found))
     if others is not None:
         told, of_told = others
-        bounds = _right(told if fixed and of_told is not None else None, unbounded(of_told), delta)
+        bounds = _bound_right_guesses(told if fixed and of_told is not None else None, unbounded(of_told), delta)
         with_all_others = min(bound for bound in bounds if bound is not None)
     return Meaning(
         right_of_100_ceiling=right,
         right_of_100_mechanism=by_mechanism,
-        posterior=tuple(Ceiling(given=prior, ceiling=posterior(stated, prior=prior)) for prior in PRIORS),
+        posterior=tuple(Ceiling(given=prior, ceiling=bound_posterior(stated, prior=prior)) for prior in PRIORS),
         hit_rates=tuple(rates),
         expected_failures=None if declared_size is None else delta * declared_size,
         right_of_100_with_all_others=with_all_others,
@@ -376,7 +382,7 @@ def meaning(
     )
 
 
-def _right(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
+def _bound_right_guesses(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
     """Bound the right guesses of 100 from (epsilon, delta), and by the mechanism's curve (None: charges were not
     fixed).
     """
@@ -385,16 +391,16 @@ def _right(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, fl
     return ceiling, None if found is None else min(found, ceiling)
 
 
-def as_stated(part: Any) -> Any:
+def round_up_figures(part: Any) -> Any:
     """Round each figure of a `Meaning` up to nine digits, because the last digits depend on the number of threads."""
     if isinstance(part, float):  # first to thirteen: what floats add to a whole number is not worth a digit
         return float(_NINE_DIGITS.plus(_THIRTEEN_DIGITS.create_decimal_from_float(part)))
     if isinstance(part, tuple):
-        return tuple(map(as_stated, part))
-    return part and replace(part, **{key.name: as_stated(getattr(part, key.name)) for key in fields(part)})
+        return tuple(map(round_up_figures, part))
+    return part and replace(part, **{key.name: round_up_figures(getattr(part, key.name)) for key in fields(part)})
 
 
-def _least(bound: Callable[[float], float]) -> float:
+def _minimize_bound(bound: Callable[[float], float]) -> float:
     """Find the approximate minimum over epsilon of a `bound` that falls and then rises; the bound holds at every
     epsilon.
     """
@@ -402,10 +408,10 @@ def _least(bound: Callable[[float], float]) -> float:
     return min(float(found.fun), bound(0.0))
 
 
-def _counted(spent: Spent) -> Counted:
+def _sorted_mechanisms(spent: Spent) -> Counted:
     """Sort the mechanisms, so that equal histories give equal figures to the last digit."""
-    pairs = events.grouped(spent).items()
+    pairs = events.count_mechanisms(spent).items()
     return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))
 
 
-_pld = lru_cache(maxsize=64)(accountant.composed_pld)
+_pld = lru_cache(maxsize=64)(accountant.compose_pld)

@@ -18,9 +18,9 @@ from fedtune.report.derive import profile, verdicts
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
 from fedtune.report.model import Assumption, Mechanism, Report, SiteReport, Status, Utility
-from fedtune.show.budget_text import Arrivals
+from fedtune.show.budget_text import ArrivalRange
 from fedtune.spec import REPORT_SCHEMA
-from fedtune.words import spoken_start
+from fedtune.words import group_hex_start
 
 _WORST_FIRST = get_args(Status)
 _Found = tuple[str, Status, str]
@@ -31,14 +31,14 @@ _UPDATES = {False: "updates", True: "masked_updates"}  # code of a site's update
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
-def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None) -> Report:
+def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None) -> Report:
     """Build the report of a run or a ledger without its cells; `sites` already have their verdicts."""
     if isinstance(facts, RunFacts):
         scores = ["noised_scores"] if facts.plan.releases_metrics else []
         released = [_UPDATES[facts.plan.shared is not None], *scores, "aggregates", "refusals_and_receipts"]
         released += ["final_adapter"] if facts.finished else []
         covers, cohorts = list[str](), facts.plan.cohorts
-        admits = Arrivals.of(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
+        admits = ArrivalRange.from_cohort(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
         randomness = facts.randomness or NOT_RECORDED
         # A site that signed its ledger's report runs fedtune, which draws from the operating system unless seeded.
         if facts.randomness is None and all(site.statement for site in facts.sites):
@@ -65,15 +65,15 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
     return Report(
         schema_version=REPORT_SCHEMA,
         facts=facts,
-        verdict=verdicts.worst(site.verdict for site in sites),
+        verdict=verdicts.worst_verdict(site.verdict for site in sites),
         neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
-        epsilon=profile.largest(site.spent.epsilon for site in sites),
+        epsilon=profile.largest_epsilon(site.spent.epsilon for site in sites),
         randomness=randomness,
         released=tuple(released),
         sites=sites,
         covers=("rounds_and_steps", "charged_retries", *scores, *covers),
         **listed,
-        assumptions=assumptions(facts, sites),
+        assumptions=list_assumptions(facts, sites),
         cells={},
         utility=utility,
         admits=admits,
@@ -81,7 +81,7 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
     )
 
 
-def explained(
+def add_meaning(
     site: SiteReport, rows: Sequence[Mechanism], charged: Spent, *, declared_size: int | None, delta: float, fixed: bool
 ) -> SiteReport:
     """Add to a site what its epsilon means, if it has a meaning.
@@ -98,14 +98,14 @@ def explained(
     """
     if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
         return site
-    epsilon, others = site.spent.epsilon, profile.told_by_others(rows, site.by_trust)
-    known = partial(profile.meaning, charged, epsilon=epsilon, delta=delta, declared_size=declared_size)
+    epsilon, others = site.spent.epsilon, profile.charges_if_others_collude(rows, site.by_trust)
+    known = partial(profile.compute_meaning, charged, epsilon=epsilon, delta=delta, declared_size=declared_size)
     return replace(site, meaning=known(fixed=fixed, others=others))
 
 
-def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
+def list_assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     """Return the assumptions on which the guarantee depends, violated ones first."""
-    found = _of_run(facts, sites) if isinstance(facts, RunFacts) else _of_ledger(facts, sites[0])
+    found = _run_assumptions(facts, sites) if isinstance(facts, RunFacts) else _ledger_assumptions(facts, sites[0])
     # An inconsistent ledger is evidence of nothing, not even of its site's assertions.
     shows = isinstance(facts, RunFacts) or facts.verification is not None
     made = [
@@ -115,16 +115,16 @@ def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, 
     return tuple(sorted(made, key=lambda assumption: _WORST_FIRST.index(assumption.status)))
 
 
-def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
+def _run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """Yield the assumptions of a run, as its lead knows them: code, status, evidence."""
     said = {site.site: site.statement for site in facts.sites if site.statement}
-    yield from _of_mechanism(facts, sites, said=[*said])
-    yield from _of_figures(facts, sites, asserted={site: one.asserted for site, one in said.items()})
+    yield from _mechanism_assumptions(facts, sites, said=[*said])
+    yield from _figure_assumptions(facts, sites, asserted={site: one.asserted for site, one in said.items()})
     # Whether the lead holds a signed receipt from every site that was charged.
     if unsigned := [one.site for one in sites if one.source == "not_released" and one.spent.rounds]:
         yield "receipts_signed", "assumed", ", ".join(unsigned)
     else:
-        keys = [f"{one.site} {spoken_start(one.receipt.site_key)}" for one in facts.sites if one.receipt]
+        keys = [f"{one.site} {group_hex_start(one.receipt.site_key)}" for one in facts.sites if one.receipt]
         yield "receipts_signed", "verified", ", ".join(keys)
     if silent := [site.site for site in facts.sites if facts.is_upper_bound(site)]:
         yield "every_site_answered", "violated", ", ".join(silent)
@@ -146,7 +146,7 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
         yield "sites_run_their_own_software", "assumed", "tests/deployment"
 
 
-def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequence[str]) -> Iterator[_Found]:
+def _mechanism_assumptions(facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequence[str]) -> Iterator[_Found]:
     """Yield the assumptions on the mechanism, as recorded by a simulation's process or stated in real sites' signed
     reports.
     """
@@ -185,7 +185,7 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequenc
         yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
 
 
-def _of_figures(
+def _figure_assumptions(
     facts: Facts, sites: Sequence[SiteReport], *, asserted: Mapping[str, Mapping[str, bool]]
 ) -> Iterator[_Found]:
     """Yield the assumptions that follow from the sites' figures and from what some sites have `asserted`."""
@@ -193,7 +193,7 @@ def _of_figures(
     compared = f"delta={facts.delta:g}; declared_size={largest}"
     yield "delta_below_one_over_size", "verified" if facts.delta * largest < 1 else "violated", compared
     if any(one.spent.epsilon_pld and one.spent.epsilon_rdp for one in sites):
-        agree = all(profile.accountants_agree(one.spent, width=profile.interval_of(one.source)) for one in sites)
+        agree = all(profile.accountants_agree(one.spent, width=profile.pld_interval(one.source)) for one in sites)
         yield "accountants_agree", "verified" if agree else "violated", "PLD <= RDP"
     if shared := [row.shared for site in sites for row in site.mechanisms if row.shared]:
         honest = sorted({f"{one.threshold - one.colluders} of {one.num_sites}" for one in shared})
@@ -209,7 +209,7 @@ def _of_figures(
     yield "units_at_one_site_only", status, ", ".join(denied or silent or said)
 
 
-def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
+def _ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
     program, life = f"fedtune {', '.join(facts.provenance.fedtune_version.split(' / '))}", site.lifetime
     assert life is not None, "a ledger's report has its figures"
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
@@ -227,7 +227,7 @@ def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients: true; docs/guarantee.md"
     else:
         yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
-    yield from _of_figures(facts, [site], asserted={facts.site: facts.asserted})
+    yield from _figure_assumptions(facts, [site], asserted={facts.site: facts.asserted})
     if (found := facts.verification) is None:
         yield "ledger_intact", "violated", facts.problem
     else:

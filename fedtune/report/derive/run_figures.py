@@ -9,83 +9,86 @@ from dataclasses import replace
 
 from dp_accounting import GaussianDpEvent
 
-from fedtune.federation.drift import fall_of
+from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
-from fedtune.report.model import Report, SiteReport, Spent, Step, Utility
+from fedtune.report.model import EpsilonStep, Report, SiteReport, Spent, Utility
 from fedtune.words import finite, unbounded
 
 _MOST_FIGURES = 64  # numbers of rounds for which epsilon is computed; in between, that of the next larger is shown
 
 
-def report_of(facts: RunFacts) -> Report:
+def derive_run_report(facts: RunFacts) -> Report:
     """Derive the report of a run from its facts."""
-    made = [_site(facts, site) for site in facts.sites]
-    sites = verdicts.with_audit(made, facts.audit, marked=facts.canaries_planted)
-    return rules.report_of(facts, sites, utility=_utility(facts, sites))
+    made = [_derive_site_report(facts, site) for site in facts.sites]
+    sites = verdicts.apply_audit(made, facts.audit, marked=facts.canaries_planted)
+    return rules.assemble_report(facts, sites, utility=_derive_utility(facts, sites))
 
 
-def denied(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
+def find_invalid_field(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
     """Return the first field of a receipt that does not match this site, run and plan; "" if the receipt is valid.
 
     The ledger of a site that never accepted the run has no plan of it, and charged nothing.
     """
     of_plan = receipt.plan == plan.digest() or (not receipt.plan and not receipt.charged_rounds)
     fits = {"site": receipt.site == site, "run": receipt.run == run, "plan": of_plan}
-    fits |= {"charged_rounds": 0 <= receipt.charged_rounds <= plan.most_rounds, "signature": receipt.is_signed()}
+    fits |= {
+        "charged_rounds": 0 <= receipt.charged_rounds <= plan.most_rounds,
+        "signature": receipt.has_valid_signature(),
+    }
     return next((key for key, right in fits.items() if not right), "")
 
 
-def least_rounds(facts: RunFacts, site: SiteFacts) -> int:
+def min_charged_rounds(facts: RunFacts, site: SiteFacts) -> int:
     """Return the least number of rounds that a site was charged for: those that it signed, or those with an update
     from it.
     """
     signed = site.receipt.charged_rounds if site.receipt else 0
-    return max(signed, sum(result.has_update_of(site.site) for result in facts.rounds))
+    return max(signed, sum(result.has_update_from(site.site) for result in facts.rounds))
 
 
-def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
+def statement_agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
     """Whether a site's ledger reports at least the rounds of its receipts and updates, and the plan that the run
     asked for.
     """
     known = [run for run in said.lifetime.runs if run.run == facts.run]
     return said.same_plan and all(
-        run.rounds >= least_rounds(facts, site)
+        run.rounds >= min_charged_rounds(facts, site)
         and run.seeded_noise == facts.seeded_noise
         and run.most_rounds == facts.plan.most_rounds
         for run in known
     )
 
 
-def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
-    plan, statement, rounds = facts.plan, site.statement, facts.rounds_of(site)
+def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
+    plan, statement, rounds = facts.plan, site.statement, facts.count_charged_rounds(site)
     source: Source = "not_released" if site.receipt is None else "charged_by_receipts"
     source = "signed_site_report" if statement else source
-    grid, whole = profile.interval_of(source), plan.most_rounds if rounds else 0
-    charged, promised = profile.charged_events(plan, rounds), profile.charged_events(plan, whole)
+    grid, whole = profile.pld_interval(source), plan.most_rounds if rounds else 0
+    charged, promised = profile.count_charged_events(plan, rounds), profile.count_charged_events(plan, whole)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     ran = facts.sampling if statement is None else "poisson" if known else None
-    row = profile.mechanism_of(plan, run=facts.run, rounds=rounds, sampling=ran or NOT_RECORDED)
+    row = profile.describe_mechanism(plan, run=facts.run, rounds=rounds, sampling=ran or NOT_RECORDED)
     rows, of_plan = ((row,), (replace(row, rounds=whole),)) if rounds else ((), ())
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     spent = Spent(
         epsilon=profile.epsilon_pld(promised, plan.delta, interval=grid),
         epsilon_pld=by_pld,
         epsilon_rdp=profile.epsilon_rdp(charged, plan.delta),
-        planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
+        planned_epsilon=profile.epsilon_pld([plan.full_event], plan.delta, interval=grid),
         rounds=rounds,
         steps=rounds * plan.local_steps,
     )
-    trust = profile.by_trust(of_plan, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid))
-    verdict = verdicts.judged(verdicts.of_run(site, facts, spent, sampling=ran), spent, source=source)
+    trust = profile.epsilons_by_observer(of_plan, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid))
+    verdict = verdicts.judge_site(verdicts.run_reasons(site, facts, spent, sampling=ran), spent, source=source)
     if statement is not None:
         life, limits, verified = statement.lifetime, statement.approved, statement.verification is not None
-        reasons = [*verdicts.of_ledger(life, limits, charges=statement.charges, verified=verified)]
-        reasons += [] if agrees(facts, site, statement) else ["site_report_disagrees"]
-        verdict = verdicts.worst([verdict, statement.verdict, verdicts.verdict_of(reasons)])
+        reasons = [*verdicts.ledger_reasons(life, limits, charges=statement.charges, verified=verified)]
+        reasons += [] if statement_agrees(facts, site, statement) else ["site_report_disagrees"]
+        verdict = verdicts.worst_verdict([verdict, statement.verdict, verdicts.derive_verdict(reasons)])
     made = SiteReport(
         site=site.site,
         source=source,
@@ -93,54 +96,54 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
         spent=spent,
         meaning=None,
         mechanisms=rows,
-        curve=profile.curve(promised, plan.delta),
-        steps=tuple(_steps(facts, site, by_pld)),
-        releases=() if statement else tuple(_releases(facts, site)),
+        curve=profile.epsilon_curve(promised, plan.delta),
+        steps=tuple(_derive_steps(facts, site, by_pld)),
+        releases=() if statement else tuple(_group_releases(facts, site)),
         by_trust=trust,
     )
-    return rules.explained(made, of_plan, promised, delta=plan.delta, declared_size=site.declared_size, fixed=True)
+    return rules.add_meaning(made, of_plan, promised, delta=plan.delta, declared_size=site.declared_size, fixed=True)
 
 
-def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
+def _derive_utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
     line, epsilons = facts.held_out or (), defaultdict[int | None, list[float | None]](list)
     for step in (step for site in sites for step in site.steps):
         epsilons[step.round].append(step.epsilon)
-    releases = max(map(facts.rounds_of, facts.sites), default=0)
+    releases = max(map(facts.count_charged_rounds, facts.sites), default=0)
     price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
     return Utility(
-        epsilons=tuple(profile.largest(epsilons[result.round]) for result in facts.rounds),
+        epsilons=tuple(profile.largest_epsilon(epsilons[result.round]) for result in facts.rounds),
         kept=facts.kept,
         held_out_epsilon=profile.epsilon_pld(price, facts.plan.delta) if line else None,
-        fall=fall_of(line) if line and line[-1].run == facts.name else None,
+        fall=detect_score_drop(line) if line and line[-1].run == facts.name else None,
     )
 
 
-def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[Step]:
+def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[EpsilonStep]:
     """Yield an upper bound on epsilon after each round: all charges except one round per later update of the site.
 
     `final` is the site's epsilon at the end.  Earlier values use the coarse grid and are never above it.  If the run
     has not
     ended at the site, only the rounds so far count, including those without an update.
     """
-    plan, later = facts.plan, sum(result.has_update_of(site.site) for result in facts.rounds)
-    charged, silent = facts.rounds_of(site), len(facts.rounds) - later
-    most = charged if site.final else min(charged, least_rounds(facts, site) + silent)
+    plan, later = facts.plan, sum(result.has_update_from(site.site) for result in facts.rounds)
+    charged, silent = facts.count_charged_rounds(site), len(facts.rounds) - later
+    most = charged if site.final else min(charged, min_charged_rounds(facts, site) + silent)
     every, epsilons = math.ceil(most / _MOST_FIGURES) or 1, {charged: final}
     for result in facts.rounds:
-        later -= result.has_update_of(site.site)
+        later -= result.has_update_from(site.site)
         shown = min(most, math.ceil(max(0, most - later) / every) * every)
         if shown not in epsilons:
-            found = profile.epsilon_pld(profile.charged_events(plan, shown), plan.delta)
+            found = profile.epsilon_pld(profile.count_charged_events(plan, shown), plan.delta)
             epsilons[shown] = finite(min(unbounded(final), unbounded(found)))
-        yield Step(run=facts.run, round=result.round, time=result.ended or None, epsilon=epsilons[shown])
+        yield EpsilonStep(run=facts.run, round=result.round, time=result.ended or None, epsilon=epsilons[shown])
 
 
-def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
+def _group_releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
     """Yield everything that came from a site, grouped by kind and reason."""
     groups = defaultdict[tuple[str, str | None], list[str]](list)
     for result in facts.rounds:
         reason, kind = result.failed_sites.get(site.site), "refusal"
-        if result.has_update_of(site.site):
+        if result.has_update_from(site.site):
             kind = "update"
         elif reason in (None, LEFT_OUT):
             continue  # it was not asked

@@ -18,7 +18,17 @@ from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report.derive import profile
-from fedtune.report.facts import Approved, Audit, AuditBound, Lifetime, RunFacts, SiteFacts, Source, State, Verdict
+from fedtune.report.facts import (
+    Approved,
+    Audit,
+    AuditBound,
+    BudgetVerdict,
+    Lifetime,
+    RunFacts,
+    SiteFacts,
+    Source,
+    State,
+)
 from fedtune.report.model import Problem, Report, SiteReport, Spent
 from fedtune.spec import RUN_SCHEMA, RunError
 from fedtune.words import unbounded
@@ -34,14 +44,14 @@ _AUDIT_DIGITS = 5e-6  # where a search for a bound may end on another machine
 _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding
 
 
-def verdict_of(reasons: Iterable[str]) -> Verdict:
+def derive_verdict(reasons: Iterable[str]) -> BudgetVerdict:
     """Return the verdict that follows from all `reasons`."""
     holding = tuple(dict.fromkeys(reasons))
     state: State = next((state for state in WORST_FIRST if not set(REASONS[state]).isdisjoint(holding)), "within")
-    return Verdict(state=state, reasons=tuple(code for code in holding if code in REASONS[state]))
+    return BudgetVerdict(state=state, reasons=tuple(code for code in holding if code in REASONS[state]))
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst_verdict(verdicts: Iterable[BudgetVerdict]) -> BudgetVerdict:
     """Combine several verdicts: the worst state, with the reasons of all verdicts in that state, without duplicates.
 
     "nothing_spent" is only kept if all of them have it.
@@ -52,10 +62,10 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     codes = dict.fromkeys(code for reasons in having for code in reasons)
     if not all("nothing_spent" in reasons for reasons in having):
         codes.pop("nothing_spent", None)
-    return Verdict(state=state, reasons=tuple(codes))
+    return BudgetVerdict(state=state, reasons=tuple(codes))
 
 
-def room_of(report: Report) -> Room | None:
+def explain_missing_room(report: Report) -> Room | None:
     """Return why a site's budget has no room for another run; None: it has room, or the verdict is not "within"."""
     life = report.sites[0].lifetime
     if life is None or report.verdict.state != "within":
@@ -67,43 +77,43 @@ def room_of(report: Report) -> Room | None:
     return "no_run_fits" if life.reference_runs_left == 0 else None
 
 
-def outcome_of(report: Report) -> str:
+def report_outcome(report: Report) -> str:
     """Return the code of a report's result that page, label, cards and terminal show."""
-    return room_of(report) or (
+    return explain_missing_room(report) or (
         f"within_{report.facts.kind}" if report.verdict.state == "within" else report.verdict.state
     )
 
 
-def judged(reasons: Iterable[str], spent: Spent, *, source: Source) -> Verdict:
+def judge_site(reasons: Iterable[str], spent: Spent, *, source: Source) -> BudgetVerdict:
     """Return the verdict for a site's `reasons`, plus "accountants_disagree" if the accountants contradict each
     other.
     """
-    agree = profile.accountants_agree(spent, width=profile.interval_of(source))
-    return verdict_of([*reasons, *([] if agree else ["accountants_disagree"])])
+    agree = profile.accountants_agree(spent, width=profile.pld_interval(source))
+    return derive_verdict([*reasons, *([] if agree else ["accountants_disagree"])])
 
 
-def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
+def run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
     """Yield the reasons for the verdict at one site of a run.
 
     The plan was fixed, so the epsilon of the whole plan is a proof regardless of what ended the run.
     """
-    of_spending = _holding(
+    of_spending = _true_codes(
         no_noise=spent.epsilon is None,
         seeded_noise=facts.seeded_noise,
-        above_target=above(spent.epsilon, facts.target_epsilon),
+        above_target=exceeds_cap(spent.epsilon, facts.target_epsilon),
         not_finished=not facts.finished,
         charged_less=spent.rounds < facts.plan.most_rounds,
         site_silent=facts.is_upper_bound(site),
         sampling_not_recorded=sampling is None,
     )
     yield from of_spending if spent.rounds > 0 else ["nothing_spent"]
-    yield from _holding(
+    yield from _true_codes(
         began_in_an_adapter=facts.provenance.start_adapter is not None,
         configuration_changed=not facts.unchanged,
     )
 
 
-def of_ledger(
+def ledger_reasons(
     life: Lifetime, approved: Approved, *, charges: int, verified: bool, limits_loosened: bool = False
 ) -> Iterator[str]:
     """Yield the reasons for a ledger's verdict by comparing its spending with the current limits.
@@ -111,26 +121,26 @@ def of_ledger(
     `charges` is the number of charges in the ledger, counted as in `Cap.charges_before`.
     """
     something = life.epsilon != 0
-    yield from _holding(
+    yield from _true_codes(
         ledger_not_verified=not verified,
         ledger_in_doubt=life.in_doubt,
         seeded_noise=life.seeded,
         no_noise=life.epsilon is None,
         # A Renyi filter is a bound only while its cap is fixed and never exceeded.
         no_lifetime_cap=life.spent_without_cap(charges) or (approved.max_epsilon is None and something),
-        above_lifetime_cap=something and above(life.epsilon, approved.max_epsilon),
-        above_period_cap=something and above(life.period_epsilon, approved.max_epsilon_per_period),
+        above_lifetime_cap=something and exceeds_cap(life.epsilon, approved.max_epsilon),
+        above_period_cap=something and exceeds_cap(life.period_epsilon, approved.max_epsilon_per_period),
         nothing_spent=not something,
         cap_raised=life.cap_raised,
         limits_loosened=limits_loosened,
     )
 
 
-def _holding(**known: bool) -> Iterator[str]:
+def _true_codes(**known: bool) -> Iterator[str]:
     yield from (code for code, is_so in known.items() if is_so)
 
 
-def above(epsilon: float | None, cap: float | None) -> bool:
+def exceeds_cap(epsilon: float | None, cap: float | None) -> bool:
     """Whether an epsilon exceeds a cap by more than rounding errors; None means an unbounded epsilon, or no cap."""
     return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
 
@@ -153,19 +163,19 @@ def read_audit(folder: Path) -> Audit | None:
         raise RunError(f"{path} is damaged: what the audit found is not known") from error
 
 
-def with_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
+def apply_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
     """Remove the guarantee from sites whose claim the audit refutes, or all sites if an audit is `marked` but
     unfinished.
     """
     if audit is None:
-        return tuple(_nothing_promised(site, "holds_canaries") if marked else site for site in sites)
-    places = {bound.site for bound in refuted(audit, sites)}
+        return tuple(_remove_guarantee(site, "holds_canaries") if marked else site for site in sites)
+    places = {bound.site for bound in refuted_bounds(audit, sites)}
     # A bound over all sites together denies each site's claim.
     everywhere = None in places or (audit.exceeded and not places)
     made: list[SiteReport] = []
     for site in sites:
         if everywhere or site.site in places:
-            site = _nothing_promised(site, "refuted_by_audit")
+            site = _remove_guarantee(site, "refuted_by_audit")
         elif site.verdict.state != "no_guarantee":
             # Canaries are records, each at the same cost; but the verdict alone must tell what the adapter holds.
             site = replace(site, verdict=replace(site.verdict, reasons=(*site.verdict.reasons, "audited")))
@@ -173,13 +183,13 @@ def with_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool
     return tuple(made)
 
 
-def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
+def refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
     """Return the bounds whose counts refute the claimed epsilon; if a site's report claims less, that claim is tested.
 
     All bounds are tested at once, so each needs more confidence than it would alone.
     """
-    spent = _charged(audit, sites)
-    errors = audit_bound.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
+    spent = _epsilon_by_place(audit, sites)
+    errors = audit_bound.split_error_probability(audit.confidence, [bound.site for bound in audit.bounds])
 
     def chance(bound: AuditBound) -> float:
         claim = min(spent.get(bound.site, math.inf), bound.claimed_epsilon)
@@ -191,7 +201,7 @@ def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound,
     return tuple(bound for bound, error in zip(audit.bounds, errors, strict=True) if chance(bound) < error)
 
 
-def _charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
+def _epsilon_by_place(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
     """Return place -> epsilon in the report; the key None has the largest epsilon of all audited sites, if all have
     one.
     """
@@ -203,11 +213,11 @@ def _charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, floa
     return known if len(epsilons) < len(together) or not epsilons else known | {None: max(epsilons)}
 
 
-def _nothing_promised(site: SiteReport, why: str) -> SiteReport:
-    return replace(site, verdict=verdict_of([*site.verdict.reasons, why]), meaning=None)
+def _remove_guarantee(site: SiteReport, why: str) -> SiteReport:
+    return replace(site, verdict=derive_verdict([*site.verdict.reasons, why]), meaning=None)
 
 
-def audit_problems(report: Report) -> Iterator[Problem]:
+def find_audit_problems(report: Report) -> Iterator[Problem]:
     """Yield every figure of the report's audit that contradicts its counts or the report's claims."""
     audit = report.facts.audit if isinstance(report.facts, RunFacts) else None
     if audit is None:
@@ -217,15 +227,15 @@ def audit_problems(report: Report) -> Iterator[Problem]:
     places, known = Counter(bound.site for bound in audit.bounds), {None, *(site.site for site in report.sites)}
     if twice := [site for site, count in places.items() if count > 1 or site not in known]:
         yield Problem("audit.bounds", twice, "each site of the report once at most")
-    spent = _charged(audit, report.sites)
+    spent = _epsilon_by_place(audit, report.sites)
     for number, bound in enumerate(audit.bounds):
         where, most, claim = f"audit.bounds.{number}", spent.get(bound.site), bound.claimed_epsilon
-        if above(claim, most):
+        if exceeds_cap(claim, most):
             yield Problem(f"{where}.claimed_epsilon", claim, f"at most {most}, which was charged")
         for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
             counts = bound.canaries, bound.guesses, right
             found = audit_bound.epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
             if not abs(getattr(bound, key) - found) <= _AUDIT_DIGITS * max(1.0, found):
                 yield Problem(f"{where}.{key}", getattr(bound, key), found)
-    if not audit.exceeded and refuted(audit, report.sites):
+    if not audit.exceeded and refuted_bounds(audit, report.sites):
         yield Problem("audit.exceeded", False, True)

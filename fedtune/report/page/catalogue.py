@@ -17,8 +17,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from fedtune.privacy.accountant import epsilon_text, factor_text
-from fedtune.show.budget_text import Arrivals
+from fedtune.privacy.accountant import format_epsilon, format_factor
+from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.lines import power_of_ten
 from fedtune.spec import check_one_of
 
@@ -39,7 +39,7 @@ class Catalogue:
     language: str
     texts: Mapping[str, Mapping[str, str]]
 
-    def instead(self, of: str) -> Catalogue:
+    def override_texts(self, of: str) -> Catalogue:
         """Return a catalogue in which the texts of the section `of` override others.
 
         A key of that section has the form `section__key`; an unknown section overrides nothing.
@@ -72,7 +72,7 @@ class Catalogue:
             return words[0] if words else self.text("word.none")
         return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
 
-    def arrivals(self, people: Iterable[Arrivals]) -> Markup:
+    def arrivals(self, people: Iterable[ArrivalRange]) -> Markup:
         """Describe people by when they joined."""
         return Markup(", ").join(self.text(f"arrivals.{one.code}", first=one.first, last=one.last) for one in people)
 
@@ -90,46 +90,46 @@ class Catalogue:
         known".
         """
         if kind in ("epsilon", "factor"):
-            text = epsilon_text(value) if kind == "epsilon" else factor_text(value)
-            return self.texts["word"]["unbounded"] if text == "unbounded" else self._marks(text)
+            text = format_epsilon(value) if kind == "epsilon" else format_factor(value)
+            return self.texts["word"]["unbounded"] if text == "unbounded" else self._localize_marks(text)
         if value is None:
             return self.texts["word"]["no_cap" if kind in ("cap", "left") else "unknown"]
         if kind in ("day", "moment"):
-            return self._time(value, kind)
+            return self._format_time(value, kind)
         if isinstance(value, float) and not math.isfinite(value):
             return self.texts["word"]["unbounded"]
         exact = Decimal(len(value)) if kind == "length" else Decimal(repr(value))
         if kind in _PLACES:
-            return self._marks(str(_rounded(exact, *_PLACES[kind])))
+            return self._localize_marks(str(_round_to_places(exact, *_PLACES[kind])))
         match kind:
             case "cap" | "exact":
-                return self._plain(exact)
+                return self._format_plain(exact)
             case "number" | "failures":
-                return self._plain(_significant(exact, 6 if kind == "number" else 2, kind))
+                return self._format_plain(_round_to_digits(exact, 6 if kind == "number" else 2, kind))
             case "count" | "length":
-                return self._marks(f"{exact:,}")
+                return self._localize_marks(f"{exact:,}")
             case "of_100" if exact > MOST_RIGHT:
                 return self.texts["word"]["unbounded"]
             case "of_100":
                 places = -(100 - exact).adjusted() if exact > 99 else 0
-                return self._marks(str(_rounded(exact, places, ROUND_CEILING))) + "\N{NO-BREAK SPACE}%"
+                return self._localize_marks(str(_round_to_places(exact, places, ROUND_CEILING))) + "\N{NO-BREAK SPACE}%"
             case "percent":
-                return self._plain(_significant(100 * exact, 4, "failures")) + "\N{NO-BREAK SPACE}%"
+                return self._format_plain(_round_to_digits(100 * exact, 4, "failures")) + "\N{NO-BREAK SPACE}%"
             case "bytes":
                 step = min(int(math.log10(value)) // 3, len(_PREFIXES) - 1) if value >= 1 else 0
-                scaled = _significant(Decimal(value).scaleb(-3 * step), 3, "number")
-                return f"{self._plain(scaled)} {_PREFIXES[step]}B"
+                scaled = _round_to_digits(Decimal(value).scaleb(-3 * step), 3, "number")
+                return f"{self._format_plain(scaled)} {_PREFIXES[step]}B"
         raise ValueError(f"no kind of figure: {kind}")
 
-    def _plain(self, value: Decimal) -> str:
+    def _format_plain(self, value: Decimal) -> str:
         """Format a number without an exponent, or as 1.5 × 10⁻⁹ if it is tiny."""
         if value and abs(value) < _SMALLEST_PLAIN:
             power = value.adjusted()
-            return self._marks(f"{value.scaleb(-power).normalize():f}") + f" {_TIMES} {power_of_ten(power)}"
+            return self._localize_marks(f"{value.scaleb(-power).normalize():f}") + f" {_TIMES} {power_of_ten(power)}"
         whole = value.to_integral_value()
-        return self._marks(f"{whole:,f}" if whole == value else f"{value.normalize():,f}")
+        return self._localize_marks(f"{whole:,f}" if whole == value else f"{value.normalize():,f}")
 
-    def _time(self, value: str, kind: str) -> str:
+    def _format_time(self, value: str, kind: str) -> str:
         try:
             moment = datetime.fromisoformat(value)
             moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
@@ -141,14 +141,14 @@ class Catalogue:
         fields = {"day": moment.day, "month": texts["months"].split()[moment.month - 1], "year": moment.year}
         return texts[kind].format(**fields, clock=f"{moment:%H:%M}")
 
-    def _marks(self, text: str) -> str:
+    def _localize_marks(self, text: str) -> str:
         """Replace the decimal point and the group separators of Python's notation by those of this language."""
         marks = self.texts["language"]
         return text.translate({ord("."): marks["decimal"], ord(","): marks["group"]})
 
 
 @lru_cache(maxsize=len(LANGUAGES))
-def catalogue(language: str) -> Catalogue:
+def load_catalogue(language: str) -> Catalogue:
     """Return the texts of a language.
 
     Raises:
@@ -160,17 +160,17 @@ def catalogue(language: str) -> Catalogue:
     return Catalogue(language, of_language)
 
 
-def _rounded(value: Decimal, places: int, rounding: str) -> Decimal:
+def _round_to_places(value: Decimal, places: int, rounding: str) -> Decimal:
     found = value.quantize(Decimal(1).scaleb(-places), rounding=rounding, context=_ANY_FLOAT)
     return _ANY_FLOAT.plus(found)  # which makes 0 of -0
 
 
-def _significant(value: Decimal, digits: int, kind: str) -> Decimal:
+def _round_to_digits(value: Decimal, digits: int, kind: str) -> Decimal:
     """Round to `digits` significant digits; shares and numbers of failures are rounded up."""
     if not value:
         return value
     if kind != "failures":
-        return _rounded(value, digits - 1 - value.adjusted(), ROUND_HALF_EVEN)
+        return _round_to_places(value, digits - 1 - value.adjusted(), ROUND_HALF_EVEN)
     # What a float adds in its last digits (0.0023000000000000004) is not worth a digit that people see.
-    value = _rounded(value, 12 - value.adjusted(), ROUND_HALF_EVEN)
-    return _rounded(value, digits - 1 - value.adjusted(), ROUND_CEILING)
+    value = _round_to_places(value, 12 - value.adjusted(), ROUND_HALF_EVEN)
+    return _round_to_places(value, digits - 1 - value.adjusted(), ROUND_CEILING)

@@ -28,9 +28,9 @@ from fedtune.report.derive.cells import KINDS
 from fedtune.report.derive.profile import TIERS_SOURCE
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.report_words import Words, data, pointer
-from fedtune.report.page.tables import Charts, Column
+from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.report_words import Words, page_layout, pointer
+from fedtune.report.page.tables import Charts, TableColumn
 from fedtune.show.lines import shortened
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import score_words, spoken
@@ -51,18 +51,19 @@ def render(
     Args:
         report: the report.
         language: "en" or "de".
-        fillable: whether the entries that a person makes on page 1 are form fields, for `as_pdf`, instead of lines.
+        fillable: whether the entries that a person makes on page 1 are form fields, for `convert_to_pdf`, instead of
+            lines.
         notice: text at the top of the page.
         again_s: seconds after which the page reloads itself; None: never.
     """
-    words = Charts(report, catalogue(language))
+    words = Charts(report, load_catalogue(language))
     files = report.facts.files if isinstance(report.facts, RunFacts) else {}
     model = next((one for one in files.items() if one[0].endswith(".safetensors")), None)
     return (
-        environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
-            _values(words),
+            _template_values(words),
             fillable=fillable,
             notice=notice,
             again_s=again_s,
@@ -78,10 +79,10 @@ def render(
     )
 
 
-def _values(words: Words) -> dict[str, Any]:
+def _template_values(words: Words) -> dict[str, Any]:
     """Return the values that the templates of the page and of the label share."""
     report, language = words.report, words.catalogue.language
-    of_report = {"report": report, "facts": report.facts, "digest": signing.digest(report)}
+    of_report = {"report": report, "facts": report.facts, "digest": signing.report_digest(report)}
     return {**of_report, "words": words, "t": words.text, "language": language}
 
 
@@ -92,13 +93,19 @@ def css_string(text: str) -> Markup:
 
 
 @lru_cache(maxsize=1)
-def environment() -> Environment:
+def template_environment() -> Environment:
     """Return the Jinja environment of all pages, which escapes all values and raises an error for undefined names."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
-    made.globals |= {"css_string": css_string, "pointer": pointer, "parts": data(), "tiers_source": TIERS_SOURCE}
-    made.globals |= {"spoken": score_words, "plain": _plain, "short": _short, "wrapped": _wrapped, "said_in": _said_in}
+    made.globals |= {"css_string": css_string, "pointer": pointer, "parts": page_layout(), "tiers_source": TIERS_SOURCE}
+    made.globals |= {
+        "spoken": score_words,
+        "plain": _printable_text,
+        "short": _shorten_name,
+        "wrapped": _wrap_label_text,
+        "said_in": _extract_label_text,
+    }
     made.globals["below"] = lambda size: round(1.3 * size)
     return made
 
@@ -112,9 +119,9 @@ def write_files(
         ConfigError: the folder cannot be written.
     """
     html = render(report, language=language).encode()
-    files = {"report.json": signing.to_text(report).encode(), "report.html": html}
+    files = {"report.json": signing.report_to_json(report).encode(), "report.html": html}
     if pdf:
-        files["report.pdf"] = as_pdf(render(report, language=language, fillable=True))
+        files["report.pdf"] = convert_to_pdf(render(report, language=language, fillable=True))
     files |= beside
     try:
         for name, content in files.items():
@@ -124,7 +131,7 @@ def write_files(
     return [folder / name for name in files]
 
 
-def as_pdf(html: str) -> bytes:
+def convert_to_pdf(html: str) -> bytes:
     """Convert a page from `render` to a tagged PDF without network access; equal pages give equal bytes on one machine.
 
     Raises:
@@ -178,23 +185,23 @@ def fields_of(words: Charts, group: str) -> list[Mapping[str, Any]]:
             row, shown = pointer("cells", code, state), []
             for key, value in facts.items():
                 kind = "code:value" if key in _OR_CODE and isinstance(value, str) else KINDS.get(key, "text")
-                said = Markup("") if value is None else words.cell(row, Column(f"fact.{key}", key, kind))
+                said = Markup("") if value is None else words.cell(row, TableColumn(f"fact.{key}", key, kind))
                 shown += [(words.code("fact", key), said)] if key != worse else []
             cells["open" if state == "site" else "known"].append({"state": state, "facts": shown})
         found.append({"name": words.code("field", code), **cells})
     return found
 
 
-def as_svg(report: Report, *, language: str) -> str:
+def render_label(report: Report, *, language: str) -> str:
     """Render the privacy label as SVG without external resources; equal reports give equal labels."""
-    words = Words(report, catalogue(language))
+    words = Words(report, load_catalogue(language))
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
     return (
-        environment()
+        template_environment()
         .get_template("label.svg.j2")
         .render(
-            _values(words),
+            _template_values(words),
             figure=words.catalogue.figure,
             reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
             data=report.known.get("dataset"),
@@ -203,26 +210,26 @@ def as_svg(report: Report, *, language: str) -> str:
     )
 
 
-def as_svg_of_own(site: str, run: str) -> str:
+def render_personalized_label(site: str, run: str) -> str:
     """Render the label of a site's personalized adapter, in English like its card: without a guarantee and figures."""
-    return environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
+    return template_environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
 
 
-def _short(name: str, most: int = 32) -> str:
+def _shorten_name(name: str, most: int = 32) -> str:
     """Shorten a name so that it fits into a line of the label."""
     return shortened(name, most)
 
 
-def _said_in(marks: str) -> Markup:
+def _extract_label_text(marks: str) -> Markup:
     """Extract the text from SVG lines, as a description for screen readers."""
     return Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks)))
 
 
-def _wrapped(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:
+def _wrap_label_text(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:
     """Break a text into lines of a given width; text beyond `most` lines is replaced by an ellipsis."""
     lines: list[str] = []
     size *= 1.12 if font == "bold" else 1.0
-    for word in _plain(text).split(" "):
+    for word in _printable_text(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         each = (0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in longer)
         if lines and sum(each) * size <= width:  # about, and rather too wide
@@ -232,7 +239,7 @@ def _wrapped(text: str, size: float, width: float, *, font: str = "plain", most:
     return [*lines[: most - 1], f"{lines[most - 1]} …"] if len(lines) > most else lines
 
 
-def _plain(text: str) -> str:
+def _printable_text(text: str) -> str:
     """Turn a text or a name into printable characters on one line."""
     unescaped = text.unescape() if isinstance(text, Markup) else text
     return "".join(letter if letter.isprintable() else " " for letter in unescaped).replace("\N{SOFT HYPHEN}", "")

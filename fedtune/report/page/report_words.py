@@ -14,13 +14,13 @@ from markupsafe import Markup
 from fedtune.federation.drift import FELL
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
-from fedtune.report.derive.cells import rank_text
+from fedtune.report.derive.cells import format_rank
 from fedtune.report.derive.profile import BANDS, strength_band
-from fedtune.report.derive.verdicts import WORST_FIRST, outcome_of, room_of
+from fedtune.report.derive.verdicts import WORST_FIRST, explain_missing_room, report_outcome
 from fedtune.report.facts import CohortFigures, LedgerFacts
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, Catalogue
-from fedtune.show.budget_text import Arrivals, neighbours_together
+from fedtune.show.budget_text import ArrivalRange, merge_adjacent
 from fedtune.show.drawing import MOST_LINES
 from fedtune.show.lines import shortened
 from fedtune.words import unbounded
@@ -40,10 +40,10 @@ class Words:
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
         facts = report.facts
         self.report, self.facts, self.is_ledger = report, facts, facts.kind == "ledger"
-        self.catalogue = catalogue.instead(f"by_{facts.unit}").instead(f"where_{self.noise}")
+        self.catalogue = catalogue.override_texts(f"by_{facts.unit}").override_texts(f"where_{self.noise}")
         self.text, self.code, self.listed = self.catalogue.text, self.catalogue.code, self.catalogue.listed
         self.json = model.to_json(report)
-        self.room, self.result = room_of(report), outcome_of(report)
+        self.room, self.result = explain_missing_room(report), report_outcome(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
         self.band = strength_band(report.epsilon if self.promises else None)
         # A secure sum is part of it, whose noise several sites made together.
@@ -81,7 +81,7 @@ class Words:
     @property
     def without_base(self) -> bool:
         """Whether every run trained a head without a base model."""
-        return {*str(self.report.known.get("rank")).split(", ")} == {rank_text(NO_ADAPTER, 0)}
+        return {*str(self.report.known.get("rank")).split(", ")} == {format_rank(NO_ADAPTER, 0)}
 
     def band_range(self, band: str) -> Markup:
         """Describe the range of epsilon of a strength band."""
@@ -95,7 +95,7 @@ class Words:
         for part in pointer.split("/")[1:]:
             if found is None:
                 return absent
-            found = found[int(part) if isinstance(found, list) else named_by(part)]
+            found = found[int(part) if isinstance(found, list) else pointer_name(part)]
         return found
 
     def place(self, kind: str, site: str) -> str:
@@ -107,7 +107,7 @@ class Words:
         of_run = {"facts": f"/facts{site}", "life": f"{own}/lifetime"}
         return {"sites": site, "own": own, **(of_ledger if self.is_ledger else of_run)}[kind]
 
-    def site_of(self, pointer: str) -> str:
+    def site_pointer(self, pointer: str) -> str:
         """Return the pointer to the site that contains `pointer`."""
         return self.sites[0] if self.is_ledger else f"/sites/{pointer.removeprefix('/facts').split('/')[2]}"
 
@@ -129,7 +129,7 @@ class Words:
         return {place: self.cohorts[place].people.dates for place in spent}
 
     def figure(self, pointer: str, kind: str) -> Markup:
-        """Format the figure at a pointer as a `data` element that refers to its place in report.json."""
+        """Format the figure at a pointer as a `page_layout` element that refers to its place in report.json."""
         value = self.at(pointer)
         return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
             json.dumps(value), pointer, kind, self.catalogue.figure(value, kind)
@@ -138,7 +138,7 @@ class Words:
     def spent(self, pointer: str, kind: str = "epsilon") -> Markup:
         """Format a figure of a site's charges, with "at most" if the site did not confirm the end of the run."""
         figure = self.figure(pointer, kind)
-        if self.site_of(pointer) not in self.silent:
+        if self.site_pointer(pointer) not in self.silent:
             return figure
         return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
@@ -150,11 +150,11 @@ class Words:
         start, *parts = of.split("/")
         found = [start and self.worst] if start in ("", "worst") else [self.place(start, site) for site in self.sites]
         for part in parts:
-            entries = {one: self._entries(one) if part == "*" else [part] for one in found}
+            entries = {one: self._entry_names(one) if part == "*" else [part] for one in found}
             found = [f"{one}/{entry}" for one, several in entries.items() for entry in several]
         return [row for row in found if not having or self.at(f"{row}/{having}") is not None]
 
-    def _entries(self, at: str) -> list[str]:
+    def _entry_names(self, at: str) -> list[str]:
         """Return the last pointer part of each entry in a list or mapping."""
         found = self.at(at) or ()
         return [pointer(name)[1:] for name in (found if isinstance(found, dict) else range(len(found)))]
@@ -163,7 +163,7 @@ class Words:
 
     def access(self) -> Mapping[str, Sequence[str]]:
         """Return observer -> a code for each column of what the observer can see."""
-        noise, rows = self.noise, data()["access"]
+        noise, rows = self.noise, page_layout()["access"]
         masked = rows["masked"] if self.shared and noise == "noised" else {}
         sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
         if how := self.by_subtraction():
@@ -221,13 +221,13 @@ class Words:
         if admitted := self.report.admits:
             return [(whom("/admits", self.catalogue.arrivals([admitted])), f"{self.worst}/spent")]
         lines, told = [], enumerate(self.cohorts)
-        for places in in_groups(((one.epsilon, one.with_set_aside, one.left), place) for place, one in told):
+        for places in group_by_key(((one.epsilon, one.with_set_aside, one.left), place) for place, one in told):
             at = f"/sites/0/lifetime/cohorts/{places[0]}"
-            lines.append((whom(f"{at}/people", self.catalogue.arrivals(self._who(places))), at))
+            lines.append((whom(f"{at}/people", self.catalogue.arrivals(self._merge_arrivals(places))), at))
         return lines[-MOST_LINES:]
 
-    def _who(self, places: Sequence[int]) -> list[Arrivals]:
-        return neighbours_together({place: self.cohorts[place].people for place in places})
+    def _merge_arrivals(self, places: Sequence[int]) -> list[ArrivalRange]:
+        return merge_adjacent({place: self.cohorts[place].people for place in places})
 
     def of_whom(self) -> Markup | None:
         """Describe when the people joined who have the largest figure; None if everybody has the same."""
@@ -236,7 +236,7 @@ class Words:
             return self.text("label.others_none", dates=admitted.dates)
         if len(set(epsilons.values())) < 2:
             return None
-        most = self._who([place for place, one in epsilons.items() if one == max(epsilons.values())])
+        most = self._merge_arrivals([place for place, one in epsilons.items() if one == max(epsilons.values())])
         return self.text("label.others_less", dates=", ".join(one.dates for one in most))
 
 
@@ -245,12 +245,12 @@ def pointer(*parts: str | int) -> str:
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
 
 
-def named_by(pointer: str) -> str:
+def pointer_name(pointer: str) -> str:
     """Return the name in the last part of a JSON pointer."""
     return pointer.rpartition("/")[2].replace("~1", "/").replace("~0", "~")
 
 
-def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
+def group_by_key(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
     """Group values by their key, in order of first occurrence."""
     groups: dict[Hashable, list[One]] = {}
     for key, one in keyed:
@@ -259,6 +259,6 @@ def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
 
 
 @cache
-def data() -> Mapping[str, Any]:
+def page_layout() -> Mapping[str, Any]:
     """Return the page's layout from `page.toml`."""
     return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.page.catalogue import Catalogue
-from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, named_by, pointer
-from fedtune.show.budget_text import Arrivals
+from fedtune.report.page.report_words import Words, count_of_rows, group_by_key, page_layout, pointer, pointer_name
+from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shortened
 from fedtune.words import score_words
@@ -45,7 +45,7 @@ _TEXTS: Mapping[str, Callable[[Catalogue, str, Any], Markup]] = {
     ),
     "code": lambda words, of, value: words.listed(of, value) if isinstance(value, list) else words.code(of, value),
     "yes_no": lambda words, of, value: words.text("word.yes" if value else "word.no"),
-    "people": lambda words, of, value: words.arrivals([Arrivals(**value)]),
+    "people": lambda words, of, value: words.arrivals([ArrivalRange(**value)]),
 }
 """Kind of a cell that is no figure -> its text, from the words, the section of a code, and the value."""
 _ABSENT = object()
@@ -53,7 +53,7 @@ _ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: gre
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class TableColumn:
     """A column of a table.
 
     `at` is the cell's place relative to its row.  A leading "../" starts at the row's parent; "@" at one of the places
@@ -96,24 +96,24 @@ class Table:
 class Charts(Words):
     """The tables and charts of the page, each made when the template asks for it."""
 
-    def cell(self, row: str, column: Column) -> Markup:
+    def cell(self, row: str, column: TableColumn) -> Markup:
         """Render the cell in a column, for the row at a pointer."""
         parents = column.at.count("../")
         pointer = f"{row.rsplit('/', parents)[0]}/{column.at[3 * parents :]}"
         if column.at.startswith("@"):
             start, _, at = column.at[1:].partition("/")
-            pointer = f"{self.place(start, self.site_of(row))}/{at}"
+            pointer = f"{self.place(start, self.site_pointer(row))}/{at}"
         elif column.at.startswith("/"):
             pointer = column.at.replace("*", row.rpartition("/")[2])
         if column.at == "#":
-            return Markup("{}").format(score_words(named_by(row)))
+            return Markup("{}").format(score_words(pointer_name(row)))
         kind, of = column.kind.removesuffix("?"), self.at(column.at.removesuffix("/*")) if "*" in column.at else ()
-        is_there = not isinstance(of, dict) or named_by(row) in of
+        is_there = not isinstance(of, dict) or pointer_name(row) in of
         found = self.at(pointer, absent=_ABSENT) if is_there else _ABSENT
         if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
-            return self._grey(column.absent or "word.unknown")
+            return self._absent_cell(column.absent or "word.unknown")
         if found == NOT_RECORDED:
-            return self._grey("value.not_recorded")
+            return self._absent_cell("value.not_recorded")
         if column.zero and found == 0:
             return self.text(column.zero)
         if column.kind.endswith("?"):
@@ -124,9 +124,9 @@ class Charts(Words):
 
     def shown(self, at: str, kind: str) -> Markup:
         """Render the value at a place in the report."""
-        return self.cell("", Column("", at, kind))
+        return self.cell("", TableColumn("", at, kind))
 
-    def _grey(self, key: str) -> Markup:
+    def _absent_cell(self, key: str) -> Markup:
         return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(key))
 
     def _as_text(self, value: Any, kind: str) -> Markup:
@@ -138,7 +138,7 @@ class Charts(Words):
     def table(
         self,
         caption: Markup,
-        columns: Sequence[Column],
+        columns: Sequence[TableColumn],
         rows: Sequence[str],
         *,
         last: bool = True,
@@ -152,9 +152,9 @@ class Charts(Words):
         cells = tuple(tuple(self.cell(row, column) for column in columns) for row in shown)
         return Table(caption=caption, columns=tuple(headings), rows=cells, all=len(rows))
 
-    def named(self, name: str, more: Sequence[Column] = ()) -> Table:
+    def named(self, name: str, more: Sequence[TableColumn] = ()) -> Table:
         """Build the table with a given name in page.toml, with `more` columns at its end."""
-        layout, columns = data()["table"][name], [*self._columns(name), *more]
+        layout, columns = page_layout()["table"][name], [*self._columns(name), *more]
         caption = self.text(layout["caption"], delta=self.figure(self.delta_at, "exact"))
         of = layout["rows"]
         # A report of a ledger has nothing of what is about a run alone.
@@ -164,24 +164,24 @@ class Charts(Words):
             last, same = self.is_ledger, "page.site" if self.is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
         if columns[0].at == _SITE and len(self.sites) > 1:
-            return self._together(self.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
+            return self._merge_equal_sites(self.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
         return self.table(caption, columns, rows, last=last)
 
-    def _columns(self, name: str) -> list[Column]:
-        layout, shown = data()["table"][name], ("", self.facts.kind, self.facts.unit)
-        columns = [Column(*column) for column in layout["columns"]]
+    def _columns(self, name: str) -> list[TableColumn]:
+        layout, shown = page_layout()["table"][name], ("", self.facts.kind, self.facts.unit)
+        columns = [TableColumn(*column) for column in layout["columns"]]
         of_sites = layout["rows"].split("/")[0].split(" ")[0] in _OF_SITES
-        first = [Column("page.site", _SITE, "text")] if of_sites else []
+        first = [TableColumn("page.site", _SITE, "text")] if of_sites else []
         return first + [column for column in columns if column.only in shown]
 
-    def _together(self, table: Table, *, named: bool) -> Table:
+    def _merge_equal_sites(self, table: Table, *, named: bool) -> Table:
         """Merge the rows of sites with equal values into one row, in which the sites are `named` or counted."""
         times, keyed, rows = Counter[tuple[str, ...]](), [], []
         for row in table.rows:  # in groups that differ in their site alone; what one site has twice stays apart
             said = tuple(cell.striptags() for cell in row)
             keyed.append(((times[said], *said[1:]), row))
             times[said] += 1
-        for group in in_groups(keyed):
+        for group in group_by_key(keyed):
             name, others = group[0][0], [row[0] for row in group[1:]]
             if named:
                 name = Markup(", ").join([name, *(other.striptags() for other in others)])
@@ -200,13 +200,15 @@ class Charts(Words):
     def steps(self) -> Table:
         """Build the table of epsilon after each run of a ledger, for each cohort, or after each round of a run."""
         drawn = self.drawn.items()
-        return self.named("steps", [Column(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
+        return self.named("steps", [TableColumn(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
 
     def by_round(self) -> Table:
         """Build the table of scores by round, with the epsilon spent up to each round."""
-        names, spent = self.score_names(), Column("utility.epsilon", "/utility/epsilons/*", "epsilon")
-        scores = [Column(score_words(name), pointer("metrics", name)[1:], "score", is_named=True) for name in names]
-        columns = [Column("page.round", "round", "count"), *scores, spent]
+        names, spent = self.score_names(), TableColumn("utility.epsilon", "/utility/epsilons/*", "epsilon")
+        scores = [
+            TableColumn(score_words(name), pointer("metrics", name)[1:], "score", is_named=True) for name in names
+        ]
+        columns = [TableColumn("page.round", "round", "count"), *scores, spent]
         return self.table(self.text("utility.caption"), columns, self.rows(_ROUNDS))
 
     def score_names(self) -> list[str]:
@@ -217,25 +219,25 @@ class Charts(Words):
 
     def epsilon_spent(self) -> Table:
         """Build the chart of epsilon by round, or by run if a ledger has too many rounds, together with the limit."""
-        lines = {site: points for site in self.sites if (points := self._line(site))}
-        alike = in_groups((tuple(points), site) for site, points in lines.items())
+        lines = {site: points for site in self.sites if (points := self._line_points(site))}
+        alike = group_by_key((tuple(points), site) for site, points in lines.items())
         named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MOST_LINES]]
         if drawn := self.drawn:
-            named = [(self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
+            named = [(self._line_points("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
         series = [Series(points=some, number=n, label=label) for n, (some, label) in enumerate(named) if some]
         levels, axis = [], "axis_round"
         if self.is_ledger:
-            series += [limit for site in lines if (limit := self._limit(site)).points]
+            series += [limit for site in lines if (limit := self._limit_series(site)).points]
             # It has a point for each round, or where they are too many for each run.
             rounds = [step["round"] is not None for site in lines for step in self.at(f"{site}/steps")]
             axis = "axis_day" if drawn else "axis_charged" if any(rounds) else "axis_run"
         elif target := self.limit():
-            levels = [(self.at(target), self._said("limit"), LIMIT)]
-        x, y = self._said(axis), self._said("axis_epsilon")
+            levels = [(self.at(target), self._chart_text("limit"), LIMIT)]
+        x, y = self._chart_text(axis), self._chart_text("axis_epsilon")
         panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
-        return self._chart("epsilon_spent", self.steps(), panel, seen=self._rose(lines))
+        return self._add_chart("epsilon_spent", self.steps(), panel, seen=self._describe_rise(lines))
 
-    def _rose(self, lines: Iterable[str]) -> Markup | None:
+    def _describe_rise(self, lines: Iterable[str]) -> Markup | None:
         """Describe the final value of the line of the site that spent most."""
         worst = self.worst
         if worst not in lines:
@@ -252,9 +254,11 @@ class Charts(Words):
         for number, key in enumerate(("pld", "rdp")):
             points = [(at(f"{row}/delta"), at(f"{row}/epsilon_{key}")) for row in rows]
             if points := [point for point in points if point[1] is not None]:
-                series.append(Series(points=points, number=number, label=self._said(key)))
-        panel = Panel(series=series, x=self._said("axis_delta"), y=self._said("axis_epsilon"), scale="powers")
-        return self._chart("profile", self.named("curve"), panel)
+                series.append(Series(points=points, number=number, label=self._chart_text(key)))
+        panel = Panel(
+            series=series, x=self._chart_text("axis_delta"), y=self._chart_text("axis_epsilon"), scale="powers"
+        )
+        return self._add_chart("profile", self.named("curve"), panel)
 
     def utility(self) -> Table:
         """Build the chart of the first score that is not a loss, as a function of the epsilon spent."""
@@ -271,7 +275,7 @@ class Charts(Words):
             series=[Series(points=[one[:2] for one in found], number=0, label=score_words(name))] if found else [],
             levels=levels,
             notes=[(x, y, f"{round_} {number}") for x, y, number in ends],
-            x=self._said("axis_epsilon"),
+            x=self._chart_text("axis_epsilon"),
             y=shortened(score_words(name), 30),
             from_zero=False,
         )
@@ -279,21 +283,23 @@ class Charts(Words):
         if found and len(scored) > 1:
             first, last = (self.figure(place, "score") for place in (scored[0], scored[-1]))
             seen = self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
-        return self._chart("utility", self.by_round(), panel, seen=seen)
+        return self._add_chart("utility", self.by_round(), panel, seen=seen)
 
     def reliability(self) -> Table:
         """Build the reliability diagram: how often answers with about equal model confidence are right."""
         detail = None if isinstance(self.facts, LedgerFacts) else self.facts.detail
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
         lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
-        series = [Series(points=some, number=n, label=self._said(key)) for n, (key, some) in enumerate(lines.items())]
-        panel = Panel(series=series, x=self._said("axis_probability"), y=self._said("axis_right"))
-        return self._chart("reliability", self.named("reliability"), panel)
+        series = [
+            Series(points=some, number=n, label=self._chart_text(key)) for n, (key, some) in enumerate(lines.items())
+        ]
+        panel = Panel(series=series, x=self._chart_text("axis_probability"), y=self._chart_text("axis_right"))
+        return self._add_chart("reliability", self.named("reliability"), panel)
 
-    def _said(self, key: str) -> str:
+    def _chart_text(self, key: str) -> str:
         return self.text(f"chart.{key}").unescape()
 
-    def _steps(self, site: str) -> list[tuple[float, str]]:
+    def _bounded_steps(self, site: str) -> list[tuple[float, str]]:
         """Return each bounded step of a site as an x value and a pointer.
 
         x is the round, for a ledger the index of the step, and for a ledger whose people arrive over time the day.
@@ -307,27 +313,27 @@ class Charts(Words):
                 found.append((x, f"{site}/steps/{place}"))
         return found
 
-    def _line(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
-        return [(x, self.at(f"{step}/{of}")) for x, step in self._steps(site)]
+    def _line_points(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
+        return [(x, self.at(f"{step}/{of}")) for x, step in self._bounded_steps(site)]
 
-    def _limit(self, site: str) -> Series:
+    def _limit_series(self, site: str) -> Series:
         """Return the lifetime limit in force at each step of a ledger as a series; before the first limit, that
         limit is shown.
         """
         caps, points = self.at("/facts/caps"), []
-        for x, step in self._steps(site):
+        for x, step in self._bounded_steps(site):
             time = self.at(f"{step}/time")
             begun = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or caps[:1]
             if begun and begun[-1]["max_epsilon"] is not None:
                 points.append((x, begun[-1]["max_epsilon"]))
-        return Series(points=points, number=0, label=self._said("limit"), kind="limit")
+        return Series(points=points, number=0, label=self._chart_text("limit"), kind="limit")
 
-    def _chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Table:
+    def _add_chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Table:
         """Add the chart of a panel to a table, unless its values never change."""
         if not any(len({y for _, y in one.points}) > 1 for one in panel.series):
             why = (seen or self.text("chart.same")) if panel.series else self.text(f"chart.{code}_none")
             return replace(table, chart=code, seen=why)
-        named = self._said(code), self._said(f"{code}_desc")
+        named = self._chart_text(code), self._chart_text(f"{code}_desc")
         figure = self.catalogue.figure
         svg = chart(code, panel, named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
         return replace(table, chart=code, seen=seen or self.text(f"chart.{code}"), svg=svg)

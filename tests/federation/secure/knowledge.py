@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.federation.secure import party, shares
-from fedtune.federation.secure.masks import masks
+from fedtune.federation.secure.masks import sum_masks
 from fedtune.federation.secure.messages import Upload
-from fedtune.federation.secure.packing import reduced, signed, unpacked
+from fedtune.federation.secure.packing import reduce_residues, to_signed_integers, unpack_residues
 
 PRIME = 2**61 - 1
 """Of the field that combinations are sought in: what is readable with small whole coefficients is so in it."""
@@ -72,8 +72,8 @@ class Knowledge:
             ]
             places = sorted(values)
             for degree in range(len(places)):
-                seed = shares.joined({place: values[place] for place in places[: degree + 1]})
-                if shares.digest(seed, session, release, dealer, other, 0) in published and seed < 2**256:
+                seed = shares.combine_shares({place: values[place] for place in places[: degree + 1]})
+                if shares.share_digest(seed, session, release, dealer, other, 0) in published and seed < 2**256:
                     found.add(seed.to_bytes(32))
         return found
 
@@ -97,16 +97,16 @@ class Knowledge:
         total: npt.NDArray[np.uint64] = np.zeros(len(self.sent[0].vector), np.uint64)
         for number, coefficient in combination.items():
             one, factor = self.sent[number], np.array(coefficient).astype(np.int64).astype(np.uint64)
-            numbers = unpacked(one.upload.vector, len(one.vector), self.bits)
+            numbers = unpack_residues(one.upload.vector, len(one.vector), self.bits)
             known = self.seeds()
             seeds = {other: seed for other, seed in one.seeds.items() if seed in known or other in self.colluders}
-            total += factor * (numbers - masks(one.site, seeds, length=len(one.vector)))
-        return signed(reduced(total, self.bits), self.bits)
+            total += factor * (numbers - sum_masks(one.site, seeds, length=len(one.vector)))
+        return to_signed_integers(reduce_residues(total, self.bits), self.bits)
 
 
 def _coefficient(site: str, other: str, seed: bytes) -> int:
     """+1, -1 or 0: how a mask enters the upload of a site."""
-    alone, stream = masks(site, {other: seed}, length=4), masks("a", {"a": seed}, length=4)
+    alone, stream = sum_masks(site, {other: seed}, length=4), sum_masks("a", {"a": seed}, length=4)
     if not alone.any():
         return 0
     return 1 if np.array_equal(alone, stream) else -1
@@ -145,7 +145,7 @@ def watched() -> Iterator[list[dict[str, bytes]]]:
 
     def watching(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
         seen.append(dict(seeds))
-        return masks(site, seeds, length=length)
+        return sum_masks(site, seeds, length=length)
 
     with patch.object(party, "masks", watching):
         yield seen

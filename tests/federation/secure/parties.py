@@ -13,12 +13,12 @@ import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.secure.agreement import SHARES, Demand, Rejected, Session, Terms, Wrong, require_terms
+from fedtune.federation.secure.agreement import SHARES, Demand, KeyAgreement, Rejected, Terms, Wrong, require_terms
 from fedtune.federation.secure.messages import CONFIRMATION, ConfirmRequest, UnmaskRequest
-from fedtune.federation.secure.party import Party, Promise
-from fedtune.federation.secure.summation import Summation, session_of
+from fedtune.federation.secure.party import Party, SumConfirmation
+from fedtune.federation.secure.summation import Summation, build_session
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.chain import canonical_json
 
 LARGEST, LENGTH = 1 << 20, 4
 ANY = partial(require_terms, least_sites=2, least_threshold=2)
@@ -41,8 +41,8 @@ class Federation:
     terms: Terms
     demand: Demand = ANY
     parties: dict[str, Party] = field(default_factory=dict)
-    kept: dict[str, list[Promise]] = field(default_factory=dict)
-    session: Session = field(init=False)
+    kept: dict[str, list[SumConfirmation]] = field(default_factory=dict)
+    session: KeyAgreement = field(init=False)
 
     def __post_init__(self) -> None:
         for site in self.terms.sites:
@@ -59,7 +59,7 @@ class Federation:
     def set_up(self) -> None:
         """A new session of all sites as they are now."""
         announced = {site: party.announce() for site, party in self.parties.items()}
-        self.session = session_of(self.terms, announced)
+        self.session = build_session(self.terms, announced)
         for party in self.parties.values():
             assert party.join(list(announced.values())) == self.session.digest
 
@@ -102,7 +102,7 @@ class Federation:
 
 
 def changed(message: bytes, **fields: Any) -> bytes:
-    return canonical({**json.loads(message), **fields})
+    return canonical_json({**json.loads(message), **fields})
 
 
 def resigned(answer: bytes, **fields: Any) -> bytes:

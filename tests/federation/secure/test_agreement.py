@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.federation.secure import agreement
-from fedtune.federation.secure.agreement import Demand, Session, Terms, Wrong, bits_needed, require_terms
+from fedtune.federation.secure.agreement import Demand, KeyAgreement, Terms, Wrong, bits_needed, require_terms
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import read_announcement
 from fedtune.federation.secure.party import Party
-from fedtune.federation.secure.summation import session_of
+from fedtune.federation.secure.summation import build_session
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError
 
@@ -103,9 +103,9 @@ def announced(terms: Terms) -> dict[str, bytes]:
 def test_equal_announced_keys_give_the_same_session() -> None:
     terms = terms_of(3, 3, run=f"x-seed=1,lora.rank=4-{'0' * 32}")  # of a sweep
     first, second = announced(terms), announced(terms)
-    session = session_of(terms, first)
-    assert session == session_of(terms, dict(reversed(first.items())))
-    assert session.digest != session_of(terms, {**first, "c": second["c"]}).digest
+    session = build_session(terms, first)
+    assert session == build_session(terms, dict(reversed(first.items())))
+    assert session.digest != build_session(terms, {**first, "c": second["c"]}).digest
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_equal_announced_keys_give_the_same_session() -> None:
 def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(other: dict[str, Any], monkeypatch: Any) -> None:
     terms = terms_of(3, 3)
     with rejected(Wrong.WRONG_TERMS):
-        session_of(terms, announced(replace(terms, **other)))
+        build_session(terms, announced(replace(terms, **other)))
     messages = announced(terms)
     monkeypatch.setattr(agreement, "WIRE_SCHEMA", 1)
     with rejected(Wrong.WRONG_TERMS):
-        session_of(terms, messages)
+        build_session(terms, messages)
 
 
 @pytest.mark.parametrize(
@@ -143,20 +143,20 @@ def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any]
     with rejected(reason):
         joining(terms).join(list(shown.values()))
     with rejected(reason) as error:
-        session_of(terms, shown)
+        build_session(terms, shown)
     assert error.value.site == "b", "the lead is told whose it is"
 
 
 def test_announcement_is_bound_to_its_site_and_signature_purpose() -> None:
     messages = announced(terms := terms_of(3, 3))
     with rejected(Wrong.WRONG_KEY) as error:
-        session_of(terms, {**messages, "a": messages["b"], "b": messages["a"]})
+        build_session(terms, {**messages, "a": messages["b"], "b": messages["a"]})
     assert error.value.site == "a"
     one = read_announcement(messages["b"])
     for purpose in ("receipt", "secure sum survivors"):
         other = replace(one, signature=identity("b").sign(purpose, replace(one, signature="").to_bytes()))
         with rejected(Wrong.WRONG_SIGNATURE):
-            Session.of(terms, [other])
+            KeyAgreement.from_announcements(terms, [other])
 
 
 def test_site_joins_once_with_exactly_one_key_per_member() -> None:

@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedtune.federation.secure import shares
-from fedtune.federation.secure.masks import MaskKey, PairSecrets, is_mask_key, masks
-from fedtune.federation.secure.packing import packed, packed_bytes, reduced, signed, unpacked
-from fedtune.federation.secure.shares import PRIME, digest, joined, split
+from fedtune.federation.secure.masks import MaskKey, PairSecrets, is_mask_key, sum_masks
+from fedtune.federation.secure.packing import (
+    pack_residues,
+    packed_size,
+    reduce_residues,
+    to_signed_integers,
+    unpack_residues,
+)
+from fedtune.federation.secure.shares import PRIME, combine_shares, share_digest, split_secret
 
 from .parties import Federation, terms_of
 
@@ -27,7 +33,7 @@ SESSION = "ab" * 32
 def pair(session: str = SESSION, other_session: str = SESSION) -> tuple[PairSecrets, PairSecrets]:
     a, b = MaskKey(), MaskKey()
     keys = {"a": a.public, "b": b.public}
-    return a.agreed_in(session, keys), b.agreed_in(other_session, keys)
+    return a.derive_secrets(session, keys), b.derive_secrets(other_session, keys)
 
 
 def test_two_sites_derive_the_same_seed_per_release() -> None:
@@ -46,7 +52,9 @@ def test_mask_seed_matches_plain_hkdf() -> None:
     other = X25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
     key = MaskKey()
     key._private = private
-    seed = key.agreed_in(SESSION, {"b": other.public_key().public_bytes_raw().hex()}).mask_seed("b", "b", release=7)
+    seed = key.derive_secrets(SESSION, {"b": other.public_key().public_bytes_raw().hex()}).mask_seed(
+        "b", "b", release=7
+    )
     extracted = hmac.digest(bytes.fromhex(SESSION), other.exchange(private.public_key()), "sha256")
     assert seed == hmac.digest(extracted, b'fedtune secure sum\0["mask",7,"b","b"]\x01', "sha256")
 
@@ -54,13 +62,13 @@ def test_mask_seed_matches_plain_hkdf() -> None:
 def test_sealed_text_opens_only_for_its_receiver_release_and_session() -> None:
     at_a, at_b = pair()
     sealed = at_a.seal(b"text", sender="a", receiver="b", release=1)
-    assert at_b.opened(sealed, sender="a", receiver="b", release=1) == b"text"
-    assert at_b.opened(sealed, sender="a", receiver="b", release=2) is None
-    assert at_a.opened(sealed, sender="b", receiver="a", release=1) is None
-    assert at_b.opened(sealed[:-1] + bytes([sealed[-1] ^ 1]), sender="a", receiver="b", release=1) is None
-    assert at_b.opened(b"", sender="a", receiver="b", release=1) is None
+    assert at_b.unseal(sealed, sender="a", receiver="b", release=1) == b"text"
+    assert at_b.unseal(sealed, sender="a", receiver="b", release=2) is None
+    assert at_a.unseal(sealed, sender="b", receiver="a", release=1) is None
+    assert at_b.unseal(sealed[:-1] + bytes([sealed[-1] ^ 1]), sender="a", receiver="b", release=1) is None
+    assert at_b.unseal(b"", sender="a", receiver="b", release=1) is None
     assert sealed not in (at_a.seal(b"text", sender="a", receiver="b", release=2), b"text")
-    assert pair()[1].opened(sealed, sender="a", receiver="b", release=1) is None
+    assert pair()[1].unseal(sealed, sender="a", receiver="b", release=1) is None
 
 
 @pytest.mark.parametrize(
@@ -75,21 +83,21 @@ def test_low_order_public_keys_are_refused(key: str) -> None:
 def test_mask_is_the_chacha20_keystream_and_pairs_cancel() -> None:
     seed = os.urandom(32)
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * 5))
-    assert masks("a", {"a": seed}, length=5).tobytes() == stream
+    assert sum_masks("a", {"a": seed}, length=5).tobytes() == stream
     for place in (0, 3, 31):  # a seed that is cut to fewer bits would leave some without effect
         other = bytes(byte ^ (place == at) for at, byte in enumerate(seed))
-        assert not np.any(masks("a", {"a": other}, length=5) == masks("a", {"a": seed}, length=5))
+        assert not np.any(sum_masks("a", {"a": other}, length=5) == sum_masks("a", {"a": seed}, length=5))
     # Masks of a pair cancel, and a site's own does not.
     own = os.urandom(32)
-    first, second = masks("a", {"b": seed, "a": own}, length=9), masks("b", {"a": seed}, length=9)
-    assert np.array_equal(first + second, masks("a", {"a": own}, length=9))
+    first, second = sum_masks("a", {"b": seed, "a": own}, length=9), sum_masks("b", {"a": seed}, length=9)
+    assert np.array_equal(first + second, sum_masks("a", {"a": own}, length=9))
     assert np.any(second != 0)
 
 
 def masked(federation: Federation, release: int, site: str = "a") -> np.ndarray:
     data = federation.parties[site].upload(release, federation.vector(site))
     terms = federation.terms
-    return unpacked(data[-terms.length * terms.bits // 8 :], terms.length, terms.bits)
+    return unpack_residues(data[-terms.length * terms.bits // 8 :], terms.length, terms.bits)
 
 
 def test_masked_uploads_and_their_differences_are_uniform() -> None:
@@ -98,7 +106,14 @@ def test_masked_uploads_and_their_differences_are_uniform() -> None:
     assert federation.terms.bits == 16
     one, two, other = masked(federation, 1), masked(federation, 2), masked(federation, 2, "b")
     bits = federation.terms.bits
-    for numbers in (one, two, other, reduced(one - two, bits), reduced(two - other, bits), reduced(two + other, bits)):
+    for numbers in (
+        one,
+        two,
+        other,
+        reduce_residues(one - two, bits),
+        reduce_residues(two - other, bits),
+        reduce_residues(two + other, bits),
+    ):
         for byte in (numbers & np.uint64(255), numbers >> np.uint64(8)):
             counts = np.bincount(byte.astype(np.int64), minlength=256)
             assert stats.chisquare(counts).pvalue > 1e-7
@@ -110,10 +125,10 @@ BITS = st.integers(1, 64)
 @settings(deadline=None)
 @given(BITS, st.lists(st.integers(0, 2**64 - 1), max_size=40))
 def test_packed_values_round_trip_in_the_fewest_bytes(bits: int, values: list[int]) -> None:
-    numbers = reduced(np.array(values, np.uint64), bits)
-    data = packed(numbers, bits)
-    assert len(data) == packed_bytes(len(values), bits) == (len(values) * bits + 7) // 8
-    assert unpacked(data, len(values), bits).tolist() == [value % 2**bits for value in values]
+    numbers = reduce_residues(np.array(values, np.uint64), bits)
+    data = pack_residues(numbers, bits)
+    assert len(data) == packed_size(len(values), bits) == (len(values) * bits + 7) // 8
+    assert unpack_residues(data, len(values), bits).tolist() == [value % 2**bits for value in values]
     as_one = sum(int(number) << place * bits for place, number in enumerate(numbers))
     assert int.from_bytes(data, "little") == as_one, "bits lie one behind the other"
 
@@ -121,22 +136,24 @@ def test_packed_values_round_trip_in_the_fewest_bytes(bits: int, values: list[in
 @pytest.mark.parametrize("bits", [1, 17, 31, 33, 64])
 def test_long_vectors_round_trip_through_packing(bits: int) -> None:
     count = (1 << 17) + 5
-    numbers = reduced(np.random.default_rng(bits).integers(0, 2**64, count, dtype=np.uint64), bits)
-    assert np.array_equal(unpacked(packed(numbers, bits), count, bits), numbers)
+    numbers = reduce_residues(np.random.default_rng(bits).integers(0, 2**64, count, dtype=np.uint64), bits)
+    assert np.array_equal(unpack_residues(pack_residues(numbers, bits), count, bits), numbers)
 
 
 def test_invalid_packed_bytes_are_refused() -> None:
-    data = packed(np.array([1, 2, 3], np.uint64), 3)
+    data = pack_residues(np.array([1, 2, 3], np.uint64), 3)
     assert len(data) == 2
     for other in (data + b"\0", data[:1], bytes([data[0], data[1] | 0x80])):
         with pytest.raises(ValueError, match=r"length|bits beyond"):
-            unpacked(other, 3, 3)
+            unpack_residues(other, 3, 3)
 
 
 @given(BITS, st.data())
 def test_signed_values_round_trip_through_the_modulus(bits: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), max_size=9))
-    assert signed(reduced(np.array(values, np.int64).astype(np.uint64), bits), bits).tolist() == values
+    assert (
+        to_signed_integers(reduce_residues(np.array(values, np.int64).astype(np.uint64), bits), bits).tolist() == values
+    )
 
 
 def test_shamir_field_order_is_prime() -> None:
@@ -155,10 +172,10 @@ def test_shamir_field_order_is_prime() -> None:
 def test_any_threshold_of_shares_recovers_the_secret(
     secret: bytes, threshold: int, more: int, chance: random.Random
 ) -> None:
-    values = split(secret, threshold=threshold, num_shares=threshold + more)
+    values = split_secret(secret, threshold=threshold, num_shares=threshold + more)
     assert values[0] == int.from_bytes(secret)
     places = chance.sample(range(1, threshold + more + 1), threshold)
-    assert joined({place: values[place] for place in places}) == values[0]
+    assert combine_shares({place: values[place] for place in places}) == values[0]
 
 
 def test_fewer_shares_than_the_threshold_reveal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,19 +185,19 @@ def test_fewer_shares_than_the_threshold_reveal_nothing(monkeypatch: pytest.Monk
     for secret, *coefficients in itertools.product(range(7), repeat=3):
         draws = iter(coefficients)
         monkeypatch.setattr(shares.secrets, "randbelow", lambda bound, draws=draws: next(draws))
-        values = split(secret.to_bytes(32), threshold=3, num_shares=4)
+        values = split_secret(secret.to_bytes(32), threshold=3, num_shares=4)
         seen[values[0], values[2], values[4]] += 1
     assert seen == Counter(itertools.product(range(7), repeat=3))
     bounds: list[int] = []
     monkeypatch.undo()
     monkeypatch.setattr(shares.secrets, "randbelow", lambda bound: bounds.append(bound) or 1)
-    split(bytes(32), threshold=3, num_shares=3)
+    split_secret(bytes(32), threshold=3, num_shares=3)
     assert bounds == [PRIME, PRIME], "coefficients are drawn from the whole field"
 
 
 def test_wrong_share_changes_the_secret_and_its_digest() -> None:
-    values = split(os.urandom(32), threshold=2, num_shares=3)
-    assert joined({1: values[1], 2: (values[2] + 1) % PRIME}) != values[0]
-    assert digest(values[1], "a", 1) == digest(values[1], "a", 1)
-    others = [digest(values[1] ^ 1, "a", 1), digest(values[1], "a", 2), digest(values[1], "b", 1)]
-    assert digest(values[1], "a", 1) not in others
+    values = split_secret(os.urandom(32), threshold=2, num_shares=3)
+    assert combine_shares({1: values[1], 2: (values[2] + 1) % PRIME}) != values[0]
+    assert share_digest(values[1], "a", 1) == share_digest(values[1], "a", 1)
+    others = [share_digest(values[1] ^ 1, "a", 1), share_digest(values[1], "a", 2), share_digest(values[1], "b", 1)]
+    assert share_digest(values[1], "a", 1) not in others

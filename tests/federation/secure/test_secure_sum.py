@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.messages import MOST_JSON_BYTES, upload_bytes
-from fedtune.federation.secure.party import Party, Promise
+from fedtune.federation.secure.messages import MOST_JSON_BYTES, upload_size
+from fedtune.federation.secure.party import Party, SumConfirmation
 from fedtune.federation.secure.shares import PRIME
 from fedtune.federation.secure.summation import Summation, Unreadable
 
@@ -60,7 +60,7 @@ def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
     terms = terms_of(4, 3, length=1001)
     sites = Federation(terms)
     size = len(sites.parties["a"].upload(1, sites.vector("a")))
-    assert size == upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
+    assert size == upload_size(len(terms.members), length=terms.length, bits=terms.bits)
     assert size - (1001 * terms.bits + 7) // 8 < 2000
 
 
@@ -286,10 +286,10 @@ def test_confirmations_are_stored_before_they_are_sent() -> None:
     federation = Federation(terms_of(3, 2))
     summation = federation.confirmed(federation.uploaded(1, "abc"), by="ab")
     session, survivors = federation.session.digest, ("a", "b", "c")
-    promised = Promise(session=session, release=1, survivors=survivors, confirmed=False)
+    promised = SumConfirmation(session=session, release=1, survivors=survivors, confirmed=False)
     assert federation.kept == {"a": [promised], "b": [promised], "c": []}
     federation.revealed(summation, by="a")
-    confirmed = Promise(session=session, release=1, survivors=survivors, confirmed=True)
+    confirmed = SumConfirmation(session=session, release=1, survivors=survivors, confirmed=True)
     assert federation.kept == {"a": [promised, confirmed], "b": [promised], "c": []}
 
 
@@ -298,7 +298,7 @@ def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     summation = federation.confirmed(federation.uploaded(1, "abcd"), by="bcd")
     full = federation.kept["a"]
 
-    def fail(_: Promise) -> None:
+    def fail(_: SumConfirmation) -> None:
         raise OSError("disk full")
 
     federation.parties["a"]._keep = fail

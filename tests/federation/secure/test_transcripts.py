@@ -10,7 +10,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fedtune.federation.secure.agreement import Announcement, Rejected, Session
+from fedtune.federation.secure.agreement import Announcement, KeyAgreement, Rejected
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import ConfirmRequest, Upload, read_announcement
 from fedtune.federation.secure.shares import SHARE_BYTES
@@ -60,7 +60,7 @@ class Transcript(RuleBasedStateMachine):
     def equivocate(self) -> None:
         for site in self.colluders:
             key = self.second.setdefault(site, MaskKey())
-            other = Announcement.made(site, self.federation.terms, key.public, identity=identity(site))
+            other = Announcement.create_signed(site, self.federation.terms, key.public, identity=identity(site))
             self.keys[site].append(other.to_bytes())
 
     @rule(chance=CHANCE)
@@ -74,16 +74,16 @@ class Transcript(RuleBasedStateMachine):
             except Rejected:
                 continue
             self.joined[site] = digest
-            self.sessions[digest] = session = Session.of(
+            self.sessions[digest] = session = KeyAgreement.from_announcements(
                 self.federation.terms, [read_announcement(one) for one in chosen]
             )
             for colluder in self.colluders:
                 key = self.second.get(colluder)
                 if key is not None and session.keys[colluder] == key.public:
-                    self.secrets[colluder][digest] = key.agreed_in(digest, session.keys)
+                    self.secrets[colluder][digest] = key.derive_secrets(digest, session.keys)
                 else:
                     own = self.federation.parties[colluder]._key
-                    self.secrets[colluder][digest] = own.agreed_in(digest, session.keys)
+                    self.secrets[colluder][digest] = own.derive_secrets(digest, session.keys)
 
     @rule(chance=CHANCE)
     def play_a_release(self, chance: random.Random) -> None:
@@ -138,12 +138,12 @@ class Transcript(RuleBasedStateMachine):
             self.uploads.setdefault((session.digest, release, site), []).append(upload)
             self._open(upload, session)
 
-    def _open(self, upload: Upload, session: Session) -> None:
+    def _open(self, upload: Upload, session: KeyAgreement) -> None:
         """Colluders read the shares that are sealed for them."""
         sites = self.federation.terms.sites
         for colluder in self.colluders:
             pairs = self.secrets[colluder][session.digest]
-            text = pairs.opened(
+            text = pairs.unseal(
                 upload.sealed[sites.index(colluder)], sender=upload.site, receiver=colluder, release=upload.release
             )
             for place, other in enumerate(sites):

@@ -12,11 +12,11 @@ import torch
 from fedtune.api.compose import compose_run
 from fedtune.flower.simulation import simulate
 from fedtune.lab.audit import gradient_attack
-from fedtune.lab.audit.experiment import auditable, run_audit
+from fedtune.lab.audit.experiment import make_auditable, run_audit
 from fedtune.lab.audit.gradient_attack import Canaries, CanaryBatch, CanaryUserBatch, GradientAttack, Tally
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import cell
+from fedtune.privacy.mechanism import cell_width
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import Participants
 from fedtune.training import dp_step
@@ -42,13 +42,13 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
     proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
     start = everyone.shared.initial_adapter
     request = round_request(proposal, round=round, site=site, adapter_digest=start.digest())
-    return everyone.work[site].do(request, start, 1, fingerprint_key=b"k" * 32).adapter
+    return everyone.work[site].run_round(request, start, 1, fingerprint_key=b"k" * 32).adapter
 
 
 def watched(run: Participants, canaries: int) -> Any:
     """What became of so many canaries of the first site in its round."""
     attack = GradientAttack(run, AuditSpec(canaries=canaries), ["site-1"])
-    with attack.watching():
+    with attack.observe_steps():
         train(run)
     return attack.planted["site-1"]
 
@@ -104,7 +104,7 @@ def test_audit_without_inserted_canaries_does_not_change_training(everyone: Any,
     run = everyone(*by_unit, f"seed={next(seed for seed, both in enumerate(coins) if not both.any())}")
     attack = GradientAttack(run, AuditSpec(canaries=2), ["site-1"])
     assert not attack.planted["site-1"].inserted.any()
-    with attack.watching():
+    with attack.observe_steps():
         audited = train(run)
     assert audited.digest() == train(run).digest()
 
@@ -121,7 +121,7 @@ def test_canary_coins_are_fresh_unless_seeded(everyone: Any) -> None:
 def test_watching_ends_after_the_audit(everyone: Any) -> None:
     run = everyone()
     attack = GradientAttack(run, AuditSpec(canaries=10), ["site-1"])
-    with attack.watching():
+    with attack.observe_steps():
         train(run)
         train(run, "site-2")  # has no canaries
     train(run)
@@ -133,7 +133,7 @@ def test_audited_run_is_charged_like_the_original(tiny: Any, tmp_path: Path) -> 
     plain, audited = tmp_path / "plain", tmp_path / "audited"
     for folder in (plain, audited):
         folder.mkdir()
-    privacy = run_audit(auditable(config, spec), audited, Mock(), spec=spec).privacy
+    privacy = run_audit(make_auditable(config, spec), audited, Mock(), spec=spec).privacy
     assert privacy == simulate(config, plain, Mock()).privacy
 
 
@@ -150,13 +150,13 @@ def test_15000_canaries_are_added_in_small_batches() -> None:
         assert isinstance(batch, CanaryBatch)
         gradients = canaries.raw_gradients(batch)
         assert sum(gradient.numel() for gradient in gradients.values()) <= 2**23
-        sums = dp_step.zeros(parameters)
+        sums = dp_step.zero_sums(parameters)
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()], dim=1).norm(dim=1)
         assert torch.equal(norms, torch.full((len(batch),), gradient_attack.RAW_SIZE * 2.0))
         dp_step.add_clipped(sums, gradients, 2.0)
         added = np.concatenate([total.flatten().numpy() for total in sums.values()])
         assert added.max() <= 2**24, "in whole numbers: no canary is longer than a clip norm"
-        seen += added * cell(2.0)
+        seen += added * cell_width(2.0)
     wanted = np.zeros(size)
     wanted[coordinates[np.arange(0, 15_000, 7)]] = 2.0
     assert seen == pytest.approx(wanted, abs=1e-5)

@@ -11,14 +11,14 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import deal
+from fedtune.data.load import partition_training_files
 from fedtune.lab.preparation import check_data
 from fedtune.lab.preparation.check_data import Checked, check
 from fedtune.model.base_model import load_tokenizer
 from fedtune.privacy.site_policy import Dataset, Policy, Population
-from fedtune.sites.shared_settings import at_own_site
+from fedtune.sites.shared_settings import settings_for_own_site
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 
 from ...data.conftest import chat
 
@@ -199,8 +199,8 @@ def test_reported_sizes_match_the_simulation(tickets: Tickets) -> None:
     rows = [f"text {number},{'billing' if number % 3 else 'sales'}" for number in range(200)]
     shares = ("data.test_fraction=0.2", "data.train_fraction=0.9", "data.heldout_fraction=0.1")
     config = tickets(*rows, overrides=(*shares, "federation.num_sites=3"))
-    columns = task_named(config.task).columns(config.data, partition=True)
-    dealt = deal(config.data, columns, config.federation.names, seed=config.seed)
+    columns = get_task(config.task).columns(config.data, partition=True)
+    dealt = partition_training_files(config.data, columns, config.federation.names, seed=config.seed)
     some = checked(config)
     assert [one["true"] for one in some.sizes.values()] == [len(site.training) for site in dealt.sites]
     sites = {"train": sum(len(site.training) for site in dealt.sites)}
@@ -237,12 +237,12 @@ def test_real_site_file_is_checked_with_policy_settings(tickets: Tickets, tmp_pa
     columns = {"text": "words", "label": "kind", "user": "who"}
     dataset = Dataset(id="letters", declared_size=500, path="own.csv", columns=columns)
     policy: Policy = replace(site_policy("north"), dataset=(dataset,), population=Population(name="letters"))
-    some = checked(at_own_site(config, policy, folder=tmp_path))
+    some = checked(settings_for_own_site(config, policy, folder=tmp_path))
     assert some.sizes == {"north": {"declared": 500, "true": 2}}
     assert [file.uses for file in some.files] == [{"train": 2}]
     strange = replace(config, data=replace(config.data, dataset="others"))
     with pytest.raises(ConfigError, match=r"data.dataset = 'others': must be a data set of the site's policy"):
-        at_own_site(strange, policy, folder=tmp_path)
+        settings_for_own_site(strange, policy, folder=tmp_path)
 
 
 def test_fault_reasons_are_counted_and_label_variants_detected(tickets: Tickets) -> None:
@@ -254,4 +254,4 @@ def test_fault_reasons_are_counted_and_label_variants_detected(tickets: Tickets)
     assert file.spelt_otherwise == {"billing": 1, "sales": 1}
     left_out = LeftOut(rows=file.rows, reasons=file.num_errors)
     assert str(left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
-    assert not left_out.is_much
+    assert not left_out.exceeds_threshold

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.data.records import Record
 from fedtune.lab.preparation import duplicates
-from fedtune.lab.preparation.duplicates import Earlier, Likeness, Near, Words, compare, longest_runs
+from fedtune.lab.preparation.duplicates import Earlier, Likeness, Near, Words, compare_records, find_longest_runs
 from fedtune.tasks.registry import TASKS
 
 from ...cases import cases_of
@@ -26,7 +26,7 @@ class Reader:
     def __call__(self, text: str, label: str = "a", *, use: str = "train") -> dict[Likeness, list[int]]:
         self._line += 1
         record = Record({"text": text, "label": label}, "file", self._line)
-        return {kind: [twin.line for twin in twins] for kind, twins in self.earlier.twins(record, use).items()}
+        return {kind: [twin.line for twin in twins] for kind, twins in self.earlier.find_twins(record, use).items()}
 
 
 def sentence(seed: int) -> str:
@@ -48,12 +48,12 @@ def test_records_differing_in_any_role_are_distinct(name: str) -> None:
         first = Record(dict.fromkeys(layout, TURNS))
         for role in layout:
             other = Record({**first.fields, role: TURNS.replace("b", "c")})
-            assert (other.said, other.answer) != (first.said, first.answer), role
+            assert (other.full_text, other.target_key) != (first.full_text, first.target_key), role
 
 
 def test_records_differing_in_a_feature_are_distinct() -> None:
     rows = [("", "1"), ("1", ""), ("a b", "c"), ("a", "b c")]
-    assert len({Record({"feature:a": a, "feature:b": b, "label": "x"}).said for a, b in rows}) == len(rows)
+    assert len({Record({"feature:a": a, "feature:b": b, "label": "x"}).full_text for a, b in rows}) == len(rows)
 
 
 def test_first_occurrence_is_tracked_per_use_and_label() -> None:
@@ -87,7 +87,7 @@ def test_duplicate_search_uses_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
 def test_skipped_record_is_not_an_earlier_duplicate() -> None:
     earlier, one = Earlier(alike=True), Record({"text": sentence(1)}, "file", 1)
     for _ in range(2):
-        assert earlier.twins(one, keep=False) == {"same": (), "alike": ()}
+        assert earlier.find_twins(one, keep=False) == {"same": (), "alike": ()}
 
 
 # The longest run of words, exactly; and personal details.
@@ -112,7 +112,7 @@ def runs_in(words: Words) -> set[tuple[str | None, ...]]:
 def test_longest_common_run_matches_brute_force(texts: list[list[list[str]]], others: list[list[list[str]]]) -> None:
     own = {str(number): of_parts(parts) for number, parts in enumerate(others)}
     every = [of_parts(parts) or [None] for parts in texts]
-    found = list(longest_runs(every, own.items()))
+    found = list(find_longest_runs(every, own.items()))
     assert len(found) == len(every)
     for text, (words, end, place) in zip(every, found, strict=True):
         shared = runs_in(text) & {run for other in own.values() for run in runs_in(other)}
@@ -127,7 +127,9 @@ def record(text: str, line: int = 1, *, file: str = "own", **more: str) -> Recor
 
 def near(text: str, *others: str) -> Near:
     """A text beside others, which are in the lines from 1 on."""
-    (found,) = compare([record(text, 7, file="made")], [record(other, line) for line, other in enumerate(others, 1)])
+    (found,) = compare_records(
+        [record(text, 7, file="made")], [record(other, line) for line, other in enumerate(others, 1)]
+    )
     return found
 
 
@@ -149,7 +151,7 @@ def test_word_comparison_ignores_case_punctuation_and_unicode_form(text: str, ot
 
 def test_matches_are_sorted_by_run_length_with_their_share() -> None:
     made = [record("one two three", 1, file="made"), record("one two three four", 2, file="made", prompt="five six")]
-    found = compare(made, [record("one two three four five six")])
+    found = compare_records(made, [record("one two three four five six")])
     assert [(one.place, one.words, one.share) for one in found] == [("made:2", 4, 4 / 6), ("made:1", 3, 1.0)]
 
 
@@ -158,7 +160,7 @@ def test_exact_copies_rank_above_similar_texts() -> None:
     words = ["".join(draws.choices("abcdefgh", k=6)) for _ in range(40)]
     text = " ".join(words)
     made = [record(text, line, file="made") for line in (1, 2)] + [record("else entirely, with more words", 3)]
-    found = compare(made, [record(f"{text} Indeed.", 4), record(f" {text}\n", 5), record(f"{text} Yes.", 6)])
+    found = compare_records(made, [record(f"{text} Indeed.", 4), record(f" {text}\n", 5), record(f"{text} Yes.", 6)])
     assert [(one.likeness, one.twin) for one in found] == [("same", "own:5"), ("same", "own:5"), ("", "")]
     assert (found[2].words, found[2].of) == (0, "")
     assert near(text, f"{text} Indeed.").likeness == "alike"
@@ -170,5 +172,5 @@ def test_copied_details_are_found_despite_whitespace(text: str, others: list[str
 
 
 def test_empty_inputs_match_nothing() -> None:
-    assert compare([], [record("a text")]) == []
+    assert compare_records([], [record("a text")]) == []
     assert near("a text") == Near("made:7", 0, 0.0, "", "", "", "", [])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.data.text_rows import table_rows
+from fedtune.data.text_rows import read_table
 from fedtune.lab.preparation import starter
 from fedtune.lab.preparation.detect import look_at
 from fedtune.spec import ConfigError, DataError
@@ -72,14 +72,14 @@ def test_unread_columns_are_named_with_a_reason(tmp_path: Path, columns: dict[st
     ],
 )
 def test_label_spelling_variants_are_named(labels: tuple[str, str]) -> None:
-    (said,) = starter.about_spellings([*labels, "other", "2.5"])
+    (said,) = starter.describe_spellings([*labels, "other", "2.5"])
     assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
 
 
 @pytest.mark.parametrize("end", ['d "e",ok', 'd",ok,ok'])
 def test_row_with_an_open_quote_states_the_swallowed_lines(tmp_path: Path, end: str) -> None:
     path = table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
-    (fault, last) = [found for _, found in table_rows(path, None, comma=",")]
+    (fault, last) = [found for _, found in read_table(path, None, comma=",")]
     assert isinstance(fault, DataError)
     assert str(fault.value).endswith(", over 4 lines")
     assert fault.bound.endswith("takes the lines up to the next quote along")

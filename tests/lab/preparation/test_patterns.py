@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedtune.lab.preparation.patterns import damage, identifiers, masked
+from fedtune.lab.preparation.patterns import find_damage, find_identifiers, masked
 
 from ...cases import cases_of
 
@@ -24,7 +24,7 @@ from ...cases import cases_of
     ],
 )
 def test_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:
-    assert [(found, text[start:end]) for found, start, end in identifiers(text)] == [(kind, whole)]
+    assert [(found, text[start:end]) for found, start, end in find_identifiers(text)] == [(kind, whole)]
     assert masked(text) == (text.replace(whole, f"[{kind}]"), [kind])
 
 
@@ -40,14 +40,14 @@ def test_several_identifiers_in_one_text_are_masked() -> None:
 
 @pytest.mark.parametrize("evil", ["1 ", "+1", "a.a@", "A1 ", "1:", "DE12A", "(", "1.1.1.", "a@b.de "])
 def test_pattern_search_takes_linear_time(evil: str) -> None:
-    identifiers(evil * 50_000)  # what looks back over the whole text would take hours
+    find_identifiers(evil * 50_000)  # what looks back over the whole text would take hours
 
 
 @pytest.mark.parametrize(("text", "kind"), cases_of(__file__, "damaged"))
 def test_encoding_damage_is_detected(text: str, kind: str) -> None:
-    assert list(damage(text)) == [kind]
+    assert list(find_damage(text)) == [kind]
 
 
 @pytest.mark.parametrize("text", ["Für Sie: «É…»", "À la carte, ÇA VA?", "👩‍👩‍👧 🙂", "a\tb\r\nc", "文字 Ünïcode Æ"])
 def test_valid_unicode_text_is_not_damage(text: str) -> None:
-    assert list(damage(text)) == []
+    assert list(find_damage(text)) == []

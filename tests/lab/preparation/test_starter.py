@@ -17,7 +17,7 @@ from fedtune.lab.preparation import starter
 from fedtune.lab.preparation.detect import KINDS, look_at
 from fedtune.model.base_model import load_tokenizer
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import get_task
 
 from ...data.conftest import chat as turns
 
@@ -27,7 +27,7 @@ class Made:
     """What `data init` writes and says for a file."""
 
     path: Path
-    plan: starter.Plan
+    plan: starter.ExperimentPlan
     text: str
     notes: str
 
@@ -45,12 +45,12 @@ class Made:
 def made_for(path: Path, *, model: str = "random_bert", **chosen: str) -> Made:
     found = look_at(path, chosen)
     base = KINDS[found.kind][1]
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.placeholder_overrides(base)]
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
     tokenizer = load_tokenizer(config.model)
-    plan = replace(starter.planned(found, tokenizer, config, within=len(tokenizer)), model=model)
-    text = starter.experiment(found, plan, file=path.with_name("own.yaml"))
-    return Made(path, plan, text, "\n".join(starter.notes(found, plan)))
+    plan = replace(starter.plan_experiment(found, tokenizer, config, within=len(tokenizer)), model=model)
+    text = starter.render_experiment(found, plan, file=path.with_name("own.yaml"))
+    return Made(path, plan, text, "\n".join(starter.list_notes(found, plan)))
 
 
 def table(folder: Path, rows: int, *, labels: tuple[str, ...] = ("yes", "no"), more: str = "") -> Path:
@@ -120,8 +120,8 @@ def test_preference_data_gets_turns_and_skips_invalid_pairs(tmp_path: Path) -> N
 def test_delta_and_declared_size_follow_the_site_share(tmp_path: Path, rows: int, delta: float) -> None:
     made = made_for(table(tmp_path, 400))
     large = replace(made.plan, usable=rows, units=rows)
-    settings = yaml.safe_load(starter.experiment(look_at(made.path, {}), large, file=tmp_path / "own.yaml"))
-    size = starter.declared_size(large)
+    settings = yaml.safe_load(starter.render_experiment(look_at(made.path, {}), large, file=tmp_path / "own.yaml"))
+    size = starter.suggest_declared_size(large)
     assert settings["data"]["declared_sizes"] == size
     assert settings["privacy"]["delta"] == pytest.approx(delta)
     assert delta < 1 / size
@@ -150,10 +150,10 @@ def test_unusable_rows_are_reported_and_skipped(tmp_path: Path) -> None:
 
 def test_run_name_and_next_command_follow_the_file_name() -> None:
     names = {"a b(1).yaml": "a-b-1", "...yaml": "own", "Ärger.yaml": "rger"}
-    assert {file: starter.run_name(Path(file)) for file in names} == names
+    assert {file: starter.derive_run_name(Path(file)) for file in names} == names
     typed = [("a.yaml", "experiment=./a.yaml"), ("in/a.yaml", "experiment=in/a.yaml")]
     for file, line in [*typed, ("a b.yaml", "'experiment=./a b.yaml'")]:
-        assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
+        assert starter.next_command(Path(file)) == f"fedtune simulate {line}"
 
 
 def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
     overrides += ["lora.layers=null", "lora.target_modules=all-linear", "data.columns={messages: messages}"]
     config = compose_run([*overrides, "data.chat_template=plain", "data.max_length=200"])
     records = list(iter_records(path, config.data.columns))
-    tokenised = task_named(config.task).tokenise(records, load_tokenizer(config.model), data=config.data)
+    tokenised = get_task(config.task).tokenize(records, load_tokenizer(config.model), data=config.data)
     assert made.plan.lengths.tolist() == tokenised.lengths.tolist()
 
 
@@ -191,7 +191,7 @@ def test_numeric_labels_are_sorted_and_unused_ones_omitted(tmp_path: Path) -> No
     made = made_for(table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
     assert made.settings["data"]["labels"] == list(numbers)
     assert "No class, since one row alone or none that can be used has it: 1 label." in made.notes
-    assert starter.in_order(["10 stars", "-1", "2 stars", "b", "1.5"]) == ["-1", "1.5", "2 stars", "10 stars", "b"]
+    assert starter.sort_labels(["10 stars", "-1", "2 stars", "b", "1.5"]) == ["-1", "1.5", "2 stars", "10 stars", "b"]
 
 
 @pytest.mark.parametrize("separator", ["", ";b"])

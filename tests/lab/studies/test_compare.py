@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE, Comparison, Estimate
-from fedtune.lab.studies.comparison import changed, plan_runs
+from fedtune.lab.studies.comparison import format_change, plan_runs
 from fedtune.show.run_progress import Display
 from fedtune.sites import work as site_work
 
@@ -178,7 +178,7 @@ def test_rounded_zero_difference_has_no_minus_sign() -> None:
     """A difference that is rounded away would read -0.0000."""
     nothing = Estimate(-1e-6, -2e-6, 1e-6)
     found = Comparison(base=nothing, tuned=nothing, difference=nothing, verdict=NO_DIFFERENCE)
-    assert changed(found)[:2] == ("+0.0000", "+0.0000 to +0.0000")
+    assert format_change(found)[:2] == ("+0.0000", "+0.0000 to +0.0000")
 
 
 def test_compare_without_an_experiment_states_its_cost_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from fedtune.api.compose import Searched
 from fedtune.lab.studies import trial_search
-from fedtune.lab.studies.trial_search import Tpe, at_random, ends
-from fedtune.lab.studies.trials import combinations
+from fedtune.lab.studies.trial_search import Tpe, draw_random_trials, extreme_values
+from fedtune.lab.studies.trials import list_combinations
 from fedtune.spec import ConfigError
 
 RATE = Searched(key="training.learning_rate", low=0.001, high=0.1, log=True)
@@ -17,15 +17,15 @@ HEAD = Searched(key="lora", choices=("attention", "all_linear"))
 
 
 def test_grid_covers_every_combination_and_requires_finite_values() -> None:
-    trials = combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
+    trials = list_combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
     assert [tuple(one.values()) for one in trials] == [*product(("attention", "all_linear"), ("4", "8", "16"))]
     message = r"^training.learning_rate = '0.001 to 0.1': has no end of values, and all are to be tried: list some"
     with pytest.raises(ConfigError, match=message):
-        combinations([HEAD, RATE])
+        list_combinations([HEAD, RATE])
 
 
 def test_random_trials_cover_the_search_space() -> None:
-    trials = at_random([RATE, RANK, HEAD], seed="1", number=200)
+    trials = draw_random_trials([RATE, RANK, HEAD], seed="1", number=200)
     rates = sorted(float(one["training.learning_rate"]) for one in trials)
     assert 0.001 <= rates[0] < 0.0015
     assert 0.07 < rates[-1] <= 0.1
@@ -33,16 +33,16 @@ def test_random_trials_cover_the_search_space() -> None:
     assert {one["lora.rank"] for one in trials} == {str(rank) for rank in range(2, 10)}
     assert {one["lora"] for one in trials} == {"attention", "all_linear"}
     narrow = Searched(key="x", low=0.12346, high=0.12354)
-    values = {float(one["x"]) for one in at_random([narrow], seed="1", number=20)}
+    values = {float(one["x"]) for one in draw_random_trials([narrow], seed="1", number=20)}
     assert all(0.12346 <= value <= 0.12354 for value in values), "rounded within their ends"
 
 
 def test_each_random_trial_has_a_separate_seed() -> None:
     """So more trials change no earlier one, and no trial tells its place."""
-    few, many = (at_random([RATE, RANK], seed="1", number=number) for number in (2, 5))
+    few, many = (draw_random_trials([RATE, RANK], seed="1", number=number) for number in (2, 5))
     assert many[:2] == few
     assert len({one["training.learning_rate"] for one in many}) == 5
-    assert at_random([RATE, RANK], seed="2", number=2) != few
+    assert draw_random_trials([RATE, RANK], seed="2", number=2) != few
 
 
 def told(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float]:
@@ -66,6 +66,6 @@ def test_tpe_concentrates_on_good_scores_reproducibly() -> None:
 
 def test_search_space_ends_are_enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [{"lora.rank": rank, "lora": lora} for rank in ("2", "9") for lora in ("attention", "all_linear")]
-    assert ends([RANK, HEAD]) == both
+    assert extreme_values([RANK, HEAD]) == both
     monkeypatch.setattr(trial_search, "_MOST_ENDS", 3)
-    assert ends([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"
+    assert extreme_values([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"

@@ -24,9 +24,9 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import from_json
-from fedtune.report.synthetic_card import run_of
+from fedtune.report.synthetic_card import describe_run
 from fedtune.show.run_progress import Display
-from fedtune.sites.virtual_site import VirtualSites, budget_for
+from fedtune.sites.virtual_site import VirtualSites, budget_covering
 from fedtune.spec import RefusedError
 
 from ...cli import snapshots
@@ -42,7 +42,7 @@ def charged(sites: Path) -> list[Counter[Any]]:
     """What each site's ledger was charged."""
     ledgers = sorted(sites.glob("*/ledger.db"))
     assert len(ledgers) == 2
-    return [verify(path).history.charged() for path in ledgers]
+    return [verify(path).history.total_charges() for path in ledgers]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[st
     assert (outcome.code, outcome.err) == (0, "")
     plan = compose_run([*words[: -len(SHORT) - len(SPACE)], *SHORT]).plan()
     for spent in charged(folder / "s/sites"):
-        assert spent == events.grouped([plan.whole] * 3)
+        assert spent == events.count_mechanisms([plan.full_event] * 3)
     price = json.loads((folder / "s/search.json").read_text())["price"]
-    assert price["epsilon"] == accountant.epsilon_pld({plan.whole: 3}, plan.delta)
+    assert price["epsilon"] == accountant.epsilon_pld({plan.full_event: 3}, plan.delta)
     cap = read_policy(folder / "s/sites/site-1/site.toml").budget.max_epsilon
     assert price["epsilon_filter"] <= cap < price["epsilon_filter"] + 0.2, "the price, and little more"
     with (folder / "s/trials.csv").open(newline="") as file:
@@ -103,7 +103,7 @@ def test_selected_run_states_its_search_and_verifies(outcome: Any, folder: Path)
     assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in card
     assert command("report", "verify", str(picked)).code == 0
     for other in {*(folder / "s").glob("s-trial-*")} - {picked}:  # whoever uses one has seen all of them
-        assert run_of(told := from_json((other / "report.json").read_text()), "")["epsilon"] == selection.epsilon
+        assert describe_run(told := from_json((other / "report.json").read_text()), "")["epsilon"] == selection.epsilon
         assert isinstance(told.facts, RunFacts)
         assert told.facts.selection == replace(selection, score=None)
         card = (other / "adapter/README.md").read_text()
@@ -189,19 +189,19 @@ def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
     by_hand = tmp_path / "stopped" / "stopped-trial-2"
     assert command("simulate", f"resume={by_hand}").code == 0
     price = json.loads((tmp_path / "stopped/search.json").read_text())["price"]
-    assert run_of(from_json((by_hand / "report.json").read_text()), "")["epsilon"] == price["epsilon"]
+    assert describe_run(from_json((by_hand / "report.json").read_text()), "")["epsilon"] == price["epsilon"]
     again = command("search", *words, "--trials", "2")
     assert (again.code, again.err) == (0, "")
     plan = compose_run([word for word in words if word != SPACE[0]]).plan()
     for spent in charged(tmp_path / "stopped/sites"):
-        assert spent == events.grouped([plan.whole] * 2)
+        assert spent == events.count_mechanisms([plan.full_event] * 2)
 
 
 def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
     """The words for a search at sites that have room for so many runs, and these sites."""
     words = [*words, "privacy.noise_multiplier=1.5"]  # dear enough that one more trial is seen in a cap's tenths
     config = compose_run([*words, f"runtime.sites_dir='{sites}'"])
-    VirtualSites.of(config, sites, config.plan()).allow(within=budget_for([config.plan()] * runs))
+    VirtualSites.of(config, sites, config.plan()).write_policies(within=budget_covering([config.plan()] * runs))
     return [*words, f"runtime.sites_dir='{sites}'"]
 
 
@@ -217,9 +217,9 @@ def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> No
     assert command("search", *words, learnt, "--method", "grid").code == 3
     assert files_in(tmp_path) == before
     for method in ("random", "tpe"):
-        Search.of(asked, method, trials=8).check_room()
+        Search.from_overrides(asked, method, trials=8).check_room()
         with pytest.raises(RefusedError):
-            Search.of(asked, method, trials=9).check_room()
+            Search.from_overrides(asked, method, trials=9).check_room()
 
 
 def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path: Path) -> None:
@@ -261,7 +261,9 @@ def test_failed_trial_is_not_selected(tmp_path: Path) -> None:
 
 
 def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    search = Search.of(tiny("training.learning_rate=0.01,0.02,0.03", *SHORT, into=tmp_path, name="s"), "grid")
+    search = Search.from_overrides(
+        tiny("training.learning_rate=0.01,0.02,0.03", *SHORT, into=tmp_path, name="s"), "grid"
+    )
     rounds = iter([0, 1, 0])
 
     def result_in(folder: Path, *, finished: bool = False) -> Any:
@@ -269,9 +271,9 @@ def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, 
             return None
         return SimpleNamespace(privacy=SimpleNamespace(sites={"site-1": SimpleNamespace(rounds=next(rounds))}))
 
-    monkeypatch.setattr("fedtune.lab.studies.trials.result_in", result_in)
+    monkeypatch.setattr("fedtune.lab.studies.trials.read_result", result_in)
     search.run(tried := Trials(tmp_path / "s.csv"), Mock(side_effect=RefusedError("no")))
-    once = accountant.epsilon_pld([search.plans[0].whole], search.plans[0].delta)
+    once = accountant.epsilon_pld([search.plans[0].full_event], search.plans[0].delta)
     assert [trial.together for trial in tried.rows.values()] == [0.0, once, once]
 
 
@@ -291,7 +293,7 @@ def test_documented_search_commands_are_valid(words: list[str], monkeypatch: Any
     monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))
     command(*words)
     (told,) = asked
-    search = Search.of(told["overrides"], told["method"], trials=told["trials"])
+    search = Search.from_overrides(told["overrides"], told["method"], trials=told["trials"])
     assert {one.key for one in search.searched} <= {"training.learning_rate", "lora.rank"}
 
 

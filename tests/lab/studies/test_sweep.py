@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.lab.studies.trials import Trial, Trials
+from fedtune.lab.studies.trials import SearchTrial, Trials
 from fedtune.privacy.ledger.verify import verify
 from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
 from fedtune.show.run_progress import Display
@@ -125,7 +125,7 @@ def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
 
     again = command("simulate", "-m", *words)
     assert (again.code, again.err) == (0, "")
-    assert verify(tmp_path / "stopped-seed=2/sites/site-1/ledger.db").history.charged().total() == 2, "none twice"
+    assert verify(tmp_path / "stopped-seed=2/sites/site-1/ledger.db").history.total_charges().total() == 2, "none twice"
     assert "1 run had been finished before" in again.out
     lines = lines_of(tmp_path / "stopped.csv")
     assert [line["state"] for line in lines] == ["finished"] * 3
@@ -134,9 +134,9 @@ def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
 
 def test_sweep_is_available_in_python_and_resumable_without_a_name(tmp_path: Path) -> None:
     words = [word for word in tiny("seed=1,2", *SHORT, into=tmp_path) if not word.startswith("name=")]
-    trials = Trials.of_sweep(words)
-    assert Trials.of_sweep(trials.again) == trials
-    assert Trials.of_sweep(["experiment=debug", "name=a,b"]).table.name == "a-sweep.csv"
+    trials = Trials.from_sweep(words)
+    assert Trials.from_sweep(trials.again) == trials
+    assert Trials.from_sweep(["experiment=debug", "name=a,b"]).table.name == "a-sweep.csv"
     trials.run()
     assert [trial.state for trial in trials.rows.values()] == ["finished"] * 2
     assert trials.best in trials.rows.values()
@@ -160,16 +160,16 @@ def result(validation: Mapping[str, float | None], *, test: float = 0.5, finding
 
 @pytest.fixture
 def row(tmp_path: Path) -> Any:
-    def make(score: float | None, *overrides: str, **changes: Any) -> Trial:
+    def make(score: float | None, *overrides: str, **changes: Any) -> SearchTrial:
         config = compose_run(tiny(*overrides, into=tmp_path))
         name = "loss" if config.task == "causal_lm" else "accuracy"
         scores = {} if score is None else {name: score}
-        return Trial(config=config, folder=tmp_path / "x", values={}, result=result(scores, **changes))
+        return SearchTrial(config=config, folder=tmp_path / "x", values={}, result=result(scores, **changes))
 
     return make
 
 
-def best_of(rows: Sequence[Trial]) -> Trial | None:
+def best_of(rows: Sequence[SearchTrial]) -> SearchTrial | None:
     return Trials(Path("x.csv"), rows={Path(str(number)): row for number, row in enumerate(rows)}).best
 
 
@@ -213,9 +213,9 @@ def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other:
 
 
 def test_unexpected_error_ends_the_sweep_without_being_quoted(tmp_path: Path) -> None:
-    trials, begun = Trials.of_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
+    trials, begun = Trials.from_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
 
-    def work(trial: Trial) -> RunResult:
+    def work(trial: SearchTrial) -> RunResult:
         begun.append(trial.folder)
         trial.folder.mkdir()
         if len(begun) == 2:
@@ -234,7 +234,7 @@ def test_unexpected_error_ends_the_sweep_without_being_quoted(tmp_path: Path) ->
 def test_sweep_table_fits_the_terminal_width(tmp_path: Path, width: int) -> None:
     swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
     out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
-    trials = Trials.of_sweep(tiny(*swept, into=tmp_path))
+    trials = Trials.from_sweep(tiny(*swept, into=tmp_path))
     trials.run(lambda trial: result({"accuracy": next(given)}))
     show([trials.section()], console=Console(file=out, width=width))
     table = out.getvalue().splitlines()
