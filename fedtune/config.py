@@ -209,7 +209,7 @@ class RunConfig:
         if self.training.learning_rate != "auto":
             return self
         plan, sizes, task = self.plan(), self.declared_sizes().values(), self.bound_task
-        if task.rate_shares is None:
+        if task.auto_lr_shares is None:
             bound = f"is not for task {task.name}, on which it was not studied: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
         if self.lora.kind != "lora":
@@ -222,7 +222,7 @@ class RunConfig:
             outputs=max(1, len(self.data.labels)),
             num_sites=len(sizes),
         )
-        of_lora, of_head = task.rate_shares
+        of_lora, of_head = task.auto_lr_shares
         lora, head = (float(f"{share * rate:.3g}") for share in (of_lora * STUDIED_SCALE / self.lora.scale, of_head))
         chosen: dict[str, Any] = {"learning_rate": lora, "head_learning_rate": head if task.has_head else None}
         return dataclasses.replace(self, training=dataclasses.replace(self.training, **chosen))

@@ -206,7 +206,7 @@ def clean(
         require_extra("--drop", "near-duplicates", "data", "datasketch")
     task, unit = config.bound_task, config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)
-    fault, named = task.fault(config.data), config.data.columns
+    fault, named = task.record_validator(config.data), config.data.columns
     cleaning = Cleaning(columns, fault, drop=rules, mask=mask == "personal", named=named)
     with new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, cleaning)

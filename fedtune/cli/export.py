@@ -129,7 +129,7 @@ def distil(
             passes=passes,
             progress=lambda what, done, total: status.update(f"{what}: step {done} of {total}"),
         )
-    judged = config.bound_task.judged_by if found.scores else ""
+    judged = config.bound_task.primary_metric if found.scores else ""
     rows = [_cost(one, [judged] if judged else []) for one in found.served]
     headings = ("model", "size", "ms a text", *([judged] if judged else []))
     notes = [f"Taught on {pluralize(found.texts, 'text')}. Times are of one thread."]

@@ -106,7 +106,7 @@ def distil(
     sha256 = file_sha256(file := Path(asked[0].file), key="--texts")
     if len(asked) < FEWEST:
         raise DataError("--texts", pluralize(len(asked), "text"), f"must be at least {FEWEST}")
-    records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), own_records.test
+    records, test = LeadRecords([task.without_answer(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
     owed, behind = _inherited_privacy(file, adapter)
     teacher, reference = Source.from_model(model, config, adapter, private_to=None)
@@ -230,7 +230,7 @@ def _build_card(
     found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None, owed: str
 ) -> Mapping[str, bytes]:
     """Build the student's model card from the run's card, with the student's scores; `base` is a student's own base."""
-    run, score, scores = teacher.adapter.absolute().parent, teacher.task.judged_by, ""
+    run, score, scores = teacher.adapter.absolute().parent, teacher.task.primary_metric, ""
     record, report = from_run.read_run(run), (of_run := from_run.build_run_report(run))
     kept, count = (len(find_layer_stack(one.base)[1]) for one in (student, teacher))
     made = f"the lowest {kept} of the base's {count} layers"

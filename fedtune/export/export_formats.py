@@ -268,8 +268,10 @@ def _write_merged(source: Source, reference: ReferenceOutputs, folder: Path) -> 
 def _reload_plain(source: Source, folder: Path) -> PreTrainedModel:
     """Save the merged base, and load it again with transformers alone."""
     with quiet():
-        save_as_plain_model(source.task.whole(source.base, source.readout), folder)
-        loaded: PreTrainedModel = getattr(transformers, source.task.auto).from_pretrained(folder, local_files_only=True)
+        save_as_plain_model(source.task.export_model(source.base, source.readout), folder)
+        loaded: PreTrainedModel = getattr(transformers, source.task.auto_class).from_pretrained(
+            folder, local_files_only=True
+        )
     return loaded.eval()
 
 

@@ -55,8 +55,8 @@ def loading_of(config: RunConfig, *, base: str, folder: str) -> str:
     """Return lines of Python that load a saved adapter where fedtune is not installed."""
     task, lines = config.bound_task, get_input_for(config.data).loading_code(config.data, base=base, folder=folder)
     if lines is None:
-        auto = task.auto if task.predicts_tokens else "AutoModel"
-        lines = _LOADING.format(auto=auto, base=base, folder=folder) + task.lines.replace("FOLDER", folder)
+        auto = task.auto_class if task.predicts_tokens else "AutoModel"
+        lines = _LOADING.format(auto=auto, base=base, folder=folder) + task.usage_snippet.replace("FOLDER", folder)
     return f"{lines}{task.scales}print({task.reads})\n" if task.reads else lines
 
 

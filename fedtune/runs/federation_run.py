@@ -198,7 +198,7 @@ class FederationRun:
     ) -> RunResult:
         """Write `run.json` and return its content; `digest` is the digest of the saved final adapter."""
         config, test = self.config, self.shared.test
-        guess = config.bound_task.guess(test.examples) if test else None
+        guess = config.bound_task.majority_baseline(test.examples) if test else None
         findings = find_problems(
             state.rounds,
             state.metrics_before,

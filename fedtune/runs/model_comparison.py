@@ -179,7 +179,7 @@ def compare_runs(
         means=means or {},
         score=partial(scored.final_scores if final else scored.scores, spec=saved.model.spec),
         detailed=partial(scored.detail, spec=saved.model.spec),
-        constant=scored.guess(data.examples) if records is None else None,
+        constant=scored.majority_baseline(data.examples) if records is None else None,
     )
 
 

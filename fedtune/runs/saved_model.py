@@ -152,7 +152,7 @@ class SavedModel:
     def answer_record(self, record: Record) -> tuple[str, object]:
         """Answer a record, which needs no answer of its own, and return the answer as text and as JSON."""
         task, data = self.model.task, self.config.data
-        asked = task.as_asked(record, data)
+        asked = task.without_answer(record, data)
         examples = task.tokenize([asked], self.tokenizer, data=data)
         batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
         with evaluation_mode(self.model):

@@ -224,4 +224,6 @@ def read_site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
     """
     key = files.load_key().derive_secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, config.bound_task
-    return own_records(data, columns=task.columns(data, unit=unit), fault=task.fault(data), key=key, unit=unit)
+    return own_records(
+        data, columns=task.columns(data, unit=unit), fault=task.record_validator(data), key=key, unit=unit
+    )

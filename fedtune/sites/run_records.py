@@ -55,7 +55,7 @@ class LeadRecords:
             DataError: the file cannot be read, or has unusable rows and the settings do not skip them.
         """
         task, data = config.bound_task, config.data
-        columns, fault = task.columns(data, unit=unit), task.fault(data)
+        columns, fault = task.columns(data, unit=unit), task.record_validator(data)
         records, left_out = lead_records(file, columns=columns, key=key, fault=fault, leave_out=data.skips_unusable)
         return cls(sample_rows(records, rows), left_out)
 
@@ -145,7 +145,7 @@ def partition_run_records(config: RunConfig) -> Dealt:
     """Partition the records of a simulation by site."""
     task, unit = config.bound_task, config.privacy.unit
     columns = task.columns(config.data, partition=True, unit=unit)
-    fault = task.fault(config.data)
+    fault = task.record_validator(config.data)
     return partition_training_files(
         config.data, columns, config.federation.names, seed=config.seed, unit=unit, fault=fault
     )

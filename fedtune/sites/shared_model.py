@@ -412,7 +412,11 @@ class Evaluation:
         spec = config.evaluation
         pad_id, most = tokenizer.pad_token_id, spec.max_tokens
         examples = evaluate_examples(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
-        asked = model.task.written(data.records, tokenizer, data=config.data) if generate and spec.generate else None
+        asked = (
+            model.task.prompts_and_references(data.records, tokenizer, data=config.data)
+            if generate and spec.generate
+            else None
+        )
         if asked is None:
             return cls(examples, {})
         prompts, references = group_by_prompt(*asked, rows=spec.generation_rows)

@@ -107,11 +107,11 @@ class Task(ABC):
     # whether all units may put their whole gradient into one value, so that sums are as large
     counts_units: ClassVar[bool] = False
     # the score that says whether training helped: the larger the better, but for "loss"
-    judged_by: ClassVar[str] = "loss"
+    primary_metric: ClassVar[str] = "loss"
     # `judged_by` of the best constant answer, where it is one number whatever the data set; None: it is not
     baseline: ClassVar[float | None] = None
     # what LoRA and the head take of the automatic learning rate; None: it was not studied for the task
-    rate_shares: ClassVar[tuple[float, float] | None] = None
+    auto_lr_shares: ClassVar[tuple[float, float] | None] = None
     studied: ClassVar[Mapping[float, str]] = {}
     """By a run's signal to noise: what studies kept of the gain of training without privacy (docs/planning.md)."""
     # a line of Python that makes the answer of `scores`, a vector, and `labels`; empty: `lines` lead to no scores
@@ -119,8 +119,8 @@ class Task(ABC):
     scales: ClassVar[str] = ""  # lines of Python from the head's scores to those that `reads` reads
     reads_tokens: ClassVar[bool] = False  # whether the readout is of each token's hidden state, and not of their mean
     # of Python from a text to what the loaded model makes of it; FOLDER stands for the adapter's
-    lines: ClassVar[str] = ""
-    auto: ClassVar[str] = "AutoModel"  # the class of transformers that loads a whole model
+    usage_snippet: ClassVar[str] = ""
+    auto_class: ClassVar[str] = "AutoModel"  # the class of transformers that loads a whole model
     own: Any  # an instance of `settings`, or None; a task that has settings declares their class
 
     def __init__(self, own: object = None) -> None:
@@ -161,7 +161,7 @@ class Task(ABC):
 
     def primary_metric_for(self, data: DataSpec) -> str:
         """Return the score `judged_by`, which may depend on the layout of the records."""
-        return self.judged_by
+        return self.primary_metric
 
     def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
         """Map each role that is read from a file to its column: the task's roles, the privacy unit's and the
@@ -266,7 +266,7 @@ class Task(ABC):
             ConfigError: for `model.path`, or for the setting of `data` that the tokenizer does not support.
         """
 
-    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+    def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         """Return a function from a record to the reason why the run cannot use it, or None; the reason quotes no
         content.
 
@@ -310,7 +310,7 @@ class Task(ABC):
         """Return the tokens that end a generated text."""
         raise NotImplementedError
 
-    def written(
+    def prompts_and_references(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
         """Return each record's prompt, as token ids, and its reference text, or None if there is no text to score."""
@@ -355,7 +355,7 @@ class Task(ABC):
         Empty rows of the batch are included; their losses are ignored, but must be finite.
         """
 
-    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+    def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the per-example inputs of `scores`, (examples, ...) by name."""
         return {"loss": model.losses(batch)}
 
@@ -387,7 +387,7 @@ class Task(ABC):
         """Compute details behind the scores, to help a person decide; None if the task has none."""
         return None
 
-    def guess(self, dataset: TextDataset) -> float | None:
+    def majority_baseline(self, dataset: TextDataset) -> float | None:
         """Return the score `judged_by` of the majority baseline, the best constant answer for `dataset`; None if there
         is none.
         """
@@ -403,9 +403,9 @@ class Task(ABC):
         """
         raise NotImplementedError
 
-    def as_asked(self, record: Record, data: DataSpec) -> Record:
+    def without_answer(self, record: Record, data: DataSpec) -> Record:
         """Replace a record's answer by a valid but unused placeholder, so that the record can be tokenized."""
-        stand_in = {role: self.made_up(role, data, draw=lambda _: 0) or "" for role in self.answers}
+        stand_in = {role: self.dummy_field(role, data, draw=lambda _: 0) or "" for role in self.answers}
         return replace(record, fields={**record.fields, **stand_in})
 
     def answer_to(
@@ -422,7 +422,7 @@ class Task(ABC):
         """
         return max(USUAL_BOUND, 2 * max(sizes)) if self.counts_units else USUAL_BOUND
 
-    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         """Generate a random value for a role of a record, or return None if any text is valid.
 
         `draw(n)` returns a random integer below n.
@@ -430,7 +430,7 @@ class Task(ABC):
         return repr(data.target_range[draw(2)]) if role == "target" and data.target_range is not None else None
 
     @abstractmethod
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         """Generate targets for synthetic examples, which are used to test a model and to measure its cost.
 
         Each example has as many texts as the model's settings say.
@@ -453,7 +453,7 @@ class Task(ABC):
         """Return the meaning of each logit of an exported model, for tasks with labels."""
         return labels
 
-    def whole(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
+    def export_model(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
         """Return an exported base as a model that `auto` can load: the base alone, or with transformers' own head."""
         return base
 

@@ -57,7 +57,7 @@ class CausalLM(Task):
     answers = frozenset({"completion"})
     data_settings = frozenset({"prompt_template", "chat_template"})
     predicts_tokens = True
-    auto = "AutoModelForCausalLM"
+    auto_class = "AutoModelForCausalLM"
     hub_name = "text-generation"
     formats = ("peft", "merged", "onnx")
     one_of: ClassVar[tuple[str, ...]] = ("messages", "text", "prompt")
@@ -87,9 +87,9 @@ class CausalLM(Task):
         if named != ["prompt"] and data.prompt_template != "{prompt}":
             raise ConfigError("prompt_template", data.prompt_template, "must stay {prompt}: no column prompt is named")
 
-    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+    def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         """Return a function that rejects chats without an answer."""
-        return error_of(_require_answer) if "messages" in data.columns else super().fault(data)
+        return error_of(_require_answer) if "messages" in data.columns else super().record_validator(data)
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
         from fedtune.model.fits import check_causal
@@ -147,7 +147,7 @@ class CausalLM(Task):
         layout = ExampleFormat.from_tokenizer(tokenizer, data)
         return frozenset({layout.end, layout.chat.end} if layout.chat else {layout.end})
 
-    def written(
+    def prompts_and_references(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
         """Return the prompts, truncated to `data.max_length` tokens, and the answers, or None for plain texts."""
@@ -173,7 +173,7 @@ class CausalLM(Task):
         """Compute each row's mean token loss, (rows,) float32."""
         return torch.stack([total / len(places) for total, places in sum_token_losses(model, batch)])
 
-    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+    def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.losses(batch), "tokens": (_next_tokens(batch) != UNSUPERVISED).sum(dim=1)}
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
@@ -200,7 +200,7 @@ class CausalLM(Task):
         learnt = bool((_next_tokens(batch)[: batch.texts] != UNSUPERVISED).any())
         return float(np.exp(-float(model.losses(batch)[0]))) if learnt else 0.0
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return tuple(
             np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids
         )

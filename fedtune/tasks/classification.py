@@ -19,7 +19,7 @@ class Classification(OneLabelTask):
     """Single-label classification: the head has one output per label, and the loss is the softmax cross-entropy."""
 
     name = "classification"
-    judged_by = "accuracy"
+    primary_metric = "accuracy"
     studied = {36: "nine tenths", 17: "three quarters", 6.7: "two fifths", 2.4: "a quarter to nearly all"}  # noqa: RUF012
     reads = "labels[scores.argmax()]"
 
@@ -37,7 +37,7 @@ class Classification(OneLabelTask):
             "macro_f1": macro_f1(truth, predicted, num_labels=len(spec.labels)),
         }
 
-    def guess(self, dataset: TextDataset) -> float:
+    def majority_baseline(self, dataset: TextDataset) -> float:
         """Return the share of the most frequent label."""
         return float(np.bincount(np.asarray(dataset.targets)).max() / len(dataset))
 

@@ -89,8 +89,8 @@ class Embedding(Task):
     data_settings = frozenset({"target_range"})
     hub_name = "sentence-similarity"
     formats = ("peft", "sentence-transformers", "onnx")
-    judged_by = "spearman"
-    lines = _LINES
+    primary_metric = "spearman"
+    usage_snippet = _LINES
     layouts = (roles, ("anchor", "positive", "negative"), ("anchor", "positive"))
 
     def required_roles(self, data: DataSpec) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class Embedding(Task):
         return 3 if "anchor" in data.columns else 2
 
     def primary_metric_for(self, data: DataSpec) -> str:
-        return "ndcg_at_10" if "anchor" in data.columns else self.judged_by
+        return "ndcg_at_10" if "anchor" in data.columns else self.primary_metric
 
     def check_data(self, data: DataSpec) -> None:
         self.check_input(data)
@@ -123,7 +123,7 @@ class Embedding(Task):
             bound = "needs data.columns.negative, or must be a list of public texts"
             raise ConfigError("task_settings.negatives", negatives, bound)
 
-    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+    def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         return error_of(self._target_reader(data))
 
     def tokenize(
@@ -149,7 +149,7 @@ class Embedding(Task):
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         return _losses(_cosines(self.logits(model, batch), batch), batch)
 
-    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+    def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         embeddings = model.logits(batch)
         cosines = _cosines(embeddings, batch)
         figures = {"loss": _losses(cosines, batch)}
@@ -193,7 +193,7 @@ class Embedding(Task):
             return float(cosines[0][0] > cosines[1][0])
         return max(0.0, 1 - abs(float(cosines[0][0] - batch.targets[0])))
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         # Of three texts up to the largest margin, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 

@@ -37,7 +37,7 @@ class MultiLabel(LabelTask):
     roles = ("text", "labels")
     answers = frozenset({"labels"})
     data_settings = LabelTask.data_settings | {"label_separator"}
-    judged_by = "micro_f1"
+    primary_metric = "micro_f1"
     reads = "[label for label, score in zip(labels, scores) if score > 0]"
     target_type = np.int8
 
@@ -83,7 +83,7 @@ class MultiLabel(LabelTask):
             "exact": float((truth == said).all(axis=1).mean()),
         }
 
-    def guess(self, dataset: TextDataset) -> float:
+    def majority_baseline(self, dataset: TextDataset) -> float:
         """Return the micro F1 of the best constant prediction."""
         truth = np.asarray(dataset.targets, dtype=np.float64) > 0
         found = np.cumsum(np.sort(truth.sum(axis=0))[::-1])  # pairs that are right with the first label, two, ...
@@ -106,8 +106,8 @@ class MultiLabel(LabelTask):
         listed = ", ".join(f"{label} {chance:.3f}" for label, chance in said or found[:1])
         return listed if said else f"none ({listed})", to_json_labels(said)
 
-    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return json.dumps([data.labels[draw(len(data.labels))]]) if role == "labels" else None
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.integers(0, 2, size=(len(input_ids), len(spec.labels))).astype(np.int8)

@@ -33,7 +33,7 @@ class Ordinal(OneLabelTask):
     """Ordinal regression by cumulative logits; `data.labels` are in ascending order."""
 
     name = "ordinal"
-    judged_by = "quadratic_kappa"
+    primary_metric = "quadratic_kappa"
     baseline = 0.0
     reads = "labels[int((scores > 0).sum())]"
 

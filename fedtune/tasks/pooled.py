@@ -51,8 +51,8 @@ class PooledTask(Task):
     formats: ClassVar[tuple[str, ...]] = ("peft", "sentence-transformers", "onnx")
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
     # takes until a study of their own says otherwise.
-    rate_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
-    lines = WITH_HEAD + _LINES
+    auto_lr_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
+    usage_snippet = WITH_HEAD + _LINES
     reads = "scores"
     target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64  # of one value of a target
 
@@ -109,7 +109,7 @@ class PooledTask(Task):
             bound = "has a tokenizer without a mark between two texts, which data.columns.text_pair needs"
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
-    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+    def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         target, readable = self.target(data), get_input_for(data).check_record(data)
         return error_of(lambda record: (target(record), readable(record)))
 
@@ -203,7 +203,7 @@ class PooledTask(Task):
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         return self.loss(self.logits(model, batch), batch.targets, spec=model.spec)
 
-    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+    def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         # The loss comes from the same logits: `model.losses` would run the base once more.
         logits, spec = model.logits(batch), model.spec
         truth = {"truth": self.true(batch.targets, spec=spec)}
@@ -274,10 +274,10 @@ class OneLabelTask(LabelTask):
         places = {label: place for place, label in enumerate(data.labels)}
         return lambda record: place_of(record.fields["label"], places, record, role="label")
 
-    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return data.labels[draw(len(data.labels))] if role == "label" else None
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.integers(0, len(spec.labels), size=len(input_ids))
 
 

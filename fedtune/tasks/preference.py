@@ -73,7 +73,7 @@ class Preference(CausalLM):
     settings = PreferenceSettings
     own: PreferenceSettings
     has_reference = True
-    judged_by = "accuracy"
+    primary_metric = "accuracy"
     one_of = ("messages", "prompt")
     layouts = (roles, ("messages", *_ANSWERS), _ANSWERS)
 
@@ -88,7 +88,7 @@ class Preference(CausalLM):
     def input_columns(self, data: DataSpec) -> dict[str, str]:
         return super().input_columns(data) or {"messages": "messages"}
 
-    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+    def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         return error_of(_pair_splitter(data))
 
     def tokenize(
@@ -122,11 +122,13 @@ class Preference(CausalLM):
                 targets.append(np.where(is_answer & is_pair, ids, UNSUPERVISED).astype(np.int64))
         return TextDataset(tuple(input_ids), tuple(targets), texts=2)
 
-    def written(
+    def prompts_and_references(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
         """Return the prompts and the chosen answers."""
-        return super().written([_pair_splitter(data)(record)[0] for record in records], tokenizer, data=data)
+        return super().prompts_and_references(
+            [_pair_splitter(data)(record)[0] for record in records], tokenizer, data=data
+        )
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute the log-probabilities of both answers, (pairs, 2)."""
@@ -140,7 +142,7 @@ class Preference(CausalLM):
             [-torch.nn.functional.logsigmoid(margin) for margin, _ in self._reward_margins(model, batch)]
         )
 
-    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+    def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         margins, lengths = zip(*self._reward_margins(model, batch), strict=True)
         found = torch.stack(margins)
         return {

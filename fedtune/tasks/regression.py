@@ -70,7 +70,7 @@ class Regression(PooledTask):
             "mae": float(np.abs(truth - predicted).mean()),
         }
 
-    def guess(self, dataset: TextDataset) -> float:
+    def majority_baseline(self, dataset: TextDataset) -> float:
         """Return the loss of always predicting the mean."""
         return float(np.var(np.asarray(dataset.targets, dtype=np.float64)))
 
@@ -92,7 +92,7 @@ class Regression(PooledTask):
     def exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _to_target_units(logits, spec)
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.uniform(-1, 1, size=len(input_ids)).astype(np.float32)
 
 

@@ -61,7 +61,7 @@ class Survival(PooledTask):
     settings = SurvivalSettings
     own: SurvivalSettings
     hub_name = ""
-    judged_by = "concordance"
+    primary_metric = "concordance"
     baseline = 0.5  # a constant answer orders nobody
     reads = "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]"
     target_type = np.int8
@@ -119,12 +119,12 @@ class Survival(PooledTask):
         found = [{"until": end, "survival": chance} for end, chance in zip(self.own.intervals, chances, strict=True)]
         return ", ".join(f"{one['survival']:.3f} until {one['until']:g}" for one in found), found
 
-    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         ends, events = self.own.intervals, data.event_values or ("0", "1")
         made = {"time": lambda: repr(ends[draw(len(ends))]), "event": lambda: events[draw(2)]}
         return made[role]() if role in made else None
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         count = len(self.own.intervals)
         places, last = np.arange(count), draws.integers(0, count, size=(len(input_ids), 1))
         event = draws.integers(0, 2, size=(len(input_ids), 1))

@@ -71,7 +71,7 @@ class TaskModel(nn.Module):
         """Compute the per-example inputs of the scores, see `Task.figures`."""
         batch = self._add_reference(batch)
         with self._prefix.use_states(batch.prefix):
-            return self.task.figures(self, batch)
+            return self.task.outputs_per_example(self, batch)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
         """Compute the task's reference values for each example, by the base without adapters; None if the task has

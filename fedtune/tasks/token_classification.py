@@ -73,11 +73,11 @@ class TokenClassification(Task):
     hub_name = "token-classification"
     formats = ("peft", "merged", "onnx")
     reads_tokens = True
-    auto = "AutoModelForTokenClassification"
-    judged_by = "strict_f1"
+    auto_class = "AutoModelForTokenClassification"
+    primary_metric = "strict_f1"
     baseline = 0.0  # of no entity anywhere: nothing is found
     studied = {10: "three fifths", 5: "three eighths", 2.4: "a fifth"}  # noqa: RUF012
-    lines = WITH_HEAD + _LINES
+    usage_snippet = WITH_HEAD + _LINES
     layouts = (roles, ("text", "spans"))
 
     def required_roles(self, data: DataSpec) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class TokenClassification(Task):
     def texts_per_record(self, data: DataSpec) -> int:
         return data.windows
 
-    def as_asked(self, record: Record, data: DataSpec) -> Record:
+    def without_answer(self, record: Record, data: DataSpec) -> Record:
         nothing = "\n".join("O" for _ in record.fields.get("tokens", "").split("\n"))
         return replace(record, fields={**record.fields, "tags": nothing, "spans": "[]"})
 
@@ -109,7 +109,7 @@ class TokenClassification(Task):
             bound = f"must be a model whose tokenizer finds the words of a text, for task {self.name}"
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
-    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+    def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         return error_of(marks(data))
 
     def tokenize(
@@ -167,7 +167,7 @@ class TokenClassification(Task):
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         return _losses(self.logits(model, batch), batch)
 
-    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+    def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the losses, and `entities`, (examples, labels + 1, 5): the counts of `measures.entity_counts`."""
         logits = model.logits(batch)
         counts = [
@@ -241,7 +241,7 @@ class TokenClassification(Task):
         weight = model.get_parameter("head.weight").detach()
         return ((weight * (model.spec.head.scale / math.sqrt(weight.shape[1])), None),)
 
-    def whole(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
+    def export_model(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
         from transformers import AutoModelForTokenClassification
 
         ((weight, _),) = readout
@@ -256,11 +256,11 @@ class TokenClassification(Task):
                 head.bias.zero_()
         return model.eval()
 
-    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         label = data.labels[draw(len(data.labels))] if role in self.answers else ""
         return {"tags": f"B-{label}", "spans": json.dumps([[0, 1, label]])}.get(role)
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         tags = (draws.integers(0, self.num_outputs(spec), size=len(ids)) for ids in input_ids)
         return tuple(np.where(np.arange(len(one)) < first(len(one)), UNSUPERVISED, one) for one in tags)
 

@@ -42,7 +42,7 @@ class Votes(LabelTask):
     formats = ("peft",)
     hub_name = ""
     counts_units = True
-    rate_shares = None
+    auto_lr_shares = None
 
     def target(self, data: DataSpec) -> TargetOf:
         return lambda record: 0
@@ -82,5 +82,5 @@ class Votes(LabelTask):
         """Return the weight of the record's candidate, clamped to [0, 1]."""
         return float(model.logits(batch)[0, 0].clamp(0, 1))
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return np.zeros(len(input_ids), dtype=np.int64)

@@ -319,7 +319,7 @@ def measure_example_seconds(
     most = min(_MOST_TIMED, micro_batch_tokens(runtime, model.device))
     count = max(1, most // (max_length * model.spec.texts))
     rows = model.made_up([max_length] * (count * model.spec.texts), draws)
-    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
+    targets = model.task.dummy_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
     batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)
     below = 0.0
     if kept and (states := model.frozen_states(batch)) is not None:

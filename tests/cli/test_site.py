@@ -413,7 +413,7 @@ def test_site_score_uses_the_held_out_records_of_the_site(here: Any) -> None:
 
     key = SigningKey.load(here.folder / "site_key.pem").derive_secret("held-out split")
     data = saved_config(here.folder / "kit" / "adapters" / "first").data
-    fault = get_task("classification").fault(data)
+    fault = get_task("classification").record_validator(data)
     expected = own_records(data, columns=dict(data.columns), fault=fault, key=key).heldout
     assert told["records"] == len(expected) > 30
     assert [model["name"] for model in told["models"]] == ["base", "tuned"]

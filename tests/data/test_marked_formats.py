@@ -253,7 +253,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
 
 def refused(path: Path, columns: dict[str, str]) -> str:
     """What the lead is told of a file of its own."""
-    fault = get_task("token_classification").fault(data_spec(columns=columns, labels=("drug", "disease")))
+    fault = get_task("token_classification").record_validator(data_spec(columns=columns, labels=("drug", "disease")))
     with pytest.raises(DataError) as caught:
         lead_records(str(path), columns=columns, key="data.train_file", fault=fault)
     return str(caught.value)

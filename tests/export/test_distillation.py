@@ -84,7 +84,7 @@ def logits_of(run: Path) -> torch.Tensor:
     """The teacher's, of the texts."""
     config, model = saved_config(run), load_task_model(run / "adapter")
     tokenizer = load_tokenizer(config.model)
-    records = [model.task.as_asked(Record({"text": text}), config.data) for text in TEXTS]
+    records = [model.task.without_answer(Record({"text": text}), config.data) for text in TEXTS]
     rows = model.task.tokenize(records, tokenizer, data=config.data)
     with torch.no_grad():
         return model.logits(collate(rows, range(len(rows)), pad_id=tokenizer.pad_token_id))

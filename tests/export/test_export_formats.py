@@ -63,7 +63,7 @@ def test_exported_logits_match_fedtune(runs: Runs, loaded: Loaded, name: str, fo
 def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
     config = saved_config(run)
     tokenizer = load_tokenizer(config.model)
-    answer = {role: model.task.made_up(role, config.data, draw=lambda _: 0) or "" for role in model.task.answers}
+    answer = {role: model.task.dummy_field(role, config.data, draw=lambda _: 0) or "" for role in model.task.answers}
     fields = [{"text": text, **answer} for text in TEXTS]
     if not answer:
         fields = [{"text": TEXTS[0], "other": TEXTS[1], "target": "1.0"}]

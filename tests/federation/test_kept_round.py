@@ -37,7 +37,7 @@ def kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept
 )
 def test_best_round_is_the_first_with_the_best_score(scores: Sequence[float | None], name: str, best: int) -> None:
     found = kept(*scores, name=name)
-    assert (found.round, found.judged_by, found.ended_early) == (best, name, False)
+    assert (found.round, found.primary_metric, found.ended_early) == (best, name, False)
 
 
 def test_no_checkpoint_is_selected_without_the_settings() -> None:

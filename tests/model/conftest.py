@@ -106,7 +106,7 @@ def batch_of(task: str) -> Batch:
     """Four examples of different lengths; the last causal one has no supervised token."""
     spec, draws = spec_of(task=task), np.random.default_rng(8)
     ids = tuple(draws.integers(5, 200, size=size).astype(np.int32) for size in (7, 3, 5, 4) * spec.texts)
-    targets = TASKS[spec.task].made_up_targets(ids, spec=spec, draws=draws, first=lambda length: 2)
+    targets = TASKS[spec.task].dummy_targets(ids, spec=spec, draws=draws, first=lambda length: 2)
     batch = collate(TextDataset(ids, targets, spec.texts), range(4), pad_id=0)
     if task == "causal_lm":
         batch.targets[3] = -100

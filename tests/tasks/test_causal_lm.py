@@ -86,8 +86,8 @@ def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -
 def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tuple[str, ...]) -> None:
     data = settings("messages", chat_template="plain")
     silent = Record(chat(*contents), file="a.jsonl", line=3)
-    assert LM.fault(data)(silent) is not None
-    assert LM.fault(data)(Record(chat("where", "lost"))) is None
+    assert LM.record_validator(data)(silent) is not None
+    assert LM.record_validator(data)(Record(chat("where", "lost"))) is None
     with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant that is learnt'"):
         LM.tokenize([silent], leading_tokenizer, data=data)
 
@@ -106,7 +106,10 @@ def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: A
     assert [number for number in marked(1) if number != HIDDEN] == [number for number in whole if number != HIDDEN][-2:]
     assert len(marked(1)) == len(ids)
     assert marked(3) == later[1], "nothing is learnt behind the last answer that is"
-    assert LM.fault(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])})) is not None
+    assert (
+        LM.record_validator(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])}))
+        is not None
+    )
 
 
 def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
@@ -238,17 +241,19 @@ def test_hostile_content_gives_at_most_one_bounded_example(roles: tuple[str, ...
 
 def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any, decoder_tokenizer: Any) -> None:
     data = settings("messages", chat_template="plain", max_length=6)
-    asked = LM.written([Record(chat("where", "lost", "is", "there", "so"))], leading_tokenizer, data=data)
+    asked = LM.prompts_and_references(
+        [Record(chat("where", "lost", "is", "there", "so"))], leading_tokenizer, data=data
+    )
     assert asked is not None
     prompts, answers = asked
     assert answers == ["there"]
     assert prompts[0].tolist() == [CLS, LOST, SEP, 1, IS, 1], "as many tokens as an example has, whatever the answer"
-    assert LM.written([Record({"text": "lost"})], leading_tokenizer, data=settings("text")) is None
-    asked = LM.written([prompted("where is", "lost")], leading_tokenizer, data=settings(max_length=3))
+    assert LM.prompts_and_references([Record({"text": "lost"})], leading_tokenizer, data=settings("text")) is None
+    asked = LM.prompts_and_references([prompted("where is", "lost")], leading_tokenizer, data=settings(max_length=3))
     assert asked is not None
     assert ([ids.tolist() for ids in asked[0]], asked[1]) == ([[CLS, WHERE, IS]], ["lost"])
     with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must give a token"):
-        LM.written([prompted("", "lost")], decoder_tokenizer, data=settings())
+        LM.prompts_and_references([prompted("", "lost")], decoder_tokenizer, data=settings())
 
 
 def test_generation_prompts_end_before_the_answer(leading_tokenizer: Any) -> None:

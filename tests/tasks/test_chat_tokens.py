@@ -129,7 +129,7 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     asked = LM.prompt_ids(messages(turns[:-1]), tokenizer, data=data).tolist()
     expected = tokenizer.apply_chat_template(turns[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert asked == expected
-    written = LM.written([Record(messages(turns))], tokenizer, data=data)
+    written = LM.prompts_and_references([Record(messages(turns))], tokenizer, data=data)
     assert written is not None
     assert written[0][0].tolist() == asked
     both = [*turns[:-1], {"role": "assistant", "content": "No."}]

@@ -123,7 +123,7 @@ def test_malformed_pair_is_a_fault_and_named_in_the_error(
     leading_tokenizer: Any, record: Record, data: DataSpec, message: str
 ) -> None:
     PAIRS.check_data(data)
-    assert PAIRS.fault(data)(record) is not None
+    assert PAIRS.record_validator(data)(record) is not None
     with pytest.raises(DataError) as raised:
         PAIRS.tokenize([record], leading_tokenizer, data=data)
     assert str(raised.value).startswith(f"a.jsonl:3, {message}")
@@ -149,7 +149,7 @@ def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -
     data, records = settings(prompt_template="is {prompt}"), [pair("where", "lost", "card")]
     asked = PAIRS.prompt_ids({"prompt": "where"}, leading_tokenizer, data=data).tolist()
     chosen, _ = rows(PAIRS.tokenize(records, leading_tokenizer, data=data))
-    prompts, references = PAIRS.written(records, leading_tokenizer, data=data)
+    prompts, references = PAIRS.prompts_and_references(records, leading_tokenizer, data=data)
     assert chosen[0][: len(asked)] == prompts[0].tolist() == asked
     assert references == ["lost"]
 
@@ -157,7 +157,7 @@ def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -
 def made_up(model: TaskModel, count: int = 6) -> TextDataset:
     draws = np.random.default_rng(2)
     ids = model.made_up(draws.integers(3, 12, size=2 * count).tolist(), draws)
-    targets = model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=lambda length: length // 2)
+    targets = model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=lambda length: length // 2)
     return TextDataset(ids, targets, texts=2)
 
 

@@ -35,7 +35,9 @@ def test_survival_targets_follow_from_time_and_event(time: str, event: str, know
     record = Record({"text": "a", "time": time, "event": event})
     assert list(SURVIVAL.target(DATA)(record)) == known  # type: ignore[attr-defined]
     for wrong in ({"time": "-1"}, {"event": "maybe"}, {"event": "2"}):
-        assert SURVIVAL.fault(DATA)(Record({**record.fields, **wrong})) is not None, "what says nothing is a fault"
+        assert SURVIVAL.record_validator(DATA)(Record({**record.fields, **wrong})) is not None, (
+            "what says nothing is a fault"
+        )
 
 
 @pytest.mark.parametrize("values", [("1", "2"), ("alive", "dead"), ("0:LIVING", "1:DECEASED")])
@@ -43,8 +45,8 @@ def test_event_column_accepts_declared_values(values: tuple[str, str]) -> None:
     data = data_spec("text", "time", "event", event_values=values)
     lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
     assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
-    assert SURVIVAL.fault(data)(Record({**lost.fields, "event": "0"})) is not None
-    assert SURVIVAL.made_up("event", data, draw=lambda _: 1) == values[1]
+    assert SURVIVAL.record_validator(data)(Record({**lost.fields, "event": "0"})) is not None
+    assert SURVIVAL.dummy_field("event", data, draw=lambda _: 1) == values[1]
     with pytest.raises(ConfigError, match=r"event_values = \['1'\]: must be two different values, or none"):
         data_spec(event_values=("1",))
 

@@ -70,7 +70,7 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
     with pytest.raises(DataError, match=message) as caught:
         tokenised(task, [answer, answer], encoder_tokenizer)
     assert "secret" not in str(caught.value)
-    fault = get_task(task).fault(data(task))
+    fault = get_task(task).record_validator(data(task))
     role = next(iter(get_task(task).answers))
     assert fault(Record({"text": "a", role: answer})) is not None
     assert fault(Record({"text": "a", role: "2.5" if task == "regression" else "mid"})) is None
@@ -168,12 +168,12 @@ def test_majority_baseline_is_the_best_constant_prediction() -> None:
     task = TASKS["multi_label"]
     figures = [{"loss": np.zeros(40), "truth": marks, "probabilities": np.tile(one, (40, 1)) * 1.0} for one in sets]
     best = max(task.scores(one, spec=spec_of("multi_label"))["micro_f1"] for one in figures)
-    assert task.guess(TextDataset(ids, marks)) == pytest.approx(best)
+    assert task.majority_baseline(TextDataset(ids, marks)) == pytest.approx(best)
 
     numbers = draws.uniform(-1, 1, size=40).astype(np.float32)
     least = min(float(np.square(numbers - one).mean()) for one in np.linspace(-1, 1, 4001))
-    assert TASKS["regression"].guess(TextDataset(ids, numbers)) == pytest.approx(least, abs=1e-6)
-    assert TASKS["ordinal"].guess(TextDataset(ids, np.zeros(40, dtype=np.int64))) == 0
+    assert TASKS["regression"].majority_baseline(TextDataset(ids, numbers)) == pytest.approx(least, abs=1e-6)
+    assert TASKS["ordinal"].majority_baseline(TextDataset(ids, np.zeros(40, dtype=np.int64))) == 0
 
 
 def test_final_scores_and_details_match_manual_calculations() -> None:

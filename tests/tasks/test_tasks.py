@@ -79,7 +79,7 @@ def made_up(draws: random.Random) -> object:
 def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
     learner, settings = checked(task, roles, **given)
     columns = learner.columns(settings, unit="user" if "user" in roles else "record")
-    fault, draws, found = learner.fault(settings), random.Random(seed), set()
+    fault, draws, found = learner.record_validator(settings), random.Random(seed), set()
     for _ in range(4000):
         row = {column: made_up(draws) for column in columns.values()}
         error = catch_row_error("", parse_record, row, columns, file="a.jsonl", line=1)

@@ -71,7 +71,7 @@ class TextLength(Task):
     def unit_score(self, model: Model, batch: Batch) -> float:
         return float(np.exp(-float(model.losses(batch)[0])))
 
-    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return self.targets_of(input_ids)
 
     def targets_of(self, input_ids: Sequence[np.ndarray]) -> np.ndarray:

@@ -255,7 +255,7 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) ->
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
     assert figures["entities"][0].tolist() == [[1, 0, 0, 0, 0], *[[0] * 5] * (len(labels) - 1), [1, 0, 0, 0, 0]]
     assert unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
-    assert TASK.guess(dataset) == 0.0
+    assert TASK.majority_baseline(dataset) == 0.0
     nothing = tokenised(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
     assert unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
 
@@ -272,7 +272,7 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     batches = [collate(one, [0], pad_id=0) for one in (both, alone)]
     losses = [model.losses(batch) for batch in batches]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
-    counted = [TASK.figures(model, batch)["entities"][0, :, 0].tolist() for batch in batches]
+    counted = [TASK.outputs_per_example(model, batch)["entities"][0, :, 0].tolist() for batch in batches]
     assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
     many = record("a" * 90, [[place, place + 1, second] for place in range(90)], SPANNED)
@@ -285,7 +285,7 @@ def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
     text, model = "unbelievably sore aspirin", trained("random:bert", TASK.name)
     for max_length in range(4, 12):
         given = data(SPANNED, max_length=max_length, labels=model.spec.labels)
-        asked = TASK.as_asked(Record({"text": text}), given)
+        asked = TASK.without_answer(Record({"text": text}), given)
         (row,) = TASK.tokenize([asked], tokenizer, data=given).targets
         logits = functional.one_hot(torch.ones(1, len(row), dtype=torch.long), 1 + 2 * len(model.spec.labels)).float()
         _, found = TASK.answer_to(asked, logits, tokenizer, data=given, spec=model.spec)
@@ -302,9 +302,9 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         asked = TASK.prompt_fields(text, given, at="--prompt")
         assert asked == fields
         assert set(TASK.input_columns(given)) == set(fields)
-        assert len(TASK.tokenize([TASK.as_asked(Record(asked), given)], encoder_tokenizer, data=given)) == 1
+        assert len(TASK.tokenize([TASK.without_answer(Record(asked), given)], encoder_tokenizer, data=given)) == 1
         roles = TASK.required_roles(given)
-        made = {role: TASK.made_up(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
-        assert TASK.fault(given)(Record(made)) is None
+        made = {role: TASK.dummy_field(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
+        assert TASK.record_validator(given)(Record(made)) is None
         assert len(marks(given)(Record(made))[1]) == 1
     assert json.loads(made["spans"]) == [[0, 1, "dose"]]

@@ -51,7 +51,7 @@ def records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: int = 0
     """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
     draws, texts = np.random.default_rng(seed), model.spec.texts
     ids = model.made_up(draw_text_lengths(lengths.tolist(), texts, draws), draws)
-    return TextDataset(ids, model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=draws.integers), texts)
+    return TextDataset(ids, model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=draws.integers), texts)
 
 
 def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:

@@ -67,7 +67,7 @@ def trained(spec: TaskModelSpec, *, max_length: int = 1) -> TaskModel:
 def records(model: TaskModel, count: int) -> TextDataset:
     draws = np.random.default_rng(5)
     rows = model.made_up([1] * count, draws)
-    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)
+    targets = model.task.dummy_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)
     return TextDataset(rows, targets)
 
 
@@ -145,7 +145,7 @@ def test_bad_feature_record_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     good = [Record({**row.fields, "label": "two"}) for row in rows]
     bad = Record({**good[1].fields, "feature:states": "[1, 2]"})
-    assert model.task.fault(spec)(bad) is not None
+    assert model.task.record_validator(spec)(bad) is not None
     require_nothing_added(model, bad, good, reader, spec, monkeypatch)
 
 
@@ -154,7 +154,7 @@ def require_nothing_added(
 ) -> None:
     """The bad record in the place of the second good one, and the other three what they add beside that."""
     task = model.task
-    assert [task.fault(spec)(one) for one in good] == [None] * 4
+    assert [task.record_validator(spec)(one) for one in good] == [None] * 4
     with monkeypatch.context() as patched:  # as if the reading had let it by
         patched.setattr(type(task), "fault", lambda self, data: lambda record: None)
         mixed = task.tokenize([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
@@ -218,6 +218,6 @@ def test_broken_image_adds_nothing_and_affects_no_other(folders: Folders, monkey
         Record({"image": read_image_field(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)
     ]
     bad = Record({**good[1].fields, "image": read_image_field(encoded(picture(seed=1))[:-40], "image")})
-    fault = model.task.fault(spec)(bad)
+    fault = model.task.record_validator(spec)(bad)
     assert "no image that can be decoded" in str(fault)
     require_nothing_added(model, bad, good, reader, spec, monkeypatch)

@@ -45,7 +45,7 @@ def rows_of(shapes: Shapes) -> list[int]:
 def of_length(model: TaskModel, length: int, count: int) -> TextDataset:
     draws = np.random.default_rng(3)
     ids = model.made_up([length - 1] * (count * model.spec.texts), draws)
-    targets = model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=lambda length: 0)
+    targets = model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=lambda length: 0)
     return TextDataset(ids, targets, model.spec.texts)
 
 

@@ -90,7 +90,9 @@ class RecordAttack:
             return int(draw % np.uint64(count))
 
         def text(role: str) -> str:
-            chosen = task.made_up(role, data, draw=one_of) or get_input_for(data).made_up_field(role, data, draw=one_of)
+            chosen = task.dummy_field(role, data, draw=one_of) or get_input_for(data).made_up_field(
+                role, data, draw=one_of
+            )
             return " ".join(self._words[one_of(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
 
         return Record({role: text(role) for role in task.columns(data)})

@@ -185,5 +185,5 @@ def random_examples(model: TaskModel, lengths: list[int], draws: np.random.Gener
     def first(length: int) -> int:
         return int(draws.integers(0, length, endpoint=True))  # the last place of all: nothing is supervised
 
-    targets = model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first)
+    targets = model.task.dummy_targets(input_ids, spec=model.spec, draws=draws, first=first)
     return TextDataset(input_ids, targets, model.spec.texts)

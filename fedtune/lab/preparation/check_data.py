@@ -142,7 +142,7 @@ class _Look:
         self.task, self._config, self._data = config.bound_task, config, config.data
         self.task.check_tokenizer(tokenizer, data=config.data)
         self._tokenizer, self._within = tokenizer, within
-        self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
+        self._fault, self._key = self.task.record_validator(config.data), split_key(config.seed)
         self.earlier = Earlier(alike=is_installed("datasketch"))
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
 

@@ -138,7 +138,7 @@ def plan_experiment(
     counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
     unknown, num_tokens, marks = 0, 1, [getattr(reader, f"{one}_token_id", None) for one in ("unk", "bos", "eos")]
     for chunk in chunk_records(
-        iter_usable_records(found.path, roles, fault=task.fault(data), faults=faults, lenient=False)
+        iter_usable_records(found.path, roles, fault=task.record_validator(data), faults=faults, lenient=False)
     ):
         usable += len(chunk)
         for record in chunk:
