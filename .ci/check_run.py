@@ -9,7 +9,7 @@ from dp_accounting.pld import PLDAccountant
 
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
-from fedtune.report.rederive import problems
+from fedtune.report.verify_report import problems
 
 folder = Path(sys.argv[1])
 run = json.loads((folder / "run.json").read_text())

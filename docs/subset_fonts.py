@@ -2,7 +2,7 @@
 
     python docs/subset_fonts.py FOLDER    # with LiberationSans-Regular.ttf, -Bold.ttf and LiberationMono-Regular.ttf
 
-The licence keeps the name Liberation for the whole font, so the subsets have a name of their own.  It needs fontTools
+The license keeps the name Liberation for the whole font, so the subsets have a name of their own.  It needs fontTools
 and brotli, which the extra `pdf` brings.
 """
 

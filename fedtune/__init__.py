@@ -13,9 +13,9 @@ from fedtune import process as process  # first: torch reads once what it sets
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fedtune.api.door import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
+    from fedtune.api.public import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
     from fedtune.config import RunConfig
-    from fedtune.lab.studies.personalised import personalise
+    from fedtune.lab.studies.personalized import personalize
     from fedtune.lab.studies.synthetic import synthesize
     from fedtune.privacy.site_policy import Policy
 
@@ -28,7 +28,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
-    "personalise",
+    "personalize",
     "plan",
     "simulate",
     "synthesize",
@@ -37,7 +37,7 @@ __all__ = [
 _ELSEWHERE = {
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
-    "personalise": "fedtune.lab.studies.personalised",
+    "personalize": "fedtune.lab.studies.personalized",
     "synthesize": "fedtune.lab.studies.synthetic",
 }
 
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> object:
     """
     if name not in __all__:
         raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
-    return getattr(import_module(_ELSEWHERE.get(name, "fedtune.api.door")), name)
+    return getattr(import_module(_ELSEWHERE.get(name, "fedtune.api.public")), name)
 
 
 def __dir__() -> list[str]:

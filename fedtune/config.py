@@ -228,7 +228,7 @@ class RunConfig:
         return dataclasses.replace(self, training=dataclasses.replace(self.training, **chosen))
 
     @property
-    def judged_by(self) -> str:
+    def primary_metric(self) -> str:
         """The score that decides which of two models is better."""
         return self.bound_task.primary_metric_for(self.data)
 
@@ -280,8 +280,8 @@ class RunConfig:
         fields = self.to_json()
         for key in ("name", "resume", "tracking", "report", "cost", *(() if self.public.train_file else ("public",))):
             del fields[key]
-        patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s", "renewal")]
-        patience.append(("training", "go_on_without_signal"))
+        patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "straggler_grace_s", "renewal")]
+        patience.append(("training", "ignore_weak_signal"))
         # Where an adapter lies changes nothing: its digest says which it is.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
         own = self.privacy

@@ -9,7 +9,8 @@ torch_came_first = "torch" in sys.modules and "MKL_CBWR" not in os.environ
 """Whether torch may have computed before these settings were made, which it reads once."""
 
 # Before torch first computes: MKL otherwise chooses kernels, and parts sums among threads, by how many rows a product
-# has, and so rounds an example by its neighbours.  Whether it does is tried on each machine (training/preflight.py).
+# has, and so rounds an example by its neighbors.  Whether it does is tried on each machine
+# (training/batch_invariance.py).
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Read once CUDA starts: its products then compute the same bits each time (training/accelerators.py).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -21,9 +21,9 @@ from typing import Any, Literal, Protocol
 from fedtune.config import PATHS, RunConfig
 from fedtune.federation.lead import LeadState, charged_epsilons, compute_site_charge
 from fedtune.federation.run_folder import RunFolder
+from fedtune.formatting import finite, flatten
 from fedtune.runs.results import RunResult
 from fedtune.spec import RunError
-from fedtune.words import finite, flatten
 
 log = logging.getLogger(__name__)
 

@@ -270,7 +270,7 @@ def tiny(*overrides: str, into: Path, name: str = "run") -> list[str]:
     return [
         *([] if own else ["experiment=debug"]),
         *(f"tracking.output_dir='{into}'", f"name={name}", "runtime.device=cpu", "runtime.num_threads=1"),
-        *("privacy.noise_multiplier=4.0", "training.go_on_without_signal=true", "data.train_fraction=0.02"),
+        *("privacy.noise_multiplier=4.0", "training.ignore_weak_signal=true", "data.train_fraction=0.02"),
         *("data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10", "data.test_rows=10"),
         *overrides,
     ]

@@ -24,7 +24,7 @@ from transformers import (
     ViTModel,
 )
 
-from fedtune.model.quiet import quiet
+from fedtune.model.hf_logging import quiet
 
 SIDE = 8
 _EXACT = {"size": {"height": SIDE, "width": SIDE}}
@@ -56,7 +56,7 @@ def vision_folder(folder: Path, kind: str = "vit") -> Path:
 
 
 def picture(*, seed: int = 0, size: tuple[int, int] = (12, 10), tint: int | None = None) -> Image.Image:
-    """Noise; `tint`: with one of the three colours brighter."""
+    """Noise; `tint`: with one of the three colors brighter."""
     pixels = np.random.default_rng(seed).integers(0, 130, size=(size[1], size[0], 3))
     if tint is not None:
         pixels[..., tint] += 120
@@ -69,11 +69,11 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     return stream.getvalue()
 
 
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 
 
 def write_pictures(folder: Path, name: str, count: int, *, seed: int) -> Path:
-    """A table of paths below `images/` with the brighter colour of each as its label, and a number."""
+    """A table of paths below `images/` with the brighter color of each as its label, and a number."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     draws = np.random.default_rng(seed)
     with (folder / name).open("w", newline="") as stream:
@@ -82,6 +82,6 @@ def write_pictures(folder: Path, name: str, count: int, *, seed: int) -> Path:
         for place in range(count):
             tint, path = int(draws.integers(3)), f"images/{seed}-{place}.png"
             (folder / path).write_bytes(encoded(picture(seed=1000 * seed + place, tint=tint)))
-            several = ";".join(colour for colour in COLOURS[:2] if colour == COLOURS[tint])
-            table.writerow([path, COLOURS[tint], tint, several, 1 + 2 * tint, int(tint < 2)])
+            several = ";".join(color for color in COLORS[:2] if color == COLORS[tint])
+            table.writerow([path, COLORS[tint], tint, several, 1 + 2 * tint, int(tint < 2)])
     return folder / name

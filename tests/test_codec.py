@@ -13,7 +13,7 @@ from fedtune.spec import ConfigError
 from .cli import snapshots
 
 
-class Colour(StrEnum):
+class Color(StrEnum):
     RED = "red"
 
 
@@ -24,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Whole:
-    colour: Colour
+    color: Color
     pairs: tuple[tuple[int, str], ...]
     path: frozenset[tuple[int, str]]
     counts: dict[str, int]
@@ -33,12 +33,12 @@ class Whole:
     layers: tuple[int, ...] | Literal["all"] = "all"
 
 
-JSON = {"colour": "red", "pairs": [[1, "a"]], "path": [[2, "b"]], "counts": {"r": 3}, "cap": 4}
+JSON = {"color": "red", "pairs": [[1, "a"]], "path": [[2, "b"]], "counts": {"r": 3}, "cap": 4}
 
 
 def test_record_is_decoded_according_to_its_types() -> None:
     whole = decode(Whole, JSON)
-    assert whole == Whole(Colour.RED, ((1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
+    assert whole == Whole(Color.RED, ((1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
     assert type(whole.cap) is float
     assert [decode(Whole, JSON | {"layers": given}).layers for given in ([1], "all")] == [(1,), "all"]
     assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out what its default has"

@@ -12,7 +12,7 @@ from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import config_folder
 from fedtune.api.experiment_file import read_option
 from fedtune.config import RunConfig, saved_config
-from fedtune.lab.preparation.starter import placeholder_overrides
+from fedtune.lab.preparation.experiment_writer import placeholder_overrides
 
 from .conftest import write_config
 

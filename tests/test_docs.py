@@ -27,7 +27,7 @@ FOUND = {path for pattern in PATTERNS for path in ROOT.glob(pattern)}
 PAGES = sorted(path for path in FOUND if path.name != "README.upstream.md")
 
 
-SMALL = ["training.go_on_without_signal=true", "runtime.num_threads=1"]
+SMALL = ["training.ignore_weak_signal=true", "runtime.num_threads=1"]
 TINY = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from fedtune import extras
 from fedtune.api.compose import compose_run
-from fedtune.api.door import start_after_public_stage
+from fedtune.api.public import start_after_public_stage
 from fedtune.model.base_model import load_base
 from fedtune.model.spec import ModelSpec
 from fedtune.runs.model_comparison import compare_runs

@@ -37,7 +37,7 @@ def test_every_file_names_this_version() -> None:
     assert [page.name for page in pages if re.search(r"\bunreleased\b", page.read_text())] == []
 
 
-def test_the_licence_names_what_the_wheel_holds() -> None:
+def test_the_license_names_what_the_wheel_holds() -> None:
     files = {path.relative_to(REPOSITORY) for pattern in PROJECT["license-files"] for path in REPOSITORY.glob(pattern)}
     assert len(files) == 6
     for page in (REPOSITORY / "simulations" / "data").glob("*/README.md"):

@@ -33,13 +33,13 @@ from fedtune.api.experiment_file import (
 )
 from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
 from fedtune.federation.run_folder import suggest_run_folders
-from fedtune.runs.changed_settings import FREE_MAPS, set_by_key
-from fedtune.runs.place_of_run import default_run_name
+from fedtune.formatting import flatten
+from fedtune.runs.overrides import FREE_MAPS, set_by_key
 from fedtune.runs.public_stage import add_public_stage, needs_public_stage
 from fedtune.runs.renewal import renew_config, with_start_adapter
+from fedtune.runs.run_paths import default_run_name
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.registry import TASKS
-from fedtune.words import flatten
 
 Recipe = str | Path | RunConfig | DictConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedtune.api.config_groups import config_folder, config_groups, list_options, suggest_experiment
 from fedtune.config import plain_yaml
-from fedtune.runs.changed_settings import FREE_MAPS
+from fedtune.runs.overrides import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 OPEN = "???"  # in place of a value, which must then be given

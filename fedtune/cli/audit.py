@@ -18,7 +18,7 @@ from fedtune.lab.audit.spec import AuditSpec
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report.derive.verdicts import read_audit, refuted_bounds
 from fedtune.report.facts import Audit, AuditHitRate
-from fedtune.runs.place_of_run import find_run_folder
+from fedtune.runs.run_paths import find_run_folder
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
 

@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
-from fedtune.api.door import load
+from fedtune.api.public import load
 from fedtune.cli.command import Argument, AsJson, Option, print_answer, resume_command
 from fedtune.cli.finished_run import load_finished_run
 from fedtune.cli.interruptible_run import run_with_summary
-from fedtune.cli.personalise import show_progress
+from fedtune.cli.personalize import show_progress
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values, resolve_file
 from fedtune.data.spec import SITE
@@ -24,7 +24,7 @@ from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST, missing_test_records_error
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.lab.studies.comparison import Line, plan_runs, score_side_by_side
-from fedtune.lab.studies.personalised import personalise, split_site_records
+from fedtune.lab.studies.personalized import personalize, split_site_records
 from fedtune.lab.studies.trials import SearchTrial, describe_price, read_result
 from fedtune.show.terminal_tables import require_confirmation, say, to_json_text, write_file
 from fedtune.sites.session import Session
@@ -160,7 +160,7 @@ def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, pers
             folders = {site: run.folder / f"private_to_{site}" for site in run.config.federation.active}
             if missing := [site for site, folder in folders.items() if not RunFolder(folder).adapter.is_dir()]:
                 with show_progress() as progress:
-                    personalise(run, missing, progress=progress)
+                    personalize(run, missing, progress=progress)
             for site, folder in folders.items():
                 trial = SearchTrial(config=run.config, folder=folder)
                 done.append(Line(name=f"{site} own", kind="own", site=site, run=trial))

@@ -23,18 +23,18 @@ from fedtune.cli import data_sections
 from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
 from fedtune.cli.finished_run import name_columns_option, parse_column_roles
 from fedtune.config import RunConfig
-from fedtune.data.faults import Faults, LeftOut
+from fedtune.data.bad_rows import Faults, SkippedRows
 from fedtune.data.features import check_range
 from fedtune.data.formats import detect_format
 from fedtune.data.records import Record, empty_file_error, iter_records, iter_usable_records, resolve_file
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_free_text
 from fedtune.extras import install_command, is_installed, require_extra
-from fedtune.lab.preparation import starter
+from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.check_data import check as examine
 from fedtune.lab.preparation.clean import RULES, Cleaning, Coding
 from fedtune.lab.preparation.clean import clean as write_clean
-from fedtune.lab.preparation.detect import KINDS, OPTIONS, Form, Found, look_at
+from fedtune.lab.preparation.detect import KINDS, OPTIONS, Form, Found, detect_columns
 from fedtune.lab.preparation.duplicates import compare_records
 from fedtune.model.source import resolve_model
 from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
@@ -79,7 +79,7 @@ def init(
     fedtune data init visits.csv --user patient          all records of one patient are protected together
     fedtune data init tweets.csv --site airline          a simulation with a site for each value of this column
     fedtune data init nli.csv --text a --text-pair b      two texts with a label: whether one follows from the other
-    fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
+    fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learned of them
     fedtune data init labs.csv --ranges=-5,5             a table whose numbers all have this public range
     fedtune data init labs.csv --table                   the same, though a column reads like texts (--texts: not)
     fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
@@ -87,14 +87,14 @@ def init(
 
     Columns without an option are detected by name or values, and listed with the option that selects another.
     """
-    target = out or Path(f"{starter.derive_run_name(Path(file.name.split('.')[0]))}.yaml")
+    target = out or Path(f"{experiment_writer.derive_run_name(Path(file.name.split('.')[0]))}.yaml")
     chosen = {option: name for option in OPTIONS if (name := columns[option.replace("-", "_")]) is not None}
     if "user" in chosen and unit == "record":
         raise ConfigError("--user", chosen["user"], "says whose a record is, and --unit record that nobody asks")
     if table and texts:
         raise ConfigError("--table", "", "does not go with --texts")
     form: Form | None = "table" if table else "texts" if texts else None
-    found = look_at(file, chosen, by_person=unit == "user", form=form)
+    found = detect_columns(file, chosen, by_person=unit == "user", form=form)
     if not str(target).isprintable():
         raise ConfigError("--out", str(target), "must be a name without control characters")
     _require_new_file(target, ".yaml", ".yml", force=force)
@@ -105,7 +105,7 @@ def init(
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
     config, spec = _compose_with_model(base, model)
     reader = _load_reader(config.data, spec, key="--model", other="--model")
-    plan = starter.plan_experiment(found, reader, config, within=_count_token_ids(reader), sites=sites)
+    plan = experiment_writer.plan_experiment(found, reader, config, within=_count_token_ids(reader), sites=sites)
     if not plan.usable:
         raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
     if sites is not None and sites > plan.units:
@@ -114,17 +114,17 @@ def init(
     plan = replace(
         plan, model=named, model_path=path, ranges=_parse_ranges(ranges, found) if ranges is not None else {}
     )
-    write_file(target, starter.render_experiment(found, plan, file=target), option="--out")
+    write_file(target, experiment_writer.render_experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
-        compose_run([f"experiment={target.absolute()}", *starter.fill_overrides(found)])
+        compose_run([f"experiment={target.absolute()}", *experiment_writer.fill_overrides(found)])
     except ConfigError:
         target.unlink()
         raise
-    to_know = Section(title="To know", notes=tuple(starter.list_notes(found, plan)))
+    to_know = Section(title="To know", notes=tuple(experiment_writer.list_notes(found, plan)))
     about_input = data_sections.input_section(found, plan, spec.path)
     show([*data_sections.file_sections(found, plan), about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
-    say(f"  {starter.next_command(target)}", style="bold")
+    say(f"  {experiment_writer.next_command(target)}", style="bold")
 
 
 def _parse_ranges(given: str, found: Found) -> dict[str, tuple[float, float]]:
@@ -296,7 +296,7 @@ def copies(
     if out is not None:
         _require_new_file(out)
 
-    left_out: dict[str, LeftOut] = {}
+    left_out: dict[str, SkippedRows] = {}
     records = list(
         _iter_usable_records([(resolve_file(synthetic, shipped_folders(), key="SYNTHETIC"), roles)], left_out)
     )
@@ -317,7 +317,7 @@ def copies(
 
 
 def _iter_usable_records(
-    files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, LeftOut]
+    files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, SkippedRows]
 ) -> Iterator[Record]:
     """Yield the usable records of several files, and store the skipped rows of each file in `left_out`.
 
@@ -366,7 +366,7 @@ def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelS
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
         bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"
         raise ConfigError("--model", model, bound)
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.placeholder_overrides(base)]
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.placeholder_overrides(base)]
     config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
     return config, config.model if known else resolve_model(str(model))
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.faults import LeftOut
+from fedtune.data.bad_rows import SkippedRows
 from fedtune.data.load import is_far_from_declared
 from fedtune.extras import install_command, is_installed
-from fedtune.lab.preparation import starter
+from fedtune.formatting import pluralize
+from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.lab.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.lab.preparation.detect import KINDS, Found
 from fedtune.lab.preparation.duplicates import Near
 from fedtune.show.terminal_tables import Section, key_value_section
 from fedtune.spec import shown
-from fedtune.words import pluralize
 
 _WORDS = tomllib.loads(Path(__file__).with_name("data_words.toml").read_text(encoding="utf-8"))
 ABOUT, ABOUT_COPIES = tuple(_WORDS["about"]), tuple(_WORDS["about_copies"])
@@ -35,7 +35,7 @@ _MOST_LINES = 6
 _BAR = 40
 
 
-def file_sections(found: Found, plan: starter.ExperimentPlan) -> Iterator[Section]:
+def file_sections(found: Found, plan: experiment_writer.ExperimentPlan) -> Iterator[Section]:
     """Yield tables of a file's kind, columns, first rows and labels."""
     unread = f", and {pluralize(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
     yield key_value_section(
@@ -83,7 +83,7 @@ def _truncated_section(
     return Section(title, headings, rows[:_MOST_COLUMNS], words=words, notes=[f"and {more:,} more"] if more > 0 else ())
 
 
-def input_section(found: Found, plan: starter.ExperimentPlan, model: str) -> Section:
+def input_section(found: Found, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
     """Build the table of a file's features, shown only on the terminal, or of its records' token counts."""
     if found.features:
         rows = []
@@ -120,7 +120,7 @@ def check_sections(checked: Checked) -> Iterator[Section]:
 
 
 def _file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
-    usable, left_out = sum(file.uses.values()), LeftOut(rows=file.rows, reasons=file.num_errors)
+    usable, left_out = sum(file.uses.values()), SkippedRows(rows=file.rows, reasons=file.num_errors)
     uses = ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none"
     told = {"rows": f"{file.rows:,}", "usable": uses, "errors": f"{left_out.count:,}"}
     yield key_value_section(told, title=file.path)
@@ -134,7 +134,7 @@ def _file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     meanings = [*dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)]
     yield Section("Findings", headings, rows, words={0, 1, 4}, notes=meanings)
     yield _labels_section(file.labels, usable)
-    notes = starter.describe_spellings(file.labels)
+    notes = experiment_writer.describe_spellings(file.labels)
     for label, count in file.spelt_otherwise.items():
         notes.append(f"{pluralize(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces.")
     yield Section(title="Labels that are spelt in several ways", notes=notes)
@@ -189,7 +189,7 @@ def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapp
     yield Section(notes=ABOUT[:1])
 
 
-def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, LeftOut]) -> Iterator[Section]:
+def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, SkippedRows]) -> Iterator[Section]:
     """Yield tables of how close synthetic records are to a site's own, compared with the own records' similarity."""
     counts, rows, warned = Counter(what for one in usual for what in _match_kinds(one)), list[tuple[str, ...]](), {}
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.api.door import stages
+from fedtune.api.public import stages
 from fedtune.cli.command import AsJson, Option, print_answer
 from fedtune.cli.finished_run import Columns, Device, Run, comparison_rows, load_finished_run, name_columns_option
-from fedtune.cli.personalise import show_progress
+from fedtune.cli.personalize import show_progress
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, describe_against_constant
+from fedtune.formatting import pluralize
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.tasks.measures import Detail
-from fedtune.words import pluralize
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
@@ -49,7 +49,7 @@ def evaluate(
     figures |= {"beside_base": scores, "records": len(found.records)}
     figures |= {"unit": found.unit, "units": found.num_units, "prompts": num_prompts}
     if found.constant is not None:
-        figures |= {"constant_answer": {found.judged_by: found.constant}}
+        figures |= {"constant_answer": {found.primary_metric: found.constant}}
     if detail is not None:
         figures |= {"detail": detail}
     notes = list(_score_notes(found, scores, num_prompts=num_prompts))
@@ -78,9 +78,9 @@ def _detail_sections(detail: Detail) -> Iterator[Section]:
 
 def _score_notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:
     if found.constant is not None:
-        tuned = scores[found.judged_by].tuned
+        tuned = scores[found.primary_metric].tuned
         yield describe_against_constant(
-            "the tuned model", tuned, found.constant, score=found.judged_by, num_units=found.num_units
+            "the tuned model", tuned, found.constant, score=found.primary_metric, num_units=found.num_units
         )
     name, first = next(iter(scores.items()))
     before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))

@@ -18,11 +18,11 @@ from fedtune.cli.finished_run import (
     name_columns_option,
     parse_column_roles,
 )
+from fedtune.formatting import pluralize, size
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.inputs import get_input_for
-from fedtune.words import pluralize, size
 
 
 def export(

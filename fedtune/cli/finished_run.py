@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from fedtune.api.door import load
+from fedtune.api.public import load
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.bootstrap import Comparison

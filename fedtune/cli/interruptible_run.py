@@ -19,10 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.api.door import Work, run_in_folder, start_after_public_stage
+from fedtune.api.public import Work, run_in_folder, start_after_public_stage
 from fedtune.cli.command import InterruptTold, pause_garbage_collection
 from fedtune.config import RunConfig
-from fedtune.federation.kept_round import explain_used_up
+from fedtune.federation.early_stopping import explain_used_up
 from fedtune.federation.run_folder import RunFolder
 from fedtune.lab.studies.trials import SearchTrial, Trials, describe_price
 from fedtune.ops.files import handle_signals

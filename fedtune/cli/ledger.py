@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import describe_event, explain_guarantee, render_page, spending_json
 from fedtune.federation.run_folder import suggest_run_folders
+from fedtune.formatting import pluralize, unbounded
 from fedtune.ops.backup import MadeUp, charge_missing_events, find_anchors
 from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
@@ -34,13 +35,12 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import spent_fraction_of_cap
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 from fedtune.show import budget_text
 from fedtune.show.budget_text import describe_trust, format_cap, format_mechanism, format_rounded_down
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import Section, print_json, require_confirmation, say, show, to_json_text, write_file
 from fedtune.spec import ConfigError
-from fedtune.words import pluralize, unbounded
 
 if TYPE_CHECKING:  # it takes a while to import
     from fedtune.report.facts import Lifetime, LifetimeRun
@@ -325,7 +325,7 @@ def _arrivals_section(figures: Lifetime) -> Section:
             format_epsilon(one.with_set_aside),
             format_rounded_down(unbounded(one.left)),
         )
-        rows.append((load_catalogue("en").arrivals([one.people]).unescape(), *spent))
+        rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent))
     headings = ("who", "charged", "with what open runs\nhave set aside", "left for new runs")
     note = "The cap holds for each line; the figures above are the largest of them."
     return Section("By arrival", headings, rows, notes=[note] if rows else [])

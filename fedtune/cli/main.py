@@ -31,7 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "choose": "of such records those that have most votes",
     "evaluate": "score a finished run's model beside its base",
     "compare": "base, each site alone, federated, pooled: side by side",
-    "personalise": "a site's own model, which stays at the site",
+    "personalize": "a site's own model, which stays at the site",
     "search": "try settings, at a price that is known before",
     "export": "write a run's model for others to load",
     "distil": "a smaller model that answers as a run's does",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
+from fedtune.formatting import group_hex_start, pluralize, spoken, unbounded
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
@@ -18,13 +19,12 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 from fedtune.show import budget_text
 from fedtune.show.budget_text import Amount, Differences, format_cap, format_mechanism, format_rounded_down
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
 from fedtune.spec import ConfigError
-from fedtune.words import group_hex_start, pluralize, spoken, unbounded
 
 if TYPE_CHECKING:  # it takes a while to import
     from jinja2 import Environment
@@ -32,12 +32,12 @@ if TYPE_CHECKING:  # it takes a while to import
 
 def explain_refusal(reason: str) -> str:
     """Return the explanation of a site's refusal, worded as on a report's page."""
-    return load_catalogue("en").texts["refusal"].get(reason, "for a reason that this version does not know")
+    return load_catalog("en").texts["refusal"].get(reason, "for a reason that this version does not know")
 
 
 def explain_guarantee(unit: str, *, epsilon: float, delta: float) -> str:
     """Return the explanation of (epsilon, delta) for one unit, worded as on a report's page."""
-    texts = load_catalogue("en")
+    texts = load_catalog("en")
     factor, addition = texts.figure(epsilon, "factor"), texts.figure(delta, "exact")
     return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 

@@ -16,13 +16,14 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.command import Option, Overrides
 from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.config import RunConfig, parse, with_secure_sums
-from fedtune.federation import planner, verdict
+from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import calendar_rows, describe_calendar
 from fedtune.federation.planner import Change, Price, signal_to_noise
-from fedtune.federation.verdict import DryRun, find_strictest_dry_run
+from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
+from fedtune.formatting import group_hex_start, jsonable, pluralize, size
 from fedtune.lab.studies.trial_search import check_trials, price_section
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, format_epsilon
+from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
@@ -33,7 +34,6 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_sect
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.version import __version__
-from fedtune.words import group_hex_start, jsonable, pluralize, size
 
 if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast  # which imports torch
@@ -111,7 +111,7 @@ class Outlook:
                 "target_epsilon": config.privacy.epsilon if plan.private else None,
                 "guaranteed": self.guaranteed,
                 "seeded_noise": config.runtime.seeded_noise,
-                "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+                "neighboring_relation": NEIGHBORING_RELATION.name.lower(),
                 "noise_calibrated": self.calibrated,
                 **dataclasses.asdict(price),
                 "sites": {name: dataclasses.asdict(site) | common for name, site in price.sites.items()},
@@ -370,7 +370,7 @@ def plan(
             from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
             sha256 = model_sha256(config.model)
-        ask = partial(verdict.dry_run, declared_sizes=sizes, find_most_epsilon=planned.private)
+        ask = partial(policy_dry_run.dry_run, declared_sizes=sizes, find_most_epsilon=planned.private)
         outlook = Outlook(
             config=config,
             price=planner.price(planned, sizes, before=config.federation.renewal),

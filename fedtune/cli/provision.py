@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
+from fedtune.formatting import pluralize, spoken
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, key_fingerprint
 from fedtune.ops.kits.federation_folder import FederationFolder
@@ -28,7 +29,6 @@ from fedtune.ops.kits.provisioning import Admitted
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import pluralize, spoken
 
 app = group(__doc__)
 _MOST_TEXT = 1000

@@ -35,7 +35,7 @@ from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.derive.verdicts import explain_missing_room, report_outcome
 from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, schema_text
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import Section, say
 from fedtune.spec import ConfigError, RunError
@@ -126,11 +126,11 @@ def build(
         beside |= card_of_adapter(folder, report)
     paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
-        say(load_catalogue("en").code("banner", code).unescape(), style="bold yellow")
+        say(load_catalog("en").code("banner", code).unescape(), style="bold yellow")
     verdict, style = format_verdict(report)
     say(verdict, style=style)
     if report.epsilon:
-        say(load_catalogue("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
+        say(load_catalog("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
     for written in (path for path in paths if path.parent == (output or folder)):
         say(f"{written.name + ':':<12} {written}")
     if registry and (missing := build_registry_entry(report, about)["missing"]):
@@ -233,6 +233,6 @@ def format_verdict(report: Report) -> tuple[str, str]:
     """Return the verdict with its epsilon and delta, and the style to print it in."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     style, facts = _NO_ROOM if explain_missing_room(report) else _STYLES[report.verdict.state], report.facts
-    said = load_catalogue("en").texts["verdict"][report_outcome(report)]
+    said = load_catalog("en").texts["verdict"][report_outcome(report)]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
     return f"{shown}: epsilon {format_epsilon(report.epsilon)} at delta {facts.delta:g} for each {facts.unit}", style

@@ -19,7 +19,7 @@ from fedtune.cli.command import Metrics, Multirun, Option, Renew, SettingsArgume
 from fedtune.cli.interruptible_run import report_fitted_plan, run_shown_public_stage, several_runs, show_run
 from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.kept_round import should_stop
+from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, compute_site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
@@ -32,8 +32,8 @@ from fedtune.ops.services.lead_and_server import (
     read_latest_answers,
 )
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.runs.place_of_run import find_run_folder, is_finished
 from fedtune.runs.results import RunResult
+from fedtune.runs.run_paths import find_run_folder, is_finished
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.system import send_signal
@@ -210,7 +210,7 @@ def print_status(folder: Path, *, as_json: bool) -> None:
     config = saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     plan, answers, sites, rows = config.plan(), read_latest_answers(folder), dict[str, dict[str, Any]](), []
-    over = should_stop(state.rounds, config.federation, judged_by=config.judged_by)
+    over = should_stop(state.rounds, config.federation, primary_metric=config.primary_metric)
     for site in config.federation.active:
         charge, last = compute_site_charge(state, site, plan), answers.get(site, {})
         what, at = last.get("what", "none yet"), last.get("time")

@@ -8,12 +8,12 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, Overrides, resume_command
 from fedtune.cli.interruptible_run import run_with_summary, show_trials
+from fedtune.formatting import jsonable
 from fedtune.lab.studies.trial_search import Method, Search, price_section
 from fedtune.lab.studies.trials import SearchTrial, Trials
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
-from fedtune.words import jsonable
 
 
 def search(

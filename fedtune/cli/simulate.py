@@ -33,7 +33,7 @@ def simulate(
     from fedtune.api.compose import compose_run, quote_word
     from fedtune.cli.interruptible_run import run_shown_public_stage, run_simulation, run_with_summary, several_runs
     from fedtune.lab.studies.trials import Trials
-    from fedtune.runs.place_of_run import find_run_folder
+    from fedtune.runs.run_paths import find_run_folder
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
     from fedtune.sites.session import Session
     from fedtune.spec import ConfigError

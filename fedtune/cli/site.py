@@ -9,7 +9,7 @@
   fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run for good, also one that has begun
   fedtune site members ROSTER --kit kit --site site.toml  the lead's roster, beside those that this one sums with
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
-  fedtune site personalise RUN --kit kit --site site.toml  the site's own model, which stays here
+  fedtune site personalize RUN --kit kit --site site.toml  the site's own model, which stays here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
   fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
 See docs/adding_a_site.md for a walkthrough, and docs/site_policy.md for how to choose a policy's numbers.
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 from fedtune.evaluation.spec import SMALLEST
+from fedtune.formatting import pluralize
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import pluralize
 
 if TYPE_CHECKING:
     from fedtune.cli.site_actions import AtSite
@@ -211,13 +211,13 @@ def score(
 
 
 @command(app, "the site's own model, which stays here")
-def personalise(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
+def personalize(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
     """Train a run's final adapter further on this site's records, without noise, for this site only.
 
     Requires final_adapter = "keep". Nothing leaves the site, and nothing is charged. The result has no guarantee
     for the site's records: keep its folder, KIT/private_to_SITE/RUN, here. No run starts from it.
     """
-    _load_site_actions(kit, site).personalise(run, as_json=as_json)
+    _load_site_actions(kit, site).personalize(run, as_json=as_json)
 
 
 @command(app, "pause")

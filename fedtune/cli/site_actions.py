@@ -13,13 +13,14 @@ from rich.text import Text
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import print_answer
 from fedtune.cli.finished_run import load_finished_run
-from fedtune.cli.personalise import print_personalization
+from fedtune.cli.personalize import print_personalization
 from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
+from fedtune.federation.policy_dry_run import DryRun, dry_run
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.verdict import DryRun, dry_run
+from fedtune.formatting import flatten, group_hex_start, pluralize, spoken
 from fedtune.lab.studies.comparison import Line, score_side_by_side
-from fedtune.lab.studies.personalised import make_personalized
+from fedtune.lab.studies.personalized import make_personalized
 from fedtune.lab.studies.trials import SearchTrial
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.ops.doctor.check import REFUSED, SETTINGS, DoctorCheck, overall_exit_code
@@ -44,7 +45,6 @@ from fedtune.show.terminal_tables import (
     show,
 )
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
-from fedtune.words import flatten, group_hex_start, pluralize, spoken
 
 _SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")
 """Groups of settings that the proposal's own rows say already."""
@@ -153,10 +153,10 @@ class AtSite:
         compared = score_side_by_side(lines, runs, data=None, by=by, smallest=smallest, records=records)
         print_answer(compared.to_json(), compared.sections(), as_json=as_json)
 
-    def personalise(self, run: str, *, as_json: bool) -> None:
+    def personalize(self, run: str, *, as_json: bool) -> None:
         folder, files = self._find_kept_run(run), self.files
         config, adapter = load_finished_run(folder)
-        from fedtune.sites.personal import Parts
+        from fedtune.sites.personalization import Parts
         from fedtune.sites.real_site import read_site_records
 
         key, site = files.load_key().derive_secret("own adapter"), files.policy.site

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fedtune.api import door
+from fedtune.api import public
 from fedtune.cli.command import AsJson, Option, print_answer
 from fedtune.cli.finished_run import (
     Device,
@@ -22,9 +22,10 @@ from fedtune.cli.finished_run import (
     load_finished_run,
     strip_control_characters,
 )
-from fedtune.cli.personalise import show_progress
+from fedtune.cli.personalize import show_progress
 from fedtune.data.records import iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.formatting import pluralize
 from fedtune.lab.studies import synthetic
 from fedtune.show.new_files import new_files
 from fedtune.show.terminal_tables import Section, key_value_section
@@ -39,7 +40,6 @@ from fedtune.sites.run_records import (
 from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.tasks.measures import classifier_accuracy
 from fedtune.version import shipped_folders
-from fedtune.words import pluralize
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
 Beside = Annotated[Path | None, Option("public records, with whose figures the card compares", metavar="FILE")]
@@ -54,7 +54,7 @@ class SyntheticFile:
         self,
         to: Path,
         run: Path,
-        others: Mapping[str, door.Run],
+        others: Mapping[str, public.Run],
         *,
         rows: int | None,
         beside: Path | None,
@@ -72,7 +72,7 @@ class SyntheticFile:
             raise ConfigError("--to", str(to), "must be a new file of JSON lines: its name must end in .jsonl")
         config, adapter = load_finished_run(run, device=device)
         self.to, self.rows, self.beside, self.ballot, self.own = to, rows, beside, ballot, RunRecords(config)
-        self.writer = door.Run(folder=adapter.absolute().parent, config=config)
+        self.writer = public.Run(folder=adapter.absolute().parent, config=config)
         self.columns = tuple(synthetic.synthetic_columns(self.writer).values())
         for option, other in others.items():
             if other.config.privacy.unit != config.privacy.unit:
@@ -184,7 +184,7 @@ def synthesize(
     spec = WritingSpec(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
     )
-    others = {"--votes": door.load(votes)} if votes is not None else {}
+    others = {"--votes": public.load(votes)} if votes is not None else {}
     file = SyntheticFile(to, run, others, rows=rows, beside=beside, ballot=ballot, device=device)
     begun, known = file.read(beginnings, option="--beginnings") if beginnings is not None else ([], {})
     named, sha256 = beginnings or codes, known.get("sha256")
@@ -212,18 +212,18 @@ def choose(
     """Select synthetic records by the sites' votes, or relabel them with a classifier trained at the sites.
 
       fedtune choose runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
-      fedtune choose runs/writer --candidates texts.jsonl --labels runs/classifier --to labelled.jsonl
+      fedtune choose runs/writer --candidates texts.jsonl --labels runs/classifier --to labeled.jsonl
 
     RUN must have generated them with fedtune synthesize, whose --ballot option writes the experiment for the votes.
     FILE.card.md and FILE.card.json state how the records were generated and selected, and the joint guarantee of
     all runs behind them. Nothing is charged. See docs/synthetic_texts.md.
     """
     if votes is None and labels is None:
-        raise ConfigError("--votes", None, "must be given, or --labels: what records are chosen or labelled by")
+        raise ConfigError("--votes", None, "must be given, or --labels: what records are chosen or labeled by")
     if (votes is None) != (rows is None):
         raise ConfigError("--rows", rows, "must be given with --votes, and only there")
     by = {"--votes": votes, "--labels": labels}
-    others = {option: door.load(folder) for option, folder in by.items() if folder is not None}
+    others = {option: public.load(folder) for option, folder in by.items() if folder is not None}
     file = SyntheticFile(to, run, others, rows=rows, beside=beside)
     written, known = file.read(candidates, option="--candidates")
     made = {"labels": [], **known["made"]}

@@ -8,6 +8,6 @@ from fedtune.data.batching import Batch, collate
 from fedtune.data.partition import users_of
 from fedtune.data.records import Record
 from fedtune.data.shapes import Part, Shapes
-from fedtune.data.tokenise import TextDataset
+from fedtune.data.tokenization import TextDataset
 
 __all__ = ["Batch", "Part", "Record", "Shapes", "TextDataset", "collate", "users_of"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.data.tokenise import UNSUPERVISED, TextDataset
+from fedtune.data.tokenization import UNSUPERVISED, TextDataset
 from fedtune.process import torch
 from fedtune.spec import panics_as_errors
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE, NO_NAME, normalize_category, parse_numbers, read_number
+from fedtune.formatting import pluralize
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most, spec
-from fedtune.words import pluralize
 
 MOST_VALUES = 65_536  # of a vector: a record keeps four bytes for each, and a step as many for each trained on it
 _MOST_NAMES = 10_000  # worked through for each record, or at each site, before it has answered

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.data import images, marked
+from fedtune.data import images, span_formats
 from fedtune.data.text_rows import (
     MOST_BYTES,
     RawRows,
@@ -30,8 +30,8 @@ from fedtune.data.text_rows import (
     read_table,
 )
 from fedtune.extras import require_extra
+from fedtune.formatting import pluralize
 from fedtune.spec import NOT_GIVEN, DataError, check_name
-from fedtune.words import pluralize
 
 SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
@@ -40,7 +40,9 @@ _OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
 """Files of a folder that is a set of Hugging Face's, or meant to be one; any other folder is brat's."""
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
-_IN_LINES = dict.fromkeys((".conll", ".bio", ".iob"), marked.parse_conll_sentence) | {".pubtator": marked.document}
+_IN_LINES = dict.fromkeys((".conll", ".bio", ".iob"), span_formats.parse_conll_sentence) | {
+    ".pubtator": span_formats.document
+}
 _BIOC, _BRAT, _CLASSES = (".bioc", ".biocjson"), "brat", "classes"
 OF_RECORDS = frozenset({".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".json", ".ann"})
 """Endings of files with records, beside which images are no records of their own."""
@@ -90,14 +92,14 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         case "folder":
             return _arrow_rows(path, _saved_batches(path, columns))
         case suffix if suffix in _IN_LINES:
-            return parse_pieces(path, marked.split_at_blank_lines(path), partial(_IN_LINES[suffix], path))
+            return parse_pieces(path, span_formats.split_at_blank_lines(path), partial(_IN_LINES[suffix], path))
         case suffix if suffix in _BIOC:
-            documents = read_json_array(path, lenient=lenient, opens=marked.DOCUMENTS)
-            return parse_pieces(path, documents, partial(marked.parse_bioc, path))
+            documents = read_json_array(path, lenient=lenient, opens=span_formats.DOCUMENTS)
+            return parse_pieces(path, documents, partial(span_formats.parse_bioc, path))
         case suffix if suffix == _CLASSES:
             return parse_pieces(path, enumerate(image_files(path), 1), partial(_image_row, path))
         case suffix if suffix == _BRAT:
-            return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), marked.read_brat)
+            return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), span_formats.read_brat)
         case suffix:
             raise DataError(str(path), suffix, f"{SUFFIXES}, or be {_SAVED}, or brat's folder")
 
@@ -138,7 +140,7 @@ def describe_path(path: Path) -> str | None:
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
-        is_one = (path / _STATE).is_file() or marked.brat_files(path) or image_files(path)
+        is_one = (path / _STATE).is_file() or span_formats.brat_files(path) or image_files(path)
         return None if is_one else "a folder"
     return {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
 
@@ -172,7 +174,7 @@ def list_data_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if detect_format(path) in (_BRAT, _CLASSES):
-        return marked.brat_files(path) or image_files(path)
+        return span_formats.brat_files(path) or image_files(path)
     try:
         state = json.loads((path / _STATE).read_bytes())
         names = [one["filename"] for one in state["_data_files"]]

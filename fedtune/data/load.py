@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.data.faults import NONE_LEFT_OUT, Faults, LeftOut
+from fedtune.data.bad_rows import NONE_LEFT_OUT, Faults, SkippedRows
 from fedtune.data.partition import is_selected, partition_records, split_heldout, unit_hash
 from fedtune.data.records import Fault, Record, empty_file_error, iter_usable_records, resolve_file
 from fedtune.data.spec import SITE, DataSpec
@@ -41,17 +41,17 @@ class SiteRecords:
 
     training: list[Record]
     heldout: list[Record]
-    left_out: LeftOut = NONE_LEFT_OUT
+    left_out: SkippedRows = NONE_LEFT_OUT
 
 
 @dataclass(frozen=True, slots=True)
-class Dealt:
+class Partitioned:
     """The partition of a simulation's training files."""
 
     sites: tuple[SiteRecords, ...]  # the records of each site, in the order of the sites
     validation: list[Record]  # those that are the lead's instead, by `validation_fraction`
     test: list[Record]  # the same by `test_fraction`
-    left_out: LeftOut  # what could not be used and was left out
+    left_out: SkippedRows  # what could not be used and was left out
     # with unit "user", how many ids are in the files of several sites, each a user at each of them
     shared_users: int = 0
 
@@ -64,7 +64,7 @@ def partition_training_files(
     seed: int,
     unit: Unit = "record",
     fault: Fault = lambda record: None,
-) -> Dealt:
+) -> Partitioned:
     """Read a simulation's files, and assign each record to the lead or to a site by its hash, or by its user's.
 
     Args:
@@ -82,7 +82,7 @@ def partition_training_files(
     lead: dict[str, list[Record]] = {"validation": [], "test": []}
     of_files, left_out, by_file = list[list[Record]](), NONE_LEFT_OUT, spec.partition.kind == "file"
     for site in names if by_file else names[:1]:
-        name, skips = spec.train_file.replace(SITE, site), spec.skips_unusable
+        name, skips = spec.train_file.replace(SITE, site), spec.skips_bad_records
         records, of_file = lead_records(name, columns=columns, key="data.train_file", fault=fault, leave_out=skips)
         left_out = left_out.merge_counts(of_file)
         of_files.append([])
@@ -106,7 +106,7 @@ def partition_training_files(
             bound = f"leaves site {number + 1} of {len(sites)} without a record ({names[number]})"
             raise DataError("data.train_file", spec.train_file, bound)
         split.append(SiteRecords(*held))
-    return Dealt(
+    return Partitioned(
         sites=tuple(split),
         validation=lead["validation"],
         test=lead["test"],
@@ -146,7 +146,7 @@ def own_records(
 
 def lead_records(
     name: str, *, columns: Mapping[str, str], key: str, fault: Fault = lambda record: None, leave_out: bool = False
-) -> tuple[list[Record], LeftOut]:
+) -> tuple[list[Record], SkippedRows]:
     """Read the lead's own records from the file `name`, which the setting `key` names, and count the skipped rows.
 
     Raises:

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.records import Record, record_key
+from fedtune.formatting import pluralize
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, check_positive, spec
-from fedtune.words import pluralize
 
 
 @spec

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-from fedtune.data.faults import Faults
+from fedtune.data.bad_rows import Faults
 from fedtune.data.formats import describe_path, raw_rows, require_data_file
 from fedtune.data.text_rows import Row, catch_row_error, format_location, missing_column_error
 from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is_whole, read_value, split_texts

@@ -98,7 +98,7 @@ class Shapes:
             num_tokens: the number of tokens of the longest text of each record in the data set.
         """
         bucket = np.searchsorted([self.longest_record(length) for length in self.lengths], num_tokens[places])
-        assert (bucket < len(self.lengths)).all(), "a record is longer than tokenising may leave it"
+        assert (bucket < len(self.lengths)).all(), "a record is longer than tokenizing may leave it"
         for number, length in enumerate(self.lengths):
             yield from self._cut(places[bucket == number], length)
 

@@ -72,7 +72,7 @@ class DataSpec:
             features; for an image just as many as its model has places: its patches and the model's own.
         windows: how many windows of `max_length` tokens a record has room for, where the task reads long texts piece
             by piece; what is behind the last is not read.  Each costs its time, also where a record is short.
-        stride: how many tokens two windows share, each of which is learnt in one of them.
+        stride: how many tokens two windows share, each of which is learned in one of them.
         partition: how a simulation deals out `train_file`.
         heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or
             of its user.
@@ -149,7 +149,7 @@ class DataSpec:
         of_features = feature_columns(self.features, self.columns).values()
         times = Counter([*of_features, *(column for role, column in self.columns.items() if role in ANSWERS)])
         if twice := [column for column in of_features if times[column] > 1]:
-            bound = "must be the column of one feature, and not of the answer, which would be learnt from itself"
+            bound = "must be the column of one feature, and not of the answer, which would be learned from itself"
             raise ConfigError("features", twice[0], bound)
         template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
@@ -164,7 +164,7 @@ class DataSpec:
         return template_roles(self.prompt_template)
 
     @property
-    def skips_unusable(self) -> bool:
+    def skips_bad_records(self) -> bool:
         """Whether unusable records in the lead's and in simulated files are skipped."""
         return self.unusable == "leave_out"
 
@@ -196,7 +196,7 @@ class DataSpec:
         """
         if self.validation_file is None:
             bound = (
-                "must be a file of the lead's own where its scores decide (federation.stop_after, keep_round=best, "
+                "must be a file of the lead's own where its scores decide (federation.early_stopping_patience, checkpoint_selection=best, "
                 "a search); data.validation_fraction takes the sites' records, and no noise hides them in a score"
             )
             raise ConfigError("validation_file", self.validation_file, bound)

@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import ParamSpec, TypeAlias, TypeVar, cast
 
+from fedtune.formatting import pluralize
 from fedtune.spec import DataError
-from fedtune.words import pluralize
 
 Row: TypeAlias = Mapping[str, object]  # column to value, as a file has it
 RawRows: TypeAlias = Iterator[tuple[int, Row | DataError]]

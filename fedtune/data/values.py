@@ -16,15 +16,15 @@ from datetime import date, datetime
 from typing import Any, TypeGuard, cast
 
 from fedtune.data.images import read_image_field
-from fedtune.data.lists import columns_to_rows, parse_json_list, parse_list, to_compact_json
-from fedtune.data.marked import convert_labels, read_spans, read_words
+from fedtune.data.json_lists import columns_to_rows, parse_json_list, parse_list, to_compact_json
+from fedtune.data.span_formats import convert_labels, read_spans, read_words
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user", "event"})
 ANSWERS = frozenset({"label", "labels", "target", "tags", "spans", "time", "event"})
-"""Roles that are learnt of a record, where they are no texts."""
+"""Roles that are learned of a record, where they are no texts."""
 _NO_TEXT = ANSWERS | CATEGORY_ROLES | {"image", "arrival"}
 SAID = ("chosen", "rejected")  # roles whose values are texts or turns
 FEATURE = "feature:"
@@ -48,7 +48,7 @@ _SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human":
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 _TRAINED = ("weight", "train", "training", "loss")
-"""Other programs' names for whether an answer is learnt: 0 or false for one that is not."""
+"""Other programs' names for whether an answer is learned: 0 or false for one that is not."""
 _PARTS_TRAINED = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
 READ_OF_TURNS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
@@ -286,10 +286,10 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
         return {"role": role, "content": content}
     if not content.strip():
         raise DataError(f"{at}, {what}", "blank", "must not be blank: it is what the model learns to write")
-    # Whether an answer is to be learnt, by the marks of other programs.
+    # Whether an answer is to be learned, by the marks of other programs.
     for mark in _PARTS_TRAINED:
         if turn.get(mark):
-            raise DataError(f"{at}, {mark}", "marks of parts", "must not be there: an answer is learnt whole, or not")
+            raise DataError(f"{at}, {mark}", "marks of parts", "must not be there: an answer is learned whole, or not")
     given = [(mark, turn[mark]) for mark in _TRAINED if not is_null(turn.get(mark))]
     for mark, value in given:
         if not isinstance(value, int | float) or value not in (0, 1):

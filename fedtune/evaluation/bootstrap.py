@@ -22,8 +22,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.formatting import score_words
 from fedtune.spec import DataError
-from fedtune.words import score_words
 
 Figures: TypeAlias = Mapping[str, npt.NDArray[np.float64]]  # inputs of scores, by name: the first axis is the record
 Scores: TypeAlias = Callable[[Figures], Mapping[str, float]]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.data.batching import micro_batches
 from fedtune.evaluation.scoring import evaluation_mode, report_out_of_memory
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.model.fits import max_positions
+from fedtune.model.compatibility import max_positions
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.task_model import TaskModel
 

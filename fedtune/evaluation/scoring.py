@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedtune.data.batching import Batch, collate, micro_batches
-from fedtune.data.tokenise import TextDataset
-from fedtune.model.quiet import first_line
+from fedtune.data.tokenization import TextDataset
+from fedtune.model.hf_logging import first_line
 from fedtune.spec import ConfigError, DataError, panics_as_errors
 from fedtune.tasks.task_model import TaskModel
 

@@ -23,6 +23,7 @@ from fedtune.evaluation.bootstrap import Comparison, compare_by_scores
 from fedtune.export.export_formats import WRITERS, Source, card_form, new_folder
 from fedtune.export.onnx_graphs import Served, measure_graphs, measure_model
 from fedtune.federation.run_folder import CARD
+from fedtune.formatting import pluralize, score_words
 from fedtune.model.base_model import model_sha256
 from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
@@ -30,15 +31,14 @@ from fedtune.report import from_run
 from fedtune.report.facts import RunFacts
 from fedtune.report.model_card import card_files, card_text
 from fedtune.report.synthetic_card import describe_run, format_total_loss, read_card, together
-from fedtune.runs.earlier_debts import read_base_lineage
 from fedtune.runs.environment import mark_lineage
+from fedtune.runs.lineage import read_base_lineage
 from fedtune.sites.run_records import LeadRecords, RunRecords, card_path, file_sha256, read_prompts, require_disjoint
 from fedtune.sites.shared_model import LeadData, Progress, load_tokenizer_and_model, no_progress
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 from fedtune.tasks.task_model import build_task_model
 from fedtune.training.machine import resolve_device
-from fedtune.words import pluralize, score_words
 
 HALF, FEWEST = "half", 100  # a student's layers, and its texts
 _BATCH, _RATE, _HEAD_RATE = 32, 6e-4, 6e-3

@@ -30,12 +30,12 @@ from fedtune.data.batching import Batch
 from fedtune.data.features import FeatureSpec, encode_features
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
-from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantise, write_graph
+from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantize, write_graph
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.model.base_model import load_base, save_as_plain_model
+from fedtune.model.hf_logging import quiet
 from fedtune.model.ia3_and_dora import merge_adapter
-from fedtune.model.quiet import quiet
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.model_card import Form, card_files, loading_of
@@ -233,7 +233,7 @@ def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, in
             folder.mkdir()
             yield folder
             if int8:
-                quantise(folder / WHOLE, folder / INT8)
+                quantize(folder / WHOLE, folder / INT8)
             if config.data.labels:
                 lines = (" ".join(label.split()) for label in config.bound_task.output_labels(config.data.labels))
                 (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

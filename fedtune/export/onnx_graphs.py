@@ -21,7 +21,7 @@ from fedtune.config import RunConfig
 from fedtune.data.batching import Batch, collate
 from fedtune.evaluation.bootstrap import Figures
 from fedtune.extras import require_extra
-from fedtune.model.quiet import quiet
+from fedtune.model.hf_logging import quiet
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import Evaluation, LeadData
 from fedtune.tasks.inputs import get_input_for
@@ -75,7 +75,7 @@ def write_graph(
         program.save(file)
 
 
-def quantise(whole: Path, to: Path) -> None:
+def quantize(whole: Path, to: Path) -> None:
     """Write a graph with int8 matrices and one scale per output channel, by onnxruntime's own quantization.
 
     Activations are scaled dynamically per input, so that no calibration records are needed.

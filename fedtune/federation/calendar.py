@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fedtune.formatting import pluralize
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.cohorts import Cohorts, moved
 from fedtune.privacy.run_plan import Plan
-from fedtune.words import pluralize
 
 _OFTEN = {"month": "Twelve runs a year", "quarter": "Four runs a year", "year": "One run a year"}
 _MOST_SHOWN = 24

@@ -20,13 +20,13 @@ from safetensors.numpy import save as save_tensors
 from fedtune.codec import decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, RoundReplies
 from fedtune.federation.run_folder import ASKED, checkpoint_name, lock_folder, saved_checkpoints
+from fedtune.formatting import finite
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, spec
-from fedtune.words import finite
 
 if TYPE_CHECKING:
     from fedtune.federation.invitation import ProposedRun
@@ -418,7 +418,9 @@ class Lead:
     # site -> the newest one of earlier runs, to be sent back until this run has one
     earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
     gives_adapter: bool = False  # whether the sites receive the final adapter
-    judged_by: str = "loss"  # of these scores the one that may decide when the run ends, and whose adapter it keeps
+    primary_metric: str = (
+        "loss"  # of these scores the one that may decide when the run ends, and whose adapter it keeps
+    )
 
     @property
     def run(self) -> str:

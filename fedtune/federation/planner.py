@@ -2,7 +2,7 @@
 
 `price` gives the cost of a plan by site and by round, and `what_if` that of other plans.  `solve_rounds`,
 `solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every result was checked against the target,
-on the coarse grid that calibration uses.  `verdict.py` tells whether a site would accept the plan; `forecast.py`
+on the coarse grid that calibration uses.  `policy_dry_run.py` tells whether a site would accept the plan; `forecast.py`
 gives bytes and time, which need the model.
 """
 
@@ -141,11 +141,11 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) 
     ratio = signal_to_noise(plan, declared_sizes, values=values)
     if ratio < LEAST_SIGNAL:
         bound = (
-            "must be true to train: at this size and epsilon nothing is likely to be learnt, since noise moves the "
+            "must be true to train: at this size and epsilon nothing is likely to be learned, since noise moves the "
             f"adapter {1 / ratio:.3g} times as far as all records together can (docs/planning.md, Signal). Nothing was "
             "charged. More or larger sites, a larger epsilon or secure sums help"
         )
-        raise ConfigError("training.go_on_without_signal", False, bound)
+        raise ConfigError("training.ignore_weak_signal", False, bound)
 
 
 def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:

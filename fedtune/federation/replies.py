@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.federation.bfloat16 import MOST_ROUNDING, add_difference
 from fedtune.federation.protocol import Reply
-from fedtune.federation.rounding import MOST_ROUNDING, add_difference
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
@@ -20,7 +20,7 @@ from fedtune.privacy.release import Difference, Masked, Refusal, Tensors, Update
 from fedtune.privacy.run_plan import Plan
 
 if TYPE_CHECKING:  # it imports torch
-    from fedtune.training.reach import UpdateBound
+    from fedtune.training.update_bound import UpdateBound
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
@@ -36,10 +36,10 @@ BEYOND_PLAN = "beyond_plan"  # of an update that moves the adapter further than 
 class StoppingRule:
     """A stopping rule for waiting on sites; it depends on who has answered, never on the content of an answer.
 
-    The wait ends `grace_s` seconds after `enough_sites` usable answers have arrived, or `grace_s` seconds after
-    `least_sites` usable answers have arrived and no other site is working, because every other site is offline, paused,
-    waiting for a person or has refused.  It ends at once when no site is working and too many sites have refused for
-    `least_sites` usable answers to be possible.
+    The wait ends `straggler_grace_s` seconds after `enough_sites` usable answers have arrived, or `straggler_grace_s`
+    seconds after `least_sites` usable answers have arrived and no other site is working, because every other site is
+    offline, paused, waiting for a person or has refused.  It ends at once when no site is working and too many sites
+    have refused for `least_sites` usable answers to be possible.
     """
 
     spec: FederationSpec
@@ -64,7 +64,7 @@ class StoppingRule:
             return False
         if self._since is None:
             self._since = self.clock()
-        return self.clock() - self._since >= self.spec.grace_s
+        return self.clock() - self._since >= self.spec.straggler_grace_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from fedtune.federation.early_stopping import find_kept_round, should_stop
 from fedtune.federation.invitation import invite
-from fedtune.federation.kept_round import find_kept_round, should_stop
 from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadState, RoundResult, Scores, merge_receipts
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
@@ -26,7 +26,7 @@ from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Update
 from fedtune.spec import RefusedError, RunError, StuckError
-from fedtune.training.reach import bound_update
+from fedtune.training.update_bound import bound_update
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     state = aggregation.resume(state)
     transport.traffic()  # reset the counter: invitations belong to no round
     try:
-        while not should_stop(state.rounds, lead.asked.federation, judged_by=lead.judged_by):
+        while not should_stop(state.rounds, lead.asked.federation, primary_metric=lead.primary_metric):
             state = _run_round(transport, lead, state, aggregation)
             lead.checkpoints.save(state)
             lead.finished(state)
@@ -124,7 +124,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         diverged=diverged,
     )
     rounds = (*state.rounds, result)
-    kept = find_kept_round(rounds, lead.asked.federation, judged_by=lead.judged_by)
+    kept = find_kept_round(rounds, lead.asked.federation, primary_metric=lead.primary_metric)
     return replace(
         state,
         round=round,

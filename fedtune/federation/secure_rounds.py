@@ -26,7 +26,7 @@ from fedtune.federation.transport import Question, Transport
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.spec import RunError
-from fedtune.training.lead_step import secure_server_step
+from fedtune.training.secure_server_step import secure_server_step
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.federation.bfloat16 import round_difference
 from fedtune.federation.protocol import (
     ANNOUNCE,
     CONFIRM,
@@ -30,7 +31,6 @@ from fedtune.federation.protocol import (
     derive_terms,
     parts_digest_of,
 )
-from fedtune.federation.rounding import round_difference
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party

@@ -37,11 +37,11 @@ class FederationSpec:
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
         spare_rounds: additional rounds covered by the noise calibration, so that an interrupted round can be retried,
             and an unreadable sum of secure aggregation can be replaced by another release.
-        stop_after: early stopping: end the run after this many rounds without a better score on the lead's own
-            validation file; null: run all rounds.  The unused budget of the sites is released; the run still claims the
-            planned epsilon.
-        keep_round: checkpoint selection: the run keeps the adapter of the "last" round, or of the "best" round by the
-            score on that file.
+        early_stopping_patience: early stopping: end the run after this many rounds without a better score on the lead's
+            own validation file; null: run all rounds.  The unused budget of the sites is released; the run still claims
+            the planned epsilon.
+        checkpoint_selection: checkpoint selection: the run keeps the adapter of the "last" round, or of the "best"
+            round by the score on that file.
         aggregation: "plain" averages the sites' updates, each with its own noise; "secure" sums the sites' noisy
             gradient sums so that the lead learns only the total, and the lead applies the optimizer step.  With
             "secure", rounds, steps, threshold and rates that are not set are chosen automatically
@@ -61,10 +61,10 @@ class FederationSpec:
         server_tau: the degree of adaptivity of FedAdam.
         renewal: the number of earlier runs in this series of renewals; `--renew` increments it.
         round_timeout_s: how long the server waits for the replies of a round, in seconds.
-        enough_sites: the number of updates after which a round waits only `grace_s` for stragglers; null: a round waits
-            for every site that is working.
-        grace_s: how much longer, in seconds, a round waits once it has enough updates, or once it has `min_sites`
-            updates and all other sites are offline, paused, waiting for a person or have refused.
+        enough_sites: the number of updates after which a round waits only `straggler_grace_s` for stragglers; null: a
+            round waits for every site that is working.
+        straggler_grace_s: how much longer, in seconds, a round waits once it has enough updates, or once it has
+            `min_sites` updates and all other sites are offline, paused, waiting for a person or have refused.
     """
 
     num_rounds: int = 5
@@ -74,8 +74,8 @@ class FederationSpec:
     min_sites: int = 1
     spare_rounds: int = 0
     if_over_budget: Literal["stop", "fewer_rounds", "more_noise"] = "stop"
-    stop_after: int | None = None
-    keep_round: Literal["last", "best"] = "last"
+    early_stopping_patience: int | None = None
+    checkpoint_selection: Literal["last", "best"] = "last"
     aggregation: Literal["plain", "secure"] = "plain"
     update_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threshold: int | None = None
@@ -88,7 +88,7 @@ class FederationSpec:
     renewal: int = 0
     round_timeout_s: float = 3600.0
     enough_sites: int | None = None
-    grace_s: float = 60.0
+    straggler_grace_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("num_rounds", "num_sites", "min_sites"):
@@ -112,15 +112,15 @@ class FederationSpec:
             raise ConfigError(
                 "min_sites", self.min_sites, f"must be at most the {len(self.active)} sites that take part"
             )
-        if self.stop_after is not None:
-            check_at_least("stop_after", self.stop_after, 1)
+        if self.early_stopping_patience is not None:
+            check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
         self._check_sums()
         check_positive("server_learning_rate", self.server_learning_rate)
         check_fraction("server_momentum", self.server_momentum, zero=True)
         check_fraction("server_beta_2", self.server_beta_2, zero=True)
         check_positive("server_tau", self.server_tau)
         check_positive("round_timeout_s", self.round_timeout_s)
-        check_at_least("grace_s", self.grace_s, 0)
+        check_at_least("straggler_grace_s", self.straggler_grace_s, 0)
         if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
             bound = (
                 f"must be from the {self.least_sites} that are needed to the {len(self.active)} sites that take part"
@@ -159,7 +159,7 @@ class FederationSpec:
     @property
     def uses_validation_scores(self) -> bool:
         """Whether validation scores decide when the run ends, or which adapter it keeps."""
-        return self.stop_after is not None or self.keep_round == "best"
+        return self.early_stopping_patience is not None or self.checkpoint_selection == "best"
 
     @property
     def names(self) -> tuple[str, ...]:

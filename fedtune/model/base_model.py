@@ -36,16 +36,16 @@ from transformers import (
 )
 
 from fedtune.extras import require_extra
-from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder, require_modality
+from fedtune.model.compatibility import check_ignores_batch_length, check_size, require_decoder, require_modality
+from fedtune.model.frozen_linear import convert_to_bfloat16
+from fedtune.model.hf_logging import first_line, library_errors_as_config_errors, quiet
 from fedtune.model.layers import find_layer_stack, make_activations_rowwise
 from fedtune.model.manifest import build_manifest, stage_files
-from fedtune.model.products import convert_to_bfloat16
 from fedtune.model.quantized import quantize_linear_layers
-from fedtune.model.quiet import first_line, library_errors_as_config_errors, quiet
-from fedtune.model.refusals import PROCESSOR, PROCESSOR_KIND, VISION, config_refusal
 from fedtune.model.source import cache_folder, find_model_folder
 from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
+from fedtune.model.unsupported_models import PROCESSOR, PROCESSOR_KIND, VISION, config_refusal
 from fedtune.spec import ConfigError
 
 _DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
@@ -102,7 +102,7 @@ def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
     side, patch = found.shape[-1], config.patch_size
     if found.shape != (3, side, side) or side % patch or not np.isfinite(found).all():
         shape = " x ".join(map(str, found.shape))
-        bound = f"its {PROCESSOR} must make square images of three colours and of patches of {patch}; it makes {shape}"
+        bound = f"its {PROCESSOR} must make square images of three colors and of patches of {patch}; it makes {shape}"
         raise ConfigError("model.path", spec.path, bound)
     return made, side, patch, VISION[config.model_type]
 

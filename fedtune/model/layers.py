@@ -35,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.model.hf_logging import quiet
 from fedtune.model.ia3_and_dora import scale_modules
-from fedtune.model.quiet import quiet
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
 

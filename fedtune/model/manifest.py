@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedtune.model.refusals import PROCESSOR, VISION, check_content, max_file_bytes
+from fedtune.model.unsupported_models import PROCESSOR, VISION, check_content, max_file_bytes
 from fedtune.spec import ConfigError, RunError
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -5,7 +5,7 @@ of the level, of 16, that is closest to weight / scale.  With float32 scales tha
 
 Every product, in the forward and in the backward pass, dequantizes the layer's weights to bfloat16 and discards them
 afterwards.  It is computed as in a bfloat16 base.  Dequantization depends only on the layer, so quantization does not
-couple rows; `fedtune.training.preflight` tests whether the products do, as for every base.
+couple rows; `fedtune.training.batch_invariance` tests whether the products do, as for every base.
 
 Codes, scales and weights equal those of bitsandbytes bit for bit, on every device, because each value results from a
 few float32 operations that IEEE 754 rounds identically everywhere.  bitsandbytes itself is not used: on a CPU, its
@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.model.products import multiply_bfloat16
+from fedtune.model.frozen_linear import multiply_bfloat16
 from fedtune.spec import ConfigError
 
 BLOCK = 64  # weights with one scale

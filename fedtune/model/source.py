@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
+from fedtune.model.hf_logging import first_line
 from fedtune.model.manifest import SETTINGS_FILES, SHARD_INDEX, WEIGHTS
-from fedtune.model.quiet import first_line
 from fedtune.model.spec import NO_BASE, PACKAGE, RANDOM, ModelSpec
 from fedtune.spec import ConfigError, expand_home
 

@@ -61,7 +61,7 @@ class ModelSpec:
             float32 otherwise (`fastest_dtype`).  Adapter, head and losses are float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and `FEDTUNE_CACHE` or
             `~/.cache/fedtune`.
-        licence: the license of the weights, for reports.
+        license: the license of the weights, for reports.
         public_id: the weights' id at the Hugging Face hub, if `path` is not that id: saved adapters and model cards
             name it, so that others can load the base.
         adapter: the folder of a trained adapter with which this run starts: a run folder, or its `adapter/`.  Base,
@@ -75,7 +75,7 @@ class ModelSpec:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "mixed", "nf4", "auto"] = "float32"
     cache_dir: str | None = None
-    licence: str | None = None
+    license: str | None = None
     public_id: str | None = None
     adapter: str | None = None
     adapter_sha256: str | None = None
@@ -187,7 +187,7 @@ class HeadSpec:
 
     Attributes:
         scale: the scale of the logits (an inverse temperature).
-        centre: true subtracts the mean embedding of the labels' texts from x and normalizes the result again.  Sentence
+        center: true subtracts the mean embedding of the labels' texts from x and normalizes the result again.  Sentence
             embeddings share a large common part that does not depend on the class; this estimate of it is public.
         init: "zero", or "label_names": each row starts as the frozen base's embedding of the label's text.  Label names
             are declared and public, so this costs no privacy.
@@ -199,7 +199,7 @@ class HeadSpec:
     """
 
     scale: float = 20.0
-    centre: bool = False
+    center: bool = False
     init: Literal["zero", "label_names"] = "zero"
     train: bool = True
     label_texts: tuple[str, ...] = ()
@@ -221,7 +221,7 @@ class TaskModelSpec:
         model: the frozen base.
         lora: its adapters.
         head: for tasks that have one.
-        task: what is learnt, see `fedtune.tasks`.
+        task: what is learned, see `fedtune.tasks`.
         labels: the declared label set, in its order; empty where the task has none.
         target_range: the declared range of a number to learn; null where the task has none.
         seed: of the adapters' random start, which is public.

@@ -33,8 +33,8 @@ from fedtune.spec import ConfigError, check_fraction
 Counted = tuple[tuple[DpEvent, int], ...]  # mechanisms, and how often each ran
 _WIDE = Context(prec=330)  # any float to three decimals
 _MOST_AS_FACTOR = 20.0  # e^20 has nine digits; beyond it a power of ten is shown
-NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
-"""The one neighbouring relation of fedtune: two data sets are neighbours if one has exactly one unit more."""
+NEIGHBORING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
+"""The one neighboring relation of fedtune: two data sets are neighbors if one has exactly one unit more."""
 
 # Width of the buckets that privacy loss is rounded up to.  Coarser is faster and only ever reports more epsilon.
 FINE, COARSE = 1e-4, 1e-3
@@ -155,7 +155,7 @@ def renyi_divergence(event: DpEvent, order: float) -> float:
     integer orders: log A is a convex function of the order, and is 0 at order 1 (docs/guarantee.md).
     """
     assert not isinstance(event, ComposedDpEvent | SelfComposedDpEvent), "each mechanism has rounding of its own"
-    accounted = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
+    accounted = RdpAccountant(orders=[order], neighboring_relation=NEIGHBORING_RELATION)
     accounted.compose(event)
     found, below = float(accounted.rdp[0]), math.floor(order)
     if math.isinf(found) and below < order:

@@ -82,7 +82,7 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     Raises:
         ConfigError: the cap leaves no room at any order.
     """
-    if math.isinf(epsilon):  # there is no cap to take a share of: minimise the reference's own epsilon
+    if math.isinf(epsilon):  # there is no cap to take a share of: minimize the reference's own epsilon
         return smallest_cap(reference, delta=delta)[1]
     room = {order: max_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
     usable = {order: left for order, left in room.items() if left > 0}

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.codec import decode, read_toml, to_toml
+from fedtune.formatting import unbounded
 from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.spec import errors_in
-from fedtune.words import unbounded
 
 
 def read_policy(path: Path) -> Policy:

@@ -16,12 +16,12 @@ from typing import Any
 
 from dp_accounting import ComposedDpEvent
 
+from fedtune.formatting import finite, unbounded
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import spec
-from fedtune.words import finite, unbounded
 
 MOST_TRIALS = 1000
 
@@ -71,8 +71,8 @@ class Selection:
 
     Attributes:
         search: name of the search.
-        judged_by: the validation score by which the search selects; `score` is the run's own, or None if the search did
-            not select the run.
+        primary_metric: the validation score by which the search selects; `score` is the run's own, or None if the
+            search did not select the run.
         trials: number of trials.
         epsilon: of all trials together; None: unbounded.
         charges: the privacy events of all trials.
@@ -80,7 +80,7 @@ class Selection:
 
     search: str
     method: str
-    judged_by: str
+    primary_metric: str
     score: float | None
     trials: int
     delta: float

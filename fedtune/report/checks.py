@@ -11,15 +11,15 @@ from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.formatting import pluralize, spoken
 from fedtune.privacy.durable import hash_files
 from fedtune.report import signing
-from fedtune.report.derive import cells
+from fedtune.report.derive import dpia_fields
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
 from fedtune.report.model import Problem, Report
-from fedtune.report.rederive import problems
+from fedtune.report.verify_report import problems
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
-from fedtune.words import pluralize, spoken
 
 _CALIBRATED, _STEP = 1e-3, 1e-4
 """How much less noise than searched for here another version may have found, relatively, and how much more: a step."""
@@ -236,8 +236,8 @@ def _report_difference(name: str, folder: Path, report: Report) -> Check:
 
 def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
     """Compare the page and the label next to a report with new drawings; equal reports give equal bytes."""
-    from fedtune.report.page.catalogue import LANGUAGES
     from fedtune.report.page.render import render, render_label
+    from fedtune.report.page.translations import LANGUAGES
 
     for name, draw in (("report.html", render), (LABEL, render_label)):
         file = path.with_name(name)
@@ -276,10 +276,10 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
     began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
-        *((key, getattr(facts, key), asked) for key, asked in cells.facts_from_settings(config, plan).items()),
+        *((key, getattr(facts, key), asked) for key, asked in dpia_fields.facts_from_settings(config, plan).items()),
         *(
             (f"provenance.{key}", getattr(made, key), asked)
-            for key, asked in cells.provenance_from_settings(config).items()
+            for key, asked in dpia_fields.provenance_from_settings(config).items()
         ),
         ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
         ("provenance.start_adapter", start and start.digest, began),

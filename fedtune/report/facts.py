@@ -14,7 +14,7 @@ from typing import Literal
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
-from fedtune.federation.kept_round import Kept, count_rounds, find_kept_round, should_stop
+from fedtune.federation.early_stopping import Kept, count_rounds, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.cohorts import Calendar
@@ -38,7 +38,7 @@ _MOST_CANARIES = 10**6  # at one place
 
 @spec
 class BudgetVerdict:
-    """Whether the spent epsilon stays within the approved one; `reasons` are codes of the catalogue."""
+    """Whether the spent epsilon stays within the approved one; `reasons` are codes of the catalog."""
 
     state: State
     reasons: tuple[str, ...] = ()
@@ -187,7 +187,7 @@ class Provenance:
     config_sha256: str | None = None
     model: str | None = None
     model_sha256: str | None = None
-    model_licence: str | None = None
+    model_license: str | None = None
     dataset: str | None = None
     task: str | None = None
     libraries: Mapping[str, str]
@@ -307,9 +307,9 @@ class RunFacts:
     randomness: str | None  # where it says noise came from, likewise
     inexact_gradients: bool | None  # whether the policies of all simulated sites accept them; None: not on file
     config_file_sha256: str  # of the `config.yaml` in the folder; `provenance` has that of the run's
-    judged_by: str
-    keep_round: Literal["last", "best"]
-    stop_after: int | None
+    primary_metric: str
+    checkpoint_selection: Literal["last", "best"]
+    early_stopping_patience: int | None
     settings: Mapping[str, Value]  # of the run, that its cells show
     trained_parameters: int | None  # None: not known
     provenance: Provenance
@@ -326,7 +326,9 @@ class RunFacts:
     sites: tuple[SiteFacts, ...]
     files: Mapping[str, str]  # file of the finished model, and of each export -> its SHA-256
     held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
-    constant: float | None = None  # `judged_by` of the best constant answer to the test file; None: there is no such
+    constant: float | None = (
+        None  # `primary_metric` of the best constant answer to the test file; None: there is no such
+    )
 
     @property
     def unit(self) -> Unit:
@@ -342,15 +344,18 @@ class RunFacts:
 
     @property
     def _federation(self) -> FederationSpec:
-        plan, kept, after = self.plan, self.keep_round, self.stop_after
+        plan, kept, after = self.plan, self.checkpoint_selection, self.early_stopping_patience
         return FederationSpec(
-            num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds, keep_round=kept, stop_after=after
+            num_rounds=plan.num_rounds,
+            spare_rounds=plan.spare_rounds,
+            checkpoint_selection=kept,
+            early_stopping_patience=after,
         )
 
     @property
     def finished(self) -> bool:
         """Whether every round was aggregated, or early stopping ended the run."""
-        return should_stop(self.rounds, self._federation, judged_by=self.judged_by)
+        return should_stop(self.rounds, self._federation, primary_metric=self.primary_metric)
 
     @property
     def progress(self) -> str:
@@ -359,7 +364,7 @@ class RunFacts:
     @property
     def kept(self) -> Kept | None:
         """The round that validation scores selected; None if they did not decide."""
-        return find_kept_round(self.rounds, self._federation, judged_by=self.judged_by)
+        return find_kept_round(self.rounds, self._federation, primary_metric=self.primary_metric)
 
     @property
     def unchanged(self) -> bool:

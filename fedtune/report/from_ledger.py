@@ -12,6 +12,7 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
+from fedtune.formatting import finite
 from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
@@ -22,7 +23,7 @@ from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.report.derive import ledger_figures
-from fedtune.report.derive.cells import format_rank
+from fedtune.report.derive.dpia_fields import format_rank
 from fedtune.report.facts import (
     Approved,
     Cap,
@@ -35,9 +36,8 @@ from fedtune.report.facts import (
     Verification,
 )
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive_report
+from fedtune.report.verify_report import derive_report
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import finite
 
 MOST_STEPS = 400  # charged rounds that a report shows by themselves; of more it shows one charge for each run and month
 

@@ -23,28 +23,28 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.federation.drift import HeldOut, pool_held_out_scores
-from fedtune.federation.kept_round import should_stop
+from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.formatting import finite, total
 from fedtune.privacy.durable import hash_files
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.report import signing
-from fedtune.report.derive import cells
+from fedtune.report.derive import dpia_fields
 from fedtune.report.derive.ledger_figures import count_charges
 from fedtune.report.derive.run_figures import find_invalid_field
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive_report, problems
-from fedtune.runs.earlier_debts import UNKNOWN
+from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
+from fedtune.runs.lineage import UNKNOWN
 from fedtune.runs.results import FinalResult, RunResult, finite_scores
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, errors_in
-from fedtune.words import finite, total
 
 _RESULT = TypeAdapter(RunResult)
 
@@ -65,7 +65,7 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether every round was aggregated, or early stopping ended the run."""
-        return should_stop(self.rounds, self.config.federation, judged_by=self.config.judged_by)
+        return should_stop(self.rounds, self.config.federation, primary_metric=self.config.primary_metric)
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
@@ -235,7 +235,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         run=record.run,
         sent=json.dumps(record.sent.decisive(), sort_keys=True) if record.sent else "",
         plan=plan,
-        **cells.facts_from_settings(config, plan),
+        **dpia_fields.facts_from_settings(config, plan),
         seeded_noise=config.runtime.seeded_noise or bool(record.result and record.result.privacy.seeded_noise),
         date=max(times, default=None),
         sampling=noted.sampling if noted else None,
@@ -375,7 +375,7 @@ def _provenance(record: RunRecord) -> Provenance:
     return Provenance(
         fedtune_version=version or (record.result.fedtune_version if record.result else "") or NOT_RECORDED,
         config_sha256=record.config_sha256,
-        **cells.provenance_from_settings(config),
+        **dpia_fields.provenance_from_settings(config),
         model_sha256=_join_distinct(environment.model_sha256 for environment in environments) or config.model.sha256,
         libraries={name: version for name, version in libraries.items() if version},
         python=_join_distinct(environment.python for environment in environments),

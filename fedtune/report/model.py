@@ -18,7 +18,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import DataclassSchema
 
 from fedtune.federation.drift import Fall
-from fedtune.federation.kept_round import Kept
+from fedtune.federation.early_stopping import Kept
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge
 from fedtune.report.facts import BudgetVerdict, Facts, Lifetime, Release, Source, Value
@@ -165,7 +165,7 @@ class Report:
     schema_version: Annotated[int, Field(ge=REPORT_SCHEMA, le=REPORT_SCHEMA)]
     facts: Annotated[Facts, Field(discriminator="kind")]  # that everything else follows from
     verdict: BudgetVerdict
-    neighbouring_relation: str
+    neighboring_relation: str
     epsilon: float | None
     randomness: str
     released: tuple[str, ...]

@@ -19,16 +19,16 @@ from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.formatting import score_words
 from fedtune.model.source import public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.render import render_label, template_environment, write_files
-from fedtune.report.page.report_words import Words
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.page.view import Words
 from fedtune.tasks.inputs import get_input_for
-from fedtune.words import score_words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ def card_text(record: RunRecord, report: Report, form: Form) -> str:
     """Return the card of a finished run's model; equal runs give equal cards."""
     model, made = record.config.model, record.result and record.result.provenance
     example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
-    words, template = Words(report, load_catalogue("en")), made and made.template
+    words, template = Words(report, load_catalog("en")), made and made.template
     body = render_card(
         "model_card.md.j2",
         words=words,
@@ -126,11 +126,11 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     known: dict[str, Any] = of_base if model.public_id is not None else {}
     if task.hub_name and model.path != NO_BASE:
         known["pipeline_tag"] = task.hub_name
-    # The hub knows short names in lower case; any other licence is "other", with its name.
-    if model.licence is not None and re.fullmatch(r"[A-Za-z0-9.-]+", model.licence):
-        known["license"] = model.licence.lower()
-    elif model.licence is not None:
-        known |= {"license": "other", "license_name": " ".join(_one_line(model.licence).split())}
+    # The hub knows short names in lower case; any other license is "other", with its name.
+    if model.license is not None and re.fullmatch(r"[A-Za-z0-9.-]+", model.license):
+        known["license"] = model.license.lower()
+    elif model.license is not None:
+        known |= {"license": "other", "license_name": " ".join(_one_line(model.license).split())}
     tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])]
     return ModelCardData(
         library_name=form.library,
@@ -152,7 +152,7 @@ def _scores_before_and_after(report: Report) -> Mapping[str, tuple[float | None,
 
 def format_privacy_loss(epsilon: float | None, delta: float | None) -> str:
     """Format a privacy loss as "epsilon ... at delta ..."."""
-    return "epsilon {} at delta {}".format(*map(load_catalogue("en").figure, (epsilon, delta), ("epsilon", "exact")))
+    return "epsilon {} at delta {}".format(*map(load_catalog("en").figure, (epsilon, delta), ("epsilon", "exact")))
 
 
 def _score_text(value: float | None) -> str:
@@ -168,7 +168,7 @@ def render_card(file: str, **values: object) -> str:
     named = {
         "score_words": score_words,
         "score_text": _score_text,
-        "figure": load_catalogue("en").figure,
+        "figure": load_catalog("en").figure,
         "owed": format_privacy_loss,
     }
     return templates.get_template(file).render(**named, **values)

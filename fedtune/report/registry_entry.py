@@ -16,8 +16,8 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.report import signing
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import load_catalogue
-from fedtune.report.page.report_words import Words
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.page.view import Words
 
 REGISTRY = "registry.json"
 SCHEMA_VERSION = 1
@@ -27,7 +27,7 @@ _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded",
 
 def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     """Return the fields of an entry, in English."""
-    words, of_run = Words(report, load_catalogue("en")), isinstance(report.facts, RunFacts)
+    words, of_run = Words(report, load_catalog("en")), isinstance(report.facts, RunFacts)
 
     def said(section: str, codes: Sequence[str]) -> list[str]:
         return [words.code(section, code).unescape() for code in codes]
@@ -40,7 +40,7 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     )
     facts = report.facts
     picked = facts.selection if isinstance(facts, RunFacts) else None  # in a search of fedtune's
-    how = f"picked by {picked.judged_by} out" if picked and picked.score is not None else "one"
+    how = f"picked by {picked.primary_metric} out" if picked and picked.score is not None else "one"
     search = f"{how} of {picked.trials} trials of {picked.search}" if picked else ""
     by_people = dataclasses.asdict(about) | {"tuning": about.tuning or search}
     known = report.known
@@ -67,7 +67,7 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             "holds_for": "a simulation on one machine" if "simulation" in report.banners else "real sites",
             "flavour": "(epsilon, delta)-differential privacy",
             "unit": words.code("unit", facts.unit).unescape(),
-            "neighbouring_relation": words.code("relation", report.neighbouring_relation).unescape(),
+            "neighboring_relation": words.code("relation", report.neighboring_relation).unescape(),
             "epsilon": report.epsilon if words.promises else None,
             "delta": facts.delta,
             "sites": len(report.sites),

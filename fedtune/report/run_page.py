@@ -59,16 +59,16 @@ class UnfinishedReport:
 
     def _write_page(self, state: LeadState, *, goes_on: bool) -> None:
         # These draw, which takes a while to import.
-        from fedtune.federation.kept_round import count_rounds
+        from fedtune.federation.early_stopping import count_rounds
         from fedtune.report import from_run
-        from fedtune.report.page.catalogue import load_catalogue
         from fedtune.report.page.render import render
-        from fedtune.report.rederive import derive_report
+        from fedtune.report.page.translations import load_catalog
+        from fedtune.report.verify_report import derive_report
 
         record = from_run.read_run(self._folder, plan=self._plan)
         self._plan = record.plan
         words, planned = (
-            load_catalogue(self._config.report.language),
+            load_catalog(self._config.report.language),
             count_rounds(state.rounds, self._config.federation),
         )
         now = words.figure(datetime.now(UTC).isoformat(timespec="seconds"), "moment")

@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.formatting import total
 from fedtune.privacy.selection import released_epsilon
 from fedtune.report import signing
 from fedtune.report.facts import RunFacts, StartAdapter, State
 from fedtune.report.model import Report
 from fedtune.report.model_card import format_privacy_loss, render_card
-from fedtune.report.page.catalogue import load_catalogue
-from fedtune.report.page.report_words import Words
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.page.view import Words
 from fedtune.sites.run_records import card_path, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
-from fedtune.words import total
 
 Told = Mapping[str, Any]  # what a card tells programs
 
@@ -46,7 +46,7 @@ class Behind:
 
 @spec
 class SyntheticRecords(WritingSpec):
-    """How the records were made: the request, and how they were selected and labelled."""
+    """How the records were made: the request, and how they were selected and labeled."""
 
     rows: int
     codes: int
@@ -76,7 +76,7 @@ class Figures:
     texts: int
     distinct: float  # the share that no other one equals
     words: tuple[int, int, int]  # so many at most have 5 %, half and 95 % of them
-    distinct_pairs: float  # the share of all pairs of neighbouring words that come once (distinct-2, Li et al. 2016)
+    distinct_pairs: float  # the share of all pairs of neighboring words that come once (distinct-2, Li et al. 2016)
 
 
 @spec
@@ -127,7 +127,7 @@ def describe_run(report: Report, adapter_digest: str) -> dict[str, Any]:
     """Return the fields of a run on a card."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a run wrote the records"
-    own = report.epsilon if Words(report, load_catalogue("en")).promises else None
+    own = report.epsilon if Words(report, load_catalog("en")).promises else None
     epsilon, delta = released_epsilon(own, facts.delta, facts.selection)
     about: Any = {"run": facts.name, "unit": facts.unit, "verdict": report.verdict.state}
     made = facts.provenance
@@ -159,7 +159,7 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
 
 def render_card_markdown(reports: Sequence[Report], told: Told) -> str:
     """Render the card as Markdown; `told` is the result of `build_card` for the same reports."""
-    words = [Words(report, load_catalogue("en")) for report in reports]
+    words = [Words(report, load_catalog("en")) for report in reports]
     return render_card(
         "synthetic_card.md.j2",
         name=told["file"],

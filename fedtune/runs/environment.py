@@ -18,10 +18,10 @@ from fedtune.codec import decode, parse_json
 from fedtune.config import RunConfig, saved_settings
 from fedtune.data.records import resolve_file
 from fedtune.federation.run_folder import RunFolder
-from fedtune.model.refusals import OWED, PRIVATE_TO
+from fedtune.model.unsupported_models import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.selection import Selection, released_epsilon
-from fedtune.runs.earlier_debts import (
+from fedtune.runs.lineage import (
     SPENT,
     UNKNOWN,
     Debt,
@@ -128,8 +128,8 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     start = SavedAdapter.read_initial(config.model.adapter)
     has_head = config.bound_task.has_head
     about = {"digest": start.digest, "head": start.can_reuse_head(config.task_model()) if has_head else None}
-    public, (of_run, learnt) = config.public.train_file, _run_lineage(start)
-    if public is not None and (learnt != public or of_base):
+    public, (of_run, learned) = config.public.train_file, _run_lineage(start)
+    if public is not None and (learned != public or of_base):
         bound = "must be null with public.train_file: it was not trained on those records alone"
         raise ConfigError("model.adapter", config.model.adapter, bound)
     if earlier:  # of a base, its run told it where that is on file

@@ -14,8 +14,8 @@ from typing import Protocol
 
 from fedtune.config import RunConfig
 from fedtune.federation.cost import Meter
+from fedtune.federation.early_stopping import find_kept_round, warn_of_interrupted_round
 from fedtune.federation.invitation import ProposedRun
-from fedtune.federation.kept_round import find_kept_round, warn_of_interrupted_round
 from fedtune.federation.lead import Aggregation, Checkpoints, Lead, LeadState, read_receipts, save_receipts
 from fedtune.federation.planner import check_signal
 from fedtune.federation.rounds import run_rounds
@@ -135,7 +135,7 @@ class FederationRun:
             evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
             finished=finished,
             elapsed=elapsed,
-            judged_by=self.config.judged_by,
+            primary_metric=self.config.primary_metric,
             earlier_receipts=earlier,
             gives_adapter=self.gives_adapter,
         )
@@ -164,7 +164,7 @@ class FederationRun:
             state = self._checkpoints.load()
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.has_valid_signature()]:
                 raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
-        elif not self.config.training.go_on_without_signal:
+        elif not self.config.training.ignore_weak_signal:
             sizes, values = self.config.declared_sizes(), self.shared.initial_adapter.num_values
             check_signal(self.asked.proposal.plan, sizes, values=values)
         if self.config.federation.uses_validation_scores:
@@ -203,7 +203,7 @@ class FederationRun:
             state.rounds,
             state.metrics_before,
             metrics,
-            judged_by=config.judged_by,
+            primary_metric=config.primary_metric,
             guess=guess,
             rows=len(test.records) if test else 0,
         )
@@ -217,7 +217,7 @@ class FederationRun:
             if resource is None
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MEMORY_UNIT,
             findings=(DATA_CHANGED, *findings) if state.data_changed else findings,
-            kept=find_kept_round(state.rounds, config.federation, judged_by=config.judged_by),
+            kept=find_kept_round(state.rounds, config.federation, primary_metric=config.primary_metric),
             energy=meter.stop(),
             detail=detail,
         )
@@ -242,7 +242,7 @@ class FederationRun:
                 public_id=model.public_id,
                 gguf_file=model.gguf_file,
                 sha256=read_environments(self.folder)[-1].model_sha256,
-                licence=model.licence,
+                license=model.license,
             ),
             start_adapter=state.start_adapter,
             template=template,

@@ -36,7 +36,7 @@ class SideBySide:
 
     records: Sequence[Record] = field(repr=False)  # that were scored
     users: list[npt.NDArray[np.int64]] | None  # for each user the places of its records; None: each record is a unit
-    judged_by: str  # the score that counts
+    primary_metric: str  # the score that counts
     measured: Mapping[str, Evaluation] = field(repr=False)  # by model; the model before training comes first
     means: Mapping[str, Sequence[str]]  # by name, models whose mean counts as one more
     score: Scores  # from figures to scores
@@ -71,7 +71,7 @@ class SideBySide:
     def scores(self) -> tuple[str, ...]:
         """The names of all scores, the primary score first."""
         names = [score for drawing in self._drawn for score in next(iter(drawing.values.values()))]
-        return tuple(sorted(names, key=lambda name: name != self.judged_by))
+        return tuple(sorted(names, key=lambda name: name != self.primary_metric))
 
     def estimate(self, model: str, score: str) -> Estimate:
         """Return a model's score with its interval."""
@@ -79,7 +79,7 @@ class SideBySide:
 
     def compare_models(self, base: str, tuned: str, score: str | None = None) -> Comparison:
         """Compare two models by a score, by default the primary score."""
-        score = score or self.judged_by
+        score = score or self.primary_metric
         return self._drawn_for(score).compare_scores(base, tuned, score)
 
     def _drawn_for(self, score: str) -> Drawn:
@@ -106,7 +106,9 @@ class SideBySide:
         if len(groups.names) < 2:
             return None
         examples = {name: measured.examples for name, measured in self.measured.items()}
-        return score_groups(examples, groups, score=self.judged_by, scores=self.score, pairs=pairs, units=self.users)
+        return score_groups(
+            examples, groups, score=self.primary_metric, scores=self.score, pairs=pairs, units=self.users
+        )
 
 
 def compare_runs(
@@ -174,7 +176,7 @@ def compare_runs(
     return SideBySide(
         records=data.records,
         users=users,
-        judged_by=scored.primary_metric_for(first.data),
+        primary_metric=scored.primary_metric_for(first.data),
         measured={name: found[name] for name in (*bases.values(), *runs)},
         means=means or {},
         score=partial(scored.final_scores if final else scored.scores, spec=saved.model.spec),

@@ -12,7 +12,7 @@ from typing import Any
 from fedtune.config import RunConfig, parse
 from fedtune.data.records import record_key
 from fedtune.federation.spec import PublicSpec
-from fedtune.runs.earlier_debts import read_base_lineage
+from fedtune.runs.lineage import read_base_lineage
 from fedtune.sites.run_records import LeadRecords, RunRecords, require_disjoint, require_no_card
 from fedtune.spec import ConfigError
 
@@ -40,7 +40,7 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
     """
     public, adapter = config.public, config.model.adapter
     if adapter is not None:
-        bound = "must be null with public.train_file: the run begins in what is learnt of that file"
+        bound = "must be null with public.train_file: the run begins in what is learned of that file"
         raise ConfigError("model.adapter", adapter, bound)
     num_rounds = public.num_rounds or plain.get("federation", {}).get("num_rounds", config.federation.num_rounds)
     given_rates = plain.get("training", {})

@@ -11,7 +11,7 @@ from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.cohorts import next_window
 from fedtune.privacy.site_files import max_runs_of_sites
-from fedtune.runs.changed_settings import set_by_key
+from fedtune.runs.overrides import set_by_key
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.cost import Energy
-from fedtune.federation.kept_round import Kept
+from fedtune.federation.early_stopping import Kept
 from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, compute_site_charge
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.formatting import finite, unbounded
+from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.measures import Detail
 from fedtune.version import __version__
-from fedtune.words import finite, unbounded
 
 if TYPE_CHECKING:  # it imports pydantic, which readers of results need not
     from fedtune.config import RunConfig
@@ -51,7 +51,7 @@ _LOST = 2.0  # a loss that has grown by this factor: noise and rates that suit t
 
 
 def find_problems(
-    rounds: Sequence[RoundResult], before: Scores, after: Scores, *, judged_by: str, guess: float | None, rows: int
+    rounds: Sequence[RoundResult], before: Scores, after: Scores, *, primary_metric: str, guess: float | None, rows: int
 ) -> tuple[str, ...]:
     """Return codes for problems that a run's scores reveal about its training.
 
@@ -59,7 +59,7 @@ def find_problems(
         rounds: the finished rounds.
         before: the scores on the test file before training; empty without a test file.
         after: the scores on the test file after training; empty without a test file.
-        judged_by: the name of the primary score.
+        primary_metric: the name of the primary score.
         guess: the primary score of the best constant answer; None if there is none.
         rows: the number of records in the test file.
     """
@@ -67,12 +67,12 @@ def find_problems(
     lost = bool(loss and was and loss > _LOST * was) or any(finite(score) is None for score in after.values())
     if lost or any(result.diverged for result in rounds):
         return (DIVERGED,)
-    score, started = after.get(judged_by), before.get(judged_by)
+    score, started = after.get(primary_metric), before.get(primary_metric)
     if score is None:
         return ()
     # One standard error, as if the score were a share of `rows`.
-    error = 0.0 if judged_by == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
-    sign = score_direction(judged_by)
+    error = 0.0 if primary_metric == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
+    sign = score_direction(primary_metric)
     worse = started is not None and sign * score < sign * started - error
     guessed = guess is not None and sign * score <= sign * guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
@@ -93,7 +93,7 @@ class PrivacyResult:
 
     unit: str = "record"
     records_per_user: int = 1
-    neighbouring_relation: str = NEIGHBOURING_RELATION.name.lower()
+    neighboring_relation: str = NEIGHBORING_RELATION.name.lower()
     delta: float
     epsilon: float | None = None
     seeded_noise: bool
@@ -109,7 +109,7 @@ class BaseModel:
     # that the weights were expanded from, so that they are not those of `public_id` bit for bit
     gguf_file: str | None = None
     sha256: str  # of its manifest
-    licence: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,12 +16,12 @@ import torch
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.batching import collate
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.evaluation.generation import decode_stream, sample_completions, stream_tokens
 from fedtune.evaluation.scoring import evaluation_mode
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
-from fedtune.model.fits import max_positions
+from fedtune.model.compatibility import max_positions
 from fedtune.runs.needed_packages import require_to_score
 from fedtune.sites.shared_model import Evaluation, LeadData, load_tokenizer_and_model
 from fedtune.spec import ConfigError, DataError
@@ -108,7 +108,7 @@ class SavedModel:
         task, data = self.model.task, self.config.data
         examples = task.tokenize([Record(one) for one in fields], self.tokenizer, data=data)
         pairs = zip(examples.input_ids, examples.targets, strict=True)
-        return [ids[(learnt != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learnt in pairs]
+        return [ids[(learned != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learned in pairs]
 
     def generate_answer(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
         """Generate the answer to a prompt with the current adapter, and yield it piece by piece; see `as_text`."""

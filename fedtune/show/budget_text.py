@@ -12,8 +12,9 @@ from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.federation.calendar import describe_shared_epsilon
 from fedtune.federation.planner import LEAST_SIGNAL
+from fedtune.formatting import pluralize
 from fedtune.privacy import accountant, filter
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, format_epsilon
+from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
 from fedtune.privacy.cohorts import OLDEST, cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.ledger.history import History
@@ -25,7 +26,6 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.spec import spec
 from fedtune.tasks.registry import get_task
-from fedtune.words import pluralize
 
 SCHEMA_VERSION = 1  # of what is said of a ledger as JSON
 Caution = tuple[str, str]  # a key of a policy, and what to think twice about there
@@ -195,9 +195,9 @@ def reference_runs_left(history: History) -> int | None:
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
     """Return the ledger's identity under stable JSON keys."""
-    opened, relation = verified.history.opening, NEIGHBOURING_RELATION.name.lower()
+    opened, relation = verified.history.opening, NEIGHBORING_RELATION.name.lower()
     whose = {key: getattr(opened, key) for key in ("ledger", "site", "population", "unit")}
-    about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose, "neighbouring_relation": relation}
+    about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose, "neighboring_relation": relation}
     return {**about, "delta": opened.delta, "site_key": verified.site_key, "num_events": len(verified.events)}
 
 
@@ -250,12 +250,12 @@ def explain_signal(ratio: float, task: str) -> str:
     """Explain a run's signal-to-noise ratio (`planner.signal_to_noise`) for its task."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
     if ratio < LEAST_SIGNAL:
-        return f"{times}: nothing is likely to be learnt; a run wants training.go_on_without_signal=true"
+        return f"{times}: nothing is likely to be learned; a run wants training.ignore_weak_signal=true"
     if ratio < WEAK_SIGNAL:
         return f"{times}: this run is likely to learn little, and costs its epsilon all the same"
     furthest = f"records can move the adapter at most {ratio:.2g} times as far as noise does"
     if not (studied := get_task(task).studied):
-        return f"{furthest}; no study says how much of task {task} is learnt at that"
+        return f"{furthest}; no study says how much of task {task} is learned at that"
     nearest = min(studied, key=lambda one: abs(math.log(one / ratio)))
     return f"{furthest}; a study at {nearest:g} kept {studied[nearest]} of what training gains without privacy"
 

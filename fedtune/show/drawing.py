@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from fedtune.show.lines import power_of_ten
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#9A6A00")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#9A6A00")
 DASHES = ("", "6 2", "2 1", "6 2 1 2", "10 3", "1 2")
 MARKERS = (
     "M-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0z",
@@ -23,7 +23,7 @@ MARKERS = (
     "M0 3l-2.8-5.2h5.6z",
     "M-2.4-2.4l4.8 4.8M2.4-2.4l-4.8 4.8",
 )
-MOST_LINES = len(COLOURS)  # more lines in one chart could not be told apart
+MOST_LINES = len(COLORS)  # more lines in one chart could not be told apart
 LIMIT, BEFORE = "5 4", "1 2"  # dashes of levels that lines are compared with
 _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
 _HEIGHT, _PANEL_HEIGHT = 194.0, 154.0  # of a chart, and of what its axes enclose
@@ -182,19 +182,19 @@ def _draw_series(one: Series, panel: Panel, across: _Axis, down: _Axis) -> Itera
         steps = "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
         yield _draw_line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
     else:
-        colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
-        yield _draw_line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), colour, dashes)
+        color, dashes, marker = (values[one.number % MOST_LINES] for values in (COLORS, DASHES, MARKERS))
+        yield _draw_line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), color, dashes)
         if len(points) <= _MOST_MARKERS:
-            yield from (_draw_marker(x, y, colour, marker) for x, y in points)
+            yield from (_draw_marker(x, y, color, marker) for x, y in points)
 
 
-def _draw_line(path: str, colour: str, dashes: str) -> str:
+def _draw_line(path: str, color: str, dashes: str) -> str:
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'<path d="{path}" stroke="{colour}" stroke-width="1.4" fill="none"{dashed}/>'
+    return f'<path d="{path}" stroke="{color}" stroke-width="1.4" fill="none"{dashed}/>'
 
 
-def _draw_marker(x: float, y: float, colour: str, marker: str) -> str:
-    return f'<path d="{marker}" transform="translate({x:g} {y:g})" fill="{colour}" stroke="{colour}"/>'
+def _draw_marker(x: float, y: float, color: str, marker: str) -> str:
+    return f'<path d="{marker}" transform="translate({x:g} {y:g})" fill="{color}" stroke="{color}"/>'
 
 
 def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
@@ -215,8 +215,8 @@ def _labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
     if len(panel.series) + len(panel.levels) < 2:
         return
     for one in panel.series:
-        colour, marker = (values[one.number % MOST_LINES] for values in (COLOURS, MARKERS))
-        yield max(one.points)[1], one.label, _draw_marker(4, -3, colour, marker) if one.kind == "line" else ""
+        color, marker = (values[one.number % MOST_LINES] for values in (COLORS, MARKERS))
+        yield max(one.points)[1], one.label, _draw_marker(4, -3, color, marker) if one.kind == "line" else ""
     for height, label, _ in panel.levels:
         yield height, label, ""
 

@@ -15,19 +15,19 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from fedtune.config import RunConfig
-from fedtune.federation.kept_round import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
+from fedtune.federation.early_stopping import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
 from fedtune.federation.lead import LeadState, charged_epsilons, compute_site_charge
 from fedtune.federation.planner import signal_to_noise
-from fedtune.model.products import is_slow_on_cpu
+from fedtune.formatting import pluralize, size, unbounded
+from fedtune.model.frozen_linear import is_slow_on_cpu
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
-from fedtune.runs.earlier_debts import UNKNOWN
+from fedtune.runs.lineage import UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
 from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, describe_noise, explain_signal
 from fedtune.show.terminal_tables import Section, key_value_section, say, show
 from fedtune.sites.shared_model import RunModel
-from fedtune.words import pluralize, size, unbounded
 
 
 class Display:
@@ -117,7 +117,7 @@ class Display:
         if state.metrics_before:
             self._print_text(f"before training: {_format_scores(state.metrics_before)} (test records)")
         if state.round:
-            over = should_stop(state.rounds, federation, judged_by=self._config.judged_by)
+            over = should_stop(state.rounds, federation, primary_metric=self._config.primary_metric)
             self._print_text(f"{'the run was over' if over else 'resuming'} after round {state.round}")
         if state.data_changed:
             which = ", ".join(state.data_changed)
@@ -171,8 +171,8 @@ class Display:
         yield f"round {last.round:>{len(str(rounds))}}/{rounds}", ""
         yield f"{len(last.sites)}/{len(federation.active)} sites", ""
         yield f"validation: {_format_scores(last.metrics)}" if last.metrics else "no validation records", ""
-        kept = find_kept_round(state.rounds, federation, judged_by=self._config.judged_by)
-        over = should_stop(state.rounds, federation, judged_by=self._config.judged_by)
+        kept = find_kept_round(state.rounds, federation, primary_metric=self._config.primary_metric)
+        over = should_stop(state.rounds, federation, primary_metric=self._config.primary_metric)
         charges = (compute_site_charge(state, site, self._plan) for site in federation.active)
         yield (
             f"epsilon {format_epsilon(max(unbounded(one.proven_epsilon if over else one.epsilon) for one in charges))}",
@@ -235,7 +235,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         before = f" (before: {_format_scores(final.metrics_before)})" if final.metrics_before else ""
         say_here(f"test: {_format_scores(final.metrics)}{before}", style="bold")
         if final.constant is not None:
-            say_here(f"best constant answer: {_format_scores({config.judged_by: final.constant})}")
+            say_here(f"best constant answer: {_format_scores({config.primary_metric: final.constant})}")
     if missing := explain_used_up(result.rounds, config.federation):
         say_here(f"{missing}.", style="yellow")
     for code in final.findings:
@@ -247,7 +247,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
 
 def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
     """Describe the round that checkpoint selection kept, and what early stopping by these scores means for epsilon."""
-    score = _format_scores({kept.judged_by: kept.score})
+    score = _format_scores({kept.primary_metric: kept.score})
     text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
     if not kept.ended_early:
         return text

@@ -16,10 +16,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from fedtune.formatting import jsonable
 from fedtune.privacy.durable import write_durably
 from fedtune.show.lines import strip_control, wrap_text
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import jsonable
 
 SCHEMA_VERSION = 1  # of what `--json` prints
 _NARROWEST = 8  # column of words

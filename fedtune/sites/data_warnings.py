@@ -12,14 +12,14 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.data import users_of
-from fedtune.data.faults import LeftOut
-from fedtune.data.load import Dealt, is_far_from_declared
+from fedtune.data.bad_rows import SkippedRows
+from fedtune.data.load import Partitioned, is_far_from_declared
 from fedtune.data.records import resolve_file
+from fedtune.formatting import pluralize
 from fedtune.sites.run_records import LeadRecords, RunRecords, count_texts_by_role, identifying_roles
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
 from fedtune.version import shipped_folders
-from fedtune.words import pluralize
 
 _MOST_NAMED = 3
 _COMPARED: dict[tuple[object, ...], bool] = {}  # by a run and files as they are: a sweep asks often, reading is slow
@@ -69,7 +69,7 @@ def scores_may_decide(config: RunConfig) -> bool:
     return True
 
 
-def _warn_of_skipped_rows(rows: LeftOut, key: str) -> Iterator[str]:
+def _warn_of_skipped_rows(rows: SkippedRows, key: str) -> Iterator[str]:
     if rows.count:
         yield f"{key}: {rows}; the run leaves them out"
 
@@ -110,7 +110,7 @@ def _contains_records_of(config: RunConfig, names: Sequence[str], file: str) -> 
     return any(other.keys() <= texts or texts <= other.keys() for texts in trained for other in theirs.values())
 
 
-def site_data_warnings(config: RunConfig, dealt: Dealt) -> Iterator[str]:
+def site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
     """Yield warnings about the records of a simulation's sites."""
     yield from _warn_of_skipped_rows(dealt.left_out, "data.train_file")
     if dealt.shared_users:
@@ -128,7 +128,7 @@ def site_data_warnings(config: RunConfig, dealt: Dealt) -> Iterator[str]:
         )
 
 
-def _sites_far_from_declared(config: RunConfig, dealt: Dealt) -> Iterator[str]:
+def _sites_far_from_declared(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
     declared = config.declared_sizes()
     for name, records in zip(config.federation.names, dealt.sites, strict=True):
         by_user = config.privacy.unit == "user"

@@ -114,7 +114,7 @@ class SiteProcess:
         log.info("the base model is loaded", extra=about)
         if self._model.moved > 0:
             log.warning(
-                "this machine rounds an example by its neighbours, as the policy accepts: the bound is measured",
+                "this machine rounds an example by its neighbors, as the policy accepts: the bound is measured",
                 extra={"moved": self._model.moved},
             )
         return RunModel(self._model, config)

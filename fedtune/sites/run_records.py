@@ -17,19 +17,19 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.data import Record
-from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
-from fedtune.data.lists import to_compact_json
-from fedtune.data.load import Dealt, lead_records, partition_training_files, sample_rows, split_key
+from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
+from fedtune.data.json_lists import to_compact_json
+from fedtune.data.load import Partitioned, lead_records, partition_training_files, sample_rows, split_key
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.values import normalize_name
 from fedtune.evaluation.spec import missing_test_records_error
+from fedtune.formatting import pluralize
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, expand_home
 from fedtune.version import shipped_folders
-from fedtune.words import pluralize
 
 MOST_SHARED = 1 / 20
 """Of a file's texts, those that a public file may have, too: public sets of one field share up to 1.5 %."""
@@ -41,7 +41,7 @@ class LeadRecords:
     """Records that the lead may inspect, and the rows of their file that were skipped."""
 
     records: list[Record]
-    left_out: LeftOut = NONE_LEFT_OUT
+    left_out: SkippedRows = NONE_LEFT_OUT
 
     @classmethod
     def read(
@@ -56,7 +56,7 @@ class LeadRecords:
         """
         task, data = config.bound_task, config.data
         columns, fault = task.columns(data, unit=unit), task.record_validator(data)
-        records, left_out = lead_records(file, columns=columns, key=key, fault=fault, leave_out=data.skips_unusable)
+        records, left_out = lead_records(file, columns=columns, key=key, fault=fault, leave_out=data.skips_bad_records)
         return cls(sample_rows(records, rows), left_out)
 
     @classmethod
@@ -90,7 +90,7 @@ class RunRecords:
             _ = self.dealt
 
     @cached_property
-    def dealt(self) -> Dealt:
+    def dealt(self) -> Partitioned:
         """All records of a simulation, partitioned by site."""
         return partition_run_records(self._config)
 
@@ -141,7 +141,7 @@ class RunRecords:
         return None if file is None else LeadRecords.read(file, self._config, key=key, rows=rows)
 
 
-def partition_run_records(config: RunConfig) -> Dealt:
+def partition_run_records(config: RunConfig) -> Partitioned:
     """Partition the records of a simulation by site."""
     task, unit = config.bound_task, config.privacy.unit
     columns = task.columns(config.data, partition=True, unit=unit)
@@ -169,11 +169,9 @@ def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | No
         case "dirichlet":
             labels = column_values(records, config.data.columns["label"], key="data.columns.label")
             key = split_key(config.seed)
-            labelled = (
-                Record({**record.fields, "label": label}) for record, label in zip(records, labels, strict=True)
-            )
+            labeled = (Record({**record.fields, "label": label}) for record, label in zip(records, labels, strict=True))
             place = partial(assign_site, spec=partition, num_sites=len(names), key=key)
-            return [names[place(record)] for record in labelled]
+            return [names[place(record)] for record in labeled]
         case "file" if config.data.test_fraction:
             own = {name: config.data.train_file.replace(SITE, name) for name in names}
             at = {str(resolve_file(one, shipped_folders(), key="data.train_file")): name for name, one in own.items()}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data import Record, Shapes, TextDataset
-from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
+from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
 from fedtune.data.records import record_key
 from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import generate as generate_texts
@@ -27,7 +27,7 @@ from fedtune.evaluation.generation import group_by_prompt, text_scores, text_sta
 from fedtune.evaluation.scoring import KeptBatches, evaluate_examples
 from fedtune.federation.planner import check_signal
 from fedtune.model.adapter import Adapter
-from fedtune.model.products import depends_on_row_count
+from fedtune.model.frozen_linear import depends_on_row_count
 from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
@@ -36,6 +36,7 @@ from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products, uses_unfused_attention
+from fedtune.training.batch_invariance import fit_to_memory, max_batch_influence, require_batch_invariance
 from fedtune.training.devices import Devices, DeviceTrial, Outcome
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
@@ -49,7 +50,6 @@ from fedtune.training.machine import (
     resolve_device,
     step_bytes,
 )
-from fedtune.training.preflight import fit_to_memory, max_batch_influence, require_batch_invariance
 from fedtune.training.spec import RuntimeSpec
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class LoadedModel:
     Args:
         config: of the run that it is loaded for.
         declared_size: privacy units, as published, that train in this process; None: those of all sites.
-        inexact_allowed: take a machine whose kernels let an example's neighbours change how it is rounded.
+        inexact_allowed: take a machine whose kernels let an example's neighbors change how it is rounded.
         trains: whether records are trained on here; a real lead only scores, and need not try the model.
         leads: whether this is a simulation's lead, which refuses a run with too weak a signal before the trial.
         alone: take one process where nobody chose a number.  Runs that keep what frozen layers made of the records
@@ -124,7 +124,7 @@ class LoadedModel:
         self._facts: Final = self._model_key(given, declared_size)
         shapes, moved = micro_batch_shapes(model, config.runtime, max_length=config.data.max_length), 0.0
         # Trying the model takes minutes.
-        if tried and leads and config.resume is None and not config.training.go_on_without_signal:
+        if tried and leads and config.resume is None and not config.training.ignore_weak_signal:
             check_signal(config.plan(), config.declared_sizes(), values=self.initial_adapter.num_values)
         devices: Devices | None = None
         if tried and config.runtime.devices > 1:  # so that the others load the model while it is tried here
@@ -185,7 +185,7 @@ class LoadedModel:
         return frozen_states_folder(self.model, self.config.runtime, num_tokens=num_tokens) is not None
 
     def _test_model(self, plain: Shapes, progress: Progress) -> tuple[Shapes, float, Outcome | None]:
-        """The shapes in which no example's neighbours move it, else the plain ones and how far they do.
+        """The shapes in which no example's neighbors move it, else the plain ones and how far they do.
 
         Also the outcome of a trial made now, where other devices are to repeat it.
         """
@@ -297,7 +297,7 @@ class RunModel:
 
     def tokenize_records(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`, or where a run leaves some out: whatever they are."""
-        within = self.model.num_ids if lenient or self.config.data.skips_unusable else None
+        within = self.model.num_ids if lenient or self.config.data.skips_bad_records else None
         return self.model.task.tokenize(records, self.tokenizer, data=self.config.data, lenient_within=within)
 
     @cached_property
@@ -371,10 +371,10 @@ class LeadData:
     """Records that the lead may inspect, raw and tokenized; not covered by the privacy guarantee."""
 
     records: list[Record]  # as they were read
-    examples: TextDataset  # the same, tokenised
+    examples: TextDataset  # the same, tokenized
     # what one model's frozen base made of them, after they were scored; None keeps nothing
     kept: KeptBatches | None = field(default=None, repr=False, compare=False)
-    left_out: LeftOut = NONE_LEFT_OUT  # what of the file could not be used and is not among them
+    left_out: SkippedRows = NONE_LEFT_OUT  # what of the file could not be used and is not among them
 
     @classmethod
     def of(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:

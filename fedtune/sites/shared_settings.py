@@ -49,12 +49,12 @@ def settings_for_sites(config: RunConfig) -> RunConfig:
         data=config.data.for_sites(columns),
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
         # The lead alone decides by its scores when the run ends, and whose adapter it keeps.
-        federation=replace(config.federation, stop_after=None, keep_round="last", renewal=0),
+        federation=replace(config.federation, early_stopping_patience=None, checkpoint_selection="last", renewal=0),
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
         tracking=TrackingSpec(output_dir=AT_SITE),
         report=ReportSpec(),
         cost=CostSpec(),
-        # That the first adapter learnt from public records alone is the lead's word, which the run's name then holds.
+        # That the first adapter learned from public records alone is the lead's word, which the run's name then holds.
         public=PublicSpec(train_file=AT_SITE) if config.public.train_file else PublicSpec(),
         resume=None,
     )

@@ -24,10 +24,10 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.config import RunConfig
+from fedtune.federation.policy_dry_run import read_history
 from fedtune.federation.run_folder import RunFolder, lock_folder
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
-from fedtune.federation.verdict import read_history
 from fedtune.privacy import events, filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -58,7 +58,7 @@ from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
 
 LEAD_KEY = "lead_key.pem"
-DEALT = "dealt_out.json"
+DEALT = "partition.json"
 RECEIPTS = "receipts.json"  # the newest ones of kept sites, which a new run of the same lead sends back
 POLICY = "site.toml"
 

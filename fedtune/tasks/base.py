@@ -18,11 +18,12 @@ import numpy.typing as npt
 from fedtune.codec import decode_value, require
 from fedtune.data.batching import Batch
 from fedtune.data.features import feature_columns
-from fedtune.data.lists import to_compact_json
+from fedtune.data.json_lists import to_compact_json
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
+from fedtune.data.tokenization import Targets, TextDataset, Tokenizer
 from fedtune.data.values import OPTIONAL_ROLES
+from fedtune.formatting import pluralize
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.distributed_noise import USUAL_BOUND
 from fedtune.privacy.mechanism import Unit
@@ -30,7 +31,6 @@ from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.inputs import Row, get_input_for
 from fedtune.tasks.measures import Detail
-from fedtune.words import pluralize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,7 +59,7 @@ class Model(Protocol):
     A task that makes a discrete choice for an example, such as an argmax, stores every float on which the choice
     depends in `decided_by`: (rows, ...), one row for each example of the batch, then one for each row of padding.
     Gradients reveal only the choice, so the trial before a run also compares these floats
-    (`fedtune.training.preflight`).
+    (`fedtune.training.batch_invariance`).
     """
 
     spec: TaskModelSpec
@@ -108,7 +108,7 @@ class Task(ABC):
     counts_units: ClassVar[bool] = False
     # the score that says whether training helped: the larger the better, but for "loss"
     primary_metric: ClassVar[str] = "loss"
-    # `judged_by` of the best constant answer, where it is one number whatever the data set; None: it is not
+    # `primary_metric` of the best constant answer, where it is one number whatever the data set; None: it is not
     baseline: ClassVar[float | None] = None
     # what LoRA and the head take of the automatic learning rate; None: it was not studied for the task
     auto_lr_shares: ClassVar[tuple[float, float] | None] = None
@@ -160,7 +160,7 @@ class Task(ABC):
         return 1
 
     def primary_metric_for(self, data: DataSpec) -> str:
-        """Return the score `judged_by`, which may depend on the layout of the records."""
+        """Return the score `primary_metric`, which may depend on the layout of the records."""
         return self.primary_metric
 
     def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
@@ -388,8 +388,8 @@ class Task(ABC):
         return None
 
     def majority_baseline(self, dataset: TextDataset) -> float | None:
-        """Return the score `judged_by` of the majority baseline, the best constant answer for `dataset`; None if there
-        is none.
+        """Return the score `primary_metric` of the majority baseline, the best constant answer for `dataset`; None if
+        there is none.
         """
         return self.baseline
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.bad_rows import Faults
 from fedtune.data.batching import Batch
-from fedtune.data.faults import Faults
 from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec, fill_template
-from fedtune.data.tokenise import (
+from fedtune.data.tokenization import (
     UNSUPERVISED,
     MarkedTokenizer,
     Targets,
@@ -76,7 +76,7 @@ class CausalLM(Task):
     def check_data(self, data: DataSpec) -> None:
         named = [role for role in self.one_of if role in data.columns]
         if len(named) > 1:
-            bound = f"must name one of {', '.join(named)}: what is learnt is a chat, a text, or an answer to a prompt"
+            bound = f"must name one of {', '.join(named)}: what is learned is a chat, a text, or an answer to a prompt"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if named == ["text"] and data.chat_template != "none":
@@ -92,7 +92,7 @@ class CausalLM(Task):
         return error_of(_require_answer) if "messages" in data.columns else super().record_validator(data)
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
-        from fedtune.model.fits import check_causal
+        from fedtune.model.compatibility import check_causal
 
         check_causal(base, path=path)
 
@@ -119,9 +119,9 @@ class CausalLM(Task):
         for tokens in layout.encode_examples(examples, tokenizer, within=lenient_within):
             fitted = tokens.truncate(data.max_length)
             input_ids.append(np.array(fitted.numbers or [layout.end], dtype=np.int32))
-            learnt = np.array(fitted.learnt or [False])
-            learnt[0] = False  # nothing stands before it
-            targets.append(np.where(learnt, input_ids[-1], UNSUPERVISED).astype(np.int64))
+            learned = np.array(fitted.learned or [False])
+            learned[0] = False  # nothing stands before it
+            targets.append(np.where(learned, input_ids[-1], UNSUPERVISED).astype(np.int64))
         return TextDataset(tuple(input_ids), tuple(targets))
 
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
@@ -197,8 +197,8 @@ class CausalLM(Task):
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """Return the geometric mean of the probabilities of the answer's tokens; 0 if truncation left none of them."""
-        learnt = bool((_next_tokens(batch)[: batch.texts] != UNSUPERVISED).any())
-        return float(np.exp(-float(model.losses(batch)[0]))) if learnt else 0.0
+        learned = bool((_next_tokens(batch)[: batch.texts] != UNSUPERVISED).any())
+        return float(np.exp(-float(model.losses(batch)[0]))) if learned else 0.0
 
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return tuple(
@@ -218,8 +218,8 @@ def sum_token_losses(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor,
         lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     )
     # Found for all rows on the host, so that a device is waited for once.
-    learnt = [row.nonzero().flatten() for row in (_next_tokens(batch) != UNSUPERVISED).cpu()]
-    places_of_rows = torch.split(torch.cat(learnt).to(inputs.device), [len(places) for places in learnt])
+    learned = [row.nonzero().flatten() for row in (_next_tokens(batch) != UNSUPERVISED).cpu()]
+    places_of_rows = torch.split(torch.cat(learned).to(inputs.device), [len(places) for places in learned])
     # Not by index, which would add up each row's gradient with the zeros of all others.
     for row, targets, places in zip(inputs[:, :-1].unbind(), _next_tokens(batch), places_of_rows, strict=True):
         if not len(places):
@@ -239,7 +239,7 @@ class _Example:
     """A record as pieces of text, before it is encoded."""
 
     context: Sequence[Piece]  # what stands before the last answer; a plain text has nothing
-    answer: Sequence[Piece] = ()  # what is learnt last; in a chat with what ends it
+    answer: Sequence[Piece] = ()  # what is learned last; in a chat with what ends it
     reference: str = ""  # the answer as the record has it
     longest: str = ""  # of the texts of a prompt
 
@@ -256,7 +256,7 @@ class _Tokens:
     """An encoded example."""
 
     numbers: Sequence[int] = ()  # (t,) its token ids
-    learnt: Sequence[bool] = ()  # (t,) whether each is supervised
+    learned: Sequence[bool] = ()  # (t,) whether each is supervised
     context: int = 0  # how many stand before the last answer
     start: int = 0  # how many of these stay in any case
     half: int = 0  # how many stand up to the middle of the longest text of a prompt
@@ -279,8 +279,8 @@ class _Tokens:
         cut = max(0, self.context - self.start - room)
         begin = min(max(self.start, self.half - (cut + 1) // 2), self.context - cut)
         kept = [*range(begin), *range(begin + cut, self.context + answer)]
-        numbers, learnt = [self.numbers[place] for place in kept], [self.learnt[place] for place in kept]
-        return _Tokens(numbers, learnt, self.context - cut, self.start)
+        numbers, learned = [self.numbers[place] for place in kept], [self.learned[place] for place in kept]
+        return _Tokens(numbers, learned, self.context - cut, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +335,7 @@ class ExampleFormat:
         """
         length, longest = self.data.max_length, ""
         if "text" in fields:
-            return _Example((), [Piece(fields["text"][: max_characters(length)], said=True, learnt=True)])
+            return _Example((), [Piece(fields["text"][: max_characters(length)], said=True, learned=True)])
         if self.chat is None or "messages" not in fields:
             reference, most = fields["completion"], max_characters(length) // (2 * len(fields))
             fields = {
@@ -347,7 +347,7 @@ class ExampleFormat:
             asked, reference = split_last_answer(_conversation_turns(fields))
             context = self.chat.build_prompt(asked, answer=reference)
         said = reference[: max_characters(length)]
-        answer = [Piece(said, said=True, learnt=True)] if self.chat is None else self.chat.build_answer(said)
+        answer = [Piece(said, said=True, learned=True)] if self.chat is None else self.chat.build_answer(said)
         return _Example(_keep_last_pieces(context, length), answer, reference, longest)
 
     def encode_examples(
@@ -376,9 +376,9 @@ class ExampleFormat:
         whole = ((ids, bool(ids) or not part.strip()) for ids, part in zip(ids_of_parts, parts, strict=True))
         for (half, _), (context, one), (answer, other) in zip(whole, whole, whole, strict=True):
             before = [*self.start, *context]
-            learnt = [False] * len(before) + [True] * (len(answer) + 1)
+            learned = [False] * len(before) + [True] * (len(answer) + 1)
             first = len(self.start)
-            found = _Tokens([*before, *answer, self.end], learnt, len(before), first, first + len(half))
+            found = _Tokens([*before, *answer, self.end], learned, len(before), first, first + len(half))
             yield found if one and other else _Tokens()
 
 
@@ -394,9 +394,9 @@ def align_tokens(example: _Example, ids: Sequence[int], places: Sequence[tuple[i
         if piece.text.strip() and not ((first < until) & (end > until - len(piece.text))).any():
             return _Tokens()
     of_piece = np.searchsorted(ends, np.maximum(first, end - 1), side="right").clip(max=len(pieces) - 1)
-    learnt = np.array([piece.learnt for piece in pieces])[of_piece]
+    learned = np.array([piece.learned for piece in pieces])[of_piece]
     context = int(np.searchsorted(of_piece, len(example.context)))
-    return _Tokens(ids, learnt.tolist(), context, start, int(np.searchsorted(end, len(example.text_parts[0]))))
+    return _Tokens(ids, learned.tolist(), context, start, int(np.searchsorted(end, len(example.text_parts[0]))))
 
 
 def _require_answer(record: Record) -> None:

@@ -17,11 +17,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from fedtune.data.tokenise import MarkedTokenizer, Tokenizer
+from fedtune.data.tokenization import MarkedTokenizer, Tokenizer
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:
-    from fedtune.tasks.counted_template import CountedTemplate
+    from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 
 Joint: TypeAlias = tuple[str, str]  # both sides of a fixed text: the roles of two turns, or one of the three below
 START, END, ANSWER = "start", "end", "answer"
@@ -30,7 +30,7 @@ SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
 _MOST_TEMPLATE = 1 << 16  # characters; the longest of well-known models have about ten thousand
 _MOST_TRIED = 1 << 24
-"""Steps of all made-up conversations together, as `CountedTemplate` counts them; short templates need 200,000."""
+"""Steps of all made-up conversations together, as `StepLimitedTemplate` counts them; short templates need 200,000."""
 
 
 class NoConversation(ValueError):
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 
     text: str  # in the names of a `MarkedTokenizer`
     said: bool = False  # whether a record says it; otherwise a template does
-    learnt: bool = False  # whether its tokens are supervised
+    learned: bool = False  # whether its tokens are supervised
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,27 +79,27 @@ class ChatFormat:
                 one system turn; or the template does not write the turns one after another.
         """
         placed = self._merge_system_turn(turns)
-        pieces, before, learnt = [Piece(self.start)], START, False
+        pieces, before, learned = [Piece(self.start)], START, False
         for turn in (*placed, Turn(ANSWER, "")):
             joint = self.joints.get((before, turn.role))
             if joint is None:
                 raise NoConversation("turns in another order")
             if before == ASSISTANT:
-                pieces.append(Piece(self.between, learnt=learnt))
+                pieces.append(Piece(self.between, learned=learned))
             pieces.append(Piece(joint))
             if turn.role != ANSWER:
                 pieces.append(self._content_piece(turn))
-            before, learnt = turn.role, turn.train
+            before, learned = turn.role, turn.train
         if not self.writes(placed if answer is None else (*placed, Turn(ASSISTANT, answer))):
             raise NoConversation("turns that the model's own template changes")
         return pieces
 
     def build_answer(self, content: str) -> list[Piece]:
         """Return the supervised part of an assistant turn: its content, and the mark that ends it."""
-        return [self._content_piece(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
+        return [self._content_piece(Turn(ASSISTANT, content)), Piece(self.ending, learned=True)]
 
     def _content_piece(self, turn: Turn) -> Piece:
-        return Piece(self.contents[turn.role](turn.content), said=True, learnt=turn.role == ASSISTANT and turn.train)
+        return Piece(self.contents[turn.role](turn.content), said=True, learned=turn.role == ASSISTANT and turn.train)
 
     def _merge_system_turn(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """Return the turns with the system text where the format allows it; a blank system turn is dropped."""
@@ -137,7 +137,7 @@ def split_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     """
     places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
-        raise NoConversation("no turn of the assistant that is learnt")
+        raise NoConversation("no turn of the assistant that is learned")
     return turns[: places[-1]], turns[places[-1]].content
 
 
@@ -268,7 +268,7 @@ class _NoChain(Exception):
 
 
 def _derive_format(
-    template: CountedTemplate, special: Mapping[str, str]
+    template: StepLimitedTemplate, special: Mapping[str, str]
 ) -> tuple[Mapping[Joint, str], _Contents, Mapping[_Conversation, str]]:
     """Derive the separators between turns, and the trimming of their contents, from a chat template.
 
@@ -369,20 +369,20 @@ _WITHHELD = ("strftime_now", "lipsum")
 are there, it hears no."""
 
 
-def _compile_template(template: str) -> CountedTemplate:
+def _compile_template(template: str) -> StepLimitedTemplate:
     """Compile a template in transformers' own sandbox, with a limit on its work."""
-    from fedtune.model.quiet import first_line
-    from fedtune.tasks.counted_template import CountedTemplate
+    from fedtune.model.hf_logging import first_line
+    from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 
     if len(template) > _MOST_TEMPLATE:
         raise _NoChain(f"has {len(template)} characters, more than {_MOST_TEMPLATE}")
     try:
-        return CountedTemplate(template)
+        return StepLimitedTemplate(template)
     except Exception as error:  # whatever its own words make of Jinja and of Python's compiler
         raise _NoChain(f"cannot be read ({first_line(error)})") from None
 
 
-def _render_turns(template: CountedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
+def _render_turns(template: StepLimitedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
     """Render turns with a template.
 
     Raises:
@@ -390,8 +390,8 @@ def _render_turns(template: CountedTemplate, turns: Sequence[Turn], special: Map
     """
     from jinja2 import Undefined
 
-    from fedtune.model.quiet import first_line
-    from fedtune.tasks.counted_template import TooMuchWork
+    from fedtune.model.hf_logging import first_line
+    from fedtune.tasks.bounded_jinja import TooMuchWork
 
     given: dict[str, object] = (
         {name: Undefined(name=name) for name in _WITHHELD} | dict.fromkeys(("tools", "documents")) | dict(special)

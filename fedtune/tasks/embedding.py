@@ -21,7 +21,7 @@ from fedtune.data.batching import Batch
 from fedtune.data.features import check_names
 from fedtune.data.records import Record, error_of, record_key
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import Targets, TextDataset, Tokenizer, whole_texts
+from fedtune.data.tokenization import Targets, TextDataset, Tokenizer, whole_texts
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, check_positive, spec
@@ -74,7 +74,7 @@ class PairSettings:
 
 
 class Embedding(Task):
-    """Mean-pooled, normalised hidden states, compared by their cosine; the loss is each record's own.
+    """Mean-pooled, normalized hidden states, compared by their cosine; the loss is each record's own.
 
     * `text`, `other` and `target`, a score: the squared difference between their cosine and the score, brought from its
       range (`data.target_range`) to [0, 1];

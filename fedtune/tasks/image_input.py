@@ -91,8 +91,8 @@ class Image(Text):
 
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         from fedtune.model.base_model import load_processor
-        from fedtune.model.fits import check_examples_independent
-        from fedtune.model.quiet import first_line
+        from fedtune.model.compatibility import check_examples_independent
+        from fedtune.model.hf_logging import first_line
 
         reader, frozen = ImageReader(*load_processor(model)), base.get_base_model()
         blank = torch.from_numpy(np.stack(2 * [reader.nothing()])).to(frozen.device)
@@ -108,11 +108,11 @@ class Image(Text):
         check_examples_independent(base, run, places=blank.shape[1])
 
     def embed_rows(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        from fedtune.model.refusals import VISION
+        from fedtune.model.unsupported_models import VISION
 
         frozen = getattr(base, "get_base_model", lambda: base)()  # an exported base is plain
         before = VISION[frozen.config.model_type]
-        # Without a mask: every row is a whole image, an empty one a grey one.
+        # Without a mask: every row is a whole image, an empty one a gray one.
         hidden = frozen(pixel_values=_join_patches(input_ids[:, before:])).last_hidden_state
         return mean_pool(hidden[:, before:], attention_mask[:, before:])
 

@@ -21,7 +21,7 @@ from fedtune.data.features import encode_features
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, fill_template
 from fedtune.data.text_rows import catch_row_error
-from fedtune.data.tokenise import whole_texts
+from fedtune.data.tokenization import whole_texts
 from fedtune.data.values import FEATURE, NO_NAME, NUMBER
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
 from fedtune.process import torch
@@ -30,7 +30,7 @@ from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, s
 Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
 Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
-"""Of each record its input, and whether it could be made: what could not is a harmless one (`Task.tokenise`)."""
+"""Of each record its input, and whether it could be made: what could not is a harmless one (`Task.tokenize`)."""
 
 
 class NoTokenizer:
@@ -156,7 +156,7 @@ class Text(Input):
 
     def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         from fedtune.model.base_model import load_tokenizer
-        from fedtune.model.fits import check_tokenizer_fits
+        from fedtune.model.compatibility import check_tokenizer_fits
 
         tokenizer = load_tokenizer(model)
         if base is not None:
@@ -188,7 +188,7 @@ class Text(Input):
 
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         """Check that a base with adapters keeps the examples of a batch apart."""
-        from fedtune.model.fits import check_examples_independent
+        from fedtune.model.compatibility import check_examples_independent
 
         check_examples_independent(base)
 
@@ -260,7 +260,7 @@ class Features(Input):
     def build_base(
         self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any
     ) -> Any:
-        from fedtune.model.no_base import NoBase
+        from fedtune.model.head_only import NoBase
 
         return NoBase(len(spec.values), device=device)
 
@@ -431,7 +431,7 @@ def require_no_label_texts(head: HeadSpec, why: str) -> None:
     Raises:
         ConfigError: for the first such setting; the message ends with `why`.
     """
-    settings = (("head.centre", head.centre, False), ("head.init", head.init, "zero"))
+    settings = (("head.center", head.center, False), ("head.init", head.init, "zero"))
     require_values(why, *settings, ("head.label_texts", head.label_texts, ()))
 
 

@@ -251,7 +251,7 @@ def classifier_accuracy(
     if len({one[:-1] for one in known}) < 2:
         return None
     rest = ([one for place, one in enumerate(known) if place % 5 != fifth] for fifth in range(5))
-    parts = [(known, public)] if public else [(learnt, known[fifth::5]) for fifth, learnt in enumerate(rest)]
+    parts = [(known, public)] if public else [(learned, known[fifth::5]) for fifth, learned in enumerate(rest)]
     tested, (commonest, _) = public or known, times.most_common(1)[0]
     found = {
         "right": sum(_count_correct(*part) for part in parts),
@@ -260,12 +260,12 @@ def classifier_accuracy(
     return {name: count / len(tested) for name, count in found.items()}
 
 
-def _count_correct(learnt: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:
+def _count_correct(learned: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:
     """Count the correct predictions of multinomial naive Bayes with add-one smoothing (McCallum and Nigam 1998)."""
-    codes = Counter(one[:-1] for one in learnt)
+    codes = Counter(one[:-1] for one in learned)
     places = {code: place for place, code in enumerate(codes)}
     times: dict[str, Counter[int]] = defaultdict(Counter)
-    for *code, text in learnt:
+    for *code, text in learned:
         for word in _WORD.findall(text.lower()):
             times[word][places[tuple(code)]] += 1
     words = np.full(len(codes), max(1, len(times)))

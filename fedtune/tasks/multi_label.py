@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import Targets, TextDataset
+from fedtune.data.tokenization import Targets, TextDataset
 from fedtune.data.values import split_labels
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch

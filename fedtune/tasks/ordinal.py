@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedtune.data.batching import Batch
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.tasks.base import Model

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedtune.data.batching import Batch
 from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
+from fedtune.data.tokenization import UNSUPERVISED, Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -30,10 +30,10 @@ _SHOWN = 3  # labels in an answer to a person
 _LINES = """\
     hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
 pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-centred = torch.nn.functional.normalize(pooled - head["centre"], dim=-1)
-labels, scores = settings["labels"], settings["head"]["scale"] * (centred @ head["weight"].T)[0]
+centerd = torch.nn.functional.normalize(pooled - head["center"], dim=-1)
+labels, scores = settings["labels"], settings["head"]["scale"] * (centerd @ head["weight"].T)[0]
 """
-"""From a text to the head's scores; a centre of zeros changes nothing."""
+"""From a text to the head's scores; a center of zeros changes nothing."""
 
 
 class PooledTask(Task):
@@ -41,7 +41,7 @@ class PooledTask(Task):
     answer.
 
     For features, x is the feature vector, and the head may have hidden layers.  A model's `head` is W, and its buffer
-    `centre` is the public constant that `head.centre` subtracts.
+    `center` is the public constant that `head.center` subtracts.
     """
 
     has_head = True
@@ -133,12 +133,12 @@ class PooledTask(Task):
         if get_input_for(model.spec).modality is None:  # a label's text is read as a record's is
             # A public constant, not trained and never part of an update.
             nothing = torch.zeros(model.base.config.get_text_config().hidden_size, device=model.device)
-            model.register_buffer("centre", nothing, persistent=False)
+            model.register_buffer("center", nothing, persistent=False)
 
     def init_head(self, model: Model) -> None:
-        """Initialize the centre and the rows of the head from the labels' texts, as `spec.head` requires."""
+        """Initialize the center and the rows of the head from the labels' texts, as `spec.head` requires."""
         head = model.spec.head
-        if not head.centre and head.init != "label_names":
+        if not head.center and head.init != "label_names":
             return
         rows = self.embed_labels(model)
         if head.init == "label_names":
@@ -146,16 +146,16 @@ class PooledTask(Task):
                 model.get_parameter("head.weight").copy_(self.initial_head_rows(rows))
 
     def embed_labels(self, model: Model) -> torch.Tensor:
-        """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized; also set the centre if
+        """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized; also set the center if
         used.
 
         A label's text is its declared description, or its name with spaces for underscores.  Both are public, and no
         record is read, so this costs no privacy.  A row may depend on the other labels by rounding.
         """
         from fedtune.model.base_model import load_tokenizer
-        from fedtune.model.fits import check_tokenizer_fits, tokenize_public_text
+        from fedtune.model.compatibility import check_tokenizer_fits, tokenize_public_text
 
-        spec, centre = model.spec, model.get_buffer("centre")
+        spec, center = model.spec, model.get_buffer("center")
         tokenizer, path = load_tokenizer(spec.model), spec.model.path
         check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
         texts = spec.head.label_texts or [label.replace("_", " ") for label in spec.labels]
@@ -170,10 +170,10 @@ class PooledTask(Task):
                     token_ids = torch.tensor([ids[place] for place in places], device=model.device)
                     found |= zip(places, self.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
         rows = torch.stack([found[place] for place in range(len(ids))])
-        if not spec.head.centre:
+        if not spec.head.center:
             return rows
-        centre.copy_(rows.mean(dim=0))
-        return torch.nn.functional.normalize(rows - centre, dim=-1)
+        center.copy_(rows.mean(dim=0))
+        return torch.nn.functional.normalize(rows - center, dim=-1)
 
     def initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the initial head, (outputs, h), from the labels' embeddings, (labels, h) of L2 norm 1."""
@@ -184,8 +184,8 @@ class PooledTask(Task):
         norm 1.
         """
         pooled = get_input_for(model.spec).embed_rows(model.base, input_ids, attention_mask)
-        centred = model.spec.head.centre
-        return torch.nn.functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
+        centerd = model.spec.head.center
+        return torch.nn.functional.normalize(pooled - model.get_buffer("center"), dim=-1) if centerd else pooled
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute logits, (rows, outputs)."""
@@ -211,10 +211,10 @@ class PooledTask(Task):
 
     def readout_layers(self, model: Model) -> Readout:
         scores = model.spec.head.scale * model.get_parameter("head.weight").detach()
-        if not model.spec.head.centre:
+        if not model.spec.head.center:
             return ((scores, None),)
-        centre = model.get_buffer("centre")
-        return ((torch.eye(len(centre), device=centre.device), -centre), (scores, None))
+        center = model.get_buffer("center")
+        return ((torch.eye(len(center), device=center.device), -center), (scores, None))
 
 
 class LabelTask(PooledTask):

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fedtune.data.batching import Batch
 from fedtune.data.records import Record, error_of
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
+from fedtune.data.tokenization import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import parse_continuation, read_messages
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
@@ -42,7 +42,7 @@ class PreferenceSettings:
 
     Attributes:
         beta: an answer's reward is beta times the difference between its log-probability under the model and under the
-            base.  A larger beta counts a pair as learnt sooner, and keeps the model nearer to its base.
+            base.  A larger beta counts a pair as learned sooner, and keeps the model nearer to its base.
         per_token: true divides an answer's log-probabilities by its number of tokens, so that a long answer earns no
             more than a short one; `beta` must then be larger, as 2.
     """
@@ -53,7 +53,7 @@ class PreferenceSettings:
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
         if self.beta > 1000:
-            raise ConfigError("beta", self.beta, "must be at most 1000: every pair would count as learnt")
+            raise ConfigError("beta", self.beta, "must be at most 1000: every pair would count as learned")
 
 
 class Preference(CausalLM):
@@ -149,7 +149,7 @@ class Preference(CausalLM):
             "loss": -torch.nn.functional.logsigmoid(found),
             "margin": found,
             "longer": torch.tensor([chosen - rejected for chosen, rejected in lengths]),
-            "learnt": (batch.targets != UNSUPERVISED).view(len(found), -1).any(dim=1),
+            "learned": (batch.targets != UNSUPERVISED).view(len(found), -1).any(dim=1),
         }
 
     def postprocess_dataset(
@@ -160,7 +160,7 @@ class Preference(CausalLM):
         Raises:
             DataError: there is no such pair.
         """
-        if not figures["learnt"].any():
+        if not figures["learned"].any():
             bound = "needs two answers that differ within data.max_length"
             raise DataError("evaluation data", "no pair to tell apart", bound)
         return figures
@@ -172,7 +172,7 @@ class Preference(CausalLM):
         base has 0.5.  `margin`: the mean difference of the rewards.  Both also with the suffix `_length_controlled`,
         see `length_controlled_mean`.  `loss`: the mean loss.
         """
-        told = figures["learnt"] > 0
+        told = figures["learned"] > 0
         told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
         margins, longer = figures["margin"][told], figures["longer"][told]
         right = np.where(np.abs(margins) <= _TIE * self.own.beta, 0.5, margins > 0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedtune.data.batching import Batch
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
+from fedtune.data.tokenization import UNSUPERVISED, Targets, TextDataset
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, read_target_number, require_target_range

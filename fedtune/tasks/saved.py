@@ -5,8 +5,8 @@ offsets.safetensors                              for DoRA and IA3: their scales 
                                                  are computed (`fedtune.model.ia3_and_dora`)
                                                  (these two if a base is adapted: not for features)
 head.safetensors                                 the task's own tensors; for classification "weight" (labels, h) and
-                                                 "centre" (h,), see `HeadSpec`:
-                                                 logits = scale * weight @ normalised(pooled - centre)
+                                                 "center" (h,), see `HeadSpec`:
+                                                 logits = scale * weight @ normalized(pooled - center)
 fedtune.json                                     settings, labels, the base's hash, the adapter's digest
 """
 
@@ -32,9 +32,9 @@ from fedtune.codec import decode, parse_json
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
 from fedtune.model.ia3_and_dora import PEFT_SCALES, iter_peft_scales
-from fedtune.model.refusals import PRIVATE_TO
 from fedtune.model.source import public_location
 from fedtune.model.spec import NO_ADAPTER, ModelSpec, TaskModelSpec
+from fedtune.model.unsupported_models import PRIVATE_TO
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, errors_in, shown
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, assemble
@@ -42,10 +42,10 @@ from fedtune.tasks.task_model import TaskModel, assemble
 _SETTINGS = "fedtune.json"
 _SAME = 1e-4  # two machines' values from the same seed, or the same labels, differ by less
 _HEAD = "head."  # prefix of the task's own tensors; its public constants are buffers of the model itself
-_CONSTANTS = ("centre", "candidates")
+_CONSTANTS = ("center", "candidates")
 """What is public and not trained among the head's tensors: buffers of the model itself."""
 _MEANING = {
-    **{key: key for key in ("task", "task_settings", "model.sha256", "lora.kind", "head.scale", "head.centre")},
+    **{key: key for key in ("task", "task_settings", "model.sha256", "lora.kind", "head.scale", "head.center")},
     **{key: f"data.{key}" for key in ("labels", "target_range")},
     "values": "data.features",
     "lora.scale": "the scale of LoRA",
@@ -218,7 +218,7 @@ class SavedAdapter:
         keys = ["task", "input", "values", "head.hidden"]
         keys += [f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")]
         with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()
-        keys += [f"head.{key}" for key in ("scale", "centre", *with_texts) if self.can_reuse_head(spec)]
+        keys += [f"head.{key}" for key in ("scale", "center", *with_texts) if self.can_reuse_head(spec)]
         found = [
             f"its {key} is {shown(was)}, not {shown(now)}"
             for key, was, now in _differing_settings(keys, self.spec, spec)

@@ -19,7 +19,7 @@ from fedtune.data.batching import Batch
 from fedtune.data.features import check_range
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets
+from fedtune.data.tokenization import UNSUPERVISED, Targets
 from fedtune.data.values import normalize_category
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch

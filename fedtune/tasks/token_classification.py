@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.marked import entities_from_tags
 from fedtune.data.records import Record, error_of
+from fedtune.data.span_formats import entities_from_tags
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode_words, max_characters
+from fedtune.data.tokenization import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode_words, max_characters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -140,7 +140,7 @@ class TokenClassification(Task):
                     input_ids.append(np.zeros(1, dtype=np.int32))
                     targets.append(np.full(1, UNSUPERVISED))
                     continue
-                # What two windows share is learnt by halves, each in the one where more stands around it.
+                # What two windows share is learned by halves, each in the one where more stands around it.
                 own = tags[first:end].copy()
                 own[: (shared + 1) // 2] = UNSUPERVISED
                 if window + 1 < data.windows and len(ids) > first + room:
@@ -318,7 +318,7 @@ def _assign_tags(
     encoded in its word's target, as digits above the class: in base 1 + labels, each digit is 1 + the entity's label.
     """
     tags = np.full(len(words), UNSUPERVISED, dtype=np.int64)
-    learnt, others = set[int](), dict[int, int]()
+    learned, others = set[int](), dict[int, int]()
     place = 0
     for token, (first, end) in enumerate(words):
         if end <= first:
@@ -327,14 +327,14 @@ def _assign_tags(
             place += 1
         tags[token] = 0
         if place < len(entities) and entities[place][0] < end:
-            tags[token] = 1 + 2 * entities[place][2] + (place in learnt)
-            learnt.add(place)
+            tags[token] = 1 + 2 * entities[place][2] + (place in learned)
+            learned.add(place)
         for other in range(place + 1, len(entities)):
             if entities[other][0] >= end:
                 break
             others.setdefault(other, token)
     for other, token in others.items():
-        if other not in learnt and tags[token] < _MOST_OF_A_WORD:
+        if other not in learned and tags[token] < _MOST_OF_A_WORD:
             more, tag = divmod(tags[token], num_tags)
             tags[token] = tag + num_tags * (more * ((num_tags + 1) // 2) + 1 + entities[other][2])
     return tags

@@ -8,8 +8,9 @@ arXiv 2305.15560).  Rounds, secure aggregation, ledgers and reports are the same
 
 The frozen base determines the closest candidate.  The vote of a record that is almost equally close to two candidates
 could depend on its batch, if other records changed its similarities by rounding.  A gradient reveals only the closest
-candidate, so the trial before a run (`fedtune.training.preflight`) compares the similarities of synthetic records alone
-and in a batch, bit for bit.  A machine on which a single bit differs is refused, whatever a site's policy accepts.
+candidate, so the trial before a run (`fedtune.training.batch_invariance`) compares the similarities of synthetic
+records alone and in a batch, bit for bit.  A machine on which a single bit differs is refused, whatever a site's policy
+accepts.
 
 A histogram of a column, such as label frequencies, is a vote too: the column is the text, and its declared values are
 the candidates.
@@ -21,7 +22,7 @@ import numpy as np
 
 from fedtune.data.batching import Batch
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets
+from fedtune.data.tokenization import UNSUPERVISED, Targets
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from fedtune.model.quiet import first_line
+from fedtune.model.hf_logging import first_line
 
 log = logging.getLogger(__name__)
 

@@ -40,18 +40,18 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Shapes
-from fedtune.model.quiet import first_line
+from fedtune.model.hf_logging import first_line
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
 from fedtune.system import UNIX_SOCKETS
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products
+from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.dp_step import TensorSums, UnitGradients, add_batches, zero_sums
 from fedtune.training.examples import Places, SiteExamples, Told, Units, device_rank, ignore_progress
 from fedtune.training.machine import prepare_model, resolve_device
 from fedtune.training.per_example import record_gradients
-from fedtune.training.preflight import max_batch_influence
 from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
@@ -66,7 +66,7 @@ _Examples = SiteExamples | UserExamples
 
 
 class DeviceTrial(NamedTuple):
-    """Parameters for testing a device: the arguments of `preflight.moved_by_others`, and the kind of attention."""
+    """Parameters for testing a device: the arguments of `preflight.max_batch_influence`, and the kind of attention."""
 
     shapes: Shapes
     keeps_states: bool
@@ -77,7 +77,7 @@ class DeviceTrial(NamedTuple):
 
     @property
     def trial_arguments(self) -> dict[str, Any]:
-        """The arguments for `moved_by_others`."""
+        """The arguments for `max_batch_influence`."""
         return {name: value for name, value in self._asdict().items() if name != "attend_by_products"}
 
     def run_trial(self, model: TaskModel, seed: int, told: Told = ignore_progress) -> Outcome:

@@ -79,9 +79,9 @@ def dp_sgd_step(
     Guarantee: the changes depend on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors, one per unit, whose joint L2 norm over all
     trainable tensors is at most `max_grad_norm`.  The bound is exact: each vector depends on its own unit alone, bit
-    for bit (`fedtune.training.preflight` tests this on the current machine), and is a vector of integers whose norm is
-    checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample adds noise like
-    any other.
+    for bit (`fedtune.training.batch_invariance` tests this on the current machine), and is a vector of integers whose
+    norm is checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample adds
+    noise like any other.
     """
     assert_same_tensors(parameters, optimizer)
     sums = sum_sampled_gradients(gradients, records, plan, parameters=parameters, sampling=sampling)

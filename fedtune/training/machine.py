@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtune import system
 from fedtune.data import Shapes, TextDataset, collate
-from fedtune.model.fits import max_positions
-from fedtune.model.products import switch_to_onednn
+from fedtune.model.compatibility import max_positions
+from fedtune.model.frozen_linear import switch_to_onednn
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.task_model import TaskModel

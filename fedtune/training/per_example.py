@@ -19,8 +19,8 @@ from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from torch import nn
 
 from fedtune.data.batching import Batch, compute_each_alone
+from fedtune.model.frozen_linear import switch_to_onednn, uses_onednn
 from fedtune.model.ia3_and_dora import Scales
-from fedtune.model.products import switch_to_onednn, uses_onednn
 from fedtune.spec import ConfigError, panics_as_errors
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import sum_by_halves

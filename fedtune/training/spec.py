@@ -30,7 +30,7 @@ class TrainingSpec:
         betas: AdamW's betas.
         schedule: the shape of the learning rate over the run's global steps, after the warm-up.
         warmup_steps: the number of global steps over which the learning rate rises linearly.
-        go_on_without_signal: true trains even if a run is unlikely to learn anything, because noise moves the adapter
+        ignore_weak_signal: true trains even if a run is unlikely to learn anything, because noise moves the adapter
             much further than all records together can (docs/planning.md); false stops before round 1.
     """
 
@@ -45,7 +45,7 @@ class TrainingSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
-    go_on_without_signal: bool = False
+    ignore_weak_signal: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("local_steps", self.local_steps, 1)

@@ -66,11 +66,11 @@ def _prepare(settings: list[str], folder: Path) -> None:
     from fedtune.sites import shared_model
 
     config = compose_run([*settings, "privacy.epsilon=8"])
-    with patch.object(shared_model, "moved_by_others", lambda *_, **__: 0.0):
+    with patch.object(shared_model, "max_batch_influence", lambda *_, **__: 0.0):
         shared = shared_model.RunModel(shared_model.LoadedModel(config), config)
     sites = []
     for site in shared.records.dealt.sites:
-        dataset = shared.tokenised(site.training, lenient=True)
+        dataset = shared.tokenized(site.training, lenient=True)
         ids = (torch.as_tensor(one, dtype=torch.long) for one in dataset.input_ids)
         sites.append(tuple((one, torch.as_tensor(target)) for one, target in zip(ids, dataset.targets, strict=True)))
     lora = shared.model.base.peft_config["default"]

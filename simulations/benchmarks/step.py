@@ -64,9 +64,9 @@ def prepared(case: str, *, onednn: bool = True, dtype: str = "float32") -> tuple
     count, settings = CASES[case]
     ours = ["privacy.epsilon=8", f"runtime.onednn={str(onednn).lower()}", f"model.dtype={dtype}"]
     config = compose_run([*settings, *ours])
-    with patch.object(shared_model, "moved_by_others", lambda *_, **__: 0.0):
+    with patch.object(shared_model, "max_batch_influence", lambda *_, **__: 0.0):
         shared = RunModel(LoadedModel(config), config)
-    examples = shared.examples_of(shared.tokenised(shared.records.dealt.sites[0].training[:count], lenient=True))
+    examples = shared.examples_of(shared.tokenized(shared.records.dealt.sites[0].training[:count], lenient=True))
     if shared.model.has_frozen_prefix:
         examples.keep_frozen_states(shared.model)
     return shared.model, list(examples.cut(np.arange(count))), config.privacy.max_grad_norm

@@ -45,7 +45,7 @@ from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training import preflight
+from fedtune.training import batch_invariance
 from fedtune.training.accelerators import about
 from fedtune.training.dp_step import TensorSums, add_clipped, apply_gradient_sum, zero_sums
 from fedtune.training.examples import SiteExamples
@@ -187,7 +187,7 @@ def alone(machine: Machine, dtype: str) -> Result:
         for rows, shares in _ROWS_TRIED:
             length, tokens = (15, 64) if machine.tiny else (127, 1024)
             shapes = replace(Shapes.from_limits(max_length=length, max_tokens=tokens), row_shares=shares)
-            moved = preflight.max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0)
+            moved = batch_invariance.max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0)
             found[f"{path} {task}, {rows}"] = moved
     return found
 
@@ -198,7 +198,7 @@ def alone_and_long(machine: Machine) -> Result:
     for rows, shares in _ROWS_TRIED:
         shapes = Shapes((_LONG,), max_tokens=(2 if machine.tiny else 8) * _LONG, row_shares=shares)
         about_it = {"keeps_states": False, "max_grad_norm": 1.0, "weights_chosen": False}
-        found[rows] = preflight.max_batch_influence(llama(machine, "135m"), shapes, **about_it)
+        found[rows] = batch_invariance.max_batch_influence(llama(machine, "135m"), shapes, **about_it)
     return found
 
 

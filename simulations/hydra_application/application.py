@@ -18,7 +18,7 @@ def main(config: DictConfig) -> float:
     run = fedtune.simulate(config)
     epsilon = run.result.privacy.epsilon
     print(f"{run.folder}: {run.result.final.metrics} at epsilon {epsilon:.3f}")
-    return run.result.final.metrics[run.config.judged_by]
+    return run.result.final.metrics[run.config.primary_metric]
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def mean_right(figures: Figures) -> dict[str, float]:
     return {"accuracy": float(figures["right"].mean())}
 
 
-def labelled(shares: tuple[float, float], number: int, num_labels: int) -> Callable[..., TestSet]:
+def labeled(shares: tuple[float, float], number: int, num_labels: int) -> Callable[..., TestSet]:
     """Labels that are all as frequent, and wrong answers that are all as likely: a class's F1 is the share."""
 
     def made(draws: np.random.Generator) -> TestSet:
@@ -145,17 +145,17 @@ CASES = {
     "accuracy-high": Case(
         "accuracy, 95 % and 97 %, 300 records", right_or_wrong((0.95, 0.97), 300), mean_right, "accuracy", (0.95, 0.97)
     ),
-    "f1-3": Case("macro-F1 of 3 labels, 300 records", labelled((0.6, 0.7), 300, 3), f1(3), "macro_f1", (0.6, 0.7)),
+    "f1-3": Case("macro-F1 of 3 labels, 300 records", labeled((0.6, 0.7), 300, 3), f1(3), "macro_f1", (0.6, 0.7)),
     "f1-77": Case(
-        "macro-F1 of 77 labels, 3,080 records", labelled((0.7, 0.8), 3080, 77), f1(77), "macro_f1", (0.7, 0.8)
+        "macro-F1 of 77 labels, 3,080 records", labeled((0.7, 0.8), 3080, 77), f1(77), "macro_f1", (0.7, 0.8)
     ),
     "f1-hospitals": Case(
         "macro-F1 of 5 labels, 572 records (as in hospitals_abstracts)",
-        labelled((0.55, 0.62), 572, 5), f1(5), "macro_f1", (0.55, 0.62),
+        labeled((0.55, 0.62), 572, 5), f1(5), "macro_f1", (0.55, 0.62),
     ),
     "f1-banks": Case(
         "macro-F1 of 77 labels, 3,080 records, 85 % and 89 % (as in banks_intents)",
-        labelled((0.85, 0.89), 3080, 77), f1(77), "macro_f1", (0.85, 0.89),
+        labeled((0.85, 0.89), 3080, 77), f1(77), "macro_f1", (0.85, 0.89),
     ),
     "loss": Case("loss, 300 records", losses(300), mean_loss, "loss", (BASE_LOSS, TUNED_LOSS)),
     "perplexity": Case(

@@ -27,7 +27,7 @@ from fedtune.api.compose import compose_recipe
 from fedtune.config import saved_config
 from fedtune.data.load import split_key
 from fedtune.runs.model_comparison import compare_runs
-from fedtune.sites.personal import Parts, personalise
+from fedtune.sites.personalization import Parts, personalize
 from fedtune.sites.run_records import partition_run_records
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -68,7 +68,7 @@ def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
     with tempfile.TemporaryDirectory() as scratch:
         into, alone = Path(scratch, "own"), Path(scratch, "alone")
         beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}
-        passes = personalise(config, adapter, parts, site=site, **beside)
+        passes = personalize(config, adapter, parts, site=site, **beside)
         folders = {"own": into / "adapter", "shared": adapter, "alone": alone}
         sides = compare_runs({name: (config, one) for name, one in folders.items()})
     mix = Counter(record.fields["label"] for record in records.training)

@@ -10,9 +10,9 @@ import yaml
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.main import main
+from fedtune.formatting import flatten
 from fedtune.lab.studies.trials import Trials
 from fedtune.spec import ConfigError
-from fedtune.words import flatten
 
 from ..conftest import REPOSITORY, python
 

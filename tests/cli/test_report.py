@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli.report import format_verdict
+from fedtune.formatting import spoken
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
@@ -21,10 +22,9 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import from_ledger, signing
 from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import load_catalogue
-from fedtune.report.rederive import derive_report
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.verify_report import derive_report
 from fedtune.spec import REPORT_SCHEMA
-from fedtune.words import spoken
 
 from ..conftest import command, edit_config, parsed, run_proposal, simulate
 from ..privacy.builders import stranger_key as other
@@ -90,10 +90,10 @@ def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
     banner, verdict, two_figures, *others = command("report", str(run_folder)).printed.splitlines()
-    assert banner == load_catalogue("en").texts["banner"]["simulation"]
+    assert banner == load_catalog("en").texts["banner"]["simulation"]
     assert verdict.startswith("The lead's limit for this run was kept: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
-    assert two_figures == load_catalogue("en").texts["budget"]["two_figures_run"]
+    assert two_figures == load_catalog("en").texts["budget"]["two_figures_run"]
     assert [line.split()[-1] for line in others] == [f"{run_folder}/report.{ending}" for ending in ("json", "html")]
     digest = hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest()
     assert digest in (run_folder / "report.html").read_text()

@@ -19,6 +19,7 @@ import yaml
 from fedtune.api.config_groups import config_folder
 from fedtune.data.load import own_records
 from fedtune.extras import install_command
+from fedtune.formatting import group_hex_start
 from fedtune.ops.services.site_state import lock_ledger
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
 from fedtune.privacy.filter import epsilon_filter
@@ -27,7 +28,6 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import compute_amount
-from fedtune.words import group_hex_start
 
 from ..conftest import command, edit_config, files_in, named, run_proposal, stranger_key
 from ..privacy.builders import reason_of, reserve
@@ -436,7 +436,7 @@ def test_score_without_adapter_or_held_out_records_is_refused(here: Any) -> None
 
 def test_personalized_adapter_is_created_at_the_site(here: Any) -> None:
     before = files_in(here.folder)
-    out = command("site", "personalise", "first", *here.words, "--json").printed
+    out = command("site", "personalize", "first", *here.words, "--json").printed
     told = json.loads(out)["sites"]["north"]
     folder = here.folder / "kit" / "private_to_north" / "first"
     assert (told["folder"], set(told["values"])) == (str(folder), {"base", "alone", "shared", "own"})
@@ -445,5 +445,5 @@ def test_personalized_adapter_is_created_at_the_site(here: Any) -> None:
     assert [set(one) for one in noted] == [{"run", "made"}], "no digest, no score"
     after = files_in(here.folder)
     assert {name: after[name] for name in before} == before, "the ledger and the kept adapter stay as they are"
-    again = command("site", "personalise", "first", *here.words, "--json")
+    again = command("site", "personalize", "first", *here.words, "--json")
     assert json.loads(again.out) == {**json.loads(out)}, "the same records give the same adapter"

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from fedtune.api import door
+from fedtune.api import public
 from fedtune.api.compose import compose_run
 from fedtune.data.load import partition_training_files
 from fedtune.data.partition import PartitionSpec
@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     into = tmp_path_factory.mktemp("runs")
     with gzip.open(REPOSITORY / "simulations/data/e2e_nlg/train.jsonl.gz", "rt") as lines:
-        own_words = [f'{{"messages": "a {one} one", "ref": "once"}}\n' for one in ("grey", "pink")]
+        own_words = [f'{{"messages": "a {one} one", "ref": "once"}}\n' for one in ("gray", "pink")]
         renamed = [line.replace('{"mr":', '{"messages":') for line in [*lines, *own_words]]
     (into / "tables.jsonl").write_text("".join(renamed))
     own = (f"data.train_file={into}/tables.jsonl", "data.validation_file=null", "data.test_file=null")
@@ -120,7 +120,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
-    run = door.load(runs / "writer")
+    run = public.load(runs / "writer")
     assert card["runs"][0]["epsilon"] == run.privacy.epsilon == card["together"]["epsilon"]
     assert card["made"]["left_out"] == {"not ended": 2, "broken": 2}
     assert card["made"]["rows"] == card["figures"]["these records"]["texts"] == 9
@@ -128,7 +128,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     assert beside == 2
     assert "no more about a unit than the promises below allow.**" in text
     assert f"| texts | 9 | {beside} |" in text
-    assert "learnt from these records gives 0.0 % of public.jsonl their code. The code" in text, "which none here has"
+    assert "learned from these records gives 0.0 % of public.jsonl their code. The code" in text, "which none here has"
     copy = shutil.copy(to, tmp_path / "copy.jsonl")  # without its card
     asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
     message = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *asked).failed()
@@ -152,12 +152,12 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
     assert "which are epsilon" in text
-    spent = door.load(runs / "shares").privacy
+    spent = public.load(runs / "shares").privacy
     told = f"epsilon {format_epsilon(spent.epsilon)} at delta 0.00001 for each record"
     assert f"- shares (votes), by the candidates' card: {told}" in text, "rounded up"
     assert "their shares are the noisy votes of shares |" in text
     card = json.loads((tmp_path / "best.jsonl.card.json").read_text())
-    behind = [door.load(one).privacy for one in (runs / "writer", folder, runs / "shares")]
+    behind = [public.load(one).privacy for one in (runs / "writer", folder, runs / "shares")]
     both = {"epsilon": sum(one.epsilon or 0.0 for one in behind), "delta": sum(one.delta for one in behind)}
     assert card["together"] == pytest.approx(both)
     assert json.loads(said) == card
@@ -170,7 +170,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         by = ("--candidates", str(best), "--votes", str(again), "--rows", "1", "--to", str(one), "--json")
         behind_it = json.loads(command("choose", str(runs / "writer"), *by).printed)
         assert [one["run"] for one in behind_it["runs"]] == ["writer", *["liked"] * times, "shares"]
-        more = (times - 1) * (door.load(folder).privacy.epsilon or 0.0)
+        more = (times - 1) * (public.load(folder).privacy.epsilon or 0.0)
         assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + more)
     refused = (*choose, str(to), "--to", str(tmp_path / "no.jsonl"))
     for options, said in (
@@ -190,13 +190,13 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
 
 
 def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Path) -> None:
-    behind, options, rounds = [door.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
+    behind, options, rounds = [public.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
     for number in range(2):
         to, best, ballot = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "ballot.yaml"))
         rounds.append(written(runs, to, "--rows", "4", "--ballot", str(ballot), *options, codes=False))
         liked = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
         vote(liked, 0.4, 0.1, -0.2, 0.3)
-        behind.append(door.load(liked))
+        behind.append(public.load(liked))
         choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(liked), "--rows", "2")
         assert "card" in command(*choose, "--to", str(best)).printed
         options = ("--beginnings", str(best))
@@ -224,20 +224,20 @@ def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Pa
 
 
 def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Path) -> None:
-    to, best = tmp_path / "texts.jsonl", tmp_path / "labelled.jsonl"
+    to, best = tmp_path / "texts.jsonl", tmp_path / "labeled.jsonl"
     rows = written(runs, to, "--rows", "6")
     old = tmp_path / "texts.jsonl.card.json"  # which need not name what is empty in it
     old.write_text("".join(line for line in old.read_text().splitlines(True) if not line.endswith(" null,\n")))
     folder = simulate(into=tmp_path, name="kinds")
     choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--labels")
     card = json.loads(command(*choose, str(folder), "--to", str(best), "--json").printed)
-    classifier, found = door.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
+    classifier, found = public.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
     answers: Any = classifier.predict([row["ref"] for row in rows])
     assert found == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
-    both = [door.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
+    both = [public.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
     assert card["together"]["epsilon"] == pytest.approx(sum(both))
     assert (card["made"]["labels"], card["made"]["codes"], card["made"]["missing"]) == (KINDS, 2, 0)
-    assert "in column label, by what the classifier kinds says" in (tmp_path / "labelled.jsonl.card.md").read_text()
+    assert "in column label, by what the classifier kinds says" in (tmp_path / "labeled.jsonl.card.md").read_text()
     for options, said in (
         ((), "--votes = null: must be given, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
@@ -304,10 +304,10 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
 
 def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path: Path) -> None:
     picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
-    alone, config = door.load(picked).privacy, door.load(picked).config
+    alone, config = public.load(picked).privacy, public.load(picked).config
     begun = replace(config, model=replace(config.model, adapter=str(picked)))
     price = compute_search_price([config.plan()] * 3)
-    told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
+    told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
     selection = Selection.from_price(price, [config.plan()] * 3, **told)
     (picked / "selection.json").write_text(json.dumps(asdict(selection)))
     assert price.epsilon > (alone.epsilon or 0.0)
@@ -330,7 +330,7 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
 
 def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "shares", tmp_path / "other")
-    config, told = door.load(other).config, json.loads((other / "run.json").read_text())
+    config, told = public.load(other).config, json.loads((other / "run.json").read_text())
     votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no.jsonl"))
     for named, said in (
         (told | {"adapter_digest": "0" * 64}, "must hold the adapter that its run.json names"),
@@ -345,27 +345,27 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
     copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
     assert "it has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
     assert command("simulate", f"resume={other}").code == 0, "as the messages say"
-    assert door.load(other).adapter
+    assert public.load(other).adapter
     vote(other, 3.0, 1.0)
-    assert vote_shares(door.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
+    assert vote_shares(public.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
     save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
     with pytest.raises(ConfigError, match=r"must hold the tensors that its fedtune\.json names by digest"):
-        vote_shares(door.load(other))
+        vote_shares(public.load(other))
 
 
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
 def test_votes_with_another_privacy_unit_are_refused(
     words: tuple[str, ...], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = door.load
+    load = public.load
 
-    def of_users(folder: Path) -> door.Run:
+    def of_users(folder: Path) -> public.Run:
         run = load(folder)
         data = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
         return replace(run, config=replace(run.config, data=data, privacy=replace(run.config.privacy, unit="user")))
 
-    monkeypatch.setattr(door, "load", of_users)  # which only --votes calls by this name
+    monkeypatch.setattr(public, "load", of_users)  # which only --votes calls by this name
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
     message = command(words[0], str(runs / "writer"), *words[1:], *named).failed()
     assert "must be of privacy.unit=record, as RUN is" in message
@@ -398,7 +398,7 @@ def test_invalid_synthesize_command_fails_before_generation(
     Path("empty.jsonl").touch()
     Path("owing.jsonl").write_text('{"messages": "a green one", "ref": "said of it"}\n')
     Path("owing.jsonl.card.json").touch()
-    Path("once.jsonl").write_text("".join(f'{{"messages": "a {one} one"}}\n' for one in ("grey", "pink", "green")))
+    Path("once.jsonl").write_text("".join(f'{{"messages": "a {one} one"}}\n' for one in ("gray", "pink", "green")))
     with Path("tables.jsonl").open() as lines, Path("part.jsonl").open("w") as part:  # of which the run uses some
         part.writelines(islice(lines, 100))
     own = list(map(json.loads, Path("part.jsonl").read_text().splitlines()))
@@ -430,16 +430,16 @@ def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_pa
 def test_allotted_shares_are_whole_numbers_and_merge_equal_texts(runs: Path, tmp_path: Path) -> None:
     assert allot_rows({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
     assert sum(allot_rows({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
-    run = door.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
+    run = public.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
     head = replace(run.config.head, label_texts=("same", "same"))
     assert vote_shares(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
     vote(tmp_path / "shares", -1.0, 0.0)
     with pytest.raises(ValueError, match="noise left none above 0"):
-        vote_shares(door.load(tmp_path / "shares"))
+        vote_shares(public.load(tmp_path / "shares"))
 
 
 def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path, tmp_path: Path) -> None:
-    run, file = door.load(runs / "writer"), tmp_path / "ballot.yaml"
+    run, file = public.load(runs / "writer"), tmp_path / "ballot.yaml"
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     aside: dict[str, Any] = {"test_fraction": 0.1, "test_rows": 5, "validation_fraction": 0.2}
     aside |= {"heldout_fraction": 0.3, "train_fraction": 0.5}
@@ -454,5 +454,5 @@ def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path
     assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
     assert voters == dealt, "a user has a vote where it was trained on, and only there"
     assert {key: getattr(voting.data, key) for key in aside} == aside
-    kept = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows
+    kept = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", public.load(runs / "shares"), keep=2).rows
     assert kept == (rows[0], rows[2])

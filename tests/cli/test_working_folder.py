@@ -23,7 +23,7 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.federation.run_folder import RunFolder, saved_checkpoints
-from fedtune.runs.place_of_run import find_run_folder
+from fedtune.runs.run_paths import find_run_folder
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import TextDataset, collate
 from fedtune.data.batching import isolate_example, micro_batches
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 
 PAD = 3  # also the last token of every example, as in chat models whose padding is the end-of-text token
 IDS = tuple(np.array(ids, dtype=np.int32) for ids in ([5, 6, PAD], [7, PAD], [8, 9, 4, PAD]))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fedtune.data import Record
-from fedtune.data.faults import LeftOut
-from fedtune.data.load import Dealt, lead_records, own_records, partition_training_files, sample_rows
+from fedtune.data.bad_rows import SkippedRows
+from fedtune.data.load import Partitioned, lead_records, own_records, partition_training_files, sample_rows
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.records import Fault
 from fedtune.data.spec import DataSpec
@@ -25,7 +25,7 @@ def spec(path: Path, **settings: Any) -> DataSpec:
     return data_spec(**{"train_file": str(path), "columns": COLUMNS, "labels": ("a", "b")} | settings)
 
 
-def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None) -> Dealt:
+def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None) -> Partitioned:
     roles = ("text", "label")
     columns = given.required_columns(roles, partition=True, unit=unit)
     return partition_training_files(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault)
@@ -39,7 +39,7 @@ def texts(records: list[Record]) -> list[str]:
     return [record.fields["text"] for record in records]
 
 
-def sides(found: Dealt) -> list[list[str]]:
+def sides(found: Partitioned) -> list[list[str]]:
     of_sites = [texts([*site.training, *site.heldout]) for site in found.sites]
     return [texts(found.validation), texts(found.test), *of_sites]
 
@@ -103,7 +103,7 @@ def test_unusable_records_stop_loading_or_are_skipped(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"all\.jsonl:41, column 'text' = 'blank'"):
         dealt(spec(path))
 
-    left_out = LeftOut(rows=42, reasons={"must not be blank (role text)": 1, "must be a": 1})
+    left_out = SkippedRows(rows=42, reasons={"must not be blank (role text)": 1, "must be a": 1})
     found = dealt(spec(path, unusable="leave_out"), fault=undeclared)
     assert sorted(text for side in sides(found) for text in side) == sorted(TEXTS[:40])
     assert found.left_out == left_out

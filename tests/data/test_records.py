@@ -201,7 +201,7 @@ def test_repr_shows_no_record_contents() -> None:
     """A notebook cell or a log line that ends in a comparison would print every record that was scored."""
     record = Record({"text": "canary of patient 4711", "label": "canary"}, file="a.csv", line=3)
     comparison = SideBySide(
-        records=[record], users=None, judged_by="loss", measured={}, means={}, score=dict, detailed=lambda _: None
+        records=[record], users=None, primary_metric="loss", measured={}, means={}, score=dict, detailed=lambda _: None
     )
     for holder in (record, [record], SiteRecords([record], [record]), comparison):
         assert "canary" not in f"{holder!r}{holder}"

@@ -21,7 +21,7 @@ from .conftest import write_jsonl
 
 ASKED, SAID = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
 CHAT = '[{"role":"user","content":"where?"},{"role":"assistant","content":"here"}]'
-NOT_LEARNT = CHAT.replace('"here"', '"here","train":false')
+NOT_LEARNED = CHAT.replace('"here"', '"here","train":false')
 ONE = '[{"role":"assistant","content":"here"}]'
 NAN, DEEP = float("nan"), "[" * 100_000
 PRINTED = str([ASKED, SAID])
@@ -58,11 +58,11 @@ READ: dict[str, list[tuple[object, str]]] = {
             [{"role": "developer", "content": "be brief"}, ASKED],
             '[{"role":"system","content":"be brief"},{"role":"user","content":"where?"}]',
         ),
-        # Marks of other programs for an answer that is not to be learnt.
-        *((said("here", **mark), NOT_LEARNT) for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False})),
-        *((said("here", **mark), NOT_LEARNT) for mark in ({"training": False}, {"loss": False, "train": True})),
+        # Marks of other programs for an answer that is not to be learned.
+        *((said("here", **mark), NOT_LEARNED) for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False})),
+        *((said("here", **mark), NOT_LEARNED) for mark in ({"training": False}, {"loss": False, "train": True})),
         *((said("here", **mark), CHAT) for mark in ({"weight": 1}, {"train": None, "train_detail": None})),
-        (NOT_LEARNT, NOT_LEARNT),
+        (NOT_LEARNED, NOT_LEARNED),
         ({"messages": json.loads(CHAT), "tools": [], "parallel_tool_calls": True}, CHAT),
     ],
     "chosen": [

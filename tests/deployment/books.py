@@ -10,8 +10,8 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from fedtune.config import saved_config
+from fedtune.federation.bfloat16 import add_difference
 from fedtune.federation.lead import Checkpoints
-from fedtune.federation.rounding import add_difference
 from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Difference, Receipt, Update
 

@@ -84,7 +84,7 @@ class Namespaces(Network):
         _ip("-n", self._names[SERVER], "address", "delete", f"{self.address}/24", "dev", "hub")
         _ip("-n", self._names[member], "address", "add", f"{self.address}/24", "dev", "out")
         for name in self._names.values():  # as the machine that takes an address over announces it
-            _ip("-n", name, "neighbour", "flush", "all")
+            _ip("-n", name, "neighbor", "flush", "all")
 
     def close(self) -> None:
         for name in self._names.values():

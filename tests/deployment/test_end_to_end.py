@@ -20,7 +20,7 @@ from fedtune.sites.run_records import partition_run_records
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
-from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
+from ..pictures import COLORS, encoded, picture, vision_folder, write_pictures
 from .books import check_books, check_same_adapter, check_whole
 from .federation import NAMES, Federation
 
@@ -94,14 +94,14 @@ ROUNDS = 2
 SHARED = (
     *("runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true", "data.declared_sizes=40"),
     *("privacy.noise_multiplier=4.0", f"federation.num_rounds={ROUNDS}", "training.local_steps=2"),
-    "training.go_on_without_signal=true",
+    "training.ignore_weak_signal=true",
 )
 KINDS: dict[str, tuple[str, ...]] = {
     "token_classification": (
         *("experiment=own_entities", "data.dataset=notes", "data.labels=[drug]", "data.max_length=8"),
         *("data.windows=2", "data.stride=2", "model=random_bert", "lora=all_linear", "lora.rank=4"),
     ),
-    "image": ("experiment=own_images", "data.dataset=scans", f"data.labels=[{','.join(COLOURS)}]", "data.max_length=5"),
+    "image": ("experiment=own_images", "data.dataset=scans", f"data.labels=[{','.join(COLORS)}]", "data.max_length=5"),
 }
 BROKEN: dict[str, list[dict[str, Any]]] = {
     "token_classification": [{"tokens": ["take", "aspirin"], "tags": tags} for tags in (["O"], ["O", "B-secret"])],

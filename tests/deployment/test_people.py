@@ -78,7 +78,9 @@ def test_run_denied_by_a_site_ends(federation: Federation, careful: SiteFolder) 
 def test_site_ends_an_accepted_run_and_the_other_continues(federation: Federation) -> None:
     """While its first round trains: that round stays charged, its update does not leave, and no other is charged."""
     site, other = federation.sites["north"], federation.sites["south"]
-    lead = site.held_in("ended", *settings("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3"))
+    lead = site.held_in(
+        "ended", *settings("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")
+    )
     (run,) = (event.run for event in site.events("ended", "plan"))
     words = [*FEDTUNE, "site", "deny", run, "--reason", "consent withdrawn", "--by", "Anna Weber", "--ticket", "DPO-7"]
     denial = federation.run("ending", "north", [*words, *site.own])
@@ -131,7 +133,7 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
     folder = federation.run_folder(run)
     held.hold(True)
     federation.do("site", "pause", "--kit", str(paused.kit))
-    lead = federation.lead(run, *settings("federation.grace_s=3"))
+    lead = federation.lead(run, *settings("federation.straggler_grace_s=3"))
     held.wait_for(run, "reserve", round=1, lead=lead)
     wait_for(lambda: paused.answered("paused", run), seconds=RUN_S, what="north to pause", needs=lead)
     assert not paused.events(run, "plan")
@@ -157,7 +159,7 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
 def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     site = federation.sites["north"]
     site.hold(True)
-    few = ("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3")
+    few = ("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")
     lead = federation.lead("left", *settings(*few))
     site.wait_for("left", "reserve", round=1, lead=lead)
     leaving = federation.run("leaving", "north", [*FEDTUNE, "site", "leave", *site.own])

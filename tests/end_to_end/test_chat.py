@@ -92,7 +92,7 @@ def said(role: str, content: str) -> dict[str, str]:
 
 
 def rows(form: str) -> list[dict[str, Any]]:
-    """Ninety pairs, in which a colour is better than a number; in a third of them the colour is the longer answer."""
+    """Ninety pairs, in which a color is better than a number; in a third of them the color is the longer answer."""
     found: list[dict[str, Any]] = []
     for number in range(90):
         asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
@@ -149,7 +149,7 @@ def test_private_preference_run_is_scored_charged_and_reported(private: Path) ->
 def test_preference_run_without_privacy_learns(given: Any, tmp_path: Path) -> None:
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
     beta = ("task_settings.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
-    # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
+    # Who is sampled decides how much is learned in so few steps: of fresh samples some run learns too little.
     plain = simulate(*given("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain")
     final = result_of(plain)["final"]
     assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]

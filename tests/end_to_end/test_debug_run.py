@@ -24,7 +24,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a run with noise that was calibrated for it, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.device=cpu")
-    further = ("runtime.num_threads=1", "head.centre=true", "data.test_rows=40", "federation.num_rounds=3")
+    further = ("runtime.num_threads=1", "head.center=true", "data.test_rows=40", "federation.num_rounds=3")
     outcome = command("simulate", *arguments, *further)
     assert outcome.err == ""
     return runs / "whole", outcome.printed

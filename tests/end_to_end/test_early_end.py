@@ -11,7 +11,7 @@ from fedtune.federation.lead import Checkpoints, charged_epsilons
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_run
 from fedtune.report.derive import profile
-from fedtune.report.rederive import problems
+from fedtune.report.verify_report import problems
 from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import command, result_of, simulate, tiny
@@ -24,7 +24,12 @@ TINY_RATES = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Planned for five rounds, over after the third, with the first one kept."""
     into = tmp_path_factory.mktemp("runs")
-    settings = ("federation.num_rounds=5", "federation.stop_after=2", "federation.keep_round=best", *TINY_RATES)
+    settings = (
+        "federation.num_rounds=5",
+        "federation.early_stopping_patience=2",
+        "federation.checkpoint_selection=best",
+        *TINY_RATES,
+    )
     return simulate(*settings, into=into)
 
 
@@ -34,7 +39,7 @@ def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped: 
     assert SavedAdapter.read_initial(str(stopped)).digest == state.kept_adapter.digest() != state.adapter.digest()
     result, plan = result_of(stopped), config.plan()
     score = result["rounds"][0]["metrics"]["accuracy"]
-    assert result["final"]["kept"] == {"round": 1, "judged_by": "accuracy", "score": score, "ended_early": True}
+    assert result["final"]["kept"] == {"round": 1, "primary_metric": "accuracy", "score": score, "ended_early": True}
     planned, charged = (charged_epsilons(plan, rounds)[0] for rounds in (5, 3))
     assert charged < planned == result["privacy"]["epsilon"]
     for site in result["privacy"]["sites"].values():
@@ -82,12 +87,12 @@ def test_resuming_a_stopped_run_charges_nothing(stopped: Path, tmp_path: Path) -
 def test_early_stopping_requires_separate_validation_records(tmp_path: Path) -> None:
     share = ("data.validation_file=null", "data.validation_fraction=0.2")
     for settings in (share[:1], share):
-        for decides in ("federation.stop_after=2", "federation.keep_round=best"):
+        for decides in ("federation.early_stopping_patience=2", "federation.checkpoint_selection=best"):
             outcome = command("simulate", *tiny(decides, *settings, into=tmp_path))
             assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
             assert outcome.message.startswith("data.validation_file = null: must be a file of the lead's own")
     train = "simulations/data/banking77/train.jsonl.gz"
-    best = ("federation.keep_round=best", f"data.validation_file={train}")
+    best = ("federation.checkpoint_selection=best", f"data.validation_file={train}")
     outcome = command("simulate", *tiny(*best, into=tmp_path))
     assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
     assert outcome.message.startswith(f"data.validation_file = '{train}': must not hold what data.train_file holds")

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from ..cli import snapshots
 from ..conftest import command, result_of, tiny
 from ..export.conftest import elsewhere
-from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
+from ..pictures import COLORS, encoded, picture, vision_folder, write_pictures
 from .conftest import folder_of
 
 ENDS = "task_settings.intervals=[2,4,6]"
@@ -41,7 +41,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
     def make(*overrides: str, task: str = "classification", name: str = "run") -> list[str]:
         return [
             *tiny("experiment=own_images", into=folder / "runs", name=name),
-            *(f"model.path='{model}'", f"task={task}", f"data.labels=[{','.join(COLOURS)}]", "data.max_length=5"),
+            *(f"model.path='{model}'", f"task={task}", f"data.labels=[{','.join(COLORS)}]", "data.max_length=5"),
             *(f"data.train_file='{train}'", f"data.test_file='{test}'", "federation.num_sites=2"),
             *("data.train_fraction=1", "data.declared_sizes=40", "data.test_rows=null", "data.validation_rows=null"),
             *ANSWERS[task],
@@ -88,9 +88,9 @@ def test_exported_image_model_works_without_fedtune(run: Any, tmp_path: Path, fo
     blocked = "import sys; sys.modules['fedtune'] = None"
     printed = elsewhere("-c", f"{blocked}\n{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
     best, chances = printed.splitlines()
-    assert COLOURS[1] in best
-    found = dict(zip(COLOURS, json.loads(chances), strict=True))
-    assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLOURS}
+    assert COLORS[1] in best
+    found = dict(zip(COLORS, json.loads(chances), strict=True))
+    assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLORS}
 
 
 def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import fedtune
 from fedtune.api.compose import compose_run
-from fedtune.api.door import start_after_public_stage
+from fedtune.api.public import start_after_public_stage
 from fedtune.config import saved_config
 from fedtune.runs.environment import start_lineage
 from fedtune.show.run_progress import Display
@@ -41,7 +41,7 @@ def stop_after_a_round(told: fedtune.Progress) -> None:
 def run(public: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     """A run whose public stage was interrupted, and which was itself interrupted after that."""
     folder = tmp_path_factory.mktemp("runs")
-    asked = settings_of(folder, **{"public.train_file": public, "training.go_on_without_signal": True})
+    asked = settings_of(folder, **{"public.train_file": public, "training.ignore_weak_signal": True})
     with pytest.raises(Stop):
         fedtune.simulate("debug", asked, progress=stop_after_a_round)
     assert [path.name for path in folder.iterdir()] == ["run-public"]

@@ -31,11 +31,11 @@ class Stop(Exception):
     """What ends a run in these tests."""
 
 
-def follower(stop_after: int | None) -> Mock:
+def follower(early_stopping_patience: int | None) -> Mock:
     """A listener that breaks off after a round; None: never."""
 
     def round_finished(state: LeadState) -> None:
-        if state.round == stop_after:
+        if state.round == early_stopping_patience:
             raise Stop
 
     return Mock(round_finished=Mock(side_effect=round_finished))

@@ -13,7 +13,7 @@ from fedtune.report.derive import profile
 from fedtune.report.derive.profile import epsilon_pld
 from fedtune.report.model import Report, from_json, to_json
 from fedtune.report.page.render import render
-from fedtune.report.rederive import problems
+from fedtune.report.verify_report import problems
 from fedtune.spec import ConfigError
 
 from ..cli import snapshots
@@ -103,7 +103,7 @@ def test_report_with_an_insecure_threshold_is_refused(report: Report, key: str, 
 
 def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
     still = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
-    folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.stop_after=1", into=tmp_path)
+    folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.early_stopping_patience=1", into=tmp_path)
     report = from_run.build_run_report(folder)
     (site, *_) = report.sites
     assert site.by_trust.with_colluders == report.epsilon == site.spent.planned_epsilon

@@ -24,7 +24,7 @@ from fedtune.privacy.ledger.chain import canonical_json
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
-from fedtune.training.lead_step import secure_server_step
+from fedtune.training.secure_server_step import secure_server_step
 
 from ..conftest import check_planned_bytes, command, fail_where, result_of, simulate, tiny
 

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.data.tokenise import TextDataset
+from fedtune.data.tokenization import TextDataset
 from fedtune.evaluation.scoring import evaluate_examples
 from fedtune.model.layers import attach_adapters
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
@@ -75,7 +75,7 @@ def language_model_without_positions() -> TaskModel:
 
 
 @pytest.fixture
-def labelled() -> TextDataset:
+def labeled() -> TextDataset:
     """Forty texts of 1 to 15 tokens in four classes."""
     generator = np.random.default_rng(1)
     input_ids = tuple(random_ids(generator, length) for length in generator.integers(1, 16, size=40))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
 
-from fedtune.data.tokenise import TextDataset
+from fedtune.data.tokenization import TextDataset
 from fedtune.evaluation import generation
 from fedtune.evaluation.generation import (
     decode_stream,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fedtune.evaluation.scoring as scoring_module
 from fedtune.data.batching import Batch, collate
-from fedtune.data.tokenise import TextDataset
+from fedtune.data.tokenization import TextDataset
 from fedtune.evaluation.scoring import batches_by_length, evaluate_examples, evaluation_mode, unit_scores, user_scores
 from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec
@@ -47,29 +47,29 @@ def test_model_can_train_after_scoring(language_model: TaskModel, completions: T
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def test_batches_contain_every_example_once_within_the_budget(labelled: TextDataset) -> None:
+def test_batches_contain_every_example_once_within_the_budget(labeled: TextDataset) -> None:
     seen: list[int] = []
-    for indices, batch in batches_by_length(labelled, pad_id=0, max_tokens=30):
+    for indices, batch in batches_by_length(labeled, pad_id=0, max_tokens=30):
         assert batch.input_ids.numel() <= 30
         seen.extend(indices.tolist())
-    assert sorted(seen) == list(range(len(labelled)))
-    assert labelled.lengths[seen].tolist() == sorted(labelled.lengths.tolist())
-    empty = TextDataset(input_ids=(), targets=labelled.targets[:0])
+    assert sorted(seen) == list(range(len(labeled)))
+    assert labeled.lengths[seen].tolist() == sorted(labeled.lengths.tolist())
+    empty = TextDataset(input_ids=(), targets=labeled.targets[:0])
     with pytest.raises(DataError, match="at least one example"):
         next(batches_by_length(empty, pad_id=0, max_tokens=30))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_cpu_scoring_uses_small_batches_with_equal_results(
-    classifier: TaskModel, labelled: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
+    classifier: TaskModel, labeled: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scored(most: int) -> tuple[dict[str, Any], list[int]]:
         monkeypatch.setattr(scoring_module, "_MOST_ON_CPU", most)
         kept: scoring_module.KeptBatches | None = {} if keeps else None
         with evaluation_mode(classifier):
-            batches = scoring_module.batches_with_cache(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept)
+            batches = scoring_module.batches_with_cache(classifier, labeled, pad_id=0, max_tokens=10**6, kept=kept)
             sizes = [batch.input_ids.numel() for _, batch in batches]
-        return evaluate_examples(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept), sizes
+        return evaluate_examples(classifier, labeled, pad_id=0, max_tokens=10**6, kept=kept), sizes
 
     (many, one), (few, several) = scored(10**6), scored(30)
     assert len(one) == 1
@@ -79,19 +79,19 @@ def test_cpu_scoring_uses_small_batches_with_equal_results(
         np.testing.assert_allclose(few[name], values, atol=1e-5)
 
 
-def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskModel, labelled: TextDataset) -> None:
+def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskModel, labeled: TextDataset) -> None:
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
     before, seen = flags(classifier), set[tuple[bool, bool]]()
     for module in classifier.modules():
         module.register_forward_hook(lambda ran, _, __: seen.add((ran.training, torch.is_grad_enabled())))
-    scores = scores_of(classifier, labelled, pad_id=END, max_tokens=4096)
+    scores = scores_of(classifier, labeled, pad_id=END, max_tokens=4096)
     assert seen == {(False, False)}
     assert flags(classifier) == before
     assert all(torch.equal(value, weights[name]) for name, value in classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in classifier.parameters())
     assert all(type(score) is float for score in scores.values())
     kept: dict[int, Batch] = {}
-    assert scores_of(classifier, labelled, pad_id=END, max_tokens=4096, kept=kept) == scores
+    assert scores_of(classifier, labeled, pad_id=END, max_tokens=4096, kept=kept) == scores
     assert [(batch.prefix, batch.reference) for batch in kept.values()] == [(None, None)] * len(kept)
     assert kept, "of a model without frozen layers there is nothing to keep but batches"
 
@@ -100,7 +100,7 @@ def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskMod
 def test_cached_frozen_layers_run_once_with_equal_scores(request: pytest.FixtureRequest, task: str) -> None:
     last = LoraSpec(rank=2, layers=(-1,))
     model = bert_classifier(lora=last) if task == "classification" else llama(last)
-    data = request.getfixturevalue("labelled" if task == "classification" else "completions")
+    data = request.getfixturevalue("labeled" if task == "classification" else "completions")
     frozen, *_ = find_layer_stack(model.base.get_base_model())[1]
     attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
     calls: list[None] = []
@@ -132,20 +132,20 @@ def test_macro_f1_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
-def test_batched_scores_match_single_examples(classifier: TaskModel, labelled: TextDataset, max_tokens: int) -> None:
-    scores = scores_of(classifier, labelled, pad_id=0, max_tokens=max_tokens)
+def test_batched_scores_match_single_examples(classifier: TaskModel, labeled: TextDataset, max_tokens: int) -> None:
+    scores = scores_of(classifier, labeled, pad_id=0, max_tokens=max_tokens)
     predicted, losses = [], []
     with torch.no_grad():
-        for index in range(len(labelled)):
-            batch = collate(labelled, np.array([index]), pad_id=0)
+        for index in range(len(labeled)):
+            batch = collate(labeled, np.array([index]), pad_id=0)
             predicted.append(int(classifier.logits(batch).argmax()))
             losses.append(float(classifier.losses(batch)))
-    truth = np.array(labelled.targets)
+    truth = np.array(labeled.targets)
     assert list(scores) == ["accuracy", "macro_f1", "loss"]
     assert scores["accuracy"] == np.mean(truth == predicted)
     assert scores["macro_f1"] == macro_f1(truth, np.array(predicted), num_labels=4)
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert unit_scores(classifier, labelled, pad_id=END).tolist() == (truth == predicted).tolist(), "right or wrong"
+    assert unit_scores(classifier, labeled, pad_id=END).tolist() == (truth == predicted).tolist(), "right or wrong"
 
 
 def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
@@ -186,7 +186,7 @@ def test_diverged_model_has_infinite_perplexity(
     assert scores_of(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")
 
 
-@pytest.mark.parametrize("names", [("classifier", "labelled"), ("language_model", "completions")])
+@pytest.mark.parametrize("names", [("classifier", "labeled"), ("language_model", "completions")])
 def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], request: pytest.FixtureRequest) -> None:
     model, dataset = (request.getfixturevalue(name) for name in names)
     score = partial(unit_scores, model, pad_id=END)

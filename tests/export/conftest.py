@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         base = into / f"base-{name}"
         save_as_plain_model(load_base(ModelSpec(path=path), predicts_tokens=causal), base)
         load_tokenizer(ModelSpec(path=path)).save_pretrained(base)
-    head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
+    head = ("head.center=true", "head.init=label_names", "training.learning_rate=0.1")
     make("bert", f"model.path='{into}/base-bert'", *head)
     writes = ("model=random_llama", f"model.path='{into}/base-llama'", "data=e2e_nlg", "task=causal_lm")
     make("llama", *writes, "data.max_length=256", "data.declared_sizes=40", head[2], "lora.kind=dora")

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from fedtune.config import RunConfig, saved_config
-from fedtune.model.refusals import OWED, check_content
 from fedtune.model.spec import ModelSpec
+from fedtune.model.unsupported_models import OWED, check_content
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.selection import Selection, compute_search_price
 from fedtune.report.from_run import build_run_report, sum_start_losses
 from fedtune.report.synthetic_card import describe_run
-from fedtune.runs.earlier_debts import build_lineage, read_base_lineage, walk_lineage
 from fedtune.runs.environment import start_lineage
+from fedtune.runs.lineage import build_lineage, read_base_lineage, walk_lineage
 from fedtune.runs.public_stage import public_stage_config
 from fedtune.sites.run_records import card_path
 from fedtune.spec import ConfigError
@@ -103,7 +103,7 @@ def test_lineage_keeps_every_prior_run_once(first: Any, base: Any, second: Any, 
 
 def test_exported_search_trial_inherits_the_search_cost(first: Path, tmp_path: Path) -> None:
     picked, plan = shutil.copytree(first, tmp_path / "first"), saved_config(first).plan()
-    told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
+    told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
     price = compute_search_price([plan] * 3)
     (picked / "selection.json").write_text(json.dumps(asdict(Selection.from_price(price, [plan] * 3, **told))))
     assert price.epsilon > owed_by(first)["epsilon"]

@@ -22,8 +22,8 @@ from fedtune.export import distillation
 from fedtune.export.distillation import FEWEST
 from fedtune.export.onnx_graphs import load_graph
 from fedtune.model.base_model import load_tokenizer
-from fedtune.model.refusals import OWED
 from fedtune.model.spec import ModelSpec
+from fedtune.model.unsupported_models import OWED
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report.from_run import sum_start_losses
 from fedtune.report.synthetic_card import card_path, describe_run, together
@@ -47,7 +47,7 @@ TEXTS = [f"{start} {word} {end}" for start in ("Why", "Help,", "Since May") for 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a tiny model, whose head answers more than one label."""
-    head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
+    head = ("head.center=true", "head.init=label_names", "training.learning_rate=0.1")
     return simulate(*head, into=tmp_path_factory.mktemp("runs"))
 
 
@@ -143,18 +143,18 @@ def carded(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "r
     return file
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 def test_student_card_adds_the_cost_of_synthetic_texts(
-    finished: Path, teach: Any, tmp_path: Path, labelled: bool
+    finished: Path, teach: Any, tmp_path: Path, labeled: bool
 ) -> None:
-    """If the teacher has labelled them it is behind them, too, and owes once."""
+    """If the teacher has labeled them it is behind them, too, and owes once."""
     run = fedtune.load(finished)
     teacher = describe_run(run.report(), SavedAdapter.read(run.adapter).digest)
-    (link := tmp_path / "link.txt").symlink_to(carded(tmp_path / "texts.txt", *[teacher] * labelled))
+    (link := tmp_path / "link.txt").symlink_to(carded(tmp_path / "texts.txt", *[teacher] * labeled))
     folder = teach("--passes", "1", "--texts", str(link))[0]
     text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
     assert own.epsilon is not None
-    promised = f"{format_epsilon(2 + own.epsilon * labelled)} at delta {1e-6 + own.delta * labelled:f}"
+    promised = f"{format_epsilon(2 + own.epsilon * labeled)} at delta {1e-6 + own.delta * labeled:f}"
     assert f"The card of these texts promises epsilon {promised} for each record of the runs" in text
     (both,) = re.findall(r"\(writer_2[^)]*\)\. Both together, at most, promise of the student: epsilon (\S+) at", text)
     assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)

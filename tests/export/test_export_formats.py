@@ -22,7 +22,7 @@ from fedtune.export.onnx_graphs import measure_folder
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.report import from_run
-from fedtune.runs.earlier_debts import read_base_lineage
+from fedtune.runs.lineage import read_base_lineage
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import Evaluation, LeadData
 from fedtune.tasks.inputs import INPUTS

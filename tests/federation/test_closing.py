@@ -30,7 +30,9 @@ STORIES: dict[str, list[tuple[float, int, int, int, bool]]] = {
 @pytest.mark.parametrize("story", STORIES)
 def test_stopping_rule_ends_the_wait_as_specified(story: str) -> None:
     clock, enough = Mock(return_value=100.0), 3 if story == "three are enough" else None
-    rule = StoppingRule(FederationSpec(num_sites=4, min_sites=2, grace_s=60.0, enough_sites=enough), clock=clock)
+    rule = StoppingRule(
+        FederationSpec(num_sites=4, min_sites=2, straggler_grace_s=60.0, enough_sites=enough), clock=clock
+    )
     for number, (seconds, good, at_work, others, over) in enumerate(STORIES[story]):
         clock.return_value += seconds
         assert rule.is_over(good=good, at_work=at_work, others=others) is over, number

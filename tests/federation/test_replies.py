@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.federation.bfloat16 import MOST_ROUNDING, add_difference, round_difference
 from fedtune.federation.protocol import Reply, answer_digest
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY, RoundReplies
-from fedtune.federation.rounding import MOST_ROUNDING, add_difference, round_difference
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.spec import RunError
-from fedtune.training.reach import UpdateBound
+from fedtune.training.update_bound import UpdateBound
 
 from ..conftest import run_proposal
 from .conftest import receipt_of, update_of
@@ -219,7 +219,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 def test_bfloat16_rounding_matches_torch() -> None:
     bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
-    # Beside each of 256 exponents and signs: ends of a binade, ties and their neighbours.
+    # Beside each of 256 exponents and signs: ends of a binade, ties and their neighbors.
     near = (np.arange(512, dtype=np.uint32)[:, None] << 23) + np.array([0, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7FFFFF])
     values = np.concatenate([bits, near.ravel().astype(np.uint32)]).view(np.float32)
     values = values[~np.isnan(values)]

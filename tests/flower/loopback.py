@@ -113,11 +113,11 @@ class Loopback:
         with contextlib.closing(sqlite3.connect(f"{(self.folder / 'state.db').as_uri()}?mode=ro", uri=True)) as file:
             return file.execute(query).fetchall()
 
-    def site(self, name: str, **behaviour: Any) -> Program:
+    def site(self, name: str, **behavior: Any) -> Program:
         """Start a site; a second process of the same name notes what happens to it in a folder of its own."""
         folder = self.folder / f"{next(self._numbers)}-{name}"
         folder.mkdir()
-        settings = {"server": self.address, "tls": _paths(self.tls[name]), "site": name, "behaviour": behaviour}
+        settings = {"server": self.address, "tls": _paths(self.tls[name]), "site": name, "behavior": behavior}
         (folder / "settings.json").write_text(json.dumps(settings))
         self._sites.append(Program("site_process.py", folder))
         return self._sites[-1]

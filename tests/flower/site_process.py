@@ -37,7 +37,7 @@ from fedtune.ops.wire.identity import Tls  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
-class Behaviour:
+class Behavior:
     works_s: float = 0.0  # how long it takes to answer
     replies: int = 1  # how often it sends each answer
     # (end of a path, "before" or "after"): each breaks one call, and the next one only after an answer was sent
@@ -54,10 +54,10 @@ def answer(message: Message, name: str, number: int) -> Message:
 class Polling:
     """The least that a site has to do: poll, answer, and send an answer again until it is taken or nobody waits."""
 
-    def __init__(self, fleet: Fleet, behaviour: Behaviour, name: str) -> None:
-        self._fleet, self._behaviour, self._name = fleet, behaviour, name
+    def __init__(self, fleet: Fleet, behavior: Behavior, name: str) -> None:
+        self._fleet, self._behavior, self._name = fleet, behavior, name
         self._active, self._number = False, 0
-        self._faulty, self._faults = Faulty(fleet._client), iter(behaviour.faults)
+        self._faulty, self._faults = Faulty(fleet._client), iter(behavior.faults)
         self._next_fault()
 
     def step(self) -> None:
@@ -67,9 +67,9 @@ class Polling:
             return
         self._number += 1
         note("received", type=message.metadata.message_type, number=self._number)
-        time.sleep(self._behaviour.works_s)
+        time.sleep(self._behavior.works_s)
         reply = answer(message, self._name, self._number)
-        for _ in range(self._behaviour.replies):
+        for _ in range(self._behavior.replies):
             while not self._tried(lambda: self._sent(reply)):
                 time.sleep(0.2)
 
@@ -110,7 +110,7 @@ def main() -> None:
     given = json.loads((FOLDER / "settings.json").read_text())
     fleet = Fleet(given["server"], Tls(**{key: Path(path) for key, path in given["tls"].items()}))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    polling = Polling(fleet, Behaviour(**given["behaviour"]), given["site"])
+    polling = Polling(fleet, Behavior(**given["behavior"]), given["site"])
     try:
         while True:
             polling.step()

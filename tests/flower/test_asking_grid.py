@@ -157,7 +157,9 @@ def test_late_site_is_asked_on_arrival_without_asking_others_again() -> None:
 def test_provisional_answer_counts_at_the_timeout_or_during_a_pause(*, paused: bool) -> None:
     heard = {1: Heard(good=False, again_s=60.0, idle=paused), 2: Heard(good=True)}
     waiting = grid_of(
-        FakeGrid(lambda message, number: says(message, f"{number}")), hear=lambda site, *_: heard[site], grace_s=0.05
+        FakeGrid(lambda message, number: says(message, f"{number}")),
+        hear=lambda site, *_: heard[site],
+        straggler_grace_s=0.05,
     )
     began = time.monotonic()
     assert sorted(received(waiting, 1, 2, timeout=10 if paused else 0.5)) == [1, 2], "too early to ask again"

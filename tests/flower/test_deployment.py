@@ -185,7 +185,7 @@ def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
 
 
 def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    weak = ("privacy.noise_multiplier=400", "training.go_on_without_signal=false", "runtime=deployment")
+    weak = ("privacy.noise_multiplier=400", "training.ignore_weak_signal=false", "runtime=deployment")
     config = compose_run(tiny(*weak, into=tmp_path))
     sites = [SimpleNamespace(site=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
     monkeypatch.setattr(LeadService, "grid", grid := MagicMock())
@@ -199,9 +199,9 @@ def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_pat
         lead = LeadService(kit=MagicMock(folder=tmp_path), federation=config.federation)
         lead.run(config, tmp_path / "run", MagicMock())
 
-    with pytest.raises(ConfigError, match=r"training\.go_on_without_signal = false"):
+    with pytest.raises(ConfigError, match=r"training\.ignore_weak_signal = false"):
         run(config)
     asked.assert_not_called()
     with pytest.raises(RunError, match="no server"):
-        run(replace(config, training=replace(config.training, go_on_without_signal=True)))
+        run(replace(config, training=replace(config.training, ignore_weak_signal=True)))
     asked.assert_called_once()

@@ -146,14 +146,16 @@ def test_two_consecutive_diverged_rounds_end_the_run(federation: Any) -> None:
 def with_scores(made: Any, *scores: float) -> Any:
     """The same, with a lead whose validation file gives one score after the other."""
     left = iter(scores)
-    made.lead = replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, judged_by="accuracy")
+    made.lead = replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, primary_metric="accuracy")
     return made
 
 
 def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation: Any) -> None:
     """A run of four planned rounds that its scores end after the third."""
     asks = {"num_rounds": 4, "spare_rounds": 0}
-    made = with_scores(federation(num_rounds=4, stop_after=1, keep_round="best", asks=asks), 0.25, 0.75, 0.75)
+    made = with_scores(
+        federation(num_rounds=4, early_stopping_patience=1, checkpoint_selection="best", asks=asks), 0.25, 0.75, 0.75
+    )
     adapters: list[Adapter] = []
     state: Any = made.run(gives_adapter=True, finished=lambda state: adapters.append(state.adapter))
     assert (state.round, len(adapters)) == (3, 3)
@@ -174,7 +176,7 @@ def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation
 
 
 def test_resumed_run_keeps_the_best_of_all_rounds(federation: Any) -> None:
-    made = with_scores(federation(num_rounds=2, keep_round="best"), 0.75, 0.5)
+    made = with_scores(federation(num_rounds=2, checkpoint_selection="best"), 0.75, 0.5)
     after_one = made.run_until(1)
     state = made.run(after_one)
     assert state.round == 2

@@ -81,7 +81,7 @@ def round_(network: Loopback, member: Member) -> Iterator[Round]:
             return over.is_set() or super().is_over(**counts)
 
     # The honest answer suffices: nobody waits for another one of the member's.
-    spec = FederationSpec(num_sites=2, enough_sites=1, grace_s=0.4)
+    spec = FederationSpec(num_sites=2, enough_sites=1, straggler_grace_s=0.4)
     with network.grid(["a", "b"], closing=lambda: Closed(spec)) as grid, ThreadPoolExecutor(1) as pool:
         made = Round(network, member, pool, grid)
         yield made

@@ -20,7 +20,7 @@ from fedtune.config import saved_config
 from fedtune.data.records import iter_records, iter_usable_records
 from fedtune.federation.lead import Checkpoints, read_receipts
 from fedtune.model.manifest import build_manifest
-from fedtune.model.refusals import check_content
+from fedtune.model.unsupported_models import check_content
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.ops.kits.kit_file import KitFile, read_spec
@@ -211,7 +211,7 @@ def _kit_seed() -> str:
     kit = KitFile(
         version=KIT_SCHEMA, kind="site", federation="clinics", server="a.b:1", lead=seeds.key(1).public, site="north"
     )
-    return kit.to_toml() + '\n[[model]]\nname = "m"\nsha256 = "' + "ab" * 32 + '"\nlicence = "MIT"\n'
+    return kit.to_toml() + '\n[[model]]\nname = "m"\nsha256 = "' + "ab" * 32 + '"\nlicense = "MIT"\n'
 
 
 _SEEDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("file_seeds.yaml").read_text())

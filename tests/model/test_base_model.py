@@ -15,8 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.model import base_model
 from fedtune.model.base_model import build_tiny_base, expand_gguf, load_base, load_tokenizer, model_sha256
-from fedtune.model.refusals import ARCHITECTURES, OF_ANY_CONFIG
 from fedtune.model.spec import ModelSpec
+from fedtune.model.unsupported_models import ARCHITECTURES, OF_ANY_CONFIG
 from fedtune.spec import ConfigError
 
 BERT, LLAMA = ModelSpec(path="random:bert"), ModelSpec(path="random:llama")
@@ -103,7 +103,7 @@ def test_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[st
 
 
 @pytest.fixture
-def quantised(tmp_path: Path) -> Path:
+def quantized(tmp_path: Path) -> Path:
     """A tiny llama in four bits a weight, with its tokenizer of one token a byte, and one of two."""
     gguf = pytest.importorskip("gguf")
     base = build_tiny_base("random:llama", predicts_tokens=True)
@@ -145,11 +145,11 @@ def quantised(tmp_path: Path) -> Path:
 
 
 def test_expanded_gguf_weights_give_bitwise_equal_logits(
-    quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sha256 = hashlib.sha256(quantised.read_bytes()).hexdigest()
-    spec = ModelSpec(path=str(quantised.parent), gguf_file=quantised.name, sha256=sha256)
-    original = base_model.load_gguf(quantised)
+    sha256 = hashlib.sha256(quantized.read_bytes()).hexdigest()
+    spec = ModelSpec(path=str(quantized.parent), gguf_file=quantized.name, sha256=sha256)
+    original = base_model.load_gguf(quantized)
     capfd.readouterr()  # a progress bar of the library, which `load_base` hides
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
     expanded = load_base(spec, predicts_tokens=True)
@@ -161,8 +161,8 @@ def test_expanded_gguf_weights_give_bitwise_equal_logits(
         assert torch.equal(logits, expanded(token_ids).logits)
         again = load_base(spec, predicts_tokens=True)
         assert torch.equal(logits, again(token_ids).logits)
-        unquantised = build_tiny_base("random:llama", predicts_tokens=True)(token_ids).logits
-        assert not torch.allclose(logits[..., :-1], unquantised), "four bits a weight are fewer"
+        unquantized = build_tiny_base("random:llama", predicts_tokens=True)(token_ids).logits
+        assert not torch.allclose(logits[..., :-1], unquantized), "four bits a weight are fewer"
     assert expanded.get_output_embeddings().weight is expanded.get_input_embeddings().weight
     assert capfd.readouterr() == ("", "")
     assert [path.name[:8] for path in (tmp_path / "cache" / "gguf").iterdir()] == [sha256[:8]]

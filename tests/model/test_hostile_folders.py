@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, Phi3Config, Phi3Model, PreTrainedModel, RobertaConfig, RobertaModel
 
 from fedtune.model.base_model import load_base, load_tokenizer, model_sha256
-from fedtune.model.fits import check_ignores_batch_length, check_tokenizer_fits, max_positions
+from fedtune.model.compatibility import check_ignores_batch_length, check_tokenizer_fits, max_positions
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 

@@ -60,12 +60,12 @@ def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
     assert rows == [12], "a pass that failed leaves nothing behind"
 
 
-@pytest.mark.parametrize("learnt", [0, 1, 3, 6])
-def test_gradients_do_not_depend_on_target_counts_of_neighbors(learnt: int) -> None:
+@pytest.mark.parametrize("learned", [0, 1, 3, 6])
+def test_gradients_do_not_depend_on_target_counts_of_neighbors(learned: int) -> None:
     model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     before = gradients_of(model, batch)
     batch.targets[1:] = -100
-    batch.targets[1:, 1 : 1 + learnt] = 7
+    batch.targets[1:, 1 : 1 + learned] = 7
     beside_others = gradients_of(model, batch)
     assert any(one[0].any() for one in before.values())
     assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.model.base_model import load_tokenizer
-from fedtune.model.fits import tokenize_public_text
+from fedtune.model.compatibility import tokenize_public_text
 from fedtune.model.spec import ModelSpec
 from fedtune.model.tokenizer_rules import PUBLISHED, tokenizer_refusal
 from fedtune.spec import ConfigError

@@ -13,8 +13,8 @@ from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetMode
 
 from fedtune.model.base_model import load_base, load_processor, model_sha256
 from fedtune.model.manifest import build_manifest
-from fedtune.model.refusals import VISION
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.unsupported_models import VISION
 from fedtune.spec import ConfigError
 from fedtune.tasks.image_input import ImageReader
 from fedtune.tasks.inputs import get_input

@@ -1,6 +1,6 @@
 """Print the table of mutants, or run some of them.
 
-python -m tests.mutants                 print the catalogue as a Markdown table
+python -m tests.mutants                 print the catalog as a Markdown table
 python -m tests.mutants --run NAME ...  run these mutants (without names: all of them), one line for each
 
 The exit code of `--run` is 1 if a mutant was not killed, and 2 if a name is unknown.

@@ -1,4 +1,4 @@
-"""Every fault of the catalogue is found by the tests; the quickest by day, the others at night."""
+"""Every fault of the catalog is found by the tests; the quickest by day, the others at night."""
 
 import ast
 import re

@@ -35,7 +35,7 @@ also_known_as = ["localhost", "fl.example.org"]
 [[model]]
 name = "minilm"
 sha256 = "{"53" * 32}"
-licence = "Apache-2.0"
+license = "Apache-2.0"
 """
 
 

@@ -183,7 +183,7 @@ def whole(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposa
     written = tmp_path / "federation.toml"
     written.write_text(
         f'name = "cardiology"\nserver = "{mailbox.address}"\n'
-        f'[[model]]\nname = "tiny"\nsha256 = "{digest}"\nlicence = "CC0-1.0"\n'
+        f'[[model]]\nname = "tiny"\nsha256 = "{digest}"\nlicense = "CC0-1.0"\n'
     )
     federation = tmp_path / "federation"
     provisioning.init_federation(written, out=federation, now=now)
@@ -223,7 +223,7 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     assert not failures(checks)
     assert code(checks) == 0
     assert [name for name, check in checks.items() if check.status is Status.WARNING] == ["anchor's place"]
-    assert checks["base model tiny"].found == "installed and unchanged; licence CC0-1.0 (LICENSE)"
+    assert checks["base model tiny"].found == "installed and unchanged; license CC0-1.0 (LICENSE)"
     assert checks["ledger"].found.startswith("none yet")
     assert not (home.folder / "ledger.db").exists(), "nothing is made"
     assert not (home.kit / "state").exists()

@@ -171,9 +171,9 @@ def test_server_address_must_be_host_and_port() -> None:
         lambda text: text.isprintable() and bool(text.strip())
     )
 )
-def test_any_license_text_round_trips_through_kit_toml(tmp_path_factory: pytest.TempPathFactory, licence: str) -> None:
+def test_any_license_text_round_trips_through_kit_toml(tmp_path_factory: pytest.TempPathFactory, license: str) -> None:
     about = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "[::1]:1", "site": "a"}
-    kit = KitFile(**about, lead="ab" * 32, model=(KitModel(name="m", sha256="00" * 32, licence=licence),))
+    kit = KitFile(**about, lead="ab" * 32, model=(KitModel(name="m", sha256="00" * 32, license=license),))
     path = tmp_path_factory.mktemp("kit") / "kit.toml"
     path.write_text(kit.to_toml(), encoding="utf-8")
     assert read_spec(KitFile, path) == kit

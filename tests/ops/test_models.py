@@ -31,7 +31,7 @@ def kit(tmp_path: Path) -> Callable[..., Kit]:
     folder.mkdir()
 
     def make(*hashes: str) -> Kit:
-        named = tuple(KitModel(name=f"m{n}", sha256=found, licence="MIT") for n, found in enumerate(hashes, 1))
+        named = tuple(KitModel(name=f"m{n}", sha256=found, license="MIT") for n, found in enumerate(hashes, 1))
         about = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "h:1", "site": "north"}
         return Kit(folder=folder, model=named, lead="ab" * 32, **about)
 

@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 from ..conftest import files_in
 from .conftest import Desk, unchanged
 
-ANOTHER = f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicence = "MIT"\n'
+ANOTHER = f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicense = "MIT"\n'
 SECRETS = {"authority/ca_key.pem", "server/server_key.pem", "lead/connection_key.pem", "lead/lead_key.pem"}
 
 
@@ -74,7 +74,7 @@ def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: dat
         ("cardiology-2026", "c" * 65, "name = 'c+': must have at most 64 characters"),
         ("[[model]]", "[certificates]\nsite_days = 0\n[[model]]", "certificates.site_days = 0: must be a number"),
         ("5353", "53", "sha256 = '(53)+': must be 64 lower-case hex digits"),
-        ('"Apache-2.0"', '""', "licence = '': must name the model's licence"),
+        ('"Apache-2.0"', '""', "license = '': must name the model's license"),
         ("[[model]]", f"{ANOTHER}[[model]]", "must not repeat"),
     ):
         assert old in text

@@ -44,7 +44,7 @@ def test_pld_epsilon_matches_golden_values(rate: float, sigma: float, steps: int
 def test_epsilons_match_dp_accounting_at_usual_deltas(rate: float, sigma: float, count: int) -> None:
     """Also together with a mechanism that is not sampled."""
     step, score = PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), GaussianDpEvent(9.0)
-    pld, rdp = PLDAccountant(accountant.NEIGHBOURING_RELATION, value_discretization_interval=COARSE), RdpAccountant()
+    pld, rdp = PLDAccountant(accountant.NEIGHBORING_RELATION, value_discretization_interval=COARSE), RdpAccountant()
     for event, times in ((step, count), (score, 2)):
         pld.compose(event, times)
         rdp.compose(event, times)
@@ -102,7 +102,7 @@ def test_divergence_is_bounded_when_the_series_does_not_converge(rate: float, no
 
 def test_adjacency_is_add_or_remove_one_record() -> None:
     # For one Gaussian other relations may give the same numbers, but they promise something else.
-    assert accountant.NEIGHBOURING_RELATION is NeighboringRelation.ADD_OR_REMOVE_ONE
+    assert accountant.NEIGHBORING_RELATION is NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
 def test_epsilon_is_infinite_without_noise_and_zero_without_steps() -> None:

@@ -21,7 +21,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, Population
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 from fedtune.show.budget_text import ArrivalRange, merge_adjacent
 from fedtune.spec import ConfigError, RunError
 
@@ -88,7 +88,7 @@ def test_cohort_ranges_are_ordered_and_round_trip_as_text() -> None:
 def test_arrival_groups_have_readable_names() -> None:
     spans = [(0, None), (0, 1), (0, 2025), (1, None), (1, 2025), (2025, 2026), (2026, 2028), (2028, None)]
     groups = [ArrivalRange.from_cohort(*span, "year") for span in spans]
-    assert [load_catalogue("en").arrivals([one]) for one in groups] == [
+    assert [load_catalog("en").arrivals([one]) for one in groups] == [
         *("Everybody", "People without a date", "People who came up to 2024, or without a date", "People with a date"),
         *("People who came up to 2024", "People who came in 2025", "People who came in 2026 to 2027"),
         "People who came in 2028 or later",

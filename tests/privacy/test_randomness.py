@@ -265,7 +265,7 @@ SOURCES = [path for package in PACKAGES for path in sorted(package.rglob("*.py")
 def test_privacy_code_uses_no_torch_or_numpy_generators(path: Path) -> None:
     # One draws the examples that a model is tried with, before any record is read, and the adapter and the weights that
     # it is tried at: none is secret, and nothing of it is released.
-    assert bool(generators_in(path.read_text())) is (path.name == "preflight.py")
+    assert bool(generators_in(path.read_text())) is (path.name == "batch_invariance.py")
 
 
 def test_dummy_example_generators_are_unused_in_private_steps() -> None:
@@ -283,9 +283,9 @@ def test_dummy_example_generators_are_unused_in_private_steps() -> None:
         if isinstance(node, ast.ImportFrom) and "preflight" in (node.module or "")
     }
     assert users == {
-        "sites/shared_model.py": {"moved_by_others", "require_alone", "within_memory"},
+        "sites/shared_model.py": {"max_batch_influence", "require_batch_invariance", "within_memory"},
         "audit/sensitivity.py": {"lengths_of_texts"},
-        "training/devices.py": {"moved_by_others"},
+        "training/devices.py": {"max_batch_influence"},
     }
 
 

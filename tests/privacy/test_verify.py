@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from fedtune.formatting import group_hex_start
 from fedtune.privacy.ledger import chain, store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
-from fedtune.words import group_hex_start
 
 from ..cases import cases_of
 from .builders import make_key, policy, proposal, reserve, site_key, tamper

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.report import from_ledger, from_run
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import LANGUAGES
+from fedtune.report.page.translations import LANGUAGES
 
 from ..books import Books
 from ..conftest import run_proposal, simulate, site_policy

@@ -21,12 +21,12 @@ from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report.derive import cells
+from fedtune.report.derive import dpia_fields
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import BudgetVerdict, Cap, LedgerFacts, Release, RunFacts, SiteStatement
 from fedtune.report.model import Assumption, EpsilonStep, Report
 from fedtune.report.page import render
-from fedtune.report.rederive import derive_report, problems
+from fedtune.report.verify_report import derive_report, problems
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 
@@ -121,7 +121,7 @@ def filled(report: Report, **changes: Any) -> Report:
     )
     without = () if report.facts.unit == "record" else ("several_records",)
     fields: dict[str, Any] = {
-        "cells": cells.build_cells(known),
+        "cells": dpia_fields.build_cells(known),
         **{kind: tuple(one for one in codes if one not in without) for kind, codes in CODES["listed"].items()},
         "covers": ("rounds_and_steps", "charged_retries", "noised_scores"),
         "released": ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts"),

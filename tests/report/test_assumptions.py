@@ -14,7 +14,7 @@ from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.from_run import RunRecord, read_run
 from fedtune.report.model import Assumption, Report, SiteReport
-from fedtune.report.rederive import derive_report
+from fedtune.report.verify_report import derive_report
 from fedtune.sites.shared_settings import settings_for_sites
 
 from ..books import resigned

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.report.model import to_json
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 
 from . import shown
 
@@ -74,7 +74,7 @@ SIZES = """
 def test_page_renders_completely_without_requests_or_console_messages(name: str, language: str, opened: Any) -> None:
     """On the screen at each width, and then on paper; loading a page takes longer than looking at it."""
     page = opened(name, language)
-    words, report = load_catalogue(language), shown.reports()[name]
+    words, report = load_catalog(language), shown.reports()[name]
     assert page.tab.evaluate("document.documentElement.lang") == language
     assert page.tab.title() == words.text("page.title", name=report.facts.name).unescape()
 

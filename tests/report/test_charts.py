@@ -7,8 +7,8 @@ import pytest
 
 from fedtune.report.facts import Cap
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.tables import Charts, Table
+from fedtune.report.page.translations import load_catalog
 from fedtune.show import drawing
 
 from .shown import HOSTILE, Make, arrivals, detail_of, filled, of_sites, reports, wide_ledger, with_facts, with_site
@@ -18,7 +18,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def chart(report: Report, code: str, language: str = "en") -> Table:
-    return getattr(Charts(report, load_catalogue(language)), code)()
+    return getattr(Charts(report, load_catalog(language)), code)()
 
 
 def drawn(report: Report, code: str, language: str = "en") -> ElementTree.Element:
@@ -42,7 +42,7 @@ def ledger(a_ledger_report: Make) -> Report:
 @pytest.mark.parametrize("code", CODES)
 def test_charts_have_accessible_titles_and_descriptions(code: str, language: str, run: Report) -> None:
     svg = drawn(run, code, language)
-    words = load_catalogue(language)
+    words = load_catalog(language)
     assert svg.attrib["role"] == "img"
     title, description = svg.attrib["aria-labelledby"].split()
     named = {one.attrib["id"]: one.text for one in svg if "id" in one.attrib}
@@ -69,7 +69,7 @@ def test_epsilon_chart_shows_the_limit_in_force_at_each_run(ledger: Report) -> N
 
 def test_epsilon_chart_labels_rounds_and_whole_runs_differently(language: str, ledger: Report) -> None:
     (site,) = ledger.sites
-    last, said = site.steps[-1], load_catalogue(language).texts["chart"]
+    last, said = site.steps[-1], load_catalog(language).texts["chart"]
     for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_charged")):
         steps = tuple(
             replace(last, run="r" if one else "q", round=one, epsilon=last.epsilon + n) for n, one in enumerate(rounds)
@@ -87,7 +87,7 @@ def test_arrival_cohorts_have_separate_lines_over_the_calendar(a_ledger_report: 
     shown = texts(drawn(report, "epsilon_spent"))
     years = [str(year) for year in range(2022, 2027)]
     assert shown.count("2026") == 2, "a tick, and a line"
-    assert {*years, "…–2021", "limit", load_catalogue("en").texts["chart"]["axis_day"]} <= set(shown)  # noqa: RUF001
+    assert {*years, "…–2021", "limit", load_catalog("en").texts["chart"]["axis_day"]} <= set(shown)  # noqa: RUF001
     assert "2027–…" not in shown, "nothing was spent"  # noqa: RUF001
     table = chart(report, "epsilon_spent")
     assert [str(heading) for heading, _ in table.columns][-6:] == ["…–2021", *years]  # noqa: RUF001
@@ -121,7 +121,7 @@ def test_reliability_chart_shows_a_perfectly_calibrated_reference(run: Report, l
     svg = drawn(report, "reliability", language)
     markers = [one for one in svg.iter(f"{SVG}path") if "translate" in one.attrib.get("transform", "")]
     assert len(markers) >= 10, "a marker for each bin"
-    words = load_catalogue(language)
+    words = load_catalog(language)
     for key in ("reliability_found", "reliability_perfect", "axis_probability", "axis_right"):
         assert words.text(f"chart.{key}").unescape() in texts(svg)
     for name, rows in (("reliability", 10), ("classes", 2)):
@@ -134,11 +134,11 @@ def test_charts_without_data_or_bounds_are_omitted(code: str, run: Report, a_rep
     nothing = with_facts(run, rounds=()) if code == "utility" else replace(run, sites=(of_nothing,))
     for report in (nothing, a_report_without_privacy()):
         assert chart(report, code).svg is None
-    assert load_catalogue("en").has("chart", f"{code}_none")
+    assert load_catalog("en").has("chart", f"{code}_none")
     # What never changes is said and not drawn.
     once = with_facts(run, rounds=run.facts.rounds[:1])
     assert chart(once, "utility").svg is None
-    assert chart(once, "utility").seen == load_catalogue("en").text("chart.same")
+    assert chart(once, "utility").seen == load_catalog("en").text("chart.same")
 
 
 def test_identical_lines_are_drawn_once(run: Report, language: str) -> None:

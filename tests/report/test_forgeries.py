@@ -19,7 +19,7 @@ from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive_report
+from fedtune.report.verify_report import derive_report
 
 from ..conftest import REPOSITORY, command, simulate, write_config
 from ..deployment.federation import Federation, settings

@@ -21,7 +21,7 @@ from fedtune.report import from_run, signing
 from fedtune.report.derive import run_figures
 from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Report
-from fedtune.report.rederive import problems
+from fedtune.report.verify_report import problems
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
 
 from ..books import resigned

@@ -11,9 +11,9 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.render import FONTS, render_label, render_personalized_label
-from fedtune.report.page.report_words import Words
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.page.view import Words
 from fedtune.show.lines import shortened
 
 from .shown import HOSTILE, NAMES, numbers, periods, reports, with_facts, with_site
@@ -37,16 +37,16 @@ def lines(svg: str) -> list[str]:
 
 
 def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Report, language: str) -> None:
-    words = Words(report, load_catalogue(language))
+    words = Words(report, load_catalog(language))
     known = [report.facts.name, report.known.get("dataset", "")]
-    known += [text for section in words.catalogue.texts.values() for text in section.values()]
+    known += [text for section in words.catalog.texts.values() for text in section.values()]
     figures = [(report.epsilon, "epsilon"), (report.epsilon, "factor"), (len(report.sites), "count")]
     figures += [(report.facts.delta, "exact"), (report.facts.date, "day")]
     is_run = report.facts.kind == "run"
     figures += [(report.facts.target_epsilon if is_run else report.facts.approved.max_epsilon, "cap")]
     for means in (site.meaning for site in report.sites if site.meaning):
         figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
-    known += [words.catalogue.figure(value, kind) for value, kind in figures]
+    known += [words.catalog.figure(value, kind) for value, kind in figures]
     known += [one.dates for one in periods(report)]
     on_it = lines(render_label(report, language=language))
     shown = [line for line in on_it if not re.fullmatch("[0-9a-f]{64}", line)]
@@ -67,8 +67,8 @@ def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
     together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
     shared = with_site(found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms))
     said = " ".join(lines(render_label(shared, language=language)))
-    assert load_catalogue(language).texts["label"]["shared"] in said
-    assert load_catalogue(language).texts["label"]["shared"] not in " ".join(
+    assert load_catalog(language).texts["label"]["shared"] in said
+    assert load_catalog(language).texts["label"]["shared"] not in " ".join(
         lines(render_label(found, language=language))
     )
     assert "…" not in said
@@ -77,7 +77,7 @@ def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
 
 
 def test_label_without_a_guarantee_shows_no_figures(language: str) -> None:
-    words = load_catalogue(language)
+    words = load_catalog(language)
     for name in ("no_guarantee", "unbounded"):
         found = reports()[name]
         said = " ".join(lines(render_label(found, language=language)))

@@ -16,8 +16,8 @@ from fedtune.report.from_run import RunRecord, read_run, sum_start_losses
 from fedtune.report.model import Report
 from fedtune.report.model_card import Form, card_text
 from fedtune.report.page.render import render_label
-from fedtune.report.rederive import derive_report, problems
 from fedtune.report.synthetic_card import together
+from fedtune.report.verify_report import derive_report, problems
 
 from ..conftest import simulate
 from .shown import status, with_facts
@@ -84,7 +84,7 @@ def test_model_card_without_a_guarantee_promises_nothing(tmp_path: Path) -> None
 
 
 def test_model_card_names_the_base_by_its_public_id(record: RunRecord, of_run: Report) -> None:
-    changed = with_model(record, path="/home/ada/models/small", public_id="owner/small", licence="Apache-2.0")
+    changed = with_model(record, path="/home/ada/models/small", public_id="owner/small", license="Apache-2.0")
     card = card_text(changed, of_run, FORM)
     front = front_of(card)
     of_base = {"base_model": "owner/small", "base_model_relation": "adapter", "license": "apache-2.0"}
@@ -109,8 +109,8 @@ def test_model_card_warns_that_quantized_bases_differ_from_the_original(record: 
 
 def test_user_text_is_escaped_in_the_model_card(record: RunRecord, of_run: Report) -> None:
     hostile = 'none |\n\n# <b>Safe</b> `x` [click](http://x) "\n---\nlicense: mit'
-    provenance = replace(of_run.facts.provenance, model_licence=hostile)
-    card = card_text(with_model(record, licence=hostile), with_facts(of_run, provenance=provenance), FORM)
+    provenance = replace(of_run.facts.provenance, model_license=hostile)
+    card = card_text(with_model(record, license=hostile), with_facts(of_run, provenance=provenance), FORM)
     front, body = front_of(card), card.split("---\n", 2)[2]
     assert (front["license"], front["license_name"]) == ("other", " ".join(hostile.split()))
     assert "\n# <b>" not in body

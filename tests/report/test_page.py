@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.formatting import spoken
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.derive import profile
@@ -17,12 +18,11 @@ from fedtune.report.derive.verdicts import explain_missing_room
 from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Report, to_json
 from fedtune.report.page import render
-from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.render import render_label
-from fedtune.report.page.report_words import Words, pointer
 from fedtune.report.page.tables import MOST_ROWS
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.page.view import Words, pointer
 from fedtune.show.lines import shortened
-from fedtune.words import spoken
 
 from . import shown as made
 from .shown import HOSTILE, NAMES, Element, Make, lookup, numbers, page, parsed, reports, with_site
@@ -51,13 +51,13 @@ def test_figures_names_and_codes_on_the_page_are_in_the_json(shown: tuple[Report
     for figure in figures:
         found = lookup(data, figure.attrib["data-at"])
         assert json.loads(figure.attrib["value"]) == found
-        assert figure.said == load_catalogue(language).figure(found, figure.attrib["data-as"])
-    words = Words(report, load_catalogue(language))
+        assert figure.said == load_catalog(language).figure(found, figure.attrib["data-as"])
+    words = Words(report, load_catalog(language))
     texts = [one for one in main(html).iter() if "data-at" in one.attrib and one.tag != "data"]
     assert len(texts) > 30
     for element in texts:
         found, text = lookup(data, element.attrib["data-at"]), element.full_text
-        sections = words.catalogue.texts.values()
+        sections = words.catalog.texts.values()
         spoken = {section[found] for section in sections if isinstance(found, str) and found in section}
         if isinstance(found, str) and element.attrib.get("data-as") != "fact":
             short = re.escape(text).replace("…", ".*")
@@ -71,7 +71,7 @@ def test_page_shows_no_numbers_outside_figures_and_fixed_texts(shown: tuple[Repo
     def known(one: Element) -> bool:
         return "data-at" in one.attrib or one.tag in ("code", "svg") or one.attrib.get("class", "").endswith("rows")
 
-    fixed = " ".join(text for texts in load_catalogue(language).texts.values() for text in texts.values())
+    fixed = " ".join(text for texts in load_catalog(language).texts.values() for text in texts.values())
     named = " ".join([report.facts.name, *(site.site for site in report.sites), *report.facts.provenance.libraries])
     named += " ".join(one.dates for one in made.periods(report))
     source = "arXiv 2303.00654"
@@ -82,7 +82,7 @@ def test_page_shows_no_numbers_outside_figures_and_fixed_texts(shown: tuple[Repo
 def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
     report, html = shown
     data = json.loads(json.dumps(to_json(report)))
-    words = Words(report, load_catalogue("en"))
+    words = Words(report, load_catalog("en"))
     for kind, at in (
         ("sites", "mechanisms"),
         ("life", "runs"),
@@ -234,7 +234,7 @@ def test_exceeded_budget_takes_precedence_over_a_used_up_one(a_ledger_report: Ma
 
 def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
     """Neither on page 1 nor on the label: one sentence says where it stands, and why no more is proved."""
-    words, report = load_catalogue(language), reports()["ledger"]
+    words, report = load_catalog(language), reports()["ledger"]
     (site,) = report.sites
     for ceiling, is_shown in ((98.9, True), (99.98, False)):
         means = replace(site.meaning, right_of_100_ceiling=ceiling, right_of_100_mechanism=None)
@@ -263,13 +263,13 @@ def test_strength_rating_shows_its_epsilon_thresholds(code: str, a_report: Make,
     assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))
     report = replace(a_report(), epsilon=min(most, 11.0))
     said = words_of(by_id(main(render.render(report, language=language)), "band"))
-    assert load_catalogue(language).texts["strength"][code] in said
+    assert load_catalog(language).texts["strength"][code] in said
     edges = [f"{edge:g}" for edge in (least, most) if 0 < edge < math.inf]
     assert numbers(said)[-2:][-len(edges) :] == edges
 
 
 def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) -> None:
-    words = load_catalogue(language).texts["page"]
+    words = load_catalog(language).texts["page"]
     for purpose, shown in (
         (None, words["no_purpose"]),
         ("To <b>sort</b> letters", "To <b>sort</b> letters"),
@@ -283,7 +283,7 @@ def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) 
 
 
 def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, language: str) -> None:
-    words = load_catalogue(language).texts["sign_off"]
+    words = load_catalog(language).texts["sign_off"]
 
     def said(html: str) -> tuple[bool, ...]:
         parts = (("to-do", "simulated"), ("sign-off", "limit_first"))
@@ -297,7 +297,7 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
 
 
 def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, language: str, tmp_path: Path) -> None:
-    texts, key = load_catalogue(language).texts["check"], SigningKey.load_or_create(tmp_path / "key.pem")
+    texts, key = load_catalog(language).texts["check"], SigningKey.load_or_create(tmp_path / "key.pem")
     for report in (a_report(), signing.sign_report(a_report(), key)):
         html = by_id(main(render.render(report, language=language)), "check-one")
         command, digest, verify, *of_key, model, begins = [one.said for one in html.all("code")]
@@ -326,7 +326,7 @@ def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:
 
 
 def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: str) -> None:
-    texts = load_catalogue(language).texts
+    texts = load_catalog(language).texts
     known = a_report().facts.provenance
     unknown = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
     html = main(render.render(made.with_facts(a_report(), provenance=unknown), language=language))
@@ -335,11 +335,11 @@ def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: st
     for section, field in (("fact", "base_model"), ("provenance", "config_sha256"), ("fact", "libraries")):
         name = texts[section][field]
         found = [one for one in html.all("div") if [words_of(dt) for dt in one.all("dt")] == [name]]
-        assert [words_of(grey) for grey in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
+        assert [words_of(gray) for gray in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
 
 
 def test_every_page_of_a_study_shows_its_banner_first(of_run: Report, of_ledger: Report, language: str) -> None:
-    said = load_catalogue(language).texts["banner"]
+    said = load_catalog(language).texts["banner"]
     for report, banners in (
         (of_run, ["simulation"]),
         (made.with_facts(of_run, seeded_noise=True), ["simulation", "seeded"]),
@@ -365,7 +365,7 @@ def test_figures_of_a_silent_site_are_marked_as_upper_bounds(language: str) -> N
 def test_dpia_fields_in_each_state_look_different(language: str) -> None:
     html, borders = page("within", language), set()
     (section,) = main(html).all("section", id="cells")
-    words, css = load_catalogue(language), "".join(one.said for one in parsed(html).all("style"))
+    words, css = load_catalog(language), "".join(one.said for one in parsed(html).all("style"))
     for state in ("auto", "design", "site", "missing"):
         found = section.all(**{"class": f"cell {state}"})
         assert found

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.report.page import render
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 from fedtune.spec import ConfigError
 
 from .shown import LONG, NAMES, Make, page, reports, with_facts
@@ -145,7 +145,7 @@ def test_every_pdf_page_of_a_study_shows_its_banner(name: str) -> None:
     assert report.banners
     for one in pages(page(name, "de")):
         for banner in report.banners:
-            assert load_catalogue("de").texts["banner"][banner].replace(" ", "") in printed(one, above=30)
+            assert load_catalog("de").texts["banner"][banner].replace(" ", "") in printed(one, above=30)
 
 
 @needs_weasyprint
@@ -155,7 +155,7 @@ def test_page_one_shows_the_banner_when_margins_cannot() -> None:
     for fillable in (False, True):
         first, *_ = pages(beginning(render.render(report, language="en", fillable=fillable)))
         for banner in report.banners:
-            said = load_catalogue("en").texts["banner"][banner].replace(" ", "") in printed(first, below=30)
+            said = load_catalog("en").texts["banner"][banner].replace(" ", "") in printed(first, below=30)
             assert said != fillable
 
 

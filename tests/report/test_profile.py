@@ -15,7 +15,7 @@ from scipy.stats import norm
 
 from fedtune.privacy import accountant, events
 from fedtune.report.derive import profile
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 
 _SHARES = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9)
 
@@ -304,7 +304,7 @@ def test_posterior_failure_probability_can_exceed_delta_many_times() -> None:
     mu = gaussian_mu(epsilon, _DELTA)
     assert norm.cdf(mu / 2 - epsilon / mu) > 30 * _DELTA
     for language, words in (("en", "many times delta"), ("de", "ein Vielfaches von Delta")):
-        texts = load_catalogue(language).texts
+        texts = load_catalog(language).texts
         for text in (texts["meaning"]["posterior_note"], texts["formulae"]["posterior"]):
             assert words in text
             assert not re.search("about delta|etwa delta", text, re.IGNORECASE)

@@ -11,7 +11,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.report import registry_entry as registry
 from fedtune.report import signing
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import load_catalogue
+from fedtune.report.page.translations import load_catalog
 
 from .shown import NAMES, leaves, reports
 
@@ -48,7 +48,7 @@ def test_registry_entry_figures_match_the_report(report: Report) -> None:
     assert {(one["sampling_rate"], one["noise_multiplier"]) for one in entry["privacy"]["mechanisms"]} == {
         (row.sampling_rate, row.noise_multiplier) for row in rows
     }
-    words = load_catalogue("en")
+    words = load_catalog("en")
     assert entry["accounting"]["leaves_out"] == [words.code("leaves_out", one).unescape() for one in report.leaves_out]
     assert len(entry["not_protected"]) == len(report.not_protected)
     assert entry["privacy"]["holds_for"].startswith("a simulation") == ("simulation" in report.banners)

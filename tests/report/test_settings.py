@@ -12,7 +12,7 @@ from fedtune.report.checks import find_settings_problems
 from fedtune.report.facts import StartAdapter
 from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
-from fedtune.report.rederive import derive_report, problems
+from fedtune.report.verify_report import derive_report, problems
 from fedtune.version import __version__
 
 
@@ -50,7 +50,7 @@ def test_plan_from_different_settings_is_detected(run_folder: Path, config: RunC
 
 
 def test_reported_settings_are_compared_with_the_configuration(of_run: Report, config: RunConfig) -> None:
-    changes = {"target_epsilon": 80.0, "name": "another", "stop_after": 1, "keep_round": "best"}
+    changes = {"target_epsilon": 80.0, "name": "another", "early_stopping_patience": 1, "checkpoint_selection": "best"}
     for key, value in (changes | {"settings": {"runtime": "deployment"}}).items():
         assert places(replace(of_run, facts=replace(of_run.facts, **{key: value})), config) - {"run"} == {key}
     shorter = replace(of_run.facts, rounds=of_run.facts.rounds[:1])

@@ -14,7 +14,7 @@ from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.model import Report
 from fedtune.report.page import render
-from fedtune.report.rederive import derive_report
+from fedtune.report.verify_report import derive_report
 from fedtune.spec import ConfigError
 
 from ..books import Books

@@ -21,9 +21,9 @@ from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.derive.verdicts import explain_missing_room, report_outcome
 from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import LANGUAGES, load_catalogue
 from fedtune.report.page.render import render
-from fedtune.report.rederive import problems
+from fedtune.report.page.translations import LANGUAGES, load_catalog
+from fedtune.report.verify_report import problems
 from fedtune.sites.virtual_site import Participants
 
 from ..books import Books
@@ -40,7 +40,7 @@ def check(name: str, report: Report) -> Report:
     assert signing.parse_report(signing.report_to_json(report).encode()) == report
     assert problems(report) == []
     check_golden(name, report)
-    words, verdict = load_catalogue("en"), report.verdict
+    words, verdict = load_catalog("en"), report.verdict
     text = shown_text(render(report, language="en"))
     heading = report_outcome(report)
     for key in (f"verdict.{heading}", *(f"reason.{reason}" for reason in verdict.reasons)):
@@ -70,7 +70,7 @@ def books(books: Any) -> Books:
 
 
 def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> None:
-    folder, banner = simulate(into=tmp_path), load_catalogue("en").texts["banner"]["simulation"]
+    folder, banner = simulate(into=tmp_path), load_catalog("en").texts["banner"]["simulation"]
     report = check("within", from_run.build_run_report(folder))
     assert verdict(report) == ("within", ())
     assert 0 < report.epsilon < report.facts.target_epsilon
@@ -89,7 +89,7 @@ def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> Non
     assert ours < theirs
     for at, kind in ((folder, "run"), (tmp_path / "own", "ledger")):
         first = (at / "report.html").read_text().partition('<nav aria-labelledby="contents">')[0]
-        assert load_catalogue("en").text(f"budget.two_figures_{kind}") in first
+        assert load_catalog("en").text(f"budget.two_figures_{kind}") in first
     # A policy that says nothing of it, as earlier versions wrote them for kept sites.
     kept = tmp_path / "kept"
     shutil.copytree(folder / "sites", kept)
@@ -114,7 +114,7 @@ def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
     assert report.assumptions[0].code == "noise_in_every_step"
     assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
     for language in LANGUAGES:
-        said = load_catalogue(language).texts
+        said = load_catalog(language).texts
         text = shown_text(render(report, language=language))
         assert said["where_no_noise"]["released__updates"] in text
         for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
@@ -135,7 +135,7 @@ def test_seeded_study_gives_no_guarantee(tmp_path: Path) -> None:
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.facts.seeded_noise, report.randomness) == (True, "seeded")
     for language in LANGUAGES:
-        said = load_catalogue(language).texts["where_seeded"]["released__updates"]
+        said = load_catalog(language).texts["where_seeded"]["released__updates"]
         assert said in shown_text(render(report, language=language))
 
 

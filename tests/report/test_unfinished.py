@@ -16,10 +16,10 @@ from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
-from fedtune.report.page.catalogue import load_catalogue
 from fedtune.report.page.render import render
+from fedtune.report.page.translations import load_catalog
 from fedtune.report.run_page import UnfinishedReport
-from fedtune.runs.place_of_run import find_run_folder
+from fedtune.runs.run_paths import find_run_folder
 from fedtune.show.run_progress import Display
 
 from ..conftest import tiny
@@ -55,8 +55,8 @@ def test_unfinished_page_shows_a_banner_and_reloads(folder: Path, state: LeadSta
     plain, rest = render(from_run.build_run_report(folder), language="en"), '<nav aria-labelledby="contents">'
     assert html.endswith(plain[plain.index(rest) :]), "the annex is a report's"
     first, of_report = (page[: page.index(rest)] for page in (html, plain))
-    assert load_catalogue("en").texts["unfinished"]["no_verdict"] in first
-    for part in ('id="sign-off"', 'id="to-do"', str(load_catalogue("en").text("verdict.within_run"))):
+    assert load_catalog("en").texts["unfinished"]["no_verdict"] in first
+    for part in ('id="sign-off"', 'id="to-do"', str(load_catalog("en").text("verdict.within_run"))):
         assert part in of_report
         assert part not in first, "a run that goes on has neither a verdict nor lines to sign"
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"

@@ -60,7 +60,7 @@ def test_incomparable_scores_are_refused(runs: Runs) -> None:
     with pytest.raises(ConfigError, match=r"data\.test_file = null: is required to compare"):
         compare_runs({"four": (without, adapter)})
     data = replace(one.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
-    config = replace(one, task="regression", head=HeadSpec(centre=False, init="zero"), data=data)
+    config = replace(one, task="regression", head=HeadSpec(center=False, init="zero"), data=data)
     wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))  # of another range numbers say nothing either
     with pytest.raises(ConfigError, match=r"must have the first run's data\.target_range"):
         compare_runs({"four": (config, adapter), "other": (wider, adapter)})

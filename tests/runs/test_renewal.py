@@ -38,7 +38,12 @@ def by_cohort(first: str | None, last: str = "2024") -> dict[str, Any]:
 
 
 def test_renewed_run_keeps_settings_and_starts_from_the_last_adapter(last: Any) -> None:
-    groups = {"privacy": {"runs": 3}, "federation": {"stop_after": 2}, "data": {"validation_file": "v.csv"}, "seed": 7}
+    groups = {
+        "privacy": {"runs": 3},
+        "federation": {"early_stopping_patience": 2},
+        "data": {"validation_file": "v.csv"},
+        "seed": 7,
+    }
     folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"}, public={"train_file": "p.csv"})
     before = letters(**groups)
     model = replace(before.model, adapter=str(folder), adapter_sha256=None)

@@ -77,7 +77,7 @@ START = {"accuracy": 0.3, "loss": 1.0}
     ],
 )
 def test_findings_follow_from_scores_before_and_after_training(before: Any, after: Any, found: tuple[str, ...]) -> None:
-    assert find_problems((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
+    assert find_problems((), before, after, primary_metric="accuracy", guess=0.5, rows=100) == found
 
 
 def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:
@@ -85,7 +85,7 @@ def test_worse_scores_and_diverged_rounds_are_reported_as_findings() -> None:
         *(("loss", 2.0, 2.1, (WORSE,)), ("loss", 2.0, 1.9, ())),
         *(("spearman", 0.1, -0.2, (WORSE,)), ("spearman", -0.3, -0.2, ())),
     ):
-        said = find_problems((), {score: before}, {score: after}, judged_by=score, guess=None, rows=100)
+        said = find_problems((), {score: before}, {score: after}, primary_metric=score, guess=None, rows=100)
         assert said == found
     rounds = [round_of(1, metrics=GOOD, diverged=True), round_of(2, metrics=GOOD)]
-    assert find_problems(rounds, START, GOOD, judged_by="accuracy", guess=0.5, rows=100) == (DIVERGED,)
+    assert find_problems(rounds, START, GOOD, primary_metric="accuracy", guess=0.5, rows=100) == (DIVERGED,)

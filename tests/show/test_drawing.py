@@ -59,11 +59,11 @@ def test_chart_elements_stay_within_the_axes(points: Any, scale: Any, kind: Any,
 
 
 def test_chart_lines_are_distinguishable_without_color() -> None:
-    for aspect in (drawing.COLOURS, drawing.DASHES, drawing.MARKERS):
+    for aspect in (drawing.COLORS, drawing.DASHES, drawing.MARKERS):
         assert len(set(aspect)) == drawing.MOST_LINES
     # Okabe and Ito's, of which yellow and sky blue are too light for a line on white, and orange is darkened.
-    for colour in drawing.COLOURS:
-        red, green, blue = (int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5))
+    for color in drawing.COLORS:
+        red, green, blue = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
         assert 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.5
 
 

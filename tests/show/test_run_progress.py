@@ -98,7 +98,7 @@ def runs(config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPa
     failing = {"sites": ("site-1",), "failed_sites": {"site-2": "plan_exhausted"}, "metrics": {"loss": float("nan")}}
     yield "a site that fails, and a score that is no number", shown(config, state(1, **failing))
     yield "without privacy", shown(without_privacy)
-    patched.setattr("fedtune.model.products._HAS_ONEDNN", True)
+    patched.setattr("fedtune.model.frozen_linear._HAS_ONEDNN", True)
     for dtype in ("mixed", "bfloat16"):
         other = replace(config, model=replace(config.model, dtype=dtype))
         for has in (False, True):
@@ -145,7 +145,7 @@ def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, mon
 def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
     assert "a study at 17 kept three quarters of what" in explain_signal(22.0, "classification")
     assert "a study at 5 kept three eighths of what" in explain_signal(5.2, "token_classification")
-    assert "no study says how much of task survival is learnt" in explain_signal(5.2, "survival")
+    assert "no study says how much of task survival is learned" in explain_signal(5.2, "survival")
 
 
 def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

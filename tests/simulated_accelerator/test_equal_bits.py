@@ -31,7 +31,7 @@ TASKS = {
     "regression": ("data.columns={text: text, target: score}", *RANGE),
     "token_classification": (
         *("data.columns={tokens: words, tags: tags}", GRADED, "data.max_length=8", "data.windows=2", "data.stride=2"),
-        *("head.init=zero", "head.centre=false"),
+        *("head.init=zero", "head.center=false"),
     ),
     "causal_lm": ("data.columns={prompt: text, completion: other}", *LLAMA, "evaluation.generate=true"),
     "preference": ("data.columns={prompt: text, chosen: other, rejected: third}", *LLAMA),

@@ -12,7 +12,7 @@ from fedtune.lab.audit import sensitivity
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training import dp_step, preflight
+from fedtune.training import batch_invariance, dp_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import resolve_device
 from fedtune.training.per_example import record_gradients
@@ -61,7 +61,7 @@ def model() -> TaskModel:
 
 def moved(within: TaskModel) -> float:
     shapes = Shapes.from_limits(max_length=15, max_tokens=64)
-    return preflight.max_batch_influence(within, shapes, keeps_states=False, max_grad_norm=1.0)
+    return batch_invariance.max_batch_influence(within, shapes, keeps_states=False, max_grad_norm=1.0)
 
 
 def clipping_by_company() -> None:
@@ -80,11 +80,11 @@ def clipping_by_company() -> None:
 
 def weights_put_aside() -> None:
     """Print the bytes that random weights for a trial bring to the host: where two models have room, and without."""
-    within, memory = model(), preflight.memory_of(SIM)
+    within, memory = model(), batch_invariance.memory_of(SIM)
     for free in (memory, 0):
-        preflight.memory_of = lambda device, free=free: free  # type: ignore[misc]
+        batch_invariance.memory_of = lambda device, free=free: free  # type: ignore[misc]
         torch.sim.counters()  # type: ignore[attr-defined]
-        with preflight._with_random_weights(within, np.random.default_rng(0)):
+        with batch_invariance._with_random_weights(within, np.random.default_rng(0)):
             print(torch.sim.counters().get("bytes to host", 0))  # type: ignore[attr-defined]
 
 

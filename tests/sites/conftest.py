@@ -107,7 +107,7 @@ def simulated(config: RunConfig, folder: Path, rows: Iterable[Sequence[str]]) ->
     write_records(file, rows, header=columns)
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     data = {"train_file": str(file), "columns": columns, "partition": partition}
-    about = {"data": data, "runtime": {"kind": "simulation"}, "training": {"go_on_without_signal": True}}
+    about = {"data": data, "runtime": {"kind": "simulation"}, "training": {"ignore_weak_signal": True}}
     return Participants(changed(config, **about), folder)
 
 

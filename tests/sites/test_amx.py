@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedtune.api.compose import compose_run
-from fedtune.model.products import multiply_bfloat16
+from fedtune.model.frozen_linear import multiply_bfloat16
 from fedtune.sites.shared_model import LoadedModel
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")

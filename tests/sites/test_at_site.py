@@ -92,7 +92,7 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
 def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     columns = {"text": "t", "text_pair": "other", "label": "l"}
     sent = settings_for_sites(letters(data={"columns": columns}))
-    assert reason_of(here, sent, policy) is Reason.SETTINGS, "its single texts would be learnt in silence"
+    assert reason_of(here, sent, policy) is Reason.SETTINGS, "its single texts would be learned in silence"
     both = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
     assert dict(here(sent, both).data.columns) == columns
 

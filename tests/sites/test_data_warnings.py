@@ -10,8 +10,8 @@ import pytest
 
 from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
-from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
-from fedtune.data.load import Dealt, SiteRecords
+from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
+from fedtune.data.load import Partitioned, SiteRecords
 from fedtune.sites.data_warnings import check_decision_scores, lead_data_warnings, scores_may_decide, site_data_warnings
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
@@ -24,17 +24,17 @@ def records(*labels: str) -> list[Record]:
     return [Record({"text": f"a {number}", "label": label}) for number, label in enumerate(labels)]
 
 
-def lead(*labels: str, left_out: LeftOut = NONE_LEFT_OUT) -> LeadData:
+def lead(*labels: str, left_out: SkippedRows = NONE_LEFT_OUT) -> LeadData:
     return LeadData(records(*labels), TextDataset((), np.array([])), left_out=left_out)
 
 
-def blank(count: int, *, rows: int) -> LeftOut:
-    return LeftOut(rows=rows, reasons={"must not be blank": count})
+def blank(count: int, *, rows: int) -> SkippedRows:
+    return SkippedRows(rows=rows, reasons={"must not be blank": count})
 
 
-def dealt(*sizes: int, **more: Any) -> Dealt:
+def dealt(*sizes: int, **more: Any) -> Partitioned:
     sites = tuple(SiteRecords(records(*"a" * size), []) for size in sizes)
-    return Dealt(sites, [], [], **{"left_out": NONE_LEFT_OUT} | more)
+    return Partitioned(sites, [], [], **{"left_out": NONE_LEFT_OUT} | more)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_marked_text_cannot_end_a_round(case: str, station: Any, tmp_path: Path)
     columns, files = MARKED[case]
     run: dict[str, Any] = {
         "task": "token_classification",
-        "head": HeadSpec(scale=20.0, centre=False, init="zero"),
+        "head": HeadSpec(scale=20.0, center=False, init="zero"),
         "data": {"columns": columns, "labels": ("drug", "dose")},
     }
     site = station(**run)
@@ -219,7 +219,7 @@ def test_crashing_tokenizer_reveals_nothing(
 
 
 def test_tokenizer_without_an_end_token_is_refused_at_loading(tmp_path: Path) -> None:
-    """Before, each round was charged before its records could not be tokenised."""
+    """Before, each round was charged before its records could not be tokenized."""
     llama = ModelSpec(path="random:llama")
     load_base(llama, predicts_tokens=True).save_pretrained(tmp_path)
     load_tokenizer(llama).save_pretrained(tmp_path)

@@ -16,8 +16,8 @@ import pytest
 import fedtune.sites.real_site as real_site
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
+from fedtune.federation.bfloat16 import round_difference
 from fedtune.federation.protocol import Reply, SumRequest, parts_digest_of
-from fedtune.federation.rounding import round_difference
 from fedtune.federation.site_round import answer_step
 from fedtune.model.adapter import Adapter
 from fedtune.ops.services.site_state import SiteState
@@ -150,7 +150,7 @@ def test_settings_of_uncharged_runs_are_removed(site: Any) -> None:
 
 
 def test_unsigned_settings_are_refused_as_another_run_or_plan(site: Any) -> None:
-    for changes in ({"training": {"learning_rate": 1.0}}, {"data": {"max_length": 13}}, {"model": {"licence": "MIT"}}):
+    for changes in ({"training": {"learning_rate": 1.0}}, {"data": {"max_length": 13}}, {"model": {"license": "MIT"}}):
         assert site.refusal(settings=sent_text(site.config, **changes)) is Reason.WRONG_RUN, changes
     assert site.refusal(settings=sent_text(site.config, privacy={"max_grad_norm": 2.0})) is Reason.PLAN_CHANGED
     assert site.ledger().history.runs == {}

@@ -14,7 +14,7 @@ from fedtune.sites import shared_model
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import save_task_model
-from fedtune.training import preflight
+from fedtune.training import batch_invariance
 
 from .conftest import letters
 
@@ -38,7 +38,7 @@ class Tries(list[Shapes]):
 def tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
     """Where nothing was tried before."""
     tries = Tries()
-    monkeypatch.setattr(shared_model, "moved_by_others", tries.try_model)
+    monkeypatch.setattr(shared_model, "max_batch_influence", tries.try_model)
     monkeypatch.setattr(shared_model, "_measured", {})
     return tries
 
@@ -56,8 +56,8 @@ def test_model_is_tried_once_per_clip_norm_for_private_runs(tries: Tries) -> Non
 
 def test_weak_signal_is_refused_before_the_model_trial(tries: Tries) -> None:
     noise = {"noise_multiplier": 400.0}
-    weak, allowed = (letters(privacy=noise, training={"go_on_without_signal": on}) for on in (False, True))
-    with pytest.raises(ConfigError, match=r"training\.go_on_without_signal"):
+    weak, allowed = (letters(privacy=noise, training={"ignore_weak_signal": on}) for on in (False, True))
+    with pytest.raises(ConfigError, match=r"training\.ignore_weak_signal"):
         LoadedModel(weak, leads=True)
     assert tries == []
     LoadedModel(allowed, leads=True)
@@ -67,8 +67,8 @@ def test_weak_signal_is_refused_before_the_model_trial(tries: Tries) -> None:
 @pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
 def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monkeypatch: Any) -> None:
     """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
-    assert shared_model.moved_by_others is preflight.max_batch_influence
-    assert shared_model.within_memory is preflight.fit_to_memory
+    assert shared_model.max_batch_influence is batch_invariance.max_batch_influence
+    assert shared_model.within_memory is batch_invariance.fit_to_memory
     LoadedModel(letters())
     build = shared_model.build_task_model
 
@@ -203,8 +203,8 @@ def test_only_the_command_line_starts_extra_processes(
 
 def test_skipping_runs_ignore_unencodable_records() -> None:
     def within(*, leave_out: bool, lenient: bool = False) -> int | None:
-        task = SimpleNamespace(tokenise=lambda records, tokenizer, *, data, lenient_within: lenient_within)
-        model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_unusable=leave_out)
+        task = SimpleNamespace(tokenize=lambda records, tokenizer, *, data, lenient_within: lenient_within)
+        model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_bad_records=leave_out)
         shared: Any = SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(data=data))
         return RunModel.tokenize_records(shared, [], lenient=lenient)  # type: ignore[return-value]
 

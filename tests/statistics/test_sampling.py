@@ -82,7 +82,7 @@ def outside() -> float:
 
 
 def units_apart(seen: Joined) -> bool:
-    """Whether neighbours join together at the square of the rate; each unit is in one pair."""
+    """Whether neighbors join together at the square of the rate; each unit is in one pair."""
     together = seen[:, 0::2] & seen[:, 1::2]
     return Rate(together.size, RATE**2, ALARM).accepts(int(together.sum()))
 
@@ -147,7 +147,7 @@ def copying(apart: int) -> Sampler:
 
 
 WRONG: dict[str, tuple[Sampler, set[str]]] = {
-    "neighbours a tenth alike": (copying(0), {"units_apart"}),
+    "neighbors a tenth alike": (copying(0), {"units_apart"}),
     "steps a tenth alike": (copying(1), {"steps_apart"}),
     "steps a tenth alike, three apart": (copying(3), {"steps_apart"}),
 }

@@ -1,4 +1,4 @@
-"""Layouts of a language model's records: what is learnt, what is cut off, and what a record cannot do."""
+"""Layouts of a language model's records: what is learned, what is cut off, and what a record cannot do."""
 
 import json
 from typing import Any
@@ -7,9 +7,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from fedtune.data import Record, tokenise
+from fedtune.data import Record, tokenization
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
@@ -77,9 +77,9 @@ def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -
     assert whole == [CLS, unknown, WHERE, unknown, LOST, SEP, unknown, IS, unknown, THERE, SEP]
     assert [target for target in targets if target != HIDDEN] == [LOST, SEP, THERE, SEP]
     for length in range(3, len(whole)):
-        cut, learnt = one(fields, leading_tokenizer, settings("messages", chat_template="plain", max_length=length))
+        cut, learned = one(fields, leading_tokenizer, settings("messages", chat_template="plain", max_length=length))
         assert cut == [CLS, *whole[len(whole) - length + 1 :]]
-        assert learnt == [HIDDEN, *targets[len(whole) - length + 1 :]], "what is kept of an earlier answer is learnt"
+        assert learned == [HIDDEN, *targets[len(whole) - length + 1 :]], "what is kept of an earlier answer is learned"
 
 
 @pytest.mark.parametrize("contents", [(), ("where",)])
@@ -88,7 +88,7 @@ def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tup
     silent = Record(chat(*contents), file="a.jsonl", line=3)
     assert LM.record_validator(data)(silent) is not None
     assert LM.record_validator(data)(Record(chat("where", "lost"))) is None
-    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant that is learnt'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant that is learned'"):
         LM.tokenize([silent], leading_tokenizer, data=data)
 
 
@@ -105,7 +105,7 @@ def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: A
     later = one(chat("where", "lost"), leading_tokenizer, data)
     assert [number for number in marked(1) if number != HIDDEN] == [number for number in whole if number != HIDDEN][-2:]
     assert len(marked(1)) == len(ids)
-    assert marked(3) == later[1], "nothing is learnt behind the last answer that is"
+    assert marked(3) == later[1], "nothing is learned behind the last answer that is"
     assert (
         LM.record_validator(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])}))
         is not None
@@ -130,8 +130,8 @@ def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypa
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
     found = [one(short, tokenizer, settings(*fields, max_length=most, **given)) for most in (20, 500)]
     assert found[0] == found[1], "an example that fits is the same whatever the longest is"
-    encoded = Mock(wraps=tokenise._encode_each)
-    monkeypatch.setattr(tokenise, "_encode_each", encoded)
+    encoded = Mock(wraps=tokenization._encode_each)
+    monkeypatch.setattr(tokenization, "_encode_each", encoded)
     long = {
         role: text.replace("name", "my " * 100_000 + "name").replace("lost", "lost " * 100_000)
         for role, text in short.items()
@@ -235,8 +235,8 @@ def test_hostile_content_gives_at_most_one_bounded_example(roles: tuple[str, ...
     assert len(dataset) == 1
     assert 1 <= dataset.lengths[0] <= 40
     assert dataset.targets[0][0] == HIDDEN
-    learnt = dataset.targets[0] != HIDDEN
-    assert np.array_equal(dataset.targets[0][learnt], dataset.input_ids[0][learnt])
+    learned = dataset.targets[0] != HIDDEN
+    assert np.array_equal(dataset.targets[0][learned], dataset.input_ids[0][learned])
 
 
 def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any, decoder_tokenizer: Any) -> None:

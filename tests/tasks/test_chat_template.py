@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fedtune.data import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 from fedtune.tasks.chat_template import _compile_template, _derive_format
-from fedtune.tasks.counted_template import CountedTemplate
 from fedtune.tasks.registry import get_task
 
 from ..data.conftest import chat, data_spec, in_json
@@ -127,15 +127,15 @@ def test_examples_contain_the_text_rendered_by_the_template(template: str, turns
         expected = expected.replace(expected[: expected.index("\n")], "<s>Today: 26 Jul", 1)
     dataset = LM.tokenize([Record(messages(turns))], tokenizer, data=settings())
     stretches = groupby(dataset.targets[0].tolist(), lambda target: target >= 0)
-    learnt = [tokenizer.decode(list(ids)) for is_learnt, ids in stretches if is_learnt]
+    learned = [tokenizer.decode(list(ids)) for is_learned, ids in stretches if is_learned]
     whole = tokenizer.decode(dataset.input_ids[0])
     ends_by_line = template == IGNORES_SYSTEM  # it ends a turn by nothing but a line
     written_too = whole.removesuffix("</s>") if ends_by_line else whole
     assert expected.startswith(written_too)
     assert len(expected) - len(written_too) <= 1, "but for the line behind the end"
-    for said, turn in zip(learnt, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
+    for said, turn in zip(learned, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
         assert turn["content"].strip() in said
-        if not ends_by_line or said == learnt[-1]:
+        if not ends_by_line or said == learned[-1]:
             assert said.endswith(("<|im_end|>", "<|end|>", "</s>")), "and that it ends"
 
 
@@ -225,8 +225,8 @@ def test_chat_altered_by_the_template_is_skipped_alone(template: str, turns: lis
 def test_template_is_rendered_once_per_record(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_with(CHATML)
     LM.check_tokenizer(tokenizer, data=settings())
-    render = create_autospec(CountedTemplate.render, side_effect=CountedTemplate.render)
-    monkeypatch.setattr(CountedTemplate, "render", render)
+    render = create_autospec(StepLimitedTemplate.render, side_effect=StepLimitedTemplate.render)
+    monkeypatch.setattr(StepLimitedTemplate, "render", render)
     records = [Record(messages(chat(*said))) for said in ("abcd", "ef")]
     LM.tokenize(records, tokenizer, data=settings())
     seen = ["".join(message["content"] for message in call.args[1]["messages"]) for call in render.call_args_list]

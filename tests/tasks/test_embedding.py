@@ -222,7 +222,7 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     told = command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
     assert names <= set(told.replace('"', " ").split())
     told = command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
-    assert json.loads(told)["judged_by"] == ("spearman" if layout == "scored" else "ndcg_at_10")
+    assert json.loads(told)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
     said = "task = 'embedding': gives no answer to a text; fedtune evaluate scores it"
     assert command("generate", str(folder), "--prompt", "where").failed() == said
     assert command("plan", *pairs_run(tmp_path, layout, "name=p")).printed

@@ -113,11 +113,11 @@ def test_word_classifier_matches_multinomial_naive_bayes() -> None:
         ("a", "red sky"),  # a: 3/5 4/12 1/12 = 0.017, b: 2/5 1/10 2/10 = 0.008
         ("b", "blue car"),  # a: 3/5 1/12 2/12 = 0.008, b: 2/5 3/10 1/10 = 0.012
         ("b", "sky car car"),  # a: 3/5 1/12 2/12 2/12 = 0.0014, b: 2/5 2/10 1/10 1/10 = 0.0008: wrong
-        ("c", "green ? hill"),  # a code that came once was not learnt, nor were its words
+        ("c", "green ? hill"),  # a code that came once was not learned, nor were its words
     ]
-    learnt = [*BLUE, ("c", "green hill"), *RED]
-    assert measures.classifier_accuracy(learnt, public) == {"right": 2 / 4, "commonest": 1 / 4}
+    learned = [*BLUE, ("c", "green hill"), *RED]
+    assert measures.classifier_accuracy(learned, public) == {"right": 2 / 4, "commonest": 1 / 4}
     # Each is tested alone.  Wrong is "blue ball" alone: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
-    assert measures.classifier_accuracy(learnt) == {"right": 4 / 5, "commonest": 3 / 5}
+    assert measures.classifier_accuracy(learned) == {"right": 4 / 5, "commonest": 3 / 5}
     assert measures.classifier_accuracy([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
     assert measures.classifier_accuracy([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"

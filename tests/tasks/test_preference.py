@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Record, TextDataset, collate
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.evaluation.scoring import evaluate_examples, unit_scores
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
@@ -72,10 +72,10 @@ def test_prompt_is_truncated_for_the_longer_answer(
             texts = rows(PAIRS.tokenize([pair("where is my card", *answers)], tokenizer, data=data))
             contexts = []
             for (ids, targets), answer in zip(texts, answers, strict=True):
-                learnt = [target for target in targets if target != HIDDEN]
-                contexts.append(ids[: len(ids) - len(learnt)])
+                learned = [target for target in targets if target != HIDDEN]
+                contexts.append(ids[: len(ids) - len(learned)])
                 assert len(ids) <= max_length
-                assert learnt[0] == {"lost": LOST, "there my name": THERE}[answer], "an answer stays"
+                assert learned[0] == {"lost": LOST, "there my name": THERE}[answer], "an answer stays"
             assert contexts[0] == contexts[1], "or their log-probabilities would be of other questions"
             assert contexts[0][: len(begins)] == begins
             assert len(contexts[0]) >= 1
@@ -89,8 +89,8 @@ def test_prompts_and_conversations_give_identical_pairs(leading_tokenizer: Any) 
     shared = whole(turns("where", "lost"), turns("where", "my card"))
     assert rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == rows(as_text)
     longer = whole(turns("where", "there", "is", "lost"), turns("where", "there", "is", "card"))
-    learnt = [targets for _, targets in rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
-    assert [[one for one in targets if one != HIDDEN] for targets in learnt] == [[LOST, SEP], [CARD, SEP]], "the last"
+    learned = [targets for _, targets in rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
+    assert [[one for one in targets if one != HIDDEN] for targets in learned] == [[LOST, SEP], [CARD, SEP]], "the last"
 
 
 @pytest.mark.parametrize(

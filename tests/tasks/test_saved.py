@@ -130,7 +130,7 @@ def test_saved_adapter_gives_the_same_logits_in_plain_peft(tmp_path: Path, path:
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
 def test_task_model_round_trips_through_its_folder(tmp_path: Path, path: str, task: str, name: str) -> None:
     labels = task not in ("regression", "token_classification")
-    head = HeadSpec(scale=7.0, init="label_names" if labels else "zero", centre=labels, train=False)
+    head = HeadSpec(scale=7.0, init="label_names" if labels else "zero", center=labels, train=False)
     model = trained(path, task, head=head, lora=LORAS[name])
     save_task_model(model, tmp_path / "adapter")
     loaded = load_task_model(tmp_path / "adapter")

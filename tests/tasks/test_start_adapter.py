@@ -26,7 +26,7 @@ def lora(**changes: Any) -> LoraSpec:
     return replace(LoraSpec(rank=2, layers=(0, 1)), **changes)
 
 
-SPEC = spec_of(lora=lora(), head=HeadSpec(centre=True, init="label_names"), labels=("billing", "sales"), seed=0)
+SPEC = spec_of(lora=lora(), head=HeadSpec(center=True, init="label_names"), labels=("billing", "sales"), seed=0)
 OTHER_LABELS = ("billing", "technical", "sales")
 
 
@@ -115,11 +115,11 @@ def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
         ({"lora": lora(layers=(1,))}, r"its lora\.layers is \[0, 1\], not \[1\]"),
         ({"lora": lora(alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
         ({"lora": lora(target_modules=("query",))}, r"its lora\.target_modules is 'all-linear', not \['query'\]"),
-        ({"head": HeadSpec(scale=5.0, centre=True)}, r"its head\.scale is 20\.0, not 5\.0"),
-        ({"head": HeadSpec()}, r"its head\.centre is true, not false"),
+        ({"head": HeadSpec(scale=5.0, center=True)}, r"its head\.scale is 20\.0, not 5\.0"),
+        ({"head": HeadSpec()}, r"its head\.center is true, not false"),
         (
             {"lora": lora(rank=4), "head": HeadSpec()},
-            r"its lora\.rank .*; its lora\.scale .*; its head\.centre is true",
+            r"its lora\.rank .*; its lora\.scale .*; its head\.center is true",
         ),
         ({"task": "causal_lm", "labels": ()}, r"its task is 'classification', not 'causal_lm'"),
     ],

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedtune.data import Record, TextDataset
 from fedtune.data.records import error_of
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.pooled import binary_losses
@@ -37,7 +37,7 @@ def spec_of(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **answers)
 
 
-def tokenised(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
+def tokenized(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
     settings = data(task, **given)
     role = next(iter(get_task(task).answers))
     records = [Record({"text": "where is my card", role: one}, "a.csv", line) for line, one in enumerate(answers, 2)]
@@ -46,11 +46,11 @@ def tokenised(task: str, answers: list[str], tokenizer: Any, **given: Any) -> Te
 
 def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenizer: Any) -> None:
     answers = ["mid;high", '["high","low"]', "[]", " low ;; low "]
-    targets = tokenised("multi_label", answers, encoder_tokenizer).targets
+    targets = tokenized("multi_label", answers, encoder_tokenizer).targets
     assert np.asarray(targets).tolist() == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 0, 0]]
-    assert np.asarray(tokenised("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum() == 2
+    assert np.asarray(tokenized("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum() == 2
     most = tuple(f"label {number}" for number in range(1_000))
-    dataset = tokenised("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
+    dataset = tokenized("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
     assert np.asarray(dataset.targets).nbytes == 2 * 1_000, "a byte for each"
     with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
         get_task("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
@@ -68,7 +68,7 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
     encoder_tokenizer: Any, task: str, answer: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        tokenised(task, [answer, answer], encoder_tokenizer)
+        tokenized(task, [answer, answer], encoder_tokenizer)
     assert "secret" not in str(caught.value)
     fault = get_task(task).record_validator(data(task))
     role = next(iter(get_task(task).answers))
@@ -81,7 +81,7 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
 
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
 def test_empty_data_and_token_free_texts_give_zero_loss(encoder_tokenizer: Any, task: str) -> None:
-    assert len(tokenised(task, [], encoder_tokenizer)) == 0
+    assert len(tokenized(task, [], encoder_tokenizer)) == 0
     settings, role = data(task), next(iter(get_task(task).answers))
     record = Record({"text": "where", role: "2.5" if task == "regression" else "mid"})
     lenient = get_task(task).tokenize([record], encoder_tokenizer, data=settings, lenient_within=1)
@@ -126,7 +126,7 @@ def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
 
 def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) -> None:
     task, spec = TASKS["regression"], spec_of("regression")
-    targets = torch.from_numpy(np.asarray(tokenised("regression", ["1", "3.0", "5"], encoder_tokenizer).targets))
+    targets = torch.from_numpy(np.asarray(tokenized("regression", ["1", "3.0", "5"], encoder_tokenizer).targets))
     assert targets.tolist() == [-1, 0, 1]
     logits = torch.tensor([[0.0], [0.5], [7.0]])
     assert task.loss(logits, targets, spec=spec).tolist() == [1, 0.25, 36]  # type: ignore[attr-defined]
@@ -198,7 +198,7 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
 
 
 @pytest.mark.parametrize("task", ["regression", "survival", "token_classification"])
-@pytest.mark.parametrize("head", [HeadSpec(centre=True), HeadSpec(init="label_names"), HeadSpec(label_texts=("a",))])
+@pytest.mark.parametrize("head", [HeadSpec(center=True), HeadSpec(init="label_names"), HeadSpec(label_texts=("a",))])
 def test_label_based_head_settings_are_refused_for_unlabeled_heads(task: str, head: HeadSpec) -> None:
     spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task=task, head=head, labels=("a",))
     with pytest.raises(ConfigError, match=rf"^head\..* for {task}, w"):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertLMHeadModel, RobertaForCausalLM
 
 from fedtune.model.base_model import load_tokenizer
-from fedtune.model.fits import check_causal, check_examples_independent
+from fedtune.model.compatibility import check_causal, check_examples_independent
 from fedtune.model.layers import checkpoint_layers
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
@@ -164,14 +164,14 @@ def test_modules_mixing_examples_or_never_used_are_refused() -> None:
 
 def test_head_center_is_the_mean_label_embedding_and_stays_frozen() -> None:
     plain = build_task_model(spec_of(head=HeadSpec(init="label_names")))
-    model = build_task_model(spec_of(head=HeadSpec(init="label_names", centre=True)))
-    torch.testing.assert_close(model.centre, plain.head.weight.mean(dim=0))
-    rows = torch.nn.functional.normalize(plain.head.weight - model.centre, dim=-1)
+    model = build_task_model(spec_of(head=HeadSpec(init="label_names", center=True)))
+    torch.testing.assert_close(model.center, plain.head.weight.mean(dim=0))
+    rows = torch.nn.functional.normalize(plain.head.weight - model.center, dim=-1)
     torch.testing.assert_close(model.head.weight, rows)
-    assert "centre" not in model.trainable()
+    assert "center" not in model.trainable()
     ids = torch.tensor([[2, 7, 8, 3]])
-    embedded, uncentred = (EMBED(one, ids, torch.ones_like(ids)) for one in (model, plain))
-    torch.testing.assert_close(embedded, torch.nn.functional.normalize(uncentred - model.centre, dim=-1))
+    embedded, uncenterd = (EMBED(one, ids, torch.ones_like(ids)) for one in (model, plain))
+    torch.testing.assert_close(embedded, torch.nn.functional.normalize(uncenterd - model.center, dim=-1))
 
 
 @pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])

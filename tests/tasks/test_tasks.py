@@ -20,7 +20,7 @@ from fedtune.tasks.registry import TASKS, get_task
 from ..cases import cases_of
 from ..data.conftest import data_spec
 
-LABELLED, PROMPT, TURNS = ("text", "label"), ("prompt", "completion"), {"chat_template": "plain"}
+LABELED, PROMPT, TURNS = ("text", "label"), ("prompt", "completion"), {"chat_template": "plain"}
 SCORED, PAIR = ("text", "other", "target"), ("anchor", "positive")
 WHOLE = ("chosen", "rejected")
 TWO: dict[str, Any] = {"labels": ("a", "b")}
@@ -53,7 +53,7 @@ def test_incompatible_data_settings_are_refused(
 
 FEATURE = {"input": "features", "max_length": 1, "features": (FeatureSpec(columns=("age",), range=(0.0, 110.0)),)}
 FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
-    *(("classification", (*LABELLED, "user"), TWO), ("multi_label", ("text", "labels"), TWO)),
+    *(("classification", (*LABELED, "user"), TWO), ("multi_label", ("text", "labels"), TWO)),
     *(("ordinal", ("label",), TWO | FEATURE), ("regression", ("text", "target"), IN_RANGE)),
     *(("survival", ("time", "event"), {"own": {"intervals": (1.0, 2.0)}} | FEATURE), ("votes", ("text",), TWO)),
     *(("token_classification", ("tokens", "tags"), TWO), ("token_classification", ("text", "spans"), TWO)),

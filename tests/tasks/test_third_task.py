@@ -11,7 +11,7 @@ import torch
 from fedtune.config import saved_config
 from fedtune.data import Batch, Record, TextDataset
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
+from fedtune.data.tokenization import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
 from fedtune.sites.shared_settings import read_settings, serialize_for_sites, settings_for_sites
 from fedtune.spec import check_at_least, spec

@@ -12,7 +12,7 @@ from torch.nn import functional
 from fedtune.data import Record, TextDataset, collate
 from fedtune.data.records import parse_record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.evaluation.scoring import evaluate_examples, unit_scores
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
@@ -109,7 +109,7 @@ def test_label_that_looks_like_a_tag_is_refused() -> None:
             TASK.check_model(spec_of(labels))
 
 
-def tokenised(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
+def tokenized(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
     return TASK.tokenize(records, tokenizer, data=data(**given), lenient_within=within)
 
 
@@ -118,16 +118,16 @@ def test_first_token_of_a_word_carries_its_tag() -> None:
     given = {"columns": SPANNED, "max_length": 40}
     text = "unbelievably sore-throat, aspirin"
     spans = [[13, 24, "drug"], [26, 33, "dose"]]
-    dataset = tokenised(record(text, spans, SPANNED), tokenizer=tokenizer, **given)
+    dataset = tokenized(record(text, spans, SPANNED), tokenizer=tokenizer, **given)
     (targets,), (ids,) = dataset.targets, dataset.input_ids
-    learnt = [
+    learned = [
         (str(tokenizer.convert_ids_to_tokens(int(one))), int(target))
         for one, target in zip(ids, targets, strict=True)
         if target != UNSUPERVISED
     ]
-    assert [target for _, target in learnt] == [0, 1, 2, 2, 0, 3]
-    assert not any(token.startswith("##") for token, _ in learnt)
-    assert len(ids) > len(learnt) + 2, "some words have several tokens"
+    assert [target for _, target in learned] == [0, 1, 2, 2, 0, 3]
+    assert not any(token.startswith("##") for token, _ in learned)
+    assert len(ids) > len(learned) + 2, "some words have several tokens"
 
 
 def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
@@ -137,17 +137,17 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
         one = record(words[:count], tags)
         for max_length, windows, stride in ((8, 3, 2), (8, 2, 3), (12, 4, 0), (5, 8, 1), (3, 4, 0), (40, 1, 9)):
             given = {"max_length": max_length, "windows": windows, "stride": stride}
-            dataset = tokenised(one, tokenizer=encoder_tokenizer, **given)
+            dataset = tokenized(one, tokenizer=encoder_tokenizer, **given)
             assert (len(dataset), dataset.texts, len(dataset.input_ids)) == (1, windows, windows)
             assert dataset.lengths[0] <= max_length
             step = max_length - 2 - stride
             read = min(count, max_length - 2 + (windows - 1) * step)
-            learnt = [target for one in dataset.targets for target in one[one != UNSUPERVISED].tolist()]
-            assert learnt == [place % 2 for place in range(read)]
+            learned = [target for one in dataset.targets for target in one[one != UNSUPERVISED].tolist()]
+            assert learned == [place % 2 for place in range(read)]
             for ids, targets in zip(dataset.input_ids, dataset.targets, strict=True):
                 assert (ids[0], ids[-1]) == (2, 3) or targets.tolist() == [UNSUPERVISED]
-    # What two windows share is learnt where more stands around it.
-    dataset = tokenised(record(words[:10], ["O"] * 10), tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3)
+    # What two windows share is learned where more stands around it.
+    dataset = tokenized(record(words[:10], ["O"] * 10), tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3)
     first, second = ((targets != UNSUPERVISED).tolist() for targets in dataset.targets)
     assert first == [False, *[True] * 6, False, False]
     assert second == [False, False, False, *[True] * 4, False]
@@ -157,10 +157,10 @@ def test_unencodable_text_adds_no_targets_at_a_real_site(encoder_tokenizer: Any)
     odd, plain = Record({"text": "\ud800", "spans": "[]"}), Record({"text": "my card", "spans": "[]"})
     blank = Record({"text": "\u00a0", "spans": "[]"})
     given = {"columns": SPANNED, "windows": 2}
-    dataset = tokenised(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **given)
+    dataset = tokenized(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **given)
     assert [int((one != UNSUPERVISED).sum()) for one in dataset.targets] == [0, 0, 2, 0, 0, 0]
     with pytest.raises(DataError, match="must have a token of"):
-        tokenised(blank, tokenizer=encoder_tokenizer, **given)
+        tokenized(blank, tokenizer=encoder_tokenizer, **given)
 
 
 def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> None:
@@ -168,13 +168,13 @@ def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> N
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
     tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
     records = [record([f"w{place}" for place in range(9)], tags), record(["w1"], tags[:1])]
-    dataset = tokenised(*records, tokenizer=encoder_tokenizer, **given)
+    dataset = tokenized(*records, tokenizer=encoder_tokenizer, **given)
     batch = collate(dataset, [0, 1], pad_id=0)
     logits = model.logits(batch).log_softmax(dim=-1)
     expected = []
     for rows in ([0, 1], [2, 3]):
-        learnt = batch.targets[rows] != UNSUPERVISED
-        expected.append(-logits[rows][learnt].gather(1, batch.targets[rows][learnt][:, None]).mean())
+        learned = batch.targets[rows] != UNSUPERVISED
+        expected.append(-logits[rows][learned].gather(1, batch.targets[rows][learned][:, None]).mean())
     torch.testing.assert_close(model.losses(batch), torch.stack(expected))
     hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     scores = functional.linear(hidden, model.get_parameter("head.weight")) * 20 / hidden.shape[-1] ** 0.5
@@ -251,12 +251,12 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) ->
         model.get_parameter("head.weight").zero_()
     tags = [f"B-{labels[0]}", *[f"I-{labels[0]}"] * 7]
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
-    dataset = tokenised(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
+    dataset = tokenized(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
     assert figures["entities"][0].tolist() == [[1, 0, 0, 0, 0], *[[0] * 5] * (len(labels) - 1), [1, 0, 0, 0, 0]]
     assert unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
     assert TASK.majority_baseline(dataset) == 0.0
-    nothing = tokenised(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
+    nothing = tokenized(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
     assert unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
 
 
@@ -266,8 +266,8 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     first, second, *_ = labels = model.spec.labels
     given = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
     text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
-    both = tokenised(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **given)
-    alone = tokenised(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **given)
+    both = tokenized(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **given)
+    alone = tokenized(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **given)
     assert [TASK.find_ignored_annotations(one, data=data(**given)) for one in (both, alone)] == [[True], [False]]
     batches = [collate(one, [0], pad_id=0) for one in (both, alone)]
     losses = [model.losses(batch) for batch in batches]
@@ -276,7 +276,7 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
     many = record("a" * 90, [[place, place + 1, second] for place in range(90)], SPANNED)
-    targets = tokenised(many, tokenizer=encoder_tokenizer, **given).targets
+    targets = tokenized(many, tokenizer=encoder_tokenizer, **given).targets
     assert max(int(row.max()) for row in targets) > 5 * 3**20, "and many are no more than a target holds"
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.model.adapter import Adapter
-from fedtune.model.products import switch_to_onednn
+from fedtune.model.frozen_linear import switch_to_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness
 from fedtune.privacy.run_plan import Plan

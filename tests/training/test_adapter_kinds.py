@@ -11,9 +11,9 @@ from fedtune.data import Shapes, collate
 from fedtune.model import ia3_and_dora
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
+from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.dp_step import sum_by_halves
 from fedtune.training.per_example import record_gradients
-from fedtune.training.preflight import max_batch_influence
 
 from ..builders import as_tried
 from .conftest import KINDS, examples_of, fresh, made_up, trained

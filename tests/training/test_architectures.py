@@ -11,10 +11,10 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 from fedtune.data import Shapes
 from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.model.quantized import FourBit
-from fedtune.model.refusals import ARCHITECTURES
 from fedtune.model.spec import LoraSpec, ModelSpec
+from fedtune.model.unsupported_models import ARCHITECTURES
 from fedtune.tasks.task_model import build_task_model
-from fedtune.training.preflight import max_batch_influence
+from fedtune.training.batch_invariance import max_batch_influence
 
 from ..model.conftest import spec_of
 

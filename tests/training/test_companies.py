@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model.products import switch_to_onednn
+from fedtune.model.frozen_linear import switch_to_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
+from fedtune.training.batch_invariance import draw_text_lengths
 from fedtune.training.dp_step import clipped_contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import record_gradients
-from fedtune.training.preflight import draw_text_lengths
 from fedtune.training.users import UserExamples, UserGradients
 
 from ..builders import as_tried, length_of, with_random_values
@@ -80,7 +80,7 @@ def same(left: Gradients, right: Gradients) -> bool:
     return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], **exactly) for name in left)
 
 
-def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, seed: int = 1) -> None:
+def require_batch_invariance(model: TaskModel, examples: SiteExamples, *, companies: int, seed: int = 1) -> None:
     """Every record's bits in random companies, of one up to all, are those in the company of all."""
     draws = np.random.default_rng(seed)
     count = len(examples)
@@ -105,7 +105,7 @@ def test_record_gradient_is_bitwise_equal_in_any_batch(
         lengths = of_bucket(shapes, length, 16, seed=length)
         dataset = records(model, lengths, seed=length)
         examples = examples_of(dataset, shapes, kept_by=model if keeps else None)
-        require_alone(model, examples, companies=3, seed=length)
+        require_batch_invariance(model, examples, companies=3, seed=length)
 
 
 @kinds
@@ -141,7 +141,7 @@ def test_records_of_mixed_lengths_are_batch_invariant(
     model = trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
     dataset = records(model, lengths)
-    require_alone(model, examples_of(dataset, shapes, kept_by=model if lora.layers else None), companies=6)
+    require_batch_invariance(model, examples_of(dataset, shapes, kept_by=model if lora.layers else None), companies=6)
 
 
 @kinds
@@ -191,7 +191,7 @@ def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
     for length in (12, 20, 48):
         dataset = records(model, of_bucket(shapes, length, 12))
-        require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=3)
+        require_batch_invariance(model, examples_of(dataset, shapes, kept_by=model), companies=3)
 
 
 def test_smollm2_is_batch_invariant() -> None:
@@ -201,4 +201,4 @@ def test_smollm2_is_batch_invariant() -> None:
     )
     for length in shapes.lengths[:2]:
         dataset = records(model, of_bucket(shapes, length, 5))
-        require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=2)
+        require_batch_invariance(model, examples_of(dataset, shapes, kept_by=model), companies=2)

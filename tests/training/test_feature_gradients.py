@@ -20,15 +20,15 @@ from fedtune.tasks.image_input import ImageReader
 from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.survival import SurvivalSettings
 from fedtune.tasks.task_model import TaskModel, build_task_model
+from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.machine import micro_batch_shapes, prepare_model
-from fedtune.training.preflight import max_batch_influence
 from fedtune.training.spec import RuntimeSpec
 
 from ..builders import DEVICE, gradients_of, with_random_values
 from ..data.test_feature_vectors import data
 from ..pictures import MODELS, encoded, picture, vision_folder
 from .conftest import examples_of
-from .test_companies import each_one, require_alone, same
+from .test_companies import each_one, require_batch_invariance, same
 
 FEATURES = (
     FeatureSpec(columns=tuple("abcdefg"), range=(-1.0, 3.0), missing="indicator"),
@@ -104,7 +104,7 @@ def test_feature_record_is_bitwise_equal_in_any_batch(hidden: tuple[int, ...], w
     model = trained(spec_of("classification", hidden, wider=wider))
     dataset, shapes = records(model, 90), Shapes.from_limits(max_length=1, max_tokens=24, positions=1)
     assert (shapes.lengths, shapes.rows(1)) == ((1,), (24, 12, 6, 3))
-    require_alone(model, examples_of(dataset, shapes), companies=9)
+    require_batch_invariance(model, examples_of(dataset, shapes), companies=9)
 
 
 def require_nothing_moved(model: TaskModel, shapes: Shapes, **settings: bool) -> None:
@@ -203,7 +203,7 @@ def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers
     dataset = records(model, 31)
     everyone = each_one(model, examples_of(dataset, shapes), np.arange(31))
     examples = examples_of(dataset, shapes, kept_by=model if layers else None)
-    require_alone(model, examples, companies=5)
+    require_batch_invariance(model, examples, companies=5)
     again = each_one(model, examples, np.arange(31))  # perhaps from the states that the frozen layers made of it
     assert all(same(one, everyone[place]) for place, one in again.items())
     if (kind, layers) in (("dinov2", None), ("vit", (-1,))):  # the trial finds it, too

@@ -10,11 +10,11 @@ from torch import nn
 
 from fedtune.data import Batch, Part, Shapes, TextDataset
 from fedtune.data.batching import isolate_example
-from fedtune.model.products import FrozenLinear, RoundedLinear
+from fedtune.model.frozen_linear import FrozenLinear, RoundedLinear
 from fedtune.model.quantized import FourBit
 from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.preflight import max_batch_influence
+from fedtune.training.batch_invariance import max_batch_influence
 
 from ..builders import as_tried, gradients_of
 from .conftest import KINDS, LAST, examples_of, made_up, trained
@@ -22,7 +22,7 @@ from .conftest import KINDS, LAST, examples_of, made_up, trained
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 
 
-def dequantised(model: TaskModel, coarse: TaskModel) -> TaskModel:
+def dequantized(model: TaskModel, coarse: TaskModel) -> TaskModel:
     """The bfloat16 model `coarse` with the weights that `model` stands for, and torch's own gradient of products."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,7 +70,7 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
     found, rounded = gradients_of(model, batch), gradients_of(exact, batch)
     assert any(not torch.allclose(found[name], rounded[name], rtol=0.01) for name in found), "four bits are not many"
     # A loop alone would prove nothing: layers that give their input no gradient agree with themselves.
-    same = gradients_of(dequantised(model, coarse), batch)
+    same = gradients_of(dequantized(model, coarse), batch)
     assert all(torch.equal(found[name], same[name]) for name in found)
     for one in (model, coarse):
         parameters = one.trainable()

@@ -10,14 +10,14 @@ import yaml
 
 from fedtune.data import Record, TextDataset
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import chat as turns_of
 from ..data.conftest import in_json, make_tokenizer
 from .conftest import LAST, examples_of, trained
-from .test_companies import require_alone
+from .test_companies import require_batch_invariance
 from .test_dp_step import require_sums_of_a_loop
 
 LONGEST = 14
@@ -91,4 +91,4 @@ def test_clipped_sum_matches_a_loop_and_is_batch_invariant(layout: str, keeps: b
     require_sums_of_a_loop(model, dataset, max_length=LONGEST, kept_by=model if keeps else None)
     large = made(layout, keeps=keeps, size=5.0)
     examples = examples_of(dataset, max_length=LONGEST, kept_by=large if keeps else None)
-    require_alone(large, examples, companies=5)
+    require_batch_invariance(large, examples, companies=5)

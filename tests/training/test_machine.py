@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaModel
 
-from fedtune.model.products import uses_onednn
+from fedtune.model.frozen_linear import uses_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model

@@ -14,12 +14,12 @@ from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import machine, per_example
+from fedtune.training.batch_invariance import fit_to_memory
 from fedtune.training.dp_step import add_clipped, zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import train_round
 from fedtune.training.machine import measure_peak_bytes, step_bytes
 from fedtune.training.per_example import PerExampleGradients, record_gradients
-from fedtune.training.preflight import fit_to_memory
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 from fedtune.training.users import UserExamples
 

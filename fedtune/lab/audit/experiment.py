@@ -11,12 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
-from fedtune.api.door import Progress, Run, Teller, load, run_in_folder
+from fedtune.api.public import Progress, Run, Teller, load, run_in_folder
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.audit_bound import epsilon_lower_bound, max_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.simulation import simulate
+from fedtune.formatting import unbounded
 from fedtune.lab.audit.gradient_attack import GradientAttack
 from fedtune.lab.audit.guesses import Place
 from fedtune.lab.audit.record_attack import RecordAttack
@@ -27,17 +28,16 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.report.derive.verdicts import read_audit, refuted_bounds
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.runs.federation_run import Followed, Listener
-from fedtune.runs.place_of_run import find_run_folder
 from fedtune.runs.results import RunResult
+from fedtune.runs.run_paths import find_run_folder
 from fedtune.sites.virtual_site import POLICY, Participants, generate_policy
 from fedtune.spec import RUN_SCHEMA, ConfigError
-from fedtune.words import unbounded
 
 _LARGEST_ADAPTER = 1e6
 """Canaries move an adapter further than records do, and without clipping a thousand times further."""
 _MARK = """\
 This folder is an audit. Among the training data were {what},
-planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
+planted on purpose, and the adapter has learned from them. Use it for nothing else; train again without an audit.
 """
 
 
@@ -77,7 +77,12 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         ("runtime.num_devices", runtime.devices, 1, "watches each step in one process"),
         ("lora.alternate", config.lora.alternate, False, "watches all tensors in each step"),
         ("resume", config.resume, None, "runs from its start, with coins of its own"),
-        ("federation.stop_after", config.federation.stop_after, None, "attacks all rounds of the plan"),
+        (
+            "federation.early_stopping_patience",
+            config.federation.early_stopping_patience,
+            None,
+            "attacks all rounds of the plan",
+        ),
     ):
         if given != only:
             wanted = "simulation" if key == "runtime" else json.dumps(only)
@@ -92,7 +97,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
             raise ConfigError("audit.sites", site, f"must be one of {', '.join(config.federation.active)}")
     settings = config.to_json()
     settings["runtime"]["num_devices"] = 1
-    settings["training"]["go_on_without_signal"] = True  # what is learnt is no matter
+    settings["training"]["ignore_weak_signal"] = True  # what is learned is no matter
     if spec.kind != "gradient" and config.data.heldout_fraction == 0:
         settings["data"]["heldout_fraction"] = spec.never_used
     return parse(settings)

@@ -31,10 +31,10 @@ from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import spec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
+from fedtune.training.batch_invariance import draw_text_lengths
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import clamp_parameters
 from fedtune.training.per_example import record_gradients
-from fedtune.training.preflight import draw_text_lengths
 from fedtune.training.users import UserExamples
 
 FILE = "sensitivity.json"

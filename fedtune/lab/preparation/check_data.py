@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.config import RunConfig
-from fedtune.data.faults import Faults
+from fedtune.data.bad_rows import Faults
 from fedtune.data.formats import detect_format, raw_rows
 from fedtune.data.load import assign_to_lead, split_key
-from fedtune.data.marked import count_entity_types, entities_from_tags
 from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunk_records, resolve_file, validate_rows
+from fedtune.data.span_formats import count_entity_types, entities_from_tags
 from fedtune.data.spec import SITE, DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
+from fedtune.data.tokenization import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import misplaced, split_labels
 from fedtune.extras import install_command, is_installed
 from fedtune.lab.preparation import duplicates
@@ -40,7 +40,7 @@ _MOST_TOKENS = 8_192  # up to which lengths are told apart
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
 Kind = Literal[
-    "cut", "lost", "unlearnt", "scheme", "hidden", "torn", "overlap", "near_overlap", "contradiction", "same", "alike",
+    "cut", "lost", "unlearned", "scheme", "hidden", "torn", "overlap", "near_overlap", "contradiction", "same", "alike",
     "shared", "declared", "personal", "damage",
 ]  # fmt: skip
 _Likes: TypeAlias = tuple[tuple[Kind, list[Twin]], ...]
@@ -236,8 +236,8 @@ class _Look:
             data = replace(self._data, max_length=length)
             examples = self.task.tokenize(records, self._tokenizer, data=data, lenient_within=self._within)
             known = [np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets]
-            learnt = np.array(list(map(np.count_nonzero, known))).reshape(len(examples), -1).sum(axis=1)
-            return examples, learnt.tolist()
+            learned = np.array(list(map(np.count_nonzero, known))).reshape(len(examples), -1).sum(axis=1)
+            return examples, learned.tolist()
 
         most = self._data.max_length
         whole, left = read(records, max(most, _MOST_TOKENS))
@@ -253,7 +253,7 @@ class _Look:
             records, left, self.task.find_ignored_annotations(whole, data=self._data), strict=True
         ):
             if not count:
-                self._add_finding(record.line, "unlearnt")
+                self._add_finding(record.line, "unlearned")
             if hides:
                 self._add_finding(record.line, "hidden")
         return [int(length) for length in whole.lengths]

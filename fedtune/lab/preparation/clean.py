@@ -19,14 +19,14 @@ from typing import Any, BinaryIO, cast
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import Fault, Record, parse_record
 from fedtune.data.text_rows import Row
-from fedtune.data.tokenise import whole_texts
+from fedtune.data.tokenization import whole_texts
 from fedtune.data.values import OPTIONAL_ROLES, is_free_text
+from fedtune.formatting import jsonable
 from fedtune.lab.preparation.duplicates import Earlier, split_words
 from fedtune.lab.preparation.patterns import find_damage, find_identifiers, masked
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
-from fedtune.words import jsonable
 
 RULES: Mapping[str, str] = {
     "empty": "a value that a record must have is blank or absent",
@@ -136,7 +136,7 @@ class Coding(Cleaning):
         self.codes: dict[str, tuple[str, ...]] = {}
         self._tokenizer, self._bounds = tokenizer, bounds
         if votes is not None:
-            from fedtune.model.fits import max_positions
+            from fedtune.model.compatibility import max_positions
             from fedtune.tasks.task_model import build_task_model
 
             self.codes["topic"], self._model = votes.labels, cast(Any, build_task_model(votes))

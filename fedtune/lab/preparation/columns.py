@@ -17,8 +17,8 @@ import numpy as np
 from fedtune.data import values as read
 from fedtune.data.formats import OF_RECORDS, image_files
 from fedtune.data.images import SUFFIXES
-from fedtune.data.lists import parse_list
-from fedtune.data.marked import count_entity_types, read_spans, read_words, split_tag
+from fedtune.data.json_lists import parse_list
+from fedtune.data.span_formats import count_entity_types, read_spans, read_words, split_tag
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError, shown
 

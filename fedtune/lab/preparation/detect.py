@@ -149,7 +149,7 @@ class Found:
                 yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
 
 
-def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
+def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
     """Read a file once and detect its kind and the roles of its columns.
 
     `chosen` maps options to columns, and `form` is the kind of input of a file with answers, both as given by the user.
@@ -259,7 +259,7 @@ class _Guess:
     def detect_roles(self) -> tuple[Kind, Roles]:
         roles, pair = set(self.chosen), self._find_text_pair()
         if roles == {"text"}:
-            return "text", {"text": (self.chosen["text"], "chosen; without --label its texts alone are learnt")}
+            return "text", {"text": (self.chosen["text"], "chosen; without --label its texts alone are learned")}
         for what, some, other in self._iter_unwanted() if not roles else ():
             if some:
                 raise refusal(self.path, what, some, other)
@@ -362,7 +362,7 @@ class _Guess:
             return "followed", timed or {}
         if answer[0].separator is not None:
             return "tagged", {"labels": answer}
-        return ("labelled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
+        return ("labeled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
 
     def _detect_survival(self) -> Roles | None:
         """Return the columns of a survival time and its event; the user must choose if the values do not encode an
@@ -436,7 +436,7 @@ class _Guess:
         return self.form != "table" and (others or bool(self._text_candidates("is_prose")))
 
     def _require_readable_answer(self, names: Sequence[str], *, others: Iterable[DataColumn] = ()) -> None:
-        """Refuse a column that is called an answer, or is one of `others`, and is none: others would be learnt."""
+        """Refuse a column that is called an answer, or is one of `others`, and is none: others would be learned."""
         named = [one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))]
         unread = [one for one in named if one.is_unread_answer or one.is_lone_answer]
         for one in (one for one in (*unread, *others) if one not in self.chosen.values()):

@@ -144,10 +144,10 @@ ODD_TEXTS: Mapping[str, str] = {
     "line ends in a cell": "line ends within a cell: without quoting, a quote takes all along up to the next one",
     "what looks like rows in a cell": "lines within a cell that look like whole rows: if the table was written without "
     "quoting, these rows are lost; write it with quotes around cells, or as JSON lines",
-    "marks of a chat template": "marks of a chat template, which are learnt as letters: take them out, or write turns",
-    "quotes behind a space": "quotes behind a space, which are learnt as letters: write no space before them",
+    "marks of a chat template": "marks of a chat template, which are learned as letters: take them out, or write turns",
+    "quotes behind a space": "quotes behind a space, which are learned as letters: write no space before them",
     MOJIBAKE: f"{MOJIBAKE}: read the file again from its source as UTF-8",
-    "HTML": "HTML, which is learnt as letters: write plain text, as a browser shows it",
+    "HTML": "HTML, which is learned as letters: write plain text, as a browser shows it",
 }
 
 

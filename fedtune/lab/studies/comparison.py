@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import compose_run
-from fedtune.api.door import Callback, stages
+from fedtune.api.public import Callback, stages
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import (
@@ -22,13 +22,13 @@ from fedtune.evaluation.bootstrap import (
     describe_against_constant,
 )
 from fedtune.evaluation.groups import OTHERS, GroupScores
+from fedtune.formatting import jsonable, pluralize, score_words, size
 from fedtune.lab.studies.trials import SearchTrial
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.show.lines import duration
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
 from fedtune.version import __version__
-from fedtune.words import jsonable, pluralize, score_words, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
@@ -92,8 +92,8 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
             suffix = "-".join(filter(None, (kind, site, "plain" if changes else "")))
             into = str(Path(asked.tracking.output_dir) / asked.name)
             named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": into}
-            if kind != "federated":  # which alone decides whether anything is likely to be learnt
-                named["training.go_on_without_signal"] = True
+            if kind != "federated":  # which alone decides whether anything is likely to be learned
+                named["training.ignore_weak_signal"] = True
             if kind != "federated" or changes:  # a secure sum needs several sites, and noise
                 named |= {"federation.aggregation": "plain", "federation.threshold": None, "federation.colluders": 0}
             config = compose_run(words, changed={**_participant_settings(asked, kind, site), **changes, **named})
@@ -141,7 +141,7 @@ class Compared:
 
     @property
     def _score(self) -> str:
-        return score_words(self.sides.judged_by)
+        return score_words(self.sides.primary_metric)
 
     def sections(self) -> list[Section]:
         return [
@@ -158,7 +158,7 @@ class Compared:
     def verdict(self) -> list[str]:
         """Summarize the result in sentences, most important first."""
         compare, base, private = self.sides.compare_models, self.models[0], self.lines[0].private
-        told, constant, score = [self._comparison_sentence(base)], self.sides.constant, self.sides.judged_by
+        told, constant, score = [self._comparison_sentence(base)], self.sides.constant, self.sides.primary_metric
         if constant is not None:
             mine = self.sides.estimate(self.main, score)
             told.insert(
@@ -255,7 +255,7 @@ class Compared:
 
     def _scores_section(self) -> Section:
         base, *others = self.models
-        own = self.sides.estimate(base, self.sides.judged_by)
+        own = self.sides.estimate(base, self.sides.primary_metric)
         rows = [(base, _format_score(own.value), _format_interval(own), "", "", "")]
         if self.sides.constant is not None:
             rows.append(("best constant answer", _format_score(self.sides.constant), "", "", "", ""))
@@ -274,7 +274,7 @@ class Compared:
         return Section(title=f"{_capitalize(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
 
     def _other_scores_section(self) -> Section:
-        names = [name for name in self.sides.scores if name != self.sides.judged_by]
+        names = [name for name in self.sides.scores if name != self.sides.primary_metric]
         rows = [
             (model, *(_format_estimate(self.sides.estimate(model, name)) for name in names)) for model in self.models
         ]
@@ -348,7 +348,7 @@ class Compared:
                 "records": len(sides.records),
                 "unit": sides.unit,
                 "units": sides.num_units,
-                "judged_by": sides.judged_by,
+                "primary_metric": sides.primary_metric,
                 "constant_answer": sides.constant,
                 "compared_with": self.main,
                 "verdict": self.verdict(),

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.api.door import Callback, Progress, Run
 from fedtune.api.experiment_file import OPEN
+from fedtune.api.public import Callback, Progress, Run
 from fedtune.data.records import Record, empty_file_error, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.lab.preparation.starter import escape_interpolations
+from fedtune.lab.preparation.experiment_writer import escape_interpolations
 from fedtune.sites.run_records import RunRecords, normalize_text, require_disjoint
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS

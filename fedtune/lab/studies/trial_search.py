@@ -23,6 +23,7 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
+from fedtune.formatting import jsonable, pluralize
 from fedtune.lab.studies.trials import SearchTrial, Trials, Values, comparability_key, list_combinations, run_quietly
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
@@ -32,7 +33,6 @@ from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, compu
 from fedtune.show.budget_text import SEEDED
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least, check_at_most
-from fedtune.words import jsonable, pluralize
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fedtune.sites.virtual_site import VirtualSites  # which imports torch
 
 Method = Literal["grid", "random", "tpe"]
-_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # they change nothing that is learnt
+_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # they change nothing that is learned
 _FILE = "search.json"
 _MOST_ENDS = 64  # combinations that are looked at before the first trial
 _NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
@@ -77,7 +77,7 @@ class Search:
             raise ConfigError("KEY=VALUE", NOT_GIVEN, "must give some setting several values, as in lora.rank=4,8")
         for one in searched:
             if one.key.split(".")[0] in _NOT_SEARCHED:
-                bound = "must have one value in a search: it changes nothing that is learnt"
+                bound = "must have one value in a search: it changes nothing that is learned"
                 raise ConfigError(one.key, NOT_GIVEN, bound)
         asked = compose_run(fixed)
         _check_searchable(asked)
@@ -163,7 +163,7 @@ class Search:
             if trial.error is not None and (trial.can_resume or not isinstance(trial.error, FedtuneError)):
                 raise trial.error
             if tpe:
-                tpe.tell(None if trial.score is None else score_direction(trial.config.judged_by) * trial.score)
+                tpe.tell(None if trial.score is None else score_direction(trial.config.primary_metric) * trial.score)
         if (best := trials.best) is not None:
             self._record_selection(best)
 
@@ -220,7 +220,7 @@ class Search:
         """Write the search's total price into a folder, since every trial inherits it; `score`: that of the selected
         trial.
         """
-        about = {"search": self.asked.name, "method": self.method, "judged_by": self.asked.judged_by}
+        about = {"search": self.asked.name, "method": self.method, "primary_metric": self.asked.primary_metric}
         owed = Selection.from_price(self.price, self.plans, **about, score=score)
         write_durably(RunFolder(folder).selection, to_json_text(asdict(owed)).encode())
 
@@ -234,10 +234,10 @@ class Search:
         for folder, score in {**({self.folder / noted: None} if noted else {}), best.folder: best.score}.items():
             self._record_price(folder, score)
             model_card.write_report_and_card(folder, language=best.config.report.language)
-        self._record_search(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
+        self._record_search(picked=best.folder.name, primary_metric=best.config.primary_metric, score=best.score)
 
     def describe_selection(self, best: SearchTrial) -> str:
-        by, trials, promise = best.config.judged_by, pluralize(self.number, "trial"), _describe_promise(self.price)
+        by, trials, promise = best.config.primary_metric, pluralize(self.number, "trial"), _describe_promise(self.price)
         return f"Picked by validation {by} ({best.score:.3f}) out of {trials}; its report says so. {promise}"
 
 

@@ -21,14 +21,14 @@ from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.lead import Scores
 from fedtune.federation.run_folder import RunFolder
+from fedtune.formatting import pluralize, unbounded
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
-from fedtune.runs.place_of_run import default_run_name, find_run_folder, going_on, is_finished
 from fedtune.runs.results import DIVERGED, RunResult
+from fedtune.runs.run_paths import default_run_name, find_run_folder, is_finished, resume_config
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
-from fedtune.words import pluralize, unbounded
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """Of the CSV; the settings that differ follow, then what was spent, then the scores."""
@@ -60,7 +60,7 @@ class SearchTrial:
         """
         folder = Path(config.tracking.output_dir) / config.name
         if config.resume is None and folder.exists():
-            config = going_on(config, folder, name=config.name)
+            config = resume_config(config, folder, name=config.name)
         folder = find_run_folder(config)
         result = read_result(folder, finished=True)
         return cls(config=config, folder=folder, values=values or {}, earlier=result is not None, result=result)
@@ -122,7 +122,7 @@ class SearchTrial:
         usable = self.state == "finished" and (
             self.config.data.validation_fraction > 0 or scores_may_decide(self.config)
         )
-        return self.validation.get(self.config.judged_by) if usable else None
+        return self.validation.get(self.config.primary_metric) if usable else None
 
 
 def describe_price(runs: Mapping[str, SearchTrial]) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _format_range(values: Iterable[str]) -> str:
 
 def run_quietly(trial: SearchTrial) -> RunResult:
     """Run a trial with `fedtune.simulate`, without output."""
-    from fedtune.api.door import simulate
+    from fedtune.api.public import simulate
 
     return simulate(trial.config).result
 
@@ -160,7 +160,7 @@ def comparability_key(config: RunConfig) -> tuple[Any, ...]:
     share = (data.validation_fraction, data.test_fraction, data.train_file, config.privacy.unit, config.seed)
     # A loss is one of tokens: model, template and length decide which these are.
     tokens = (config.model.path, data.prompt_template, data.chat_template, data.max_length)
-    on_tokens = tokens if config.judged_by == "loss" else ()
+    on_tokens = tokens if config.primary_metric == "loss" else ()
     chosen = (data.validation_file, data.validation_rows, *(share if data.validation_fraction else ()))
     return (config.task, *chosen, *read, *on_tokens)
 
@@ -254,7 +254,7 @@ class Trials:
         scored = [(score, trial) for trial in self.rows.values() if (score := trial.score) is not None]
         if len(scored) < self.fewest or len({comparability_key(trial.config) for _, trial in scored}) > 1:
             return None
-        sign = score_direction(scored[0][1].config.judged_by)
+        sign = score_direction(scored[0][1].config.primary_metric)
         return max(scored, key=lambda pair: sign * pair[0])[1]
 
     def _check_table(self) -> None:
@@ -318,7 +318,7 @@ class Trials:
     def section(self) -> Section:
         trials, best = list(self.rows.values()), self.best
         shared = any(trial.together is not None for trial in trials)
-        judged = dict.fromkeys(trial.config.judged_by for trial in trials)
+        judged = dict.fromkeys(trial.config.primary_metric for trial in trials)
         scores = [
             (kind, name)
             for kind in ("validation", "test")
@@ -369,7 +369,7 @@ def _trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Ite
         yield f"{pluralize(earlier, 'run')} had been finished before, with the same settings."
     finished = [trial for trial in trials if trial.state == "finished"]
     if best is not None:
-        yield f"* best by validation {best.config.judged_by}. Test scores must not choose: they would then be too good."
+        yield f"* best by validation {best.config.primary_metric}. Test scores must not choose: they would then be too good."
     elif len(finished) > 1 and not any(trial.validation for trial in finished):
         yield "No run is marked as the best: none has validation records, and test scores must not choose."
     elif len(finished) > 1 and not any(trial.score is not None for trial in finished):

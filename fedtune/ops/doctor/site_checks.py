@@ -15,8 +15,9 @@ from fedtune.config import RunConfig
 from fedtune.data.formats import describe_path
 from fedtune.data.records import iter_records
 from fedtune.data.values import SEVERAL_USERS
-from fedtune.federation import verdict
-from fedtune.federation.verdict import DryRun
+from fedtune.federation import policy_dry_run
+from fedtune.federation.policy_dry_run import DryRun
+from fedtune.formatting import group_hex_start
 from fedtune.ops.doctor.check import REFUSED, DoctorCheck, PrivateLog, failed, from_error, ok, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
 from fedtune.ops.kits.kit_file import Kit, model_store_path, require_model_reader
@@ -38,7 +39,6 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks.registry import TASKS
-from fedtune.words import group_hex_start
 
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
@@ -93,7 +93,7 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
             found = "the policy allows it, and no run of this federation may name it"
             yield warning(name, found, fix="Take it out of allow.base_models, or ask the lead for it.")
         else:
-            yield _check_installed(kit, sha256, name=name, licence=known[sha256].licence if sha256 in known else "")
+            yield _check_installed(kit, sha256, name=name, license=known[sha256].license if sha256 in known else "")
     for model in kit.model:
         if model.sha256 not in policy.allow.base_models:
             found = f"runs may name it, and the policy does not allow it (SHA-256 {model.sha256})"
@@ -104,7 +104,7 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
         yield failed("base models", found, fix=fix)
 
 
-def _check_installed(kit: Kit, sha256: str, *, name: str, licence: str) -> DoctorCheck:
+def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> DoctorCheck:
     place = model_store_path(kit.folder, sha256)
     if not place.is_dir():
         if is_built_in_model(sha256):
@@ -123,11 +123,11 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Docto
         require_model_reader(kit.folder, sha256)
     except ConfigError as error:
         return from_error(name, error, fix="Install what is named here, into the environment of the site's process.")
-    papers = ", ".join(list_license_files(kit.folder, sha256)) or "no licence file came with it"
-    if not licence:
+    papers = ", ".join(list_license_files(kit.folder, sha256)) or "no license file came with it"
+    if not license:
         fix = "Take it out of allow.base_models, or ask the lead to put it into the federation."
         return warning(name, "installed and unchanged, and no run of this federation may name it", fix=fix)
-    return ok(name, f"installed and unchanged; licence {licence} ({papers})")
+    return ok(name, f"installed and unchanged; license {license} ({papers})")
 
 
 def import_base_model(model: Path, kit: Kit) -> DoctorCheck:
@@ -358,7 +358,7 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
         config = dataclasses.replace(config, model=model)
     plan, sizes = config.plan(), config.declared_sizes()
     proposal = config.proposal(lead=kit.lead, plan=plan)
-    said = verdict.dry_run(site_toml, proposal, declared_sizes=sizes)
+    said = policy_dry_run.dry_run(site_toml, proposal, declared_sizes=sizes)
     name = "run"
     if said.broken:
         values = [(one.reason, format_asked_and_allowed(one.asked, one.allowed)) for one in said.broken]

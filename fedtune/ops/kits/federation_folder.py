@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.federation.run_folder import lock_folder
+from fedtune.formatting import spoken
 from fedtune.ops.files import translate_write_errors
 from fedtune.ops.kits.certificates import (
     Authority,
@@ -35,7 +36,6 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA, ConfigError, spec
 from fedtune.system import fsync_folder
-from fedtune.words import spoken
 
 SETTINGS, CHANGE = "federation.toml", "change.json"
 Kind = Literal["server", "lead", "site"]

@@ -119,19 +119,19 @@ class KitModel:
 
     Attributes:
         sha256: hash of the model's weights, 64 hex digits.
-        licence: the model's license, to be shown to people.
+        license: the model's license, to be shown to people.
     """
 
     name: str
     sha256: str
-    licence: str
+    license: str
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ConfigError("sha256", self.sha256, "must be 64 lower-case hex digits")
-        if not (self.licence.strip() and self.licence.isprintable()):
-            raise ConfigError("licence", self.licence, "must name the model's licence on one line")
+        if not (self.license.strip() and self.license.isprintable()):
+            raise ConfigError("license", self.license, "must name the model's license on one line")
 
 
 def check_model_names(models: tuple[KitModel, ...]) -> None:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedtune.formatting import spoken
 from fedtune.ops.files import new_folder, translate_write_errors, write_secret
 from fedtune.ops.kits.certificates import (
     UNREADABLE,
@@ -37,7 +38,6 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, errors_in, spec
-from fedtune.words import spoken
 
 PURPOSE, ROSTER = "join request", "roster"  # of the site's signature, and of the lead's
 REQUEST = "join_request.json"

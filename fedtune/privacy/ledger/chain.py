@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from dp_accounting import DpEvent
 
 from fedtune.codec import decode, parse_json
+from fedtune.formatting import group_hex_start
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import LEDGER_SCHEMA, NOT_GIVEN, ConfigError, RunError
-from fedtune.words import group_hex_start
 
 START = "0" * 64  # what stands in the place of the hash before the first event
 EVENT, HEAD = "ledger event", "ledger head"  # purposes of signatures

@@ -14,6 +14,7 @@ from functools import partial
 
 from dp_accounting import DpEvent
 
+from fedtune.formatting import finite, unbounded
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, cohort_group_starts, period_number
 from fedtune.privacy.run_plan import Plan
@@ -21,7 +22,6 @@ from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
 from fedtune.report.model import EpsilonStep, Mechanism, Report, SiteReport, Spent
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.words import finite, unbounded
 
 
 def derive_ledger_report(facts: LedgerFacts) -> Report:

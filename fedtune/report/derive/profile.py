@@ -27,6 +27,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism,
 from scipy.optimize import minimize_scalar
 
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
+from fedtune.formatting import finite, unbounded
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
 from fedtune.privacy.distributed_noise import Epsilons
@@ -36,7 +37,6 @@ from fedtune.report.facts import NOT_RECORDED, Source
 from fedtune.report.model import Ceiling, CurvePoint, Meaning, Mechanism
 from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
-from fedtune.words import finite, unbounded
 
 DELTAS = tuple(10.0**-power for power in range(3, 11))  # where the reports' curves are shown, beside their own delta
 _LARGEST_EPSILON = 60.0  # beyond it, a share that an attack misses is no longer seen in a float

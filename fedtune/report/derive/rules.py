@@ -12,7 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import get_args
 
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.formatting import group_hex_start
+from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.derive.verdicts import CODES
@@ -20,13 +21,12 @@ from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
 from fedtune.report.model import Assumption, Mechanism, Report, SiteReport, Status, Utility
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.spec import REPORT_SCHEMA
-from fedtune.words import group_hex_start
 
 _WORST_FIRST = get_args(Status)
 _Found = tuple[str, Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
-_EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
+_EXACT = "tests/training/test_batch_invariance.py; allow.inexact_gradients=false; docs/guarantee.md"
 _UPDATES = {False: "updates", True: "masked_updates"}  # code of a site's updates, by whether a secure sum masks them
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
@@ -66,7 +66,7 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
         schema_version=REPORT_SCHEMA,
         facts=facts,
         verdict=verdicts.worst_verdict(site.verdict for site in sites),
-        neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
+        neighboring_relation=NEIGHBORING_RELATION.name.lower(),
         epsilon=profile.largest_epsilon(site.spent.epsilon for site in sites),
         randomness=randomness,
         released=tuple(released),
@@ -129,7 +129,11 @@ def _run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_
     if silent := [site.site for site in facts.sites if facts.is_upper_bound(site)]:
         yield "every_site_answered", "violated", ", ".join(silent)
     if kept := facts.kept:
-        yield "chosen_by_the_leads_own_records", "assumed", f"{kept.judged_by}, round {kept.round}; {facts.progress}"
+        yield (
+            "chosen_by_the_leads_own_records",
+            "assumed",
+            f"{kept.primary_metric}, round {kept.round}; {facts.progress}",
+        )
     if start := facts.provenance.start_adapter:
         code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
         yield code, "assumed", f"{start.run or NOT_RECORDED}: {start.digest}"

@@ -11,12 +11,12 @@ from dp_accounting import GaussianDpEvent
 
 from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
+from fedtune.formatting import finite, unbounded
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
 from fedtune.report.model import EpsilonStep, Report, SiteReport, Spent, Utility
-from fedtune.words import finite, unbounded
 
 _MOST_FIGURES = 64  # numbers of rounds for which epsilon is computed; in between, that of the next larger is shown
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
+from fedtune.formatting import unbounded
 from fedtune.report.derive import profile
 from fedtune.report.facts import (
     Approved,
@@ -31,7 +32,6 @@ from fedtune.report.facts import (
 )
 from fedtune.report.model import Problem, Report, SiteReport, Spent
 from fedtune.spec import RUN_SCHEMA, RunError
-from fedtune.words import unbounded
 
 CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
     Path(__file__).with_name("codes.toml").read_text(encoding="utf-8")

@@ -22,18 +22,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtune.extras import require_extra
+from fedtune.formatting import score_words, spoken
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
-from fedtune.report.derive.cells import KINDS
+from fedtune.report.derive.dpia_fields import KINDS
 from fedtune.report.derive.profile import TIERS_SOURCE
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import load_catalogue
-from fedtune.report.page.report_words import Words, page_layout, pointer
 from fedtune.report.page.tables import Charts, TableColumn
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.page.view import Words, page_layout, pointer
 from fedtune.show.lines import shortened
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import score_words, spoken
 
 FONTS = Path(__file__).parent / "fonts"
 _GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # of fields, by how they begin
@@ -56,7 +56,7 @@ def render(
         notice: text at the top of the page.
         again_s: seconds after which the page reloads itself; None: never.
     """
-    words = Charts(report, load_catalogue(language))
+    words = Charts(report, load_catalog(language))
     files = report.facts.files if isinstance(report.facts, RunFacts) else {}
     model = next((one for one in files.items() if one[0].endswith(".safetensors")), None)
     return (
@@ -81,7 +81,7 @@ def render(
 
 def _template_values(words: Words) -> dict[str, Any]:
     """Return the values that the templates of the page and of the label share."""
-    report, language = words.report, words.catalogue.language
+    report, language = words.report, words.catalog.language
     of_report = {"report": report, "facts": report.facts, "digest": signing.report_digest(report)}
     return {**of_report, "words": words, "t": words.text, "language": language}
 
@@ -194,7 +194,7 @@ def fields_of(words: Charts, group: str) -> list[Mapping[str, Any]]:
 
 def render_label(report: Report, *, language: str) -> str:
     """Render the privacy label as SVG without external resources; equal reports give equal labels."""
-    words = Words(report, load_catalogue(language))
+    words = Words(report, load_catalog(language))
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
     return (
@@ -202,7 +202,7 @@ def render_label(report: Report, *, language: str) -> str:
         .get_template("label.svg.j2")
         .render(
             _template_values(words),
-            figure=words.catalogue.figure,
+            figure=words.catalog.figure,
             reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
             data=report.known.get("dataset"),
             limits=Markup("; ").join(limits),

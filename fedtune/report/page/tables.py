@@ -11,16 +11,16 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fedtune.formatting import score_words
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts
-from fedtune.report.page.catalogue import Catalogue
-from fedtune.report.page.report_words import Words, count_of_rows, group_by_key, page_layout, pointer, pointer_name
+from fedtune.report.page.translations import Catalog
+from fedtune.report.page.view import Words, count_of_rows, group_by_key, page_layout, pointer, pointer_name
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shortened
-from fedtune.words import score_words
 
 MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
-PAGE_ONE_SITES = 8  # sites on page 1, the least favourable first; later tables list each
+PAGE_ONE_SITES = 8  # sites on page 1, the least favorable first; later tables list each
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
@@ -28,7 +28,7 @@ _ROUNDS = "/facts/rounds/*"
 _OF_SITES = ("sites", "facts", "own", "life")
 _SITE = "@sites/site"
 _PLAIN, _CODE, _COMMA = Markup("{}").format, Markup("<code>{}</code>").format, Markup(", ")
-_TEXTS: Mapping[str, Callable[[Catalogue, str, Any], Markup]] = {
+_TEXTS: Mapping[str, Callable[[Catalog, str, Any], Markup]] = {
     "text": lambda words, of, value: _PLAIN(", ".join(value) if isinstance(value, list) else value),
     "name": lambda words, of, value: _PLAIN(shortened(value, _LONGEST_NAME)),
     "hash": lambda words, of, value: _CODE(value),
@@ -49,7 +49,7 @@ _TEXTS: Mapping[str, Callable[[Catalogue, str, Any], Markup]] = {
 }
 """Kind of a cell that is no figure -> its text, from the words, the section of a code, and the value."""
 _ABSENT = object()
-_ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: grey, since that changes no result
+_ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: gray, since that changes no result
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class TableColumn:
     of
     the row's site; "/" at the report, where * is the row's own number or name, which may be missing there; "#" is the
     name
-    of the row's score.  `kind` is a kind of `Catalogue.figure` or of `_TEXTS`, with a section as in "code:SECTION"; a
+    of the row's score.  `kind` is a kind of `Catalog.figure` or of `_TEXTS`, with a section as in "code:SECTION"; a
     trailing "?" adds "at most" if the site did not confirm the end of the run.
     """
 
@@ -133,7 +133,7 @@ class Charts(Words):
         if value is None or value in ([], {}):
             return self.text("word.unknown" if value is None else "word.none")
         kind, _, section = kind.partition(":")
-        return _TEXTS[kind](self.catalogue, section, value)
+        return _TEXTS[kind](self.catalog, section, value)
 
     def table(
         self,
@@ -334,6 +334,6 @@ class Charts(Words):
             why = (seen or self.text("chart.same")) if panel.series else self.text(f"chart.{code}_none")
             return replace(table, chart=code, seen=why)
         named = self._chart_text(code), self._chart_text(f"{code}_desc")
-        figure = self.catalogue.figure
+        figure = self.catalog.figure
         svg = chart(code, panel, named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
         return replace(table, chart=code, seen=seen or self.text(f"chart.{code}"), svg=svg)

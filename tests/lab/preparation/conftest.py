@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.lab.preparation.detect import Found, look_at
+from fedtune.lab.preparation.detect import Found, detect_columns
 
 TEAMS = ("billing", "sales")
 AB, YES_NO = ("a", "b"), ("yes", "no", "maybe")
@@ -42,7 +42,7 @@ def seen(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chos
     """What `data init` makes of a file with such columns, or of such rows."""
     given = columns if isinstance(columns, list) else rows(columns)
     (folder / "rows.json").write_text(json.dumps(given))
-    return look_at(folder / "rows.json", chosen)
+    return detect_columns(folder / "rows.json", chosen)
 
 
 def summary(found: Found) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.data.faults import LeftOut
+from fedtune.data.bad_rows import SkippedRows
 from fedtune.data.load import partition_training_files
 from fedtune.lab.preparation import check_data
 from fedtune.lab.preparation.check_data import Checked, check
@@ -116,7 +116,7 @@ def test_duplicates_contradictions_and_near_duplicates_are_reported(
     ("answer", "options", "expected"),
     [
         ("yes " * 100, {}, ["cut 1", "lost 1"]),
-        ("yes", {"within": 1}, ["unlearnt 1"]),  # a model with fewer tokens than its tokenizer
+        ("yes", {"within": 1}, ["unlearned 1"]),  # a model with fewer tokens than its tokenizer
         ("my card is 4111111111111111", {}, ["personal card number messages 1"]),
     ],
 )
@@ -168,7 +168,7 @@ def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
     marked = ("experiment=own_entities", "data.columns={text: text, spans: spans}", "data.labels=[card,place]")
     checks = checked(over(tmp_path, rows, *marked, "model=random_bert"))
     (found,) = checks.files
-    assert "hidden 5" in summary(checks), "of two parts in one word one is learnt"
+    assert "hidden 5" in summary(checks), "of two parts in one word one is learned"
     assert [one[1] for one in found.errors] == ["spans that overlap", "a span outside the text", "not declared"]
     assert sum(found.num_errors.values()) == 3
     assert "secret" not in repr(found)
@@ -252,6 +252,6 @@ def test_fault_reasons_are_counted_and_label_variants_detected(tickets: Tickets)
     (file,) = checked(config).files
     assert list(file.uses) == ["train", "validation", "test"]
     assert file.spelt_otherwise == {"billing": 1, "sales": 1}
-    left_out = LeftOut(rows=file.rows, reasons=file.num_errors)
+    left_out = SkippedRows(rows=file.rows, reasons=file.num_errors)
     assert str(left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
     assert not left_out.exceeds_threshold

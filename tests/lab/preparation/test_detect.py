@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.lab.preparation.detect import look_at
+from fedtune.lab.preparation.detect import detect_columns
 from fedtune.spec import ConfigError, DataError
 
 from ...cases import cases_of
@@ -15,7 +15,7 @@ from .conftest import AB, ASK, SAY, TURNS, YES_NO, few, own, rows, seen, summary
 SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
 IN_JSON, LINK = json.dumps(TURNS), "https://example.org/a/long/path/{:050}".format
 ALPACA = {"instruction": own, "input": "", "output": "done"}
-BOTH, LABELLED = {"chosen": own, "rejected": "no"}, {"text": own, "label": AB}
+BOTH, LABELED = {"chosen": own, "rejected": "no"}, {"text": own, "label": AB}
 TIMED: dict[str, Any] = {"months": lambda n: n / 7, "died": (0, 1)}
 PAIR, SCORE = {"sentence1": own, "sentence2": own}, lambda n: n % 11 / 2
 PNG, SPAN = "{}.png".format, {"start": 0, "end": 1}
@@ -33,16 +33,16 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"chat": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]}, "preferences: messages=chat chosen rejected"),
     (ALPACA | BOTH, "preferences: prompt=instruction input chosen rejected; not output"),
     ({"prompt": own, "chosen": f" {IN_JSON}", "rejected": f"\n{IN_JSON}"}, "preferences: chosen rejected; not prompt"),
-    ({"body": own, "chosen": (0, 1), "rejected": "no"}, "labelled: text=body label=chosen; not rejected"),
+    ({"body": own, "chosen": (0, 1), "rejected": "no"}, "labeled: text=body label=chosen; not rejected"),
     ({"prompt": own, "chosen": own}, "pairs: prompt completion=chosen"),
     ({"question": own, "answer": own}, "pairs: prompt=question completion=answer"),
     (PAIR | {"score": SCORE, "split": "train"}, "scored: text=sentence1 other=sentence2 target=score; not split"),
     ({"Query": own, "positive": own, "negative": own}, "triplets: anchor=Query positive negative"),
-    ({"body": own, "stars": lambda n: n % 5}, "labelled: text=body label=stars"),
+    ({"body": own, "stars": lambda n: n % 5}, "labeled: text=body label=stars"),
     ({"id": lambda n: f"{n} {own(n)} {n}", "body": own}, "text: text=body; not id"),
     ({"patient": few(7), "body": own, "desk": few(30)}, "text: text=body user=patient; not desk"),
-    ({"bank_id": ("x", "y"), "text": own, "team": ("a", "b", "c")}, "labelled: text label=team; not bank_id"),
-    ({"bank_id": ("x", "y"), "text": own}, "labelled: text label=bank_id"),
+    ({"bank_id": ("x", "y"), "text": own, "team": ("a", "b", "c")}, "labeled: text label=team; not bank_id"),
+    ({"bank_id": ("x", "y"), "text": own}, "labeled: text label=bank_id"),
     ({"tokens": ["a", "b"], "tags": ["B-x", "O"]}, "entities: tokens tags"),
     ({"words": ["a", "b"], "ner_tags": ["O", "U-x"], "id": int}, "entities: tokens=words tags=ner_tags; not id"),
     ({"tokens": '["a", "b"]', "labels": "['O', 'B-x']"}, "entities: tokens tags=labels"),
@@ -56,36 +56,36 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"image": PNG} | TIMED, "images: image time=months event=died"),
     ({"text": own} | TIMED, "followed: text time=months event=died"),
     ({"age": lambda n: n / 3} | TIMED | {"label": AB}, "table: label"),
-    ({"text": own} | TIMED | {"label": AB}, "labelled: text label; not months died"),
+    ({"text": own} | TIMED | {"label": AB}, "labeled: text label; not months died"),
     # As others publish them.
     (
         {"instruction": own, "context": own, "response": own, "category": AB},
         "instructions: prompt=instruction input=context completion=response; not category",
     ),
     ({"question": own, "context": own, "answer": YES_NO}, "pairs: prompt=question input=context completion=answer"),
-    ({"question": own, "answer": YES_NO}, "labelled: text=question label=answer"),
+    ({"question": own, "answer": YES_NO}, "labeled: text=question label=answer"),
     ({"system": "x", "user": own, "assistant": own}, "pairs: prompt=user system completion=assistant"),
     ({"conversations": SHARED, "system": "x", "tools": "[]"}, "chat: messages=conversations system; not tools"),
     (ALPACA | {"history": [["a", "b"]]}, "instructions: prompt=instruction input completion=output; not history"),
     (PAIR | {"label": SCORE, "idx": int}, "scored: text=sentence1 other=sentence2 target=label; not idx"),
-    ({"premise": own, "hypothesis": own, "label": (0, 1, 2)}, "labelled: text=premise text_pair=hypothesis label"),
-    ({"text": "fine {}".format, "url": LINK, "sentiment": AB}, "labelled: text label=sentiment; not url"),
-    (LABELLED | {"label": (0, 1), "label_text": AB}, "labelled: text label=label_text; not label"),
-    (LABELLED | {"sources": (["web"], ["web", "app"])}, "labelled: text label; not sources"),
+    ({"premise": own, "hypothesis": own, "label": (0, 1, 2)}, "labeled: text=premise text_pair=hypothesis label"),
+    ({"text": "fine {}".format, "url": LINK, "sentiment": AB}, "labeled: text label=sentiment; not url"),
+    (LABELED | {"label": (0, 1), "label_text": AB}, "labeled: text label=label_text; not label"),
+    (LABELED | {"sources": (["web"], ["web", "app"])}, "labeled: text label; not sources"),
     ({"text": own, "tags": ("[]", "['late']", "['late', 'lost']")}, "tagged: text labels=tags"),
     (
         {"prompt": own, "chosen_response": own, "rejected_response": "no"},
         "preferences: prompt chosen=chosen_response rejected=rejected_response",
     ),
-    ({"subject": "about your order {}, again".format} | LABELLED, "labelled: text label; not subject"),
+    ({"subject": "about your order {}, again".format} | LABELED, "labeled: text label; not subject"),
     # Turns as Python and pandas print them, ids that no run can read, and what is said of people but is no id.
     *(
         ({"id": int, "messages": turns}, "chat: messages; not id")
         for turns in (str(TURNS), str(TURNS).replace("}, {", "}\n {"), f"array({[ASK]})")
     ),
-    (LABELLED | {"user_id": lambda n: f"1.23{n % 9}E+11"}, "labelled: text label user=user_id"),
+    (LABELED | {"user_id": lambda n: f"1.23{n % 9}E+11"}, "labeled: text label user=user_id"),
     *(
-        (LABELLED | {name: lambda n: n % 9}, f"labelled: text label; not {name}")
+        (LABELED | {name: lambda n: n % 9}, f"labeled: text label; not {name}")
         for name in ("user_rating", "customer_type", "patient_age", "personal", "screening", "new_customer_score")
     ),
 ]
@@ -130,7 +130,7 @@ SEVERAL = {"question": own, "answer": own, "doc": own, "tone": own, "n": lambda 
     ("columns", "chosen", "expected"),
     [
         (TWO_TEXTS, "text=note other=body score=rate", "scored: text=note other=body target=rate"),
-        (TWO_TEXTS, "label=team text=note", "labelled: text=note label=team"),
+        (TWO_TEXTS, "label=team text=note", "labeled: text=note label=team"),
         (TWO_TEXTS, "prompt=note completion=body", "pairs: prompt=note completion=body"),
         (SEVERAL, "context=doc", "pairs: prompt=question input=doc completion=answer"),
         (SEVERAL, "system=tone", "pairs: prompt=question system=tone completion=answer"),
@@ -161,15 +161,15 @@ def test_unsuitable_column_choice_is_refused(tmp_path: Path, chosen: dict[str, s
 
 def test_unreadable_rows_are_counted_and_the_first_kept(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{\n" * 20 + '{"body": "a text"}\n')
-    found = look_at(tmp_path / "rows.jsonl", {})
+    found = detect_columns(tmp_path / "rows.jsonl", {})
     assert (found.rows, found.num_faults, len(found.faults)) == (1, 20, 5)
 
 
 @pytest.mark.parametrize(
     ("columns", "odd"),
     [
-        *((LABELLED, odd) for odd in ({"text": 17}, {"label": True}, {"label": 3})),
-        *((LABELLED | {"label": (0, 1)}, {"label": "n/a"}), (LABELLED | {"label": (0.0, 1.0)}, {"label": None})),
+        *((LABELED, odd) for odd in ({"text": 17}, {"label": True}, {"label": 3})),
+        *((LABELED | {"label": (0, 1)}, {"label": "n/a"}), (LABELED | {"label": (0.0, 1.0)}, {"label": None})),
         ({"text": own, "price": lambda n: n / 7}, {"price": "n/a"}),
         *(({"text": own, "tags": ([], ["a"], ["a", "b"])}, {"tags": odd}) for odd in (None, {"a": 1})),
         *(({"question": own, "answer": own}, {"answer": 4}), ({"messages": TURNS}, {"messages": []})),
@@ -201,20 +201,20 @@ PERSONS = (
     ("name", "odd"), [*((name, None) for name in PERSONS), *(("user_id", odd) for odd in ("", "NA", 1.5, ["a"]))]
 )
 def test_person_column_defines_the_privacy_unit_despite_odd_rows(tmp_path: Path, name: str, odd: object) -> None:
-    given = rows(LABELLED | {name: few(9)})
+    given = rows(LABELED | {name: few(9)})
     given[3][name] = odd
-    assert summary(seen(tmp_path, given)) == f"labelled: text label user={name}"
+    assert summary(seen(tmp_path, given)) == f"labeled: text label user={name}"
 
 
 def test_decimal_ids_are_recognized_as_persons(tmp_path: Path) -> None:
-    assert seen(tmp_path, LABELLED | {"user_id": lambda n: float(n % 9)}).roles["user"] == "user_id"
-    by_record = look_at(tmp_path / "rows.json", {}, by_person=False)
+    assert seen(tmp_path, LABELED | {"user_id": lambda n: float(n % 9)}).roles["user"] == "user_id"
+    by_record = detect_columns(tmp_path / "rows.json", {}, by_person=False)
     assert "user" not in by_record.roles
     assert "--user user_id" in dict(by_record.unread)["user_id"]
 
 
 def test_second_person_column_is_suggested(tmp_path: Path) -> None:
-    columns = LABELLED | {"author": few(3), "patient": few(9)}
+    columns = LABELED | {"author": few(3), "patient": few(9)}
     found = seen(tmp_path, columns)
     assert found.roles["user"] == "patient"
     assert "--user author" in dict(found.unread)["author"]
@@ -236,7 +236,7 @@ def test_foreign_number_formats_are_refused_with_a_hint(tmp_path: Path, number: 
 def test_class_may_have_the_name_of_its_column(tmp_path: Path, names: str) -> None:
     lines = [f"a text with number {number},{('spam', 'ham')[number % 2]}" for number in range(60)]
     (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
-    assert look_at(tmp_path / "a.csv", {}).labels == {"spam": 30, "ham": 30}
+    assert detect_columns(tmp_path / "a.csv", {}).labels == {"spam": 30, "ham": 30}
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_possible_event_label_is_pointed_out(tmp_path: Path) -> None:
 def test_unsupported_image_formats_are_counted(tmp_path: Path) -> None:
     (tmp_path / "scan.bmp").touch()
     with pytest.raises(DataError, match=r"1 \.bmp images.: must be PNG"):
-        look_at(tmp_path, {})
+        detect_columns(tmp_path, {})

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from fedtune.data.text_rows import read_table
-from fedtune.lab.preparation import starter
-from fedtune.lab.preparation.detect import look_at
+from fedtune.lab.preparation import experiment_writer
+from fedtune.lab.preparation.detect import detect_columns
 from fedtune.spec import ConfigError, DataError
 
 from .conftest import AB, ASK, SAY, own, seen
 
 PAIR, QUESTION = {"prompt": own, "completion": own}, {"question": own, "answer": own}
 YES = (True, False)
-LABELLED = {"text": own, "label": AB}
+LABELED = {"text": own, "label": AB}
 NO_PROMPT = "columns chosen, rejected = 'texts that belong together': must have beside them a column prompt"
 
 
@@ -54,7 +54,7 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
         ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "no run"),
         ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "no run"),
         ({"text": own, "state": "one"}, "state", "always the same"),
-        (LABELLED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
+        (LABELED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
         ({"text": own, "parent_id": own}, "parent_id", "ids of the records"),
         ({"text": own, "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),
         ({"query": own, "response": own, "rejected_response": own}, "rejected_response", "not"),
@@ -72,7 +72,7 @@ def test_unread_columns_are_named_with_a_reason(tmp_path: Path, columns: dict[st
     ],
 )
 def test_label_spelling_variants_are_named(labels: tuple[str, str]) -> None:
-    (said,) = starter.describe_spellings([*labels, "other", "2.5"])
+    (said,) = experiment_writer.describe_spellings([*labels, "other", "2.5"])
     assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
 
 
@@ -88,7 +88,7 @@ def test_row_with_an_open_quote_states_the_swallowed_lines(tmp_path: Path, end: 
 
 def test_unnamed_columns_are_listed_and_title_rows_refused(tmp_path: Path) -> None:
     lines = [f"a text with number {n},{'ab'[n % 2]},,{n}" for n in range(60)]
-    assert set(dict(look_at(table(tmp_path, "text,label,,", *lines), {}).unread)) == {"(column 3)", "(column 4)"}
+    assert set(dict(detect_columns(table(tmp_path, "text,label,,", *lines), {}).unread)) == {"(column 3)", "(column 4)"}
     title = table(tmp_path, "Report of 2024,,,", "text,label,a,b", *lines)
     with pytest.raises(ConfigError, match=r"a name twice or none.*must be a header with one name for each"):
-        look_at(title, {})
+        detect_columns(title, {})

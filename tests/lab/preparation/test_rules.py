@@ -17,7 +17,7 @@ from fedtune.data.formats import raw_rows
 from fedtune.spec import DataError
 
 from .conftest import AB, ASK, SAY, few, own, rows, seen, summary
-from .test_starter import made_for
+from .test_experiment_writer import made_for
 
 AGE: Callable[[int], float] = lambda n: 20 + n * 0.75  # noqa: E731
 BELONG: dict[str, Any] = {"anchor": own, "positive": own}
@@ -55,18 +55,18 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "names": (MIXED | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
     "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=dx; not full_name"),
     "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=dx; not sigma"),
-    "texts": (TABLE | {"sigma": own}, "labelled: text=sigma label=dx; not age"),
+    "texts": (TABLE | {"sigma": own}, "labeled: text=sigma label=dx; not age"),
     "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links, or marks without a space"),
     # Of two answers without a usual name a person is asked.
     "two answers": (MIXED | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
     "one among numbers": (MIXED, "or --score COLUMN"),
     "an answer by a time": (MIXED | {"churned_in_30d": AB}, "table: label=churned_in_30d"),
     "a topic of a table": (MIXED | {"category": SHAPE}, "must be one: choose with --label COLUMN"),
-    "a topic of texts": ({"text": own, "kappa": WARD, "category": SHAPE}, "labelled: text label=category; not kappa"),
-    "a last word": ({"text": own, "kappa": WARD, "mu_sentiment": AB}, "labelled: text label=mu_sentiment; not kappa"),
+    "a topic of texts": ({"text": own, "kappa": WARD, "category": SHAPE}, "labeled: text label=category; not kappa"),
+    "a last word": ({"text": own, "kappa": WARD, "mu_sentiment": AB}, "labeled: text label=mu_sentiment; not kappa"),
     "two texts alone": ({"sigma": own, "rho": lambda n: own(n) * 2}, "several texts or images"),
     "two texts with an answer": ({"sigma": own, "rho": own, "kappa": WARD}, "several texts or images"),
-    "a usual name of two": ({"text": own, "rho": own, "kappa": WARD}, "labelled: text label=kappa; not rho"),
+    "a usual name of two": ({"text": own, "rho": own, "kappa": WARD}, "labeled: text label=kappa; not rho"),
     "captions": ({"sigma": own, "rho": PNG}, "several texts or images"),
     "lists of texts": ({"query": own, "pos": [own(1)], "neg": [own(2)]}, "must be a label, a number, or a list"),
     "lists of numbers": ({"text": own, "label": [0.25, 0.75]}, "vectors of numbers name none"),
@@ -143,15 +143,15 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # Images are known by what they end in; rows by numbers that each have once.
     "paths": ({"sigma": PNG, "kappa": WARD}, "images: image=sigma label=kappa"),
-    "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
+    "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labeled: text label=kappa; not sigma"),
     "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of 60 .nii.gz files': must be"),
     "several endings": ({"sigma": lambda n: f"{n}.{'jp2' if n % 3 else 'png'}", "dx": AB}, "paths of 40 .jp2 f"),
     "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma = 'paths of 60 .jp2 files'"),
     "links": ({"sigma": "https://a.org/{}.jpg?w=9".format, "kappa": WARD}, "sigma = 'paths of 60 linked files'"),
     "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=dx; not sigma"),
     "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=dx; not order_nr"),
-    "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
-    "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labelled: text label=kappa user=uid"),
+    "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labeled: text label=kappa; not uid"),
+    "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labeled: text label=kappa user=uid"),
     "few persons": ({"text": own, "author": few(4), "kappa": WARD}, "columns kappa, author = 'answers"),
     "ids of one length": (TABLE | {"sigma": lambda n: 4_000_000 + n * n * 999}, "table: label=dx; not sigma"),
     "numbers of another": (TABLE | {"sigma": lambda n: 400_000 + n * n * 999}, "table: label=dx"),

@@ -95,7 +95,7 @@ def test_selected_run_states_its_search_and_verifies(outcome: Any, folder: Path)
     assert isinstance(report.facts, RunFacts)
     selection = report.facts.selection
     assert selection is not None
-    assert (selection.search, selection.method, selection.judged_by) == ("s", "random", "accuracy")
+    assert (selection.search, selection.method, selection.primary_metric) == ("s", "random", "accuracy")
     assert selection.trials == 3
     assert selection.epsilon == noted["price"]["epsilon"]
     assert "out of" in (picked / "report.html").read_text().split("The run was picked by accuracy")[1][:100]
@@ -213,8 +213,8 @@ def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> No
         said = command("search", *asked, "--trials", "12", "--method", method).failed(3)
         begun = "--trials = 12: site site-1 has room for 8 of these trials; nothing was begun (max_epsilon: asked "
         assert said.startswith(begun)
-    learnt = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
-    assert command("search", *words, learnt, "--method", "grid").code == 3
+    learned = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
+    assert command("search", *words, learned, "--method", "grid").code == 3
     assert files_in(tmp_path) == before
     for method in ("random", "tpe"):
         Search.from_overrides(asked, method, trials=8).check_room()

@@ -1,0 +1,443 @@
+"""The Python API, as `import fedtune` offers it: runs, plans, scores, ledgers and reports as values.
+
+Settings use dotted keys, as on the command line.  A user's mistake raises a `ValueError` with the message of the
+command line.  Nothing is printed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedtune.api.compose import Recipe, Settings, compose_recipe
+from fedtune.config import RunConfig, config_yaml, saved_config
+from fedtune.data.records import Record
+from fedtune.extras import require_extra
+from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.spec import PublicSpec
+from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.ledger.verify import verify as verify_ledger
+from fedtune.process import torch_came_first
+from fedtune.runs.needed_packages import require_for_run
+from fedtune.runs.public_stage import needs_public_stage, public_stage_config
+from fedtune.runs.renewal import with_start_adapter
+from fedtune.runs.run_paths import find_run_folder, is_finished, resume_config
+from fedtune.spec import NOT_GIVEN, ConfigError
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    import pandas
+
+    from fedtune.export.distillation import Distilled
+    from fedtune.federation.lead import LeadState, RoundResult, Scores
+    from fedtune.federation.planner import Price
+    from fedtune.report.checks import Check
+    from fedtune.report.facts import Lifetime
+    from fedtune.report.model import Report
+    from fedtune.runs.federation_run import Listener
+    from fedtune.runs.model_comparison import SideBySide
+    from fedtune.runs.results import PrivacyResult, RunResult
+    from fedtune.runs.saved_model import SavedModel
+    from fedtune.sites.session import Session
+
+Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and tells a listener
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """The progress of a run: `done` of `total` parts of a stage, or 0 of 0 if the total is unknown.
+
+    After a round, `stage` is "round" and `round` holds that round's result.
+    """
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    round: RoundResult | None = None
+
+
+Callback = Callable[[Progress], None]  # is told how far a run is
+
+
+def stages(progress: Callback) -> Callable[[str, int, int], None]:
+    """Return what tells a callback of a stage, and how many of its parts are done."""
+    return lambda what, done, total: progress(Progress(stage=what, done=done, total=total))
+
+
+class Teller:
+    """A listener that reports a run to a callback; notes on the data become Python warnings."""
+
+    def __init__(self, config: RunConfig, progress: Callback) -> None:
+        self._rounds, self._progress, self.preparing = config.federation.num_rounds, progress, stages(progress)
+
+    def note(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
+
+    def prepared(self, shared: object, proposal: object, state: LeadState) -> None:
+        self._progress(Progress(stage="training", done=state.round, total=self._rounds))
+
+    def site_replied(self, number: int) -> None:
+        """Do nothing: a round is reported only when it has finished."""
+
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        """Only real sites do, and a run over them has the command's display."""
+
+    def round_finished(self, state: LeadState) -> None:
+        self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
+
+
+def simulate(
+    recipe: Recipe | None = None,
+    settings: Settings | None = None,
+    *,
+    progress: Callback | Literal[True] = lambda told: None,
+    session: Session | None = None,
+) -> Run:
+    """Run a federation on this machine to its end: simulated sites, each with its own ledger and DP-SGD.
+
+    The run's folder is `tracking.output_dir`/`name`, by default a timestamp below runs/.  After an interrupt,
+    `simulate(settings={"resume": folder})` resumes the run; every round that was charged stays charged.  A public stage
+    (`public.train_file`) runs first, in a sibling folder whose name ends in -public; if it is interrupted, the same
+    call resumes it.
+
+    Args:
+        recipe: the experiment to run; None: the default, four banks on Banking77.
+        settings: overrides of the recipe's settings, by dotted key.
+        progress: called during the run, in this thread; an exception that it raises ends the run like an interrupt.
+            True: print the command line's output and progress bar to standard error.
+        session: keeps the loaded model and its precomputed states for the next run with this session; None: keep
+            nothing.
+
+    Raises:
+        ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
+        RunError: too few sites replied.
+    """
+    from rich.console import Console
+
+    from fedtune.flower import simulation
+    from fedtune.show.run_progress import Display
+    from fedtune.sites.virtual_site import fit_to_budgets
+
+    config = compose_recipe(recipe, settings)
+    if config.runtime.kind == "deployment":
+        raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
+    if torch_came_first:
+        late = "MKL's settings come too late, and a run's own trial may refuse this process"
+        warnings.warn(f"import fedtune before torch: {late}", stacklevel=2)
+    work = partial(simulation.simulate, session=session)
+
+    def run(config: RunConfig, folder: Path) -> None:
+        if progress is not True:
+            run_in_folder(config, folder, Teller(config, progress), work=work)
+            return
+        display = Display(Console(stderr=True), config, shown=True)
+        with display.show_progress_bar():
+            run_in_folder(config, folder, display, work=work)
+
+    config = start_after_public_stage(config, run)
+    folder = find_run_folder(config)
+    run(config if config.resume else fit_to_budgets(config, folder), folder)
+    return load(folder)
+
+
+def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
+    """Return the privacy cost of a run, by site and round, from settings and declared sizes alone; nothing is charged.
+
+    Guarantee: every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, which bounds a single
+    round.
+
+    >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
+    >>> price.epsilon <= 3, len(price.rounds), price.steps
+    (True, 10, 50)
+    """
+    from fedtune.federation.planner import price
+
+    config = compose_recipe(recipe, settings)
+    return price(config.plan(), config.declared_sizes(), before=config.federation.renewal)
+
+
+def load(folder: str | Path) -> Run:
+    """Load the run in a folder, finished or not; `folder` may also be the run's `adapter` folder.
+
+    Raises:
+        ValueError: the folder contains no run.
+        RunError: the run's files are damaged.
+    """
+    path = Path(folder)
+    if not RunFolder(path).config.exists() and RunFolder(path.absolute().parent).adapter == path.absolute():
+        path = path.absolute().parent
+    return Run(path, saved_config(path))
+
+
+def evaluate(run: Run, data: str | Path, *, progress: Callback = lambda told: None) -> SideBySide:
+    """Score a run's adapter, and its base without one, on a file; intervals (95 %) draw the same records for both.
+
+    The file has the columns that the run's settings name.  Scores are exact, and not covered by any guarantee.
+    `progress` is called before each model is scored, in this thread.
+
+    Raises:
+        ValueError: the run is not finished, or the file cannot be used.
+    """
+    from fedtune.runs.model_comparison import compare_runs
+
+    return compare_runs({"tuned": (run.config, run.adapter)}, file=str(data), final=True, progress=stages(progress))
+
+
+def compare(
+    runs: Mapping[str, Run], data: str | Path | None = None, *, progress: Callback = lambda told: None
+) -> SideBySide:
+    """Score finished runs, and their base before training, on the same records; exact, and no guarantee covers it.
+
+    `comparison("base", NAME)` of what is returned is the difference of two of them, with an interval (95 %) that draws
+    the same records for both; `estimate(NAME, score)` is one's own score.
+
+    Args:
+        runs: by name; the first one's settings say which the records are.
+        data: a file with the columns that these settings name; None: the first run's test records.
+        progress: is called before each model is scored, in this thread.
+
+    Raises:
+        ValueError: a run is not finished, or the runs' scores say nothing about each other.
+    """
+    from fedtune.runs.model_comparison import compare_runs
+    from fedtune.runs.saved_model import BASE
+
+    if not runs or BASE in runs:  # which is what their base is called
+        raise ConfigError("runs", [*runs], f"must name at least one run, and none of them {BASE}")
+    finished = {name: (run.config, run.adapter) for name, run in runs.items()}
+    return compare_runs(finished, file=None if data is None else str(data), progress=stages(progress))
+
+
+def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
+    """Check a report.json: its format, its signature, its verdict, the settings next to it, and every epsilon.
+
+    Each epsilon is recomputed from the report's events.  Each check's `state` is "right", "wrong", "missing" or
+    "not_checked".
+
+    Args:
+        file: the report, or the folder that contains it.
+        key: the public key, in hex, that must have signed the report.
+
+    Raises:
+        ValueError: there is no report.
+    """
+    from fedtune.report.checks import Known, check_report
+    from fedtune.report.signing import read_report
+
+    if key is not None:
+        check_public_key("key", key)
+    path, report = read_report(str(file))
+    return check_report(path, report, Known(key=key))
+
+
+def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:
+    """Run a configuration in its folder, creating the folder for a new run, and write a report at the end.
+
+    If the run fails before its first checkpoint, a newly created folder is removed.
+    """
+    require_for_run(config)
+    from fedtune.report.run_page import UnfinishedReport
+    from fedtune.runs.federation_run import Followed
+    from fedtune.tracking import Tracked
+
+    files, page = RunFolder(folder), UnfinishedReport(folder, config)
+    made: list[Path] = []
+    try:
+        with Tracked(config, note=listener.note) as tracked:
+            if config.resume is None:
+                made = files.create(config_yaml(config))
+            with files.hold_lock(), files.log_to_file(config.tracking.log_level):
+                tracked.begin()
+                result = work(config, folder, Followed(listener, tracked.update, page.update))
+            from fedtune.report import model_card  # draws, which takes a second to import
+
+            model_card.write_report_and_card(folder, language=config.report.language)
+            tracked.finish(result, folder)
+    except BaseException:
+        if files.saved_checkpoints:
+            page.stop()
+        elif made:
+            files.remove(made)  # nothing ran: leave nothing behind
+        raise
+    return result
+
+
+def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
+    """Return the run with the result of its public stage as its start adapter.
+
+    A run that has begun or has no public stage is returned unchanged.  `train` runs the stage in its own folder next to
+    the run's, resuming an unfinished stage; a finished stage is reused.
+    """
+    if config.resume is not None or not needs_public_stage(config):
+        return config
+    find_run_folder(replace(config, public=PublicSpec()))  # before anything is trained
+    require_for_run(config)
+    stage = public_stage_config(config)
+    folder = Path(stage.tracking.output_dir) / stage.name
+    if RunFolder(folder).has_begun():
+        stage = resume_config(stage, folder, name=config.name)
+    if stage.resume is None or not is_finished(folder):
+        train(stage, folder)
+    return with_start_adapter(replace(config, model=replace(config.model, adapter=str(folder))))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, returned by `simulate` and `load`; its folder holds settings, results, adapter, report and simulated
+    sites.
+    """
+
+    folder: Path
+    config: RunConfig = field(repr=False)
+
+    @cached_property
+    def result(self) -> RunResult:
+        """The content of run.json.
+
+        Raises:
+            ValueError: the run has no result yet.
+        """
+        from fedtune.report.from_run import read_run
+
+        if (result := read_run(self.folder).result) is None:
+            raise ConfigError("run folder", str(self.folder), "must hold a run.json; resume the run first")
+        return result
+
+    @property
+    def metrics(self) -> Scores:
+        """Scores of the final adapter on the lead's test records; not covered by the guarantee."""
+        return self.result.final.metrics
+
+    @property
+    def rounds(self) -> tuple[RoundResult, ...]:
+        return self.result.rounds
+
+    @property
+    def privacy(self) -> PrivacyResult:
+        """The privacy guarantee: epsilon at delta for the run and for each site, derived from the charged events."""
+        return self.result.privacy
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter's folder, for `peft.PeftModel.from_pretrained`.
+
+        Raises:
+            ValueError: the run is not finished or is an audit, or the adapter does not match run.json.
+        """
+        return RunFolder(self.folder).finished_adapter()
+
+    def predict(self, texts: str | Iterable[str]) -> list[object]:
+        """Predict for one text or several: the most likely labels with their probabilities, or a number, per text.
+
+        Raises:
+            ValueError: the run's task generates or compares texts, its records have more than one text, or an input is
+                not a text.
+        """
+        task = self._model.model.task
+        if not task.answers or task.predicts_tokens:
+            raise ConfigError("task", self.config.task, "has no label or number to predict: see generate and evaluate")
+        each = texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+        return [self._model.answer_record(Record(self._model.fields_from_text(text, at="text")))[1] for text in each]
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> str:
+        """Generate the tuned model's answer to a prompt; greedy decoding unless `temperature` is above 0.
+
+        Raises:
+            ValueError: the run's task generates no text, or the prompt is too long.
+        """
+        from fedtune.evaluation.spec import WritingSpec
+
+        spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        if not self._model.model.task.predicts_tokens:
+            raise ConfigError("task", self.config.task, "writes no text: see predict")
+        ids = self._model.prompt_ids(self._model.fields_from_text(prompt, at="prompt"), at="prompt")
+        return "".join(self._model.generate_answer(ids, spec))
+
+    def distil(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
+        """Distill the tuned model into a smaller student, and write the student to a new folder.
+
+        Guarantee: the run's own; if `texts` have a card of synthetic records, the epsilon of the runs behind them is
+        added.
+
+        Args:
+            to: the new folder.
+            texts: a file of public or synthetic texts, one line or record each.
+            student: "half" of the base's layers, the number of lowest layers to keep, or another base model.
+            **options: passed to `fedtune.export.distillation.distil`.
+
+        Raises:
+            ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
+        """
+        from fedtune.export.distillation import distil
+
+        return distil(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
+
+    @cached_property
+    def _model(self) -> SavedModel:
+        """The base model with this run's adapter, cached because loading takes seconds."""
+        from fedtune.runs.saved_model import SavedModel
+
+        model = SavedModel(self.config, {"tuned": self.adapter})
+        model.use_adapter("tuned")
+        return model
+
+    def report(self) -> Report:
+        """Build the privacy report anew from the run's folder."""
+        from fedtune.report import from_run
+
+        return from_run.build_run_report(self.folder)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return one row per round: seconds, number of sites, bytes, and scores on the validation file."""
+        columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
+        return _to_data_frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})
+
+
+class Ledger:
+    """A site's ledger, read and verified; nothing is written to it.
+
+    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  Only an anchor shows
+    that no event is missing at the end: `fedtune ledger verify --anchor`.
+
+    Args:
+        path: the ledger.db file.
+        site_key: the site's public key in hex, from a trusted source; None: the key that the ledger names.
+
+    Raises:
+        ValueError: there is no such file.
+        RunError: the verification failed; the message says which check.
+    """
+
+    def __init__(self, path: str | Path, *, site_key: str | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ConfigError("ledger", str(path), "must be a ledger.db")
+        self.verified = verify_ledger(self.path, site_key=site_key)
+
+    @property
+    def spending(self) -> Lifetime:
+        """Epsilon spent over the ledger's lifetime, in the current period and by each run, derived from its events."""
+        from fedtune.report.from_ledger import compute_current_lifetime
+
+        return compute_current_lifetime(self.verified)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return one row per event: time, kind, run and round."""
+        columns = ("sequence", "time", "kind", "run", "round")
+        return _to_data_frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
+
+
+def _to_data_frame(
+    rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]
+) -> pandas.DataFrame:
+    """Build a data frame with one row per item, indexed by the first of `columns`; `other` adds more cells to a row."""
+    require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
+    import pandas
+
+    made = ({name: getattr(one, name) for name in columns} | other(one) for one in rows)
+    return pandas.DataFrame(made).set_index(columns[0])

@@ -1,0 +1,87 @@
+"""Unusable rows, counted by reason; no content of a record is stored or reported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedtune.formatting import pluralize
+from fedtune.spec import DataError
+
+MUCH = 0.1  # of a file's rows: if a larger share cannot be used, a setting or the file is likely wrong
+_MOST_REASONS, _MOST_LINES = 3, 5  # shown of them in a message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkippedRows:
+    """The number of rows in data files, and the number of unusable rows by reason."""
+
+    rows: int = 0  # that the files have in all
+    # how many cannot be used, by what a run needs of a row, most first
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return sum(self.reasons.values())
+
+    @property
+    def exceeds_threshold(self) -> bool:
+        return self.count > MUCH * self.rows
+
+    def merge_counts(self, other: SkippedRows) -> SkippedRows:
+        reasons = Counter(self.reasons) + Counter(other.reasons)
+        return SkippedRows(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
+
+    def __str__(self) -> str:
+        """Format as `30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 must be there (role
+        label)`.
+        """
+        rows = f"{self.count:,} of {pluralize(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
+        said = f"A LARGE PART, {rows}," if self.exceeds_threshold else rows
+        return f"{said} cannot be used: {_format_reasons(self.reasons)}"
+
+
+NONE_LEFT_OUT = SkippedRows()
+
+
+class Faults:
+    """A counter of unusable rows, filled while a file is read."""
+
+    def __init__(self) -> None:
+        self._first: DataError | None = None
+        self._reasons: Counter[str] = Counter()
+        self._lines: list[int] = []
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    def add(self, error: DataError, line: int) -> None:
+        self._first = self._first or error
+        # What stands behind a semicolon is advice, and may go by the row.
+        self._reasons[error.bound.partition("; ")[0]] += 1
+        if len(self._lines) < _MOST_LINES and line not in self._lines:
+            self._lines.append(line)
+
+    def summarize(self, *, used: int) -> SkippedRows:
+        """Return the counts so far; `used` is the number of usable rows."""
+        return SkippedRows(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
+
+    def raise_if_any(self) -> None:
+        """Raise a DataError if any row is unusable: about the first one, with the total, the first line numbers and the
+        reasons.
+        """
+        if self._first is None:
+            return
+        first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MOST_LINES else ""
+        several = f": {_format_reasons(self._reasons)}" if len(self._reasons) > 1 else ""
+        all_of_them = f"{num:,} rows cannot be used, in lines {', '.join(map(str, self._lines))}{more}{several}"
+        bound = f"{first.bound} ({all_of_them})" if num > 1 else first.bound
+        raise DataError(first.key, first.value, bound)
+
+
+def _format_reasons(reasons: Mapping[str, int]) -> str:
+    most = Counter(reasons).most_common()
+    rest = sum(count for _, count in most[_MOST_REASONS:])
+    shown = "; ".join(f"{count:,} {reason}" for reason, count in most[:_MOST_REASONS])
+    return f"{shown}; {rest:,} others" if rest else shown

@@ -1,0 +1,313 @@
+"""Annotated texts: tokens with a tag each, or a text with spans, in the file formats of other programs.
+
+Files are cut into records before any of them is parsed, so that an unreadable record affects no other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.json_lists import columns_to_rows, parse_list, to_compact_json
+from fedtune.data.text_rows import MOST_BYTES, Cut, Row, cut_rows, decode_text, format_location, json_type
+from fedtune.spec import DataError
+
+_TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a token's tag in a scheme: its letter, and the type
+_BEGINS, _ENDS, _GOES_ON = frozenset("BSU"), frozenset("ELSU"), frozenset("ILEM")
+"""Letters of the tags of an entity's first and last token, and of those behind the first (IOB2, BILOU, BIOES)."""
+_BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")
+_PARTS = (
+    ("start", "start_offset", "startOffset", "begin", "begin_offset", "beginOffset", "start_char"),
+    ("end", "end_offset", "endOffset", "end_char"),
+    ("label", "type", "entity_group", "entity", "tag", "category", "displayName", "labels"),
+)
+"""Names of a span's first character, of its end, and of its label."""
+DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
+"""Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
+_SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
+
+
+def read_words(value: object, at: str, role: str = "tokens") -> str:
+    """Read the tokens of a record, or their tags, from a list or its text form (as in `labels_of`); one per line."""
+    listed = parse_list(value)
+    if role == "tags" and listed and any(type(one) is int for one in listed):
+        raise DataError(at, "numbers", "must be the names of tags, such as B-PER and O, which numbers lack (role tags)")
+    if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
+        found = "text that is no list" if listed is None else json_type(value) if listed else "an empty list"
+        raise DataError(at, found, f"must be a list of texts (role {role})")
+    return "\n".join(" ".join(str(one).split()) for one in listed)
+
+
+def read_spans(value: object, at: str) -> str:
+    """Read the spans of a text as a JSON list of [start, end, label], `end` exclusive; an empty list is allowed.
+
+    Accepted are such lists (doccano); objects with start, end and label under one of the names in `_PARTS` (Prodigy,
+    doccano, spaCy, pipelines of transformers); and Label Studio's exports, in full or as JSON_MIN, with a list
+    `labels`. Label Studio's offsets count UTF-16 code units, which a fourth value records.  A label may be an integer.
+
+    Raises:
+        DataError: the value has another form.
+    """
+    listed = parse_list(columns_to_rows(value))
+    if listed is None:
+        raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
+    annotated = _first_annotation(listed, at, "spans")
+    listed = listed if annotated is None else [one for one in annotated if "labels" in one]  # others are choices
+    found = []
+    for number, one in enumerate(listed, 1):
+        given = one
+        if isinstance(one, dict):
+            given = [next((one[key] for key in keys if key in one), None) for keys in _PARTS]
+            given[2] = given[2][0] if isinstance(given[2], list) and len(given[2]) == 1 else given[2]
+        kinds = [type(part) for part in given] if isinstance(given, list) else []
+        if kinds not in ([int, int, str], [int, int, int]):
+            bound = "must have start and end, whole numbers, and label, a text (role spans)"
+            raise DataError(f"{at}, span {number}", json_type(one), bound)
+        unit = ["utf-16"] if isinstance(one, dict) and "labels" in one else []
+        found.append([*given[:2], str(given[2]), *unit])
+    return to_compact_json(found)
+
+
+def convert_labels(value: object, at: str) -> object:
+    """Convert the labels of another annotation program to a list; return any other value unchanged.
+
+    Converted are spaCy's `cats` (an object of names with 1 or 0), Label Studio's choices, and doccano's objects with a
+    label.
+    """
+    if isinstance(value, dict):
+        of_cats = value and all(isinstance(one, int | float) and one in (0, 1) for one in value.values())
+        return [name for name, one in value.items() if one] if of_cats else value.get("choices", value)
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        return value
+    annotated = _first_annotation(value, at, "labels")
+    if annotated is not None:
+        return [name for one in annotated for name in one.get("choices", ())]
+    is_span = any(key in one for one in value for keys in _PARTS[:2] for key in keys)
+    return value if is_span else [one.get("label") for one in value]
+
+
+def _first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
+    """Return the values of Label Studio's first annotation that was not skipped, or None if there are no annotations.
+
+    Raises:
+        DataError: all annotations were skipped.
+    """
+    annotations = [one for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
+    if not annotations:
+        return None
+    kept = next((one["result"] for one in annotations if not one.get("was_cancelled")), None)
+    if kept is None:
+        raise DataError(at, "skipped", f"must have an annotation that nobody skipped (role {role})")
+    return [one["value"] for one in kept if isinstance(one, dict) and isinstance(one.get("value"), dict)]
+
+
+def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
+    """Split a token's tag into the letter of its scheme (empty without one) and its type; "O" gives ("O", "").
+
+    A tag that is one of the declared `types` has no scheme, whatever its first letter.
+
+    >>> read_tag("S-protein"), read_tag("S-protein", ["S-protein"])
+    (('S', 'protein'), ('', 'S-protein'))
+    """
+    if tag == "O":
+        return "O", ""
+    match = None if tag in types else _TAG.fullmatch(tag)
+    return (match[1], match[2]) if match else ("", tag)
+
+
+def entities_from_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
+    """Decode tags into entities (first token, end, type); the second value is True if a tag continues no open
+    entity.
+    """
+    found: list[tuple[int, int, str]] = []
+    is_open = is_broken = False
+    for place, tag in enumerate(tags):
+        letter, name = split_tag(tag, types)
+        if letter == "O":
+            is_open = False
+            continue
+        goes_on = is_open and letter not in _BEGINS and found[-1][2] == name
+        is_broken = is_broken or (letter in _GOES_ON and not goes_on)
+        found.append((found.pop()[0] if goes_on else place, place + 1, name))
+        is_open = letter not in _ENDS
+    return found, is_broken
+
+
+def count_entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
+    """Count a record's entities by type, in the order of their first appearance, from its tags or spans."""
+    if "tags" in fields:
+        return dict(Counter(name for *_, name in entities_from_tags(fields["tags"].split("\n"), types)[0]))
+    return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
+
+
+# Files.
+
+
+def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
+    """Parse a CoNLL sentence, with a token and its tag on each line (`_tagged`).
+
+    Columns are separated by tabs or spaces.  Lines -DOCSTART- and comments are skipped.  A comment starts with # and a
+    space, and its number of columns differs from the other lines', or it lacks a tag where those all have one.
+    """
+    lines = [one for one in _split_lines(raw, at=format_location(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
+    others = [one for one in lines if not one.startswith("# ")]
+    # A token may hold any other kind of space, and where there are tabs a plain one.
+    tabs = bool(others) and all("\t" in one for one in others)
+    cells = [one.strip(" ").split("\t") if tabs else re.split("[ \t]+", one.strip(" \t")) for one in lines]
+    of_others = [one for one, said in zip(cells, lines, strict=True) if not said.startswith("# ")]
+    columns, is_tagged = {len(one) for one in of_others}, all(_LIKE_TAG.fullmatch(one[-1].strip()) for one in of_others)
+    places = [place for place, one in enumerate(cells) if len(one) in (columns or {len(one)})]
+    own = {place for place in places if not is_tagged or _LIKE_TAG.fullmatch(cells[place][-1].strip())}
+    cells = [one for place, one in enumerate(cells) if place in own or not lines[place].startswith("# ")]
+    if any(len(one) < 2 for one in cells):
+        raise DataError(
+            format_location(path, line), "a line of one column", "must have a token and its tag on each line"
+        )
+    return _tagged(cells, at=format_location(path, line)) if cells else None
+
+
+def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
+    """The tokens and tags of a sentence's lines: tags are in the last column that holds a scheme's, or else the last.
+
+    Tokens are in the first other column behind those that name or count them (`_first_token`).  CoNLL-U's lines 3-4 and
+    3.1 are of no token of their own.  Nothing but the sentence's own lines decides: how a record is read must not
+    depend on others.
+    """
+    lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])] or cells
+    columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
+    tagged = [place for place, column in enumerate(columns) if all(map(_LIKE_TAG.fullmatch, column))]
+    tag = tagged[-1] if tagged else len(columns) - 1
+    others = [place for place in range(len(columns)) if place != tag]
+    first = _first_token([columns[place] for place in others])
+    if first and not tagged:
+        bound = "must have one such as B-PER and O, or a token and its tag alone on each line"
+        raise DataError(at, "no column of tags", bound)
+    kept = lines if _counts(columns[0], of=len(others)) else cells
+    return {"tokens": [one[others[first]] for one in kept], "tags": [one[tag].strip() for one in kept]}
+
+
+def _first_token(columns: Sequence[Sequence[str]]) -> int:
+    """The place of the first column that holds tokens, behind counters, offsets, and names that all lines share."""
+    whole = [all(map(str.isdecimal, column)) for column in columns]
+    counts = [_counts(column, of=len(columns)) for column in columns]
+    for place, column in enumerate(columns[:-1]):
+        is_id = any(map(str.isdigit, column[0])) and not whole[place] and (len(column) > 1 or whole[place + 1])
+        is_shared = len({*column}) == 1 and (is_id or any(len({*other}) > 1 for other in columns[place + 1 :]))
+        is_offset = whole[place] and (whole[place + 1] or (place > 0 and whole[place - 1] and not counts[place - 1]))
+        if all(whole) or not (counts[place] or is_shared or is_offset):
+            return place
+    return len(columns) - 1
+
+
+def _counts(column: Sequence[str], *, of: int) -> bool:
+    """Numbers behind one name, if any, that rise by one; few of them from 0 or 1, and one beside `of` cells."""
+    found = [re.fullmatch(r"(.*[\W_])?(\d{1,9})", one) for one in column]
+    numbers = [int(one[2]) for one in found if one] or [-1]
+    rises = len({one and one[1] for one in found}) == 1 and numbers == [*range(numbers[0], numbers[0] + len(column))]
+    return rises and (len(column) > 2 or (0 <= numbers[0] < 2 and of > (1 if len(column) > 1 else 3)))
+
+
+def document(path: Path, line: int, raw: bytes | None) -> Row:
+    """Parse a PubTator document: a title and an abstract, followed by a line for each span."""
+    at, parts, spans = format_location(path, line), {}, []
+    for one in _split_lines(raw, at=at):
+        number, mark, rest = one.partition("|")
+        cells = one.split("\t")
+        if mark and rest[:2] in ("t|", "a|") and "\t" not in number:
+            parts[rest[0]] = rest[2:]
+        elif len(cells) >= 5 and cells[1].isdecimal() and cells[2].isdecimal():
+            spans.append((int(cells[1]), int(cells[2]), cells[4], cells[3]))
+        elif len(cells) < 4:  # else a relation between two spans
+            raise DataError(at, "a line of another kind", "must be id|t|, id|a|, or a span in tabs (PubTator)")
+    if "t" not in parts:
+        raise DataError(at, "no title", "must have a line id|t| (PubTator)")
+    return _spans_row(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
+
+
+def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
+    """Convert a BioC JSON document; its offsets are relative to the document, with any number of spaces between
+    passages.
+    """
+    if isinstance(document, DataError):
+        raise document
+    at, text, spans, begins = format_location(path, line), "", [], []
+    try:
+        passages: Any = document["passages"]
+        for passage in passages:
+            for part in [passage] if passage.get("text") else passage.get("sentences", ()):
+                text += " " * bool(text)
+                begins.append((part["offset"], len(text)))
+                text += part["text"]
+        for passage in passages:
+            for part in (passage, *passage.get("sentences", ())):
+                for mark in part.get("annotations", ()):
+                    (place,) = mark["locations"]
+                    offset, begin = max(one for one in begins if one[0] <= place["offset"])
+                    first = begin + place["offset"] - offset
+                    spans.append((first, first + place["length"], mark["infons"]["type"], mark["text"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        bound = "must have passages with offset and text, and annotations of one part with infons.type (BioC)"
+        raise DataError(at, "a document of another form", bound) from None
+    return _spans_row(text, spans, at=at)
+
+
+def brat_files(folder: Path) -> list[Path]:
+    """List the text files of a folder in brat's format, each followed by its annotation file, sorted by name."""
+    found = sorted(folder.glob("*.ann"))
+    return [file for one in found for file in (one.with_suffix(".txt"), one)]
+
+
+def read_brat(_: int, marks: Path) -> Row:
+    """Read a brat document: a text file, and an annotation file with the same name."""
+    at, texts = str(marks), []
+    with suppress(OSError, UnicodeDecodeError):
+        for file in (marks.with_suffix(".txt"), marks):
+            if file.is_file() and file.stat().st_size <= MOST_BYTES:
+                texts.append(file.read_bytes().decode("utf-8-sig"))
+    if len(texts) < 2:
+        bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text beside it in a file .txt"
+        raise DataError(at, "a file that cannot be read", bound)
+    spans = [line for line in texts[1].splitlines() if line.startswith("T")]
+    found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
+    if len(found) < len(spans) or any(one[4] for one in found):
+        raise DataError(at, "a span in several parts, or of another form", "must be one part of the text")
+    # What a span names has spaces where the text has ends of lines.
+    flat = re.sub(r"[\r\n]", " ", texts[0])
+    return {**_spans_row(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at), "text": texts[0]}
+
+
+def _spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
+    """Build a row with spans, after checking that each span's text matches its position."""
+    if any(text[start:end] != said for start, end, _, said in spans):
+        raise DataError(at, "a span beside what it names", "must count characters, and name what stands there")
+    return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
+
+
+def split_at_blank_lines(path: Path) -> Cut:
+    """Yield (first line, bytes) for each block between blank lines; the bytes are None if a block is too long."""
+    kept: list[bytes] = []
+    first = size = 0
+    for number, raw in chain(cut_rows(path), [(0, b"")]):
+        if raw is None or raw.strip(b" \t\r\n"):
+            first = first if size else number
+            size += MOST_BYTES + 1 if raw is None else len(raw)
+            if raw is not None and size <= MOST_BYTES:
+                kept.append(raw)
+            else:
+                kept.clear()
+        elif size:
+            yield first, b"".join(kept) if size <= MOST_BYTES else None
+            kept, size = [], 0
+
+
+def _split_lines(raw: bytes | None, *, at: str) -> list[str]:
+    if raw is None:
+        bound = f"must have at most {MOST_BYTES} bytes a record; a blank line ends one"
+        raise DataError(at, f"more than {MOST_BYTES} bytes", bound)
+    return [line.rstrip("\r") for line in decode_text(raw, at=at).removesuffix("\n").split("\n")]

@@ -1,0 +1,110 @@
+"""Checkpoint selection and early stopping, from scores on the lead's own validation file.
+
+Guarantee: the decision depends only on adapters that the sites have released and on a file without any site's records.
+It therefore has no privacy cost, and the epsilon of the whole plan holds regardless of the decision.  If the scores
+ended the run, the epsilon of the charged rounds alone is not proved, because the scores chose when to stop
+(docs/guarantee.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedtune.evaluation.bootstrap import score_direction
+from fedtune.federation.spec import FederationSpec
+from fedtune.formatting import finite
+from fedtune.privacy.release import Reason
+from fedtune.spec import spec
+
+if TYPE_CHECKING:  # importing it loads adapter code, which a reader of reports does not need
+    from fedtune.federation.lead import RoundResult
+
+
+@spec
+class Kept:
+    """The round that checkpoint selection chose.
+
+    Attributes:
+        round: the round that produced the run's adapter.
+        primary_metric: the name of the score that decided.
+        score: the score of that round on the lead's validation file; None if it is not finite.
+        ended_early: whether early stopping (`federation.early_stopping_patience` rounds without a better score) ended
+            the run before its last round.
+    """
+
+    round: int
+    primary_metric: str
+    score: float | None
+    ended_early: bool
+
+
+def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str) -> Kept | None:
+    """Choose the round to keep, and decide on early stopping, from the scores of the finished rounds.
+
+    Returns None if the settings use neither, or no round is finished.
+    """
+    if not federation.uses_validation_scores or not rounds:
+        return None
+    sign = score_direction(primary_metric)
+
+    def gain(result: RoundResult) -> float:
+        score = finite(result.metrics.get(primary_metric))
+        return -float("inf") if score is None else sign * score
+
+    best = max(rounds, key=gain)  # of equals the first: later ones brought nothing
+    # A round without a usable update keeps the score before it, so it is no failed try.
+    waited = sum(one.round > best.round for one in rounds if one.sites)
+    stops = federation.early_stopping_patience is not None and waited >= federation.early_stopping_patience
+    kept = best if federation.checkpoint_selection == "best" else rounds[-1]
+    return Kept(
+        round=kept.round,
+        primary_metric=primary_metric,
+        score=finite(kept.metrics.get(primary_metric)),
+        ended_early=stops and len(rounds) < count_rounds(rounds, federation),
+    )
+
+
+def count_rounds(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
+    """Count the rounds of a run as things stand; spare rounds replace rounds without a usable update."""
+    return federation.num_rounds + min(federation.spare_rounds, sum(not one.sites for one in rounds))
+
+
+def should_stop(rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str) -> bool:
+    """Return True if a run with these finished rounds has no further round."""
+    if is_budget_used_up(rounds):
+        return True
+    kept = find_kept_round(rounds, federation, primary_metric=primary_metric)
+    return len(rounds) >= count_rounds(rounds, federation) or (kept is not None and kept.ended_early)
+
+
+def is_budget_used_up(rounds: Sequence[RoundResult]) -> bool:
+    """Return True if the newest round failed because too few sites had a round of the plan left.
+
+    A site charges a round before it trains, so an interrupted round counts, and is charged again when it is repeated.
+    The last round of the plan is then missing, unless the plan has a spare round.
+    """
+    return bool(rounds) and not rounds[-1].sites and Reason.PLAN_EXHAUSTED in rounds[-1].failed_sites.values()
+
+
+def explain_used_up(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
+    """Explain which round is missing because the plan was used up, and which setting would have kept it; empty if none
+    is missing.
+    """
+    if not is_budget_used_up(rounds):
+        return ""
+    missing, spare = rounds[-1], federation.spare_rounds
+    sites = ", ".join(site for site, reason in missing.failed_sites.items() if reason == Reason.PLAN_EXHAUSTED)
+    return (
+        f"Round {missing.round} of {federation.num_rounds + spare} is missing, and the run is over without it: an "
+        f"earlier round was interrupted after it was charged, and charged again, so the plan of {sites} is used up. "
+        f"federation.spare_rounds={spare + 1} would have kept it"
+    )
+
+
+def warn_of_interrupted_round(round: int) -> str:
+    """Return the warning that a resumed run prints about an interrupted round."""
+    return (
+        f"Round {round} was interrupted: a site that was charged for it and had no answer yet is charged again. If no "
+        "spare round is left (federation.spare_rounds), the last round of its plan will be missing."
+    )

@@ -1,0 +1,330 @@
+"""Refusals of model files that redirect loading, exhaust a machine's resources, or let examples influence each other.
+
+Each file is checked as the bytes that will be loaded, before a library parses them.  The allowed keys are listed,
+because transformers accepts any other key as well and acts on some of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fedtune.codec import items_of
+from fedtune.model.tokenizer_rules import shorten_value, tokenizer_refusal
+from fedtune.spec import ConfigError
+
+OF_ANY_CONFIG = frozenset(
+    # Of every config, or of every older one.
+    {"model_type", "_name_or_path", "_model_name_or_path", "torch_dtype", "num_labels", "output_attentions"}
+    | {"attn_implementation", "finetuning_task", "gradient_checkpointing", "position_embedding_type", "prefix"}
+    | {"tokenizer_class", "torchscript", "use_bfloat16", "transformers.js_config", "task_specific_params"}
+    | {"sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id", "use_cache"}
+    | {"tie_encoder_decoder", "output_past"}
+    # How to generate: transformers leaves these out.
+    | {"max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"}
+    | {"temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"}
+    | {"encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores"}
+    | {"return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"}
+    | {"exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"}
+    # Positions by rotation, which transformers makes `rope_parameters` of, and attention to the nearest tokens.
+    | {"rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved", "partial_rotary_factor", "rotary_pct"}
+    | {"rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "head_dim"}
+    | {"sliding_window_pattern", "_sliding_window_pattern"}
+    # In well-known models, and read by no code.
+    | {"directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"}
+    | {"pooler_size_per_head", "pooler_type", "n_ctx", "is_llama_config", "use_mrope", "tie_weights_"}
+    | {"pretraining_tp", "feed_forward_length"}
+    # Of a backbone, which is another class than the one that is loaded.
+    | {"out_features", "out_indices", "stage_names"}
+)
+"""Keys of config.json that are taken beside those that an architecture's own config declares.  A list, since
+transformers makes an attribute of any other: with `attribute_map` an innocent key is read as `transformers_weights`,
+and `fusion_config` or `distributed_config` bring other code."""
+
+WITHOUT_EFFECT = frozenset({"special_tokens_map_file", "tokenizer_file", "tokenizer_config_file", "added_tokens_file"})
+"""Old releases wrote where these lay. transformers puts the folder's own files in their places, always."""
+
+OF_TOKENIZER_CONFIG = WITHOUT_EFFECT | frozenset(
+    {"add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens"}
+    | {"backend", "chat_template", "clean_text", "clean_up_tokenization_spaces", "do_basic_tokenize", "do_lower_case"}
+    | {"errors", "extra_special_tokens", "handle_chinese_chars", "is_local", "keep_accents", "legacy"}
+    | {"legacy_behaviour", "local_files_only", "max_length", "model_input_names", "model_max_length"}
+    | {"model_specific_special_tokens", "name_or_path", "never_split", "normalization", "pad_to_multiple_of"}
+    | {"pad_token_type_id", "padding", "padding_side", "processor_class", "remove_space", "return_token_type_ids"}
+    | {"sp_model_kwargs", "spaces_between_special_tokens", "split_special_tokens", "stride", "strip_accents"}
+    | {"token_type_ids_pattern", "tokenize_chinese_chars", "tokenizer_class", "transformers_version", "trim_offsets"}
+    | {"truncation", "truncation_side", "truncation_strategy", "use_default_system_prompt", "use_fast", "verbose"}
+    | {"vocab_size", "wordpieces_prefix"}
+)
+"""Keys of tokenizer_config.json, beside tokens such as `eos_token`: each is an argument of the library's tokenizer."""
+
+OF_SPECIAL_TOKENS_MAP = frozenset(
+    {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    | {"additional_special_tokens", "extra_special_tokens"}
+)
+"""Keys of special_tokens_map.json. transformers hands each of its keys to the tokenizer, after it has put the folder's
+own name in place: another one would name a folder or a repository to read, and say that a hub may be asked."""
+
+
+PRIVATE_TO = "private_to"
+"""In the settings of what was trained without noise on one site's records (`fedtune.sites.personalization`): the site.
+"""
+OWED = "fedtune_owed"
+"""In the config.json of an exported model: what its training owes to records (`fedtune.runs.environment`)."""
+PROCESSOR = "preprocessor_config.json"  # the settings of an image processor
+PROCESSOR_KIND = re.compile("(ViT|DeiT|Bit|Siglip)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
+"""What settings call a processor that is taken, whose class for PIL is that of the first part."""
+OF_PROCESSOR = frozenset(
+    {"crop_size", "data_format", "default_to_square", "device", "disable_grouping", "do_center_crop", "do_convert_rgb"}
+    | {"do_normalize", "do_pad", "do_rescale", "do_resize", "feature_extractor_type", "image_mean"}
+    | {"image_processor_type", "image_std", "input_data_format", "pad_size", "processor_class", "resample"}
+    | {"rescale_factor", "return_tensors", "size", "_valid_processor_keys"}
+)
+"""Keys of preprocessor_config.json: transformers makes an attribute of any other, a method's name among them."""
+_OF_EVERY_PROCESSOR = {"data_format": (None, "channels_first"), "do_pad": (None, False)} | dict.fromkeys(
+    ("device", "input_data_format", "pad_size", "return_tensors"), (None,)
+)
+_MOST_SIDE = 1024  # of an image before its middle is cut out: how large it becomes decides about memory and time
+
+_MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
+_MOST_BYTES |= {PROCESSOR: 1 << 20}
+_MOST_BYTES_ELSE = 256 << 20
+_MOST_DEPTH = 32
+_LARGEST_INTEGER = 1 << 24
+_MOST_LAYERS = 1 << 10
+
+_LOADS_MORE = "would load files or code other than the pinned ones"
+_REDIRECTING = frozenset(
+    {"transformers_weights", "auto_map", "quantization_config", "custom_pipelines", "configuration_files"}
+    | {"backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"}
+)
+"""Keys of config.json, at any depth, that make transformers read other files, ask a hub, run other code or change the
+weights."""
+
+ENCODERS = frozenset({"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"})
+ARCHITECTURES = ENCODERS | frozenset(
+    {"cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "ministral", "mistral"}
+    | {"olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
+)
+"""`model_type` of the models that are taken: dense transformers over text whose code, in transformers 5.23, computes
+each example of a batch without looking at the others.  A list, since weights can hide from any try what the rest of the
+library does: patches as many as the richest example has (BLT), experts that round by how many tokens reach them
+(GPT-OSS, every mixture of experts), a scale from the largest value of the batch (Nystromformer), a state kept from one
+batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for such things first."""
+
+_ATTENTION = (None, "eager", "sdpa")
+"""Implementations of attention.  Others are fetched from a hub as compiled code ("kernels-community/..."), or need
+packages that sites may lack."""
+VISION = {"deit": 2, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
+"""`model_type` of the models of images that are taken, for the same reason, and how many places of their own stand
+before those of an image's patches."""
+_BATCH_NORM = frozenset({"efficientnet", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "regnet", "resnet"})
+
+STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
+"""Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
+
+
+def max_file_bytes(name: str) -> int:
+    """Return the maximum size, in bytes, of a file other than weights."""
+    return _MOST_BYTES.get(name, _MOST_BYTES_ELSE)
+
+
+def check_content(name: str, content: bytes, *, folder: str) -> None:
+    """Check the content of one of a model's files other than its weights.
+
+    Raises:
+        ConfigError: for `model.path`; the message names the file and the reason.
+    """
+    if len(content) > max_file_bytes(name):
+        raise _file_refusal(folder, name, f"is larger than {max_file_bytes(name) >> 20} MiB")
+    if not name.endswith(".json"):
+        return
+    try:
+        fields = _parse_json(content)
+    except _NotPlain as error:
+        raise _file_refusal(folder, name, str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise _file_refusal(folder, name, "is not readable JSON") from error
+    if (refusal := _REFUSALS.get(name)) is not None:
+        reason = refusal(fields) if isinstance(fields, dict) else "must be a JSON object"
+        if reason is not None:
+            raise _file_refusal(folder, name, reason)
+
+
+def config_refusal(fields: dict[str, Any]) -> str | None:
+    """Return the reason for refusing a config, as the end of a sentence, or None if the config is acceptable."""
+    if (site := fields.get(PRIVATE_TO)) is not None:
+        return f"is of a model that is private to {shorten_value(site)}, without a guarantee: no run begins in it"
+    layers = 0
+    for key, value in _iter_entries(fields):
+        if key in _REDIRECTING and value is not None:
+            return f"has {key}, which {_LOADS_MORE}"
+        if re.fullmatch(r"_?attn_implementation(_internal)?", key) and not all(
+            one in _ATTENTION for one in (value.values() if isinstance(value, dict) else (value,))
+        ):
+            return f"has {key} = {shorten_value(value)}, which can load code; leave it out"
+        if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
+            return f"has {shorten_value(key)} = {shorten_value(value)}, and nothing in a model is larger than {_LARGEST_INTEGER}"
+        if type(value) is int and "layer" in key and "size" not in key and "dim" not in key:
+            layers = max(layers, value)
+    if layers > _MOST_LAYERS:
+        return f"describes {layers} layers, which is more than any model has"
+    return _rope_refusal(fields) or _architecture_refusal(fields) or _unknown_key_refusal(fields)
+
+
+def _architecture_refusal(fields: dict[str, Any]) -> str | None:
+    inner = next((key for key, value in fields.items() if key.endswith("_config") and isinstance(value, dict)), None)
+    if inner is not None:
+        return (
+            f"has {shorten_value(inner)}, a model within the model; a model of texts alone, or of images, can be taken"
+        )
+    model_type = fields.get("model_type")
+    if isinstance(model_type, str) and model_type in ARCHITECTURES | VISION.keys():
+        return None
+    if isinstance(model_type, str) and model_type in _BATCH_NORM:
+        return f"has model_type {model_type}, which has BatchNorm: it mixes the examples of a batch by their mean"
+    known = ", ".join((*sorted(ARCHITECTURES), *VISION))
+    return (
+        f"has model_type {shorten_value(model_type)}, of which fedtune does not know that it computes each example of a batch "
+        f"by itself; it knows {known}"
+    )
+
+
+def rotary_refusal(rope_type: object) -> str | None:
+    """Return the reason for refusing a rope type, as the end of a sentence, or None for a static type."""
+    if rope_type is None or (isinstance(rope_type, str) and rope_type in STATIC_ROTARY):
+        return None
+    if rope_type in ("longrope", "su") or "dynamic" in str(rope_type):
+        return (
+            f"has rope type {shorten_value(rope_type)}, which chooses its frequencies by the longest example of a batch, so "
+            "one record would change another's gradient"
+        )
+    return f"has rope type {shorten_value(rope_type)}, of which fedtune does not know that a batch leaves its frequencies alone"
+
+
+def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
+    """Return the reason for refusing a key that is not a setting of this (known) architecture, or None."""
+    # Here, so that who reads settings does not wait for it.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    declared = {field.name for field in dataclasses.fields(CONFIG_MAPPING[fields["model_type"]])}
+    known = declared | OF_ANY_CONFIG | {OWED} | _REDIRECTING  # of the last, null alone has come so far
+    unknown = next((key for key in fields if key not in known), None)
+    if unknown is None:
+        return None
+    return (
+        f"has {shorten_value(unknown)}, which is no known setting of a {fields['model_type']} model; one could change what is "
+        "loaded, so leave it out"
+    )
+
+
+def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None:
+    """Return the reason for refusing a rope type anywhere in a config, including nested configs and per-layer
+    settings.
+    """
+    for key, value in fields.items():
+        is_type = key == "rope_type" or (inside and key == "type")
+        reason = rotary_refusal(value) if is_type else None
+        for part in value if isinstance(value, list) else (value,):
+            if reason is None and isinstance(part, dict):
+                reason = _rope_refusal(part, inside=inside or "rope" in key)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _tokenizer_config_refusal(fields: dict[str, Any]) -> str | None:
+    for key, value in fields.items():
+        if key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
+            return f"has {shorten_value(key)}, which is no known setting of a tokenizer; leave it out"
+    return None
+
+
+def _special_tokens_refusal(fields: dict[str, Any]) -> str | None:
+    for key, value in fields.items():
+        if key not in OF_SPECIAL_TOKENS_MAP:
+            return f"has {shorten_value(key)}, which is no special token"
+        # One token, a list of them, or tokens by name.
+        by_name = isinstance(value, dict) and "content" not in value
+        if not all(map(_is_token, value.values() if by_name else value if isinstance(value, list) else [value])):
+            return f"has {key} = {shorten_value(value)}, which is no token"
+    return None
+
+
+def _processor_refusal(fields: dict[str, Any]) -> str | None:
+    named = [fields.get(key) for key in ("image_processor_type", "feature_extractor_type") if fields.get(key)]
+    if not named or not all(isinstance(one, str) and PROCESSOR_KIND.fullmatch(one) for one in named):
+        return f"has image_processor_type {shorten_value(named)}; fedtune knows those of ViT, DeiT, Bit (DINOv2) and Siglip"
+    for key, value in fields.items():
+        if key not in OF_PROCESSOR or value not in _OF_EVERY_PROCESSOR.get(key, (value,)):
+            return f"has {shorten_value(key)} = {shorten_value(value)}, which fedtune does not know of an image processor; leave it out"
+        sides = (value.values() if isinstance(value, dict) else [value]) if key in ("size", "crop_size") else ()
+        if not all(one is None or (type(one) is int and 0 < one <= _MOST_SIDE) for one in sides):
+            return f"has {key} = {shorten_value(value)}; each side must be a whole number of at most {_MOST_SIDE}"
+        three = isinstance(value, list) and len(value) == 3 and all(type(one) in (int, float) for one in value)
+        if key in ("image_mean", "image_std") and not (three and (key == "image_mean" or all(value))):
+            return (
+                f"has {key} = {shorten_value(value)}; it must be three numbers, for an image in color, and no spread 0"
+            )
+    return None
+
+
+_REFUSALS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "config.json": config_refusal,
+    "tokenizer.json": tokenizer_refusal,
+    "tokenizer_config.json": _tokenizer_config_refusal,
+    "special_tokens_map.json": _special_tokens_refusal,
+    "added_tokens.json": lambda fields: None,
+    PROCESSOR: _processor_refusal,
+}
+
+
+def _is_token(value: Any) -> bool:
+    return value is None or isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+
+class _NotPlain(ValueError):
+    """JSON with duplicate keys, numbers that are not finite, or too deep nesting."""
+
+
+def _parse_json(content: bytes) -> Any:
+    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise _NotPlain(f"has the key {shorten_value(key)} twice")
+            fields[key] = value
+        return fields
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise _NotPlain(f"holds {text[:20]}, which is not a finite number")
+        return value
+
+    text = content.decode("utf-8")
+    fields = json.loads(text, object_pairs_hook=once_each, parse_constant=finite, parse_float=finite)
+    level = [fields]
+    for _ in range(_MOST_DEPTH):
+        level = [part for one in level for part in items_of(one) if isinstance(part, dict | list)]
+    if level:
+        raise _NotPlain(f"is nested more than {_MOST_DEPTH} deep")
+    return fields
+
+
+def _iter_entries(fields: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key and value at any depth; a list's items count under the key of the list."""
+    for key, value in fields.items():
+        yield key, value
+        for part in value if isinstance(value, list) else (value,):
+            if isinstance(part, dict):
+                yield from _iter_entries(part)
+            elif isinstance(value, list):
+                yield key, part
+
+
+def _file_refusal(folder: str, name: str, reason: str) -> ConfigError:
+    return ConfigError("model.path", folder, f"its {name} {reason}")

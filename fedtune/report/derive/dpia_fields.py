@@ -1,0 +1,162 @@
+"""Fields of a data protection impact assessment and of technical documentation: known facts, and those only a site has.
+
+A cell is "auto" (facts of the run or ledger), "design" (true of every run of an unmodified fedtune, and not observed in
+this run), "site" (names of facts that a person at the site supplies) or "missing" (facts that should be on record and
+are not).  Facts are figures, names, hashes and codes.  Cells contain no prose and no judgment: purpose, legal basis and
+necessity are for the controller to state, and no program can compute whether something is anonymous or lawful.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.model.spec import NO_ADAPTER
+from fedtune.privacy.run_plan import Plan
+from fedtune.report.facts import RunFacts, Value
+from fedtune.report.model import Cells, CellState, Report
+from fedtune.tasks.inputs import get_input_for
+
+if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
+    from fedtune.config import RunConfig
+
+_DATA = tomllib.loads(Path(__file__).with_name("dpia_fields.toml").read_text(encoding="utf-8"))
+FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]  # `facts` that are known, and others `of_the_site`
+BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
+KINDS: Mapping[str, str] = {fact: kind for kind, facts in _DATA["kinds"].items() for fact in facts}
+"""Fact -> how a page shows its value, as `Column` in page/tables.py has it; the others are names."""
+SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that a run's settings, or those of a ledger's runs, say
+TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
+
+
+def build_cells(known: Mapping[str, Value]) -> Cells:
+    """Build the cells from the `known` facts (name -> value)."""
+    assert known.keys() <= {name for field in FIELDS.values() for name in field["facts"]}, "a fact that no cell shows"
+    made: dict[str, dict[CellState, dict[str, Value]]] = {}
+    for code, field in FIELDS.items():
+        found: dict[CellState, dict[str, Value]] = {"auto": {}, "design": {}, "missing": {}}
+        for name in field["facts"]:
+            value = known.get(name)
+            found["missing" if value is None else "design" if name in BY_DESIGN else "auto"][name] = value
+        found["site"] = dict.fromkeys(field["of_the_site"])
+        made[code] = {state: facts for state, facts in found.items() if facts}
+    return made
+
+
+def build_report_cells(report: Report) -> Cells:
+    """Build the cells from a report's figures; the report's existing cells are ignored."""
+    facts, made = report.facts, report.facts.provenance
+    # What follows from the sites' own figures is of the worst site each, as are the report's verdict and epsilon.
+    verdict, promised = report.verdict, report.verdict.state != "no_guarantee"
+    epsilon = report.epsilon if promised else None
+    meanings = [site.meaning for site in report.sites if site.meaning]
+    by_mechanism = [one.right_of_100_mechanism for one in meanings if one.right_of_100_mechanism is not None]
+    ceiling = max((one.right_of_100_ceiling for one in meanings), default=None) if promised else 100.0
+    mechanism: Value = max(by_mechanism, default=None) if len(by_mechanism) == len(meanings) else "not_computed"
+    bound = (ceiling if mechanism == "not_computed" else mechanism) if promised else 100.0
+    failures = [one.expected_failures for one in meanings if one.expected_failures is not None]
+    rows_of_all = [row for site in report.sites for row in site.mechanisms]
+    summed, sizes = any(row.shared for row in rows_of_all), facts.declared_sizes
+    technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
+    total = sum(size or 0 for size in sizes.values())
+    known: dict[str, Value] = {
+        **BY_DESIGN,
+        **facts.settings,
+        "unit": facts.unit,
+        "date": facts.date,
+        "declared_sizes": sizes,
+        "base_model": made.model,
+        "base_model_license": made.model_license,
+        "base_model_sha256": made.model_sha256,
+        "dataset": made.dataset,
+        "task": made.task,
+        "fedtune_version": made.fedtune_version,
+        "hardware": made.machine,
+        "delta": facts.delta,
+        "randomness": report.randomness,
+        "released": report.released,
+        "known_limits": report.not_protected,
+        "verdict": verdict.state,
+        "epsilon": "unbounded" if epsilon is None else epsilon,
+        "expected_failures": max(failures, default=None),
+        "right_of_100_ceiling": ceiling,
+        "right_of_100_mechanism": mechanism if promised else None,
+        "singling_out_bound": bound,
+        "linkability_bound": bound,
+        "sampling_run": tuple(sorted({row.sampling_run for row in rows_of_all})) or None,
+        "secure_aggregation": "yes" if summed else "no",
+        "technologies_on": tuple(name for name, on in technologies.items() if on),
+        "technologies_off": tuple(name for name, on in technologies.items() if not on),
+        "accountant": f"PLD, RDP: dp-accounting {made.libraries.get('dp-accounting', '')}".strip(),
+        "libraries": tuple(f"{name} {version}" for name, version in made.libraries.items()) or None,
+        "declared_total": total,
+        "num_sites": len(sizes),
+    }
+    if isinstance(facts, RunFacts):
+        known |= {
+            "mechanism": "dp_sgd" if facts.plan.private else "none",
+            "transport": TRANSPORT.get(str(facts.settings.get("runtime"))),
+            "trained_parameters": facts.trained_parameters,
+            "parameters_per_record": None if facts.trained_parameters is None else facts.trained_parameters / total,
+            "seconds": facts.seconds,
+            "scores_before": facts.before or None,
+            "scores_final": facts.final or None,
+        }
+    else:
+        verified = facts.verification
+        up_to_there = verified is not None and verified.anchor_sequence is not None and not verified.rollback_excluded
+        to_the_end = verified is not None and verified.rollback_excluded
+        known |= {
+            "runtime": "simulation" if facts.simulated else None,
+            "mechanism": tuple(dict.fromkeys("dp_sgd" if run.plan.private else "none" for run in facts.runs)) or None,
+            "base_model": tuple(dict.fromkeys(run.base_model for run in facts.runs)) or None,
+            "ledger_verified": "no" if verified is None else "yes",
+            "rollback_excluded": "up_to_the_anchor" if up_to_there else "yes" if to_the_end else "no",
+        }
+    return build_cells(known)
+
+
+def facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """Return the fields of `RunFacts` that follow from a run's settings and plan."""
+    federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
+    known = {"name": config.name, "target_epsilon": epsilon, "settings": cell_facts_from_settings(config, plan)}
+    judged = {
+        "primary_metric": config.primary_metric,
+        "checkpoint_selection": federation.checkpoint_selection,
+        "early_stopping_patience": federation.early_stopping_patience,
+    }
+    return known | judged
+
+
+def provenance_from_settings(config: RunConfig) -> dict[str, str | None]:
+    """Return the fields of `Provenance` that follow from a run's settings alone."""
+    model, data, purpose = config.model, config.data, config.report.about.purpose
+    base = {"model": model.public_path, "model_license": model.license}
+    return {**base, "dataset": data.dataset, "task": config.task, "purpose": purpose}
+
+
+def cell_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Value]:
+    """Return the facts in cells that follow from a run's settings."""
+    data = config.data
+    known: dict[str, Value] = {
+        "columns_used": tuple(dict.fromkeys(config.bound_task.columns(data, unit=plan.unit))),
+        "runtime": config.runtime.kind,
+        "most_tokens": data.max_length,
+        "modality": get_input_for(data).modality,
+        "rank": format_rank(config.lora.kind, config.lora.effective_rank),
+        "target_modules": tuple(config.lora.adapted_modules) or "none",
+        "update_checks": config.federation.strategy,
+        "labels": len(data.labels) or None,
+        "heldout_fraction": data.heldout_fraction,
+        # How much of a file a simulation uses says nothing of real sites' files.
+        "used_fraction": None if config.runtime.kind == "deployment" else data.train_fraction,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def format_rank(adapter: str, rank: int) -> str:
+    """Format an adapter's rank, followed by its kind unless it is LoRA."""
+    rank = 0 if adapter == NO_ADAPTER else rank
+    return str(rank) if adapter == "lora" else f"{rank} ({adapter})"

@@ -1,0 +1,176 @@
+"""The translations of the report's page in `texts.toml`, and each language's number formats.
+
+Privacy losses are rounded up, and remaining budgets down; a missing limit is shown as a word, never as 0 or a blank.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from fedtune.privacy.accountant import format_epsilon, format_factor
+from fedtune.show.budget_text import ArrivalRange
+from fedtune.show.lines import power_of_ten
+from fedtune.spec import check_one_of
+
+LANGUAGES = ("en", "de")
+_TIMES = "\N{MULTIPLICATION SIGN}"
+MOST_RIGHT = Decimal("99.9999")  # of 100 guesses; beyond, nothing that is worth a number bounds them
+_SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
+_ANY_FLOAT = Context(prec=700)  # digits enough for the largest float and the smallest
+_PREFIXES = ("", "k", "M", "G", "T")
+_EVEN = ROUND_HALF_EVEN
+_PLACES = {"left": (3, ROUND_FLOOR), "score": (4, _EVEN), "of_100_fine": (2, ROUND_CEILING), "seconds": (1, _EVEN)}
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Translated texts by section and key; `language` is the code for the page's `lang` attribute."""
+
+    language: str
+    texts: Mapping[str, Mapping[str, str]]
+
+    def override_texts(self, of: str) -> Catalog:
+        """Return a catalog in which the texts of the section `of` override others.
+
+        A key of that section has the form `section__key`; an unknown section overrides nothing.
+        """
+        others = {tuple(key.split("__")): text for key, text in self.texts.get(of, {}).items()}
+        texts = {
+            section: {key: others.get((section, key), text) for key, text in of_section.items()}
+            for section, of_section in self.texts.items()
+        }
+        return Catalog(self.language, texts)
+
+    def text(self, key: str, **values: object) -> Markup:
+        """Return the text `section.key` with its placeholders filled in; values that are not Markup are escaped."""
+        section, name = key.split(".")
+        return Markup(escape(self.texts[section][name])).format(**values)
+
+    def has(self, section: str, code: str) -> bool:
+        return code in self.texts[section]
+
+    def code(self, section: str, code: str) -> Markup:
+        """Return the words for a code in the report; an unknown code, as from a later version, is shown unchanged."""
+        return self.text(f"{section}.{code}") if self.has(section, code) else Markup("<code>{}</code>").format(code)
+
+    def listed(self, section: str, codes: Sequence[str]) -> Markup:
+        """Join the words for several codes: "a, b and c", with semicolons if one of them contains a comma."""
+        words = [self.code(section, code) for code in codes]
+        if any(", " in word for word in words):
+            return Markup("; ").join(words)
+        if len(words) < 2:
+            return words[0] if words else self.text("word.none")
+        return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
+
+    def arrivals(self, people: Iterable[ArrivalRange]) -> Markup:
+        """Describe people by when they joined."""
+        return Markup(", ").join(self.text(f"arrivals.{one.code}", first=one.first, last=one.last) for one in people)
+
+    def figure(self, value: Any, kind: str) -> str:
+        """Format a figure in this language, by its kind.
+
+        Kinds: "epsilon" (rounded up), "factor" (e to that power, rounded up), "cap" (as it was set), "left" (rounded
+        down),
+        "exact" (as it was set), "number" (six digits), "score", "count", "of_100" (a share of guesses, rounded up to a
+        whole
+        number, or above 99 to enough digits to differ from 100, which would be certainty), "of_100_fine" (rounded up),
+        "percent" (rounded up), "failures" (rounded up), "seconds", "bytes", "day", "moment", "length" (of a list).
+
+        None is "unbounded" for an epsilon, "no limit" for a cap and for what is left of a cap, and otherwise "not
+        known".
+        """
+        if kind in ("epsilon", "factor"):
+            text = format_epsilon(value) if kind == "epsilon" else format_factor(value)
+            return self.texts["word"]["unbounded"] if text == "unbounded" else self._localize_marks(text)
+        if value is None:
+            return self.texts["word"]["no_cap" if kind in ("cap", "left") else "unknown"]
+        if kind in ("day", "moment"):
+            return self._format_time(value, kind)
+        if isinstance(value, float) and not math.isfinite(value):
+            return self.texts["word"]["unbounded"]
+        exact = Decimal(len(value)) if kind == "length" else Decimal(repr(value))
+        if kind in _PLACES:
+            return self._localize_marks(str(_round_to_places(exact, *_PLACES[kind])))
+        match kind:
+            case "cap" | "exact":
+                return self._format_plain(exact)
+            case "number" | "failures":
+                return self._format_plain(_round_to_digits(exact, 6 if kind == "number" else 2, kind))
+            case "count" | "length":
+                return self._localize_marks(f"{exact:,}")
+            case "of_100" if exact > MOST_RIGHT:
+                return self.texts["word"]["unbounded"]
+            case "of_100":
+                places = -(100 - exact).adjusted() if exact > 99 else 0
+                return self._localize_marks(str(_round_to_places(exact, places, ROUND_CEILING))) + "\N{NO-BREAK SPACE}%"
+            case "percent":
+                return self._format_plain(_round_to_digits(100 * exact, 4, "failures")) + "\N{NO-BREAK SPACE}%"
+            case "bytes":
+                step = min(int(math.log10(value)) // 3, len(_PREFIXES) - 1) if value >= 1 else 0
+                scaled = _round_to_digits(Decimal(value).scaleb(-3 * step), 3, "number")
+                return f"{self._format_plain(scaled)} {_PREFIXES[step]}B"
+        raise ValueError(f"no kind of figure: {kind}")
+
+    def _format_plain(self, value: Decimal) -> str:
+        """Format a number without an exponent, or as 1.5 × 10⁻⁹ if it is tiny."""
+        if value and abs(value) < _SMALLEST_PLAIN:
+            power = value.adjusted()
+            return self._localize_marks(f"{value.scaleb(-power).normalize():f}") + f" {_TIMES} {power_of_ten(power)}"
+        whole = value.to_integral_value()
+        return self._localize_marks(f"{whole:,f}" if whole == value else f"{value.normalize():,f}")
+
+    def _format_time(self, value: str, kind: str) -> str:
+        try:
+            moment = datetime.fromisoformat(value)
+            moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        except (ValueError, OverflowError):
+            return value
+        if len(value) == len("2026-03-01"):
+            kind = "day"  # no more is known of it
+        texts = self.texts["language"]
+        fields = {"day": moment.day, "month": texts["months"].split()[moment.month - 1], "year": moment.year}
+        return texts[kind].format(**fields, clock=f"{moment:%H:%M}")
+
+    def _localize_marks(self, text: str) -> str:
+        """Replace the decimal point and the group separators of Python's notation by those of this language."""
+        marks = self.texts["language"]
+        return text.translate({ord("."): marks["decimal"], ord(","): marks["group"]})
+
+
+@lru_cache(maxsize=len(LANGUAGES))
+def load_catalog(language: str) -> Catalog:
+    """Return the texts of a language.
+
+    Raises:
+        ConfigError: there are no texts in this language.
+    """
+    check_one_of("report.language", language, LANGUAGES)
+    texts = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
+    of_language = {section: {key: text[language] for key, text in keys.items()} for section, keys in texts.items()}
+    return Catalog(language, of_language)
+
+
+def _round_to_places(value: Decimal, places: int, rounding: str) -> Decimal:
+    found = value.quantize(Decimal(1).scaleb(-places), rounding=rounding, context=_ANY_FLOAT)
+    return _ANY_FLOAT.plus(found)  # which makes 0 of -0
+
+
+def _round_to_digits(value: Decimal, digits: int, kind: str) -> Decimal:
+    """Round to `digits` significant digits; shares and numbers of failures are rounded up."""
+    if not value:
+        return value
+    if kind != "failures":
+        return _round_to_places(value, digits - 1 - value.adjusted(), ROUND_HALF_EVEN)
+    # What a float adds in its last digits (0.0023000000000000004) is not worth a digit that people see.
+    value = _round_to_places(value, 12 - value.adjusted(), ROUND_HALF_EVEN)
+    return _round_to_places(value, digits - 1 - value.adjusted(), ROUND_CEILING)

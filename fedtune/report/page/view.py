@@ -1,0 +1,264 @@
+"""The wording of a report in one language, and JSON pointers to its values."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from markupsafe import Markup
+
+from fedtune.federation.drift import FELL
+from fedtune.formatting import unbounded
+from fedtune.model.spec import NO_ADAPTER
+from fedtune.report import model
+from fedtune.report.derive.dpia_fields import format_rank
+from fedtune.report.derive.profile import BANDS, strength_band
+from fedtune.report.derive.verdicts import WORST_FIRST, explain_missing_room, report_outcome
+from fedtune.report.facts import CohortFigures, LedgerFacts
+from fedtune.report.model import Assumption, Report
+from fedtune.report.page.translations import MOST_RIGHT, Catalog
+from fedtune.show.budget_text import ArrivalRange, merge_adjacent
+from fedtune.show.drawing import MOST_LINES
+from fedtune.show.lines import shortened
+
+One = TypeVar("One")
+_LONGEST_IN_CHART = 18
+_MOST_ASSUMPTIONS = 4
+_SAYS_NOTHING = 99  # right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody
+_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}  # column of what is left to a site that takes its own from all
+_MOST_FOR_SUBTRACTION = 2
+count_of_rows = Markup('<span class="rows">{}</span>').format
+
+
+class Words:
+    """A report together with the catalog of the language in which it is shown."""
+
+    def __init__(self, report: Report, catalog: Catalog) -> None:
+        facts = report.facts
+        self.report, self.facts, self.is_ledger = report, facts, facts.kind == "ledger"
+        self.catalog = catalog.override_texts(f"by_{facts.unit}").override_texts(f"where_{self.noise}")
+        self.text, self.code, self.listed = self.catalog.text, self.catalog.code, self.catalog.listed
+        self.json = model.to_json(report)
+        self.room, self.result = explain_missing_room(report), report_outcome(report)
+        self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
+        self.band = strength_band(report.epsilon if self.promises else None)
+        # A secure sum is part of it, whose noise several sites made together.
+        self.shared = any(one.shared for site in report.sites for one in site.mechanisms)
+        # The figures of a ledger's people by when they came; none where one figure is everybody's.
+        life = report.sites[0].lifetime
+        self.cohorts: tuple[CohortFigures, ...] = (life and life.cohorts) or ()
+        self.delta_at = "/facts/delta" if isinstance(facts, LedgerFacts) else "/facts/plan/delta"
+        self.audit = None if isinstance(facts, LedgerFacts) else facts.audit
+        at_most = [] if isinstance(facts, LedgerFacts) else [facts.is_upper_bound(site) for site in facts.sites]
+        self.silent = {f"/sites/{n}" for n, is_so in enumerate(at_most) if is_so}
+        figures = ((unbounded(one.spent.epsilon), unbounded(one.spent.epsilon_pld)) for one in report.sites)
+        losses = {f"/sites/{n}": both for n, both in enumerate(figures)}
+        # The site that the headline's epsilon is of; of several, the first that signed for it.
+        self.worst = max(losses, key=lambda site: (losses[site], site not in self.silent))
+        states = {f"/sites/{n}": WORST_FIRST.index(one.verdict.state) for n, one in enumerate(report.sites)}
+        # The least favorable result first.
+        self.sites = sorted(losses, key=lambda site: (states[site], *(-loss for loss in losses[site])))
+
+    @property
+    def noise(self) -> str:
+        """The kind of noise: "noised", "seeded", or "no_noise" if any mechanism lacked it."""
+        noises = [one.noise_multiplier for site in self.report.sites for one in site.mechanisms]
+        if 0 in noises or "no_noise" in self.report.verdict.reasons:
+            return "no_noise"
+        return "seeded" if self.facts.seeded_noise else "noised"
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Codes of warnings that follow from scores, including the sites' scores."""
+        fall = self.report.utility and self.report.utility.fall
+        found = () if isinstance(self.facts, LedgerFacts) else self.facts.findings
+        return (*found, *((FELL,) if fall and fall.found else ()))
+
+    @property
+    def without_base(self) -> bool:
+        """Whether every run trained a head without a base model."""
+        return {*str(self.report.known.get("rank")).split(", ")} == {format_rank(NO_ADAPTER, 0)}
+
+    def band_range(self, band: str) -> Markup:
+        """Describe the range of epsilon of a strength band."""
+        least, most = (f"{edge:g}" for edge in BANDS[band])
+        key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
+        return self.text(f"strength.{key}", least=least, most=most)
+
+    def at(self, pointer: str, *, absent: object = None) -> Any:
+        """Return the value in report.json at a JSON pointer, or `absent` if one of its parents is null."""
+        found: Any = self.json
+        for part in pointer.split("/")[1:]:
+            if found is None:
+                return absent
+            found = found[int(part) if isinstance(found, list) else pointer_name(part)]
+        return found
+
+    def place(self, kind: str, site: str) -> str:
+        """Return the JSON pointer to one kind of data about a site: "sites", "facts", "own" or "life", as in
+        page.toml.
+        """
+        own = "/facts" if self.is_ledger else f"/facts{site}/statement"
+        of_ledger = {"facts": "/facts", "life": f"{site}/lifetime"}
+        of_run = {"facts": f"/facts{site}", "life": f"{own}/lifetime"}
+        return {"sites": site, "own": own, **(of_ledger if self.is_ledger else of_run)}[kind]
+
+    def site_pointer(self, pointer: str) -> str:
+        """Return the pointer to the site that contains `pointer`."""
+        return self.sites[0] if self.is_ledger else f"/sites/{pointer.removeprefix('/facts').split('/')[2]}"
+
+    def together(self, sites: Sequence[str], *, of: int) -> Markup:
+        """Label a chart's line that several sites share, since their values are equal; `of` is the number of all
+        sites.
+        """
+        name = shortened(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
+        if len(sites) == 1:
+            return Markup("{}").format(name)
+        if len(sites) == of:
+            return self.text("chart.all_alike", sites=count_of_rows(of))
+        return self.text("chart.some_alike", name=name, others=count_of_rows(len(sites) - 1))
+
+    @property
+    def drawn(self) -> dict[int, str]:
+        """The periods of the cohorts that a chart shows, by index: the newest cohorts that have spent anything."""
+        spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MOST_LINES:]
+        return {place: self.cohorts[place].people.dates for place in spent}
+
+    def figure(self, pointer: str, kind: str) -> Markup:
+        """Format the figure at a pointer as a `page_layout` element that refers to its place in report.json."""
+        value = self.at(pointer)
+        return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
+            json.dumps(value), pointer, kind, self.catalog.figure(value, kind)
+        )
+
+    def spent(self, pointer: str, kind: str = "epsilon") -> Markup:
+        """Format a figure of a site's charges, with "at most" if the site did not confirm the end of the run."""
+        figure = self.figure(pointer, kind)
+        if self.site_pointer(pointer) not in self.silent:
+            return figure
+        return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
+
+    def rows(self, of: str) -> list[str]:
+        """Expand a row pattern of page.toml to the pointers of a table's rows."""
+        if " and " in of:
+            return [row for one in of.split(" and ") for row in self.rows(one)]
+        of, _, having = of.partition(" having ")
+        start, *parts = of.split("/")
+        found = [start and self.worst] if start in ("", "worst") else [self.place(start, site) for site in self.sites]
+        for part in parts:
+            entries = {one: self._entry_names(one) if part == "*" else [part] for one in found}
+            found = [f"{one}/{entry}" for one, several in entries.items() for entry in several]
+        return [row for row in found if not having or self.at(f"{row}/{having}") is not None]
+
+    def _entry_names(self, at: str) -> list[str]:
+        """Return the last pointer part of each entry in a list or mapping."""
+        found = self.at(at) or ()
+        return [pointer(name)[1:] for name in (found if isinstance(found, dict) else range(len(found)))]
+
+    # What page 1 says beyond single figures.
+
+    def access(self) -> Mapping[str, Sequence[str]]:
+        """Return observer -> a code for each column of what the observer can see."""
+        noise, rows = self.noise, page_layout()["access"]
+        masked = rows["masked"] if self.shared and noise == "noised" else {}
+        sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
+        if how := self.by_subtraction():
+            sees["other_sites"][_RESULT[noise]] = how
+        return sees
+
+    def by_subtraction(self) -> str | None:
+        """Return the code for how one of two sites can compute the other's result from the average; None if it
+        cannot.
+        """
+        if isinstance(self.facts, LedgerFacts):
+            return "if_two_sites"  # of its runs the ledger knows no others that took part
+        rounds = self.facts.rounds
+        took_part = [len(self.report.sites), *(len(one.sites) for one in rounds if one.sites)]
+        return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
+
+    def limit(self) -> str | None:
+        """Return the pointer to the limit that the result is compared with; None if there is no limit."""
+        found = "/facts/approved/max_epsilon" if self.is_ledger else "/facts/target_epsilon"
+        return None if self.at(found) is None else found
+
+    def assumptions(self) -> tuple[Assumption, ...]:
+        """Return all violated assumptions, and as many unstated ones as page 1 has room to ask about.
+
+        Without a guarantee, no answer could change the result, so nothing is asked.
+        """
+        found = self.report.assumptions
+        violated = [one for one in found if one.status == "violated"]
+        asked = [one for one in found if one.status == "assumed" and self.catalog.has("question", one.code)]
+        room = max(0, _MOST_ASSUMPTIONS - len(violated)) if self.promises else 0
+        return (*violated, *asked[:room])
+
+    def right(self, site: str) -> str:
+        """Return which bound on the best attacker applies at a site: "mechanism" if it was computed, or else
+        "ceiling".
+        """
+        by_mechanism = f"{site}/meaning/right_of_100_mechanism"
+        return "ceiling" if self.at(by_mechanism) is None else "mechanism"
+
+    def says_nothing(self, site: str) -> bool:
+        """Whether the bound on the best attacker at a site is practically meaningless."""
+        found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
+        return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
+
+    def about_ceiling(self, site: str) -> Markup:
+        """Explain why the bound on the best attacker at a site only follows from epsilon and delta."""
+        runs = {row["run"] for row in self.at(f"{site}/mechanisms") if row["rounds"]}
+        key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
+        key = "meaning.too_little_noise" if self.right(site) == "mechanism" else key
+        return self.text(key, section=self.text("curve.heading"))
+
+    def people(self) -> list[tuple[Markup, str]]:
+        """List the groups of people with equal figures, the newest last, each with the pointer to its figures."""
+        whom = Markup('<span data-at="{}">{}</span>').format
+        if admitted := self.report.admits:
+            return [(whom("/admits", self.catalog.arrivals([admitted])), f"{self.worst}/spent")]
+        lines, told = [], enumerate(self.cohorts)
+        for places in group_by_key(((one.epsilon, one.with_set_aside, one.left), place) for place, one in told):
+            at = f"/sites/0/lifetime/cohorts/{places[0]}"
+            lines.append((whom(f"{at}/people", self.catalog.arrivals(self._merge_arrivals(places))), at))
+        return lines[-MOST_LINES:]
+
+    def _merge_arrivals(self, places: Sequence[int]) -> list[ArrivalRange]:
+        return merge_adjacent({place: self.cohorts[place].people for place in places})
+
+    def of_whom(self) -> Markup | None:
+        """Describe when the people joined who have the largest figure; None if everybody has the same."""
+        epsilons = {place: unbounded(one.epsilon) for place, one in enumerate(self.cohorts)}
+        if admitted := self.report.admits:
+            return self.text("label.others_none", dates=admitted.dates)
+        if len(set(epsilons.values())) < 2:
+            return None
+        most = self._merge_arrivals([place for place, one in epsilons.items() if one == max(epsilons.values())])
+        return self.text("label.others_less", dates=", ".join(one.dates for one in most))
+
+
+def pointer(*parts: str | int) -> str:
+    """Build a JSON pointer (RFC 6901) from its parts."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def pointer_name(pointer: str) -> str:
+    """Return the name in the last part of a JSON pointer."""
+    return pointer.rpartition("/")[2].replace("~1", "/").replace("~0", "~")
+
+
+def group_by_key(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
+    """Group values by their key, in order of first occurrence."""
+    groups: dict[Hashable, list[One]] = {}
+    for key, one in keyed:
+        groups.setdefault(key, []).append(one)
+    return list(groups.values())
+
+
+@cache
+def page_layout() -> Mapping[str, Any]:
+    """Return the page's layout from `page.toml`."""
+    return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))

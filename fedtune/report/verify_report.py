@@ -1,0 +1,398 @@
+"""Deriving a report from its facts, and checking that a report follows from facts that are consistent with each other.
+
+Everything derived is derived again by the same functions and compared; the tests also compute the epsilons with an
+independent program.  Figures that another machine rounds differently may differ in their last digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import date, timedelta
+from itertools import pairwise
+from typing import Any
+
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
+
+from fedtune.federation.early_stopping import is_budget_used_up
+from fedtune.federation.replies import NOT_SUMMED
+from fedtune.formatting import finite, unbounded
+from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
+from fedtune.privacy.selection import MOST_TRIALS
+from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figures
+from fedtune.report.derive.verdicts import find_audit_problems
+from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
+from fedtune.report.model import Problem, Report, to_json
+from fedtune.spec import ConfigError
+
+TOLERANCE = 1e-6  # relative, upwards; downwards only what two machines' last digits may differ by
+_LAST_DIGITS = 1e-9
+_FFT_ROUNDING = 5e-15
+"""Of the sum that a delta is: distributions are composed by a Fourier transform, which two processors round otherwise.
+An epsilon at delta 1e-10, the least of all curves, was seen to differ by 1.3e-6 of itself; no smaller one gets more."""
+_MOST_BUCKETS = 5e7
+"""Of one distribution, and of all distributions of single mechanisms of a report together: some minutes' work.  A
+ledger of 200 runs, each with another plan and noised scores, stays below it; a run has one plan."""
+_MOST_COMPOSED = 2 * _MOST_BUCKETS  # passed over to compose all of a report, far quicker than for a distribution
+_MOST_ORDER = 1e4
+_MOST_ROWS = 500_000  # a page of so many takes a third of a gigabyte
+_MOST_CANARIES = 10_000_000  # a million take about a second
+_BUCKETS_OF_ANY = 3e4  # as much work as a mechanism takes whatever its size: about 0.1 s
+
+Charges = Counter[DpEvent]
+
+
+def derive_report(facts: Facts) -> Report:
+    """Derive the whole report; equal facts give equal bytes on one machine."""
+    report = derive_figures(facts)
+    sites = (replace(site, meaning=profile.round_up_figures(site.meaning)) for site in report.sites)
+    report = replace(report, sites=tuple(sites))
+    return replace(report, cells=dpia_fields.build_report_cells(report))
+
+
+def derive_figures(facts: Facts) -> Report:
+    """Derive the report without dpia_fields, and with unrounded figures of what its epsilons mean."""
+    return (
+        run_figures.derive_run_report(facts)
+        if isinstance(facts, RunFacts)
+        else ledger_figures.derive_ledger_report(facts)
+    )
+
+
+def problems(report: Report) -> list[Problem]:
+    """List all contradictions between the report's facts, or else everything in the report that does not follow from
+    them.
+
+    A stated epsilon may be above the derived one by a millionth, but never below it.
+    """
+    facts = report.facts
+    try:
+        denied = list(_check_cell_settings(facts))
+        denied += map(
+            Problem._make, _check_run_facts(facts) if isinstance(facts, RunFacts) else _check_ledger_facts(facts)
+        )
+        if found := denied or [*_check_amount_of_work(facts)] or [*_check_selection(facts)]:
+            return found
+        again = derive_figures(facts)
+        again = replace(again, cells=dpia_fields.build_report_cells(again), signature=report.signature)
+        return [*_find_differences("", to_json(report), to_json(again)), *find_audit_problems(again)]
+    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # ValueError: a value out of its range
+        return [Problem("facts", "figures", f"that cannot be computed: {error}")]
+
+
+def _check_cell_settings(facts: Facts) -> Iterator[Problem]:
+    for key, value in facts.settings.items():
+        if key not in dpia_fields.SETTINGS:
+            yield Problem("settings", key, f"one of {', '.join(sorted(dpia_fields.SETTINGS))}")
+        elif isinstance(value, int | float) != (dpia_fields.KINDS.get(key) in ("count", "number")):
+            yield Problem(f"settings.{key}", value, "a number where it is one, and there alone")
+
+
+def _check_amount_of_work(facts: Facts) -> Iterator[Problem]:
+    """Yield a problem if a report would take hours to check: a small file can name many different mechanisms."""
+    if isinstance(facts, RunFacts):
+        canaries = sum(bound.canaries for bound in facts.audit.bounds) if facts.audit else 0
+        for count, most, what in (
+            (len(facts.sites) * len(facts.rounds), _MOST_ROWS, "rows of a round at a site"),
+            (canaries, _MOST_CANARIES, "canaries"),
+        ):
+            if count > most:
+                yield Problem("facts", f"{count} {what}", f"at most {most}, so that they can be computed again")
+                return
+    parts = list(_list_compositions(facts))
+    for event, count in (one for charged, _, _ in parts for one in charged.items()):
+        rate, gaussian = profile.split_sampling(event)
+        fine = isinstance(event, NonPrivateDpEvent)
+        if isinstance(gaussian, GaussianDpEvent):
+            fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
+        if not fine or _estimate_buckets(event) > _MOST_BUCKETS:  # what no site would run, or hours of work
+            said = f"{count} x {events.to_json(event)}"
+            raise ConfigError("event", said, "must be a mechanism whose epsilon can be computed")
+    single = {(interval, event) for charged, interval, _ in parts for event in charged}
+    work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, _, times in parts)
+    work += sum(_estimate_buckets(event) * accountant.FINE / interval for interval, event in single)
+    too_much, composed = work > _MOST_BUCKETS, 0.0
+    for charged, interval, times in [] if too_much else parts:  # of more, their widths would take long to compute
+        noisy = {one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)}
+        width = unbounded(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
+        composed += width * len(charged) * times
+        too_much = too_much or width > _MOST_BUCKETS or composed > _MOST_COMPOSED
+    if too_much:
+        yield Problem("facts", f"{len(single)} different mechanisms", "that would take hours to compute")
+
+
+def _list_compositions(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
+    """Yield every composition to compute, with the width of its buckets and how often it is computed."""
+    if isinstance(facts, RunFacts):
+        # The whole plan, and what each site was charged, with what it came to after earlier rounds.
+        most = facts.plan.most_rounds
+        for rounds in {most, *map(facts.count_charged_rounds, facts.sites)}:
+            yield events.count_mechanisms([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
+        if facts.selection:
+            yield profile.parse_charges(facts.selection.charges), accountant.FINE, 1
+    else:
+        whole = events.count_mechanisms([entry.plan.full_event for entry in facts.runs])
+        # Each run and its plan is computed by itself, too.
+        yield ledger_figures.largest_charges(facts) | whole, accountant.COARSE, 3
+
+
+def _estimate_buckets(event: DpEvent) -> float:
+    """Estimate the number of buckets of a mechanism's loss distribution on the fine grid."""
+    _, gaussian = profile.split_sampling(event)
+    if not isinstance(gaussian, GaussianDpEvent):
+        return 0.0
+    sigma = gaussian.noise_multiplier
+    return float(10 / sigma + 1 / sigma**2) / accountant.FINE
+
+
+_Found = tuple[str, object, object]
+
+
+def _check_run_facts(facts: RunFacts) -> Iterator[_Found]:
+    plan, names = facts.plan, [site.site for site in facts.sites]
+    if not names or len(set(names)) < len(names):
+        yield "sites", ", ".join(names), "at least one site, and each once"
+    if plan.private and facts.target_epsilon is None:
+        yield "target_epsilon", None, "a number: what the run was given"
+    if facts.randomness == "seeded" and not facts.seeded_noise:
+        yield "seeded_noise", False, "true, as the process that trained says"
+    numbers = [result.round for result in facts.rounds]
+    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > plan.most_rounds:
+        yield "rounds", ", ".join(map(str, numbers)), f"at most {plan.most_rounds}, each once and in order, from 1 on"
+    everybody = set(names)
+    for result in facts.rounds:
+        place, told = f"rounds.{result.round}", {*result.sites, *result.failed_sites}
+        if told != everybody:
+            yield place, ", ".join(sorted(told)), "each site of the run: that its update was used, or why not"
+        lost = plan.shared and NOT_SUMMED in result.failed_sites.values()
+        if not (result.sites or lost or (result is facts.rounds[-1] and is_budget_used_up(facts.rounds))):
+            yield place, "no update", "at least one: a round without any is none"
+    if (facts.final or facts.detail) and not (facts.finished and any(result.sites for result in facts.rounds)):
+        yield "rounds", facts.progress, "finished with an adapter: its final scores are there"
+    runtime, receipts = facts.settings.get("runtime"), [site.receipt for site in facts.sites if site.receipt]
+    if runtime not in dpia_fields.TRANSPORT:
+        yield "settings.runtime", runtime, f"one of {', '.join(dpia_fields.TRANSPORT)}"
+    elif any(receipt.simulated == facts.deployed for receipt in receipts):
+        yield "settings.runtime", runtime, "what each site signed of itself: that it is simulated, or not"
+    if any(receipt.seeded_noise for receipt in receipts) > facts.seeded_noise:
+        yield "seeded_noise", False, "true, as a site signed"
+    yield from _check_sent_settings(facts)
+    if facts.files and not facts.finished:
+        yield "files", ", ".join(facts.files), "none: the run is not finished"
+    if facts.deployed and (facts.sampling, facts.randomness, facts.inexact_gradients) != (None, None, None):
+        yield "settings.runtime", runtime, "a simulation: the lead of real sites trains nothing, and knows no policies"
+    if shared := plan.shared:
+        if shared.num_sites != len(names):
+            yield "plan.shared.num_sites", shared.num_sites, len(names)
+        most = min((len(result.sites) for result in facts.rounds if result.sites), default=shared.num_sites)
+        if shared.threshold > most:
+            yield "plan.shared.threshold", shared.threshold, f"at most {most}"
+    if facts.held_out and not plan.releases_metrics:
+        yield "held_out", facts.held_out[-1].run, "none: the plan releases no scores"
+    if late := [result.ended for result in facts.rounds if result.ended > (facts.date or "")]:
+        yield "date", facts.date, f"no earlier than {max(late)}, when a round ended"
+    for site in facts.sites:
+        for key, said, bound in _check_site_facts(facts, site):
+            yield f"sites.{site.site}.{key}", said, bound
+
+
+def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
+    """Compare what a report says about sites, records and model with the settings whose digest is in the run's name."""
+    digest = hashlib.sha256(facts.sent.encode()).hexdigest() if facts.deployed else facts.provenance.config_sha256 or ""
+    if facts.sent and not facts.deployed:
+        yield "sent", "settings", "none: a simulation sends them nowhere"
+    if facts.deployed and not facts.sent:  # of settings that were changed nothing follows, and nothing is promised
+        yield from [("sent", "nothing", "the settings that the sites were sent")] if facts.unchanged else []
+    elif facts.run != f"{facts.name}-{digest[:32]}":
+        yield "run", facts.run, f"{facts.name}-{digest[:32]}, by the settings of the run"
+    elif facts.deployed:
+        sent = json.loads(facts.sent)
+        data, federation, made = sent["data"], sent["federation"], facts.provenance
+        names, sizes, start = federation["site_names"], data["declared_sizes"], made.start_adapter
+        began = start and start.digest  # what a public stage made stands in no settings
+        sizes = sizes if isinstance(sizes, list) else [sizes] * len(names)
+        active = federation["participants"] or names
+        declared = {name: size for name, size in zip(names, sizes, strict=True) if name in active}
+        for where, said, asked in (
+            ("sites", dict(facts.declared_sizes), declared),
+            ("target_epsilon", facts.target_epsilon, sent["privacy"]["epsilon"] if facts.plan.private else None),
+            ("provenance.model_sha256", made.model_sha256, sent["model"]["sha256"]),
+            ("provenance.dataset", made.dataset, data["dataset"]),
+            ("provenance.task", made.task, sent["task"]),
+            ("provenance.start_adapter", began, sent["model"]["adapter_sha256"] or began),
+            ("provenance.start_adapter.public", bool(start and start.public), "public" in sent),
+        ):
+            if said != asked:
+                yield where, said, asked
+
+
+def _check_site_facts(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
+    receipt, least = site.receipt, run_figures.min_charged_rounds(facts, site)
+    if receipt and (key := run_figures.find_invalid_field(receipt, site=site.site, run=facts.run, plan=facts.plan)):
+        yield f"receipt.{key}", getattr(receipt, key), "what this site signed of this run and its plan"
+    if least > facts.count_charged_rounds(site):
+        yield "receipt.charged_rounds", facts.count_charged_rounds(site), f"at least {least}, which left the site"
+    if site.statement:
+        for key, said, bound in _check_statement(facts, site, site.statement):
+            yield f"statement.{key}", said, bound
+
+
+def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
+    """Check the lifetime figures in a site's statement for contradictions."""
+    life, plan = said.lifetime, facts.plan
+    if not 1 < life.order < _MOST_ORDER:
+        yield "lifetime.order", life.order, "a number above 1 that can be computed"
+        return
+    mine, least = [run.rounds for run in life.runs if run.run == facts.run], run_figures.min_charged_rounds(facts, site)
+    signed = site.receipt.site_key if site.receipt else None
+    key = said.verification.site_key if said.verification else signed
+    if signed is None or key != signed:
+        yield "verification.site_key", key, f"that of its receipt, {signed}"
+    if len(mine) > 1 or (not mine and least) or sum(mine) > plan.most_rounds:
+        yield "lifetime.runs", mine, f"{facts.run} once, with {least} to {plan.most_rounds} rounds"
+    sent = sum(one.count for one in said.releases if one.kind == "update")
+    if sent > sum(mine) or {one.run for one in said.releases} - {facts.run}:
+        yield "releases", sent, f"at most {sum(mine)} updates, and of {facts.run} alone"
+    if said.asserted and not facts.deployed:
+        yield "asserted", ", ".join(said.asserted), "nothing: nobody can state anything for a simulated site"
+    # Its last update was made after the round before was over, give or take a day by two clocks.
+    starts = zip(["", *(one.ended for one in facts.rounds)], facts.rounds, strict=False)
+    begun = max((start[:10] for start, one in starts if one.has_update_from(site.site)), default="")
+    if begun and (said.date or "") < str(date.fromisoformat(begun) - timedelta(days=1)):
+        yield "date", said.date, f"no day before {begun}, when the run went on"
+    if run_figures.statement_agrees(facts, site, said):
+        # The ledger counts this run, too.
+        charged = events.count_mechanisms([plan.event(rounds=max(mine, default=0))])
+        alone = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
+        if not _is_within_limit(alone, life.epsilon):
+            yield "lifetime.epsilon", life.epsilon, f"at least {alone}, by this run alone"
+    if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
+        yield "lifetime.seeded", False, ", ".join(seeded)
+    yield from _check_caps_and_entries(said, life.caps, said.charges)
+
+
+def _check_selection(facts: Facts) -> Iterator[Problem]:
+    """Compare the run's cost in the sites' own reports with its plan, and check the figures of the hyperparameter
+    search.
+    """
+    if not isinstance(facts, RunFacts):
+        return
+    plan, told = facts.plan, facts.selection
+    for site in facts.sites:
+        said, place = site.statement, f"sites.{site.site}.statement.lifetime.runs"
+        for run in said.lifetime.runs if said and said.same_plan else ():
+            for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", plan.most_rounds)):
+                if run.run == facts.run:
+                    found = profile.epsilon_pld(profile.count_charged_events(plan, rounds), plan.delta)
+                    yield from _find_differences(f"{place}.{key}", getattr(run, key), found)
+    if told is None:
+        return
+    charged = profile.parse_charges(told.charges)
+    if told.delta != plan.delta:
+        yield Problem("selection.delta", told.delta, plan.delta)
+    yield from _find_differences("selection.epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
+    if told.method not in ("grid", "random", "tpe"):
+        yield Problem("selection.method", told.method, "grid, random or tpe")
+    if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
+        yield Problem("selection.trials", told.trials, "no more trials than what they were charged")
+    for site in facts.sites:
+        if events.count_mechanisms([facts.plan.event(rounds=facts.count_charged_rounds(site))]) - charged:
+            listed = "; ".join(f"{count} x {event}" for event, count in events.mechanism_counts(charged))
+            yield Problem("selection.charges", listed, f"at least what {site.site} was charged for this run")
+
+
+def _check_ledger_facts(facts: LedgerFacts) -> Iterator[_Found]:
+    names = [entry.run for entry in facts.runs]
+    if not 0 < facts.delta < 1:
+        yield "delta", facts.delta, "a number between 0 and 1"
+    if not 1 < facts.order < _MOST_ORDER:
+        yield "order", facts.order, "a number above 1 that can be computed"
+    if "" in names or len(set(names)) < len(names):
+        yield "runs", ", ".join(names), "each run once"
+    if others := sorted({entry.run for entry in facts.charges} - {"", *names}):
+        yield "charges", others[0], "a run that was accepted"
+        return
+    rounds = ledger_figures.rounds_by_run(facts)
+    updates = Counter[str]()
+    for release in facts.releases:
+        updates[release.run] += release.count if release.kind == "update" else 0
+    for name, plan in ledger_figures.plans_by_run(facts).items():
+        if (plan.unit, plan.delta) != (facts.unit, facts.delta):
+            yield f"runs.{name}.plan", f"{plan.unit}, {plan.delta}", f"{facts.unit}, {facts.delta}"
+        if rounds[name] > plan.most_rounds:
+            yield f"runs.{name}.plan", rounds[name], f"at most {plan.most_rounds}"
+        if updates[name] > rounds[name]:
+            yield "releases", updates[name], f"at most {rounds[name]} of {name}, which were charged"
+    lost = [entry for entry in facts.charges if not entry.run]
+    if not lost and (named := [entry.run for entry in facts.runs if entry.lost_rounds]):
+        yield f"runs.{named[0]}.lost_rounds", "some", "0: no lost branch was made up for"
+    if any((entry.run == "") != (entry.entry is not None) or (entry.run and entry.lost) for entry in facts.charges):
+        yield "charges", "a lost branch", "under no run, with the entry that made up for it"
+    if bool(facts.problem) != (facts.verification is None):
+        yield "problem", facts.problem, "said where the ledger does not verify, and there alone"
+    if bool(facts.policy_digest) != (facts.policy_noted is not None):
+        yield "policy_digest", facts.policy_digest, "said where the policy was given, and there alone"
+    days = [*(entry.day[:10] for entry in facts.charges), facts.date[:10]]
+    if any(later < day for day, later in pairwise(days)):
+        yield "charges", "days", "in order, none after the report's date"
+    yield from _check_caps_and_entries(facts, facts.caps, ledger_figures.count_charges(facts))
+
+
+def _check_caps_and_entries(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], charges: int) -> Iterator[_Found]:
+    """Check what a ledger, or a site's statement about it, says about its caps and its entries."""
+    approved, found, places = ledger.approved, ledger.verification, [cap.charges_before for cap in caps]
+    # It opens with two notes, and each charge is an entry.
+    if found and (found.num_events < charges + 2 or (found.anchor_sequence or 0) > found.num_events):
+        yield "verification.num_events", found.num_events, f"more than the {charges} charges, and all of the anchor's"
+    if not places or [0, *places, charges] != sorted([0, *places, charges]):
+        yield "caps", ", ".join(map(str, places)), f"at least one, in order, up to the {charges} charges"
+    for newest in caps[-1:]:
+        # A cap that the policy in force has and the ledger has not noted yet is smaller, and nobody knows since when.
+        if not _is_within_limit(approved.max_epsilon, newest.max_epsilon):
+            yield "approved.max_epsilon", approved.max_epsilon, f"at most {newest.max_epsilon}, which the ledger noted"
+
+
+def _find_differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGITS) -> Iterator[Problem]:
+    """Yield the differences between two JSON values; floats are upper bounds, which may fall short by `under`
+    (relative).
+    """
+    if isinstance(said, Mapping) and isinstance(found, Mapping) and said.keys() == found.keys():
+        if "epsilon_pld" in said and "delta" in said:  # a point of a curve
+            under = max(_LAST_DIGITS, _FFT_ROUNDING / max(found["delta"], min(profile.DELTAS)))
+        for key in said:
+            place = f"{where}.{key}" if where else key
+            numbers = isinstance(said[key], int | float) and isinstance(found[key], int | float)
+            if numbers and (key == "left" or key.endswith("noise_multiplier")):
+                yield from () if _is_slightly_below(said[key], found[key]) else [Problem(place, said[key], found[key])]
+            else:
+                yield from _find_differences(
+                    place, said[key], found[key], under=under if key == "epsilon_pld" else _LAST_DIGITS
+                )
+    elif isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
+        # A part is named by what it is of, where it alone is of that.
+        kinds = ("site", "code", "run")
+        parts = (part if isinstance(part, Mapping) else {} for part in found)
+        names = [next((part[kind] for kind in kinds if kind in part), None) for part in parts]
+        count = Counter(names)
+        for number, (one, other) in enumerate(zip(said, found, strict=True)):
+            name = names[number] if names[number] is not None and count[names[number]] == 1 else number
+            yield from _find_differences(f"{where}.{name}", one, other)
+    elif isinstance(said, float) and isinstance(found, float | int):
+        if not -under * abs(found) <= said - found <= max(under, TOLERANCE) * abs(found):
+            yield Problem(where, said, float(found))
+    elif said != found:
+        yield Problem(where, said, found)
+
+
+def _is_slightly_below(said: float, found: float) -> bool:
+    """Whether a stated remainder or noise multiplier is at most slightly below the derived value, and not above it."""
+    return -TOLERANCE * max(1.0, found) <= said - found <= _LAST_DIGITS * found
+
+
+def _is_within_limit(epsilon: float | None, most: float | None) -> bool:
+    """Whether an epsilon is within a limit, up to rounding; None is unbounded."""
+    return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))

@@ -1,0 +1,67 @@
+"""The folder of a run, new or resumed, whether the run in it is finished, and a default name."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+from fedtune.config import RunConfig, saved_config
+from fedtune.federation.early_stopping import should_stop
+from fedtune.federation.lead import Checkpoints
+from fedtune.federation.run_folder import CARD, RunFolder
+from fedtune.formatting import flatten
+from fedtune.runs.public_stage import needs_public_stage
+from fedtune.spec import ConfigError, shown
+
+
+def find_run_folder(config: RunConfig) -> Path:
+    """Return the run's folder: a new folder, or the folder to resume if it has the same configuration.
+
+    Raises:
+        ConfigError: the name is taken, or the run cannot be resumed with this configuration.
+    """
+    if config.resume is None:
+        if needs_public_stage(config):
+            bound = "is for one fedtune simulate or fedtune run; others begin in its adapter: model.adapter=NAME-public"
+            raise ConfigError("public.train_file", config.public.train_file, bound)
+        folder = Path(config.tracking.output_dir) / config.name
+        if folder.exists():
+            raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
+        return folder
+    folder = Path(config.resume)
+    if RunFolder(folder).audit_mark.exists():
+        raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit cannot be resumed")
+    saved = saved_config(folder)
+    if saved.digest() != config.digest():
+        old, new = dict(flatten(saved.decisive())), dict(flatten(config.decisive()))
+        differ = [key for key in old | new if old.get(key) != new.get(key)]
+        changes = ", ".join(f"{key} was {shown(old.get(key), 30)}, is {shown(new.get(key), 30)}" for key in differ)
+        raise ConfigError("resume", config.resume, f"was made with another configuration ({changes})")
+    return folder
+
+
+def resume_config(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
+    """Return the configuration that resumes the run in `folder`; raises ConfigError if the folder belongs to another
+    run.
+    """
+    try:
+        find_run_folder(resumed := replace(config, resume=str(folder)))
+    except ConfigError as error:
+        raise ConfigError("name", name, f"is taken: {folder} {error.bound}; choose another") from None
+    return resumed
+
+
+def is_finished(folder: Path) -> bool:
+    """Return True if the adapter has its model card and no checkpoint has rounds left."""
+    config, files = saved_config(folder), RunFolder(folder)
+    has_card = (files.adapter / CARD).is_file()
+    if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
+        return has_card
+    rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
+    return should_stop(rounds, config.federation, primary_metric=config.primary_metric)
+
+
+def default_run_name() -> str:
+    """Return the default name of a run: the current local time."""
+    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

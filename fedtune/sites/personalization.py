@@ -1,0 +1,227 @@
+"""A site's personalized adapter: it starts from a run's final adapter and continues on the site's records, without
+noise.
+
+What never leaves a site needs no noise and charges no budget.  In return, nothing derived from it may leave the site
+either: its folder is marked as private to the site, and `SavedAdapter.read` rejects it as the start of a run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.config import RunConfig, config_yaml
+from fedtune.data import Record
+from fedtune.data.load import SiteRecords
+from fedtune.data.partition import split_heldout
+from fedtune.evaluation.scoring import evaluation_mode
+from fedtune.federation.run_folder import LABEL, RunFolder
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.mechanism import Unit
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, no_progress
+from fedtune.spec import DataError, RunError
+from fedtune.tasks.saved import SavedAdapter, replace_folder, save_task_model
+from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.local import set_mean_gradient
+from fedtune.training.optimizer import make_optimizer, set_learning_rate
+
+FEWEST_RECORDS = 10  # for each of its parts
+NOTE = "own_adapters.json"
+"""Beside the ledger: which runs an own adapter was made from, and when.  No digest, no score, and not in the chain."""
+_HELD_OUT = 0.3
+_BATCH = 32
+_RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
+"""Of the run's own learning rates without noise, one after the other.  A run's fit steps of hundreds of records: with
+`_BATCH` of them, the shared adapters of four banks only got better at the last two."""
+_MOST_PASSES = 10
+_CARD = """\
+# Private to {site}: no guarantee
+
+![Private to {site}, without a guarantee]({label})
+
+This adapter was trained on the records of {site} **without noise**, from the final adapter of the run {run}.
+No differential privacy protects those records here: whoever holds this folder may learn about them.
+
+- Keep it at {site}. Do not send it to the federation's lead or to anybody else.
+- fedtune begins no run in it. `fedtune export` writes it only with `--private`.
+- When a record is deleted at {site}, make the adapter again: the new one takes this one's place.
+
+Made by `fedtune personalize` or `fedtune site personalize` on {day}.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A site's records, split by purpose: training, selection and scoring."""
+
+    training: list[Record]  # the own adapter trains on them
+    choosing: list[Record]  # they choose the learning rate and when to stop
+    scored: list[Record]  # nothing was trained on them or chosen by them here
+    seen: bool  # whether the run's adapter was trained on `choosing` and `scored`: the run held nothing out
+
+    @classmethod
+    def of(cls, records: SiteRecords, *, key: bytes, unit: Unit) -> Parts:
+        """Split the records that the run held out into two halves; if the run held out none, split 30 % of all records.
+
+        Args:
+            records: the records of the site.
+            key: the site's own secret: a keyed hash of each record (of its user, with unit "user") determines the part.
+            unit: the privacy unit, which is never split between parts.
+
+        Raises:
+            DataError: a part has fewer than `FEWEST_RECORDS` records.
+        """
+        training, held, seen = records.training, records.heldout, not records.heldout
+        if seen:
+            training, held = split_heldout(training, fraction=_HELD_OUT, key=key + b" held out", unit=unit)
+        choosing, scored = split_heldout(held, fraction=0.5, key=key + b" scored", unit=unit)
+        for name, part in {"training": training, "choosing": choosing, "scored": scored}.items():
+            if len(part) < FEWEST_RECORDS:
+                bound = f"must be at least {FEWEST_RECORDS}: the site has too few for an own adapter"
+                raise DataError(f"records for {name}", str(len(part)), bound)
+        return cls(training=training, choosing=choosing, scored=scored, seen=seen)
+
+
+def personalize(
+    config: RunConfig,
+    adapter: Path,
+    parts: Parts,
+    *,
+    site: str,
+    into: Path,
+    alone: Path,
+    beside_ledger: Path,
+    label: str,
+    lenient: bool = False,
+    progress: Progress = no_progress,
+) -> int:
+    """Train a site's personalized adapter, and write it into a folder that is marked as private to the site.
+
+    Guarantee: none for this site's records against anyone who sees the result.  The records of other sites keep the
+    guarantee of the run, because this is post-processing of its adapter.  Nothing is charged, and the ledger is not
+    touched.
+
+    Args:
+        config: the configuration of the run, with the site's own files.
+        adapter: the folder of the run's final adapter.
+        parts: the records of the site.
+        site: the name of the site.
+        into: the folder to write; existing content is replaced as a whole.
+        alone: the folder for a baseline trained without the federation, from the starting point of the run.
+        beside_ledger: the folder of the site's ledger, where `NOTE` records that a personalized adapter was made.
+        label: the SVG image that the model card shows.
+        lenient: whether no record may make the training fail, as at a real site.
+        progress: called with the progress of the training.
+
+    Returns:
+        The number of passes over the training records; 0 if the run's own adapter was the best.
+
+    Raises:
+        ConfigError: the model or the adapter cannot be loaded.
+        RunError: `NOTE` is damaged.
+    """
+    saved = SavedAdapter.read(adapter, model=config.model)
+    _read_personalizations(beside_ledger / NOTE)  # before hours of work, not behind them
+    loaded = LoadedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
+    shared = RunModel(loaded, config, progress=progress)
+    examples = shared.make_site_examples(shared.tokenize_records([*parts.training, *parts.choosing], lenient=lenient))
+    if loaded.keeps_states:
+        examples.keep_frozen_states(shared.model, folder=loaded.states_folder)
+    examples.keep_reference(shared.model)
+    training, choosing = np.split(np.arange(len(examples)), [len(parts.training)])
+    fit = _Fit(shared, examples, training, choosing)
+    fit.fit_best_adapter(shared.first_adapter(), what=f"{site}: training alone")
+    save_task_model(shared.model, alone, private_to=site)
+    saved.load_into(shared.model)
+    passes = fit.fit_best_adapter(Adapter.from_task_model(shared.model), what=f"{site}: training its own adapter")
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    record_personalization(
+        beside_ledger, run=config.run_id(), day=day
+    )  # before there is a folder of which nothing is known
+    with replace_folder(into) as made:
+        folder = RunFolder(made)
+        save_task_model(shared.model, folder.adapter, private_to=site)
+        folder.config.write_bytes(config_yaml(config))
+        card = _CARD.format(site=site, run=config.name, day=day, label=LABEL)
+        for place in (folder.path, folder.adapter):
+            (place / "README.md").write_text(card, encoding="utf-8")
+            (place / LABEL).write_text(label, encoding="utf-8")
+    return passes
+
+
+def record_personalization(folder: Path, *, run: str, day: str) -> None:
+    """Record in `NOTE` that a personalized adapter was made.
+
+    Raises:
+        RunError: the existing file is damaged.
+    """
+    made = [*_read_personalizations(folder / NOTE), {"run": run, "made": day}]
+    write_durably(folder / NOTE, json.dumps(made, indent=1).encode() + b"\n")
+
+
+def _read_personalizations(path: Path) -> list[Any]:
+    try:
+        made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except (OSError, ValueError):
+        made = None
+    if not isinstance(made, list):
+        raise RunError(f"{path} cannot be read: put it back from a backup, or move it away")
+    return made
+
+
+class _Fit:
+    """Training without noise on some of `examples`; the loss on the others selects the learning rate and the stopping
+    time.
+    """
+
+    def __init__(self, shared: RunModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
+        self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
+
+    def fit_best_adapter(self, start: Adapter, *, what: str) -> int:
+        """Train, and leave the adapter with the lowest mean selection loss in the model; return its number of passes.
+
+        Passes run at the highest learning rate while each of them lowers the loss, and then continue from the best
+        adapter at the next lower rate.  The order of the records is the same for every start.  If no pass lowers the
+        loss, the start itself is kept.
+        """
+        shared, order = self._shared, np.random.default_rng(self._shared.config.seed)
+        start.load_into(shared.model)
+        best, passes, lowest = start, 0, self._selection_loss()
+        for rate in _RATES:
+            best.load_into(shared.model)
+            optimizer = make_optimizer(shared.model.active_parameters(), shared.config.training, clipped=False)
+            set_learning_rate(optimizer, rate)
+            while passes < _MOST_PASSES:
+                shared.progress(what, passes, _MOST_PASSES)
+                self._train_pass(optimizer, order.permutation(self._training))
+                if not (loss := self._selection_loss()) < lowest:
+                    break
+                best, passes, lowest = Adapter.from_task_model(shared.model), passes + 1, loss
+        best.load_into(shared.model)
+        return passes
+
+    def _train_pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
+        """Make one pass over the records, with an optimizer step for each batch of `_BATCH` records."""
+        model = self._shared.model
+        for batch in np.array_split(records, max(1, len(records) // _BATCH)):
+            set_mean_gradient(model, self._examples, self._examples.cut(batch), count=len(batch))
+            for parameter in model.active_parameters().values():
+                if parameter.grad is not None:
+                    parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
+            optimizer.step()
+
+    def _selection_loss(self) -> float:
+        """Return the mean of the finite losses on the selection records; infinite if no loss is finite."""
+        with evaluation_mode(self._shared.model):
+            losses = [self._shared.model.losses(batch) for batch in self._examples.cut(self._choosing)]
+        found = torch.cat(losses).double()
+        finite = found[torch.isfinite(found)]
+        return float(finite.mean()) if len(finite) else math.inf

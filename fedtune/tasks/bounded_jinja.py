@@ -1,0 +1,224 @@
+"""Chat templates with a limit on the work of a rendering, which is deterministic on every machine.
+
+A template is a program that comes with a model.  A nested loop, or a text that doubles forty times, would hang a site
+or exhaust its memory.  Here each step costs the characters and items that it reads and writes, counted before the value
+is built; a template that exceeds the limit is refused.  The limit does not depend on time, so a slow machine refuses
+the same templates as a fast one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from threading import Lock
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+_A_TURN, _A_CHARACTER = 1 << 17, 1 << 6
+"""Characters and items that one rendering may read and make, for each turn and each character of its conversation.
+Known templates need about 2,000 a turn."""
+_MOST_MADE = 1 << 25
+"""The most that one call could make, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
+_MOST_NUMBER = 1 << 10
+"""Given to a filter: how wide to indent, how many parts to cut.  Known templates name single digits."""
+_COUNTED = "counted work"  # a filter of our own, under a name that no template can spell
+_WITHHELD = ("format", "random", "sum", "striptags", "urlize", "wordwrap")
+"""Filters: one makes a text as long as a number in a text says, one draws, one copies a list for each item, and three
+may take the square of a text's length."""
+
+
+class TooMuchWork(TemplateError):
+    """A template exceeded its work limit."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"takes more than {most} steps for a short conversation")
+
+
+class StepLimitedTemplate:
+    """A compiled chat template, with the functions and filters that transformers provides and a limit on its work.
+
+    Attributes:
+        texts: its string constants, for which it may search the contents.
+        work: the number of steps of the last rendering.
+
+    Raises:
+        TemplateError: the template cannot be parsed.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._environment = _StepLimitedEnvironment(_compile_jinja_template("").environment)
+        self._template = self._environment.from_string(source)
+        constants = self._environment.parse(source).find_all(nodes.Const)
+        self.texts = {one.value for one in constants if isinstance(one.value, str)}
+        self.work = 0
+        self._one_at_a_time = Lock()
+
+    def render(self, given: Mapping[str, Any]) -> str:
+        """Render the template for `messages` whose contents are texts.
+
+        Exceptions from the template are passed on unchanged.
+        """
+        messages = given["messages"]
+        with self._one_at_a_time:
+            self._environment.work = 0
+            self._environment.most = _A_TURN * (1 + len(messages))
+            self._environment.most += _A_CHARACTER * sum(len(message["content"]) for message in messages)
+            text = self._template.render(given)
+            self.work = self._environment.work
+        return text
+
+
+class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
+    """A Jinja sandbox with the extensions, filters and functions of another environment, and a work counter.
+
+    Attributes:
+        work: the work since the counter was last reset to 0.
+        most: the work limit.
+    """
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self, like: Any) -> None:
+        super().__init__(
+            trim_blocks=like.trim_blocks,
+            lstrip_blocks=like.lstrip_blocks,
+            extensions=list(map(type, like.extensions.values())),
+            optimized=False,  # or filters of constants would be called, uncounted, while it is read
+        )
+        self.work = self.most = 0
+        self.globals.update(like.globals)
+        given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
+        self.filters = {name: self._wrap_counted(one, self._check_filter_call) for name, one in given.items()}
+        self.tests = {name: self._wrap_counted(one, self.spend) for name, one in like.tests.items()}
+        self.filters[_COUNTED] = self._count_value
+        self.finalize = self._charge_output
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        found: nodes.Template = _Hooks().visit(super()._parse(source, name, filename))
+        found.set_environment(self)
+        return found
+
+    def spend(self, value: object = None, steps: int = 1) -> int:
+        """Add steps and the size of a value to the counter, and return the amount added.
+
+        Raises:
+            TooMuchWork: the limit is exceeded.
+        """
+        waiting, before = [value], self.work
+        while True:
+            self.work += steps
+            if self.work > self.most:
+                raise TooMuchWork(self.most)
+            if not waiting:
+                return self.work - before
+            held = waiting.pop()
+            steps = 1 + _size(held)
+            if isinstance(held, Namespace):
+                held = held._Namespace__attrs
+            if isinstance(held, dict):
+                waiting += [*held, *held.values()]
+            elif isinstance(held, list | tuple):
+                waiting += held
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(__obj, "__name__", "") in ("format", "format_map"):
+            raise TemplateError("a text with places for others has no bound")
+        given = (getattr(__obj, "__self__", None), *args, *(one for name, one in kwargs.items() if name[:1] != "_"))
+        __self._check_call(given)
+        return __self._charge_result(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            raise TemplateError("a text with places for others has no bound")
+        if operator == "**" or (operator == "*" and not (_is_number(left) and _is_number(right))):
+            self._check_call((left, right))
+        return self._charge_result(super().call_binop(context, operator, left, right))
+
+    def _check_call(self, given: tuple[Any, ...]) -> None:
+        """Count the arguments of a call, and refuse a call whose result could be very large.
+
+        Raises:
+            TooMuchWork: the limit is exceeded, or could be.
+        """
+        sizes = [self.spend(one) for one in given]
+        factors = (abs(one) if _is_number(one) else size for one, size in zip(given, sizes, strict=True))
+        if math.prod(1 + factor for factor in factors) > _MOST_MADE:
+            raise TooMuchWork(self.most)
+
+    def _check_filter_call(self, given: tuple[Any, ...]) -> None:
+        if any(_is_number(one) and abs(one) > _MOST_NUMBER for one in given[1:]):
+            raise TooMuchWork(self.most)
+        self._check_call(given)
+
+    def _charge_result(self, made: Any) -> Any:
+        # Such as what map and select give: counted now, not one by one where nobody sees.
+        if isinstance(made, Iterator) and type(made).__name__ == "generator":
+            made = list(made)
+        self.spend(made)
+        return made
+
+    def _wrap_counted(
+        self, function: Callable[..., Any], before: Callable[[tuple[Any, ...]], object]
+    ) -> Callable[..., Any]:
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, Context)))
+            return self._charge_result(function(*args, **kwargs))
+
+        return counted
+
+    def _charge_output(self, value: Any) -> Any:
+        """Count a value that the template outputs: a text, a number or nothing."""
+        if isinstance(value, list | tuple | dict | Namespace):
+            raise TemplateError(f"it writes a {type(value).__name__} as it is")
+        return self._count_value(value)
+
+    def _count_value(self, value: Any, steps: int = 1) -> Any:
+        self.spend(value, steps)
+        return value
+
+
+class _Hooks(NodeTransformer):
+    """A transformer that adds counting where the sandbox has no hooks: loops, macros, concatenation and list
+    literals.
+    """
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        super().generic_visit(node, *args, **kwargs)
+        match node:
+            case nodes.For(body=body) | nodes.Macro(body=body) | nodes.CallBlock(body=body) | nodes.Block(body=body):
+                steps = sum(1 + len(getattr(one, "data", "")) for part in body for one in part.find_all(nodes.Node))
+                body.insert(0, nodes.Output([_count(nodes.Const(""), 1 + steps)]))
+                if isinstance(node, nodes.For) and node.test is not None:
+                    node.test = _count(node.test)
+            case nodes.Concat():
+                return nodes.Filter(nodes.List(node.nodes), "join", [], [], None, None, lineno=node.lineno)
+            case nodes.Compare():
+                node.expr = _count(node.expr)
+                for operand in node.ops:
+                    operand.expr = _count(operand.expr)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") | nodes.Getitem(arg=nodes.Slice()):
+                return _count(node)
+        return node
+
+
+def _count(node: nodes.Node, steps: int = 1) -> nodes.Filter:
+    return nodes.Filter(node, _COUNTED, [nodes.Const(steps)], [], None, None, lineno=node.lineno or 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _size(value: object) -> int:
+    """Length of a string or container; for an int, the cost of squaring it."""
+    if isinstance(value, str | bytes | list | tuple | Mapping | range):
+        return len(value)
+    return value.bit_length() ** 2 // 4096 if isinstance(value, int) else 0

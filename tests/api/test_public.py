@@ -1,0 +1,212 @@
+"""`import fedtune` as an application or a notebook uses it."""
+
+import asyncio
+import doctest
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune
+from fedtune.api import public
+from fedtune.api.compose import compose_recipe
+from fedtune.lab.audit.experiment import audit as audit_run
+from fedtune.spec import ConfigError
+
+from ..conftest import python
+
+TINY: Mapping[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text())
+
+
+def tiny(folder: Path, **others: Any) -> dict[str, Any]:
+    return {**TINY, "tracking.output_dir": folder, "name": "run", **others}
+
+
+@pytest.fixture(scope="module")
+def told() -> list[fedtune.Progress]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, told: list[fedtune.Progress]) -> fedtune.Run:
+    settings = tiny(tmp_path_factory.mktemp("door"), **{"privacy.runs": 2})
+    return fedtune.simulate("debug", settings, progress=told.append)
+
+
+def test_simulate_returns_metrics_rounds_privacy_and_report(run: fedtune.Run) -> None:
+    assert set(run.metrics) >= {"accuracy", "loss"}
+    assert [one.round for one in run.rounds] == [1, 2]
+    assert run.privacy.epsilon is not None
+    assert 0 < run.privacy.epsilon < 8
+    assert (run.adapter / "adapter_config.json").is_file()
+    assert run.report().epsilon == run.privacy.epsilon
+    assert (run.folder / "report.html").is_file()
+
+
+def test_progress_events_follow_the_order_of_the_run(run: fedtune.Run, told: list[fedtune.Progress]) -> None:
+    rounds = [one for one in told if one.stage == "round"]
+    assert [one.round for one in rounds] == list(run.rounds)
+    assert [(one.done, one.total) for one in rounds] == [(1, 2), (2, 2)]
+    assert told.index(next(one for one in told if one.stage == "training")) < told.index(rounds[0])
+
+
+def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) -> None:
+    first, second = run.predict(["I lost my card", "Where is my money?"])
+    assert first
+    assert first != second
+    with pytest.raises(ValueError, match="task = 'classification': writes no text"):
+        run.generate("Hello")
+    with pytest.raises(ValueError, match="must not be blank"):
+        run.predict([" "])
+    assert run.predict("Where is my money?") == [second], "one text is one"
+    for nothing in (None, [None], [3]):
+        with pytest.raises(ValueError, match="must be a text"):
+            run.predict(nothing)  # type: ignore[arg-type]
+
+
+def test_run_is_loaded_from_its_folder_or_adapter(run: fedtune.Run) -> None:
+    assert fedtune.load(run.folder) == fedtune.load(str(run.adapter)) == run
+    with pytest.raises(ValueError, match=r"must hold a config\.yaml"):
+        fedtune.load(run.folder / "sites")
+
+
+def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
+    told = list[fedtune.Progress]()
+    found = fedtune.compare({"tuned": run}, progress=told.append)
+    assert [one.stage for one in told] == ["scoring tuned"]
+    assert found.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
+    difference = found.compare_models("base", "tuned").difference
+    assert difference.low <= difference.value <= difference.high
+    for wrong in ({}, {"base": run}):
+        with pytest.raises(ValueError, match="must name at least one run, and none of them base"):
+            fedtune.compare(wrong)
+    with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
+        found.compare_models("base", "tuned", "precision")
+
+
+def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"data.declared_sizes": 180, "data.train_fraction": 0.04, "federation.num_rounds": 1}
+    run, told = fedtune.simulate("debug", tiny(tmp_path, **settings)), list[fedtune.Progress]()
+    (found,) = fedtune.personalize(run, ["site-2"], progress=told.append).values()
+    assert set(found.sides.measured) == {"base", "alone", "shared", "own"}
+    difference = found.sides.compare_models("shared", "own").difference
+    assert difference.low <= difference.value <= difference.high
+    assert any("site-2: training its own adapter" in one.stage for one in told)
+    own = fedtune.load(found.folder)
+    assert (own.folder, own.predict(["I lost my card"]) != []) == (run.folder / "private_to_site-2", True)
+    with pytest.raises(ValueError, match="is private to 'site-2', without a guarantee"):
+        fedtune.personalize(own)
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_rounds_and_ledger_events_convert_to_data_frames(run: fedtune.Run) -> None:
+    pandas = pytest.importorskip("pandas")
+    rounds = run.to_frame()
+    assert isinstance(rounds, pandas.DataFrame)
+    assert list(rounds["sites"]) == [len(one.sites) for one in run.rounds]
+    events = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").to_frame()
+    assert list(events["kind"]).count("commit") == 2
+
+
+def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:
+    found, audit = audit_run("debug", tiny(tmp_path), attack={"canaries": 20})
+    assert found.rounds
+    assert not audit.exceeded
+    with pytest.raises(ValueError, match="canaries"):
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
+    with pytest.raises(ValueError, match=r"audit\.canary = 5: is not a setting of an audit"):
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"canary": 5})
+    with pytest.raises(ValueError, match=r"audit\.canaries = 'many': must be a whole number"):
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": "many"})
+    with pytest.raises(ValueError, match=r"audit\.kind = 'sensitivity': makes no run"):
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
+
+
+def test_reading_a_ledger_writes_nothing(run: fedtune.Run) -> None:
+    path = run.folder / "sites" / "site-1" / "ledger.db"
+    before = path.read_bytes()
+    ledger = fedtune.Ledger(path)
+    assert [one.rounds for one in ledger.spending.runs] == [2]
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"must be a ledger\.db"):
+        fedtune.Ledger(run.folder / "none.db")
+
+
+def test_finished_run_is_renewed_with_the_same_ledgers(run: fedtune.Run, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = {"renew": run.folder, "name": "later"}
+    assert [one.number for one in fedtune.plan(settings=settings).calendar] == [2]
+    later = fedtune.simulate(settings=settings, progress=True)
+    assert "round 2/2 | 2/2 sites | validation: " in capfd.readouterr().err, "the lines of the command"
+    known = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").spending.runs
+    assert [one.run for one in known] == [run.config.run_id(), later.config.run_id()]
+    with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.runs = 2"):
+        fedtune.simulate(settings={"renew": later.folder})
+
+
+def test_invalid_setting_is_a_value_error_worded_like_the_command_line(tmp_path: Path, command: Any) -> None:
+    for settings in ({"privacy.epsilon": -1}, {"privacy.epsilo": 3}, {"privacy": "nonee"}, {"lora.rank": None}):
+        ((key, value),) = settings.items()
+        with pytest.raises(ConfigError) as raised:
+            fedtune.simulate("debug", tiny(tmp_path, **settings))
+        typed = "null" if value is None else f"'{value}'" if isinstance(value, str) else value
+        words = [f"{name}={word}" for name, word in tiny(tmp_path).items()]
+        outcome = command("simulate", "experiment=debug", *words, f"{key}={typed}")
+        assert outcome.code == 2
+        assert " ".join(str(raised.value).split()) in " ".join(outcome.err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a'b", 'a"b', "a,b", "ends in \\", "\\'", "{prompt}\nnew line", "ä = [1]", "null", "3"]
+)
+def test_setting_text_is_passed_unchanged(text: str) -> None:
+    settings = {"data.columns": {"text": text, "label": "category"}}
+    config = compose_recipe("debug", settings)
+    assert config.data.columns["text"] == text
+    assert compose_recipe(compose_recipe("debug"), settings).data.columns == config.data.columns
+
+
+def test_configuration_can_replace_a_recipe(tmp_path: Path) -> None:
+    config = compose_recipe("debug", tiny(tmp_path))
+    changed = compose_recipe(config, {"name": "other", "privacy.noise_multiplier": 5})
+    assert (changed.name, changed.privacy.noise_multiplier) == ("other", 5.0)
+    assert fedtune.plan(changed).epsilon < fedtune.plan(config).epsilon
+    with pytest.raises(ConfigError, match="not a setting"):
+        compose_recipe(config, {"privacy.epsilo": 3})
+
+
+def test_simulate_works_in_a_running_event_loop_silently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: fedtune.Run
+) -> None:
+    async def cell() -> fedtune.Run:
+        return fedtune.simulate("debug", tiny(tmp_path, **{"runtime.seeded_noise": True}))
+
+    assert asyncio.run(cell()).rounds
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_importing_fedtune_loads_no_heavy_library() -> None:
+    code = (
+        "import sys, fedtune, os;"
+        "print(sorted({'torch', 'flwr', 'hydra', 'pydantic', 'numpy'} & set(sys.modules)));"
+        "print(os.environ['MKL_CBWR'], fedtune.process.torch_came_first);"
+        "import torch; del sys.modules['fedtune.process'], os.environ['MKL_CBWR']; import fedtune.process as late;"
+        "print(late.torch_came_first)"
+    )
+    assert python("-c", code) == "[]\nAUTO,STRICT False\nTrue\n"
+
+
+def test_public_names_are_documented_and_no_packages() -> None:
+    rooms = {path.name for path in Path(fedtune.__file__).parent.iterdir() if path.is_dir()}
+    for name in fedtune.__all__:
+        assert getattr(fedtune, name).__doc__
+        assert name not in rooms
+
+
+@pytest.mark.parametrize("module", [fedtune, public], ids=["fedtune", "door"])
+def test_docstring_examples_are_correct(module: Any) -> None:
+    done = doctest.testmod(module)
+    assert done.attempted >= 2
+    assert not done.failed

@@ -1,0 +1,261 @@
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedtune.report
+from fedtune.federation.drift import FELL
+from fedtune.privacy.release import Reason
+from fedtune.report.derive import dpia_fields, verdicts
+from fedtune.report.facts import BudgetVerdict
+from fedtune.report.model import Assumption, CellState, SiteReport
+from fedtune.report.page.tables import TableColumn
+from fedtune.report.page.translations import LANGUAGES, load_catalog
+from fedtune.report.page.view import page_layout
+from fedtune.runs import results
+from fedtune.tasks.inputs import get_input
+
+from .masking import GOLDEN, read_golden
+
+PACKAGE = Path(fedtune.report.__file__).parent
+TEXTS = {language: load_catalog(language).texts for language in LANGUAGES}
+KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in texts}
+
+STATES = get_args(get_type_hints(BudgetVerdict)["state"])
+ACCESS = page_layout()["access"]
+SEEN = {
+    code
+    for noise in ("noised", "seeded", "no_noise", "masked")
+    for who, sees in ACCESS[noise].items()
+    for code in (who, *sees)
+} | {"by_subtraction", "if_two_sites"}
+CODES: dict[str, set[str]] = {
+    "kind": {"run", "ledger"},
+    "state": set(STATES),
+    "reason": {code for codes in verdicts.REASONS.values() for code in codes},
+    **{kind.removesuffix("s"): set(codes) for kind, codes in verdicts.CODES["listed"].items()},
+    "refusal": {str(reason) for reason in Reason},
+    "source": set(get_args(get_type_hints(SiteReport)["source"])),
+    "status": set(get_args(get_type_hints(Assumption)["status"])),
+    "field": set(dpia_fields.FIELDS),
+    "fact": {name for field in dpia_fields.FIELDS.values() for names in field.values() for name in names},
+    "period": {"month", "quarter", "year"},
+    "unit": {"record", "user"},
+    "relation": {"add_or_remove_one"},
+    "arrivals": {"all", "undated", "undated_to", "dated", "to", "from", "in", "between"},
+    "banner": {"simulation", "seeded"},
+    "value": {str(get_input("features").modality)},
+    "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS, FELL},
+}
+"""Codes that types and rules list, by the section that has words for them."""
+WRITTEN = {
+    "released": "released.*",
+    "covers": "covers.*",
+    "randomness": "randomness",
+    "release": "(facts|sites.*|facts.sites.*.statement).releases.*.kind",
+    "refusal": "(facts|sites.*|facts.sites.*.statement).releases.*.reason",
+    "sampling": "sites.*.mechanisms.*.sampling_run",
+    "run_state": "sites.*.lifetime.runs.*.state",
+    "assumption": "assumptions.*.code",
+    "reason": "verdict.reasons.*",
+    "audit_method": "facts.audit.method",
+    "audit_score": "facts.audit.membership.*.score",
+}
+"""Sections of codes that builders write, and where they stand in a report."""
+
+
+def sources() -> Iterator[str]:
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "page.toml", *PACKAGE.glob("page/templates/*.j2")]:
+        yield path.read_text()
+
+
+ON_FILE = {path.stem: read_golden(path.stem) for path in GOLDEN.glob("*.json")}
+
+
+def found_in(parts: dict[str, Any], place: str) -> Iterator[str]:
+    of_parts = [
+        (f"{at}/{key}", value) for at, part in parts.items() if isinstance(part, dict) for key, value in part.items()
+    ]
+    pattern = "/" + place.removesuffix(".*").replace(".", "/").replace("*", "[^/]+")
+    for at, value in [*parts.items(), *of_parts]:
+        if value is not None and re.fullmatch(pattern, at):
+            yield from value if isinstance(value, list) else [value]
+
+
+def test_every_code_in_stored_reports_has_a_translation(language: str) -> None:
+    for name, parts in ON_FILE.items():
+        for section, place in WRITTEN.items():
+            assert set(found_in(parts, place)) <= TEXTS[language][section].keys(), name
+    assert all(
+        any(list(found_in(parts, place)) for parts in ON_FILE.values())
+        for place in WRITTEN.values()
+        if "audit" not in place
+    )
+
+
+def test_translations_have_the_same_keys_and_placeholders(language: str) -> None:
+    assert {(section, key) for section, texts in TEXTS[language].items() for key in texts} == KEYS
+    for section, key in KEYS:
+        found = [sorted(re.findall(r"\{\w*\}", TEXTS[one][section][key])) for one in ("en", language)]
+        assert found[0] == found[1], (section, key)
+
+
+SAID_IN_BOTH = tomllib.loads(Path(__file__).with_name("said_in_both.toml").read_text())
+"""What makes a text a stronger or a weaker one: no language says it alone."""
+LISTS = {"not_protected", "leaves_out", "covers", "access"}
+SHORTEST = 0.7
+"""Of the other language's letters; German needs more of them than English."""
+
+
+def sentences(text: str) -> int:
+    """Without those dots that end a German abbreviation or a number."""
+    return len(re.findall(r"[.!?](?= [A-ZÄÖÜ“„]|$)", re.sub(r"\b(Abs|Art|lit|Nr)\. (?=\w)", "", text)))
+
+
+def items(text: str) -> int:
+    _, colon, listed = text.partition(": ")
+    return len(re.split(r", | and | und ", listed)) if colon else 0
+
+
+def test_translations_agree_in_hedges_and_completeness() -> None:
+    differ = []
+    for section, key in sorted(KEYS - {(name, key) for name, key in KEYS if name in ("language", "field", "word")}):
+        english, german = (re.sub(r"\{\w+\}", "{}", TEXTS[language][section][key]) for language in ("en", "de"))
+        found = [
+            what
+            for what, (en, de) in SAID_IN_BOTH.items()
+            if bool(re.search(en, english)) != bool(re.search(de, german))
+        ]
+        if sentences(english) != sentences(german):
+            found.append("sentences")
+        if (section in LISTS or key == "against") and items(english) != items(german):
+            found.append("items")
+        if len(english) > 25 and not len(german) / len(english) > SHORTEST:
+            found.append("short")
+        if found:
+            differ.append((section, key, found))
+    assert differ == []
+
+
+@pytest.mark.parametrize("section", CODES)
+def test_every_report_code_has_a_translation(language: str, section: str) -> None:
+    assert set(TEXTS[language][section]) >= CODES[section]
+
+
+def test_every_translation_key_is_used() -> None:
+    written = "\n".join(sources())
+    whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
+    # Keys that are put together: "chart." ~ code, and the like.
+    charts = {"epsilon_spent", "profile", "utility", "reliability"}
+    whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
+    whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
+    code_of_all = "\n".join(path.read_text() for path in PACKAGE.parent.rglob("*.py"))
+    whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', code_of_all)}
+    whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "tables.py").read_text())}
+    whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
+    whole |= {("strength", band) for band in ("strong", "reasonable", "weak", "none")}
+    whole |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
+    whole |= {("meaning", f"{key}_note") for key in ("ceiling", "mechanism")}
+    by_kind = [("verdict", "spent"), ("verdict", "to_do"), ("check", "owner"), ("label", "of_limit")]
+    by_kind += [("budget", "two_figures"), ("sign_off", "heading"), *(("verdict", state) for state in STATES)]
+    whole |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
+    whole |= {("verdict", f"{kept}{state}") for kept in ("", "kept_") for state in STATES}
+    whole |= {("verdict", f"to_do_{code}") for code in (*STATES, "violated", "full", "closed")}
+    whole |= {("verdict", room) for room in get_args(verdicts.Room)}
+    whole |= {("question", code) for section, code in KEYS if section == "assumption"}
+    whole |= {("language", key) for key in ("decimal", "group", "day", "moment", "months")}
+    whole |= {("cells", state + end) for state in get_args(CellState) for end in ("", "_means")}
+    whole |= {(section, code) for section, known in CODES.items() for code in known}
+    templates = "\n".join(path.read_text() for path in PACKAGE.glob("page/templates/*.j2"))
+    put_together = templates + "".join(
+        (PACKAGE / "page" / name).read_text() for name in ("translations.py", "view.py", "tables.py")
+    )
+    for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger", "strength"):
+        whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
+    whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
+    known = "".join((PACKAGE / "derive" / name).read_text() for name in ("dpia_fields.py", "dpia_fields.toml"))
+    whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
+    whole |= {("value", "unbounded")}  # of `format_epsilon`
+    # Other words for a text that there is.
+    for of in ("by_user", "where_no_noise", "where_seeded"):
+        whole |= {(of, f"{section}__{key}") for section, key in KEYS}
+    assert KEYS - whole == set()
+
+
+def test_every_translation_key_in_use_exists() -> None:
+    for text in sources():
+        for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
+            assert (section, key) in KEYS
+    for table in page_layout()["table"].values():
+        for column in (TableColumn(*column) for column in table["columns"]):
+            for key in (table["caption"], column.heading, column.absent or "word.none", column.zero or "word.none"):
+                assert tuple(key.split(".")) in KEYS
+            assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
+
+
+def test_every_assertable_assumption_has_a_question(language: str) -> None:
+    """But for what the annex's figures alone rest on."""
+    sound = [parts for parts in ON_FILE.values() if "ledger_not_verified" not in parts["/verdict/reasons"]]
+    stated = [part for parts in sound for at, part in parts.items() if at.startswith("/assumptions/")]
+    assumed = {part["code"] for part in stated if part["status"] == "assumed"}
+    assert len(assumed) > 5
+    of_the_annex = {"runs_fixed_beforehand", "ends_independent_of_releases"}
+    assert assumed - of_the_annex <= TEXTS[language]["question"].keys()
+    assert of_the_annex.isdisjoint(TEXTS[language]["question"])
+
+
+CLAIMS = "anonym|complian|konform|impossible|unmöglich|✓|✔|guaranteed safe|vertretbar"
+
+
+def test_texts_make_no_legal_claims_or_judgments(language: str) -> None:
+    for section, texts in TEXTS[language].items():
+        for key, text in texts.items():
+            assert not re.search(CLAIMS, text, re.I), (section, key)
+    plan, spent = {"en": ("plan", "spent"), "de": ("Plan", "verbraucht")}[language]
+    text = TEXTS[language]["reason"]["above_run_cap"]
+    assert plan in text, "a run's plan is compared with the limit for a run"
+    assert spent not in text
+
+
+def test_numbers_are_formatted_for_both_languages() -> None:
+    kinds = json.loads(Path(__file__).with_name("figures.json").read_text())
+    for kind, value, english, german in ((kind, *row) for kind, rows in kinds.items() for row in rows):
+        assert (load_catalog("en").figure(value, kind), load_catalog("de").figure(value, kind)) == (english, german)
+
+
+@given(st.floats(min_value=0, max_value=1e12))
+def test_losses_are_rounded_up_and_remaining_budgets_down(value: float) -> None:
+    def read(text: str) -> float:
+        return float(text.replace(".", "").replace(",", "."))
+
+    german = load_catalog("de")
+    assert read(german.figure(value, "epsilon")) >= value
+    assert read(german.figure(value, "left")) <= value
+    right = german.figure(value, "of_100")
+    assert value > 99.9999 if right == "unbegrenzt" else read(right.removesuffix("\N{NO-BREAK SPACE}%")) >= value
+    assert right != "100\N{NO-BREAK SPACE}%", "which would be certain"
+
+
+@given(
+    st.sampled_from(["exact", "number", "failures", "score", "of_100_fine", "percent", "seconds", "bytes", "left"]),
+    st.floats(allow_nan=False),
+)
+def test_any_float_can_be_formatted(kind: str, value: float) -> None:
+    assert load_catalog("en").figure(value if kind != "bytes" else abs(value), kind)
+
+
+def test_unknown_values_are_escaped_and_lists_are_joined_as_sentences() -> None:
+    words = load_catalog("en")
+    title = words.text("page.title", name="<b>{digest}</b>")
+    assert title == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;", "and not formatted again"
+    assert words.code("reason", "<new>") == "<code>&lt;new&gt;</code>"
+    assert load_catalog("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
+    for codes, said in ((["times", "bytes", "declared_sizes"], "times, traffic and declared sizes"), ([], "none")):
+        assert words.listed("unprotected_figure", codes) == said
+    assert words.listed("unprotected_figure", ["times"]) == "times"

@@ -1,0 +1,82 @@
+"""A site's own adapter: which records it is made with, and that it is never worse than the shared one by its choice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.data import Record
+from fedtune.data.load import SiteRecords
+from fedtune.model.adapter import Adapter
+from fedtune.sites.personalization import FEWEST_RECORDS, Parts, _Fit, record_personalization
+from fedtune.sites.shared_model import LoadedModel, RunModel
+from fedtune.spec import DataError, RunError
+
+from .conftest import letters
+
+
+def records_of(count: int, **fields: Any) -> list[Record]:
+    kinds = ("invoice", "praise")
+    return [Record({"text": f"a letter, number {n}", "label": kinds[n % 2], **fields}) for n in range(count)]
+
+
+def parted(parts: Parts, field: str = "text") -> list[set[str]]:
+    """The texts, or other values, of each part, of which no two share one."""
+    found = [{one.fields[field] for one in part} for part in (parts.training, parts.choosing, parts.scored)]
+    assert sum(map(len, found)) == len(set.union(*found))
+    return found
+
+
+def test_held_out_records_select_and_score_the_personalized_adapter() -> None:
+    everything = records_of(200)
+    parts = Parts.of(SiteRecords(everything[:120], everything[120:]), key=b"key", unit="record")
+    assert (parts.training, parts.seen) == (everything[:120], False)
+    _, choosing, scored = parted(parts)
+    assert choosing | scored == {record.fields["text"] for record in everything[120:]}
+
+
+def test_site_without_held_out_records_splits_by_user() -> None:
+    parts = Parts.of(SiteRecords(records_of(300), []), key=b"key", unit="record")
+    assert parts.seen
+    assert sum(map(len, parted(parts))) == 300
+    of_users = [record for user in range(60) for record in records_of(5, user=f"u{user}")]
+    assert sum(map(len, parted(Parts.of(SiteRecords(of_users, []), key=b"key", unit="user"), "user"))) == 60
+    with pytest.raises(DataError, match=f"must be at least {FEWEST_RECORDS}"):
+        Parts.of(SiteRecords(records_of(30), []), key=b"key", unit="record")
+
+
+def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
+    records = [Record({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+    shared = RunModel(LoadedModel(config, declared_size=len(records), trains=False), config)
+    examples = shared.make_site_examples(shared.tokenize_records(records))
+    training, choosing = np.split(np.arange(len(records)), [len(records) * 3 // 4])
+    return _Fit(shared, examples, training, choosing)
+
+
+def best(fit: _Fit) -> tuple[int, str]:
+    """The passes that were best, and the digest of the adapter that they came to."""
+    passes = fit.fit_best_adapter(fit._shared.initial_adapter, what="")
+    return passes, Adapter.from_task_model(fit._shared.model).digest()
+
+
+def test_personalization_stops_early_on_validation_records() -> None:
+    fit = fit_of(letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
+    learned = best(fit)
+    assert best(fit) == learned, "nothing is drawn anew"
+    assert learned[0] > 0, "two of three labels occur, which is worth learning"
+    contrary = fit_of(letters(), ["the same words"] * 80, ["invoice"] * 60 + ["praise"] * 20)
+    start = contrary._shared.initial_adapter.digest()
+    assert best(contrary) == (0, start), "what is learned does not hold elsewhere"
+
+
+def test_personalization_note_holds_only_run_and_day(tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        record_personalization(tmp_path, run=run, day="2026-11-26")
+    made = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]
+    assert json.loads((tmp_path / "own_adapters.json").read_text()) == made
+    (tmp_path / "own_adapters.json").write_text("[")
+    with pytest.raises(RunError, match="cannot be read: put it back from a backup"):
+        record_personalization(tmp_path, run="third", day="2026-11-26")
