@@ -53,7 +53,8 @@ def describe_event(event: Event) -> str:
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
             start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
             what = f"{to_printable(proposal.task)} on {to_printable(proposal.dataset)}"
-            each = f"{pluralize(plan.num_rounds, 'round')}{spare}, each {_describe_mechanisms(dp_events.to_json(plan.event()))}"
+            mechanisms = _describe_mechanisms(dp_events.to_json(plan.event()))
+            each = f"{pluralize(plan.num_rounds, 'round')}{spare}, each {mechanisms}"
             kept = f"the cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
             return f"run accepted from lead {group_hex_start(proposal.lead)}: {what}, {each}; {kept}"
         case Kind.RESERVE:

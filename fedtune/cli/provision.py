@@ -266,7 +266,8 @@ def _expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
     found += [(f"the {kind}", own[kind], f"renew-{kind}") for kind in ("server", "lead")]
     for name, certificate, renewal in found:
         if certificate.days_left(now) < SOON_DAYS:
-            yield f"The certificate of {name}: {_format_days_left(certificate, now)}. Renew it: fedtune provision {renewal}"
+            left = _format_days_left(certificate, now)
+            yield f"The certificate of {name}: {left}. Renew it: fedtune provision {renewal}"
     if own["authority"].days_left(now) < SOON_DAYS:
         yield f"The authority: {_format_days_left(own['authority'], now)}. Provision the federation again."
 

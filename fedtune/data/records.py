@@ -176,7 +176,7 @@ def iter_usable_records(
 def validate_rows(
     path: Path, columns: Mapping[str, str], *, fault: Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
-    """Yield (line, record) for each row of a file, or (line, error) if the row is unusable; see `iter_usable_records`."""
+    """Yield (line, record) for each row of a file, or (line, error) if it is unusable; see `iter_usable_records`."""
     for line, row in raw_rows(path, columns, lenient=lenient):
         if isinstance(row, DataError):
             yield line, row

@@ -196,7 +196,7 @@ class DataSpec:
         """
         if self.validation_file is None:
             bound = (
-                "must be a file of the lead's own where its scores decide (federation.early_stopping_patience, checkpoint_selection=best, "
+                "must be a file of the lead's own where its scores decide (early_stopping_patience, best checkpoint, "
                 "a search); data.validation_fraction takes the sites' records, and no noise hides them in a score"
             )
             raise ConfigError("validation_file", self.validation_file, bound)

@@ -83,7 +83,8 @@ def describe_shared_epsilon(plan: Plan) -> str:
     """Return the clause that follows a plan's noise and says how many runs share an epsilon; empty for a single run."""
     if plan.runs == 1 or not plan.private:
         return ""
-    return f", so that {plan.runs} runs like this one come to epsilon {format_epsilon(epsilon_of_runs(plan, runs=plan.runs))}"
+    epsilon = format_epsilon(epsilon_of_runs(plan, runs=plan.runs))
+    return f", so that {plan.runs} runs like this one come to epsilon {epsilon}"
 
 
 def describe_calendar(plan: Plan) -> Iterator[str]:

@@ -114,7 +114,7 @@ def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
     return None
 
 
-def shorten_value(value: object) -> str:
+def quote(value: object) -> str:
     """Shorten a value from a file for an error message, because such values can be long or contain unprintable
     characters.
     """
@@ -130,7 +130,7 @@ def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]
         if step["type"] == "Sequence":
             waiting = [*step[inner], *waiting]
         elif step["type"] not in known:
-            raise _Unknown(f"has a step {shorten_value(step['type'])}, which fedtune does not know")
+            raise _Unknown(f"has a step {quote(step['type'])}, which fedtune does not know")
         else:
             steps.append(step)
         if len(steps) + len(waiting) > _MOST_PARTS:
@@ -183,7 +183,7 @@ def _min_match_length(pattern: Any) -> int:
         return 1
     simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MOST_PATTERN else None
     if simple is None:
-        raise _Unknown(f"has the pattern {shorten_value(text)}, and fedtune does not know whether it takes linear time")
+        raise _Unknown(f"has the pattern {quote(text)}, and fedtune does not know whether it takes linear time")
     return min(int(simple["least"] or 1), int(simple["most"] or 99))
 
 
@@ -201,12 +201,10 @@ def _check_template(step: dict[str, Any]) -> None:
 
 def _check_model(model: dict[str, Any]) -> None:
     if model.get("type") not in _MODELS:
-        raise _Unknown(f"has a model {shorten_value(model['type'])}, which fedtune does not know")
+        raise _Unknown(f"has a model {quote(model['type'])}, which fedtune does not know")
     # BPE-dropout would draw a record's tokens anew in each pass.
     if model.get("dropout"):
-        raise _Unknown(
-            f"has dropout = {shorten_value(model['dropout'])}, so that the same text gives other tokens each time"
-        )
+        raise _Unknown(f"has dropout = {quote(model['dropout'])}, so that the same text gives other tokens each time")
     if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
         raise _Unknown(f"looks at words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
     vocabulary = model.get("vocab") or ()

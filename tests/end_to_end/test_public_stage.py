@@ -18,7 +18,7 @@ from fedtune.runs.environment import start_lineage
 from fedtune.show.run_progress import Display
 from fedtune.spec import ConfigError
 
-from ..api.test_door import tiny as settings_of
+from ..api.test_public import tiny as settings_of
 from ..cli import snapshots
 from ..conftest import REPOSITORY, command, fail_where, tiny
 from .test_resume import Stop

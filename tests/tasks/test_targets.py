@@ -86,7 +86,7 @@ def test_empty_data_and_token_free_texts_give_zero_loss(encoder_tokenizer: Any, 
     record = Record({"text": "where", role: "2.5" if task == "regression" else "mid"})
     lenient = get_task(task).tokenize([record], encoder_tokenizer, data=settings, lenient_within=1)
     assert (np.asarray(lenient.targets) == UNSUPERVISED).all()
-    logits = LOGITS[:1, : get_task(task).outputs(spec_of(task))].clone().requires_grad_()  # type: ignore[attr-defined]
+    logits = LOGITS[:1, : get_task(task).num_outputs(spec_of(task))].clone().requires_grad_()  # type: ignore[attr-defined]
     loss = get_task(task).loss(logits, torch.from_numpy(np.asarray(lenient.targets)), spec=spec_of(task))  # type: ignore[attr-defined]
     loss.sum().backward()
     assert loss.tolist() == [0]

@@ -11,7 +11,7 @@ import torch
 from fedtune.config import saved_config
 from fedtune.data import Batch, Record, TextDataset
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenization import Targets, Tokenizer, cut, encode
+from fedtune.data.tokenization import Targets, Tokenizer, encode, max_characters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.sites.shared_settings import read_settings, serialize_for_sites, settings_for_sites
 from fedtune.spec import check_at_least, spec
@@ -42,7 +42,7 @@ class TextLength(Task):
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        texts = [cut(record.fields["text"], data.max_length) for record in records]
+        texts = [record.fields["text"][: max_characters(data.max_length)] for record in records]
         encoded = encode(texts, tokenizer, special_tokens=True, max_length=data.max_length, within=lenient_within)
         input_ids = tuple(np.array(ids or [0], dtype=np.int32) for ids in encoded)
         return TextDataset(input_ids, self.targets_of(input_ids))

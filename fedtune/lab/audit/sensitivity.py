@@ -1,4 +1,4 @@
-"""A search for violations of the sensitivity bound: how far can one unit move the clean sum of a step?
+"""A search for violations of the sensitivity bound: the most by which one unit moves the clean sum of a step.
 
 No run, no ledger, no private record.  The accounting assumes that adding or removing one record (or user) changes a
 step's sum by at most the clip norm.  The search looks for a counterexample with the code of the step itself.  It varies

@@ -174,7 +174,7 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
         for name, value in row.items():
             if name not in columns:
                 columns[name] = DataColumn(name)
-            columns[name].note(value, number)
+            columns[name].add_value(value, number)
     if not rows:
         raise faults[0] if faults else no_records_error(path)
     for column in columns.values():

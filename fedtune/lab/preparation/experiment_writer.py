@@ -400,7 +400,8 @@ def describe_spellings(labels: Iterable[str]) -> list[str]:
 def list_notes(found: Found, plan: ExperimentPlan) -> Iterator[str]:
     """Yield notes for the user before the first run."""
     public = "Sizes are public; at a real site, the site chooses its own in its site.toml."
-    yield f"declared_sizes: {', '.join(f'{one:,}' for one in _declared_sizes(plan))}, near what each site trains on. {public}"
+    sizes = ", ".join(f"{one:,}" for one in _declared_sizes(plan))
+    yield f"declared_sizes: {sizes}, near what each site trains on. {public}"
     proposed = "Labels, target_range and max_length were proposed from nearly all records of the file"
     yield f"{proposed}, and become public too: change what says more than it should."
     if plan.by_user:

@@ -220,7 +220,8 @@ class Compared:
     def _comparison_sentence(self, base: str) -> str:
         found = self.sides.compare_models(base, self.main)
         if found.verdict == NO_DIFFERENCE:
-            return f"{_capitalize(self.main)} cannot be told apart from {base} by {self._score}: {format_with_interval(found)}."
+            interval = format_with_interval(found)
+            return f"{_capitalize(self.main)} cannot be told apart from {base} by {self._score}: {interval}."
         return f"{_capitalize(self.main)} is {found.verdict} than {base}: {self._score} {format_with_interval(found)}."
 
     def _group_sentences(self, title: str, found: GroupScores) -> Iterator[str]:

@@ -369,7 +369,7 @@ def _trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Ite
         yield f"{pluralize(earlier, 'run')} had been finished before, with the same settings."
     finished = [trial for trial in trials if trial.state == "finished"]
     if best is not None:
-        yield f"* best by validation {best.config.primary_metric}. Test scores must not choose: they would then be too good."
+        yield f"* best by validation {best.config.primary_metric}. Test scores must not choose: they would be too good."
     elif len(finished) > 1 and not any(trial.validation for trial in finished):
         yield "No run is marked as the best: none has validation records, and test scores must not choose."
     elif len(finished) > 1 and not any(trial.score is not None for trial in finished):

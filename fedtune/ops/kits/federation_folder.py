@@ -237,7 +237,7 @@ class FederationFolder:
             raise error.in_file(path) from None
 
     def retire_key(self, node_key: bytes) -> dict[str, bytes]:
-        """Return the updated file of retired connection keys, including `node_key`, as an argument for `apply_change`."""
+        """Return the updated file of retired connection keys, with `node_key`, as an argument of `apply_change`."""
         fingerprints = tuple(sorted(self.read_retired_keys() | {key_fingerprint(node_key)}))
         return {_RETIRED: _to_json_bytes(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
