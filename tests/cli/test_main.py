@@ -36,7 +36,7 @@ def test_version_includes_a_digest_of_the_source_code(tmp_path: Path) -> None:
 
     same = built()
     assert command("--version").printed == f"fedtune {same}\n"
-    with (package / "words.py").open("a") as file:
+    with (package / "formatting.py").open("a") as file:
         file.write("# another build\n")
     assert built() != same
 
