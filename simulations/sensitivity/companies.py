@@ -65,7 +65,7 @@ def main() -> None:
 def bucket(shared: LoadedModel, length: int, *, companies: int, seed: int) -> dict[str, int]:
     """Records of one length in random companies, compared with themselves alone."""
     draws, shapes = np.random.default_rng([length, seed] if seed else length), shared.shapes
-    longest = shapes.most_tokens(shapes.lengths[-1])
+    longest = shapes.longest_record(shapes.lengths[-1])
     lengths = [*of_length(shapes, length, WATCHED, draws), *draws.integers(1, longest, OTHERS, endpoint=True)]
     records = SiteExamples(random_examples(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device)
     if shared.keeps_states:
@@ -104,11 +104,11 @@ def together(gradients: PerExampleGradients, records: SiteExamples, company: np.
 
 def of_length(shapes: Shapes, length: int, count: int, draws: np.random.Generator) -> list[int]:
     """Numbers of tokens that are padded to `length`, the most among them."""
-    longest = shapes.most_tokens(length)
+    longest = shapes.longest_record(length)
     fitting = [
         tokens
         for tokens in range(1, longest + 1)
-        if next(one for one in shapes.lengths if tokens <= shapes.most_tokens(one)) == length
+        if next(one for one in shapes.lengths if tokens <= shapes.longest_record(one)) == length
     ]
     return [fitting[-1], *draws.choice(fitting, size=count - 1).tolist()]
 

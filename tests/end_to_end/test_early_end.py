@@ -50,7 +50,7 @@ def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped: Path) -
     report = from_run.build_run_report(stopped)
     assert problems(report) == []
     assert report.verdict.reasons == ("charged_less",)
-    assert (report.utility.kept_adapter.round, report.utility.kept_adapter.ended_early) == (1, True)
+    assert (report.utility.kept.round, report.utility.kept.ended_early) == (1, True)
     for site in report.sites:
         assert site.spent.epsilon_pld < report.epsilon == site.spent.epsilon == site.spent.planned_epsilon
         whole = profile.right_of_100(profile.count_charged_events(report.facts.plan, 5))
@@ -67,8 +67,8 @@ def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped: Path) -
 def test_report_claiming_another_kept_round_is_detected(stopped: Path) -> None:
     report = from_run.build_run_report(stopped)
     for told in (
-        replace(report.utility.kept_adapter, ended_early=False),
-        replace(report.utility.kept_adapter, round=2, score=0.999),
+        replace(report.utility.kept, ended_early=False),
+        replace(report.utility.kept, round=2, score=0.999),
     ):
         assert problems(replace(report, utility=replace(report.utility, kept=told))) != []
 

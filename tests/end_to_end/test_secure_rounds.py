@@ -48,7 +48,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
         found.append((adapter, total, after[0]))
         return after
 
-    monkeypatch.setattr(secure_rounds, "lead_step", noted)
+    monkeypatch.setattr(secure_rounds, "secure_server_step", noted)
     return found
 
 
@@ -276,7 +276,7 @@ def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pyt
         wrong = (self._site, survivor, self._release % 2) == ("site-1", "site-2", 0)
         return {} if wrong else real(self, survivor, asked, pairs)
 
-    monkeypatch.setattr(Party, "_shares_of", shares_of)
+    monkeypatch.setattr(Party, "_open_shares", shares_of)
     all_needed = ("federation.num_sites=3", "federation.threshold=3", "federation.num_rounds=20")
     done = command("simulate", *tiny(*SECURE, *all_needed, into=tmp_path))
     assert done.code == 1
@@ -322,7 +322,7 @@ def test_secure_lead_adapter_stays_within_the_site_bound(tmp_path: Path, steps: 
 
 def test_finished_secure_run_ends_without_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        fail_where(patched, lead_rounds, "_ended", lambda *_, **__: True, KeyboardInterrupt())
+        fail_where(patched, lead_rounds, "_announce_end", lambda *_, **__: True, KeyboardInterrupt())
         assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
     be_away(monkeypatch, "announce", "site-3")
     assert command("simulate", f"resume={tmp_path / 'run'}").code == 0

@@ -48,8 +48,8 @@ def test_reported_deviation_matches_simulated_runs() -> None:
 def test_newest_two_runs_are_compared_with_all_earlier_ones() -> None:
     assert detect_score_drop([]) is detect_score_drop(runs(0.8)) is None
     two, five = detect_score_drop(runs(0.8, 0.7)), detect_score_drop(runs(0.8, 0.8, 0.8, 0.8, 0.76))
-    assert (two.apply_change, two.found) == (pytest.approx(-0.1), True)
-    assert (five.apply_change, five.found) == (
+    assert (two.change, two.found) == (pytest.approx(-0.1), True)
+    assert (five.change, five.found) == (
         pytest.approx(-0.02),
         True,
     )  # 0.02 is above 1.645 x 0.01 x root of 1/3 + 1/2
@@ -59,7 +59,7 @@ def test_newest_two_runs_are_compared_with_all_earlier_ones() -> None:
     # A run that tells little weighs little.
     vague = HeldOut(run="v", date="", mean=0.1, deviation=1.0)
     found = detect_score_drop([*runs(0.8, 0.8), vague, *runs(0.8, 0.8)])
-    assert abs(found.apply_change) < 1e-3
+    assert abs(found.change) < 1e-3
 
 
 def test_drift_test_has_a_false_alarm_rate_of_five_percent() -> None:

@@ -60,7 +60,7 @@ def test_forecast_times_follow_expected_batch_sizes() -> None:
 
 
 def test_forecast_counts_all_permitted_records_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast_module, "seconds_per_example", lambda *_, **__: (0.5, 2.0))
+    monkeypatch.setattr(forecast_module, "measure_example_seconds", lambda *_, **__: (0.5, 2.0))
     by_user = replace(run_plan(), unit="user", records_per_user=8)
     once, many = (foreseen(tiny_model(), plan) for plan in (run_plan(), by_user))
     assert many.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in once.step_seconds.items()}

@@ -107,7 +107,7 @@ def test_round_reply_contains_the_bytes_stored_in_the_ledger(
 
 def test_ledger_receives_the_server_time_of_the_request(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
     """What opens a period of the site's budget; a ledger that hears nothing opens none."""
-    monkeypatch.setattr(SiteLedger, "asked_at", told := Mock())
+    monkeypatch.setattr(SiteLedger, "set_server_time", told := Mock())
     told.assert_called_once_with(asked(app, request_).message.metadata.created_at)
 
 
@@ -121,7 +121,7 @@ def test_end_of_run_is_recorded_and_answered_only_for_its_lead(app: SiteApp, sit
         notice = EndOfRun(run="r", lead=key.public).sign_with(key)
         content = flower_records.from_question(Question(site="a", signed=notice), None)
         receipt = flower_records.to_receipt(asked(app, content, END).reply.content)
-        assert receipt == (site().ledger.receipt("r") if ended else None)
+        assert receipt == (site().ledger.sign_receipt("r") if ended else None)
         assert (site().ledger.history.runs["r"].expires is None) == ended
 
 

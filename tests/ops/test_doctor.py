@@ -466,7 +466,7 @@ def test_random_model_needs_no_installed_files(home: Home) -> None:
 def test_unexpected_error_text_appears_only_in_the_private_log(
     home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr("fedtune.ops.doctor.site_checks._sized", Mock(side_effect=error))
+    monkeypatch.setattr("fedtune.ops.doctor.site_checks._compare_with_declared_size", Mock(side_effect=error))
     checks = home.examined()
     assert failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)
@@ -488,7 +488,7 @@ def test_doctor_log_is_truncated_and_private(tmp_path: Path) -> None:
 
 
 def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "control", lambda server, timeout_s: ok("Flower's control", server))
+    monkeypatch.setattr(examination, "check_control_api", lambda server, timeout_s: ok("Flower's control", server))
     place = home.site_toml.parent / "s" / "site.sock"
     write_policy(dataclasses.replace(home.policy, socket="s/site.sock"), home.site_toml)
     assert "its folder is missing" in home.examined()["socket"].found

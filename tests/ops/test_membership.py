@@ -90,7 +90,7 @@ def test_revoked_connection_key_can_never_be_reused(desk: Desk, monkeypatch: pyt
     key = read_connection_key(first.with_name("connection_key.pem"))
     desk.revoke("north")
     with monkeypatch.context() as patch, unchanged(desk.folder):
-        patch.setattr(members, "make_key", lambda: key)  # under another name
+        patch.setattr(members, "generate_connection_key", lambda: key)  # under another name
         with pytest.raises(ConfigError, match=r"join_request\.json: connection key = .*was revoked with site north"):
             desk.add(desk.request("south"))
         with pytest.raises(ConfigError, match=r"was revoked on .*: add it again with `renew-site north REQUEST`"):

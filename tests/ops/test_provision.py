@@ -98,7 +98,7 @@ def test_existing_output_folder_is_not_changed(federation: Path, federation_toml
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_failed_init_leaves_no_files(federation_toml: Path, now: Any, monkeypatch: Any, error: Any) -> None:
-    monkeypatch.setattr(provisioning.FederationFolder, "change", Mock(side_effect=error))
+    monkeypatch.setattr(provisioning.FederationFolder, "apply_change", Mock(side_effect=error))
     with pytest.raises((ConfigError, KeyboardInterrupt), match=r"cannot be written: No space left on device|^$"):
         provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]

@@ -77,7 +77,7 @@ def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any
     # The server is away, and when it comes back it would not take the site: the answer waits for a new certificate.
     health = Told(stop := threading.Event(), "expired")
     loop = loop_of(None, tmp_path, stop, health=health, ends=ended)
-    monkeypatch.setattr(Fleet, "is_void", lambda *_, **__: False)
+    monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
     loop._send(Mock(), Mock())
     assert health.states == ["expired"]
     assert "this site's certificate expired at" in caplog.text
@@ -101,8 +101,8 @@ def test_started_round_is_finished_and_sent_after_a_stop_signal(
         done.append("answered")
         return Mock()
 
-    monkeypatch.setattr(SiteApp, "answer_in", lambda reply: None)
-    monkeypatch.setattr(Fleet, "is_void", lambda *_, **__: False)
+    monkeypatch.setattr(SiteApp, "read_answer", lambda reply: None)
+    monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
     monkeypatch.setattr(site_service, "_FETCHED_S", 0.0)
     calls = {"activate": lambda: done.append("came"), "receive": Mock, "reply": lambda reply: done.append("sent")}
     loop_of(SimpleNamespace(**calls), tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
@@ -166,7 +166,7 @@ def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch
         now = datetime(2030, 1, day, tzinfo=UTC)
         monkeypatch.setattr(site_state, "datetime", SimpleNamespace(now=lambda zone, now=now: now))
         assert state.queue_for_approval(proposed(run), SETTINGS) is is_new
-    waiting = [(one.proposal.run, one.since[:10]) for one in state.waiting()]
+    waiting = [(one.proposal.run, one.since[:10]) for one in state.list_pending_runs()]
     assert waiting == [(named("first", SETTINGS), "2030-01-01"), (named("second", SETTINGS), "2030-01-02")]
 
 

@@ -28,7 +28,7 @@ def test_unapproved_run_is_not_charged_and_starts_once_approved(manual: Any, pat
     ledger = manual()
     assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
     assert kinds_of(path) == OPENED, "not even its plan is noted: nothing is set aside for it"
-    assert ledger.receipt("r").charged_rounds == 0
+    assert ledger.sign_receipt("r").charged_rounds == 0
     ledger.approve(proposal())
     reserve(ledger, proposal())
     assert kinds_of(path) == [*OPENED, (Kind.NOTE, "approved"), (Kind.PLAN, ""), (Kind.RESERVE, "")]

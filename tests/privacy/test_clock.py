@@ -75,7 +75,7 @@ def test_server_clock_cannot_open_past_periods_one_by_one(full: Any, clock: Cloc
         assert charge(full(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_approvals_and_runs_expire_while_a_period_is_held_back(opened: Any, clock: Clock) -> None:
+def test_approvals_and_runs_expire_while_a_period_is_pending_period_reason(opened: Any, clock: Clock) -> None:
     budget = {"max_epsilon_per_period": 100.0, "period": "month"}
     manual, begun = policy(budget=budget, approval="manual"), proposal(run="begun")
     ledger = opened(policy=manual, server=clock.time)
@@ -91,7 +91,7 @@ def test_approvals_and_runs_expire_while_a_period_is_held_back(opened: Any, cloc
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])
 def test_invalid_server_time_opens_no_new_period(full: Any, clock: Clock, nonsense: float) -> None:
     clock.time, ledger = FEBRUARY, full(server=None)
-    ledger.asked_at(nonsense)
+    ledger.set_server_time(nonsense)
     assert charge(ledger, proposal(run="next", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
 
 
@@ -100,10 +100,10 @@ def test_confirming_the_date_opens_the_current_period(full: Any, clock: Clock, p
     asked = proposal(run="next", plan=ONE_ROUND)
     assert charge(ledger, asked) is Reason.MAX_EPSILON_PER_PERIOD
     for words in ("clock says 2030-03-13", "server's time is 2030-01-10", "month of 2030-01-10", "confirm-date"):
-        assert words in ledger.held_back
+        assert words in ledger.pending_period_reason
     full(server=None).confirm_date()
     assert charge(full(server=JANUARY), asked) is None
-    assert full(server=JANUARY).held_back == ""
+    assert full(server=JANUARY).pending_period_reason == ""
     assert verify(path).history.last_time == MARCH
     # Only the period that was confirmed: the clock may go on in it, and no further.
     clock.forward(days=31)
@@ -115,7 +115,7 @@ def test_clocks_may_disagree_without_a_cap_per_period(opened: Any, clock: Clock)
     clock.time = datetime(2099, 1, 1, tzinfo=UTC)
     ledger = opened(server=JANUARY)
     assert charge(ledger, proposal(plan=ONE_ROUND)) is None
-    assert (ledger.history.last_time, ledger.held_back) == (clock.time, "")
+    assert (ledger.history.last_time, ledger.pending_period_reason) == (clock.time, "")
 
 
 def test_restored_charges_count_in_the_period_of_the_anchor(full: Any, clock: Clock, path: Path) -> None:

@@ -76,7 +76,7 @@ def test_changed_proposal_is_refused(opened: Any, change: dict[str, Any]) -> Non
 def test_interrupted_round_is_charged_and_its_retry_uses_a_spare_round(opened: Any) -> None:
     once_more = proposal(plan={"num_rounds": 2, "spare_rounds": 1})
     assert [reserve(opened(), once_more, 1).attempt for _ in range(3)] == [1, 2, 3]
-    assert opened().receipt("r").charged_rounds == 3
+    assert opened().sign_receipt("r").charged_rounds == 3
     for round in (1, 2):
         refused = refusal_of(opened(), once_more, round)
         assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "4", "3")
@@ -129,7 +129,7 @@ def test_tampered_reply_is_not_sent(opened: Any, path: Path, sql: str) -> None:
     train(opened(), proposal(), 1)
     tamper(path, sql)
     assert reason_of(opened().reserve, proposal(), round=1, request="digest r 1") is Reason.REPLY_NO_LONGER_STORED
-    assert opened().receipt("r").charged_rounds == 1, "an old round is not trained again"
+    assert opened().sign_receipt("r").charged_rounds == 1, "an old round is not trained again"
 
 
 # Receipts and records.
@@ -137,11 +137,11 @@ def test_tampered_reply_is_not_sent(opened: Any, path: Path, sql: str) -> None:
 
 def test_receipt_counts_rounds_without_a_reply(opened: Any) -> None:
     ledger = opened()
-    nothing = ledger.receipt("r")
+    nothing = ledger.sign_receipt("r")
     assert (nothing.charged_rounds, nothing.sequence) == (0, 2)
     train(ledger, proposal(), 1)
     reserve(ledger, proposal(), 2)
-    receipt = ledger.receipt("r")
+    receipt = ledger.sign_receipt("r")
     assert (receipt.site, receipt.run, receipt.charged_rounds) == ("a", "r", 2)
     assert (receipt.sequence, receipt.site_key) == (6, site_key.public)
     assert receipt.is_signed()
@@ -150,9 +150,9 @@ def test_receipt_counts_rounds_without_a_reply(opened: Any) -> None:
 def test_receipt_hides_the_chain_head(opened: Any, path: Path) -> None:
     # Whoever knows the hash could test a guess of what the ledger holds.
     reserve(opened(), proposal(), 1)
-    receipt = opened().receipt("r")
+    receipt = opened().sign_receipt("r")
     assert receipt.head not in {event.hash for event in verify(path).events}
-    assert opened().receipt("r") == receipt, "the same state has the same receipt"
+    assert opened().sign_receipt("r") == receipt, "the same state has the same receipt"
 
 
 def test_refusal_is_recorded_and_costs_nothing(opened: Any, path: Path) -> None:
@@ -289,11 +289,11 @@ def test_receipt_does_not_report_expiry_as_the_end_of_a_run(opened: Any, clock: 
     train(opened(), proposal(), 1)
     clock.forward(days=31)
     assert refusal_of(opened(), proposal(), 2).reason is Reason.RUN_ENDED
-    assert not opened().receipt("r").ended
+    assert not opened().sign_receipt("r").ended
     clock.forward(days=-31)
     train(opened(), proposal(), 2)
     opened().end("r")
-    assert opened().receipt("r").ended
+    assert opened().sign_receipt("r").ended
 
 
 def test_setting_the_clock_back_does_not_reopen_an_expired_run(opened: Any, clock: Any) -> None:

@@ -98,7 +98,7 @@ def test_crash_within_a_transaction_rolls_it_back(opened: Any, path: Path, monke
     assert kinds_of(path) == before
     for each in (ledger, opened()):
         each.end("unknown")
-        assert each.receipt("r").charged_rounds == 2, "the interrupted round stays charged"
+        assert each.sign_receipt("r").charged_rounds == 2, "the interrupted round stays charged"
         assert each.receipt("2").charged_rounds == 0
     assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply 1"
     again = reserve(ledger, proposal(), 2)

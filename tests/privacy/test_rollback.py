@@ -134,10 +134,10 @@ def test_ledger_recovers_after_a_crash_before_the_anchor_is_written(anchored: An
         ledger.reserve(proposal(), round=1, request="q")
     assert anchor.read_bytes() == behind
     assert ledger.history.charged_rounds("r") == 0, "until it looks again"
-    assert anchored().receipt("r").charged_rounds == 1
+    assert anchored().sign_receipt("r").charged_rounds == 1
     train(ledger, proposal(), 2)
     assert Head.read(anchor).sequence == ledger.history.length == 6
-    assert ledger.receipt("r").charged_rounds == 2
+    assert ledger.sign_receipt("r").charged_rounds == 2
 
 
 def test_unwritable_anchor_raises_a_run_error(anchored: Any, anchor: Path) -> None:
@@ -153,7 +153,7 @@ def test_unwritable_anchor_raises_a_run_error(anchored: Any, anchor: Path) -> No
     anchor.write_bytes(behind)
     ledger.end("r")
     assert Head.read(anchor).sequence == ledger.history.length
-    assert ledger.receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
+    assert ledger.sign_receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
 
 
 def test_anchor_keeps_the_newer_head_of_two_writers(anchored: Any, anchor: Path, monkeypatch: Any) -> None:
@@ -175,7 +175,7 @@ def test_anchor_keeps_the_newer_head_of_two_writers(anchored: Any, anchor: Path,
 def test_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1)
-    receipt, other = ledger.receipt("r"), opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r")
+    receipt, other = ledger.sign_receipt("r"), opened(path=tmp_path / "o.db", key=make_key(9)).sign_receipt("r")
     changes = {"sequence": receipt.sequence + 1, "charged_rounds": 0, "signature": receipt.signature[::-1]}
     unsigned = dataclasses.replace(receipt, signature="")
     for forged in (other, unsigned, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
@@ -186,7 +186,7 @@ def test_receipt_of_another_population_raises_no_doubt(opened: Any, tmp_path: Pa
     ledger, other = opened(), opened(path=tmp_path / "staff.db", policy=policy(site="north-staff"))
     for one in (ledger, other):
         train(one, proposal(), 1)
-    assert reason_of(ledger.require_receipt, other.receipt("r")) is Reason.WRONG_SIGNATURE
+    assert reason_of(ledger.require_receipt, other.sign_receipt("r")) is Reason.WRONG_SIGNATURE
     train(ledger, proposal(), 2)
 
 
@@ -258,7 +258,7 @@ def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(lost: Lost, 
 def test_run_partly_lost_in_a_restore_cannot_continue(lost: Lost, opened: Any) -> None:
     ledger = opened()
     ledger.charge_gap(lost.newest)
-    assert (ledger.receipt("r").charged_rounds, ledger.receipt("2").charged_rounds) == (2, 1)
+    assert (ledger.sign_receipt("r").charged_rounds, ledger.receipt("2").charged_rounds) == (2, 1)
     for run in ("r", "2"):
         assert reason_of(reserve, opened(), proposal(run=run), 3) is Reason.RUN_ENDED
 
@@ -303,7 +303,7 @@ def test_backup_restored_after_a_restore_is_detected(
     ledger = anchored()
     train(ledger, proposal(run="3"), 1)
     assert ledger.history.length <= lost.newest.sequence
-    receipt = ledger.receipt("r")
+    receipt = ledger.sign_receipt("r")
     backups.put_back()
     with pytest.raises(RunError, match="is older than its anchor"):
         anchored()
@@ -324,7 +324,7 @@ def test_restore_keeps_all_permanent_marks(opened: Any, path: Path) -> None:
     ledger.freeze("why")
     marks, newest = ledger.history.marks, ledger.head()
     assert {kind for kind, _ in marks} == {"inexact_gradients", "seeded", "limits_loosened", "never", "frozen"}
-    assert ledger.receipt("3", lead=lead).ended
+    assert ledger.sign_receipt("3", lead=lead).ended
     assert not backups.put_back().history.marks
     assert reason_of(reserve, backups.put_back(anchor=newest), proposal(run="3"), 1) is Reason.RUN_ENDED
     assert verify(path).history.marks == marks

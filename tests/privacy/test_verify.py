@@ -267,7 +267,7 @@ def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> 
     path.write_bytes(good)
     ledger.end("unknown")
     assert ledger.history.charged() == before
-    assert ledger.receipt("r").charged_rounds == 1
+    assert ledger.sign_receipt("r").charged_rounds == 1
 
 
 def test_empty_or_missing_ledger_raises_a_run_error(tmp_path: Path) -> None:

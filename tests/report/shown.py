@@ -198,7 +198,7 @@ def arrivals(ledger: Report) -> Report:
     facts, last, runs, charges = ledger.facts, 2026, [], []
     for year in range(2022, last + 1):
         cohorts = Cohorts(period="year", first=None if year == 2022 else str(year - 1), last=str(year))
-        first = facts.run_settings_folder[0]
+        first = facts.runs[0]
         plan = replace(first.plan, unit="user", cohorts=cohorts, num_rounds=3, noise_multiplier=2.0)
         runs.append(replace(first, run=f"triage-{year}", plan=plan, state="open" if year == last else "ended"))
         rounds = 2 if year == last else 3
@@ -304,7 +304,7 @@ def wide_ledger(*, runs: int = 500) -> Report:
     ]
     limits = [(f"{2020 + n}-01-01T08:00:00+00:00", 4.0 + n, n) for n in range(3)]
     caps = tuple(Cap(time=time, max_epsilon=cap, charges_before=charges) for time, cap, charges in limits)
-    lifetime = replace(site.lifetime, runs=many(site.lifetime.run_settings_folder), caps=caps, with_set_aside=2.5)
+    lifetime = replace(site.lifetime, runs=many(site.lifetime.runs), caps=caps, with_set_aside=2.5)
     last = "2026-02-01T08:00:00+00:00"
     refusal = Release(kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last=last)
     of_site = {"lifetime": lifetime, "mechanisms": many(site.mechanisms), "steps": tuple(steps)}

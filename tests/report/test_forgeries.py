@@ -390,7 +390,7 @@ def test_independent_verifier_checks_simulations_and_site_reports(folder: Path) 
         from_ledger.build_ledger_report(site / "site.toml"), SigningKey.load(site / "site_key.pem")
     )
     (site / "report.json").write_text(signing.report_to_json(report))
-    for key, code in ((report.signature.load_key, 0), (LEAD.public, 1)):
+    for key, code in ((report.signature.key, 0), (LEAD.public, 1)):
         assert verify_report.main([str(site), "--key", key]) == code
     cheaper = replace(report.facts, charges=report.facts.charges[:1])
     assert report.facts.verification.num_events > len(cheaper.charges)

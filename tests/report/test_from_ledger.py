@@ -57,7 +57,7 @@ def test_report_figures_match_the_ledger(charged: Books) -> None:
     assert (site.spent.rounds, site.spent.steps) == (3, 6)
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("s", 1, 6.0)]
     assert site.lifetime.with_set_aside > site.lifetime.epsilon, "both runs are open"
-    runs = [(run.run, run.state, run.rounds, run.most_rounds) for run in site.lifetime.run_settings_folder]
+    runs = [(run.run, run.state, run.rounds, run.most_rounds) for run in site.lifetime.runs]
     assert runs == [("r", "open", 2, 4), ("s", "open", 1, 4)]
     assert report.facts.date == history.last_time.date().isoformat()
     assert report.verdict.state == "within"
@@ -70,7 +70,7 @@ def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) 
     made.charge(run_proposal(), 1)
     made.open().deny(run_proposal(), "not told", by="Bo Lind")
     report = sound(from_ledger.build_ledger_report(made.ledger))
-    (run,) = report.facts.run_settings_folder
+    (run,) = report.facts.runs
     said = {"what": "approved", "by": "Anna Weber", "ticket": "DPO-7", "why": "agreed", "day": report.facts.date}
     assert run.approvals == (said,)
     assert "not told" not in json.dumps(to_json(report)), "a denial's reason stays in the ledger"
@@ -166,9 +166,7 @@ def test_unrecorded_policy_change_is_reported_as_violated(charged: Books) -> Non
     assert status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
     assert report.facts.approved.max_epsilon == 4.0
-    assert (
-        report.sites[0].lifetime.left_file < from_ledger.build_ledger_report(charged.ledger).sites[0].lifetime.left_file
-    )
+    assert report.sites[0].lifetime.left < from_ledger.build_ledger_report(charged.ledger).sites[0].lifetime.left
 
 
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
@@ -239,8 +237,8 @@ def test_verdict_follows_the_caps_before_and_after_spending(
     assert report.facts.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
     cap = noted["max_epsilon"]
     assert report.facts.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
-    assert (site.lifetime.left_file is None) == (cap == ANY)
-    assert site.lifetime.left_file != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
+    assert (site.lifetime.left is None) == (cap == ANY)
+    assert site.lifetime.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
 
 
 def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_figures_names_and_codes_on_the_page_are_in_the_json(shown: tuple[Report
     texts = [one for one in main(html).iter() if "data-at" in one.attrib and one.tag != "data"]
     assert len(texts) > 30
     for element in texts:
-        found, text = lookup(data, element.attrib["data-at"]), element.full_text
+        found, text = lookup(data, element.attrib["data-at"]), element.said
         sections = words.catalog.texts.values()
         spoken = {section[found] for section in sections if isinstance(found, str) and found in section}
         if isinstance(found, str) and element.attrib.get("data-as") != "fact":
@@ -155,7 +155,7 @@ def test_hostile_names_are_escaped_on_the_page(language: str) -> None:
         assert "<script" not in html
         assert html.count("</style>") == 1
         assert html.count("<svg") == html.count("</svg>")
-        assert any(one.full_text == HOSTILE for one in main(html).iter())
+        assert any(one.said == HOSTILE for one in main(html).iter())
 
 
 @pytest.mark.parametrize("text", [HOSTILE, 'a\\b\n"; } body { display: none', "</style><script>", "ü病"])

@@ -54,7 +54,7 @@ def test_foreign_or_misused_signature_is_detected(a_report: Make) -> None:
         signing.verify_report_signature(report, expected_key=other.public)
     for signature in (
         Signature(key=other.public, signature=report.signature.signature),
-        Signature(key=report.signature.load_key, signature=report.signature.signature.replace("a", "A")),
+        Signature(key=report.signature.key, signature=report.signature.signature.replace("a", "A")),
         Signature(key="00" * 32, signature="00" * 64),
         Signature(key="", signature=""),
         Signature(key=key.public, signature=key.sign("receipt", signing.canonical_bytes(report))),

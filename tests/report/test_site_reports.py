@@ -113,7 +113,7 @@ def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None
 
 
 def test_site_report_below_its_receipts_gives_no_guarantee(folder: Path) -> None:
-    *earlier, newest = report_of(folder).facts.run_settings_folder
+    *earlier, newest = report_of(folder).facts.runs
     less = derived(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
     report = sound(joined_by(folder, less))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
@@ -287,7 +287,7 @@ def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
 
 def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     facts = report_of(folder).facts
-    first, lists = facts.run_settings_folder[0].run, ("runs", "charges", "releases")
+    first, lists = facts.runs[0].run, ("runs", "charges", "releases")
     report = derived(folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists})
     assert "must be from a ledger that contains the run second-" in refused(folder, report)
     assert from_run.build_run_report(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
@@ -298,7 +298,7 @@ def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> Non
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
         Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
     own = signed_report(tmp_path, "site-1")
-    assert [run.run[:5] for run in own.sites[0].lifetime.run_settings_folder] == ["first"]
+    assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
     report = from_run.build_run_report(tmp_path / "second", site_reports=[own])
     site = report.sites[0]
     assert (site.source, site.spent.rounds, site.verdict.state) == ("signed_site_report", 0, "within")

@@ -161,8 +161,8 @@ def test_run_refused_by_one_site_charges_only_the_other(kept: Path) -> None:
 def test_two_runs_on_one_data_set_add_up(kept: Path) -> None:
     report = check("two_runs", from_ledger.build_ledger_report(kept / "sites/site-2/site.toml"))
     (site,) = report.sites
-    assert [(run.rounds, run.state) for run in site.lifetime.run_settings_folder] == [(2, "ended")] * 2
-    assert site.lifetime.epsilon > max(run.epsilon for run in site.lifetime.run_settings_folder)
+    assert [(run.rounds, run.state) for run in site.lifetime.runs] == [(2, "ended")] * 2
+    assert site.lifetime.epsilon > max(run.epsilon for run in site.lifetime.runs)
     # The cap went up between the two, and that is said.
     assert verdict(report) == ("within", ("cap_raised",))
     check("two_runs_refusing_site", from_ledger.build_ledger_report(kept / "sites/site-1/site.toml"))
@@ -239,7 +239,7 @@ def test_frozen_ledger_reports_no_remaining_budget(books: Books) -> None:
     books.refuse(Reason.FROZEN, run="r")
     report = check("frozen", from_ledger.build_ledger_report(books.site_toml))
     (site,) = report.sites
-    assert (site.lifetime.is_frozen, site.lifetime.left_file, site.lifetime.reference_runs_left) == (True, 0.0, 0)
+    assert (site.lifetime.frozen, site.lifetime.left, site.lifetime.reference_runs_left) == (True, 0.0, 0)
     assert explain_missing_room(report) == "closed"
     assert verdict(report) == ("within", ())
 
@@ -264,5 +264,5 @@ def test_restored_ledger_reports_lost_charges(books: Books) -> None:
     assert "lost_branches" in report.covers
     # The second round of `r` is one of its rounds; what the unknown run did stands by itself.
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]
-    assert [(run.run, run.rounds) for run in site.lifetime.run_settings_folder] == [("r", 2)]
+    assert [(run.run, run.rounds) for run in site.lifetime.runs] == [("r", 2)]
     assert site.steps[-1].run == ""

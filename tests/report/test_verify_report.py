@@ -169,16 +169,16 @@ def test_tolerances_never_accept_understated_figures(a_report: Make, a_ledger_re
     # Nor is more left than the cap leaves.
     report = a_ledger_report()
     used_up = with_facts(report, **approved(report.facts, max_epsilon=1.0))
-    assert (used_up.sites[0].lifetime.left_file, where(used_up)) == (0.0, set())
+    assert (used_up.sites[0].lifetime.left, where(used_up)) == (0.0, set())
     for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
         life = of.sites[0].lifetime
-        found = where(with_site(of, lifetime=replace(life, left=life.left_file + more)))
+        found = where(with_site(of, lifetime=replace(life, left=life.left + more)))
         assert found == ({"sites.north-hospital.lifetime.left"} if wrong else set())
 
 
 def of_many_plans(report: Report, count: int) -> LedgerFacts:
     """So many runs, each with another plan and with noised scores."""
-    run, noises = report.facts.run_settings_folder[1], {f"r{number}": 1 + number / 1000 for number in range(count)}
+    run, noises = report.facts.runs[1], {f"r{number}": 1 + number / 1000 for number in range(count)}
     plans = [
         replace(run.plan, noise_multiplier=noise, metrics_noise_multiplier=19 + noise) for noise in noises.values()
     ]
@@ -313,8 +313,8 @@ def test_contradictory_ledger_facts_are_detected(a_ledger_report: Make) -> None:
         ({"delta": 1e-6}, "runs.diagnosis.plan"),
         ({"order": 1.0}, "order"),
         ({"order": 1e300}, "order"),
-        ({"runs": facts.run_settings_folder * 2}, "runs"),
-        ({"runs": facts.run_settings_folder[:1]}, "charges"),
+        ({"runs": facts.runs * 2}, "runs"),
+        ({"runs": facts.runs[:1]}, "charges"),
         ({"charges": facts.charges[::-1]}, "charges"),
         ({"charges": (replace(first, rounds=5), second)}, "runs.diagnosis.plan"),
         ({"charges": (replace(first, rounds=3), second)}, "releases"),

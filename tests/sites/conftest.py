@@ -231,6 +231,6 @@ def config(tmp_path: Path) -> Any:
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float64]]:
     """The exact scores that each round adds noise to."""
-    seen, original = list[npt.NDArray[np.float64]](), work.noised_scores
-    monkeypatch.setattr(work, "noised_scores", lambda scores, **rest: seen.append(scores) or original(scores, **rest))
+    seen, original = list[npt.NDArray[np.float64]](), work.release_scores
+    monkeypatch.setattr(work, "release_scores", lambda scores, **rest: seen.append(scores) or original(scores, **rest))
     return seen

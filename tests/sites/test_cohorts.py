@@ -67,7 +67,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         seen.append(set(users))
         return made
 
-    monkeypatch.setattr(site_work.SiteWork, "_work_of", watched)
+    monkeypatch.setattr(site_work.SiteWork, "_prepare_round", watched)
     return seen
 
 

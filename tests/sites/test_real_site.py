@@ -50,7 +50,7 @@ def sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
 
 
 def charged(reply: Reply) -> int:
-    assert reply.receipt.has_valid_signature()
+    assert reply.receipt.is_signed()
     return reply.receipt.charged_rounds
 
 
@@ -321,7 +321,7 @@ def test_policy_change_applies_to_the_next_request(site: Any) -> None:
 
 
 def largest(update: Update) -> float:
-    return max(float(np.abs(value).max()) for value in update.tensors.value_names())
+    return max(float(np.abs(value).max()) for value in update.tensors.values())
 
 
 def test_tighter_adapter_bound_applies_to_the_next_request(station: Any) -> None:

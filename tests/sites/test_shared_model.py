@@ -68,7 +68,7 @@ def test_weak_signal_is_refused_before_the_model_trial(tries: Tries) -> None:
 def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monkeypatch: Any) -> None:
     """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
     assert shared_model.max_batch_influence is batch_invariance.max_batch_influence
-    assert shared_model.within_memory is batch_invariance.fit_to_memory
+    assert shared_model.fit_to_memory is batch_invariance.fit_to_memory
     LoadedModel(letters())
     build = shared_model.build_task_model
 
@@ -175,7 +175,7 @@ def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, ca
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
     with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
         LoadedModel(letters(runtime={"num_devices": 2}))
-    monkeypatch.setattr(shared_model, "processes_that_pay", lambda *_, **__: 2)
+    monkeypatch.setattr(shared_model, "choose_num_processes", lambda *_, **__: 2)
     others.start_trials.reset_mock()
     assert LoadedModel(letters()).devices is None
     others.start_trials.assert_called_once()
@@ -191,7 +191,7 @@ def test_only_the_command_line_starts_extra_processes(
 ) -> None:
     # Each runs the main program's file again, and a script would begin its runs once more.
     asked: list[float] = []
-    monkeypatch.setattr(shared_model, "processes_that_pay", lambda _, *, gradients: asked.append(gradients) or 1)
+    monkeypatch.setattr(shared_model, "choose_num_processes", lambda _, *, gradients: asked.append(gradients) or 1)
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main))
     config = letters()
     LoadedModel(config)

@@ -295,8 +295,8 @@ def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path)
 
 def test_simulated_sites_share_one_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
-    build = shared_model.ready_model
-    monkeypatch.setattr(shared_model, "ready_model", lambda *of, **rest: built.append(of) or build(*of, **rest))
+    build = shared_model.prepare_model
+    monkeypatch.setattr(shared_model, "prepare_model", lambda *of, **rest: built.append(of) or build(*of, **rest))
     simulate("federation.num_sites=6", "privacy=none", into=tmp_path)
     assert len(built) == 1
 
@@ -392,7 +392,7 @@ def test_fingerprint_depends_on_records_and_site_key(config: Any, tmp_path: Path
 def test_data_is_checked_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    monkeypatch.setattr(shared_model, "ready_model", None)
+    monkeypatch.setattr(shared_model, "prepare_model", None)
     assert wrong.partition("=")[2] in command("simulate", *tiny(wrong, into=tmp_path)).failed()
 
 

@@ -84,7 +84,7 @@ def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed:
         row = {column: made_up(draws) for column in columns.values()}
         error = catch_row_error("", parse_record, row, columns, file="a.jsonl", line=1)
         error = error if isinstance(error, DataError) else fault(error)
-        found |= {(error.value, error.requirement.partition("; ")[0])} if error else set()
+        found |= {(error.value, error.bound.partition("; ")[0])} if error else set()
     return found
 
 

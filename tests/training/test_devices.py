@@ -187,10 +187,10 @@ def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, see
 def test_missing_unit_is_detected(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three)
     by_rank = there._split_by_rank
-    monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
+    monkeypatch.setattr(there, "_split_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
     with pytest.raises(AssertionError, match="each sampled unit counts exactly once"):
         a_round(three, there)
-    monkeypatch.setattr(there, "_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
+    monkeypatch.setattr(there, "_split_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
     with pytest.raises((AssertionError, RunError)):
         a_round(three, there)
 
@@ -326,7 +326,7 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three: Room) -> N
 
 def test_unavailable_gpu_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices_for_run(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
-    monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(machine, "find_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     two = devices_for_run(RuntimeSpec(num_devices=2))
     assert [str(place) for place in two] == ["cuda", "cuda:1"]

@@ -130,7 +130,7 @@ class _Backend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        within = self._deadline.within(timeout, httpcore.ConnectTimeout)
+        within = self._deadline.limit_timeout(timeout, httpcore.ConnectTimeout)
         stream = self._inner.connect_tcp(host, port, within, local_address, socket_options)
         return _Stream(stream, self._deadline)
 
@@ -143,13 +143,13 @@ class _Stream(httpcore.NetworkStream):
         self._inner, self._deadline, self._made = inner, deadline, time.monotonic()
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, self._deadline.within(timeout, httpcore.ReadTimeout))
+        return self._inner.read(max_bytes, self._deadline.limit_timeout(timeout, httpcore.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         view = memoryview(buffer)
         for start in range(0, len(view), _WRITTEN_AT_ONCE):
             part = bytes(view[start : start + _WRITTEN_AT_ONCE])
-            self._inner.write(part, self._deadline.within(timeout, httpcore.WriteTimeout))
+            self._inner.write(part, self._deadline.limit_timeout(timeout, httpcore.WriteTimeout))
 
     def close(self) -> None:
         self._inner.close()
@@ -157,7 +157,7 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        within, began = self._deadline.within(timeout, httpcore.ConnectTimeout), time.monotonic()
+        within, began = self._deadline.limit_timeout(timeout, httpcore.ConnectTimeout), time.monotonic()
         stream = self._inner.start_tls(ssl_context, server_hostname, within)
         alert_s = min(_ALERT_S, _LEAST_ALERT_S + _HANDSHAKES * (time.monotonic() - began))
         try:
