@@ -98,7 +98,7 @@ def test_admitted_request_is_the_one_compared_by_telephone(
     def swap(_: str, **__: str) -> None:
         request.write_bytes(other.read_bytes())
 
-    monkeypatch.setattr("fedtune.cli.provision.require_agreed", swap)
+    monkeypatch.setattr("fedtune.cli.provision.require_confirmation", swap)
     provision("add-site", str(request), "--federation", "cardiology")
     (member,) = Roster.read(Path("cardiology/server/roster.json")).sites
     assert member.node_key == compared.node_key != JoinRequest.read(request).node_key

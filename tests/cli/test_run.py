@@ -228,7 +228,7 @@ def ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Fede
         assert not RunFolder(folder).is_running, "first it is stopped"
         return [site.site for site in lead.sites if site.site != "south"]
 
-    monkeypatch.setattr(LeadService, "end", tell)
+    monkeypatch.setattr(LeadService, "announce_end", tell)
     return asked
 
 
@@ -266,7 +266,7 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended: 
 
 
 def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LeadService, "grid", lambda self: nullcontext(SimpleNamespace(online=lambda: [1, 3])))
+    monkeypatch.setattr(LeadService, "open_grid", lambda self: nullcontext(SimpleNamespace(online_nodes=lambda: [1, 3])))
     rows = command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
     assert [row.split() for row in rows] == [["north", "online"], ["south", "not", "heard"], ["west", "online"]]
     shown = json.loads(command("run", "status", "--kit", str(kit.folder), "--json").out)
@@ -322,7 +322,7 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
         save_task_model(build_task_model(stage.task_model()), folder / "adapter")
 
     monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", trained)
-    monkeypatch.setattr(LeadService, "fitted", lambda self, config: config)
+    monkeypatch.setattr(LeadService, "fit_to_budgets", lambda self, config: config)
     monkeypatch.setattr("fedtune.cli.run.show_run", lambda config, *arguments, **others: begun.append(config))
     start_run(typed, kit=kit, metrics=None)
     stage, run = begun

@@ -240,7 +240,7 @@ def test_policy_of_another_site_is_refused_by_every_command(joined: Any) -> None
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
         assert command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == told
     assert not (south.folder / "ledger.db").exists()
-    assert not north.state.left.exists()
+    assert not north.state.left_file.exists()
 
 
 def test_kit_of_another_kind_is_refused(north: Here) -> None:

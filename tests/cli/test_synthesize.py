@@ -18,7 +18,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from fedtune.api import public
+from fedtune.api import public as api
 from fedtune.api.compose import compose_run
 from fedtune.data.load import partition_training_files
 from fedtune.data.partition import PartitionSpec
@@ -110,7 +110,9 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
 ) -> None:
     dealt = []
     monkeypatch.setattr(
-        run_records, "deal", lambda *given, **named: dealt.append(given) or partition_training_files(*given, **named)
+        run_records,
+        "partition_training_files",
+        lambda *given, **named: dealt.append(given) or partition_training_files(*given, **named),
     )
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
@@ -120,7 +122,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
-    run = public.load(runs / "writer")
+    run = api.load(runs / "writer")
     assert card["runs"][0]["epsilon"] == run.privacy.epsilon == card["together"]["epsilon"]
     assert card["made"]["left_out"] == {"not ended": 2, "broken": 2}
     assert card["made"]["rows"] == card["figures"]["these records"]["texts"] == 9
@@ -152,12 +154,12 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
     assert "which are epsilon" in text
-    spent = public.load(runs / "shares").privacy
+    spent = api.load(runs / "shares").privacy
     told = f"epsilon {format_epsilon(spent.epsilon)} at delta 0.00001 for each record"
     assert f"- shares (votes), by the candidates' card: {told}" in text, "rounded up"
     assert "their shares are the noisy votes of shares |" in text
     card = json.loads((tmp_path / "best.jsonl.card.json").read_text())
-    behind = [public.load(one).privacy for one in (runs / "writer", folder, runs / "shares")]
+    behind = [api.load(one).privacy for one in (runs / "writer", folder, runs / "shares")]
     both = {"epsilon": sum(one.epsilon or 0.0 for one in behind), "delta": sum(one.delta for one in behind)}
     assert card["together"] == pytest.approx(both)
     assert json.loads(said) == card
@@ -170,7 +172,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         by = ("--candidates", str(best), "--votes", str(again), "--rows", "1", "--to", str(one), "--json")
         behind_it = json.loads(command("choose", str(runs / "writer"), *by).printed)
         assert [one["run"] for one in behind_it["runs"]] == ["writer", *["liked"] * times, "shares"]
-        more = (times - 1) * (public.load(folder).privacy.epsilon or 0.0)
+        more = (times - 1) * (api.load(folder).privacy.epsilon or 0.0)
         assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + more)
     refused = (*choose, str(to), "--to", str(tmp_path / "no.jsonl"))
     for options, said in (
@@ -190,13 +192,13 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
 
 
 def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Path) -> None:
-    behind, options, rounds = [public.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
+    behind, options, rounds = [api.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
     for number in range(2):
         to, best, ballot = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "ballot.yaml"))
         rounds.append(written(runs, to, "--rows", "4", "--ballot", str(ballot), *options, codes=False))
         liked = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
         vote(liked, 0.4, 0.1, -0.2, 0.3)
-        behind.append(public.load(liked))
+        behind.append(api.load(liked))
         choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(liked), "--rows", "2")
         assert "card" in command(*choose, "--to", str(best)).printed
         options = ("--beginnings", str(best))
@@ -231,10 +233,10 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
     folder = simulate(into=tmp_path, name="kinds")
     choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--labels")
     card = json.loads(command(*choose, str(folder), "--to", str(best), "--json").printed)
-    classifier, found = public.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
+    classifier, found = api.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
     answers: Any = classifier.predict([row["ref"] for row in rows])
     assert found == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
-    both = [public.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
+    both = [api.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
     assert card["together"]["epsilon"] == pytest.approx(sum(both))
     assert (card["made"]["labels"], card["made"]["codes"], card["made"]["missing"]) == (KINDS, 2, 0)
     assert "in column label, by what the classifier kinds says" in (tmp_path / "labeled.jsonl.card.md").read_text()
@@ -304,7 +306,7 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
 
 def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path: Path) -> None:
     picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
-    alone, config = public.load(picked).privacy, public.load(picked).config
+    alone, config = api.load(picked).privacy, api.load(picked).config
     begun = replace(config, model=replace(config.model, adapter=str(picked)))
     price = compute_search_price([config.plan()] * 3)
     told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
@@ -330,7 +332,7 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
 
 def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "shares", tmp_path / "other")
-    config, told = public.load(other).config, json.loads((other / "run.json").read_text())
+    config, told = api.load(other).config, json.loads((other / "run.json").read_text())
     votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no.jsonl"))
     for named, said in (
         (told | {"adapter_digest": "0" * 64}, "must hold the adapter that its run.json names"),
@@ -345,27 +347,27 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
     copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
     assert "it has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
     assert command("simulate", f"resume={other}").code == 0, "as the messages say"
-    assert public.load(other).adapter
+    assert api.load(other).adapter
     vote(other, 3.0, 1.0)
-    assert vote_shares(public.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
+    assert vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
     save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
     with pytest.raises(ConfigError, match=r"must hold the tensors that its fedtune\.json names by digest"):
-        vote_shares(public.load(other))
+        vote_shares(api.load(other))
 
 
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
 def test_votes_with_another_privacy_unit_are_refused(
     words: tuple[str, ...], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = public.load
+    load = api.load
 
-    def of_users(folder: Path) -> public.Run:
+    def of_users(folder: Path) -> api.Run:
         run = load(folder)
         data = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
         return replace(run, config=replace(run.config, data=data, privacy=replace(run.config.privacy, unit="user")))
 
-    monkeypatch.setattr(public, "load", of_users)  # which only --votes calls by this name
+    monkeypatch.setattr(api, "load", of_users)  # which only --votes calls by this name
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
     message = command(words[0], str(runs / "writer"), *words[1:], *named).failed()
     assert "must be of privacy.unit=record, as RUN is" in message
@@ -430,16 +432,16 @@ def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_pa
 def test_allotted_shares_are_whole_numbers_and_merge_equal_texts(runs: Path, tmp_path: Path) -> None:
     assert allot_rows({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
     assert sum(allot_rows({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
-    run = public.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
+    run = api.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
     head = replace(run.config.head, label_texts=("same", "same"))
     assert vote_shares(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
     vote(tmp_path / "shares", -1.0, 0.0)
     with pytest.raises(ValueError, match="noise left none above 0"):
-        vote_shares(public.load(tmp_path / "shares"))
+        vote_shares(api.load(tmp_path / "shares"))
 
 
 def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path, tmp_path: Path) -> None:
-    run, file = public.load(runs / "writer"), tmp_path / "ballot.yaml"
+    run, file = api.load(runs / "writer"), tmp_path / "ballot.yaml"
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     aside: dict[str, Any] = {"test_fraction": 0.1, "test_rows": 5, "validation_fraction": 0.2}
     aside |= {"heldout_fraction": 0.3, "train_fraction": 0.5}
@@ -454,5 +456,5 @@ def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path
     assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
     assert voters == dealt, "a user has a vote where it was trained on, and only there"
     assert {key: getattr(voting.data, key) for key in aside} == aside
-    kept = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", public.load(runs / "shares"), keep=2).rows
+    kept = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", api.load(runs / "shares"), keep=2).rows
     assert kept == (rows[0], rows[2])

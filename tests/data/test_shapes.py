@@ -47,7 +47,7 @@ def test_every_record_is_cut_once_into_a_shape_by_its_length(run: Any, data: st.
         assert all(lengths[part.places] <= part.length)
         assert part.length in shapes.lengths
         assert part.rows in shapes.rows(part.length)
-        assert 1 <= len(part.places) <= shapes.room(part.length, part.rows)
+        assert 1 <= len(part.places) <= shapes.capacity(part.length, part.rows)
         batch = collate(dataset, part.places, pad_id=0, shape=(part.rows, part.length))
         assert (batch.attention_mask.sum(dim=1) >= 1).all(), "each row attends to something"
         # Attention takes another path where there is no padding, and a record would be computed differently.

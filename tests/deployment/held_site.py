@@ -30,6 +30,6 @@ def held(trains: Callable[..., Any]) -> Callable[..., Any]:
 
 
 site_work.train_round = held(site_work.train_round)
-site_work.share_of_round = held(site_work.share_of_round)
+site_work.compute_round_share = held(site_work.compute_round_share)
 site_service._MOST_WAIT_S = 2.0
 raise SystemExit(main(sys.argv[2:]))

@@ -154,7 +154,7 @@ def here(everyone: Participants) -> Any:
         )
 
     return SimpleNamespace(
-        reach=lambda sites, **_: numbers,
+        wait_for_sites=lambda sites, **_: numbers,
         invite=each(lambda site, asked: answer_invitation(site, asked.signed)),
         train=each(lambda site, asked: answer(site, asked.signed, asked.adapter)),
         end=each(lambda site, asked: end_run(site, asked.signed, asked.adapter)),

@@ -56,7 +56,7 @@ def test_lead_receives_the_exact_sum_and_no_share(
     steps: Any, everything_sent: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[dict[str, np.ndarray]] = []  # what each site put into the sums, in the order in which they did
-    real_share, real_upload = site_work.share_of_round, Upload.from_bytes
+    real_share, real_upload = site_work.compute_round_share, Upload.from_bytes
 
     def share(*arguments: Any, **named: Any) -> Any:
         shares.append(real_share(*arguments, **named))
@@ -69,7 +69,7 @@ def test_lead_receives_the_exact_sum_and_no_share(
         assert 12 <= bits < 24
         return found
 
-    monkeypatch.setattr(site_work, "share_of_round", share)
+    monkeypatch.setattr(site_work, "compute_round_share", share)
     monkeypatch.setattr(Upload, "from_bytes", upload)
     check_planned_bytes(simulate(*SECURE, *THREE, into=tmp_path))
     assert len(steps) == 3
@@ -95,7 +95,7 @@ def test_secure_run_continues_without_one_site_and_ends_without_two(
     def fails(model: Any, adapter: Any, units: Any, work: Any, **_: Any) -> bool:
         return work.site in failing and work.round > 1
 
-    fail_where(monkeypatch, site_work, "share_of_round", fails, OSError("canary-17"))
+    fail_where(monkeypatch, site_work, "compute_round_share", fails, OSError("canary-17"))
     four = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
     rounds = result_of(simulate(*SECURE, *four, into=tmp_path))["rounds"]
     assert [entry["sites"] for entry in rounds][1:] == [["bank-1", "bank-3", "bank-4"]] * 2
@@ -233,7 +233,7 @@ def test_server_changing_shares_gets_no_site_blamed(tmp_path: Path, monkeypatch:
             del found["site-4"]
         return found, missing
 
-    monkeypatch.setattr(secure_rounds.SecureSums, "_ask", carried)
+    monkeypatch.setattr(secure_rounds.SecureSums, "_request_step", carried)
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
     assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [0, 4, 4]
     known = json.loads((folder / "checkpoints" / "session.json").read_bytes())

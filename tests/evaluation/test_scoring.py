@@ -196,10 +196,10 @@ def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], req
     assert len(set(whole.tolist())) > 1, "a constant would show nothing"
     for left_out in (0, 7, len(dataset) - 1):
         others = [index for index in range(len(dataset)) if index != left_out]
-        assert score(dataset.chosen(others)).tobytes() == whole[others].tobytes()
+        assert score(dataset.select_examples(others)).tobytes() == whole[others].tobytes()
     order = np.random.default_rng(3).permutation(len(dataset))
-    assert score(dataset.chosen(order)).tobytes() == whole[order].tobytes()
-    assert score(dataset.chosen([])).shape == (0,)
+    assert score(dataset.select_examples(order)).tobytes() == whole[order].tobytes()
+    assert score(dataset.select_examples([])).shape == (0,)
 
 
 def test_user_score_is_the_bounded_mean_of_record_scores() -> None:

@@ -63,7 +63,7 @@ def test_excessive_requests_are_refused_with_the_broken_rule(
     asked_for = changes.get("run", "r")
     assert (reply.receipt.run, reply.receipt.charged_rounds) == (asked_for, rounds_before if asked_for == "r" else 0)
     assert reply.body.run == asked_for
-    assert site.ledger().receipt("r").charged_rounds == rounds_before
+    assert site.ledger().sign_receipt("r").charged_rounds == rounds_before
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_unknown_lead_learns_only_that_it_is_not_allowed(site: Any, about: dict[
 def test_unsigned_request_is_refused_without_a_ledger_entry(site: Any) -> None:
     # Anybody can send such a message; nobody may fill the ledger with them.
     site.ledger()
-    before, signed = site.events(), site.request().signed(stranger_key)
+    before, signed = site.events(), site.request().sign_with(stranger_key)
     for wrong, rule in ((signed, Reason.WRONG_SIGNATURE), (replace(signed, text="{"), Reason.MALFORMED_REQUEST)):
         reply = site.send(wrong)
         assert reason(reply) is rule
@@ -123,7 +123,7 @@ def test_misaddressed_expired_or_mismatched_request_is_refused(site: Any, about:
 
 
 def test_replayed_request_returns_the_same_bytes_and_later_nothing(site: Any) -> None:
-    overheard = site.request().signed(site.lead)
+    overheard = site.request().sign_with(site.lead)
     first = site.send(overheard)
     before = site.events()
     again = site.send(overheard)

@@ -93,6 +93,6 @@ def test_invitations_and_round_requests_are_not_interchangeable(site: Any) -> No
         with pytest.raises(ConfigError, match="invitation"):
             Invitation.from_signed(Signed(text=text, signature=lead_key.sign(Invitation.purpose, text.encode())))
     with pytest.raises(ConfigError):
-        Invitation.from_signed(site.request().signed(lead_key))
+        Invitation.from_signed(site.request().sign_with(lead_key))
     assert reason(site.send(asked.sign_with(lead_key))) is Reason.MALFORMED_REQUEST
     assert replace(asked, expires=1.0).digest() == asked.digest()

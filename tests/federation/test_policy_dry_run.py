@@ -151,7 +151,7 @@ def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, ledger_of: Any
     said = ask(tight, run="later")
     assert [one.reason for one in said.broken] == ["max_epsilon"]
     assert said.taken > 0
-    offer = ledger_of(tight).offer(run_proposal(run="later"))
+    offer = ledger_of(tight).make_offer(run_proposal(run="later"))
     assert (said.most_rounds, said.least_noise) == (offer.most_rounds, offer.least_noise)
     assert 0 < said.most_rounds < 3
 

@@ -37,7 +37,7 @@ def test_charge_is_stored_before_training_and_reply_before_sending(site: Any, ad
     assert site.events()[-1].detail["fingerprint"] == "hmac of the records"
     receipt = reply.receipt
     assert (receipt.site, receipt.run, receipt.charged_rounds) == ("a", "r", 1)
-    assert receipt.is_signed()
+    assert receipt.has_valid_signature()
     assert receipt.site_key == site.key.public
 
 
@@ -149,7 +149,7 @@ def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter
     assert site.kept == [("r", final.digest())]
     assert ends(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
     assert (receipt.run, receipt.charged_rounds) == ("r", 1)
-    assert receipt.is_signed()
+    assert receipt.has_valid_signature()
     assert receipt.site_key == site.key.public
     assert receipt.sequence == len(site.events()), "it covers the note of the end"
 
@@ -166,7 +166,7 @@ def test_refused_run_cannot_start_after_its_lead_ended_it(station: Any) -> None:
     assert reason(site.ask()) is Reason.AWAITING_APPROVAL
     receipt = site.end()
     assert (receipt.charged_rounds, receipt.ended, receipt.plan) == (0, True, "")
-    assert receipt.is_signed()
+    assert receipt.has_valid_signature()
     site.ledger().approve(site.propose())
     assert reason(site.ask()) is Reason.RUN_ENDED, "the receipt said that it is charged nothing"
     again = site.end()
@@ -235,7 +235,7 @@ def test_adapter_storage_failure_allows_a_retry(site: Any, final: Adapter) -> No
     site.ask()
     notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).sign_with(site.lead)
     with pytest.raises(OSError, match="no space left"):
-        end_run(with_methods(site.open(), keep=full), notice, final)
+        end_run(with_methods(site.open(), store_adapter=full), notice, final)
     assert site.ledger().history.runs["r"].expires is None, "what was set aside is free all the same"
     end_run(site.open(), notice, final)
     assert site.kept == [("r", final.digest())]

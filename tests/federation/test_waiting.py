@@ -36,7 +36,7 @@ def test_paused_site_refuses_without_charge(station: Any) -> None:
 def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
     assert isinstance(site.ask(1).body, Update)
     site.paused = True
-    signed = site.request(2).signed(site.lead)
+    signed = site.request(2).sign_with(site.lead)
     for _ in range(3):
         assert reason(site.send(signed)) is Reason.PAUSED
     site.paused = False
@@ -52,7 +52,7 @@ def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
 
 
 def test_repeated_request_is_answered_after_approval(manual: Any) -> None:
-    signed = manual.request().signed(manual.lead)
+    signed = manual.request().sign_with(manual.lead)
     waiting = [manual.send(signed) for _ in range(3)]
     assert [reason(reply) for reply in waiting] == [Reason.AWAITING_APPROVAL] * 3
     assert waiting[-1].receipt.charged_rounds == 0
@@ -146,17 +146,17 @@ def test_denial_applies_to_one_plan_only(manual: Any) -> None:
 
 def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
     asked, other = site.request().proposal, replace(site.request().proposal, run="other")
-    first = site.request(1).signed(site.lead)
+    first = site.request(1).sign_with(site.lead)
     assert isinstance(site.send(first).body, Update)
     site.ledger().reserve(other, round=1, request="0" * 64)
     site.ledger().deny(asked, "the board asks to stop", by="Anna Weber", ticket="DPO-7")
-    for signed in (first, site.request(2).signed(site.lead)):  # also the reply that the ledger has stored
+    for signed in (first, site.request(2).sign_with(site.lead)):  # also the reply that the ledger has stored
         reply = site.send(signed)
         assert reason(reply) is Reason.DENIED
         assert reply.receipt.charged_rounds == 1
         assert b"board" not in reply.body.to_bytes()
     history = site.ledger().history
-    assert not history.runs["r"].set_aside(history.clock), "what its plan had set aside is free"
+    assert not history.runs["r"].remaining_charges(history.clock), "what its plan had set aside is free"
     ((denied,),) = history.decided.values()
     assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert site.end().charged_rounds == 1, "the lead still gets its receipt"
@@ -171,7 +171,7 @@ def test_run_denied_during_training_sends_nothing(site: Any) -> None:
         site.ledger().deny(site.request().proposal, "stop")
         return Trained(adapter=site.template)
 
-    reply = answer(site.open(train), site.request().signed(site.lead), site.template)
+    reply = answer(site.open(train), site.request().sign_with(site.lead), site.template)
     assert reason(reply) is Reason.DENIED
     assert reply.receipt.charged_rounds == 1
     assert site.kinds().count(Kind.COMMIT) == 0

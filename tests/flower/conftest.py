@@ -115,7 +115,7 @@ class Federation:
         about = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
         prepared = Prepared(proposal=self.proposal, template=self.adapter, **about)
         made = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
-        return with_methods(made, keep=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
+        return with_methods(made, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)

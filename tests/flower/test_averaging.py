@@ -126,11 +126,11 @@ def test_update_is_stored_on_disk_before_the_next_site_trains(federation: Any, m
     train = made._train
 
     def spy(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-        there.append(sorted(path.name for path in made.lead.checkpoints.arrived.iterdir()))
+        there.append(sorted(path.name for path in made.lead.checkpoints.updates_folder.iterdir()))
         return train(request, adapter, attempt)
 
     monkeypatch.setattr(made, "_train", spy)
     made.run()
     sites = list(made.sizes)
     assert there[: len(sites)] == [sites[:number] for number in range(len(sites))]
-    assert not made.lead.checkpoints.arrived.exists()
+    assert not made.lead.checkpoints.updates_folder.exists()

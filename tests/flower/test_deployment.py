@@ -54,7 +54,7 @@ class Line:
         asked: Any = round_request(run_proposal(), site=site)
         if kind != "train":
             asked = Invitation(proposal=run_proposal(), site=site, expires=1e12, nonce=NONCE)
-        signed = asked.signed(lead_key)
+        signed = asked.sign_with(lead_key)
         return Message(flower_records.from_question(Question(site=site, signed=signed), None), 1, kind)
 
     def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
@@ -188,7 +188,7 @@ def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_pat
     weak = ("privacy.noise_multiplier=400", "training.ignore_weak_signal=false", "runtime=deployment")
     config = compose_run(tiny(*weak, into=tmp_path))
     sites = [SimpleNamespace(site=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
-    monkeypatch.setattr(LeadService, "grid", grid := MagicMock())
+    monkeypatch.setattr(LeadService, "open_grid", grid := MagicMock())
     asked = grid.return_value.__enter__
     asked.side_effect = RunError("no server")
     monkeypatch.setattr(LeadService, "key", lead_key)

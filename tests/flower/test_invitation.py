@@ -160,16 +160,16 @@ def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation
     state: Any = made.run(gives_adapter=True, finished=lambda state: adapters.append(state.adapter))
     assert (state.round, len(adapters)) == (3, 3)
     assert made.trained == [*made.spec.names] * 3
-    assert state.kept.digest() == adapters[1].digest() != state.adapter.digest()
+    assert state.kept_adapter.digest() == adapters[1].digest() != state.adapter.digest()
     # A checkpoint holds it, too.
     loaded = made.lead.checkpoints.load()
-    assert (loaded.kept.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[2].digest())
+    assert (loaded.kept_adapter.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[2].digest())
     for site in made.spec.names:
         last = made.events(site)[-1]
         assert (last.kind, last.detail["what"]) == (Kind.NOTE, "run_ended")
         assert last.detail["adapter_sha256"] == adapters[1].digest()
         history = made.ledger(site).history
-        assert not history.set_aside(datetime.now(UTC))
+        assert not history.remaining_charges(datetime.now(UTC))
         charge = compute_site_charge(state, site, made.plan)
         assert charge.rounds == 3
         assert 0 < charge.epsilon < charge.planned_epsilon == charge.proven_epsilon
@@ -180,4 +180,4 @@ def test_resumed_run_keeps_the_best_of_all_rounds(federation: Any) -> None:
     after_one = made.run_until(1)
     state = made.run(after_one)
     assert state.round == 2
-    assert state.kept.digest() == after_one.adapter.digest() != state.adapter.digest()
+    assert state.kept_adapter.digest() == after_one.adapter.digest() != state.adapter.digest()

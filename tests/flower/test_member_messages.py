@@ -53,7 +53,7 @@ def question(network: Loopback, member: Member) -> Iterator[Question]:
     """One that stays open at the server; the lead does not wait for it any more."""
     with network.grid(["b"]) as grid, ThreadPoolExecutor(1) as pool:
         pool.submit(list, grid.receive(questions(1), timeout=1))
-        yield member.asked(grid._opened.grid.run.run_id)
+        yield member.asked(grid._open_session.grid.run.run_id)
 
 
 class Round:
@@ -310,7 +310,9 @@ def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> N
     read: list[bytes] = []
     original = message_objects._list_named_parts
     monkeypatch.setattr(
-        message_objects, "_named", lambda kind, data, children: read.append(data) or original(kind, data, children)
+        message_objects,
+        "_list_named_parts",
+        lambda kind, data, below: read.append(data) or original(kind, data, below),
     )
     tree = ObjectTree(object_id=message, children=[ObjectTree(object_id=id) for id in objects if id != message])
     with pytest.raises(OutOfBounds, match=r"a message of [0-9]+ bytes"):

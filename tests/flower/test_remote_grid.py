@@ -71,7 +71,7 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
         answers = list(grid.receive(questions(1, 2), timeout=30))
         assert sites_of(answers) == {1: "b", 2: "a"}
         assert sites_of(list(grid.receive(questions(2), timeout=30))) == {2: "a"}, "only who is asked answers"
-        assert grid.online() == [1, 2]
+        assert grid.online_nodes() == [1, 2]
     for answer in answers:
         arrays = answer.content.array_records[ARRAYS]
         assert list(arrays) == list(VALUES)
@@ -114,7 +114,7 @@ def test_answers_are_fetched_one_at_a_time(network: Loopback, monkeypatch: pytes
         fetched.append(tree.object_id)
         return whole(self, tree, **bounds)
 
-    monkeypatch.setattr(LeadSession, "_whole", spy)
+    monkeypatch.setattr(LeadSession, "_fetch_message", spy)
     sites = [network.site("a"), network.site("b")]
     with network.grid(["a", "b"]) as grid:
         taken = 0

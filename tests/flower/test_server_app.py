@@ -249,8 +249,8 @@ def test_refused_run_leaves_no_adapter_and_releases_reserves(federation: Any) ->
     assert made.kept == {}
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
-        assert history.charged() == count_mechanisms([run_plan().event(rounds=2)]), "the rounds that were trained"
-        assert not history.set_aside(history.now())
+        assert history.total_charges() == count_mechanisms([run_plan().event(rounds=2)]), "the rounds that were trained"
+        assert not history.remaining_charges(history.now())
 
 
 # A site whose ledger is not in order trains nothing and says only that; the others do not wait for it.  In which ways

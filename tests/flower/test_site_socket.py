@@ -285,7 +285,7 @@ def test_app_error_contains_only_the_exception_class(tmp_path: Path, site: Site)
 
 
 def test_app_uses_only_the_socket_configured_by_the_operator(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(site_app, "ask", lambda path, *asked: RecordDict({"at": ConfigRecord({"path": path})}))
+    monkeypatch.setattr(site_app, "ask_site", lambda path, *asked: RecordDict({"at": ConfigRecord({"path": path})}))
     context = make_node_context(7, 5, {})
     context.run_config = {"fedtune-socket": "/run/docker.sock"}
     answered = site_app.forward_message(context, "train", 0.0, RecordDict())

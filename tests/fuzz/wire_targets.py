@@ -42,7 +42,7 @@ def _text(data: bytes) -> str:
 
 def _signed_as(kind: type[RoundRequest | EndOfRun]) -> Callable[[bytes], object]:
     """Parse bytes as such a word of the lead, which signed them."""
-    return lambda data: kind.of(Signed(text=_text(data), signature=seeds.key(1).sign(kind.purpose, data)))
+    return lambda data: kind.from_signed(Signed(text=_text(data), signature=seeds.key(1).sign(kind.purpose, data)))
 
 
 def _unsigned_request(data: bytes) -> object:

@@ -138,7 +138,7 @@ def test_gguf_file_is_expanded_without_neighboring_files(
         seen.append((os.listdir(file.parent), sha256))
         return folder
 
-    monkeypatch.setattr("fedtune.model.base_model.expanded_gguf", expanded)
+    monkeypatch.setattr("fedtune.model.base_model.expand_gguf", expanded)
     spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=sha256(b"{}"))
     load_base(spec)
     load_tokenizer(spec)

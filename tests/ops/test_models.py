@@ -172,7 +172,7 @@ def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, f
     site = kit(pin(folder))
     for name in ("pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"):
         (folder / name).write_bytes(b"\x80\x04.")
-        assert "can run code" in refused(folder, site, because=f"must not hold {name}").bound
+        assert "can run code" in refused(folder, site, because=f"must not hold {name}").remedy
         (folder / name).unlink()
     (tmp_path / "patients.json").write_text("secret")
     (folder / "extra.json").symlink_to(tmp_path / "patients.json")

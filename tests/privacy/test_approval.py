@@ -157,7 +157,7 @@ def test_approving_under_an_outdated_policy_raises_an_error(opened: Any, manual:
 def test_waiting_runs_are_recorded_once_a_day_per_reason(manual: Any, path: Path) -> None:
     def refuse(reason: Reason, *runs: str) -> None:
         for run in runs:
-            manual().refuse(Refused(reason), run=run, round=1, request=f"digest {run} 1")
+            manual().record_refusal(Refused(reason), run=run, round=1, request=f"digest {run} 1")
 
     refuse(Reason.AWAITING_APPROVAL, "r", "r")
     refuse(Reason.PAUSED, "r", "r", "s", "s")
@@ -174,8 +174,8 @@ def test_only_pending_approval_and_pause_count_as_waiting() -> None:
 
 def test_end_of_a_run_records_the_digest_of_the_first_adapter(opened: Any, path: Path) -> None:
     reserve(opened(), proposal())
-    opened().end("r", adapter_sha256="ab" * 32)
-    opened().end("r", adapter_sha256="cd" * 32)
+    opened().end_run("r", adapter_sha256="ab" * 32)
+    opened().end_run("r", adapter_sha256="cd" * 32)
     ended = [event.detail for event in verify(path).events if event.detail.get("what") == "run_ended"]
     assert ended == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first word counts"
     assert opened().history.runs["r"].adapter == "ab" * 32

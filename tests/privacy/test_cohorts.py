@@ -143,11 +143,16 @@ def test_every_cohort_has_the_full_budget_and_spending_is_their_maximum(ledger: 
     train(made, ask("first", None, "2024"), 1, 2, 3, 4, 5)
     train(made, ask("second", "2024", "2025"), 1, 2, 3, 4, 5)
     history = made.history
-    assert history.charged(2024) == events.count_mechanisms([ONCE] * 10)
-    assert history.charged(0) == history.charged(2023) == history.charged(2025) == events.count_mechanisms([ONCE] * 5)
-    assert not history.charged(2026)
-    assert history.charged() == history.charged(2024)
-    assert history.epsilon() == history.epsilon(history.charged(2024))
+    assert history.total_charges(2024) == events.count_mechanisms([ONCE] * 10)
+    assert (
+        history.total_charges(0)
+        == history.total_charges(2023)
+        == history.total_charges(2025)
+        == events.count_mechanisms([ONCE] * 5)
+    )
+    assert not history.total_charges(2026)
+    assert history.total_charges() == history.total_charges(2024)
+    assert history.epsilon() == history.epsilon(history.total_charges(2024))
     # Whoever admits 2024 is refused, as nothing is left for its people, whether there are any or not.
     for first, last in ((None, "2026"), ("2024", "2024"), ("2024", "2026")):
         assert reason_of(train, made, ask("more", first, last), 1) is Reason.MAX_EPSILON
@@ -162,8 +167,8 @@ def test_reserved_rounds_of_open_runs_count_for_their_cohorts(ledger: Any) -> No
     assert reason_of(made.require_acceptable, ask("r", "2025", "2026", num_rounds=1)) is Reason.MAX_EPSILON
     made.require_acceptable(ask("r", "2026", "2026", num_rounds=10))
     made.require_acceptable(ask("r", None, "2023", num_rounds=10))
-    assert made.offer(ask("r", "2025", "2026")).most_rounds == 0
-    assert made.offer(ask("r", "2026", "2027")).most_rounds == 5
+    assert made.make_offer(ask("r", "2025", "2026")).most_rounds == 0
+    assert made.make_offer(ask("r", "2026", "2027")).most_rounds == 5
 
 
 def test_period_cap_applies_to_each_cohort_separately(ledger: Any, arriving: Policy) -> None:
@@ -187,7 +192,7 @@ def test_ledger_without_arrivals_keeps_its_file_format(path: Path, opened: Any) 
     # Of the policy and the plan above, as of the version before cohorts.
     assert policy(allow={"leads": ()}).digest() == "1b09ada7a45f32b79adf109ce46ee0e3c2b79f93add562c953a8c5d4845292d0"
     assert proposal(lead="ab" * 32).digest() == "dd21f59459324392713bef1754ca7da963b6c82d1867de7c801051175921c0f3"
-    assert made.history.charges() == {(each, ""): n for each, n in made.history.charged().items()}
+    assert made.history.charges() == {(each, ""): n for each, n in made.history.total_charges().items()}
 
 
 # The register.

@@ -40,7 +40,7 @@ def test_round_is_charged_before_training_and_committed_afterwards(path: Path, o
     assert kinds_of(path) == [*OPENED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
     charged = events.from_json(verify(path).events[-1].detail["event"])
     assert charged == proposal().plan.event()
-    assert opened().history.charged() == events.count_mechanisms([charged]), (
+    assert opened().history.total_charges() == events.count_mechanisms([charged]), (
         "a killed process is charged for what it began"
     )
     ledger.commit(granted, b"reply 1", fingerprint="f")
@@ -144,7 +144,7 @@ def test_receipt_counts_rounds_without_a_reply(opened: Any) -> None:
     receipt = ledger.sign_receipt("r")
     assert (receipt.site, receipt.run, receipt.charged_rounds) == ("a", "r", 2)
     assert (receipt.sequence, receipt.site_key) == (6, site_key.public)
-    assert receipt.is_signed()
+    assert receipt.has_valid_signature()
 
 
 def test_receipt_hides_the_chain_head(opened: Any, path: Path) -> None:
@@ -156,11 +156,11 @@ def test_receipt_hides_the_chain_head(opened: Any, path: Path) -> None:
 
 
 def test_refusal_is_recorded_and_costs_nothing(opened: Any, path: Path) -> None:
-    opened().refuse(refusal_of(opened(), proposal(rank=9)), run="r", round=1, request="digest r 1", lead="ab")
+    opened().record_refusal(refusal_of(opened(), proposal(rank=9)), run="r", round=1, request="digest r 1", lead="ab")
     last = verify(path).events[-1]
     assert (last.kind, last.run, last.round, last.request) == (Kind.REFUSAL, "r", 1, "digest r 1")
     assert last.detail == {"reason": "max_rank", "asked": "9", "allowed": "at most 8", "lead": "ab"}
-    assert not opened().history.charged()
+    assert not opened().history.total_charges()
 
 
 @pytest.mark.parametrize("limit", ["MOST_ANSWERS_A_DAY", "MOST_STRANGERS_A_DAY"])
@@ -171,7 +171,7 @@ def test_recorded_refusals_are_limited_per_day_and_in_length(
     refused = Refused(Reason.LEADS if "STRANGERS" in limit else Reason.TASKS, asked="x" * 100_000)
     for _ in range(3):
         for _ in range(5):
-            opened().refuse(refused, run="r", round=1, request="q")
+            opened().record_refusal(refused, run="r", round=1, request="q")
         clock.forward(days=1)
     refusals = [event for event in verify(path).events if event.kind is Kind.REFUSAL]
     assert [event.time[:10] for event in refusals] == ["2030-01-10"] * 3 + ["2030-01-11"] * 3 + ["2030-01-12"] * 3
@@ -244,12 +244,14 @@ def test_spare_rounds_are_reserved_with_the_planned_rounds(opened: Any) -> None:
     # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
     with_spare = proposal(plan={"num_rounds": 3, "spare_rounds": 3})
     train(opened(), with_spare, 1)
-    assert opened().history.set_aside(datetime.now(UTC)) == events.count_mechanisms([with_spare.plan.event()] * 5)
+    assert opened().history.remaining_charges(datetime.now(UTC)) == events.count_mechanisms(
+        [with_spare.plan.event()] * 5
+    )
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 5})).reason is Reason.MAX_EPSILON
     train(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
     for round in (2, 3, 4, 5, 6):
         train(opened(), with_spare, round)
-    assert opened().history.charged() == events.count_mechanisms([with_spare.plan.event()] * 7), (
+    assert opened().history.total_charges() == events.count_mechanisms([with_spare.plan.event()] * 7), (
         "one of them of the other run"
     )
 
@@ -267,10 +269,10 @@ def test_finished_runs_release_their_unspent_reserve(opened: Any, clock: Any, en
     clock.forward(days=29, hours=23)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
     if ends:
-        opened().end("r")
+        opened().end_run("r")
     else:
         clock.forward(hours=1)
-    assert not opened().history.set_aside(clock.time)
+    assert not opened().history.remaining_charges(clock.time)
     assert refusal_of(opened(), ten, 2).reason is Reason.RUN_ENDED
     train(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
     assert ledger.reserve(ten, round=1, request="digest r 1") == b"reply"
@@ -279,7 +281,7 @@ def test_finished_runs_release_their_unspent_reserve(opened: Any, clock: Any, en
 def test_run_ends_once_and_its_round_in_flight_is_committed(opened: Any, path: Path) -> None:
     granted = reserve(opened(), proposal(), 1)
     for run in ("r", "r", "unknown"):
-        opened().end(run)
+        opened().end_run(run)
     assert [what for _, what in kinds_of(path)].count("run_ended") == 1
     opened().commit(granted, b"reply")
     assert opened().reserve(proposal(), round=1, request="digest r 1") == b"reply"
@@ -292,7 +294,7 @@ def test_receipt_does_not_report_expiry_as_the_end_of_a_run(opened: Any, clock: 
     assert not opened().sign_receipt("r").ended
     clock.forward(days=-31)
     train(opened(), proposal(), 2)
-    opened().end("r")
+    opened().end_run("r")
     assert opened().sign_receipt("r").ended
 
 
@@ -368,7 +370,7 @@ def test_seeded_run_marks_the_ledger_permanently(opened: Any) -> None:
     study = policy(allow={"seeded_noise": True})
     assert not opened(policy=study).history.seeded
     train(opened(policy=study), proposal(seeded_noise=True), 1)
-    opened(policy=study).end("r")
+    opened(policy=study).end_run("r")
     train(opened(), proposal(run="2"), 1)
     assert opened().history.seeded
 
@@ -381,17 +383,17 @@ def test_frozen_population_refuses_every_request(opened: Any, path: Path) -> Non
     assert verify(path).events[-1].detail["why"] == "two people asked to be left out"
     for asked, round in ((proposal(), 1), (proposal(), 2), (proposal(run="2"), 1)):
         assert refusal_of(opened(), asked, round).reason is Reason.FROZEN
-    for call in (opened().offer, opened().approve):
+    for call in (opened().make_offer, opened().approve):
         assert reason_of(call, proposal(run="2")) is Reason.FROZEN
     assert reason_of(opened().commit, in_flight, b"reply that must not leave") is Reason.FROZEN
     assert len(verify(path).events) == length
-    assert opened(policy=policy(budget={"max_epsilon": 100.0})).history.frozen
+    assert opened(policy=policy(budget={"max_epsilon": 100.0})).history.is_frozen
 
 
 def test_offer_is_the_largest_acceptable_plan(opened: Any, path: Path) -> None:
     train(opened(), proposal(plan={"num_rounds": 6}), 1)
     asked = proposal(run="2", plan={"num_rounds": 8})
-    offer = opened().offer(asked)
+    offer = opened().make_offer(asked)
     assert offer == Offer(site="a", run="2", most_rounds=4, least_noise=offer.least_noise)
     fits, too_little = (
         proposal(run="2", plan={"num_rounds": 8, "noise_multiplier": noise})
@@ -402,8 +404,8 @@ def test_offer_is_the_largest_acceptable_plan(opened: Any, path: Path) -> None:
 
 
 def test_offer_is_recorded_without_charging_or_reserving_budget(opened: Any, path: Path) -> None:
-    assert reason_of(opened().offer, proposal(rank=9)) is Reason.MAX_RANK, "no rounds and no noise would mend that"
-    opened().offer(proposal(plan={"num_rounds": 20}))
+    assert reason_of(opened().make_offer, proposal(rank=9)) is Reason.MAX_RANK, "no rounds and no noise would mend that"
+    opened().make_offer(proposal(plan={"num_rounds": 20}))
     last = verify(path).events[-1]
     assert (last.kind, last.run, last.detail["what"]) == (Kind.RELEASE, "r", "offer")
     assert last.detail["most_rounds"] == 10
@@ -414,7 +416,7 @@ def test_offer_is_recorded_without_charging_or_reserving_budget(opened: Any, pat
 def test_ledger_opened_under_an_older_policy_raises_a_run_error(opened: Any) -> None:
     ledger = opened()
     opened(policy=policy(limits={"max_rounds": 3}))
-    for ask in (lambda: ledger.reserve(proposal(), round=1, request="q"), lambda: ledger.offer(proposal())):
+    for ask in (lambda: ledger.reserve(proposal(), round=1, request="q"), lambda: ledger.make_offer(proposal())):
         with pytest.raises(RunError, match="was changed while it was open; open it again"):
             ask()
     assert not opened(policy=policy(limits={"max_rounds": 3})).history.runs

@@ -70,7 +70,7 @@ def test_events_table_rejects_updates_deletes_and_wrong_types(opened: Any, path:
             )
 
 
-@pytest.mark.parametrize("struck", ["insert", "writing"])
+@pytest.mark.parametrize("struck", ["insert_event", "open_for_writing"])
 def test_crash_within_a_transaction_rolls_it_back(opened: Any, path: Path, monkeypatch: Any, struck: str) -> None:
     ledger = opened()
     train(ledger, proposal(), 1, reply=b"reply 1")
@@ -90,16 +90,16 @@ def test_crash_within_a_transaction_rolls_it_back(opened: Any, path: Path, monke
             raise PowerCut
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, struck, inserted if struck == "insert" else written)
+        patched.setattr(store, struck, inserted if struck == "insert_event" else written)
         with pytest.raises(PowerCut):
             ledger.commit(granted, b"reply 2")
         with pytest.raises(PowerCut):
             ledger.reserve(proposal(run="2"), round=1, request="q")
     assert kinds_of(path) == before
     for each in (ledger, opened()):
-        each.end("unknown")
+        each.end_run("unknown")
         assert each.sign_receipt("r").charged_rounds == 2, "the interrupted round stays charged"
-        assert each.receipt("2").charged_rounds == 0
+        assert each.sign_receipt("2").charged_rounds == 0
     assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply 1"
     again = reserve(ledger, proposal(), 2)
     assert again.attempt == 2, "the reply that was not committed must not be sent, and its noise not used again"
@@ -112,7 +112,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from fedtune.privacy.ledger import store
-with store.writing(Path(sys.argv[1])) as file:
+with store.open_for_writing(Path(sys.argv[1])) as file:
     file.execute("PRAGMA cache_spill = 1")
     file.execute("INSERT INTO replies VALUES ('r', 'q', zeroblob(20000000))")  # more than is kept in memory
     print("written", flush=True)
@@ -160,8 +160,12 @@ def test_full_disk_leaves_no_charge_in_memory(opened: Any, path: Path, monkeypat
     assert set(on_disk.runs) == {"r"}
     assert on_disk.runs["r"].replies == {}
     for each in (ledger, opened()):
-        each.end("unknown")
-        assert each.history.charged() == on_disk.total_charges() == events.count_mechanisms([proposal().plan.event()])
+        each.end_run("unknown")
+        assert (
+            each.history.total_charges()
+            == on_disk.total_charges()
+            == events.count_mechanisms([proposal().plan.event()])
+        )
     ledger.commit(granted, bytes(100_000))  # the disk has room again
     assert opened().reserve(proposal(), round=1, request="digest r 1") == bytes(100_000)
 

@@ -269,7 +269,7 @@ def test_privacy_code_uses_no_torch_or_numpy_generators(path: Path) -> None:
 
 
 def test_dummy_example_generators_are_unused_in_private_steps() -> None:
-    """`training.preflight` is imported by what readies a model and by nothing that trains.
+    """`training.batch_invariance` is imported by what readies a model and by nothing that trains.
 
     And by the audit of sums over made-up records, of which no site knows; and by the devices of a site, which are tried
     as the first one is, and know nothing else of it.
@@ -278,13 +278,13 @@ def test_dummy_example_generators_are_unused_in_private_steps() -> None:
     users = {
         path.relative_to(package).as_posix(): {name.name for name in node.names}
         for path in package.rglob("*.py")
-        if "preflight" in path.read_text()
+        if "batch_invariance" in path.read_text()
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and "preflight" in (node.module or "")
+        if isinstance(node, ast.ImportFrom) and "batch_invariance" in (node.module or "")
     }
     assert users == {
-        "sites/shared_model.py": {"max_batch_influence", "require_batch_invariance", "within_memory"},
-        "audit/sensitivity.py": {"lengths_of_texts"},
+        "sites/shared_model.py": {"max_batch_influence", "require_batch_invariance", "fit_to_memory"},
+        "lab/audit/sensitivity.py": {"draw_text_lengths"},
         "training/devices.py": {"max_batch_influence"},
     }
 

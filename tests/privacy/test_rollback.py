@@ -42,8 +42,8 @@ def test_anchor_holds_the_newest_head_after_every_transaction(anchored: Any, anc
     steps: list[Callable[[], object]] = [
         lambda: None,
         lambda: train(ledger, proposal(), 1),
-        lambda: ledger.refuse(Refused(Reason.LEADS), run="x", round=1, request="q"),
-        lambda: ledger.end("r"),
+        lambda: ledger.record_refusal(Refused(Reason.LEADS), run="x", round=1, request="q"),
+        lambda: ledger.end_run("r"),
         lambda: ledger.freeze("why"),
     ]
     for step in steps:
@@ -151,7 +151,7 @@ def test_unwritable_anchor_raises_a_run_error(anchored: Any, anchor: Path) -> No
     anchor.parent.unlink()
     anchor.parent.mkdir()
     anchor.write_bytes(behind)
-    ledger.end("r")
+    ledger.end_run("r")
     assert Head.read(anchor).sequence == ledger.history.length
     assert ledger.sign_receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
 
@@ -218,9 +218,9 @@ class Lost:
         train(ledger, proposal(), 2)
         self.earlier = ledger.head()
         train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}), 1)
-        self.newest, self.receipt = ledger.head(), ledger.sign_receipt("r")
+        self.newest, self.sign_receipt = ledger.head(), ledger.sign_receipt("r")
         self.spent = ledger.history.epsilon()
-        self.charged = ledger.history.total_charges() - events.count_mechanisms([proposal().plan.event()])
+        self.total_charges = ledger.history.total_charges() - events.count_mechanisms([proposal().plan.event()])
         backups.put_back()
 
 
@@ -233,8 +233,8 @@ def test_restore_charges_exactly_the_events_missing_from_the_backup(lost: Lost, 
     ledger = opened()
     gap = ledger.charge_gap(lost.newest)
     two, one = proposal().plan.event(), proposal(plan={"noise_multiplier": 2.0}).plan.event()
-    assert gap == lost.charged == events.count_mechanisms([two, one])
-    assert ledger.history.charged() == events.count_mechanisms([two, two, one])
+    assert gap == lost.total_charges == events.count_mechanisms([two, one])
+    assert ledger.history.total_charges() == events.count_mechanisms([two, two, one])
     assert opened().history.epsilon() == pytest.approx(lost.spent)
     note = verify(path).events[-1]
     assert (note.kind, note.detail["what"]) == (Kind.NOTE, "restored")
@@ -248,7 +248,7 @@ def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(lost: Lost, 
         anchored()
     anchored(anchor=None).charge_gap(lost.newest)
     ledger = anchored()
-    ledger.require_receipt(lost.receipt)
+    ledger.require_receipt(lost.sign_receipt)
     train(ledger, proposal(run="3"), 1)
     assert Head.read(anchor).sequence == ledger.history.length
     for head in (lost.newest, lost.earlier, Head.read(anchor)):
@@ -258,7 +258,7 @@ def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(lost: Lost, 
 def test_run_partly_lost_in_a_restore_cannot_continue(lost: Lost, opened: Any) -> None:
     ledger = opened()
     ledger.charge_gap(lost.newest)
-    assert (ledger.sign_receipt("r").charged_rounds, ledger.receipt("2").charged_rounds) == (2, 1)
+    assert (ledger.sign_receipt("r").charged_rounds, ledger.sign_receipt("2").charged_rounds) == (2, 1)
     for run in ("r", "2"):
         assert reason_of(reserve, opened(), proposal(run=run), 3) is Reason.RUN_ENDED
 
@@ -319,8 +319,8 @@ def test_restore_keeps_all_permanent_marks(opened: Any, path: Path) -> None:
     ledger = opened(policy=policy(allow={"inexact_gradients": True, "seeded_noise": True}))
     train(ledger, proposal(run="2", seeded_noise=True), 1)
     lead = proposal().lead
-    ledger.refuse(Refused(Reason.PAUSED), run="3", round=1, request="q", lead=lead)
-    ledger.end("3", lead=lead)
+    ledger.record_refusal(Refused(Reason.PAUSED), run="3", round=1, request="q", lead=lead)
+    ledger.end_run("3", lead=lead)
     ledger.freeze("why")
     marks, newest = ledger.history.marks, ledger.head()
     assert {kind for kind, _ in marks} == {"inexact_gradients", "seeded", "limits_loosened", "never", "frozen"}

@@ -28,7 +28,7 @@ def test_spent_epsilon_matches_the_charged_events(opened: Any) -> None:
     assert history.epsilon() == filter.epsilon_filter(charged, order=2.7, delta=DELTA)
     held = [*[proposal().plan.event()] * 3, *[other.plan.event()] * 2]
     whole = filter.epsilon_filter([*charged, *held], order=2.7, delta=DELTA)
-    assert history.epsilon(history.charged() + history.set_aside(history.now())) == pytest.approx(whole)
+    assert history.epsilon(history.total_charges() + history.remaining_charges(history.now())) == pytest.approx(whole)
 
 
 def test_share_of_cap_is_a_fraction_of_the_divergence(opened: Any) -> None:
@@ -37,11 +37,11 @@ def test_share_of_cap_is_a_fraction_of_the_divergence(opened: Any) -> None:
     history = ledger.history
     room = filter.max_divergence(11.0, order=history.order, delta=DELTA)
     one = history.divergence([proposal().plan.event()])
-    assert spending.spent_fraction_of_cap(history, history.charged(), cap=11.0) == pytest.approx(one / room)
-    assert spending.spent_fraction_of_cap(history, history.charged(), cap=math.inf) is None
+    assert spending.spent_fraction_of_cap(history, history.total_charges(), cap=11.0) == pytest.approx(one / room)
+    assert spending.spent_fraction_of_cap(history, history.total_charges(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.
     assert filter.max_divergence(3.0, order=history.order, delta=DELTA) < 0
-    assert spending.spent_fraction_of_cap(history, history.charged(), cap=3.0) == 1
+    assert spending.spent_fraction_of_cap(history, history.total_charges(), cap=3.0) == 1
 
 
 def test_nan_divergence_does_not_fit_the_budget(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:

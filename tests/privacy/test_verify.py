@@ -254,19 +254,19 @@ def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> 
     """An event of the right key that makes no sense, as a faulty version might write; then the file is put right."""
     ledger = opened()
     ledger.reserve(proposal(), round=1, request="q")
-    good, before = path.read_bytes(), ledger.history.charged()
+    good, before = path.read_bytes(), ledger.history.total_charges()
     row = stored(path)[-1]
     wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
     event = chain.Event(**wrong).hash_after(row["hash"])
     signed = dataclasses.replace(chain.Event(**wrong), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
     with store.open_for_writing(path) as file:
         store.insert_event(file, signed)
-    for check in (lambda: ledger.end("r"), lambda: verify(path)):
+    for check in (lambda: ledger.end_run("r"), lambda: verify(path)):
         with pytest.raises(RunError, match=r"event 5 \(reserve\) cannot be understood: it does not follow"):
             check()
     path.write_bytes(good)
-    ledger.end("unknown")
-    assert ledger.history.charged() == before
+    ledger.end_run("unknown")
+    assert ledger.history.total_charges() == before
     assert ledger.sign_receipt("r").charged_rounds == 1
 
 

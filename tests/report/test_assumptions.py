@@ -180,7 +180,7 @@ def test_ledger_in_doubt_violates_the_completeness_assumption(books: Any) -> Non
     made.charge(run_proposal(), 1)
     backup = made.copied("backup.db")
     made.charge(run_proposal(), 2)
-    receipt = made.open().receipt("r")
+    receipt = made.open().sign_receipt("r")
     backup.replace(made.ledger)
     with pytest.raises(Refused) as caught:
         made.open().require_receipt(receipt)

@@ -50,7 +50,8 @@ def state(round: int, **changes: Any) -> LeadState:
 def model(values: int = 0, *, device: str = "cpu", keeps_states: bool = True) -> SimpleNamespace:
     """What is shown of the lead's: its adapter's size, its device, and how much the frozen layers' outputs take."""
     adapter = Adapter({"a": np.zeros(values, np.float32)} if values else {})
-    return SimpleNamespace(initial_adapter=adapter, device=device, keeps_states=keeps_states, states_mib=1234.5)
+    loaded = SimpleNamespace(keeps_states=keeps_states)
+    return SimpleNamespace(initial_adapter=adapter, device=device, loaded=loaded, states_mib=1234.5)
 
 
 def shown(config: RunConfig, *states: LeadState, of: Any = None, every_s: float | None = None, **how: Any) -> str:

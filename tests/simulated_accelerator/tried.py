@@ -80,9 +80,9 @@ def clipping_by_company() -> None:
 
 def weights_put_aside() -> None:
     """Print the bytes that random weights for a trial bring to the host: where two models have room, and without."""
-    within, memory = model(), batch_invariance.memory_of(SIM)
+    within, memory = model(), batch_invariance.total_memory(SIM)
     for free in (memory, 0):
-        batch_invariance.memory_of = lambda device, free=free: free  # type: ignore[misc]
+        batch_invariance.total_memory = lambda device, free=free: free  # type: ignore[misc]
         torch.sim.counters()  # type: ignore[attr-defined]
         with batch_invariance._with_random_weights(within, np.random.default_rng(0)):
             print(torch.sim.counters().get("bytes to host", 0))  # type: ignore[attr-defined]

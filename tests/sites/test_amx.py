@@ -29,7 +29,9 @@ def test_amx_product_of_a_row_depends_on_the_number_of_rows() -> None:
 def test_each_length_has_a_fixed_row_count_and_is_tried_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tries, moved = [], LoadedModel._measure_influence
     monkeypatch.setattr(
-        LoadedModel, "_moved", lambda self, shapes, *told: (tries.append(shapes), moved(self, shapes, *told))[1]
+        LoadedModel,
+        "_measure_influence",
+        lambda own, shapes, *told: (tries.append(shapes), moved(own, shapes, *told))[1],
     )
     settings = ["experiment=banks_intents", "privacy.noise_multiplier=4", f"model.dtype={dtype}"]
     shared = LoadedModel(compose_run([*settings, "runtime.num_threads=1", "runtime.num_devices=1"]))

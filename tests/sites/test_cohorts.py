@@ -191,7 +191,7 @@ def test_user_level_site_trains_on_its_users(
     (examples,) = seen
     assert isinstance(examples, UserExamples)
     assert len(examples) == 3
-    assert site.ledger().history.opened.unit == "user"
+    assert site.ledger().history.opening.unit == "user"
 
 
 def test_user_level_site_refuses_record_level_runs_and_excess_records(station: Any) -> None:

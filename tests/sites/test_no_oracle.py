@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import fedtune.sites.real_site as real_site
+from fedtune.data import tokenization
 from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import load_base, load_tokenizer
 from fedtune.model.manifest import build_manifest
@@ -16,7 +17,6 @@ from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
-from fedtune.tasks import inputs
 
 from .conftest import letters, write_records
 
@@ -79,7 +79,7 @@ def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: p
     site, charged_then, read = station(), [], real_site.own_records
 
     def reading(*args: Any, **rest: Any) -> Any:
-        charged_then.append(site.ledger().history.charged().total())
+        charged_then.append(site.ledger().history.total_charges().total())
         return read(*args, **rest)
 
     monkeypatch.setattr(real_site, "own_records", reading)
@@ -101,13 +101,13 @@ def test_removed_record_is_not_used_in_the_next_round(station: Any) -> None:
 
 
 def test_record_without_tokens_does_not_end_a_round(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = inputs.encode
+    original = tokenization.encode
 
     def encode(texts: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
         for text, ids in zip(texts, original(texts, *args, **options), strict=True):
             yield [] if text == "\u200b" else ids
 
-    monkeypatch.setattr(inputs, "encode", encode)
+    monkeypatch.setattr(tokenization, "encode", encode)
     site = station()
     write_records(site.data, [("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice")])
     site.update()

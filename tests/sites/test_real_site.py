@@ -50,7 +50,7 @@ def sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
 
 
 def charged(reply: Reply) -> int:
-    assert reply.receipt.is_signed()
+    assert reply.receipt.has_valid_signature()
     return reply.receipt.charged_rounds
 
 

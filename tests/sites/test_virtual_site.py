@@ -74,15 +74,15 @@ def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> 
     plan = config(f"privacy.runs={runs}", "privacy.epsilon=8").plan()
     budget = budget_covering([plan] * plan.runs)
     room = filter.max_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
-    assert filter.max_repeats(plan.whole, room, order=budget.order()) == runs
-    assert epsilon_pld({plan.whole: runs}, plan.delta) <= 8.0
+    assert filter.max_repeats(plan.full_event, room, order=budget.order()) == runs
+    assert epsilon_pld({plan.full_event: runs}, plan.delta) <= 8.0
     if runs > 1:
         title, said, *_ = describe_calendar(plan)
-        assert f"epsilon {format_epsilon(epsilon_pld({plan.whole: runs}, plan.delta))} in all" in title
+        assert f"epsilon {format_epsilon(epsilon_pld({plan.full_event: runs}, plan.delta))} in all" in title
         cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", said)[0])
-        order = filter.best_order(plan.whole, epsilon=cap, delta=plan.delta)
+        order = filter.best_order(plan.full_event, epsilon=cap, delta=plan.delta)
         room = filter.max_divergence(cap, order=order, delta=plan.delta)
-        assert filter.max_repeats(plan.whole, room, order=order) == runs
+        assert filter.max_repeats(plan.full_event, room, order=order) == runs
 
 
 BY_USER = ("privacy.unit=user", "+data.columns.user=label")

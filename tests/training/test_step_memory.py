@@ -101,7 +101,7 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
     assert step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
     assert step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
     assert step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
-    monkeypatch.setattr(machine, "memory_of", lambda device: 24 * 2**30)
+    monkeypatch.setattr(machine, "total_memory", lambda device: 24 * 2**30)
     monkeypatch.setattr(TaskModel, "device", torch.device("cuda"))
     assert step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
     shared = RuntimeSpec(kind="ray", sites_per_gpu=3)

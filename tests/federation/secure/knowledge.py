@@ -147,5 +147,5 @@ def watched() -> Iterator[list[dict[str, bytes]]]:
         seen.append(dict(seeds))
         return sum_masks(site, seeds, length=length)
 
-    with patch.object(party, "masks", watching):
+    with patch.object(party, "sum_masks", watching):
         yield seen

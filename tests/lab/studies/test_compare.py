@@ -182,7 +182,7 @@ def test_rounded_zero_difference_has_no_minus_sign() -> None:
 
 
 def test_compare_without_an_experiment_states_its_cost_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.cli.compare._run_all", lambda *_, **__: pytest.fail("nobody agreed"))
+    monkeypatch.setattr("fedtune.cli.compare._run_unfinished", lambda *_, **__: pytest.fail("nobody agreed"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     outcome = command("compare")
     assert (outcome.code, outcome.message) == (1, "nothing is trained; experiment=NAME names other records")
