@@ -2,10 +2,27 @@
 
 ALLOWED_UNUSED: dict[str, set[str]] = {
     "Click calls the functions of commands by their decorators, or by a module's name": {
-        *("add_site", "copies", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
+        *(
+            "add_site",
+            "copies",
+            "doctor",
+            "format_help_text",
+            "get_command",
+            "leave",
+            "list_commands",
+            "list_sites",
+            "pause",
+        ),
         *("flower_app", "model_hash", "renew_lead", "renew_server", "show_events", "write_anchor"),
     },
-    "cards show them": {"chosen_by", "codes_file", "codes_sha256", "distinct_pairs"},
+    "cards and pages show them": {
+        "classified",
+        "posterior",
+        "chosen_by",
+        "codes_file",
+        "codes_sha256",
+        "distinct_pairs",
+    },
     "people call them from Python": {"to_frame"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept"},
@@ -29,7 +46,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
     "Hydra calls them": {"is_config", "load_config", "manipulate_search_path", "scheme", "version_base"},
     "importlib.resources calls it": {"get_resource_reader"},
-    "Opacus calls it": {"_of_scales"},
+    "Opacus calls it": {"_scales_grad_sampler"},
     "names.toml and the layouts of files name them, of a column": {
         *("is_asked", "is_completion", "is_context", "is_nested", "is_of_persons", "is_rank", "is_score"),
         *("are_words", "is_spans", "is_whole_chat", "other_numbers", "with_keys"),

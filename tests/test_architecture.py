@@ -13,14 +13,14 @@ from vulture import Vulture
 
 from tests.allowed_unused import ALLOWED_UNUSED
 from tests.conftest import python
-from tests.weights import weights
+from tests.weights import code_lines, weights
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES_OF_A_FILE = 500
-LONG_FILES = {"config.py": 540}
-"""Those that are longer yet; none is added, and none grows."""
+MOST_CODE_LINES_OF_A_FILE = 400
+LONG_FILES = {"lab/preparation/detect.py": 430}
+"""Files that are longer yet; none is added, and none grows."""
 
 
 def name_of(path: Path) -> str:
@@ -87,8 +87,8 @@ def test_package_contains_no_unused_code() -> None:
 
 
 def test_files_stay_below_the_line_limit() -> None:
-    lines = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
-    assert {name for name, most in lines.items() if most > LONG_FILES.get(name, MOST_LINES_OF_A_FILE)} == set()
+    lines = {name_of(path): code_lines(path) for path in MODULES}  # docstrings and comments are free
+    assert {name for name, most in lines.items() if most > LONG_FILES.get(name, MOST_CODE_LINES_OF_A_FILE)} == set()
 
 
 def test_spec_modules_contain_no_assert_statements() -> None:

@@ -97,8 +97,8 @@ _RESULT_CHANGES = [
     *({"federation__strategy": "fedmedian"}, {"federation__participants": ["site-1"]}, {"data__declared_sizes": 229}),
     *({"data__train_fraction": 0.06}, {"data__test_file": None}, {"model__path": "random:llama"}, {"lora__rank": 5}),
     *({"lora__kind": "dora"}, {"lora__alternate": True}, {"head__scale": 11.0}, {"evaluation__max_new_tokens": 33}),
-    *({"federation__if_over_budget": "fewer_rounds"}, {"federation__stop_after": 2}),
-    {"federation__keep_round": "best"},
+    *({"federation__if_over_budget": "fewer_rounds"}, {"federation__early_stopping_patience": 2}),
+    {"federation__checkpoint_selection": "best"},
 ]
 
 

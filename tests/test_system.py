@@ -64,7 +64,7 @@ def test_commands_start_and_a_ledger_is_written_without_modules_of_linux(tmp_pat
     code = f"""{WINDOWS}
 from pathlib import Path
 from fedtune.cli.main import main
-from fedtune.federation.run_folder import RunFolder, locked
+from fedtune.federation.run_folder import RunFolder, lock_folder
 from fedtune.ops.files import name_of
 from fedtune.ops.services.lead_and_server import running_process
 from fedtune.privacy.ledger.site_ledger import Ledger

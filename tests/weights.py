@@ -36,12 +36,12 @@ def weights() -> list[Weight]:
     for path in _files("fedtune", ".py"):
         parts = path.relative_to(REPOSITORY / "fedtune").parts
         room = parts[0] if len(parts) > 1 else "root"
-        rooms[room] = rooms.get(room, 0) + _code_lines(path)
+        rooms[room] = rooms.get(room, 0) + code_lines(path)
     sums = {
         "shell": sum(rooms.get(room, 0) for room in BUDGETS["shell"]),
         "all": sum(rooms.values()),
-        "tests": sum(map(_code_lines, _files("tests", ".py"))),
-        "simulations": sum(map(_code_lines, _files("simulations", ".py"))),
+        "tests": sum(map(code_lines, _files("tests", ".py"))),
+        "simulations": sum(map(code_lines, _files("simulations", ".py"))),
         "records": sum(map(_record_classes, _files("fedtune", ".py"))),
         "other_text": sum(map(_lines, [p for p in _files("fedtune") if p.suffix not in {".py", *BINARY}])),
         "golden": sum(map(_lines, [p for p in _files("tests", *GOLDEN) if "mutant" not in str(p)])),
@@ -78,7 +78,7 @@ def _files(folder: str, *suffixes: str) -> list[Path]:
     return [p for p in _tracked() if root in p.parents and (not suffixes or p.suffix in suffixes)]
 
 
-def _code_lines(path: Path) -> int:
+def code_lines(path: Path) -> int:
     source = path.read_text()
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):

@@ -75,7 +75,7 @@ def make_server_app(lead: Lead) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         if simulation := os.environ.get(LEAD_SOCKET):
-            with Client(simulation, family="AF_UNIX") as line, suppress(EOFError):
+            with Client(simulation) as line, suppress(EOFError):
                 relay(grid, line)
             return
         file = str(context.run_config["run"])

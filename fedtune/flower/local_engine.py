@@ -40,6 +40,7 @@ from fedtune.flower.site_socket import Answering, pack, unpack_whole
 from fedtune.process import torch
 from fedtune.sites.virtual_site import Participants
 from fedtune.spec import ConfigError, RunError
+from fedtune.system import UNIX_SOCKETS
 from fedtune.training.machine import usable_cores
 from fedtune.training.spec import RuntimeSpec
 from fedtune.version import __version__
@@ -71,7 +72,7 @@ def on_flower(run: Callable[[Transport], LeadState], config: RunConfig, folder: 
     # A copy of the sites' folder has the same keys and other ledgers; this file is in no copy.
     sealed = sites.resolve() / f"simulation-{secrets.token_hex(8)}.json"
     sealed.parent.mkdir(parents=True, exist_ok=True)
-    sealed.write_text(json.dumps({**asked, "started_in": os.getcwd()}))
+    sealed.write_text(json.dumps({**asked, "started_in": os.getcwd()}), encoding="utf-8")
     try:
         with _engine(config, sealed, log=folder.resolve() / "flower.log", share=share) as line:
             return run(GridTransport(RelayedGrid(line)))
@@ -110,7 +111,7 @@ def _engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iter
     with (
         tempfile.TemporaryDirectory(prefix="flower-", dir=log.parent) as home,
         tempfile.TemporaryDirectory(prefix="fedtune-") as short,  # the name of a socket has at most 107 bytes
-        socket.socket(socket.AF_UNIX) as lead,
+        socket.socket(UNIX_SOCKETS) as lead,
         log.open("ab") as output,
     ):
         lead.bind(place := str(Path(short, "lead")))

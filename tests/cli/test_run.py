@@ -266,7 +266,9 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended: 
 
 
 def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LeadService, "open_grid", lambda self: nullcontext(SimpleNamespace(online_nodes=lambda: [1, 3])))
+    monkeypatch.setattr(
+        LeadService, "open_grid", lambda self: nullcontext(SimpleNamespace(online_nodes=lambda: [1, 3]))
+    )
     rows = command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
     assert [row.split() for row in rows] == [["north", "online"], ["south", "not", "heard"], ["west", "online"]]
     shown = json.loads(command("run", "status", "--kit", str(kit.folder), "--json").out)

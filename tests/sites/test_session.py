@@ -30,7 +30,11 @@ def simulate(*overrides: str, into: Path, name: str, session: Session | None = N
 def worked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often a model was built and tried, the frozen layer ran over records, and data was scored."""
     counts = dict.fromkeys(("built", "tried", "states", "scored"), 0)
-    for name, function in {"built": "build_task_model", "tried": "max_batch_influence", "scored": "evaluate_examples"}.items():
+    for name, function in {
+        "built": "build_task_model",
+        "tried": "max_batch_influence",
+        "scored": "evaluate_examples",
+    }.items():
         real = getattr(shared_model, function)
 
         def counted(*args: Any, name: str = name, real: Any = real, **rest: Any) -> Any:

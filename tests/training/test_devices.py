@@ -160,7 +160,7 @@ def test_every_device_contributes_to_the_sum(three: Room, monkeypatch: pytest.Mo
         counted.extend(one[0] for one in found if isinstance(one, tuple))
         return found
 
-    monkeypatch.setattr(three.devices._crew, "answers", seen)
+    monkeypatch.setattr(three.devices._crew, "collect_answers", seen)
     a_round(three, there)
     assert len(counted) == 3 * 2, "three steps, two other devices"
     assert min(counted) > 0
@@ -276,7 +276,7 @@ def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(devices_module, "_differ", set())
     spec, outcome = KINDS["a reference"], DeviceTrial.run_trial
     with monkeypatch.context() as patched:
-        patched.setattr(DeviceTrial, "outcome", lambda *args: outcome(*args)._replace(bits="00" * 32))
+        patched.setattr(DeviceTrial, "run_trial", lambda *args: outcome(*args)._replace(bits="00" * 32))
         with pytest.raises(ConfigError, match="the same gradients"):
             begun(spec, 2)
     for _ in range(2):  # where this draw's bits are the same

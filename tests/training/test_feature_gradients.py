@@ -156,7 +156,7 @@ def require_nothing_added(
     task = model.task
     assert [task.record_validator(spec)(one) for one in good] == [None] * 4
     with monkeypatch.context() as patched:  # as if the reading had let it by
-        patched.setattr(type(task), "fault", lambda self, data: lambda record: None)
+        patched.setattr(type(task), "record_validator", lambda self, data: lambda record: None)
         mixed = task.tokenize([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
     read = (mixed, task.tokenize(good, reader, data=spec))
     found, without = (gradients_of(model, collate(each, range(4), pad_id=0).to(DEVICE)) for each in read)
