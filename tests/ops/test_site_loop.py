@@ -224,8 +224,8 @@ def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
 _HOLD = """
 import sys, time
 from pathlib import Path
-from fedtune.ops.services.site_state import serving
-with serving(Path(sys.argv[1])):
+from fedtune.ops.services.site_state import lock_ledger
+with lock_ledger(Path(sys.argv[1])):
     print("serving", flush=True)
     time.sleep(600)
 """
@@ -265,15 +265,15 @@ def test_serving_lock_is_released_but_its_file_remains(tmp_path: Path) -> None:
 _FULL = """
 import os, sys
 from pathlib import Path
-from fedtune.ops.files import trouble_of
+from fedtune.ops.files import find_write_problem
 folder = Path(sys.argv[1])
 os.system(f"mount -t tmpfs -o size=2m none {folder}") and sys.exit(77)
 ledger = folder / "ledger.db"
-print(trouble_of(ledger))
+print(find_write_problem(ledger))
 (folder / "other").write_bytes(bytes(3 << 19))
-print(trouble_of(ledger))
+print(find_write_problem(ledger))
 os.system(f"mount -o remount,ro {folder}")
-print(trouble_of(ledger))
+print(find_write_problem(ledger))
 """
 
 

@@ -56,8 +56,8 @@ def test_page_one_fits_on_one_sheet_with_spare_margin(name: str, language: str) 
 WITHOUT_FONTS = """
 import sys, warnings
 warnings.simplefilter("error")
-from fedtune.report.page.render import as_pdf
-sys.stdout.buffer.write(as_pdf(sys.stdin.read()))
+from fedtune.report.page.render import convert_to_pdf
+sys.stdout.buffer.write(convert_to_pdf(sys.stdin.read()))
 """
 
 

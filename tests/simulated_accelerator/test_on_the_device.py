@@ -40,7 +40,7 @@ def test_scoring_without_memory_names_the_setting() -> None:
 
 def test_accelerator_is_configured_for_deterministic_computation() -> None:
     code = (
-        "import os; from fedtune.training.machine import device_for; device_for('auto')\n"
+        "import os; from fedtune.training.machine import resolve_device; resolve_device('auto')\n"
         "products = torch.backends.cuda.matmul\n"
         "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])\n"
         "print(products.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled())\n"
@@ -52,7 +52,7 @@ def test_accelerator_is_configured_for_deterministic_computation() -> None:
 def test_repeatability_check_detects_a_nondeterministic_device() -> None:
     code = (
         "sys.path.insert(0, 'simulations/gpu'); import run\n"
-        "machine = run.Machine(device=run.device_for('auto'), tiny=True)\n"
+        "machine = run.Machine(device=run.resolve_device('auto'), tiny=True)\n"
         "print(*run.repeats(machine).values())\n"
         "torch.use_deterministic_algorithms(False)\n"
         "print(*run.repeats(machine).values())\n"
