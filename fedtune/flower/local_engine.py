@@ -117,8 +117,8 @@ def _engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iter
         lead.bind(place := str(Path(short, "lead")))
         lead.listen(1)
         port = _free_port()
-        connection = f'address = "127.0.0.1:{port}"\ninsecure = true\n'
-        Path(home, "config.toml").write_text(f'[superlink]\ndefault = "local"\n[superlink.local]\n{connection}', encoding="utf-8")
+        there = f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        Path(home, "config.toml").write_text(there, encoding="utf-8")
         bundle = write_bundle(Path(home, "app")).parent
         environment = _environment(config.runtime) | {"FLWR_HOME": home, LEAD_SOCKET: place}
         start = partial(_started, environment=environment, output=output)
