@@ -53,7 +53,11 @@ if sys.platform == "win32":
         """Do nothing: names in a folder are written when the file system chooses."""
 
     def send_signal(process: int, number: int) -> None:
-        """Send a signal to this process; to any other, os.kill would end it at once."""
+        """Send a signal to the current process.  Windows' os.kill would end any other process at once.
+
+        Raises:
+            OSError: `process` is another process.
+        """
         if process != os.getpid():
             raise OSError(f"process {process} cannot be sent a signal")
         signal.raise_signal(number)

@@ -35,7 +35,7 @@ _PROJECT = "fedtune"
 
 
 class Tracker(Protocol):
-    """One run in a tracker."""
+    """The interface to an experiment tracker (MLflow, TensorBoard, Weights & Biases) for one run."""
 
     def begin(self, settings: Settings) -> int:
         """Start or resume the run in the tracker, and return how many of its rounds the tracker already has."""

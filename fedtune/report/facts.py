@@ -128,7 +128,9 @@ class Lifetime:
         )
 
     def spent_without_cap(self, charges: int) -> bool:
-        """Whether any of the `charges` came while no lifetime cap was in force: no later cap bounds it."""
+        """Whether any of the first `charges` charges was made while no lifetime cap was in force.  A later cap does not
+        bound such a charge.
+        """
         spans = zip(self.caps, [*(cap.charges_before for cap in self.caps[1:]), charges], strict=False)
         return any(cap.max_epsilon is None and cap.charges_before < end for cap, end in spans)  # () without caps
 

@@ -118,7 +118,7 @@ def collect_ledger_facts(
     most: int,
     now: datetime | None = None,
 ) -> LedgerFacts:
-    """Collect the facts of a ledger from its events, as far as these are consistent, and from the resulting history.
+    """Collect the facts of a ledger from its events, up to the first inconsistent one, and from their history.
 
     Args:
         events: the events.

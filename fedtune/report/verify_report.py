@@ -55,7 +55,7 @@ def derive_report(facts: Facts) -> Report:
 
 
 def derive_figures(facts: Facts) -> Report:
-    """Derive the report without dpia_fields, and with unrounded figures of what its epsilons mean."""
+    """Derive the report from facts: without its DPIA fields, and with the attack bounds of each epsilon unrounded."""
     return (
         run_figures.derive_run_report(facts)
         if isinstance(facts, RunFacts)

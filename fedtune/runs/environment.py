@@ -45,7 +45,7 @@ _NOTED = ("cryptography", "dp-accounting", "flwr", "numpy", "opacus", "peft", "s
 
 @spec
 class Environment:
-    """The environment of one process: the lead's, which in a simulation also runs the sites.
+    """The software and hardware of the process that ran the lead (and, in a simulation, the sites).
 
     Attributes:
         since: the UTC time when the run was first started, or resumed, in this environment.

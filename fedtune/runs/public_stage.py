@@ -23,7 +23,7 @@ def needs_public_stage(config: RunConfig) -> bool:
 
 
 def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Container[str]) -> RunConfig:
-    """Fill in the open settings of the warm start, and lower the learning rates of the run.
+    """Fill in the warm start's unset settings, and lower the run's learning rates.
 
     The warm start uses a third of the rates without privacy, and the sites use a third of their own rates
     (simulations/warm_start).

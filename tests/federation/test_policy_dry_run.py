@@ -70,18 +70,18 @@ def test_every_broken_rule_is_reported(ask: Ask) -> None:
     assert said.least_noise is None
 
 
-def whole_epsilon(proposal: Proposal) -> float:
+def total_epsilon(proposal: Proposal) -> float:
     return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
 
 
 def test_dry_run_suggests_fewer_rounds_or_more_noise(ask: Ask) -> None:
-    cap = 0.9 * whole_epsilon(run_proposal())
+    cap = 0.9 * total_epsilon(run_proposal())
     said = ask(site_policy(budget={"max_epsilon_per_run": cap}))
     assert [one.reason for one in said.broken] == ["max_epsilon_per_run"]
     assert 0 < said.most_rounds < 3
     for changes in ({"num_rounds": said.most_rounds}, {"noise_multiplier": said.least_noise}):
-        assert whole_epsilon(run_proposal(**changes)) <= cap
-    assert whole_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
+        assert total_epsilon(run_proposal(**changes)) <= cap
+    assert total_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
 
 
 FREE = {"limits": {"min_noise_multiplier": 0.5}}

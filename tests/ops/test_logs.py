@@ -60,7 +60,7 @@ def a_number() -> None:
     int(CANARY)
 
 
-def thrown(error: Exception) -> None:
+def raise_with_note(error: Exception) -> None:
     error.add_note(CANARY)
     raise error
 
@@ -96,7 +96,7 @@ def a_group() -> None:
 
 FAILURES: dict[str, Callable[[], object]] = {
     "a_number": a_number,
-    "an_undeclared_label": lambda: thrown(
+    "an_undeclared_label": lambda: raise_with_note(
         DataError("train.csv line 3, column 'label'", CANARY, "must be one of the labels")
     ),
     "a_file": lambda: Path(f"/nowhere/{CANARY}").read_text(),

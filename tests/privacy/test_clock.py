@@ -75,7 +75,7 @@ def test_server_clock_cannot_open_past_periods_one_by_one(full: Any, clock: Cloc
         assert charge(full(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_approvals_and_runs_expire_while_a_period_is_pending_period_reason(opened: Any, clock: Clock) -> None:
+def test_approvals_and_runs_expire_while_a_new_period_is_pending(opened: Any, clock: Clock) -> None:
     budget = {"max_epsilon_per_period": 100.0, "period": "month"}
     manual, begun = policy(budget=budget, approval="manual"), proposal(run="begun")
     ledger = opened(policy=manual, server=clock.time)

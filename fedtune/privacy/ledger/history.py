@@ -378,7 +378,7 @@ class History:
         return [cohort for cohort in begins if admitted is None or cohort in admitted]
 
     def cohort_of(self, row: Row | None, own: int) -> int:
-        """Return the cohort that counts for a person: the cohort in the register's `row`, or without a row, `own`.
+        """Return a person's cohort: the one in the register's `row`, or `own` if the person has no row.
 
         `own` is the cohort by the person's own records.  After a restore, a lost row may have belonged to anybody who
         is missing from this register, or who was written to it after the branches split; the lost branch charged these
