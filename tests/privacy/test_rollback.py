@@ -17,7 +17,7 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
-from fedtune.spec import RunError
+from fedtune.spec import ConfigError, RunError
 
 from .builders import far_on, make_key, policy, proposal, reason_of, reserve, site_key, train
 from .conftest import Backups
@@ -110,6 +110,13 @@ def test_damaged_anchor_raises_a_run_error(anchored: Any, anchor: Path, damage: 
     anchor.write_bytes(damage(before))
     assert anchor.read_bytes() != before
     with pytest.raises(RunError, match=r"anchor = '.*anchor\.json': must .*; nothing is trained"):
+        anchored()
+
+
+def test_anchor_of_another_version_is_a_config_error(anchored: Any, anchor: Path) -> None:
+    anchored()
+    anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": 99}))
+    with pytest.raises(ConfigError, match=r"schema = 99: must be \d+: go on with the version of fedtune that wrote it"):
         anchored()
 
 

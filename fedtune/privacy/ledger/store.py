@@ -325,6 +325,7 @@ class EventStore:
         Raises:
             RunError: the ledger is older than its anchor or has branched off, or one of the two files is missing or
                 damaged.
+            ConfigError: the anchor has the format of another version.
         """
         if self._anchor is None:
             return
@@ -338,6 +339,8 @@ class EventStore:
         try:
             anchor = Head.read(self._anchor)
         except ConfigError as error:
+            if error.key != "anchor":  # another version's format, which no backup mends
+                raise
             raise RunError(f"{error}; nothing is trained") from error
         if not self.history.length:
             raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} knows {anchor.sequence} events of it")
