@@ -21,7 +21,7 @@ change_mode: Callable[[int, int], None] = getattr(os, "fchmod", lambda descripto
 change_owner: Callable[[int, int, int], None] = getattr(os, "fchown", lambda descriptor, user, group: None)
 """Of an open file.  On Windows a new file has the permissions of its folder."""
 
-usable_cores: Callable[[int], Sized] = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))
+cpu_affinity: Callable[[int], Sized] = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))
 """The cores that a process may use; elsewhere than on Linux all of them."""
 
 NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)

@@ -34,7 +34,7 @@ _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
 
 def read_words(value: object, at: str, role: str = "tokens") -> str:
-    """Read the tokens of a record, or their tags, from a list or its text form (as in `labels_of`); one per line."""
+    """Read the tokens of a record, or their tags, from a list or its text form (as in `read_labels`); one per line."""
     listed = parse_list(value)
     if role == "tags" and listed and any(type(one) is int for one in listed):
         raise DataError(at, "numbers", "must be the names of tags, such as B-PER and O, which numbers lack (role tags)")

@@ -66,7 +66,7 @@ _Examples = SiteExamples | UserExamples
 
 
 class DeviceTrial(NamedTuple):
-    """Parameters for testing a device: the arguments of `preflight.max_batch_influence`, and the kind of attention."""
+    """Parameters for testing a device: arguments of `batch_invariance.max_batch_influence`, and the attention kind."""
 
     shapes: Shapes
     keeps_states: bool

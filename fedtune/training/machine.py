@@ -97,7 +97,7 @@ def usable_cores() -> int:
 
     OMP_NUM_THREADS can lower it further: threads that wait for each other on busy cores take several times as long.
     """
-    cores = len(system.usable_cores(0))
+    cores = len(system.cpu_affinity(0))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 

@@ -134,7 +134,7 @@ def test_process_on_one_core_uses_one_thread() -> None:
 
 @pytest.mark.parametrize(("asked", "cores"), [("", 4), ("2", 2), ("9", 4), ("0", 4), ("2,1", 4)])
 def test_omp_num_threads_can_lower_the_core_count(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int) -> None:
-    monkeypatch.setattr("fedtune.system.usable_cores", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr("fedtune.system.cpu_affinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert usable_cores() == cores
 
