@@ -87,10 +87,13 @@ Renew = Annotated[Path | None, Option("the run after this finished one, for the 
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
-_HEALTH = "answer GET /health and GET /ready at this loopback address or unix:PATH"
-Health = Annotated[str | None, Option(_HEALTH, metavar="HOST:PORT")]
-_METRICS = "answer GET /metrics, for Prometheus, at this loopback address, or write a .prom file"
-Metrics = Annotated[str | None, Option(_METRICS, metavar="HOST:PORT")]
+Health = Annotated[
+    str | None, Option("answer GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT")
+]
+Metrics = Annotated[
+    str | None,
+    Option("answer GET /metrics, for Prometheus, at this loopback address, or write a .prom file", metavar="HOST:PORT"),
+]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 

@@ -213,8 +213,10 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
     )
     say("")
     if not already:
-        otherwise = f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the "
-        otherwise += "request is somebody else's: have the site send its own again, over another way"
+        otherwise = (
+            f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the request is "
+            "somebody else's: have the site send its own again, over another way"
+        )
         require_confirmation("Did the site read out the same?", otherwise=otherwise)
 
 

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 app = group(__doc__)
 
-_IMPORT = "install a base model of the federation: a folder with safetensors, a .gguf file, or package:MODULE/FOLDER "
-_IMPORT += "inside an installed Python package"
+_IMPORT = (
+    "install a base model of the federation: a folder with safetensors, a .gguf file, or package:MODULE/FOLDER inside "
+    "an installed Python package"
+)
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
 By = Annotated[str | None, Option("who decides, for ledger and report (default: your account)", metavar="NAME")]
@@ -247,14 +249,12 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
     for name in open_runs:
         ledger.end_run(name)
-    ended = f"{pluralize(len(open_runs), 'open run')} ended, and what they had set aside is free"
-    told = (
-        f"{own.site} has left {own.federation}; {ended}.\nA running `fedtune site start` stops by itself. Ask the lead "
+    sys.stdout.write(
+        f"{own.site} has left {own.federation}; {pluralize(len(open_runs), 'open run')} ended, and what they had set "
+        "aside is free.\nA running `fedtune site start` stops by itself. Ask the lead to shut the site out:\n"
+        f"  fedtune provision revoke-site {own.site}\n"
+        f"Keep {files.ledger} and {files.site_key}: they show what was spent. To come back, remove {state.left_file}.\n"
     )
-    told += (
-        f"to shut the site out:\n  fedtune provision revoke-site {own.site}\nKeep {files.ledger} and {files.site_key}: "
-    )
-    sys.stdout.write(f"{told}they show what was spent. To come back, remove {state.left_file}.\n")
 
 
 @command(app, "write a backup")

@@ -129,8 +129,10 @@ class AtSite:
         found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
         rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
-        note = "Nothing is changed here. To sum with another site, compare its key with that site itself, not with "
-        note += "the lead, and write it into [trust].members of site.toml."
+        note = (
+            "Nothing is changed here. To sum with another site, compare its key with that site itself, not with the "
+            "lead, and write it into [trust].members of site.toml."
+        )
         headings = ("site", "here", "site key by the roster")
         told = {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members}
         heading = f"Sites of {roster.federation}, by the lead's roster number {roster.number}:"

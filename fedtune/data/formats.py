@@ -162,8 +162,10 @@ def require_data_file(path: Path, *, key: str | None = None, value: str | None =
     if found == "a folder" and splits:
         bound = f"holds several sets, of which one is needed: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
-        bound = f"holds {pluralize(len(parts), 'part')} of a table, or of several: write those of one (train-*) as one "
-        bound += "file, from a folder of their own: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
+        bound = (
+            f"holds {pluralize(len(parts), 'part')} of a table, or of several: write those of one (train-*) as one "
+            "file, from a folder of their own: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
+        )
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
 

@@ -163,11 +163,11 @@ def _inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mappin
         ", ".join(one["run"] for one in runs),
         format_total_loss([own, *runs]) or "nothing, as its teacher has none",
     )
-    promised = (
-        f"The card of these texts promises {format_total_loss(runs)} for each {own['unit']} of the runs behind them"
+    words = (
+        "what is said of privacy below is of its teacher alone. The card of these texts promises "
+        f"{format_total_loss(runs)} for each {own['unit']} of the runs behind them ({names}). Both together, at most, "
+        f"promise of the student: {both}."
     )
-    words = f"what is said of privacy below is of its teacher alone. {promised} ({names}). "
-    words += f"Both together, at most, promise of the student: {both}."
     return words, runs
 
 
@@ -241,13 +241,14 @@ def _build_card(
         after = {name: one.tuned.value for name, one in found.scores.items()}
         report = replace(report, facts=replace(report.facts, final=after))
         scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
-    public = "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for "
-    said = owed or f"{public}its teacher (post-processing). For the texts themselves nothing is promised."
-    taught = (
-        f"taught without noise to answer {pluralize(found.texts, 'text')} of {file} (SHA-256 {found.sha256}) as its "
+    said = owed or (
+        "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
+        "teacher (post-processing). For the texts themselves nothing is promised."
     )
-    what = f"A smaller model ({made}), {taught}teacher does. It read no record of a site: {said}{scores} "
-    what += "Its teacher is a tuned model"
+    what = (
+        f"A smaller model ({made}), taught without noise to answer {pluralize(found.texts, 'text')} of {file} (SHA-256 "
+        f"{found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is a tuned model"
+    )
     form = replace(card_form(format, record.config), what=what, has_label=not owed)
     label = card_files(record, of_run, form) if form.has_label else {}  # the run's, whose figure is too small else
     return {**label, CARD: card_text(record, report, form).encode()}

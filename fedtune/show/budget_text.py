@@ -195,21 +195,36 @@ def reference_runs_left(history: History) -> int | None:
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
     """Return the ledger's identity under stable JSON keys."""
-    opened, relation = verified.history.opening, NEIGHBORING_RELATION.name.lower()
-    whose = {key: getattr(opened, key) for key in ("ledger", "site", "population", "unit")}
-    about = {"schema_version": SCHEMA_VERSION, "path": str(path), **whose, "neighboring_relation": relation}
-    return {**about, "delta": opened.delta, "site_key": verified.site_key, "num_events": len(verified.events)}
+    opened = verified.history.opening
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "path": str(path),
+        "ledger": opened.ledger,
+        "site": opened.site,
+        "population": opened.population,
+        "unit": opened.unit,
+        "neighboring_relation": NEIGHBORING_RELATION.name.lower(),
+        "delta": opened.delta,
+        "site_key": verified.site_key,
+        "num_events": len(verified.events),
+    }
 
 
 def verification_json(verified: Verified) -> dict[str, Any]:
     """Return the result of a successful verification as JSON; `verify` itself raises if the ledger is inconsistent."""
-    chain = {"unchanged": True, "head": verified.history.hash, "key_expected": verified.key_expected}
-    sequence = verified.anchor_sequence
-    return {**chain, "rollback_excluded": sequence is not None, "anchor_sequence": sequence}
+    return {
+        "unchanged": True,
+        "head": verified.history.hash,
+        "key_expected": verified.key_expected,
+        "rollback_excluded": verified.anchor_sequence is not None,
+        "anchor_sequence": verified.anchor_sequence,
+    }
 
 
-SEEDED = "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
-SEEDED += "can subtract the noise."
+SEEDED = (
+    "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
+    "can subtract the noise."
+)
 
 
 def format_rounded_down(epsilon: float) -> str:
@@ -239,8 +254,10 @@ def describe_trust(by_trust: Epsilons) -> str:
     return f"{alone}, {planned}, {format_epsilon(by_trust.with_all_others)} if all other sites collude"
 
 
-ABOUT_RDP = "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is "
-ABOUT_RDP += "larger as a rule. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
+ABOUT_RDP = (
+    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is larger as a "
+    "rule. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
+)
 """Beside an epsilon by RDP; `counts` names the other figure."""
 WEAK_SIGNAL = 1.0
 """Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""

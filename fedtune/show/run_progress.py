@@ -264,13 +264,14 @@ def _describe_finding(code: str, config: RunConfig) -> str:
     """Describe a problem that training ran into, and what to do about it."""
     rates = config.training.suggest_lower_rates(clipped=config.privacy.private)
     lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
-    page, worse = "(docs/own_data.md, When scores are low)", "The model is worse than before training."
-    guess, more = "The model is no better than always giving one and the same answer.", f"try {lower}, or more records"
+    page = "(docs/own_data.md, When scores are low)"
     texts = {
         DATA_CHANGED: "A training file changed between two starts of this run.",
         DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
-        WORSE: f"{worse} Noise, or too high a learning rate, did more than the records taught; {more} {page}.",
-        GUESS: f"{guess} The records may be too few for this noise {page}.",
+        WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
+        f"taught; try {lower}, or more records {page}.",
+        GUESS: "The model is no better than always giving one and the same answer. "
+        f"The records may be too few for this noise {page}.",
     }
     return texts[code]
 

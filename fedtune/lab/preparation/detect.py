@@ -86,8 +86,8 @@ def _iter_layouts(pair: Sequence[DataColumn]) -> Iterator[tuple[Kind, tuple[_Par
     yield "pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits="is_completion"))
 
 
-_ROLES = "text label prompt completion system messages chosen rejected tokens tags spans time event image anchor "
-_ROLES += "positive negative other user site"
+_ROLES = """text label prompt completion system messages chosen rejected tokens tags spans time event image anchor
+positive negative other user site"""
 _OTHERWISE = {"context": "input", "score": "target", "text-pair": "text_pair"}
 OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | _OTHERWISE
 """Role of a column: on the command line, and in settings."""

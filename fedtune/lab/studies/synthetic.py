@@ -35,8 +35,10 @@ Code = tuple[str, ...]  # the values of a prompt's roles, in their order
 WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95, guidance=1.0)
 _DRAWS = 5  # how often a record that breaks the format is drawn again before it is given up
 _BEGUN = 1 / 4, 3 / 4  # the share of a text's tokens that stays where it is varied: at least, and less than
-_OF_RECORDS: tuple[str, ...] = ("dataset", "train_file", "declared_sizes", "max_length", "train_fraction", "unusable")
-_OF_RECORDS += ("heldout_fraction", "validation_fraction", "validation_rows", "test_fraction", "test_rows")
+_OF_RECORDS = (
+    *("dataset", "train_file", "declared_sizes", "max_length", "train_fraction", "unusable"),
+    *("heldout_fraction", "validation_fraction", "validation_rows", "test_fraction", "test_rows"),
+)
 """Settings of a run's data by which its training records, and those that it sets aside, are a ballot's too."""
 
 
