@@ -29,7 +29,7 @@ for site, spent in run["privacy"]["sites"].items():
     for name in ("site.toml", "site_key.pem", "ledger.db"):
         assert (folder / "sites" / site / name).exists(), f"{name} of {site} is missing"
     history = verify(folder / "sites" / site / "ledger.db").history
-    assert sum(history.charged().values()) == spent["steps"]
+    assert sum(history.charges().values()) == spent["steps"]
     accountant = PLDAccountant()
     event = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
     accountant.compose(event, spent["steps"])
