@@ -75,7 +75,7 @@ def decode(cls: type[T], table: object, *, default: T | None = None) -> T:
         if key not in fields:
             # Neither a value nor what only a file of another kind has as a key is quoted.
             named = key if len(key) <= _LONGEST_KEY and _BARE_KEY.fullmatch(key) else "one of the keys"
-            raise ConfigError(named, NOT_GIVEN, f"is not a key here; known are {', '.join(fields)}")
+            raise ConfigError(named, NOT_GIVEN, f"is not a known key; known keys: {', '.join(fields)}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and default is None and key not in table:

@@ -210,10 +210,10 @@ class RunConfig:
             return self
         plan, sizes, task = self.plan(), self.declared_sizes().values(), self.bound_task
         if task.auto_lr_shares is None:
-            bound = f"is not for task {task.name}, on which it was not studied: give a number"
+            bound = f"has not been studied for task {task.name}: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
         if self.lora.kind != "lora":
-            bound = f"is not for lora.kind = {self.lora.kind}, with which it was not studied: give a number"
+            bound = f"has not been studied for lora.kind = {self.lora.kind}: give a number"
             raise ConfigError("training.learning_rate", "auto", bound)
         rate = choose_learning_rate(
             steps=plan.num_rounds * plan.local_steps,
@@ -301,10 +301,10 @@ class RunConfig:
 
 
 _NO_YAML = {
-    UnicodeDecodeError: "bytes that are no UTF-8",
+    UnicodeDecodeError: "bytes that are not UTF-8",
     yaml.reader.ReaderError: "control characters",
-    yaml.MarkedYAMLError: "a line that is no YAML, or a key twice; tabs cannot indent, and [ or quotes must be closed",
-    yaml.YAMLError: "a reference (& and *) or a tag (!), which settings do without",
+    yaml.MarkedYAMLError: "a line that is not YAML, or a duplicate key; tabs cannot indent, [ and quotes must close",
+    yaml.YAMLError: "a reference (& and *) or a tag (!), which are not supported",
 }
 """What is wrong with a file of settings, by what PyYAML raises; the first that fits."""
 
@@ -489,8 +489,8 @@ def _check_secure(config: RunConfig) -> None:
     settings.
     """
     for key, given, only, why in (
-        ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds its share of the noise"),
-        ("training.local_steps", config.training.local_steps, 1, "further steps are hidden by one site's noise alone"),
+        ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds only its share of the noise"),
+        ("training.local_steps", config.training.local_steps, 1, "only one site's noise would protect further steps"),
         ("lora.alternate", config.lora.alternate, False, "all tensors of a sum take the same step anyway"),
         ("runtime.ray_address", config.runtime.ray_address, None, "the sites' keys stay in one process"),
     ):

@@ -197,7 +197,7 @@ def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = Fa
     """Require `value` in (0, 1); `zero` and `one` include the ends."""
     inside = (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)
     if not inside:
-        raise ConfigError(key, value, f"must lie in {'[' if zero else '('}0, 1{']' if one else ')'}")
+        raise ConfigError(key, value, f"must be in {'[' if zero else '('}0, 1{']' if one else ')'}")
 
 
 def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
@@ -209,7 +209,7 @@ def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
 def check_schema(key: str, found: object, schema: int, *, of: str) -> None:
     """Require the schema number that this version reads; `of` describes the file in the message."""
     if type(found) is not int or found != schema:
-        bound = f"must be {schema}: another version of fedtune wrote this {of}, and that version reads it"
+        bound = f"must be {schema}: another version of fedtune wrote this {of}; read it with that version"
         raise ConfigError(key, found if type(found) is int else NOT_GIVEN, bound)
 
 
@@ -221,7 +221,7 @@ def expand_home(path: str, *, key: str) -> str:
     """
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.lexists(found):
-        raise ConfigError(key, path, "begins with the home folder of a user who is not on this machine")
+        raise ConfigError(key, path, "starts with the home folder of a user that does not exist on this machine")
     return found
 
 

@@ -208,7 +208,7 @@ class Tracked:
             tracker = _TRACKERS[name](self._config, folder)
             self._known = tracker.begin(settings_of(self._config))
         except Exception as error:
-            raise RunError(f"tracking={name} cannot begin at {spec.send_to or folder}: {_why(error)}") from error
+            raise RunError(f"tracking={name} cannot start at {spec.send_to or folder}: {_why(error)}") from error
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
@@ -235,7 +235,7 @@ class Tracked:
         except Exception as error:
             log.info("the tracker failed", exc_info=True)  # the note is for the person
             self._tracker = None
-            self._note(f"tracking={self._config.tracking.tracker} ends here, and the run goes on: {_why(error)}")
+            self._note(f"tracking={self._config.tracking.tracker} stopped, and the run continues: {_why(error)}")
 
 
 def _why(error: Exception) -> str:

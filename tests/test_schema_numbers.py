@@ -23,7 +23,7 @@ from fedtune.tasks.saved import load_task_model
 
 from .conftest import site_policy, write_config
 
-GO_ON = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
+GO_ON = "continue with the version of fedtune that wrote it; everything that it charged stays charged"
 A_REPORT = Path(__file__).parent / "report" / "reports" / "run.json"
 
 
@@ -32,7 +32,7 @@ def around(number: int) -> list[object]:
 
 
 def sentence(key: str, number: int, *, of: str) -> str:
-    bound = f"must be {number}: another version of fedtune wrote this {of}, and that version reads it"
+    bound = f"must be {number}: another version of fedtune wrote this {of}; read it with that version"
     return f"{re.escape(key)}( = -?\\d+)?: {re.escape(bound)}$"
 
 

@@ -105,7 +105,7 @@ def test_bound_checks_accept_inside_and_refuse_outside_values(
     for value in outside:
         with pytest.raises(ConfigError, match=r"^k = .*: must ") as caught:
             check(value)
-        assert not shown or caught.value.bound == f"must lie in {shown}"
+        assert not shown or caught.value.bound == f"must be in {shown}"
 
 
 def test_library_panic_becomes_an_error_and_others_pass_through() -> None:

@@ -63,11 +63,11 @@ _OTHER_WORDS = {
 }
 """A setting, and what other programs call it."""
 _UNKNOWN = "is not a setting of fedtune"
-_FORM = "must look like key=value, and a value with signs of its own like key='...'"
-_OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
+_FORM = "must look like key=value; quote a value with special characters, as in key='...'"
+_OF_A_SPACE = "must be comma-separated values, interval(LOW,HIGH), log(LOW,HIGH), or int(...) around one of these"
 _OF_THIS_MACHINE = ("name", "seed", "runtime.", "tracking.", "report.", "cost.", "model.cache_dir")
 """Beginnings of keys that are not sent to sites."""
-_SEVERAL = "is several values: add -m to run each of them, or write [a,b] for a list"
+_SEVERAL = "has several values: add -m to run each of them, or write [a,b] for a list"
 MOST_RUNS = 1000  # of a sweep or a search: more than anybody means
 
 _PARSER = OverridesParser.create()
@@ -121,14 +121,14 @@ def _compose(
         if not isinstance(_single_value(one), str):
             raise unknown_option_error(group, _single_value(one))
         if one.is_add():
-            raise ConfigError("override", str(one.input_line), "must be without its +: the group has an option already")
+            raise ConfigError("override", str(one.input_line), "needs no +: the group already has an option")
     for key in ("experiment", "resume"):
         named = [one.value() for one in given if one.key_or_group == key]
         if len(named) > 1:  # the last would be all that counts
-            raise ConfigError(key, named[1], f"is one too many: {key}={named[0]} is given, too")
+            raise ConfigError(key, named[1], f"conflicts with {key}={named[0]}: give only one of them")
     values = {one.key_or_group: _single_value(one) for one in given if one not in options.values()}
     if ours := [key for key in values if re.match("hydra[./]", key) and key != "hydra.searchpath"]:
-        bound = "has no effect here: fedtune.simulate(cfg) in an application of your own has all of Hydra's"
+        bound = "has no effect here; fedtune.simulate(cfg) in your own Hydra application supports all of them"
         raise ConfigError(ours[0], values[ours[0]], bound)
     if (resumed := values.get("resume")) is not None:
         # A folder is resumed with its own settings and its name, by which ledgers know it, unless all are typed again.
@@ -263,15 +263,15 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
     written = dict(flatten(raw))
     for key, value in written.items():
         if "${oc.env:" in str(value) and not (key in PATHS or key.startswith(_OF_THIS_MACHINE)):
-            bound = "must not come from the environment, since it is sent to the sites: write the value"
+            bound = "cannot come from an environment variable, because sites receive it: write the value"
             raise ConfigError(key, value, bound)
         if key.rpartition(".")[2] == "_target_":
-            raise ConfigError(key, value, "must not be there: no setting of fedtune becomes code")
+            raise ConfigError(key, value, "is not allowed: no setting of fedtune runs code")
     try:
         return plain(config)
     except OmegaConfBaseException as error:
         key = error.full_key or "override"
-        bound = f"must lead to a value, or have a backslash before its $ ({str(error).splitlines()[0]})"
+        bound = f"cannot be resolved; put a backslash before a literal $ ({str(error).splitlines()[0]})"
         raise ConfigError(key, written.get(key), bound) from None
 
 
@@ -327,7 +327,7 @@ def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched,
     for place, ((key, is_setting), one) in enumerate(zip(keys, parsed, strict=True)):
         again = (other for other, also in keys[place + 1 :] if also == is_setting)
         if one.is_sweep_override() and _overlaps_any(key, again):
-            bound = "must not be given again after its values: the last would be all that counts"
+            bound = "is given again after its values, and only the last would count: give it once"
             raise ConfigError(key, NOT_GIVEN, bound)
     fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
     return fixed, tuple(_parse_searched(one) for one in parsed if one.is_sweep_override())
@@ -371,7 +371,7 @@ def _make_override(key: str, value: Any) -> Override:
     try:
         plain = json.loads(json.dumps(value, default=_to_json_value))
     except (TypeError, ValueError, RecursionError):  # the last two of what holds itself, or is too large to be written
-        bound = "must be text, a number, true, false, None, or made of these"
+        bound = "must be text, a number, true, false, None, or a container of these"
         raise ConfigError(key, f"a value of type {type(value).__name__}", bound) from None
     return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, plain, input_line=f"{key}={value}")
 

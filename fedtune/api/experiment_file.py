@@ -55,7 +55,7 @@ class _Settings(ConfigSource):
         package = _PACKAGE.search(path.read_text(encoding="utf-8"))
         header = {"package": package[1] if package else "_global_" if is_own else None}
         if is_own and package and package[1].startswith("hydra"):
-            raise ConfigError(f"{path}: @package", package[1], "must not be there: only the command line sets Hydra")
+            raise ConfigError(f"{path}: @package", package[1], "is not allowed: configure Hydra on the command line")
         sealed = _seal(settings, within="" if header["package"] == "_global_" else group)
         return ConfigResult(provider=self.provider, path=str(path), config=OmegaConf.create(sealed), header=header)
 
@@ -164,7 +164,7 @@ def read_experiment_file(path: Path) -> dict[str, Any]:
     named = {str(key) for entry in settings.get("defaults") or () if isinstance(entry, dict) for key in entry}
     hydras = {key for key in named if re.search("(^|[ /@])hydra([./@]|$)", key)}
     if wrong := sorted(({"experiment", "resume", "hydra"} & settings.keys()) | hydras):
-        raise ConfigError(f"{path}: {wrong[0]}", "...", "must not be there: a file holds an experiment's settings")
+        raise ConfigError(f"{path}: {wrong[0]}", "...", "is not allowed in an experiment file")
     for group in ("data", "public"):
         _resolve_data_files(settings.get(group), path.parent)
     return settings
@@ -206,7 +206,7 @@ def unknown_option_error(group: str, option: Any, *, key: str | None = None) -> 
     """Build the error about an unknown option of a group; `key` is the setting that chose it (default: the group)."""
     choices = list_options(group)
     meant = suggest_experiment(str(option)) if group == "experiment" else ""
-    bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is no group of settings"
+    bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is not a settings group"
     return ConfigError(key or group, option, bound)
 
 

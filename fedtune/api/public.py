@@ -125,7 +125,7 @@ def simulate(
     if config.runtime.kind == "deployment":
         raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if torch_came_first:
-        late = "MKL's settings come too late, and a run's own trial may refuse this process"
+        late = "otherwise MKL is configured too late, and a run may refuse this process"
         warnings.warn(f"import fedtune before torch: {late}", stacklevel=2)
     work = partial(simulation.simulate, session=session)
 
@@ -206,7 +206,7 @@ def compare(
     from fedtune.runs.saved_model import BASE
 
     if not runs or BASE in runs:  # which is what their base is called
-        raise ConfigError("runs", [*runs], f"must name at least one run, and none of them {BASE}")
+        raise ConfigError("runs", [*runs], f"must name at least one run, and no run may be called {BASE}")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
     return compare_runs(finished, file=None if data is None else str(data), progress=stages(progress))
 
@@ -303,7 +303,7 @@ class Run:
         from fedtune.report.from_run import read_run
 
         if (result := read_run(self.folder).result) is None:
-            raise ConfigError("run folder", str(self.folder), "must hold a run.json; resume the run first")
+            raise ConfigError("run folder", str(self.folder), "has no run.json; resume the run first")
         return result
 
     @property
@@ -338,7 +338,7 @@ class Run:
         """
         task = self._model.model.task
         if not task.answers or task.predicts_tokens:
-            raise ConfigError("task", self.config.task, "has no label or number to predict: see generate and evaluate")
+            raise ConfigError("task", self.config.task, "predicts no label or number: use generate or evaluate")
         each = texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
         return [self._model.answer_record(Record(self._model.fields_from_text(text, at="text")))[1] for text in each]
 
@@ -354,7 +354,7 @@ class Run:
 
         spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         if not self._model.model.task.predicts_tokens:
-            raise ConfigError("task", self.config.task, "writes no text: see predict")
+            raise ConfigError("task", self.config.task, "does not generate text: use predict")
         ids = self._model.prompt_ids(self._model.fields_from_text(prompt, at="prompt"), at="prompt")
         return "".join(self._model.generate_answer(ids, spec))
 

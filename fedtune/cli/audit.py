@@ -65,7 +65,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
 
     config = make_auditable(config, spec)
     folder, console = find_run_folder(config), Console(stderr=as_json)
-    again = "a new audit, for this one cannot be continued"
+    again = "a new audit; this one cannot be resumed"
     show_run(config, folder, console, work=partial(run_audit, spec=spec), again=again, began=began)
     result = read_audit(folder)
     assert result is not None, "an audit that ended has written what it found"
@@ -91,11 +91,11 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     from fedtune.lab.audit import sensitivity
 
     if not config.privacy.private:
-        raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
+        raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")
     folder = find_run_folder(config)
     RunFolder(folder).create(config_yaml(config))
     found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
-    title = f"{found.tries} cases, one {found.unit} more in each: the sum moved by at most {found.moved:.6f} clip norms"
+    title = f"{found.tries} cases, one more {found.unit} each: the sum moved by at most {found.moved:.6f} clip norms"
     moved = {"above one clip norm": f"{found.exceeded}", f"other {found.unit}s, by a cell": f"{found.others_moved}"}
     told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
     print_answer(
@@ -119,7 +119,7 @@ def show_findings(console: Console, result: Audit, folder: Path) -> None:
     """Print lower bounds next to the claims, the membership baselines, and an explanation in plain words."""
     show([_bounds_section(result), _membership_section(result)], console=console)
     say(_explain_result(result), style="red" if result.exceeded else "", console=console)
-    canaries = "The adapter in this folder holds canaries: use it for nothing else (AUDIT.txt says so)."
+    canaries = "The adapter in this folder was trained on canaries: use it for nothing else (see AUDIT.txt)."
     say(canaries, style="yellow", console=console)
     say(f"audit:      {RunFolder(folder).audit}", console=console)
 
@@ -132,8 +132,8 @@ def _bounds_section(result: Audit) -> Section:
         rows.append((site_label(bound.site), *figures, guesses, f"{bound.canaries:,}"))
     headings = ("", "claimed", "shown", "ceiling", "right guesses", "canaries")
     styles = {number: "red" for number, bound in enumerate(result.bounds) if bound in wrong}
-    shown = f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence"
-    notes = [f"{shown}; ceiling: the most that these guesses about these canaries can show"]
+    shown = f"claimed: upper bound; shown: lower bound at {result.confidence:.0%} confidence"
+    notes = [f"{shown}; ceiling: the largest bound that these guesses could show"]
     return Section("Epsilon: claimed, and shown by the attack", headings, rows, styles=styles, notes=notes)
 
 
@@ -147,15 +147,15 @@ def _explain_result(result: Audit) -> str:
         claimed = f"the run claims at most {format_epsilon(worst.claimed_epsilon)}"
         return f"{shown}, and {claimed}: the implementation or the claim is wrong."
     blind = [site_label(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
-    more = "that takes more canaries or guesses, or a smaller delta (docs/audit.md)"
+    more = "use more canaries or guesses, or a smaller delta (docs/audit.md)"
     limit = f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: {more}."
     above = [site_label(bound.site) for bound in result.bounds if bound.lower_bound > bound.claimed_epsilon]
     found = "No bound is above its claim, so nothing contradicts the guarantee."
     if above:
-        found = f"The bound at {', '.join(above)} is above its claim by itself, but so little that it may be by chance"
+        found = f"The bound at {', '.join(above)} exceeds its claim on its own, but so little that it may be chance"
         bounds = f"the {len(result.bounds)} bounds refute no claim at {result.confidence:.0%} confidence"
         found = f"{found}: taken together, {bounds}."
-    return f"{attacker} {found} That is no proof of it: another attack may show more.{limit if blind else ''}"
+    return f"{attacker} {found} This is no proof: another attack may show more.{limit if blind else ''}"
 
 
 def site_label(site: str | None) -> str:
@@ -172,8 +172,8 @@ def _membership_section(result: Audit) -> Section:
         area = f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
         rows.append((site_label(one.site), _SCORES[one.score], area, *map(_format_hit_rate, one.hit_rates)))
     headings = ("", "by", "AUROC", *(f"found at {rate}" for rate in rates))
-    guessing = f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: the loss against that before training"
-    found = "the share found among those trained on, at that share of false alarms among those never used"
+    guessing = f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: loss relative to before training"
+    found = "the share of training records found, at that rate of false alarms among unused records"
     notes = [f"{guessing}; {found}"]
     return Section("Real records: trained on, or never used?", headings, rows, words={0, 1}, notes=notes)
 

@@ -83,18 +83,18 @@ class SettingsArgument(Argument):
 
 Overrides = Annotated[tuple[str, ...], SettingsArgument("KEY=VALUE", help="settings to change")]
 Multirun = Annotated[bool, Option("run every combination of comma-separated values", names=("-m", "--multirun"))]
-Renew = Annotated[Path | None, Option("the run after this finished one, for the next period", metavar="LAST_RUN")]
-AsJson = Annotated[bool, Option("for machines", names=("--json",))]
+Renew = Annotated[Path | None, Option("start the next period's run after this finished one", metavar="LAST_RUN")]
+AsJson = Annotated[bool, Option("print JSON", names=("--json",))]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
-    str | None, Option("answer GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT")
+    str | None, Option("serve GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT")
 ]
 Metrics = Annotated[
     str | None,
-    Option("answer GET /metrics, for Prometheus, at this loopback address, or write a .prom file", metavar="HOST:PORT"),
+    Option("serve GET /metrics (Prometheus) at this loopback address, or write a .prom file", metavar="HOST:PORT"),
 ]
-HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
+HealthAnywhere = Annotated[bool, Option("allow other machines to reach --health")]
 
 
 def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
@@ -177,11 +177,11 @@ HYDRA_OPTIONS = (
         ["--config-dir", "-cd"],
         type=click.Path(exists=True, file_okay=False, resolve_path=True),
         metavar="DIR",
-        help="a folder with more options of groups",
+        help="a folder with more config group options",
     ),
     click.Option(["--cfg", "-c"], type=click.Choice(["job", "hydra", "all"]), help="print the settings; run nothing"),
-    click.Option(["--resolve"], is_flag=True, help="with --cfg: interpolations resolved"),
-    click.Option(["--package", "-p"], metavar="KEY", help="with --cfg: this part alone"),
+    click.Option(["--resolve"], is_flag=True, help="with --cfg: resolve interpolations"),
+    click.Option(["--package", "-p"], metavar="KEY", help="with --cfg: print only this part"),
     click.Option(
         ["--info"],
         is_flag=False,

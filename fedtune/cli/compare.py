@@ -39,7 +39,7 @@ def compare(
     ] = (),
     data: Annotated[str | None, Option("score on this file (default: the test records)", metavar="FILE")] = None,
     without_privacy: Annotated[bool, Option("also run everything without privacy")] = False,
-    personal: Annotated[bool, Option("also make each site's own adapter of the federation's, without noise")] = False,
+    personal: Annotated[bool, Option("also train a personalized adapter per site, without noise")] = False,
     leave_out: Annotated[
         tuple[Literal["alone", "federated", "pooled"], ...], Option("do not run these; may be repeated")
     ] = (),
@@ -65,12 +65,12 @@ def compare(
     if folders:
         if without_privacy or personal or leave_out:
             key = "--without-privacy" if without_privacy else "--personal" if personal else "--leave-out"
-            bound = "goes with an experiment's settings, not with runs that are there already"
+            bound = "requires an experiment's settings, not finished runs"
             raise ConfigError(key, NOT_GIVEN, bound)
         lines = _load_finished_lines(folders)
     else:
         if personal and "federated" in leave_out:
-            raise ConfigError("--leave-out", "federated", "must not go with --personal: own adapters begin in its own")
+            raise ConfigError("--leave-out", "federated", "conflicts with --personal, which starts from it")
         lines = plan_runs(words, without_privacy=without_privacy, leave_out=leave_out)
         first = lines[0].run
         _check_scored_data(first.config, data, by)
@@ -85,7 +85,9 @@ def compare(
         for text in describe_price({line.name: line.run for line in lines}):
             say(text, console=console)
         if not words:
-            require_confirmation("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")
+            require_confirmation(
+                "Train them now?", otherwise="nothing is trained; choose other records with experiment=NAME"
+            )
         lines = _run_unfinished(lines, console, again=again, personal=personal)
     with show_progress() as progress:
         finished = [load_finished_run(line.run.folder, generate=generate) for line in lines]
@@ -103,7 +105,7 @@ def _parse_run_folders(words: Sequence[str]) -> list[Path]:
     for word in words:
         if word not in folders and (folders or "=" not in word):
             near = suggest_run_folders(Path(word))
-            raise ConfigError("RUN", word, f"must be a run folder; or give settings alone, as KEY=VALUE{near}")
+            raise ConfigError("RUN", word, f"must be a run folder; or give only settings, as KEY=VALUE{near}")
     return [Path(word) for word in folders]
 
 
@@ -114,7 +116,7 @@ def _load_finished_lines(folders: Sequence[Path]) -> list[Line]:
     lines, names = [], [folder.absolute().name for folder in folders]
     for folder, name in zip(folders, names, strict=True):
         if [other.absolute() for other in folders].count(folder.absolute()) > 1:
-            raise ConfigError("RUN", str(folder), "must be given once")
+            raise ConfigError("RUN", str(folder), "is given twice")
         name = str(folder) if names.count(name) > 1 or name == "base" else name
         config, adapter = load_finished_run(folder)
         # A site's copy of a final adapter has no run.json beside it.

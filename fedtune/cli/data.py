@@ -54,18 +54,18 @@ Experiment = Annotated[
 ]
 
 
-@command(app, "say what a file is, and write an experiment for it")
+@command(app, "detect a file's columns, and write an experiment for it")
 def init(
     file: Annotated[
         Path, Argument("FILE", help=".csv .tsv .jsonl .json .parquet .conll .pubtator .bioc, or a folder of a data set")
     ],
-    out: Annotated[Path | None, Option(metavar="FILE.yaml", help="what to write (default: FILE's name here)")] = None,
+    out: Annotated[Path | None, Option(metavar="FILE.yaml", help="output file (default: FILE's name, here)")] = None,
     sites: Annotated[int | None, Option(metavar="N", help="simulated sites (default: 2 to 4, by size)")] = None,
     model: Annotated[str | None, Option("a name from conf/model, or a folder with a model")] = None,
-    force: Annotated[bool, Option("write in place of an experiment that is there")] = False,
-    unit: Annotated[Literal["user", "record"], Option("what is protected, if a column names persons")] = "user",
-    table: Annotated[bool, Option("the answer is to numbers and categories, and not to a text or an image")] = False,
-    texts: Annotated[bool, Option("the answer is to a text")] = False,
+    force: Annotated[bool, Option("overwrite an existing experiment")] = False,
+    unit: Annotated[Literal["user", "record"], Option("what is protected if a column identifies people")] = "user",
+    table: Annotated[bool, Option("predict from numbers and categories, not from a text or an image")] = False,
+    texts: Annotated[bool, Option("predict from a text")] = False,
     ranges: Annotated[str | None, Option("LOW,HIGH for all numbers, or a file by column", metavar="RANGE")] = None,
     **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
 ) -> None:
@@ -90,16 +90,16 @@ def init(
     target = out or Path(f"{experiment_writer.derive_run_name(Path(file.name.split('.')[0]))}.yaml")
     chosen = {option: name for option in OPTIONS if (name := columns[option.replace("-", "_")]) is not None}
     if "user" in chosen and unit == "record":
-        raise ConfigError("--user", chosen["user"], "says whose a record is, and --unit record that nobody asks")
+        raise ConfigError("--user", chosen["user"], "identifies people, which --unit record ignores")
     if table and texts:
-        raise ConfigError("--table", "", "does not go with --texts")
+        raise ConfigError("--table", "", "cannot be combined with --texts")
     form: Form | None = "table" if table else "texts" if texts else None
     found = detect_columns(file, chosen, by_person=unit == "user", form=form)
     if not str(target).isprintable():
         raise ConfigError("--out", str(target), "must be a name without control characters")
     _require_new_file(target, ".yaml", ".yml", force=force)
     if sites is not None and (sites < 1 or "site" in chosen):
-        raise ConfigError("--sites", sites, "must be at least 1, and without --site, which says how many there are")
+        raise ConfigError("--sites", sites, "must be at least 1, and not given with --site, which sets the number")
     base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
@@ -109,7 +109,7 @@ def init(
     if not plan.usable:
         raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
     if sites is not None and sites > plan.units:
-        raise ConfigError("--sites", sites, f"must be at most {plan.units}, the records or persons of the file")
+        raise ConfigError("--sites", sites, f"must be at most {plan.units}, the number of records or people")
     named, path = (model, None) if spec is config.model else (None, model)
     plan = replace(
         plan, model=named, model_path=path, ranges=_parse_ranges(ranges, found) if ranges is not None else {}
@@ -123,7 +123,7 @@ def init(
     to_know = Section(title="To know", notes=tuple(experiment_writer.list_notes(found, plan)))
     about_input = data_sections.input_section(found, plan, spec.path)
     show([*data_sections.file_sections(found, plan), about_input, to_know])
-    say(f"\nWritten: {target}. Read it, then type:")
+    say(f"\nWrote {target}. Read it, then run:")
     say(f"  {experiment_writer.next_command(target)}", style="bold")
 
 
@@ -147,10 +147,10 @@ def _parse_ranges(given: str, found: Found) -> dict[str, tuple[float, float]]:
     return declared
 
 
-@command(app, "say what is wrong or odd with the records of an experiment")
+@command(app, "report errors and oddities in an experiment's records")
 def check(
     settings: Experiment,
-    site: Annotated[Path | None, Option(metavar="site.toml", help="look at this site's own file instead")] = None,
+    site: Annotated[Path | None, Option(metavar="site.toml", help="check this site's own file instead")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check each record of an experiment's files as a run would read it, and report errors and oddities.
@@ -171,12 +171,12 @@ def check(
     print_answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
 
 
-@command(app, "write a new file without some of an experiment's records")
+@command(app, "write a cleaned copy of an experiment's records")
 def clean(
     settings: Experiment,
-    out: Annotated[Path, Option(metavar="FILE.jsonl", help="what to write; must not be there yet")],
+    out: Annotated[Path, Option(metavar="FILE.jsonl", help="output file; must not exist yet")],
     drop: Annotated[str, Option(metavar="RULE,...", help=f"of {', '.join(RULES)}")] = "empty,unusable",
-    mask: Annotated[Literal["nothing", "personal"], Option("what to put the name of its kind in place of")] = "nothing",
+    mask: Annotated[Literal["nothing", "personal"], Option("what to mask with the name of its kind")] = "nothing",
     of: Annotated[Literal["train", "validation", "test"], Option("which of the experiment's files")] = "train",
 ) -> None:
     """Write the rows of an experiment's file that you want to keep to a new file, with the same column names.
@@ -192,9 +192,9 @@ def clean(
     """
     config, key = _compose_experiment(settings, None), f"data.{of}_file"
     if (name := getattr(config.data, f"{of}_file")) is None:
-        raise ConfigError(key, None, f"must name the file that --of {of} is about")
+        raise ConfigError(key, None, f"is missing: --of {of} needs this file")
     if SITE in name:
-        bound = f"must be one file: put a site's name in place of {SITE}, with data.partition.kind=iid"
+        bound = f"must be one file: replace {SITE} with a site's name, and set data.partition.kind=iid"
         raise ConfigError(key, name, bound)
     source = resolve_file(name, shipped_folders(), key=key)
     require_no_card(name, key=key, kind="a site's own")
@@ -211,17 +211,17 @@ def clean(
     with new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, cleaning)
     show(data_sections.clean_sections(done))
-    say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
+    say(f"\nWrote {out}. Use it with data.{of}_file={out}.")
 
 
-@command(app, "write a new file with a topic or a length for each record")
+@command(app, "write a copy with a topic or a length for each record")
 def codes(
     file: Annotated[str, Argument("FILE", help="a file of the site's own records")],
-    out: Annotated[Path, Option(metavar="FILE.jsonl", help="what to write; must not be there yet")],
-    topics: Annotated[str | None, Option("public: a file with the column topic, a text a row", metavar="FILE")] = None,
-    model: Annotated[str, Option("public, embeds texts: a name from conf/model, or a folder with a model")] = "minilm",
-    lengths: Annotated[str | None, Option("the most words of each class but the last", metavar="WORDS,...")] = None,
-    columns: Annotated[str, Option("the texts' roles, and their columns", metavar="ROLES")] = "{text: text}",
+    out: Annotated[Path, Option(metavar="FILE.jsonl", help="output file; must not exist yet")],
+    topics: Annotated[str | None, Option("public texts, one per row, in the column topic", metavar="FILE")] = None,
+    model: Annotated[str, Option("public embedding model: a name from conf/model, or a model folder")] = "minilm",
+    lengths: Annotated[str | None, Option("the maximum words of each class but the last", metavar="WORDS,...")] = None,
+    columns: Annotated[str, Option("the texts' roles and their columns", metavar="ROLES")] = "{text: text}",
 ) -> None:
     """Copy a site's file and add a topic column, a length column or both, as prompts for tuning a language model.
 
@@ -234,12 +234,12 @@ def codes(
     source, roles = resolve_file(file, shipped_folders(), key="FILE"), parse_column_roles(columns)
     require_no_card(file, key="FILE", kind="a site's own")
     if not roles or not all(map(is_free_text, roles)):
-        raise ConfigError("--columns", columns, "must be roles of texts")
+        raise ConfigError("--columns", columns, "must name only roles of texts")
     if topics is None and lengths is None:
-        raise ConfigError("--topics", None, "must be given, or --lengths")
+        raise ConfigError("--topics", None, "is missing: give --topics or --lengths")
     bounds = [int(one[:99]) if one.isdecimal() else 0 for one in lengths.split(",")] if lengths is not None else []
     if bounds != sorted({*bounds} - {0}):
-        raise ConfigError("--lengths", lengths, "must be rising numbers of words from 1, as in 15,60")
+        raise ConfigError("--lengths", lengths, "must be increasing numbers of words, at least 1, as in 15,60")
     _require_new_file(out, ".jsonl")
     next(_iter_usable_records([(source, roles)], {}))
     same, votes, reader = dict[str, str](), None, None
@@ -262,17 +262,17 @@ def codes(
     with new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, coding)
     show(data_sections.codes_sections(done, coding.codes, same))
-    say(f"\nWritten: {out}. It holds private records.")
+    say(f"\nWrote {out}. It contains private records.")
 
 
-@command(app, "say where synthetic texts repeat a site's own records")
+@command(app, "find synthetic texts that repeat a site's own records")
 def copies(
     synthetic: Annotated[str, Argument("SYNTHETIC", help="a file of synthetic records")],
     own: Annotated[tuple[str, ...], Argument("OWN", help="files of the site's own records")] = (),
-    site: Annotated[Path | None, Option(metavar="site.toml", help="also what this site's policy names")] = None,
-    columns: Annotated[str, Option("the texts' roles, and their columns", metavar="ROLES")] = "{text: text}",
-    own_columns: Annotated[str | None, Option("in OWN, where they have other names", metavar="ROLES")] = None,
-    out: Annotated[Path | None, Option("a new file for all of it, for its owner alone", metavar="FILE.json")] = None,
+    site: Annotated[Path | None, Option(metavar="site.toml", help="also the data sets in this site's policy")] = None,
+    columns: Annotated[str, Option("the texts' roles and their columns", metavar="ROLES")] = "{text: text}",
+    own_columns: Annotated[str | None, Option("in OWN, if the columns have other names there", metavar="ROLES")] = None,
+    out: Annotated[Path | None, Option("all details, in a new file only you can read", metavar="FILE.json")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search synthetic records for words, near-duplicates and personal details from a site's own records.
@@ -286,13 +286,13 @@ def copies(
     """
     roles, own_roles = parse_column_roles(columns), parse_column_roles(own_columns or columns)
     if not roles or roles.keys() != own_roles.keys() or not all(map(is_free_text, roles)):
-        raise ConfigError("--columns", columns, "must be roles of texts, the same as in --own-columns")
+        raise ConfigError("--columns", columns, "must name the same roles of texts as --own-columns")
     files = [(resolve_file(name, shipped_folders(), key="OWN"), own_roles) for name in own]
     if site is not None:
         sets = (one for one in read_policy(site).dataset if roles.keys() <= one.columns.keys())
         files += [(site.parent / one.path, {role: one.columns[role] for role in roles}) for one in sets]
     if not files:
-        raise ConfigError("OWN", "", "must be given, or --site with a data set that has the roles of --columns")
+        raise ConfigError("OWN", "", "is missing: give files, or --site with a data set with the roles of --columns")
     if out is not None:
         _require_new_file(out)
 
@@ -342,7 +342,7 @@ def _compose_experiment(settings: tuple[str, ...], site: Path | None) -> RunConf
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
     names = [word for word in settings if "=" not in word or Path(word).is_file()]
     for word in names[1:]:
-        raise ConfigError("experiment", word, f"must be one experiment: {names[0]} is given, too")
+        raise ConfigError("experiment", word, f"is a second experiment: {names[0]} is given, too")
     for word in names:
         if Path(word).is_file() and Path(word).suffix not in (".yaml", ".yml"):
             bound = "must be settings in a file *.yaml: `fedtune data init` writes one for a file of records"
@@ -364,7 +364,7 @@ def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelS
     names = list_options("model")
     known = model is None or model in names
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
-        bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"
+        bound = f"must be one of {', '.join(names)}, or a folder with a model, or a hub id (owner/name)"
         raise ConfigError("--model", model, bound)
     left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.placeholder_overrides(base)]
     config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
@@ -392,7 +392,7 @@ def _require_new_file(target: Path, *suffixes: str, force: bool = False) -> None
     is_there, option = os.path.lexists(target), ", or use --force" if suffixes == (".yaml", ".yml") else ""
     for is_wrong, bound in (
         (suffixes and target.suffix not in suffixes, f"must end in {' or '.join(suffixes)}"),
-        (not os.path.isdir(target.parent), "must lie in a folder that is there"),
+        (not os.path.isdir(target.parent), "must be in an existing folder"),
         (is_there and not (force and target.is_file()), f"exists; choose another with --out, or move it away{option}"),
     ):
         if is_wrong:

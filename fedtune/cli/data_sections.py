@@ -43,7 +43,7 @@ def file_sections(found: Found, plan: experiment_writer.ExperimentPlan) -> Itera
     )
     headings: tuple[str, ...] = ("role", "column", "why", "another by")
     yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
-    yield _truncated_section("Columns that no run reads", ("column", "why"), tuple(found.unread))
+    yield _truncated_section("Columns that runs ignore", ("column", "why"), tuple(found.unread))
     counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
     every = found.columns.values()
     held = tuple((one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in every)
@@ -54,7 +54,7 @@ def file_sections(found: Found, plan: experiment_writer.ExperimentPlan) -> Itera
         for kind, count, some in found.columns[name].strange
     )
     yield _truncated_section(
-        "Odd values, whose rows a run may leave out", ("column", "are", "values", "row: value"), odd
+        "Unusual values (a run may skip these rows)", ("column", "are", "values", "row: value"), odd
     )
     columns = found.roles.values()
     rows = [tuple(_shorten(_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
@@ -96,13 +96,13 @@ def input_section(found: Found, plan: experiment_writer.ExperimentPlan, model: s
                 holds = f"{min(one.numbers):g} to {max(one.numbers):g}" if one.size is None else ""
             lacking = f"{found.rows - one.filled:,}" if one.filled < found.rows else ""
             rows.append((one.name, what, holds, lacking))
-        title = "Features, and the file's own values: shown here alone"
+        title = "Features and the file's values (shown only here)"
         headings = ("column", "seems to be", "in the file", "rows without")
         return Section(title, headings, rows, words={0, 1, 2}, notes=_WORDS["about_features"])
     shares = (int(np.quantile(plan.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
     of_lengths = ("median", "90 % have at most", "longest", "max_length")
-    return Section(f"Tokens of a record, by the tokenizer of {model}", of_lengths, [row], words=())
+    return Section(f"Tokens per record (tokenizer of {model})", of_lengths, [row], words=())
 
 
 def check_sections(checked: Checked) -> Iterator[Section]:
@@ -116,7 +116,7 @@ def check_sections(checked: Checked) -> Iterator[Section]:
         far |= {place: "bold yellow"} if is_far_from_declared(true, declared) else {}
     headings = ("site", "declared", "to train on", "declared / true")
     yield Section("Declared sizes", headings, rows, styles=far, notes=[_WORDS["about_sizes"]])
-    yield Section(title="Not looked at", notes=checked.skipped)
+    yield Section(title="Not checked", notes=checked.skipped)
 
 
 def _file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
@@ -136,8 +136,8 @@ def _file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     yield _labels_section(file.labels, usable)
     notes = experiment_writer.describe_spellings(file.labels)
     for label, count in file.spelt_otherwise.items():
-        notes.append(f"{pluralize(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces.")
-    yield Section(title="Labels that are spelt in several ways", notes=notes)
+        notes.append(f"{pluralize(count, 'row')} cannot be used: the label is {label!r} in other case or spacing.")
+    yield Section(title="Labels with several spellings", notes=notes)
     if file.lengths is not None:
         yield _lengths_section(file.lengths, max_length)
 
@@ -163,9 +163,9 @@ def _lengths_section(found: Lengths, max_length: int) -> Section:
     most = max(count for *_, count in found.bins)
     bars = ((f"{start:,} to {end:,}", count, "\u2588" * -(-_BAR * count // most)) for start, end, count in found.bins)
     rows = [(tokens, f"{count:,}", bar) for tokens, count, bar in bars]
-    told = f"Half have at most {found.median:,}, nine of ten {found.most_of_them:,}, the longest {found.longest:,}. "
+    told = f"Median {found.median:,}, 90th percentile {found.most_of_them:,}, longest {found.longest:,}. "
     told += f"data.max_length is {max_length:,}."
-    return Section("Tokens of a record", ("tokens", "records", ""), rows, words={0, 2}, whole={0, 2}, notes=[told])
+    return Section("Tokens per record", ("tokens", "records", ""), rows, words={0, 2}, whole={0, 2}, notes=[told])
 
 
 def clean_sections(done: Cleaned) -> Iterator[Section]:
@@ -202,24 +202,24 @@ def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[s
             warned[len(rows)] = "bold yellow"
         of_text = f"{np.median(some):.0%}" if some else ""
         rows.append((what, f"{len(some):,}", f"{share:.1%}", f"{expected:.1%}", of_text))
-    notes = [f"Ordinary: the same of {len(usual):,} own records beside the other own ones. Run / text: the median."]
+    notes = [f"Ordinary: the same for {len(usual):,} own records against the other own ones. Run / text: the median."]
     if warned:
         notes.append(f"WARNING, at least twice what is ordinary: {', '.join(rows[at][0] for at in warned)}.")
     yield key_value_section(
         {at.rpartition("/")[2]: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
     )
     what_again = ("synthetic records with", "records", "share", "ordinary", "longest run / text")
-    yield Section("What comes up again", what_again, rows, styles=warned, notes=notes)
+    yield Section("Repeated text", what_again, rows, styles=warned, notes=notes)
     runs = [one for one in near[:10] if one.words]
     longest = [(f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _shorten(one.run, 300)) for one in runs]
     headings = ("words", "of text", "synthetic", "own", "run")
     yield Section("Longest runs of words", headings, longest, words={2, 3, 4}, whole={2, 3})
     again = sorted((count, kind, one.place, own) for one in near for kind, count, own in one.details)
     details = [(kind, f"{count:,}", *places) for count, kind, *places in again[:10]]
-    kinds = ("kind", "own records with it", "synthetic", "first own one")
+    kinds = ("kind", "own records with it", "synthetic", "first own record")
     yield Section("Likely personal details", kinds, details, words={0, 2, 3})
     how = install_command("data")
-    missing = [f"Texts almost the same were not looked for: datasketch is not installed ({how})."]
+    missing = [f"Near-duplicates were not searched for: datasketch is not installed ({how})."]
     yield Section(title="To know", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
 
 

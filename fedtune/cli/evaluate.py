@@ -22,7 +22,7 @@ _MOST_LABELS = 20
 
 def evaluate(
     run: Run,
-    data: Annotated[str, Option(metavar="FILE", help="any file that a run may train on")],
+    data: Annotated[str, Option(metavar="FILE", help="any file in a format that runs can read")],
     columns: Columns = None,
     generate: Annotated[int | None, Option("also write texts for the first N prompts", metavar="N")] = None,
     device: Device = "auto",
@@ -67,12 +67,12 @@ def _detail_sections(detail: Detail) -> Iterator[Section]:
     rows = []
     for one in most[:_MOST_LABELS]:
         rows.append((one.label, *map("{:.4f}".format, (one.precision, one.recall, one.f1)), f"{one.support:,}"))
-    notes = [f"and {left} more, which --json has"] if left > 0 else []
-    yield Section("Labels of the tuned model", ("label", "precision", "recall", "F1", "there are"), rows, notes=notes)
+    notes = [f"and {left} more (see --json)"] if left > 0 else []
+    yield Section("Labels of the tuned model", ("label", "precision", "recall", "F1", "support"), rows, notes=notes)
     bins = [(f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability]
-    title = "How sure the tuned model is, and how often it is right"
-    headings = ("mean probability", "share right", "answers")
-    notes = ["Bins of equally many answers, from the least sure to the surest; ece is their mean distance."]
+    title = "Calibration of the tuned model"
+    headings = ("mean probability", "share correct", "answers")
+    notes = ["Bins have equal numbers of answers, by increasing confidence; ece is the mean gap."]
     yield Section(title, headings, bins, words=(), notes=notes if bins else ())
 
 

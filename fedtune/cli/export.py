@@ -31,10 +31,10 @@ def export(
     merge: Annotated[bool, Option("the whole model, with the adapter merged into it")] = False,
     format: Annotated[
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
-        Option("(default: peft; of features safetensors)"),
+        Option("(default: peft; safetensors for features)"),
     ] = None,
-    int8: Annotated[bool, Option("with --format onnx: also a graph in int8; both are scored and timed")] = False,
-    private: Annotated[bool, Option("also a site's own adapter, of which no guarantee protects the records")] = False,
+    int8: Annotated[bool, Option("with --format onnx: also an int8 graph; both are scored and timed")] = False,
+    private: Annotated[bool, Option("also a personalized adapter, which has no privacy guarantee")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a finished run's model for others to load, with its model card and tokenizer.
@@ -53,15 +53,15 @@ def export(
         raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
     formats = get_input_for(config.data).supported_formats(config.bound_task.formats)
     if merge and len(formats) == 1:
-        raise ConfigError("--merge", NOT_GIVEN, f"is not possible for task {config.task}, which has adapters alone")
+        raise ConfigError("--merge", NOT_GIVEN, f"is not available for task {config.task}, which has only adapters")
     chosen = format or formats[int(merge)]
     if chosen not in formats:
         raise ConfigError("--format", format, f"must be one of {', '.join(formats)} for task {config.task}")
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
-        bound = "goes with --format onnx of a model with a base, whose matrices it makes small"
+        bound = "requires --format onnx and a base model, whose matrices it quantizes"
         raise ConfigError("--int8", NOT_GIVEN, bound)
     if to.absolute().resolve().is_relative_to(adapter.resolve()):
-        raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
+        raise ConfigError("--to", str(to), "must be outside the run's adapter folder")
     from fedtune.export.export_formats import export as write  # torch takes seconds to import
     from fedtune.export.onnx_graphs import measure_folder
     from fedtune.sites.run_records import LeadRecords
@@ -75,7 +75,7 @@ def export(
     figures |= {"files": [name for name, _ in rows], "graphs": graphs}
     sections = [Section(title=f"{run} as {chosen}, in {to}", headings=("file", "size"), rows=rows)]
     if graphs:
-        headings = ("graph", "size", "ms a text", *graphs[0].scores)
+        headings = ("graph", "size", "ms per text", *graphs[0].scores)
         costs = [_cost(one, graphs[0].scores) for one in graphs]
         sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
     print_answer(figures, sections, as_json=as_json)
@@ -88,13 +88,13 @@ def _cost(one: Any, scores: Iterable[str]) -> tuple[str, ...]:
 
 def distil(
     run: Run,
-    texts: Annotated[str, Option("public or synthetic: a text a line (.txt), or records", metavar="FILE")],
+    texts: Annotated[str, Option("public or synthetic texts, one per line (.txt), or records", metavar="FILE")],
     to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
     student: Annotated[str, Option("half, a number of layers, or another base", metavar="MODEL")] = "half",
     format: Annotated[Literal["sentence-transformers", "onnx"], Option()] = "sentence-transformers",
-    int8: Annotated[bool, Option("with --format onnx: also a graph in int8")] = False,
-    passes: Annotated[int, Option("through the texts")] = 10,
-    seed: Annotated[int, Option("of the order of the texts")] = 0,
+    int8: Annotated[bool, Option("with --format onnx: also an int8 graph")] = False,
+    passes: Annotated[int, Option("passes over the texts")] = 10,
+    seed: Annotated[int, Option("seed for the order of the texts")] = 0,
     columns: Columns = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -112,7 +112,7 @@ def distil(
     config, adapter = load_finished_run(run, device=device)
     named = parse_column_roles(columns, known=config.data.columns) if columns is not None else None
     if int8 and format != "onnx":
-        raise ConfigError("--int8", NOT_GIVEN, "goes with --format onnx")
+        raise ConfigError("--int8", NOT_GIVEN, "requires --format onnx")
     from fedtune.export import distillation  # torch takes seconds to import
 
     with Console(stderr=True).status("Loading ...") as status, name_columns_option():
@@ -131,7 +131,7 @@ def distil(
         )
     judged = config.bound_task.primary_metric if found.scores else ""
     rows = [_cost(one, [judged] if judged else []) for one in found.served]
-    headings = ("model", "size", "ms a text", *([judged] if judged else []))
+    headings = ("model", "size", "ms per text", *([judged] if judged else []))
     notes = [f"Taught on {pluralize(found.texts, 'text')}. Times are of one thread."]
     sections = [Section(title=f"A student of {run}, in {to}", headings=headings, rows=rows, words={0}, notes=notes)]
     if judged:

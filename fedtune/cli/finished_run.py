@@ -26,10 +26,10 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], Option("where to compute")]
 Adapters = Annotated[
     tuple[str, ...], Option("also the adapter of another run of the same model; may be repeated", metavar="NAME=RUN")
 ]
-MaxNewTokens = Annotated[int, Option("the longest answer, in tokens")]
-Temperature = Annotated[float, Option("above 0: draw the tokens, the more freely the higher")]
-TopP = Annotated[float, Option("draw from the likeliest tokens that have this probability together")]
-Seed = Annotated[int, Option("of the draws")]
+MaxNewTokens = Annotated[int, Option("the maximum length of an answer, in tokens")]
+Temperature = Annotated[float, Option("above 0: sample the tokens; higher values vary more")]
+TopP = Annotated[float, Option("sample from the likeliest tokens with this total probability")]
+Seed = Annotated[int, Option("seed for sampling")]
 
 
 def load_finished_run(
@@ -47,7 +47,7 @@ def load_finished_run(
         settings["data"]["columns"] |= parse_column_roles(columns, known=config.data.columns)
     if generate is not None:
         if not config.bound_task.predicts_tokens:
-            raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
+            raise ConfigError("--generate", generate, f"requires a task that generates text; {config.task} does not")
         check_at_least("--generate", generate, 1)
         settings["evaluation"] |= {"generate": True, "generation_rows": generate}
     return parse(settings), loaded.adapter
@@ -64,7 +64,7 @@ def parse_column_roles(columns: str, *, known: Collection[str] | None = None) ->
     except (yaml.YAMLError, ValueError, RecursionError):  # as of a day that no month has, or of 20,000 brackets
         named = None
     if not isinstance(named, dict) or not all(isinstance(word, str) for pair in named.items() for word in pair):
-        raise ConfigError("--columns", columns, "must name the column of a role, as in '{text: body}'")
+        raise ConfigError("--columns", columns, "must map roles to columns, as in '{text: body}'")
     if known is not None:
         for role in named:
             check_one_of("--columns", role, sorted(known))
@@ -114,7 +114,7 @@ def warn_about_fixed_prompt(config: RunConfig) -> None:
     data = config.data
     if "prompt" in data.columns and "prompt" not in data.template_roles and config.bound_task.predicts_tokens:
         template = f"data.prompt_template = {data.prompt_template!r}"
-        sys.stderr.write(f"{template} has no {{prompt}}: what is asked changes nothing\n")
+        sys.stderr.write(f"{template} has no {{prompt}}: the prompt is ignored\n")
 
 
 def strip_control_characters(text: str) -> str:

@@ -18,15 +18,15 @@ from fedtune.spec import ConfigError
 
 def generate(
     run: Run,
-    prompt: Annotated[str | None, Option("what to answer", metavar="TEXT")] = None,
-    file: Annotated[str | None, Option("a prompt a line (.txt), or records with the run's columns")] = None,
+    prompt: Annotated[str | None, Option("the prompt to answer", metavar="TEXT")] = None,
+    file: Annotated[str | None, Option("prompts, one per line (.txt), or records with the run's columns")] = None,
     columns: Columns = None,
     max_new_tokens: MaxNewTokens = 200,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     adapter: Adapters = (),
-    base: Annotated[bool, Option("also the model as it was before training")] = False,
+    base: Annotated[bool, Option("also answer with the model before training")] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -43,16 +43,16 @@ def generate(
     config, own = runs.load_finished_run(run, device=device, columns=columns)
     task = config.bound_task
     if not task.answers:
-        raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
+        raise ConfigError("task", config.task, "does not answer prompts; use fedtune evaluate to score it")
     if spec.temperature > 0 and not task.predicts_tokens:
-        raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one draws nothing")
+        raise ConfigError("--temperature", spec.temperature, "requires a task that generates text; this one does not")
     folders = runs.name_adapters(run, own, adapter)
     if prompt is not None and file is not None:
-        raise ConfigError("--prompt", prompt, "must not be given with --file: one stands instead of it")
+        raise ConfigError("--prompt", prompt, "cannot be combined with --file")
     if prompt is None and file is None:
-        raise ConfigError("--prompt", "", "must be given, or --file instead of it")
+        raise ConfigError("--prompt", "", "is missing: give --prompt or --file")
     if columns is not None and file is None:
-        raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
+        raise ConfigError("--columns", columns, "requires --file: they are the file's columns")
     runs.warn_about_fixed_prompt(config)
     if prompt is None:
         from fedtune.sites.run_records import read_prompts  # torch takes seconds to import

@@ -93,9 +93,9 @@ def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequen
 
     def train(stage: RunConfig, folder: Path) -> None:
         about = f"Public stage: the lead alone trains on {config.public.train_file}, whose records you declare to be"
-        say(f"{about} public, without privacy. The sites begin in what it learns.", console=console)
+        say(f"{about} public, without privacy. The sites start from its result.", console=console)
         run_simulation(stage, folder, console, again=shlex.join(["fedtune", *again, *named]))
-        say("The public stage is over: the run itself begins.", console=console)
+        say("The public stage is finished: the run itself starts.", console=console)
 
     return start_after_public_stage(config, train)
 

@@ -54,7 +54,7 @@ AnchorFile = Annotated[Path | None, Option(metavar="FILE", help="an anchor file,
 SiteKey = Annotated[str | None, Option(metavar="HEX", help="the site's public key, from a source you trust")]
 
 
-@command(app, "what happened", name="show")
+@command(app, "list the events", name="show")
 def show_events(
     path: LedgerPath,
     last: Annotated[int | None, Option(metavar="N", help="only the newest N entries")] = None,
@@ -72,7 +72,7 @@ def show_events(
     show([events_section(verified, chosen)])
 
 
-@command(app, "what was spent and what is left")
+@command(app, "show what was spent and what is left")
 def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     """Show a ledger's spending: over its whole lifetime, in the current period and for each run.
 
@@ -89,7 +89,7 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     print_spending(verified.history, compute_current_lifetime(verified))
 
 
-@command(app, "was it changed or put back?", name="verify")
+@command(app, "check that it was not changed or rolled back", name="verify")
 def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None, as_json: AsJson = False) -> None:
     """Check that nobody without the site's key changed, deleted, inserted or reordered an event.
 
@@ -106,7 +106,7 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     say(f"Newest event: {last.sequence}, {format_event_time(last)}, hash {last.hash}")
 
 
-@command(app, "everything as JSON")
+@command(app, "export everything as JSON")
 def export(
     path: LedgerPath,
     anchor: AnchorFile = None,
@@ -127,11 +127,11 @@ def export(
     say(f"{pluralize(len(verified.events), 'event')} of {file} written to {output}")
 
 
-@command(app, "write a signed head, to be kept elsewhere", name="anchor")
+@command(app, "write a signed head, to keep elsewhere", name="anchor")
 def write_anchor(
     path: LedgerPath,
     key: Annotated[Path, Option(metavar="FILE", help="the site's private key: site_key.pem, or site.toml")],
-    output: Annotated[Path, Option(metavar="FILE", help="where the anchor is kept")],
+    output: Annotated[Path, Option(metavar="FILE", help="the anchor file to write")],
 ) -> None:
     """Write the ledger's newest head, signed, to an anchor file; keep it on another disk or machine.
 
@@ -141,7 +141,7 @@ def write_anchor(
     before = Head.read(output) if output.exists() else None
     verified = verify(file, anchor=before, site_key=own.public)
     write_file(output, verified.history.head(own).to_bytes(), option="--output")
-    say(f"{output} now vouches for {file} up to event {len(verified.events)}. Keep it on another disk or machine.")
+    say(f"{output} now covers {file} up to event {len(verified.events)}. Keep it on another disk or machine.")
 
 
 @command(app, "continue from a backup")
@@ -164,21 +164,21 @@ def restore(
 
 @command(app, "end all training on a population")
 def freeze(
-    policy: PolicyFile, why: Annotated[str, Option(metavar="TEXT", help="the reason; the ledger keeps it")]
+    policy: PolicyFile, why: Annotated[str, Option(metavar="TEXT", help="the reason, which the ledger stores")]
 ) -> None:
     """Permanently exclude a ledger's population from all training. This cannot be undone.
 
     It does not undo earlier releases.
     """
     if not why.strip():
-        raise ConfigError("--why", why, "must say why; the ledger keeps it")
+        raise ConfigError("--why", why, "must give a reason; the ledger stores it")
     site = _open_own_site(policy)
     verify(site.ledger)
     site.open_ledger().freeze(why)
-    say(f"{site.ledger} is frozen: all training on this population has ended for ever.")
+    say(f"{site.ledger} is frozen: all training on this population has ended permanently.")
 
 
-@command(app, "say that this machine's date is right", name="confirm-date")
+@command(app, "confirm this machine's date", name="confirm-date")
 def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] = False) -> None:
     """Start the budget period that contains this machine's date.
 
@@ -192,10 +192,10 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     say(f"{clock}; the ledger's newest event is of {history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be taken back.")
     if not yes:
         require_confirmation(
-            "Is the date of this machine right?", otherwise="nothing is changed: the date is not confirmed"
+            "Is the date of this machine right?", otherwise="nothing was changed: the date is not confirmed"
         )
     site.open_ledger().confirm_date()
-    say("Noted in the ledger.")
+    say("Recorded in the ledger.")
 
 
 def find_ledger_file(name: str) -> Path:
@@ -219,7 +219,7 @@ def find_ledger_file(name: str) -> Path:
 def _open_own_site(policy: Path) -> SiteFiles:
     files = SiteFiles.from_site_toml(policy)
     if not files.ledger.is_file():  # it would be made
-        raise ConfigError("ledger", str(files.ledger), f"must be a ledger: {policy} names it, and it is missing")
+        raise ConfigError("ledger", str(files.ledger), f"is missing: {policy} names this ledger")
     act_as_owner(files.site_key, files.ledger)
     files.load_key()  # a missing one would be made
     return files
@@ -271,7 +271,7 @@ def print_spending(history: History, figures: Lifetime) -> None:
     )
     say("\n" + said.pop("in a word"), style="" if figures.has_guarantee else "bold yellow")
     if figures.frozen:
-        say("FROZEN: all training on this population has ended for ever.", style="bold")
+        say("FROZEN: all training on this population has ended permanently.", style="bold")
     show(
         [
             _lifetime_section(history, figures),
@@ -286,7 +286,7 @@ def print_spending(history: History, figures: Lifetime) -> None:
     caps = [cap for _, cap, _ in history.policies]
     if len(set(caps)) > 1:
         changes = ", then ".join(f"{format_cap(cap)} ({time[:10]})" for time, cap, _ in history.policies)
-        say(f"The lifetime cap was changed: {changes}. A cap promises most when it never moves.")
+        say(f"The lifetime cap was changed: {changes}. A cap that never changes promises the most.")
     if why := history.pending_period_reason():
         say(f"{why[0].upper()}{why[1:]}.")
 
@@ -296,15 +296,15 @@ def _lifetime_section(history: History, figures: Lifetime) -> Section:
     charged = history.total_charges()
     share = spent_fraction_of_cap(history, charged, cap=history.cap)
     set_aside = spent_fraction_of_cap(history, history.charges_and_reservations(history.now()), cap=history.cap)
-    with_set_aside = "the same, with all that open runs have set aside"
+    with_set_aside = "the same, with everything that open runs have reserved"
     period = f"charged this {figures.period} ({format_cap(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
     fixed = format_epsilon(filter.epsilon_conversion_term(history.order, history.delta))
-    note = f"A fixed part of {fixed} is due with the first noisy step, and only once; shares are of the cap's rest."
+    note = f"A fixed part of {fixed} is charged once, with the first noisy step; shares are of the rest of the cap."
     left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
     runs = figures.reference_runs_left
     fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
-    fits = ": nothing, since it is frozen" if history.is_frozen else fits
+    fits = ": nothing, because it is frozen" if history.is_frozen else fits
     rows = (
         ("charged so far", format_epsilon(figures.epsilon), _format_share(share)),
         (with_set_aside, format_epsilon(figures.with_set_aside), _format_share(set_aside)),
@@ -326,7 +326,7 @@ def _arrivals_section(figures: Lifetime) -> Section:
             format_rounded_down(unbounded(one.left)),
         )
         rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent))
-    headings = ("who", "charged", "with what open runs\nhave set aside", "left for new runs")
+    headings = ("who", "charged", "with what open\nruns have reserved", "left for new runs")
     note = "The cap holds for each line; the figures above are the largest of them."
     return Section("By arrival", headings, rows, notes=[note] if rows else [])
 
@@ -341,7 +341,7 @@ def _methods_section(figures: Lifetime, said: Mapping[str, str]) -> Section:
 def _runs_section(runs: Sequence[LifetimeRun], history: History) -> Section:
     title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
     if not runs:
-        return Section(title=title, notes=("No run was accepted yet.",))
+        return Section(title=title, notes=("No run has been accepted yet.",))
     rows, notes = [], []
     for run in runs:
         plan = history.runs[run.run].plan
@@ -357,18 +357,18 @@ def _runs_section(runs: Sequence[LifetimeRun], history: History) -> Section:
 def verification_sections(verified: Verified) -> Iterator[Section]:
     """Yield the list of checks that passed and the list of checks that were not made."""
     said = render_page("ledger_check", verified=verified)
-    for part, title in (("checked", "Checked, and right:"), ("unchecked", "Not checked:")):
+    for part, title in (("checked", "Checked and correct:"), ("unchecked", "Not checked:")):
         yield Section(title=title, notes=[f"- {text}" for text in said[part].split("\n")] if part in said else ())
 
 
 def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
     """Print what a restored ledger lacked, and what it is charged for the missing events."""
     if made_up.last is None:
-        say(f"{path} lacks nothing that {' and '.join(map(str, anchors))} know. Nothing was charged.")
+        say(f"{path} has every event that {' and '.join(map(str, anchors))} cover. Nothing was charged.")
         return
     parts = [format_mechanism(event, count) for event, count in events.count_mechanisms(made_up.gap).items()]
     say(f"{path} lacked events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
-    for part in parts or ["nothing: no round was charged in what is lost"]:
+    for part in parts or ["nothing: no round was charged in the lost part"]:
         say(f"  {part}")
     now = made_up.ledger.history
     say(f"Spent now: epsilon {format_epsilon(now.epsilon())} of {format_cap(now.cap)}.")
@@ -380,7 +380,7 @@ def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path
 def print_other_policy(cap: float | None, *, time: str) -> None:
     """Print that a policy other than site.toml was in force at `time`, with its lifetime `cap`."""
     other = f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {format_cap(cap)})"
-    say(f"{other}. Compare caps, leads and all else before you start the site.")
+    say(f"{other}. Compare the caps, the leads and everything else before you start the site.")
 
 
 def format_event_time(event: Event) -> str:

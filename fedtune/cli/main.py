@@ -22,27 +22,27 @@ from fedtune.show.lines import wrap_text
 from fedtune.spec import ConfigError, FedtuneError, full_disk
 
 COMMANDS: Mapping[str, str] = {
-    "data": "look at your data, and write a first experiment for it",
+    "data": "inspect your data, and write a first experiment for it",
     "simulate": "run a federation on this machine",
-    "plan": "what a run would cost, before any data is touched",
+    "plan": "show what a run would cost, before any data is touched",
     "audit": "attack a run on this machine, to test its guarantee",
-    "generate": "what a finished run's model answers to a prompt",
-    "synthesize": "records that a finished run's model writes, to be read and shared",
-    "choose": "of such records those that have most votes",
-    "evaluate": "score a finished run's model beside its base",
-    "compare": "base, each site alone, federated, pooled: side by side",
-    "personalize": "a site's own model, which stays at the site",
-    "search": "try settings, at a price that is known before",
+    "generate": "answer prompts with a finished run's model",
+    "synthesize": "write synthetic records with a finished run's model",
+    "choose": "select synthetic records by votes, or relabel them",
+    "evaluate": "score a finished run's model next to its base",
+    "compare": "compare base, each site alone, federated and pooled",
+    "personalize": "train a personalized adapter, which stays at the site",
+    "search": "search settings, at a cost that is known beforehand",
     "export": "write a run's model for others to load",
-    "distil": "a smaller model that answers as a run's does",
-    "model-hash": "the hash that names a base model",
+    "distil": "distill a run's model into a smaller one",
+    "model-hash": "print the hash of a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
-    "report": "the privacy report of a run or a ledger",
-    "site": "a site: its policy, its keys, its process",
-    "provision": "make a federation of real sites",
-    "server": "a federation's server",
+    "report": "write or verify the privacy report of a run or a ledger",
+    "site": "manage a site: its policy, its keys, its process",
+    "provision": "set up a federation of real sites",
+    "server": "run or back up a federation's server",
     "run": "run a federation over real sites",
-    "flower-app": "a bundle to run fedtune in a Flower federation that stands",
+    "flower-app": "write a bundle to run fedtune in an existing Flower federation",
 }
 """Each is a module, imported when it is called, which holds a function of the command's name, or a group `app`."""
 _MODULES = {"choose": "synthesize", "distil": "export"}
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (full := full_disk(error)) is None:
             raise
-        _print_message(f"{full}; make room, and give the command again")
+        _print_message(f"{full}; free some space, and run the command again")
     try:
         sys.stdout.flush()
     except OSError:  # what could not be printed is lost; or Python would try again, and say so on many lines
@@ -136,7 +136,7 @@ def _run_command(words: list[str]) -> int:
     try:
         os.getcwd()
     except OSError:
-        _print_message("the working folder is gone, or may not be read: change to one that is there")
+        _print_message("the working folder is gone or unreadable: change to another folder")
         return ConfigError.exit_code
     try:
         with fedtune.make_context("fedtune", words) as context:

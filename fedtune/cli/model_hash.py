@@ -26,7 +26,7 @@ def model_hash(
     reason.
     """
     if files and as_json:
-        raise ConfigError("--json", NOT_GIVEN, "does not go with --files")
+        raise ConfigError("--json", NOT_GIVEN, "cannot be combined with --files")
     # transformers takes seconds to import, and rich what matters to a command's help
     from fedtune.model.base_model import model_sha256
     from fedtune.model.manifest import build_manifest

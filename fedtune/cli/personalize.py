@@ -18,7 +18,7 @@ from fedtune.lab.studies.personalized import Personalized, sections, to_json
 
 def personalize(
     run: Run,
-    sites: Annotated[tuple[str, ...], Argument("SITE", help="of the run's sites (default: all)")] = (),
+    sites: Annotated[tuple[str, ...], Argument("SITE", help="sites of the run (default: all)")] = (),
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

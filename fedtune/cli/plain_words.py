@@ -51,7 +51,7 @@ def describe_event(event: Event) -> str:
             plan = proposal.plan
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
-            start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
+            start = f"; it starts from the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
             what = f"{to_printable(proposal.task)} on {to_printable(proposal.dataset)}"
             mechanisms = _describe_mechanisms(dp_events.to_json(plan.event()))
             each = f"{pluralize(plan.num_rounds, 'round')}{spare}, each {mechanisms}"
@@ -61,14 +61,14 @@ def describe_event(event: Event) -> str:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_describe_mechanisms(detail['event'])}"
         case Kind.COMMIT:
-            return "reply stored, may be sent"
+            return "reply stored, ready to send"
         case Kind.RELEASE if detail.get("what") != "offer":
             return f"handed out: {to_printable(detail.get('what'))}"
         case Kind.RELEASE:
             noise = detail["least_noise"]
             others = "no noise would be enough" if noise is None else f"noise of at least {noise:g}"
             rounds = pluralize(detail["most_rounds"], "round")
-            return f"told a lead what a run may ask for: up to {rounds}, or {others}"
+            return f"told a lead what a run may request: up to {rounds}, or {others}"
         case Kind.REFUSAL:
             rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
             numbers = [f"asked for {to_printable(asked, 40)}"] if asked is not None else []
@@ -97,7 +97,7 @@ def _describe_note(detail: dict[str, Any]) -> str:
                 caps += [] if budget[key] is None else [f"{budget[key]:g} a {name}"]
             return f"policy in force: {', '.join(caps)} (digest {detail['sha256'][:12]}...)"
         case "run_ended":
-            return "run over: what it had set aside and not spent is free again"
+            return "run over: its unspent reserve is released"
         case "date_confirmed":
             return "a person at the site confirmed the date, so that a new period of the budget may begin"
         case "restored":
@@ -145,7 +145,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
     else:
         _print_ledger_summary(files.ledger, verified, differences)
     for key, made_for, asked in differences:
-        bound = f"does not fit ledger {files.ledger}, which was made for {made_for}; set it back"
+        bound = f"does not match ledger {files.ledger}, created for {made_for}; restore the old value"
         raise ConfigError(f"{file}: {key}", asked, bound)
 
 
@@ -204,7 +204,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
 
     say("")
     if verified is None:
-        say(f"No ledger yet at {ledger}; it is made when the site starts.")
+        say(f"No ledger yet at {ledger}; it is created when the site starts.")
         return
     figures, cap = compute_current_lifetime(verified), verified.history.cap
     runs = figures.reference_runs_left
@@ -212,13 +212,13 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
     left = f"left for new runs {format_rounded_down(unbounded(figures.left))}{fits}"
     say(f"Ledger {ledger}: spent epsilon {format_epsilon(figures.epsilon)} of {format_cap(cap)}, {left}.")
     if figures.frozen:
-        say("It is FROZEN: all training on this population has ended for ever.")
+        say("It is FROZEN: all training on this population has ended permanently.")
     if not figures.has_guarantee:
         say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
     if differences:
-        say("It does not fit this policy: the site would not start.", style="bold yellow")
+        say("It does not match this policy: the site would not start.", style="bold yellow")
         for key, made_for, asked in differences:
-            say(f"  {key}: made for {to_printable(made_for)}, the policy says {to_printable(asked)}")
+            say(f"  {key}: created for {to_printable(made_for)}, the policy says {to_printable(asked)}")
 
 
 def spending_json(verified: Verified) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _site_notes(outlook: Outlook) -> Iterator[str]:
     if not plan.private:
         yield "Nothing bounds epsilon at any site."
         return
-    yield "Rate, noise and steps are common to all sites, so epsilon is the same at each that takes every round."
+    yield "Rate, noise and steps are common to all sites, so epsilon is the same at each site in every round."
     largest = price.largest[0]
     size = price.sites[largest].declared_size
     bound = f"delta must stay below 1 / {size:,} = {1 / size:.3g}"
@@ -221,16 +221,16 @@ def _accountants_section(outlook: Outlook) -> Section:
     price = outlook.price
     if not outlook.plan.private:
         return Section()
-    cap = f"the least lifetime cap with room for the plan (order {price.filter_order:g})"
-    other = "a ledger whose order was fixed for other runs takes more of its cap"
-    anew = "WRONG for the run: one round only, as where the privacy engine is built again every round"
+    cap = f"the smallest lifetime cap that fits the plan (order {price.filter_order:g})"
+    other = "a ledger with an order fixed for other runs spends more of its cap"
+    anew = "WRONG for the run: one round only, as if the privacy engine were rebuilt every round"
     rows = (
         ("PLD", price.epsilon, "the run's figure: a bound for a plan that was fixed beforehand"),
-        ("RDP", price.epsilon_rdp, "a looser bound on the same, kept as an independent check"),
+        ("RDP", price.epsilon_rdp, "a looser bound, kept as an independent check"),
         ("Renyi filter", price.epsilon_filter, f"{cap}; {other}"),
-        ("starts anew each round", price.epsilon_of_one_round, anew),
+        ("restarted each round", price.epsilon_of_one_round, anew),
     )
-    title, headings = "What each accountant would say of the whole run", ("accountant", "epsilon", "what it is")
+    title, headings = "What each accountant reports for the whole run", ("accountant", "epsilon", "what it is")
     return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
 
 
@@ -261,7 +261,7 @@ def _alternatives_section(outlook: Outlook) -> Section:
 def _resources_section(outlook: Outlook) -> Section:
     found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
     if found is None:
-        return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
+        return Section(title="Bytes and time", notes=("Not shown: no model was loaded. Add --time to load it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
     ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
     at = f" at {slowest}" if num_sites > 1 else ""
@@ -276,7 +276,7 @@ def _resources_section(outlook: Outlook) -> Section:
         ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
         ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
         ("a round", f"at most about {duration(found.round_seconds[slowest])}{at}"),
-        ("all training", f"at most about {alone} where one machine is all sites"),
+        ("all training", f"at most about {alone} if one machine simulates all sites"),
     )
     machine = f"Times are for this machine ({outlook.device}) with every example {full}{users}"
     notes = [f"{machine}; evaluation and start-up come on top."]
@@ -292,14 +292,14 @@ def _policy_rows(verdict: DryRun, outlook: Outlook) -> Section:
     notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else lead]
     if verdict.taken is not None and verdict.would_be is not None:
         of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
-        ledger = "Its ledger" if verdict.ledger == "read" else "No ledger beside the policy; a new one"
+        ledger = "Its ledger" if verdict.ledger == "read" else "No ledger next to the policy; a new one"
         left = "" if verdict.runs_left is None else f" Room for {pluralize(verdict.runs_left, 'run')} like this one."
         taken, would_be = format_epsilon(verdict.taken), format_epsilon(verdict.would_be)
-        notes.append(f"{ledger}: epsilon {taken} taken, {would_be} with this run, by the filter; {of}.{left}")
+        notes.append(f"{ledger}: epsilon {taken} spent, {would_be} with this run, by the filter; {of}.{left}")
     if rows:
         ways = [pluralize(verdict.most_rounds, "round")] if verdict.most_rounds else []
         ways += [f"noise multiplier {verdict.least_noise:g}"] if verdict.least_noise is not None else []
-        accepted = f"Would be accepted: {' or '.join(ways)}, all else as planned."
+        accepted = f"Would be accepted: {' or '.join(ways)}, everything else as planned."
         notes.append(accepted if ways else "Neither fewer rounds nor more noise alone would be accepted.")
     if verdict.note:
         notes.append(f"Note: {verdict.note}.")
@@ -327,7 +327,7 @@ Compose = Callable[[Sequence[str]], RunConfig]
 
 def plan(
     overrides: Overrides = (),
-    target: Annotated[Target | None, Option("solve for this, from privacy.epsilon and the rest")] = None,
+    target: Annotated[Target | None, Option("solve for this, given privacy.epsilon and the rest")] = None,
     policy: Annotated[
         tuple[Path, ...], Option(metavar="FILE", help="check the plan against this site.toml; may be repeated")
     ] = (),
@@ -335,7 +335,7 @@ def plan(
         str | None, Option(metavar="HEX", help="your public key (default: the first that each policy allows)")
     ] = None,
     time: Annotated[bool, Option("load the model; show bytes, time on this machine and its hash")] = False,
-    trials: Annotated[int | None, Option("also the price of a search over K runs like this", metavar="K")] = None,
+    trials: Annotated[int | None, Option("also show the cost of a search over K runs like this", metavar="K")] = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
 ) -> None:
     """Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, whether sites'
@@ -357,7 +357,7 @@ def plan(
         check_public_key("--lead", lead)
     # Without --lead, each policy is asked on behalf of the first lead that it allows.
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policy}
-    with Console(stderr=True).status("Working out the price ..."):
+    with Console(stderr=True).status("Computing the cost ..."):
         compose = partial(compose_run, for_real_sites=bool(policy))
         config, planned = _solve_plan(compose, overrides, target)
         # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
@@ -424,7 +424,7 @@ def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | Non
     except ConfigError as error:
         if error.key != "privacy.epsilon":
             raise
-        raise ConfigError("privacy.noise_multiplier", None, f"must be given to solve for {target}") from None
+        raise ConfigError("privacy.noise_multiplier", None, f"is required to solve for {target}") from None
     if target == "rounds":
         return config, planner.solve_rounds(known, epsilon=epsilon)
     one_record = 1 / max(config.declared_sizes().values())  # a smaller rate would leave most batches empty

@@ -35,11 +35,11 @@ _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
 Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
-Compared = Annotated[bool, Option("do not ask: the site has read out these very keys, for scripts")]
+Compared = Annotated[bool, Option("do not ask: the keys are already compared (for scripts)")]
 SiteName = Annotated[str, Argument("NAME", help="the site")]
 
 
-@command(app, "make a federation's folder")
+@command(app, "create a federation's folder")
 def init(
     file: Annotated[Path, Argument("FILE", help="a federation.toml")],
     out: Annotated[Path | None, Option(metavar="DIR", help="the new folder (default: the federation's name)")] = None,
@@ -58,17 +58,15 @@ def init(
     rows = [(f"{of}/", use, f"{made.certificates[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
     rows.append(("sites/", "the sites' kits, as they join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
-    _print_fingerprints(
-        "Keys of the federation, to be read out to each site over the telephone:", _federation_keys(made)
-    )
+    _print_fingerprints("Keys of the federation: read them to each site over the telephone:", _federation_keys(made))
     server = f"Copy {made.folder}/server to the machine that {made.settings.server} names"
     let_in = f"fedtune provision add-site join_request.json --federation {made.folder}"
-    offline = f"Move {made.folder}/authority to a place that is offline. Only adding and renewing need it."
+    offline = f"Move {made.folder}/authority to offline storage. It is needed only to add sites and renew certificates."
     ask = "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in"
-    _print_steps(offline, f"{server}, and start there what its README.md says.", f"{ask}: {let_in}")
+    _print_steps(offline, f"{server}, and start there what its README.md.", f"{ask}: {let_in}")
 
 
-@command(app, "let a site in", name="add-site")
+@command(app, "add a site", name="add-site")
 def add_site(
     request: Annotated[Path, Argument("REQUEST", help="the site's join_request.json")],
     federation: Federation = Path("."),
@@ -83,7 +81,7 @@ def add_site(
     asked, let_in = provisioning.check_join_request(federation, request=request, days=days, now=datetime.now(UTC))
     _require_keys_compared(federation, asked, already=compared)
     done = let_in()
-    say(f"Site {done.member.site} is in the federation.", style="bold")
+    say(f"Site {done.member.site} has joined the federation.", style="bold")
     _show_admitted(federation, done)
 
 
@@ -95,7 +93,7 @@ def renew_site(
     days: Days = None,
     new_site_key: Annotated[
         bool,
-        Option(help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first"),
+        Option(help="accept a new site key: the site starts a new ledger and a new budget; agree on it first"),
     ] = False,
     compared: Compared = False,
 ) -> None:
@@ -116,13 +114,13 @@ def renew_site(
         )
         _require_keys_compared(federation, asked, already=compared)
         done = let_in()
-    say(f"Site {done.member.site} is renewed. Nothing changes at the others.", style="bold")
+    say(f"Site {done.member.site} is renewed. Nothing changes for the other sites.", style="bold")
     for change in done.changes:
         say(to_printable(change, _MOST_TEXT))
     _show_admitted(federation, done, new_to_server=bool(done.changes))  # which knows the site by its key
 
 
-@command(app, "shut a site out", name="revoke-site")
+@command(app, "revoke a site", name="revoke-site")
 def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
     """Revoke a site. The server never accepts its connection key again; other sites are not affected.
 
@@ -131,7 +129,7 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
     member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
     say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
     _print_steps(_roster_instruction(federation))
-    say(f"To let it in again, with a new key: fedtune provision renew-site {member.site} REQUEST")
+    say(f"To add it again, with a new key: fedtune provision renew-site {member.site} REQUEST")
 
 
 @command(app, "a new certificate for the server", name="renew-server")
@@ -146,14 +144,14 @@ def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     _renew_certificate("lead", federation, days)
 
 
-@command(app, "the members, and when their certificates end", name="list")
+@command(app, "list the members and when their certificates expire", name="list")
 def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> None:
     """Show the sites, their certificates' expiry and their declared data sets."""
     made, now = FederationFolder.open(federation), datetime.now(UTC)
     rows = []
     for member in made.roster.sites:
         datasets = "\n".join(f"{name} ({size:,})" for name, size in member.datasets.items())
-        state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
+        state = f"revoked {member.revoked[:10]}" if member.revoked else "active"
         rows.append((member.site, state, _format_expiry(Certificate.from_x509(member.x509_certificate), now), datasets))
     headings, none = ("site", "state", "certificate until", "data sets (declared size)"), ["None has joined yet."]
     sites = Section(pluralize(len(rows), "site"), headings, rows, words=range(4), notes=[] if rows else none)
@@ -176,7 +174,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], federatio
     say(f"{file} is written. It holds secret keys: keep it offline.")
 
 
-@command(app, "put a backup back")
+@command(app, "restore a backup")
 def restore(
     file: Annotated[Path, Argument("FILE", help="what `fedtune provision backup` wrote")],
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
@@ -185,7 +183,7 @@ def restore(
     from fedtune.ops.backup import restore_federation
 
     restore_federation(file, out=out)
-    again = "Revoke again whom you revoked after the backup, and let in again whom you let in after it."
+    again = "Revoke again whom you revoked after the backup, and let in again whom you joined since."
     say(f"The federation's folder is {out}. {again}")
 
 
@@ -209,15 +207,16 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
     keys = {"connection key": key_fingerprint(request.node_key), "site key": request.site_key}
     _print_fingerprints(f"{call} If one differs, somebody else made the request.", keys)
     _print_fingerprints(
-        "Read out these; the site notes them, and later compares them with its kit's README.md.", _federation_keys(made)
+        "Read these aloud. The site writes them down and compares them with README.md in its kit.",
+        _federation_keys(made),
     )
     say("")
     if not already:
         otherwise = (
             f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the request is "
-            "somebody else's: have the site send its own again, over another way"
+            "somebody else's: have the site send its own again, through another channel"
         )
-        require_confirmation("Did the site read out the same?", otherwise=otherwise)
+        require_confirmation("Did the site read out the same keys?", otherwise=otherwise)
 
 
 def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
@@ -230,7 +229,7 @@ def _renew_certificate(of: Literal["server", "lead"], folder: Path, days: int | 
     certificate = provisioning.renew_own_certificate(folder, of, days=days, now=datetime.now(UTC))
     say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
     kit = f"from {folder / of} into the {of}'s kit, unless it is used from this folder"
-    running = "A server that runs takes the certificate within seconds; after a change of kit.toml start it again."
+    running = "A running server loads the certificate within seconds; after a change of kit.toml, restart it."
     _print_steps(f"Copy kit.toml, {of}.pem and README.md {kit}. {running}")
 
 

@@ -65,22 +65,22 @@ _MOST_PROBLEMS = 12
 _VERIFIER = "verify_report.py"
 
 
-@command(app, "write a report; the word may be left out")
+@command(app, "write a report (the word may be omitted)")
 def build(
     path: Annotated[Path, Argument("PATH", help="a run folder, a ledger.db or its site.toml")],
     output: Annotated[
         Path | None, Option(metavar="DIR", help="where to write (default: the run folder, or <ledger>.report)")
     ] = None,
-    language: Annotated[Language | None, Option("of the page (default: the run's setting, else en)")] = None,
-    pdf: Annotated[bool, Option("report.pdf too; needs the extra pdf")] = False,
-    label: Annotated[bool, Option("label.svg too, to show around")] = False,
-    registry: Annotated[bool, Option("registry.json too: an entry for a public registry of such runs")] = False,
-    verifier: Annotated[bool, Option("verify_report.py too: a program without fedtune that checks the report")] = False,
+    language: Annotated[Language | None, Option("language of the page (default: the run's setting, else en)")] = None,
+    pdf: Annotated[bool, Option("also write report.pdf; needs the extra pdf")] = False,
+    label: Annotated[bool, Option("also write label.svg, to share")] = False,
+    registry: Annotated[bool, Option("also write registry.json, an entry for a public registry of runs")] = False,
+    verifier: Annotated[bool, Option("also write verify_report.py, which checks the report without fedtune")] = False,
     sign: Annotated[
         Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem or site.toml, or a lead's kit.toml")
     ] = None,
     anchor: Annotated[
-        Path | None, Option(metavar="FILE", help="of a ledger: its anchor, which shows that no event is missing")
+        Path | None, Option(metavar="FILE", help="for a ledger: its anchor, to show that no event is missing")
     ] = None,
 ) -> None:
     """Write report.html and report.json for a run folder or a ledger; the word `build` is optional.
@@ -134,7 +134,7 @@ def build(
     for written in (path for path in paths if path.parent == (output or folder)):
         say(f"{written.name + ':':<12} {written}")
     if registry and (missing := build_registry_entry(report, about)["missing"]):
-        text = f"{REGISTRY} lacks what only a person can say, in {place}: {', '.join(missing)}"
+        text = f"{REGISTRY} lacks entries that only a person can make, in {place}: {', '.join(missing)}"
         say(text, style="bold yellow")
 
 
@@ -194,7 +194,7 @@ def verify(
             raise RunError(f"{path} {said}: {', '.join(names)}")
 
 
-@command(app, "the JSON schema of report.json")
+@command(app, "print the JSON schema of report.json")
 def schema() -> None:
     """Print the JSON schema of this version's report.json."""
     sys.stdout.write(schema_text())
@@ -216,17 +216,17 @@ def _keys_from_roster(report: Report, path: Path, key: str | None) -> tuple[str,
     if isinstance(report.facts, LedgerFacts):
         site = report.facts.site
         if (member := next((one for one in roster.sites if one.site == site), None)) is None:
-            raise ConfigError("--roster", str(path), f"must list the site {to_printable(site)}")
+            raise ConfigError("--roster", str(path), f"does not list the site {to_printable(site)}")
         text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked."
         if member.revoked:
-            text += f" {site} was revoked at {member.revoked}; a later report is none of this federation."
+            text += f" {site} was revoked at {member.revoked}; a later report is not of this federation."
         return key or member.site_key, keys, Check(name="roster", state="not_checked", text=to_printable(text))
     signer = key or (report.signature.key if report.signature else "")
     try:
         roster.check_lead_signature(signer)
     except ConfigError:
         raise RunError(f"the report is not signed by the lead, who signed {path}") from None
-    return signer, keys, Check(name="roster", state="right", text=f"The key that signed the report signed {path}, too.")
+    return signer, keys, Check(name="roster", state="right", text=f"The key that signed the report also signed {path}.")
 
 
 def format_verdict(report: Report) -> tuple[str, str]:

@@ -48,13 +48,13 @@ def run(
         SettingsArgument("KEY=VALUE", help="settings to change; or status, stop or resume, and a run folder"),
     ] = (),
     kit: Annotated[Path | None, Option(metavar="DIR", help="the lead's kit")] = None,
-    for_good: Annotated[bool, Option("with stop: free what the sites had set aside")] = False,
-    as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
+    for_good: Annotated[bool, Option("with stop: release the budget that the sites reserved")] = False,
+    as_json: Annotated[bool, Option(names=("--json",), help="with status: print JSON")] = False,
     metrics: Metrics = None,
     renew: Renew = None,
     multirun: Multirun = False,
     or_resume: Annotated[
-        bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
+        bool, Option("resume the run of this name if it has started; do nothing if it is finished")
     ] = False,
 ) -> None:
     """Run a federation over real sites, from a lead's kit.
@@ -176,7 +176,7 @@ def _stop_run(folder: Path, *, kit: Kit | None) -> None:
     config = saved_config(folder)
     if files.is_running:
         if (pid := find_running_process(folder)) is None:
-            raise RunError(f"{folder} is running, and does not say in which process; stop it where it was started")
+            raise RunError(f"{folder} is running, but its process is unknown; stop it where it was started")
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             send_signal(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
@@ -184,7 +184,7 @@ def _stop_run(folder: Path, *, kit: Kit | None) -> None:
             if time.monotonic() > deadline:
                 raise RunError(f"process {pid} has not stopped within {_STOP_S:g} s; it may be finishing an evaluation")
             time.sleep(0.2)
-        say(f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.")
+        say(f"{folder} is stopped; `fedtune run resume {folder} --kit ...` resumes it.")
     else:
         say(f"{folder} is not running.")
     if kit is not None:
@@ -200,9 +200,9 @@ def _end_at_sites(run: str, federation: FederationSpec, *, kit: Kit) -> None:
     there = tuple(site for site in federation.active if site in current.active)  # others were revoked since
     asked = federation if there == federation.active else replace(current, num_sites=len(there), site_names=there)
     heard = LeadService(kit=kit, federation=asked).announce_end(run, timeout_s=30.0) if there else []
-    say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
+    say(f"Informed that the run is over: {', '.join(heard) or 'no site'}.")
     if silent := [site for site in federation.active if site not in heard]:
-        say(f"Not reached: {', '.join(silent)}; their budget is free when the run expires.")
+        say(f"Not reached: {', '.join(silent)}; their budget is released when the run expires.")
 
 
 def print_status(folder: Path, *, as_json: bool) -> None:

@@ -35,11 +35,11 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     others = [word for word in words if not word.startswith("sites=")]
     typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
     if wanted and "resume" in typed:
-        raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot change in a run that is resumed")
+        raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot be changed when a run is resumed")
     if begun := {"resume", "renew"} & {*typed}:
         config, key = compose_run(others), next(iter(begun))
         if config.runtime.kind != "deployment":
-            bound = f"must be a run over real sites: fedtune simulate {key}={typed[key]} goes on with this one"
+            bound = f"is not a run over real sites: resume it with fedtune simulate {key}={typed[key]}"
             raise ConfigError(key, typed[key].strip("'"), bound)
         if key == "resume":
             return config
@@ -49,7 +49,7 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
             raise ConfigError(key, value, bound)
     if not begun:  # a simulation's file, and how that is dealt out, say nothing of real sites
         if (file := typed.get("data.train_file")) is not None:
-            raise ConfigError("data.train_file", file, "is each site's own, by its policy: leave it out")
+            raise ConfigError("data.train_file", file, "is set by each site's policy: leave it out")
         usual = asdict(PartitionSpec()).items()
         others += ["runtime=deployment", f"data.train_file={AT_SITE}"]
         others += [f"data.partition.{key}={json.dumps(value)}" for key, value in usual]
@@ -68,7 +68,7 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
     for member in chosen:
         if dataset not in member.datasets:
-            bound = f"is no data set of {member.site}, which declared {', '.join(member.datasets)}"
+            bound = f"is not a data set of {member.site}, which declared {', '.join(member.datasets)}"
             raise ConfigError("data.dataset", dataset, bound)
     sizes = ",".join(str(member.datasets[dataset]) for member in chosen)
     return compose_run([*given, f"data.declared_sizes=[{sizes}]"])

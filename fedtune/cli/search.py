@@ -18,8 +18,8 @@ from fedtune.sites.session import Session
 
 def search(
     overrides: Overrides = (),
-    method: Annotated[Method, Option("every combination, independent draws, or draws after earlier scores")] = "random",
-    trials: Annotated[int | None, Option("how many runs (a grid has as many as it has)", metavar="K")] = None,
+    method: Annotated[Method, Option("every combination, random draws, or draws guided by earlier scores")] = "random",
+    trials: Annotated[int | None, Option("number of runs (a grid fixes its own)", metavar="K")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Try several settings on this machine, and select the run with the best score on data.validation_file.
@@ -58,5 +58,5 @@ def search(
     if (best := tried.best) is not None:
         say(found.describe_selection(best), console=console)
         return
-    say("Nothing is picked: no trial has a score.", console=console)
+    say("Nothing was picked: no trial has a score.", console=console)
     tried.raise_first_error()

@@ -62,7 +62,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
     sys.stdout.write(f"{file} is written.\n")
 
 
-@command(app, "put a backup back")
+@command(app, "restore a backup")
 def restore(
     file: Annotated[Path, Argument("FILE", help="what `fedtune server backup` wrote")],
     kit: KitFolder,
@@ -75,4 +75,4 @@ def restore(
 
     os.umask(0o077)
     restore_server(file, data=data or kit)
-    sys.stdout.write("Put back. Start the server.\n")
+    sys.stdout.write("Restored. Start the server.\n")

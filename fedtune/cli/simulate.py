@@ -11,7 +11,7 @@ def simulate(
     overrides: Overrides = (),
     multirun: Multirun = False,
     renew: Renew = None,
-    verbose: Annotated[bool, Option("tracking.log_level=debug: also say what figures at the end mean")] = False,
+    verbose: Annotated[bool, Option("tracking.log_level=debug: also explain the final figures")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a federation on this machine.

@@ -42,10 +42,10 @@ KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
 By = Annotated[str | None, Option("who decides, for ledger and report (default: your account)", metavar="NAME")]
 Ticket = Annotated[str | None, Option("its number in your own records, for ledger and report", metavar="TEXT")]
-KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")]
+KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter is stored here, or its folder")]
 
 
-@command(app, "what a policy means, in plain words", name="check-policy")
+@command(app, "explain a policy in plain words", name="check-policy")
 def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.toml")], as_json: AsJson = False) -> None:
     """Read a policy strictly, and explain it: who may send requests, for what, how much may be spent, what leaves the
     site.
@@ -57,7 +57,7 @@ def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.to
     plain_words.check_policy(file, as_json=as_json)
 
 
-@command(app, "a policy to start from")
+@command(app, "print a policy to start from")
 def template() -> None:
     """Print a policy to start from, with every key explained."""
     from fedtune.api.config_groups import config_folder  # reading settings takes most of a second to import
@@ -65,7 +65,7 @@ def template() -> None:
     sys.stdout.write((config_folder() / "site.toml").read_text(encoding="utf-8"))
 
 
-@command(app, "make the site's keys, and a request to join")
+@command(app, "create the site's keys, and a request to join")
 def init(
     site: PolicyFile,
     out: Annotated[Path | None, Option(metavar="DIR", help="folder to make (default: kit, beside site.toml)")] = None,
@@ -79,7 +79,7 @@ def init(
     say(next_steps(site_init(site, out=out)).rstrip())
 
 
-@command(app, "what is still missing")
+@command(app, "check what is still missing")
 def doctor(
     kit: KitFolder,
     site: PolicyFile,
@@ -136,16 +136,16 @@ def start(
         SiteService(kit=own, site_toml=site, health=endpoint, answered=figures.record_answer).run()
 
 
-@command(app, "what a run would cost; let it start")
+@command(app, "show what a run would cost, and approve it")
 def approve(
     kit: KitFolder,
     site: PolicyFile,
-    run: Annotated[str | None, Argument("RUN", help="the run to approve; without it, list the runs that wait")] = None,
+    run: Annotated[str | None, Argument("RUN", help="the run to approve (default: list the waiting runs)")] = None,
     yes: Annotated[bool, Option("do not ask")] = False,
     by: By = None,
     ticket: Ticket = None,
     reason: Annotated[str | None, Option("why, for ledger and report", metavar="TEXT")] = None,
-    as_json: Annotated[bool, Option("without RUN: for machines", names=("--json",))] = False,
+    as_json: Annotated[bool, Option("without RUN: print JSON", names=("--json",))] = False,
 ) -> None:
     """List the runs that wait for approval with their costs, or approve one.
 
@@ -154,17 +154,17 @@ def approve(
     if run is None:
         _load_site_actions(kit, site).show_waiting(as_json=as_json)
     elif as_json:
-        raise ConfigError("--json", NOT_GIVEN, "does not go with RUN")
+        raise ConfigError("--json", NOT_GIVEN, "cannot be combined with RUN")
     else:
         _load_site_actions(kit, site).approve(run, yes=yes, by=by, ticket=ticket, reason=reason)
 
 
-@command(app, "refuse a run for good, also one that has begun")
+@command(app, "permanently refuse a run, even after its start")
 def deny(
-    run: Annotated[str, Argument("RUN", help="a run that waits for approval, or that has begun")],
+    run: Annotated[str, Argument("RUN", help="a run that waits for approval or has started")],
     kit: KitFolder,
     site: PolicyFile,
-    reason: Annotated[str, Option("why; the ledger keeps it, and nobody else is told", metavar="TEXT")],
+    reason: Annotated[str, Option("why; stored in the ledger, and shown to nobody else", metavar="TEXT")],
     by: By = None,
     ticket: Ticket = None,
 ) -> None:
@@ -179,7 +179,7 @@ def deny(
     _load_site_actions(kit, site).deny(run, reason, by=by, ticket=ticket)
 
 
-@command(app, "the federation's sites, beside those that this one sums with")
+@command(app, "compare the federation's sites with those that this site trusts")
 def members(
     roster: Annotated[Path, Argument("ROSTER", help="the federation's roster.json, which the lead sends on request")],
     kit: KitFolder,
@@ -212,7 +212,7 @@ def score(
     _load_site_actions(kit, site).score(run, by=by, smallest=smallest, as_json=as_json)
 
 
-@command(app, "the site's own model, which stays here")
+@command(app, "train a personalized adapter, which stays here")
 def personalize(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
     """Train a run's final adapter further on this site's records, without noise, for this site only.
 
@@ -229,7 +229,7 @@ def pause(kit: KitFolder) -> None:
     sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
 
 
-@command(app, "go on after a pause")
+@command(app, "resume after a pause")
 def resume(kit: KitFolder) -> None:
     """Take part again."""
     _load_site_state(kit).set_paused(False)
@@ -268,10 +268,10 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
     from fedtune.ops.backup import back_up_site
 
     back_up_site(file, kit=kit, site_toml=site)
-    sys.stdout.write(f"{file} is written. Keep it, and apart from it the site's key.\n")
+    sys.stdout.write(f"{file} is written. Keep it, and store the site's key separately.\n")
 
 
-@command(app, "put a backup back")
+@command(app, "restore a backup")
 def restore(
     file: Annotated[Path, Argument("FILE", help="what `fedtune site backup` wrote")],
     kit: KitFolder,
@@ -290,12 +290,12 @@ def restore(
 
     files, made_up = restore_site(file, kit=kit, site_toml=site, anchor=anchor)
     if made_up is None:
-        sys.stdout.write(f"{files.ledger} is whole, and stays. All else that was missing is put back.\n")
+        sys.stdout.write(f"{files.ledger} is intact, and was kept. Everything else that was missing is restored.\n")
         if (known := files.verify_ledger()) is not None and known.history.policy != files.policy:
             print_other_policy(known.history.cap, time=known.history.policies[-1][0])
         return
     print_restored_charge(made_up, path=files.ledger, anchors=find_anchors(files, anchor))
-    sys.stdout.write("Put back. Check it with fedtune site doctor, then start the site.\n")
+    sys.stdout.write("Restored. Check it with fedtune site doctor, then start the site.\n")
 
 
 def _load_site_actions(kit: Path, site: Path) -> AtSite:

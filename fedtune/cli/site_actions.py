@@ -103,10 +103,10 @@ class AtSite:
             )
             raise RefusedError(f"policy or budget refuse this run: {rules}")
         if not yes:
-            require_confirmation("Let it start?", otherwise="not approved: the run still waits")
+            require_confirmation("Approve this run?", otherwise="not approved: the run still waits")
         self.files.open_ledger().approve(pending.proposal, **said)
         self.state.remove_pending(pending.proposal)
-        say("Approved, and noted in the ledger. It begins with the lead's next request.")
+        say("Approved, and recorded in the ledger. The run starts with the lead's next request.")
 
     def deny(self, run: str, reason: str, *, by: str | None, ticket: str | None) -> None:
         said, verified = _check_decision(by, ticket, reason), self.files.verify_ledger()
@@ -116,26 +116,26 @@ class AtSite:
         asked = _find_proposal([*waiting, *begun], run, "waits for approval or has begun")
         self.files.open_ledger().deny(asked, **said)
         self.state.remove_pending(asked)
-        say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
+        say("Denied, and recorded in the ledger. The lead gets 'denied' when it asks again; the reason stays here.")
         if asked in begun:
-            say("The run ends at this site: no further round is charged, and no reply of it leaves.")
+            say("The run ends at this site: no further round is charged, and no further reply is sent.")
 
     def show_members(self, path: Path, *, as_json: bool) -> None:
         trusted = dict(self.files.policy.trust.members)
         roster = Roster.read_signed(path, kit=self.kit)
-        gone = "in [trust].members, and not in the federation: take it out"
+        gone = "in [trust].members, but not in the federation: remove it"
         found = {name: (key, gone) for name, key in trusted.items()}
         found |= {one.site: (one.site_key, _describe_member(one, trusted.get(one.site))) for one in roster.sites}
         found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
         rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
         note = (
-            "Nothing is changed here. To sum with another site, compare its key with that site itself, not with the "
-            "lead, and write it into [trust].members of site.toml."
+            "Nothing was changed. To trust another site, compare its key with that site itself, not with the lead, and "
+            "add it to [trust].members in site.toml."
         )
-        headings = ("site", "here", "site key by the roster")
+        headings = ("site", "here", "site key in the roster")
         told = {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members}
-        heading = f"Sites of {roster.federation}, by the lead's roster number {roster.number}:"
+        heading = f"Sites of {roster.federation}, from the lead's roster number {roster.number}:"
         section = Section(headings=headings, rows=rows, words=range(3), notes=[note])
         print_answer(told, [section], as_json=as_json, heading=heading)
 
@@ -146,10 +146,10 @@ class AtSite:
 
         config, adapter = load_finished_run(folder)
         if config.data.heldout_fraction == 0:
-            bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
+            bound = "has no held-out records: score it on other records with fedtune evaluate FOLDER --data FILE"
             raise ConfigError("data.heldout_fraction", 0, bound)
         if not (records := read_site_records(config, self.files).heldout):
-            raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no record of this site")
+            raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no records of this site")
         lines = [Line(name="tuned", kind="run", run=SearchTrial(config=config, folder=folder))]
         runs = [(config, adapter)]
         compared = score_side_by_side(lines, runs, data=None, by=by, smallest=smallest, records=records)
@@ -189,7 +189,7 @@ def _describe_member(member: Member, trusted: str | None) -> str:
     if trusted is None:
         return revoked or "not in [trust].members"
     if revoked:
-        return f"in [trust].members, and {revoked}: take it out"
+        return f"in [trust].members, but {revoked}: remove it"
     if trusted != member.site_key:
         return "in [trust].members WITH ANOTHER KEY: call that site"
     return "in [trust].members, with this key"
@@ -219,7 +219,7 @@ def _find_proposal(proposals: list[Proposal], run: str, state: str) -> Proposal:
         raise ConfigError("RUN", run, f"must be a run that {state}: {names}")
     if len(found) > 1:
         digests = ", ".join(f"{one.digest()[:12]} (lead {group_hex_start(one.lead)})" for one in found)
-        raise ConfigError("RUN", run, f"was proposed in {len(found)} ways; name one by its digest: {digests}")
+        raise ConfigError("RUN", run, f"has {len(found)} proposals; name one by its digest: {digests}")
     return found[0]
 
 

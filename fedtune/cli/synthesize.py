@@ -42,7 +42,7 @@ from fedtune.tasks.measures import classifier_accuracy
 from fedtune.version import shipped_folders
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
-Beside = Annotated[Path | None, Option("public records, with whose figures the card compares", metavar="FILE")]
+Beside = Annotated[Path | None, Option("public records for the card to compare with", metavar="FILE")]
 _SHOWN = 5
 _MOST_ROWS = 100_000
 
@@ -76,7 +76,7 @@ class SyntheticFile:
         self.columns = tuple(synthetic.synthetic_columns(self.writer).values())
         for option, other in others.items():
             if other.config.privacy.unit != config.privacy.unit:
-                bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
+                bound = f"must be of privacy.unit={config.privacy.unit}, like RUN: other epsilons do not add up"
                 raise ConfigError(option, str(other.folder), bound)
         self.card = {suffix: card_path(to, suffix) for suffix in (".json", ".md")}
         from fedtune.report.synthetic_card import describe_run  # it imports torch, which takes seconds
@@ -126,7 +126,7 @@ class SyntheticFile:
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
         if not found.rows:
-            raise ConfigError("--rows", self.rows, f"gave none that keeps the format: {left_out or 'no text'}")
+            raise ConfigError("--rows", self.rows, f"gave no record in the right format: {left_out or 'no text'}")
         written = [tuple(row[column] for column in self.columns) for row in found.rows]
         said, theirs = ([text for *_, text in records] for records in (written, self._public))
         missing = 0 if self.rows is None else self.rows - len(written)
@@ -148,8 +148,8 @@ class SyntheticFile:
         rows = tuple(tuple(map(strip_control_characters, row.values())) for row in some)
         facts = {"records": f"{len(found.rows):,} of {pluralize(len(found.wanted), 'code')}"}
         facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
-        facts |= {"missing": f"{missing:,}: the model wrote no more that keep the format"} if missing else {}
-        examples = Section(title="Some of them", headings=tuple(some[0]), rows=rows)
+        facts |= {"missing": f"{missing:,}: the model wrote no more in the right format"} if missing else {}
+        examples = Section(title="Examples", headings=tuple(some[0]), rows=rows)
         return card, [key_value_section(facts, title=str(self.to)), examples]
 
 
@@ -157,16 +157,16 @@ def synthesize(
     run: Run,
     to: To,
     rows: Annotated[int, Option("how many records")] = 1000,
-    codes: Annotated[Path | None, Option("public: what records are written for, a code a row", metavar="FILE")] = None,
-    votes: Annotated[Path | None, Option("a run of task votes: the codes' shares", metavar="RUN")] = None,
-    beginnings: Annotated[Path | None, Option("records of RUN with their card, to be varied", metavar="FILE")] = None,
-    ballot: Annotated[Path | None, Option("also an experiment in which sites vote on these", metavar="FILE")] = None,
+    codes: Annotated[Path | None, Option("public prompts to write records for, one per row", metavar="FILE")] = None,
+    votes: Annotated[Path | None, Option("a run of task votes, which sets the codes' shares", metavar="RUN")] = None,
+    beginnings: Annotated[Path | None, Option("records of RUN with their card, to vary", metavar="FILE")] = None,
+    ballot: Annotated[Path | None, Option("also an experiment in which sites vote on them", metavar="FILE")] = None,
     pattern: Annotated[str | None, Option("a regular expression that a whole text must match", metavar="REGEX")] = None,
     beside: Beside = None,
     max_new_tokens: MaxNewTokens = 100,
     temperature: Temperature = 1.0,
     top_p: TopP = 0.95,
-    guidance: Annotated[float, Option("above 0: prefer what other codes make less likely, the more the higher")] = 1.0,
+    guidance: Annotated[float, Option("0: off; higher values avoid texts that other codes also produce")] = 1.0,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -204,8 +204,8 @@ def choose(
     candidates: Annotated[Path, Option("records of fedtune synthesize with RUN, and their card", metavar="FILE")],
     to: To,
     votes: Annotated[Path | None, Option("a run of task votes on these records; with --rows", metavar="RUN")] = None,
-    rows: Annotated[int | None, Option("how many records stay, by --votes")] = None,
-    labels: Annotated[Path | None, Option("a classifier of the sites, which labels what stays", metavar="RUN")] = None,
+    rows: Annotated[int | None, Option("how many records to keep, by --votes")] = None,
+    labels: Annotated[Path | None, Option("a classifier of the sites, to label kept records", metavar="RUN")] = None,
     beside: Beside = None,
     as_json: AsJson = False,
 ) -> None:
@@ -219,9 +219,9 @@ def choose(
     all runs behind them. Nothing is charged. See docs/synthetic_texts.md.
     """
     if votes is None and labels is None:
-        raise ConfigError("--votes", None, "must be given, or --labels: what records are chosen or labeled by")
+        raise ConfigError("--votes", None, "is missing: give --votes to select records, or --labels to label them")
     if (votes is None) != (rows is None):
-        raise ConfigError("--rows", rows, "must be given with --votes, and only there")
+        raise ConfigError("--rows", rows, "must be given with --votes, and only then")
     by = {"--votes": votes, "--labels": labels}
     others = {option: public.load(folder) for option, folder in by.items() if folder is not None}
     file = SyntheticFile(to, run, others, rows=rows, beside=beside)

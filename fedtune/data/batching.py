@@ -130,7 +130,7 @@ def _try_compute(compute: Callable[[Batch], Computed], batch: Batch) -> Computed
         with panics_as_errors():
             return compute(batch)
     except Exception:
-        log.exception("an example cannot be computed, and counts as zero")
+        log.exception("an example failed and counts as zero")
         return None
 
 

@@ -59,7 +59,7 @@ class FeatureSpec:
         if not self.columns:
             raise ConfigError("columns", self.columns, "must name at least one column")
         if (self.range is None) == (not self.categories):
-            bound = "must be the least and the largest number, or null beside declared categories"
+            bound = "must be the smallest and the largest number, or null with declared categories"
             raise ConfigError("range", self.range, bound)
         if self.range is not None:
             check_range("range", self.range)
@@ -170,8 +170,8 @@ def check_range(key: str, bounds: tuple[float, float]) -> None:
     largest = max(abs(low), abs(high))
     if not (largest <= _LARGEST and high - low >= max(_LEAST_WIDTH, _LEAST_SHARE * largest)):
         bound = (
-            f"must be two numbers of at most {_LARGEST:g}, the lower one first, apart by {_LEAST_WIDTH:g} and by a "
-            f"{1 / _LEAST_SHARE:.0f}th of the larger one at least: give it from a nearer zero, as seconds since a day"
+            f"must be two numbers of at most {_LARGEST:g}, the lower one first, at least {_LEAST_WIDTH:g} and a "
+            f"{1 / _LEAST_SHARE:.0f}th of the larger one apart: measure from a nearer origin, as in seconds since a day"
         )
         raise ConfigError(key, list(bounds), bound)
 
@@ -186,9 +186,9 @@ def check_names(key: str, names: Sequence[str]) -> None:
         raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MOST_NAMES}")
     for name, times in Counter(names).items():
         if not name or name != name.strip():
-            raise ConfigError(key, name, "must not be blank, nor have spaces around it")
+            raise ConfigError(key, name, "must not be blank or have spaces around it")
         if times > 1:
-            raise ConfigError(key, name, "must be declared once")
+            raise ConfigError(key, name, "is declared twice")
 
 
 def feature_columns(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:

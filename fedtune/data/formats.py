@@ -33,7 +33,7 @@ from fedtune.extras import require_extra
 from fedtune.formatting import pluralize
 from fedtune.spec import NOT_GIVEN, DataError, check_name
 
-SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or with .gz behind, or in .parquet"
+SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc (optionally with .gz), or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
@@ -84,7 +84,7 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         case ".csv" | ".tsv" as suffix:
             return read_table(path, columns, comma="," if suffix == ".csv" else "\t")
         case ".parquet" if path.suffix.lower() == ".gz":
-            raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is packed in itself")
+            raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is already compressed")
         case ".parquet":
             return _arrow_rows(path, _parquet_batches(path, columns))
         case ".npy":  # in whose order rows would have their vectors: one row more or less would move all others
@@ -132,11 +132,11 @@ def describe_path(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return "a link to nothing" if path.is_symlink() else "no such file"
+        return "a broken link" if path.is_symlink() else "no such file"
     except OSError as error:
-        return "a link that leads to itself" if error.errno == errno.ELOOP else str(error.strerror)
+        return "a circular link" if error.errno == errno.ELOOP else str(error.strerror)
     except ValueError:  # a name with a null byte
-        return "no name of a file"
+        return "not a file name"
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
@@ -160,11 +160,11 @@ def require_data_file(path: Path, *, key: str | None = None, value: str | None =
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         splits = [str(path / str(name)) for name in json.loads((path / _SPLITS).read_bytes())["splits"][:10]]
     if found == "a folder" and splits:
-        bound = f"holds several sets, of which one is needed: {', '.join(splits)}"
+        bound = f"holds several splits; name one of them: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
         bound = (
-            f"holds {pluralize(len(parts), 'part')} of a table, or of several: write those of one (train-*) as one "
-            "file, from a folder of their own: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
+            f"holds {pluralize(len(parts), 'part')} of one table or several: put one table's parts (train-*) "
+            "into a folder of their own, and write one file: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
         )
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
@@ -188,7 +188,7 @@ def list_data_files(path: Path) -> list[Path]:
         raise DataError(str(path / _STATE), "damaged", bound) from None
     if selected:
         bound = "must be written with all its rows: call flatten_indices() before save_to_disk"
-        raise DataError(str(path), "a selection of rows that are stored beside it", bound)
+        raise DataError(str(path), "a selection of rows stored next to it", bound)
     return [path / name for name in names]
 
 
@@ -354,7 +354,7 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
     except Exception as error:  # a time beyond Python's, for instance: whatever the library cannot give
         raise DataError(at, type(error).__name__, "must have values that Python can hold") from None
     if num_bytes > MOST_BYTES:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes per record")
     return row | {column: _label_name(row[column], of_label) for column, of_label in names.items() if column in row}
 
 

@@ -74,7 +74,7 @@ def decode_image(field: str, *, file: str, at: str) -> Any:
                 if width * height > MOST_PIXELS:
                     raise DataError(at, f"{width * height:,} pixels", _BOUND)
                 if max(width, height) > MOST_TIMES * min(width, height):
-                    bound = f"must have sides of which one is at most {MOST_TIMES} times as long as the other"
+                    bound = f"must have an aspect ratio of at most {MOST_TIMES}"
                     raise DataError(at, f"{width} by {height} pixels", bound)
                 opened.load()
                 turned: Any = opened
@@ -88,7 +88,7 @@ def decode_image(field: str, *, file: str, at: str) -> Any:
     except Image.DecompressionBombError:
         raise DataError(at, "far too many pixels", _BOUND) from None
     except Exception:  # whatever a decoder raises; its own words may quote the file
-        raise DataError(at, "no image that can be decoded", _BOUND) from None
+        raise DataError(at, "not a decodable image", _BOUND) from None
 
 
 def _read_content(field: str, file: str, *, at: str) -> bytes:
@@ -101,7 +101,7 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
             folder = Path(file).parent.resolve()
             path = (folder / field).resolve()
             if file and not path.is_relative_to(folder):
-                raise DataError(at, "a path out of the folder", "must be a path below the folder of the record's file")
+                raise DataError(at, "a path outside the folder", "must be a path below the folder of the record's file")
             if not path.is_file():
                 raise DataError(at, "no such file", _explain_missing(folder / field, field))
             with path.open("rb") as stream:
@@ -109,20 +109,20 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError):  # no permission; a null byte, or no base64; links in a circle
-        kind = "text that is no base64" if is_within else "a file that cannot be read"
+        kind = "text that is not base64" if is_within else "a file that cannot be read"
         raise DataError(at, kind, _BOUND) from None
     if len(found) > MOST_BYTES:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes an image")
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes per image")
     return found
 
 
 def _explain_missing(path: Path, field: str) -> str:
     """Return the message for a missing image file, with a hint at the likeliest mistake."""
     if "\\" in field:
-        return "must have / between its folders, and not \\ as in Windows"
+        return "must separate folders with /, not with \\ as in Windows"
     spelt = {path.name.lower(), path.name.upper(), path.stem + path.suffix.lower(), path.stem + path.suffix.upper()}
-    case = " (a file's name differs in case alone)" * any(path.with_name(one).is_file() for one in spelt)
-    return f"must be the path of an image, from the folder of the record's file{case}"
+    case = " (a file name differs only in case)" * any(path.with_name(one).is_file() for one in spelt)
+    return f"must be the path of an image, relative to the folder of the record's file{case}"
 
 
 def random_image_field(draw: Callable[[int], int]) -> str:

@@ -114,9 +114,9 @@ def partition_records(
         # Each site protects its own part alone, so the person's total loss would be the sum over sites.
         first = next(iter(torn.values()))
         bound = (
-            f"must lead to one site for all records of a user, as privacy.unit is user; {pluralize(len(torn), 'user')} "
-            "here would be at several. Give one person's records one value, or where an id means another person at "
-            "each site, give each site a file of its own (data.partition.kind=file)"
+            f"must assign all records of a user to one site, as privacy.unit is user; {pluralize(len(torn), 'user')} "
+            "here would be split. Give one person's records the same value; if an id means different people at "
+            "different sites, give each site its own file (data.partition.kind=file)"
         )
         raise DataError(first.at("site"), first.fields["site"], bound)
     return sites

@@ -37,9 +37,9 @@ def read_words(value: object, at: str, role: str = "tokens") -> str:
     """Read the tokens of a record, or their tags, from a list or its text form (as in `read_labels`); one per line."""
     listed = parse_list(value)
     if role == "tags" and listed and any(type(one) is int for one in listed):
-        raise DataError(at, "numbers", "must be the names of tags, such as B-PER and O, which numbers lack (role tags)")
+        raise DataError(at, "numbers", "must be names of tags, such as B-PER and O, not numbers (role tags)")
     if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
-        found = "text that is no list" if listed is None else json_type(value) if listed else "an empty list"
+        found = "text that is not a list" if listed is None else json_type(value) if listed else "an empty list"
         raise DataError(at, found, f"must be a list of texts (role {role})")
     return "\n".join(" ".join(str(one).split()) for one in listed)
 
@@ -56,7 +56,7 @@ def read_spans(value: object, at: str) -> str:
     """
     listed = parse_list(columns_to_rows(value))
     if listed is None:
-        raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
+        raise DataError(at, "text that is not a list", "must be a list of spans with start, end and label (role spans)")
     annotated = _first_annotation(listed, at, "spans")
     listed = listed if annotated is None else [one for one in annotated if "labels" in one]  # others are choices
     found = []
@@ -103,7 +103,7 @@ def _first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Mapping
         return None
     kept = next((one["result"] for one in annotations if not one.get("was_cancelled")), None)
     if kept is None:
-        raise DataError(at, "skipped", f"must have an annotation that nobody skipped (role {role})")
+        raise DataError(at, "skipped", f"must have an annotation that was not skipped (role {role})")
     return [one["value"] for one in kept if isinstance(one, dict) and isinstance(one.get("value"), dict)]
 
 
@@ -186,7 +186,7 @@ def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     others = [place for place in range(len(columns)) if place != tag]
     first = _first_token([columns[place] for place in others])
     if first and not tagged:
-        bound = "must have one such as B-PER and O, or a token and its tag alone on each line"
+        bound = "must have tags such as B-PER and O, or only a token and its tag on each line"
         raise DataError(at, "no column of tags", bound)
     kept = lines if _counts(columns[0], of=len(others)) else cells
     return {"tokens": [one[others[first]] for one in kept], "tags": [one[tag].strip() for one in kept]}
@@ -252,8 +252,8 @@ def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
                     first = begin + place["offset"] - offset
                     spans.append((first, first + place["length"], mark["infons"]["type"], mark["text"]))
     except (AttributeError, KeyError, TypeError, ValueError):
-        bound = "must have passages with offset and text, and annotations of one part with infons.type (BioC)"
-        raise DataError(at, "a document of another form", bound) from None
+        bound = "must have passages with offset and text, and contiguous annotations with infons.type (BioC)"
+        raise DataError(at, "a document in another format", bound) from None
     return _spans_row(text, spans, at=at)
 
 
@@ -271,12 +271,12 @@ def read_brat(_: int, marks: Path) -> Row:
             if file.is_file() and file.stat().st_size <= MOST_BYTES:
                 texts.append(file.read_bytes().decode("utf-8-sig"))
     if len(texts) < 2:
-        bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text beside it in a file .txt"
+        bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text next to it in a .txt file"
         raise DataError(at, "a file that cannot be read", bound)
     spans = [line for line in texts[1].splitlines() if line.startswith("T")]
     found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
     if len(found) < len(spans) or any(one[4] for one in found):
-        raise DataError(at, "a span in several parts, or of another form", "must be one part of the text")
+        raise DataError(at, "a span in several parts, or in another format", "must be one contiguous part of the text")
     # What a span names has spaces where the text has ends of lines.
     flat = re.sub(r"[\r\n]", " ", texts[0])
     return {**_spans_row(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at), "text": texts[0]}
@@ -285,7 +285,7 @@ def read_brat(_: int, marks: Path) -> Row:
 def _spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
     """Build a row with spans, after checking that each span's text matches its position."""
     if any(text[start:end] != said for start, end, _, said in spans):
-        raise DataError(at, "a span beside what it names", "must count characters, and name what stands there")
+        raise DataError(at, "a span that does not match its text", "must count characters, and quote its text")
     return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
 
 
@@ -308,6 +308,6 @@ def split_at_blank_lines(path: Path) -> Cut:
 
 def _split_lines(raw: bytes | None, *, at: str) -> list[str]:
     if raw is None:
-        bound = f"must have at most {MOST_BYTES} bytes a record; a blank line ends one"
+        bound = f"must have at most {MOST_BYTES} bytes per record; a blank line ends a record"
         raise DataError(at, f"more than {MOST_BYTES} bytes", bound)
     return [line.rstrip("\r") for line in decode_text(raw, at=at).removesuffix("\n").split("\n")]

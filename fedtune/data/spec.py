@@ -126,7 +126,7 @@ class DataSpec:
         check_one_of("windows", self.windows, range(1, _MOST_WINDOWS + 1))
         check_at_least("stride", self.stride, 0)
         if self.windows > 1 and self.stride > (self.max_length - 2) // 2:
-            raise ConfigError("stride", self.stride, "must be at most half of what a window of data.max_length holds")
+            raise ConfigError("stride", self.stride, "must be at most half of a window of data.max_length")
         check_fraction("heldout_fraction", self.heldout_fraction, zero=True)
         check_fraction("train_fraction", self.train_fraction, one=True)
         for name in ("validation", "test"):
@@ -135,7 +135,7 @@ class DataSpec:
             if fraction and getattr(self, f"{name}_file") is not None:
                 raise ConfigError(f"{name}_fraction", fraction, f"must be 0 where data.{name}_file is given")
         if self.validation_fraction + self.test_fraction >= 1:
-            raise ConfigError("test_fraction", self.test_fraction, "must leave the sites something of data.train_file")
+            raise ConfigError("test_fraction", self.test_fraction, "must leave sites some records of data.train_file")
         check_names("labels", self.labels)
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
@@ -149,14 +149,14 @@ class DataSpec:
         of_features = feature_columns(self.features, self.columns).values()
         times = Counter([*of_features, *(column for role, column in self.columns.items() if role in ANSWERS)])
         if twice := [column for column in of_features if times[column] > 1]:
-            bound = "must be the column of one feature, and not of the answer, which would be learned from itself"
+            bound = "is used twice: a column can be one feature, and not also the answer"
             raise ConfigError("features", twice[0], bound)
         template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:
             raise ConfigError("partition.kind", kind, f"needs data.columns.{role}")
         if (kind == "file") != (SITE in self.train_file):
-            bound = f"must have {SITE} in its name for data.partition.kind = file, and for no other"
+            bound = f"must have {SITE} in its name for data.partition.kind = file, and only then"
             raise ConfigError("train_file", self.train_file, bound)
 
     @property
@@ -178,13 +178,13 @@ class DataSpec:
             ConfigError: for a key of this spec.
         """
         if unit == "user" and "user" not in self.columns:
-            bound = "must name the column for role 'user', as privacy.unit is user"
+            bound = "has no column for role 'user', which privacy.unit = user requires"
             raise ConfigError("columns", dict(self.columns), bound)
         if arrivals and "arrival" not in self.columns:
-            bound = "must name the column for role 'arrival', as privacy.cohorts is given"
+            bound = "has no column for role 'arrival', which privacy.cohorts requires"
             raise ConfigError("columns", dict(self.columns), bound)
         if unit == "user" and self.partition.kind == "dirichlet":
-            bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
+            bound = "partitions records by label, which would split users; with privacy.unit = user: iid, column"
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
     def require_decisive_validation(self) -> None:
@@ -196,8 +196,8 @@ class DataSpec:
         """
         if self.validation_file is None:
             bound = (
-                "must be a file of the lead's own where its scores decide (early_stopping_patience, best checkpoint, "
-                "a search); data.validation_fraction takes the sites' records, and no noise hides them in a score"
+                "must be the lead's own file if its scores decide (early_stopping_patience, best checkpoint, "
+                "a search); data.validation_fraction uses the sites' records, and no noise protects them in a score"
             )
             raise ConfigError("validation_file", self.validation_file, bound)
 
@@ -210,7 +210,7 @@ class DataSpec:
         """
         for key in ("validation_fraction", "test_fraction"):
             if getattr(self, key):
-                bound = f"must be 0 with real sites, whose files the lead has not: give data.{key[:-9]}_file"
+                bound = f"must be 0 with real sites: the lead cannot read their files; set data.{key[:-9]}_file"
                 raise ConfigError(key, getattr(self, key), bound)
 
     def required_columns(
@@ -240,7 +240,7 @@ class DataSpec:
         columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}
         for role in self.columns.keys() - columns.keys() - OPTIONAL_ROLES:
             if not role.startswith(FEATURE):
-                raise ConfigError("columns", dict(dataset.columns), f"must name the column for role {role!r}")
+                raise ConfigError("columns", dict(dataset.columns), f"has no column for role {role!r}")
         return replace(self, train_file=str(folder / dataset.path), columns=columns)
 
     def site_sizes(self, num_sites: int) -> tuple[int, ...]:
@@ -274,11 +274,11 @@ def template_roles(template: str) -> tuple[str, ...]:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError("prompt_template", template, f"{error} (double a brace that stands for itself)") from None
+        raise ConfigError("prompt_template", template, f"{error} (write a literal brace twice)") from None
     roles = [name for _, name, _, _ in parts if name is not None]
     plain = not any(format_spec or conversion for _, _, format_spec, conversion in parts)
     if not plain or not all(role.isidentifier() for role in roles):
-        raise ConfigError("prompt_template", template, "must hold only role names in braces")
+        raise ConfigError("prompt_template", template, "must contain only role names in braces")
     if len(set(roles)) < len(roles):
         raise ConfigError("prompt_template", template, "must name each role at most once: a long text would multiply")
     return tuple(roles)

@@ -34,8 +34,8 @@ _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16 does
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
-    b"PK\x03\x04": "the beginning of a ZIP or Excel file",
-    b"\x1f\x8b": "the beginning of a gzip file, whose name must end in .gz",
+    b"PK\x03\x04": "the start of a ZIP or Excel file",
+    b"\x1f\x8b": "the start of a gzip file, whose name must end in .gz",
 }
 """Beginnings of files that are no text in UTF-8, and their kind."""
 _UTF_8 = "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252"
@@ -86,11 +86,11 @@ def decode_text(raw: bytes | None, *, at: str) -> str:
         DataError: the row is too long, or not UTF-8.
     """
     if raw is None:
-        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes per record")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        found = f"byte 0x{raw[error.start]:02x} at place {error.start + 1} of the record"
+        found = f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the record"
         found = next((kind for mark, kind in _MARKS.items() if raw.startswith(mark)), found)
         raise DataError(at, found, _UTF_8) from None
 
@@ -101,7 +101,7 @@ def read_json_lines(path: Path) -> RawRows:
     def parse(line: int, raw: bytes | None) -> Row | None:
         text, bound = (
             decode_text(raw, at=format_location(path, line)).rstrip(),
-            "must be one whole JSON object on a line",
+            "must be one complete JSON object per line",
         )
         if text[:1] == "[":
             bound += "; a file that is an array of objects ends in .json"
@@ -123,12 +123,14 @@ def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
     try:
         row = json.loads(text, object_pairs_hook=_unique_keys)
     except KeyError:
-        raise DataError(format_location(path, line), "a key twice in an object", "must have each key once") from None
+        raise DataError(
+            format_location(path, line), "a duplicate key in an object", "must have distinct keys"
+        ) from None
     except json.JSONDecodeError as error:
-        found = f"{error.msg} at place {error.pos + 1} of the record"
+        found = f"{error.msg} at position {error.pos + 1} of the record"
         raise DataError(format_location(path, line + error.lineno - 1), found, bound) from None
     except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
-        raise DataError(format_location(path, line), "too large a value", bound) from None
+        raise DataError(format_location(path, line), "a value that is too large", bound) from None
     if not isinstance(row, dict):
         raise DataError(format_location(path, line), json_type(row), bound)
     return row
@@ -162,15 +164,15 @@ def _parse_table_row(path: Path, line: int, raw: bytes | None, *, header: Sequen
     try:
         cells = _split_cells(text, comma=comma, at=at)
         if cells and len(cells) != len(header):
-            hint = "; a quote behind a comma and a space opens no cell" if f'{comma} "' in text else ""
-            hint = "; the header begins with #, as a comment above it does" if header[0].startswith("#") else hint
-            bound = f"must have {pluralize(len(header), 'cell')}, as the header{hint}"
+            hint = "; a quote after a comma and a space does not open a cell" if f'{comma} "' in text else ""
+            hint = "; the header starts with #, like a comment" if header[0].startswith("#") else hint
+            bound = f"must have {pluralize(len(header), 'cell')}, like the header{hint}"
             raise DataError(at, pluralize(len(cells), "cell"), bound)
     except DataError as error:
         if not (more := text.rstrip().count("\n")):
             raise
         # In a table that was written without quoting, a quote takes whole rows along.
-        bound = f"{error.bound}; a quote at a cell's beginning takes the lines up to the next quote along"
+        bound = f"{error.bound}; a quote at the start of a cell includes all lines up to the next quote"
         raise DataError(at, f"{error.value}, over {more + 1} lines", bound) from None
     return dict(zip(header, cells, strict=True)) if cells else None
 
@@ -198,7 +200,7 @@ def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
     if any("\0" in name for name in header):  # every other byte of UTF-16 that does not say so
         raise DataError(at, "null bytes", _UTF_8)
     if header[0].lower().startswith("sep="):
-        raise DataError(at, "a note for Excel (sep=)", "must be the header; remove the line before it")
+        raise DataError(at, "an Excel separator line (sep=)", "must be the header; remove this line")
     named = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
     for mark in (mark for mark in named if mark != comma and len(header) == 1 and mark in header[0]):
         other = {"\t": ".tsv", "|": ""}.get(mark, ".csv")
@@ -229,10 +231,10 @@ def _split_cells(text: str, *, comma: str, at: str) -> list[str]:
         cells = next(csv.reader([text], delimiter=comma, strict=True))
     except csv.Error as error:
         if "new-line" in str(error):
-            bound = "must end its lines with a line feed, as all systems but old Macs do"
+            bound = "must end its lines with a line feed (only old Macs did not)"
             raise DataError(at, "a carriage return alone, outside double quotes", bound) from None
-        found = "text behind a closing quote" if "expected after" in str(error) else "a quote that is not closed"
-        bound = "must have double quotes around a whole cell, and each quote within it doubled"
+        found = "text after a closing quote" if "expected after" in str(error) else "a quote that is not closed"
+        bound = "must have double quotes around the whole cell, and doubled quotes within it"
         raise DataError(at, found, bound) from None
     return cells if any(cell.strip() for cell in cells) else []
 
@@ -415,14 +417,14 @@ def _parse_element(path: Path, line: int, raw: bytes | None, *, between: tuple[b
     if raw == b"" and (before == b"]" or (before == b"" and behind != b",")):
         return None
     if before == b"]":
-        raise DataError(at, "more behind the array's end", bound)
+        raise DataError(at, "more text after the end of the array", bound)
     if not behind:
         whole = catch_row_error(at, lambda: _json_object(decode_text(raw, at=""), path, line, bound=""))
         rest = "the rest of this record, and " if isinstance(whole, DataError) else ""
-        missing = "a record behind the last comma, and " if raw == b"" else rest
-        raise DataError(at, "the end of the file", f"{bound}; it breaks off, and lacks {missing}] at its end")
+        missing = "a record after the last comma, and " if raw == b"" else rest
+        raise DataError(at, "the end of the file", f"{bound}; it is truncated, and lacks {missing}] at its end")
     if raw == b"":
-        raise DataError(at, "a comma without an object", f"{bound}, with a comma between two")
+        raise DataError(at, "a comma without an object", f"{bound}, separated by commas")
     return _json_object(decode_text(raw, at=at), path, line, bound="must be one whole JSON object")
 
 

@@ -143,8 +143,8 @@ def _read_name(value: object, role: str, *, at: str) -> str:
     if role == "user" and (isinstance(value, list) or (isinstance(value, str) and set(_BETWEEN_NAMES) & set(value))):
         # It would count for one of them, and the others would not be protected.
         marks = " ".join(_BETWEEN_NAMES)
-        bound = f"must name one user (role user): a value with one of {marks} is read as several, and the record of"
-        raise DataError(at, SEVERAL_USERS, f"{bound} several has no place in training by user (docs/user_level.md)")
+        bound = f"must name one user (role user): a value with one of {marks} is read as several, and a record of"
+        raise DataError(at, SEVERAL_USERS, f"{bound} several users cannot be used here (docs/user_level.md)")
     if type(value) is int or is_whole(value):
         value = str(int(value))
     elif role in ("label", "event") and isinstance(value, bool):
@@ -156,13 +156,13 @@ def _read_name(value: object, role: str, *, at: str) -> str:
     if found in NO_NAME:
         raise DataError(at, "no id", "must name a user (role user)")
     if _WITH_EXPONENT.fullmatch(found):
-        raise DataError(at, "a number with an exponent", "must name a user by all digits, written as text (role user)")
+        raise DataError(at, "a number with an exponent", "must be the user's id with all digits, as text (role user)")
     return _WHOLE_DECIMAL.sub(r"\1", found)
 
 
 # Turns.
 
-_JSON_TURNS = "must be a JSON list of turns, as Python's json.dumps writes it and str and pandas do not"
+_JSON_TURNS = "must be a JSON list of turns (as json.dumps writes it, unlike str or pandas)"
 
 
 def read_messages(value: object, *, at: str) -> str:
@@ -179,7 +179,7 @@ def read_messages(value: object, *, at: str) -> str:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise DataError(at, "text that is no JSON", f"{_JSON_TURNS} (role messages)") from None
+            raise DataError(at, "text that is not JSON", f"{_JSON_TURNS} (role messages)") from None
     value = columns_to_rows(value)
     if not isinstance(value, list):
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
@@ -189,7 +189,7 @@ def read_messages(value: object, *, at: str) -> str:
     for place in range(first, len(roles)):
         wanted = ("user", "assistant")[(place - first) % 2]
         if roles[place] != wanted:
-            bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
+            bound = f"must be {wanted}: user and assistant must alternate, after at most one system turn"
             raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
     return to_compact_json(turns)
 
@@ -206,13 +206,13 @@ def read_continuation(value: object, at: str) -> str:
     if not isinstance(value, str):
         raise DataError(at, json_type(value), "must be text, or a list of at least one turn")
     if not value.strip():
-        raise DataError(at, "blank", "must not be blank: it is what the model learns to write, or not to")
+        raise DataError(at, "blank", "must not be blank: the model learns to write it, or to avoid it")
     try:
         turns = _parse_turns_text(value)
     except RecursionError:  # taken as text here, it might be turns where the stack is less deep
-        raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None
+        raise DataError(at, "nested brackets", "must be text, or a list of turns") from None
     if turns is None and _PRINTED_TURNS.match(value):
-        raise DataError(at, "text that is no JSON", _JSON_TURNS)
+        raise DataError(at, "text that is not JSON", _JSON_TURNS)
     return value if turns is None else to_compact_json(turns)
 
 
@@ -275,21 +275,21 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     role = speaker_role(speaker)
     calls = [name for name in _CALLS if turn.get(name)]
     if calls:
-        raise DataError(f"{at}, {calls[0]}", "a call", "must not be there: turns of tools are not supported")
+        raise DataError(f"{at}, {calls[0]}", "a call", "is not supported: remove tool calls")
     if role not in _SPEAKERS.values():
         known = ", ".join(_SPEAKERS)
-        raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: turns of tools are not supported")
+        raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: tool turns are not supported")
     if not isinstance(content, str):
-        bound = "must be text, or a list of one part that is text: pictures and other parts are not supported"
+        bound = "must be text, or a list with one text part: images and other parts are not supported"
         raise DataError(f"{at}, {what}", json_type(content), bound)
     if role != "assistant":
         return {"role": role, "content": content}
     if not content.strip():
-        raise DataError(f"{at}, {what}", "blank", "must not be blank: it is what the model learns to write")
+        raise DataError(f"{at}, {what}", "blank", "must not be blank: the model learns to write it")
     # Whether an answer is to be learned, by the marks of other programs.
     for mark in _PARTS_TRAINED:
         if turn.get(mark):
-            raise DataError(f"{at}, {mark}", "marks of parts", "must not be there: an answer is learned whole, or not")
+            raise DataError(f"{at}, {mark}", "marks of parts", "is not supported: an answer is learned as a whole")
     given = [(mark, turn[mark]) for mark in _TRAINED if not is_null(turn.get(mark))]
     for mark, value in given:
         if not isinstance(value, int | float) or value not in (0, 1):
@@ -313,11 +313,11 @@ def read_labels(value: object, at: str) -> str:
     if listed is None:
         return str(value).strip()
     if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
-        raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
+        raise DataError(at, json_type(value), "must be text or a list of texts or whole numbers (role labels)")
     labels = [one.strip() if isinstance(one, str) else str(int(one)) for one in listed]
     if len(set(labels)) < len(labels):
-        bound = "must name each label once (role labels); a vector of 0 and 1 is no list of labels: write their names"
-        raise DataError(at, "a label twice", bound)
+        bound = "must list each label once (role labels); for a vector of 0 and 1, write the labels' names instead"
+        raise DataError(at, "a duplicate label", bound)
     return to_compact_json(labels)
 
 
@@ -340,8 +340,8 @@ def read_number(value: object, at: str, *, role: str = "target") -> str:
         with suppress(OverflowError):
             number = float(cast(float | str, value))
     if not math.isfinite(number):
-        kind = "text that is no number" if isinstance(value, str) else json_type(value)
-        raise DataError(at, kind, f"must be a finite number, with a point before decimals (role {role})")
+        kind = "text that is not a number" if isinstance(value, str) else json_type(value)
+        raise DataError(at, kind, f"must be a finite number, with a decimal point (role {role})")
     return repr(number)
 
 

@@ -177,7 +177,7 @@ def describe_against_constant(model: str, found: Estimate, constant: float, *, s
     is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)
     what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
     told = f"{score_words(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
-    return f"{model[:1].upper()}{model[1:]} {what} the best constant answer, the same to each record: {told}."
+    return f"{model[:1].upper()}{model[1:]} {what} the best constant answer: {told}."
 
 
 def score_direction(name: str) -> int:

@@ -114,7 +114,7 @@ def report_out_of_memory(max_tokens: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        bound = f"must be smaller: the device has no room for what the model makes of a batch ({first_line(error)})"
+        bound = f"must be smaller: the device is out of memory for one batch ({first_line(error)})"
         raise ConfigError("evaluation.max_tokens", max_tokens, bound) from None
 
 

@@ -10,7 +10,7 @@ SMALLEST = 20  # units of the smallest group that is scored by itself, unless so
 
 def missing_test_records_error() -> ConfigError:
     """Return the error for a comparison without test records: the runs hold none out, and no data file is given."""
-    bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
+    bound = "is required to compare (or data.test_fraction, or --data FILE): records that no run trains on"
     return ConfigError("data.test_file", None, bound)
 
 

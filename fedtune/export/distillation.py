@@ -96,7 +96,7 @@ def distil(
     """
     task = config.bound_task
     if not task.has_head or config.data.input != "text" or "sentence-transformers" not in task.formats:
-        bound = "has no students: only a head that answers to a text by labels or a number is taught"
+        bound = "cannot be distilled: only tasks that predict labels or a number from a text can"
         raise ConfigError("task", config.task, bound)
     check_at_least("--passes", passes, 1)
     check_at_most("--passes", passes, 1_000)
@@ -113,7 +113,7 @@ def distil(
     if (base := None if student == HALF or student.isdecimal() else ModelSpec(path=student)) is None:
         own = _keep_lower_layers(student, teacher)
     elif read_base_lineage(base):
-        raise ConfigError("--student", student, "must be no base that comes from a run, which its config.json tells of")
+        raise ConfigError("--student", student, "must not be a base that comes from a run (see its config.json)")
     else:  # with a head as a run of it would begin with, and made-up tokens for it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
@@ -157,7 +157,7 @@ def _inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mappin
     runs = read_card(texts, option="--texts")["runs"]
     own = describe_run(from_run.build_run_report(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
-        bound = f"must have a card with an epsilon for each {own['unit']} behind them: else nothing bounds the student"
+        bound = f"must have a card with an epsilon for each {own['unit']} behind them: or nothing bounds the student"
         raise ConfigError("--texts", str(texts), bound)
     names, both = (
         ", ".join(one["run"] for one in runs),
@@ -220,7 +220,7 @@ def _train_student(
             torch.autograd.backward((answers(1, some) - wanted[torch.from_numpy(some)]).square().mean() / spread)
             optimizer.step()
             rates.step()
-            progress("teaching the student", number * parts + place, passes * parts)
+            progress("training the student", number * parts + place, passes * parts)
     for one in sides:
         one.base.requires_grad_(False).to("cpu")
     return replace(student, readout=(*student.readout[:-1], (last.detach().cpu(), student.readout[-1][1])))
@@ -243,10 +243,10 @@ def _build_card(
         scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
     said = owed or (
         "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
-        "teacher (post-processing). For the texts themselves nothing is promised."
+        "teacher (post-processing). The texts themselves have no guarantee."
     )
     what = (
-        f"A smaller model ({made}), taught without noise to answer {pluralize(found.texts, 'text')} of {file} (SHA-256 "
+        f"A smaller model ({made}), trained without noise to answer {pluralize(found.texts, 'text')} of {file} (SHA-256 "
         f"{found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is a tuned model"
     )
     form = replace(card_form(format, record.config), what=what, has_label=not owed)

@@ -134,7 +134,7 @@ class ReferenceOutputs:
         ours, theirs = self.logits[attended], found[attended]
         apart = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
         if not apart <= _MOST_APART * max(1.0, float(ours.abs().max())):
-            raise RunError(f"the {form} export computes other logits than the run's model (apart by {apart:.3g})")
+            raise RunError(f"the {form} export's logits differ from those of the run's model (by up to {apart:.3g})")
 
 
 class Scores(nn.Module):
@@ -199,7 +199,7 @@ def export(
     if private_to is None:
         card = card_files(from_run.read_run(run), from_run.build_run_report(run), card_form(format, config))
     elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
-        raise ConfigError("adapter", str(adapter), f"must hold the {missing[0]} that says whose it is")
+        raise ConfigError("adapter", str(adapter), f"has no {missing[0]} that names its owner")
     else:
         card = {name: (adapter / name).read_bytes() for name in (CARD, LABEL)}
     with new_folder(target, config, card, int8=int8) as folder:
@@ -224,7 +224,7 @@ def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, in
         ConfigError: `target` exists already, or cannot be written.
     """
     if os.path.lexists(target):
-        raise ConfigError("--to", str(target), "must be a new folder; there is something of that name")
+        raise ConfigError("--to", str(target), "already exists; choose a new folder")
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,7 @@ def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, in
                 (folder / name).write_bytes(data)
             os.rename(folder, target)
     except OSError as error:
-        raise ConfigError("--to", str(target), f"must be a folder that can be written ({error.strerror})") from error
+        raise ConfigError("--to", str(target), f"is not a writable folder ({error.strerror})") from error
 
 
 def _write_adapter(source: Source, reference: ReferenceOutputs, folder: Path) -> None:

@@ -92,15 +92,15 @@ def describe_calendar(plan: Plan) -> Iterator[str]:
     window = max_runs_per_person(plan)
     most = plan.runs if window is None else min(window, plan.runs)
     often = _OFTEN[plan.cohorts.period] if plan.cohorts else pluralize(plan.runs, "run")
-    who = "a person is in at most" if plan.cohorts else "everybody is in at most"
+    who = "a person is in at most" if plan.cohorts else "everyone is in at most"
     alone, whole = (format_epsilon(epsilon_of_runs(plan, runs=runs)) for runs in (1, most))
     yield f"{often} at epsilon {alone} each: {who} {pluralize(most, 'run')}, epsilon {whole} in all."
     many = plan.event(rounds=plan.most_rounds * most)
     cap = filter.tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
     yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its filter."
     if plan.cohorts and (window is None or window > plan.runs):
-        who = "who have no date or came before it" if window is None else f"of {pluralize(window, 'period')}"
+        who = "who have no date or came before it," if window is None else f"of {pluralize(window, 'period')}"
         yield (
-            f"CAUTION: the window admits people {who} to more runs than privacy.runs = {plan.runs}. Sites whose cap is "
-            f"for {pluralize(plan.runs, 'run')} refuse the next one: give the window a beginning, or fewer periods."
+            f"CAUTION: the window admits people {who} to more runs than privacy.runs = {plan.runs}. Sites with a cap "
+            f"for {pluralize(plan.runs, 'run')} refuse the next one: give the window a start, or fewer periods."
         )

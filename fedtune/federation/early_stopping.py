@@ -96,15 +96,15 @@ def explain_used_up(rounds: Sequence[RoundResult], federation: FederationSpec) -
     missing, spare = rounds[-1], federation.spare_rounds
     sites = ", ".join(site for site, reason in missing.failed_sites.items() if reason == Reason.PLAN_EXHAUSTED)
     return (
-        f"Round {missing.round} of {federation.num_rounds + spare} is missing, and the run is over without it: an "
-        f"earlier round was interrupted after it was charged, and charged again, so the plan of {sites} is used up. "
-        f"federation.spare_rounds={spare + 1} would have kept it"
+        f"Round {missing.round} of {federation.num_rounds + spare} is missing, and the run ended without it: an "
+        f"earlier round was interrupted after it was charged, and charged again, which used up the plan of {sites}. "
+        f"federation.spare_rounds={spare + 1} would have avoided this"
     )
 
 
 def warn_of_interrupted_round(round: int) -> str:
     """Return the warning that a resumed run prints about an interrupted round."""
     return (
-        f"Round {round} was interrupted: a site that was charged for it and had no answer yet is charged again. If no "
-        "spare round is left (federation.spare_rounds), the last round of its plan will be missing."
+        f"Round {round} was interrupted: a site that was charged for it but did not answer is charged again. If no "
+        "spare round is left (federation.spare_rounds), its plan's last round will be missing."
     )

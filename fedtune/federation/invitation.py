@@ -36,7 +36,7 @@ class ProposedRun:
         key.
         """
         if reply.receipt and reply.receipt.site_key != self.site_keys.get(site, reply.receipt.site_key):
-            log.warning("%s: its receipt is signed with a key that the roster does not know", site)
+            log.warning("%s: its receipt is signed with a key that is not in the roster", site)
             return replace(reply, receipt=None)
         return reply
 

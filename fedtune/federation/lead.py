@@ -167,7 +167,7 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
         known = parse_json(path.read_bytes(), key=str(path), bound="must be receipts by site")
         return dict(decode_value("receipts", known, Mapping[str, Receipt]))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged; the sites' last receipts are not known") from error
+        raise RunError(f"{path} is damaged; the sites' last receipts are unknown") from error
 
 
 def save_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
@@ -282,7 +282,7 @@ class Checkpoints:
             rounds = [decode_value("asked", line, tuple[int, tuple[str, ...]]) for line in lines]
             return [(round, sites) for round, sites in rounds if round > after]
         except (ValueError, RecursionError) as error:
-            raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
+            raise RunError(f"{self._asked} is damaged; the rounds that were requested are unknown") from error
 
     def save(self, state: LeadState) -> None:
         """Write a checkpoint of `state`; after a crash, the previous checkpoint is still intact."""
@@ -327,7 +327,7 @@ class Checkpoints:
         except Exception as error:
             raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_recovery_hint(found)}") from error
         if other:
-            raise ConfigError("resume", str(self._folder.parent), "was made with another configuration")
+            raise ConfigError("resume", str(self._folder.parent), "has a different configuration")
         for _, sites in self.asked(after=state.round):
             state = state.asked(sites)
         return state
@@ -347,7 +347,7 @@ def _recovery_hint(found: Sequence[Path]) -> str:
     A run resumed from the checkpoint before it repeats the requests of the later rounds, which are not charged again.
     """
     if len(found) < 2:
-        return "no other is left: start a new run under another name"
+        return "there is no other: start a new run under another name"
     return f"move it away, and resume the run from {found[-2].name}"
 
 

@@ -141,9 +141,9 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) 
     ratio = signal_to_noise(plan, declared_sizes, values=values)
     if ratio < LEAST_SIGNAL:
         bound = (
-            "must be true to train: at this size and epsilon nothing is likely to be learned, since noise moves the "
+            "must be true to train: at this size and epsilon the run will likely learn nothing, since noise moves the "
             f"adapter {1 / ratio:.3g} times as far as all records together can (docs/planning.md, Signal). Nothing was "
-            "charged. More or larger sites, a larger epsilon or secure sums help"
+            "charged. More or larger sites, a larger epsilon or secure aggregation help"
         )
         raise ConfigError("training.ignore_weak_signal", False, bound)
 
@@ -253,7 +253,7 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
     fits += bisect(range(fits + 1, too_many), False, key=lambda count: not within(count))
     if not fits:
         spare = f" and {plan.spare_rounds} spare ones" if plan.spare_rounds else ""
-        bound = f"passes privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}"
+        bound = f"exceeds privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}"
         raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
     return dataclasses.replace(plan, num_rounds=fits)
 
@@ -276,7 +276,7 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
         rising=True,
     )
     if rate is None:
-        bound = f"passes privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}"
+        bound = f"exceeds privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}"
         raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
     scale = 10.0 ** (3 - math.floor(math.log10(rate)))
     return at(math.floor(rate * scale) / scale)

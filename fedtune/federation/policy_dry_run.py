@@ -102,7 +102,7 @@ def dry_run(
     """
     files = SiteFiles.from_site_toml(path)
     policy, plan = files.policy, proposal.plan
-    note = "" if policy.site in declared_sizes else f"the run names no site {policy.site}"
+    note = "" if policy.site in declared_sizes else f"the run does not name site {policy.site}"
     budget: _PolicyBudget | None = None
     try:
         budget = _PolicyBudget(policy, read_history(files))
@@ -216,7 +216,7 @@ def read_history(files: SiteFiles) -> History:
     if verified is None:
         return History.empty(files.policy)
     for key, made_for, says in verified.history.opening.differences(files.policy):
-        raise RunError(f"the ledger was made for {key} = {made_for}, the policy says {says}")
+        raise RunError(f"the ledger was created for {key} = {made_for}, but the policy says {says}")
     return verified.history
 
 

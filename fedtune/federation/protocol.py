@@ -251,7 +251,7 @@ class EndOfRun(_Word):
 
 def _require(key: str, right: object) -> None:
     if not right:
-        raise ConfigError(key, "something else", "must be of the right type and in range")
+        raise ConfigError(key, "something else", "must have the right type and be in range")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

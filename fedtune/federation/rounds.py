@@ -154,11 +154,11 @@ def _roll_back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: S
         rates = lead.training.suggest_lower_rates(clipped=lead.plan.private)
         lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
         raise StuckError(
-            f"{text}, as the round before did; the checkpoint of round {state.round} holds the last good adapter.  "
-            "The learning rates are too high, and resuming would diverge again: what was charged stays charged; "
+            f"{text}, like the previous round; the checkpoint of round {state.round} has the last good adapter.  "
+            "The learning rates are too high, and resuming would diverge again: the cost stays charged; "
             f"start a new run with {lower}"
         )
-    log.error("%s; going back to the adapter that it began with", text)
+    log.error("%s; restoring the adapter from its start", text)
     aggregation.restore(state.strategy)
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
@@ -196,8 +196,8 @@ def _require_enough_updates(replies: RoundReplies, lead: Lead, round: int) -> No
     too_few = lead.asked.federation.too_few_message(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < least:
-        hint = "; interrupted rounds count, plan with federation.spare_rounds" if _is_plan_spent(replies, lead) else ""
-        raise RefusedError(f"round {round}: refused by policy or budget; {too_few}{hint}")
+        hint = "; interrupted rounds count; plan some federation.spare_rounds" if _is_plan_spent(replies, lead) else ""
+        raise RefusedError(f"round {round}: refused by a policy or budget; {too_few}{hint}")
     raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
 
 

@@ -170,7 +170,7 @@ class RunFolder:
                 run.json.
         """
         if not self.adapter.is_dir():
-            raise ConfigError("run folder", str(self.path), "must hold a finished adapter/; resume the run first")
+            raise ConfigError("run folder", str(self.path), "has no finished adapter/; resume the run first")
         self.require_own_adapter(_read_adapter_digest(self.adapter / "fedtune.json"))
         return self.adapter
 
@@ -195,12 +195,12 @@ class RunFolder:
         """
         bound, mark, named = "", self.audit_mark.name, _read_adapter_digest(self.result)
         if self.audit_mark.exists():
-            bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
+            bound = f"is an audit: made-up records were planted in its training data ({mark}); ignore its scores"
         elif not self.result.exists():  # beside a site's copy are no checkpoints either: it has no report, and no card
-            said = "must hold its run.json, which names its adapter; resume the run, or put that back"
+            said = "has no run.json with its adapter's digest; resume the run, or restore the file"
             bound = said if self.saved_checkpoints else ""
         elif digest is None or named != digest:
-            bound = "must hold the adapter that its run.json names by adapter_digest; resume the run, or put that back"
+            bound = "its adapter does not match adapter_digest in run.json; resume the run, or restore the adapter"
         if bound:
             raise ConfigError(key, value or str(self.path), bound)
 

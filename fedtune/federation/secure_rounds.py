@@ -73,7 +73,7 @@ class SecureSums:
             begun = build_session(self._terms, dict(zip(self._terms.sites, announced, strict=True)))
             self.session, self._announced, self._begun = str(fields["name"]), announced, begun
         except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("no session of the secure sum to go on in: %s", error)
+            log.warning("no session of secure aggregation to resume: %s", error)
 
     def _save_session(self) -> None:
         """Store the state, all of it public, for a lead that is restarted."""
@@ -139,7 +139,7 @@ class SecureSums:
                 accused = f"; wrong shares between {', '.join(pairs)}" if pairs else ""
                 before = f"as before in round {', '.join(map(str, lost))}, and each is charged{accused}"
                 raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
-            log.error("%s; going on with the next round", error)
+            log.error("%s; continuing with the next round", error)
         failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
         return AggregationResult(adapter, sites, {**replies.failures, **failures}, strategy)
 
@@ -161,10 +161,10 @@ class SecureSums:
             here, missing = self._rejoin()
         ready = self._ready = tuple(site for site in here if site not in self.left_out)
         if len(ready) < self._terms.threshold:
-            left_out = dict.fromkeys(self.left_out, "deals or gives wrong shares")
+            left_out = dict.fromkeys(self.left_out, "sends wrong shares")
             why = {**_describe_missing(missing), **failed, **left_out}
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
-            all_of = f"{len(ready)} of {len(self._terms.members)} sites are in a session of the secure sum"
+            all_of = f"{len(ready)} of {len(self._terms.members)} sites are in the secure aggregation session"
             raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
         return ready
 
@@ -192,7 +192,7 @@ class SecureSums:
             try:
                 session = build_session(self._terms, announced)
             except Rejected as rejected:
-                why = {rejected.site: f"the key that came from it is not taken ({rejected.wrong})"}
+                why = {rejected.site: f"its key was rejected ({rejected.wrong})"}
                 continue
             parts = tuple(announced.values())
             joined, missing = self._request_step(JOIN, name, dict.fromkeys(self._terms.sites, parts))
@@ -204,8 +204,8 @@ class SecureSums:
                 why = _describe_missing(missing)
                 break
             other = (site for site, digest in joined.items() if digest != session.digest.encode())
-            why = dict.fromkeys(other, "was shown other keys")
-        log.warning("no new session of the secure sum: %s", why)
+            why = dict.fromkeys(other, "received different keys")
+        log.warning("no new session of secure aggregation: %s", why)
         return why
 
     def total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
@@ -233,7 +233,7 @@ class SecureSums:
             raise
         finally:
             for holder, dealer in sorted(release.wrong_shares):
-                log.warning("secure sum: a wrong share of %s's, by %s", dealer, holder)
+                log.warning("secure aggregation: a wrong share of %s's, by %s", dealer, holder)
 
     def _exclude_suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
         """Exclude the site that made a sum unreadable, if it can be identified.
@@ -249,7 +249,7 @@ class SecureSums:
             (first, count), (_, next_count) = most  # a pair has two ends
             dealer = first if count > max(1, self._lead.asked.federation.colluders, next_count) else None
         if dealer is not None:
-            log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
+            log.error("%s is excluded from all further secure aggregation: its shares are wrong", dealer)
             self.left_out |= {dealer}
         self._save_session()
 

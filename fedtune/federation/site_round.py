@@ -271,7 +271,7 @@ def _make_offer(site: Site, asked: Invitation) -> Offer:
         if not (asked.less and refused.reason.concerns_budget):
             raise
         offer = site.ledger.make_offer(proposal)
-    log.info("%s would take part in %s, which a lead with fedtune %s asks", site.name, asked.run, asked.software)
+    log.info("%s would take part in %s, requested by a lead with fedtune %s", site.name, asked.run, asked.software)
     return replace(offer, nonce=asked.nonce, software=build())
 
 

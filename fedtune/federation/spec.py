@@ -97,10 +97,10 @@ class FederationSpec:
         for name in ("spare_rounds", "renewal"):
             check_at_least(name, getattr(self, name), 0)
         if self.site_names and len(self.site_names) != self.num_sites:
-            raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")
+            raise ConfigError("site_names", list(self.site_names), f"must have num_sites = {self.num_sites} names")
         for name in self.site_names:
             if "." in name:
-                raise ConfigError("site_names", name, "must not hold a '.'")
+                raise ConfigError("site_names", name, "must not contain a '.'")
             check_name("site_names", name)
         if len({name.lower() for name in self.site_names}) != len(self.site_names):  # one folder each on every disk
             raise ConfigError("site_names", list(self.site_names), "must not repeat a name, in capitals or not")
@@ -122,9 +122,7 @@ class FederationSpec:
         check_positive("round_timeout_s", self.round_timeout_s)
         check_at_least("straggler_grace_s", self.straggler_grace_s, 0)
         if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
-            bound = (
-                f"must be from the {self.least_sites} that are needed to the {len(self.active)} sites that take part"
-            )
+            bound = f"must be from {self.least_sites} (the minimum) to {len(self.active)} (the sites that take part)"
             raise ConfigError("enough_sites", self.enough_sites, bound)
 
     def _check_sums(self) -> None:
@@ -132,7 +130,7 @@ class FederationSpec:
         if together is None:
             for name, none in (("threshold", None), ("colluders", 0)):
                 if getattr(self, name) != none:
-                    raise ConfigError(name, getattr(self, name), "goes with federation.aggregation = secure")
+                    raise ConfigError(name, getattr(self, name), "requires federation.aggregation = secure")
             return
         if together.num_sites > MOST_SITES_OF_SUM:
             bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
@@ -212,7 +210,7 @@ class PublicSpec:
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if self.train_file is None and given:
             key, value = next(iter(given.items()))
-            raise ConfigError(key, value, "goes with public.train_file, a file of public records")
+            raise ConfigError(key, value, "requires public.train_file, a file of public records")
         if self.train_file is not None and not self.train_file.strip():
             raise ConfigError("train_file", self.train_file, "must not be blank")
         for key in {"num_rounds", "local_steps"} & {*given}:

@@ -50,7 +50,7 @@ class UpdateStore:
                     file.write(np.ascontiguousarray(tensors[name], dtype="<f4").data)
         except OSError as error:
             needed = f"{4 * self.sent.num_values} bytes for each site's update"
-            raise RunError(f"{self._folder} takes no more of a round ({error.strerror}): it needs {needed}") from error
+            raise RunError(f"{self._folder} cannot store the updates ({error.strerror}): it needs {needed}") from error
 
     def values(self, site: str, *, start: int, count: int) -> npt.NDArray[np.float32]:
         """Read `count` values of a site's update, starting at index `start`; shape (count,)."""

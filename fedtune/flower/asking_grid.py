@@ -155,7 +155,7 @@ class AskingGrid(ABC):
             )
             message_id = self._push(question.unsent)
             if message_id is None:
-                raise RunError("the server, or a proxy in between, takes no message of this size")
+                raise RunError("the server, or a proxy in between, does not accept a message of this size")
             question.unsent = None
             if message_id:
                 question.message_ids.add(message_id)
@@ -171,7 +171,7 @@ class AskingGrid(ABC):
         for message_id, found, is_lost in self._pull_or_ask_again(list(asked), questions, left_s=left_s):
             number = asked.get(message_id)
             if number is None:
-                log.warning("an answer to no question of this run's is left aside")
+                log.warning("an answer that matches no question of this run is ignored")
                 continue
             question = questions.get(number)
             if question is None:
@@ -242,7 +242,7 @@ class FlowerGrid(AskingGrid):
             found = list(self._grid.pull_messages(message_ids))
         for answer in found:
             if answer.has_error():  # its app failed: the site's process was away, for one
-                log.info("no answer came (error %d of Flower's); asking again", answer.error.code)
+                log.info("no answer (Flower error %d); asking again", answer.error.code)
             yield answer.metadata.reply_to_message_id, answer, answer.has_error()
 
     def _recover(self, trouble: Exception, questions: Questions) -> None:

@@ -119,7 +119,7 @@ def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:
         for key in ("kit", "settings"):
             require(key, NOT_GIVEN, key in table, "is required")
         for key in {*table} - {"kit", "settings"}:
-            raise ConfigError(key, NOT_GIVEN, "is not a key here; known are kit, settings")
+            raise ConfigError(key, NOT_GIVEN, "is not a known key; known keys: kit, settings")
         kit = decode_value("kit", table["kit"], str)
         settings: tuple[str, ...] = decode_value("settings", table["settings"], tuple[str, ...])
     return path.parent / kit, settings

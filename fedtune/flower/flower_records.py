@@ -108,7 +108,7 @@ def to_settings(content: RecordDict) -> str:
 def to_parts(content: RecordDict) -> list[bytes]:
     """Decode the protocol messages attached to a request for a step of secure aggregation."""
     parts: list[bytes] = []
-    with _errors_as_config_error(content, "message", "must hold messages of a secure sum"):
+    with _errors_as_config_error(content, "message", "must hold messages of secure aggregation"):
         for _, part in sorted(content.config_records[PARTS].items()):
             if type(part) is not bytes:
                 raise TypeError("bytes")
@@ -131,7 +131,7 @@ def to_step(content: RecordDict) -> bytes | Refusal:
             return body
     parts = to_parts(content)
     if len(parts) != 1:
-        raise ConfigError("message", len(parts), "must hold one message of a secure sum")
+        raise ConfigError("message", len(parts), "must hold one message of secure aggregation")
     return parts[0]
 
 

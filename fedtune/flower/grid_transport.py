@@ -106,7 +106,7 @@ class GridTransport:
         for message in self._grid.receive(messages, timeout=timeout_s):
             site = self._nodes.get(message.metadata.src_node_id)
             if site is None or message.has_error():
-                log.warning("%s: Flower delivered an error in place of a reply", site)
+                log.warning("%s: Flower delivered an error instead of a reply", site)
                 continue
             try:
                 answer = read(message.content)

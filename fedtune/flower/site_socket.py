@@ -183,7 +183,7 @@ def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> Non
             line.settimeout(_TRANSFER_S)
             line.sendall(pack(*asked[:2], reply))
         except OSError as error:  # the lead asks again, and the ledger has the bytes
-            log.info("nobody waits for this answer any more (%s)", type(error).__name__)
+            log.info("nobody is waiting for this answer any more (%s)", type(error).__name__)
 
 
 def _check_peer(line: socket.socket, *, group: int) -> None:

@@ -21,14 +21,14 @@ def bind_socket(server: socket.socket, path: Path, *, key: str, backlog: int) ->
     """
     with suppress(OSError), socket.socket(UNIX_SOCKETS) as other:
         other.connect(str(path))
-        raise ConfigError(key, str(path), "is in use: another process listens there")
+        raise ConfigError(key, str(path), "is in use: another process listens on it")
     try:
         if path.exists() and not path.is_socket():
-            raise ConfigError(key, str(path), "must be the place of a socket; another file is there")
+            raise ConfigError(key, str(path), "must be the path of a socket, but it is another file")
         path.unlink(missing_ok=True)
         server.bind(str(path))
         path.chmod(0o660)
         server.listen(backlog)
     except OSError as error:
-        bound = f"must be a place for a socket in a folder of this account ({error.strerror or error})"
+        bound = f"must be a socket path in a folder of this account ({error.strerror or error})"
         raise ConfigError(key, str(path), bound) from None

@@ -67,7 +67,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN)
     # The rules that the library made: from an older file than tokenizer.json, they stand in none.
     if not tokenizer.is_fast:
-        bound = "its tokenizer is not one of the tokenizers library, so fedtune cannot bound what a record costs"
+        bound = "its tokenizer is not from the tokenizers library, so fedtune cannot bound the cost of a record"
         raise ConfigError("model.path", spec.path, bound)
     if (reason := tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))) is not None:
         raise ConfigError("model.path", spec.path, f"its tokenizer {reason}")
@@ -92,7 +92,7 @@ def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
         config = AutoConfig.from_pretrained(folder, **_OWN)
         require_modality(config, images=True, path=spec.path)
         if not (folder / PROCESSOR).is_file():
-            raise ConfigError("model.path", spec.path, f"must hold {PROCESSOR}, which says how images are read")
+            raise ConfigError("model.path", spec.path, f"must have {PROCESSOR}, which defines how images are read")
         fields = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
         kind = PROCESSOR_KIND.fullmatch(fields.get("image_processor_type") or fields["feature_extractor_type"])
         assert kind is not None, "as it was staged"
@@ -102,7 +102,7 @@ def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
     side, patch = found.shape[-1], config.patch_size
     if found.shape != (3, side, side) or side % patch or not np.isfinite(found).all():
         shape = " x ".join(map(str, found.shape))
-        bound = f"its {PROCESSOR} must make square images of three colors and of patches of {patch}; it makes {shape}"
+        bound = f"its {PROCESSOR} must produce square three-color images with patches of {patch}, not {shape}"
         raise ConfigError("model.path", spec.path, bound)
     return made, side, patch, VISION[config.model_type]
 
@@ -220,7 +220,7 @@ def expand_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
     target = cache / "gguf" / f"{sha256}-transformers-{transformers.__version__}"
     if target.is_dir():
         return target
-    _log.info("expanding %s once, into %s", file.name, target)
+    _log.info("dequantizing %s once, into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".draft-", dir=target.parent) as scratch:

@@ -38,7 +38,7 @@ def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) 
     needed = sum(one.numel() * one.itemsize for one in itertools.chain(model.parameters(), model.buffers()))
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if needed > _BYTES_FOR_ONE * held + _SPARE_BYTES:
-        bound = f"its config.json describes a model of {needed >> 20} MiB, and it holds {held >> 20} MiB of weights"
+        bound = f"its config.json describes a model of {needed >> 20} MiB, but it has {held >> 20} MiB of weights"
         raise ConfigError("model.path", path, bound)
 
 
@@ -74,7 +74,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedMod
     known = itertools.chain(tokenizer.get_vocab().values(), tokenizer.added_tokens_decoder, tokenizer.all_special_ids)
     rows, largest = base.get_input_embeddings().weight.shape[0], max(itertools.chain(known, added))
     if largest >= rows:
-        bound = f"its tokenizer gives ids up to {largest}, and its embedding has {rows} rows: such a record would fail"
+        bound = f"its tokenizer gives ids up to {largest}, and its embedding has {rows} rows: some records would fail"
         raise ConfigError("model.path", path, bound)
 
 
@@ -147,7 +147,7 @@ def check_examples_independent(base: nn.Module, run: Callable[[], Any] | None = 
     for name, seen in shapes.items():
         bound = "" if seen else "is never used by the base's forward pass; leave it out"
         if any(shape[:2] != (2, places) for shape in seen):
-            bound = "mixes the tokens of several examples, so one example's share cannot be clipped"
+            bound = "mixes tokens of several examples, so single examples cannot be clipped"
         if bound:
             raise ConfigError("lora.target_modules", name.replace(".default", ""), bound)
 
@@ -168,7 +168,7 @@ def check_causal(base: PreTrainedModel, *, path: str) -> None:
     with torch.no_grad():
         logits, changed = (_run_base(base, ids).logits[:, 0].float() for ids in (token_ids, later_changed))
     if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3):
-        raise ConfigError("model.path", path, f"{_NEEDED}: its tokens see later ones")
+        raise ConfigError("model.path", path, f"{_NEEDED}: its attention is not causal")
 
 
 def require_modality(config: PreTrainedConfig, *, images: bool, path: str) -> None:
@@ -182,7 +182,7 @@ def require_modality(config: PreTrainedConfig, *, images: bool, path: str) -> No
         bound = f"must be a model of images in three colors ({', '.join(VISION)}) for data.input = image"
         raise ConfigError("model.path", path, f"{bound}; it is {kind}")
     if kind in VISION and not images:
-        raise ConfigError("model.path", path, f"must be a model of texts: {kind} is one of images (data.input = image)")
+        raise ConfigError("model.path", path, f"must be a text model: {kind} is an image model (data.input = image)")
 
 
 def require_decoder(config: PreTrainedConfig, *, path: str) -> None:

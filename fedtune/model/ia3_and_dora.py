@@ -55,7 +55,7 @@ def scale_modules(model: PeftModel) -> None:
             layer.lora_variant["default"] = _Dora()
             lengths = _row_norms(layer)
             if not lengths.all():
-                bound = f"cannot scale {name}, whose weights have a row of zeros"
+                bound = f"cannot scale {name}: its weights have a row of zeros"
                 raise ConfigError("lora.kind", "dora", bound)
             layer.lora_magnitude_vector["default"].weight = nn.Parameter(lengths)
         else:

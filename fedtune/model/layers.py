@@ -70,7 +70,7 @@ def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
     stack_name, stack = find_layer_stack(base)
     count = len(stack)
     if not all(-count <= layer < count for layer in spec.layers or ()):
-        bound = f"must lie from {-count} to {count - 1}: the base has {count} layers; lora.layers=null adapts them all"
+        bound = f"must be from {-count} to {count - 1}: the base has {count} layers; lora.layers=null adapts them all"
         raise ConfigError("lora.layers", spec.layers, bound)
     layers = sorted({layer % count for layer in (range(count) if spec.layers is None else spec.layers)})
     linear = {
@@ -117,7 +117,7 @@ def find_layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
     for name, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise ConfigError("model.path", type(base).__name__, "must be a model made of one stack of transformer layers")
+    raise ConfigError("model.path", type(base).__name__, "must be a model with one stack of transformer layers")
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def _recompute(forward: Callable[..., Any], trains: bool, hidden: torch.Tensor, 
         return forward(hidden, *args, **kwargs)
     # Re-entrant checkpointing follows gradients through its positional tensors only.
     if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
-        bound = "is not possible for this base: its layers pass gradients to each other on the side"
+        bound = "is not available for this base: its layers also pass gradients outside the main path"
         raise ConfigError("runtime.gradient_checkpointing", True, bound)
     # None flow into the first adapted layer from the frozen ones before it, so they have to start here.
     if not hidden.requires_grad:

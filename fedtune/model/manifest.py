@@ -89,7 +89,7 @@ def stage_files(
     try:
         made = TemporaryDirectory(prefix="fedtune-model-")
     except OSError as error:
-        raise RunError(f"there is no folder for temporary files that can be written ({error.strerror})") from error
+        raise RunError(f"there is no writable folder for temporary files ({error.strerror})") from error
     with made as scratch:
         # A folder's own name tells transformers of some models which tokenizer to take: here all have the same.
         place = Path(scratch, "model")
@@ -112,7 +112,7 @@ def stage_files(
                     with file.open("rb") as stream:
                         _hashed[file, weights[file]] = hashlib.file_digest(stream, "sha256").hexdigest()
                 except OSError as error:
-                    raise ConfigError("model.path", str(file.parent), f"must hold a {name} that can be read") from error
+                    raise ConfigError("model.path", str(file.parent), f"must have a readable {name}") from error
             hashes[name] = _hashed[file, weights[file]]
             if with_weights:
                 (place / name).symlink_to(file)
@@ -137,14 +137,14 @@ def _list_settings_files(folder: Path) -> list[str]:
     try:
         listed = sorted(os.listdir(folder))
     except OSError as error:
-        raise ConfigError("model.path", str(folder), "must be a folder that can be read") from error
+        raise ConfigError("model.path", str(folder), "must be a readable folder") from error
     known = SETTINGS_FILES | {WEIGHTS, SHARD_INDEX}
     if "adapter_config.json" in listed:
         bound = "must not hold adapter_config.json, which points the loader at other weights"
         raise ConfigError("model.path", str(folder), bound, remedy="give the base model alone")
     for name in listed:
         if name not in known and (meant := name.casefold()) in known:
-            bound = f"must not hold {name}, whose name differs from {meant} only in case: some machines mix them up"
+            bound = f"must not hold {name}, whose name differs from {meant} only in case: some machines confuse them"
             raise ConfigError("model.path", str(folder), bound)
     names = [name for name in listed if name in SETTINGS_FILES]
     if "config.json" not in names:
@@ -164,7 +164,7 @@ def _list_weights_files(folder: Path, place: Path) -> tuple[str, ...]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError("model.path", str(folder), f"must hold a readable {SHARD_INDEX}") from error
     if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII) for name in names):
-        bound = f"must hold a {SHARD_INDEX} that names safetensors files beside it"
+        bound = f"must hold a {SHARD_INDEX} that names safetensors files next to it"
         raise ConfigError("model.path", str(folder), bound)
     return names
 
@@ -174,7 +174,7 @@ def _read_checked(folder: Path, name: str) -> bytes:
         with _resolve_inside(folder, name).open("rb") as stream:
             content = stream.read(max_file_bytes(name) + 1)
     except OSError as error:
-        raise ConfigError("model.path", str(folder), f"must hold a {name} that can be read") from error
+        raise ConfigError("model.path", str(folder), f"must have a readable {name}") from error
     check_content(name, content, folder=str(folder))
     return content
 
@@ -187,12 +187,12 @@ def _resolve_inside(folder: Path, name: str) -> Path:
     try:
         file = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise ConfigError("model.path", str(folder), f"must hold a {name} that can be read") from error
+        raise ConfigError("model.path", str(folder), f"must have a readable {name}") from error
     if not file.is_relative_to(inside):
         bound = f"must not hold {name}, a link out of it"
         raise ConfigError("model.path", str(folder), bound, remedy="give a real copy of the folder (cp -rL)")
     if not file.is_file():
-        raise ConfigError("model.path", str(folder), f"must hold {name} as a plain file")
+        raise ConfigError("model.path", str(folder), f"must have {name} as a regular file")
     return file
 
 

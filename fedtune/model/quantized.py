@@ -88,7 +88,7 @@ class FourBit(nn.Module):
         assert not weight.requires_grad, "it is yet to get its adapter"
         if weight.numel() % BLOCK:
             shape = " x ".join(map(str, weight.shape))
-            bound = f"takes {BLOCK} weights at a time, and a layer of {shape} is no multiple"
+            bound = f"needs multiples of {BLOCK} weights, but a layer has {shape}"
             raise ConfigError("model.dtype", "nf4", bound)
         del self.weight
         self.shape, self.bias = weight.shape, module.bias

@@ -34,7 +34,7 @@ def find_model_folder(spec: ModelSpec) -> Path:
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec.path):
         folder = _hub_folder(spec)
     else:
-        raise ConfigError("model.path", spec.path, "is neither a folder on this machine nor a model hub's id")
+        raise ConfigError("model.path", spec.path, "is neither a local folder nor a hub id")
     if not _has_weights(folder, spec):
         missing = spec.gguf_file or f"{WEIGHTS} or {SHARD_INDEX}"
         raise ConfigError("model.path", spec.path, f"must be a folder that holds {missing}")
@@ -121,5 +121,5 @@ def _hub_folder(spec: ModelSpec) -> Path:
         if _has_weights(folder, spec):
             return folder
     why = f" ({type(problem).__name__}: {first_line(problem)})" if problem else ""
-    bound = f"is not a folder on this machine, and its safetensors weights could not be loaded from the model hub{why}"
+    bound = f"is not a local folder, and its safetensors weights could not be loaded from the hub{why}"
     raise ConfigError("model.path", spec.path, bound) from problem

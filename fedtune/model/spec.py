@@ -22,9 +22,9 @@ ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 a
 """The kinds of adapters, in words."""
 _WIDEST, _MOST_LAYERS = 4096, 8
 _NOT_PROVEN = {
-    "prompt": "virtual tokens change what every layer makes of a record, and take places of its own tokens",
-    "prefix": "virtual keys and values reach a layer through its cache, which training is without",
-    "adalora": "which ranks it drops follows from gradients, and no noise would cover that",
+    "prompt": "virtual tokens change every layer's output, and use up positions of the record's own tokens",
+    "prefix": "virtual keys and values reach a layer through its cache, which training does not use",
+    "adalora": "it drops ranks according to gradients, and no noise would cover that choice",
 }
 """Kinds that PEFT has and fedtune refuses, with the reason."""
 
@@ -94,9 +94,9 @@ class ModelSpec:
         if self.gguf_file is not None and not re.fullmatch(r"[\w.-]+\.gguf", self.gguf_file):
             raise ConfigError("gguf_file", self.gguf_file, "must be the plain name of a .gguf file inside model.path")
         if self.public_id is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.public_id, re.ASCII):
-            raise ConfigError("public_id", self.public_id, "must look like owner/name, an id at the Hugging Face hub")
+            raise ConfigError("public_id", self.public_id, "must be a Hugging Face hub id, owner/name")
         if self.dtype == "nf4" and self.gguf_file is not None:
-            raise ConfigError("dtype", self.dtype, "cannot be had of a GGUF file, whose weights are rounded already")
+            raise ConfigError("dtype", self.dtype, "is not available for GGUF files, which are already quantized")
 
     @property
     def is_built_in(self) -> bool:
@@ -164,7 +164,7 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if self.kind in _NOT_PROVEN:
-            bound = f"is refused: {_NOT_PROVEN[self.kind]}; it must be one of {', '.join(ADAPTERS)}"
+            bound = f"is not supported: {_NOT_PROVEN[self.kind]}; it must be one of {', '.join(ADAPTERS)}"
             raise ConfigError("kind", self.kind, bound)
         check_one_of("kind", self.kind, ADAPTERS)
         check_at_least("rank", self.rank, 1)

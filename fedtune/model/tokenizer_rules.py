@@ -100,7 +100,7 @@ def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
             if step["type"] == "Split":
                 _min_match_length(step.get("pattern"))
         if growth > _MOST_GROWTH:
-            raise _Unknown(f"has steps that make up to {growth} characters of one, more than {_MOST_GROWTH}")
+            raise _Unknown(f"has steps that turn one character into up to {growth}, more than {_MOST_GROWTH}")
         for step in _flatten_steps(fields.get("post_processor"), "processors", known=_POST_PROCESSORS):
             if step["type"] == "TemplateProcessing":
                 _check_template(step)
@@ -110,7 +110,7 @@ def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
         return str(error)
     # A field has another type than the library writes.
     except (AttributeError, KeyError, TypeError, ValueError):
-        return "is no tokenizer that fedtune can read"
+        return "is not a tokenizer that fedtune can read"
     return None
 
 
@@ -165,10 +165,10 @@ def _longest_replacement(encoded: str) -> int:
     table = base64.b64decode(encoded, validate=True)
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     if table and not texts:
-        raise _Unknown("has a table of characters that is cut off")
+        raise _Unknown("has a truncated character table")
     longest = max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
     if longest > _MOST_REPLACED:
-        raise _Unknown(f"has a table that makes {longest} characters of one, more than {_MOST_REPLACED}")
+        raise _Unknown(f"has a table that turns one character into {longest}, more than {_MOST_REPLACED}")
     return longest
 
 
@@ -183,7 +183,7 @@ def _min_match_length(pattern: Any) -> int:
         return 1
     simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MOST_PATTERN else None
     if simple is None:
-        raise _Unknown(f"has the pattern {quote(text)}, and fedtune does not know whether it takes linear time")
+        raise _Unknown(f"has the pattern {quote(text)}, which is not known to take linear time")
     return min(int(simple["least"] or 1), int(simple["most"] or 99))
 
 
@@ -204,9 +204,9 @@ def _check_model(model: dict[str, Any]) -> None:
         raise _Unknown(f"has a model {quote(model['type'])}, which fedtune does not know")
     # BPE-dropout would draw a record's tokens anew in each pass.
     if model.get("dropout"):
-        raise _Unknown(f"has dropout = {quote(model['dropout'])}, so that the same text gives other tokens each time")
+        raise _Unknown(f"has dropout = {quote(model['dropout'])}, so the same text gives different tokens each time")
     if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
-        raise _Unknown(f"looks at words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
+        raise _Unknown(f"accepts words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
     vocabulary = model.get("vocab") or ()
     if isinstance(vocabulary, dict):
         _check_pieces(vocabulary)

@@ -168,7 +168,7 @@ def config_refusal(fields: dict[str, Any]) -> str | None:
         ):
             return f"has {key} = {quote(value)}, which can load code; leave it out"
         if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
-            return f"has {quote(key)} = {quote(value)}, and nothing in a model is larger than {_LARGEST_INTEGER}"
+            return f"has {quote(key)} = {quote(value)}; nothing in a model is larger than {_LARGEST_INTEGER}"
         if type(value) is int and "layer" in key and "size" not in key and "dim" not in key:
             layers = max(layers, value)
     if layers > _MOST_LAYERS:
@@ -179,16 +179,16 @@ def config_refusal(fields: dict[str, Any]) -> str | None:
 def _architecture_refusal(fields: dict[str, Any]) -> str | None:
     inner = next((key for key, value in fields.items() if key.endswith("_config") and isinstance(value, dict)), None)
     if inner is not None:
-        return f"has {quote(inner)}, a model within the model; a model of texts alone, or of images, can be taken"
+        return f"has {quote(inner)}, a model within the model; only models of texts, or of images, are supported"
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type in ARCHITECTURES | VISION.keys():
         return None
     if isinstance(model_type, str) and model_type in _BATCH_NORM:
-        return f"has model_type {model_type}, which has BatchNorm: it mixes the examples of a batch by their mean"
+        return f"has model_type {model_type}, which has BatchNorm and so mixes the examples of a batch"
     known = ", ".join((*sorted(ARCHITECTURES), *VISION))
     return (
-        f"has model_type {quote(model_type)}, of which fedtune does not know that it computes each example of a batch "
-        f"by itself; it knows {known}"
+        f"has model_type {quote(model_type)}, which is not known to process each example of a batch "
+        f"separately; known: {known}"
     )
 
 
@@ -198,10 +198,10 @@ def rotary_refusal(rope_type: object) -> str | None:
         return None
     if rope_type in ("longrope", "su") or "dynamic" in str(rope_type):
         return (
-            f"has rope type {quote(rope_type)}, which chooses its frequencies by the longest example of a batch, so "
+            f"has rope type {quote(rope_type)}, which chooses its frequencies from the longest example of a batch, so "
             "one record would change another's gradient"
         )
-    return f"has rope type {quote(rope_type)}, of which fedtune does not know that a batch leaves its frequencies alone"
+    return f"has rope type {quote(rope_type)}, whose frequencies are not known to be independent of the batch"
 
 
 def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
@@ -215,8 +215,8 @@ def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
     if unknown is None:
         return None
     return (
-        f"has {quote(unknown)}, which is no known setting of a {fields['model_type']} model; one could change what is "
-        "loaded, so leave it out"
+        f"has {quote(unknown)}, an unknown setting for a {fields['model_type']} model, which could change what is "
+        "loaded; leave it out"
     )
 
 
@@ -238,34 +238,34 @@ def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None
 def _tokenizer_config_refusal(fields: dict[str, Any]) -> str | None:
     for key, value in fields.items():
         if key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
-            return f"has {quote(key)}, which is no known setting of a tokenizer; leave it out"
+            return f"has {quote(key)}, an unknown tokenizer setting; leave it out"
     return None
 
 
 def _special_tokens_refusal(fields: dict[str, Any]) -> str | None:
     for key, value in fields.items():
         if key not in OF_SPECIAL_TOKENS_MAP:
-            return f"has {quote(key)}, which is no special token"
+            return f"has {quote(key)}, which is not a special token"
         # One token, a list of them, or tokens by name.
         by_name = isinstance(value, dict) and "content" not in value
         if not all(map(_is_token, value.values() if by_name else value if isinstance(value, list) else [value])):
-            return f"has {key} = {quote(value)}, which is no token"
+            return f"has {key} = {quote(value)}, which is not a token"
     return None
 
 
 def _processor_refusal(fields: dict[str, Any]) -> str | None:
     named = [fields.get(key) for key in ("image_processor_type", "feature_extractor_type") if fields.get(key)]
     if not named or not all(isinstance(one, str) and PROCESSOR_KIND.fullmatch(one) for one in named):
-        return f"has image_processor_type {quote(named)}; fedtune knows those of ViT, DeiT, Bit (DINOv2) and Siglip"
+        return f"has image_processor_type {quote(named)}; supported are those of ViT, DeiT, Bit (DINOv2) and Siglip"
     for key, value in fields.items():
         if key not in OF_PROCESSOR or value not in _OF_EVERY_PROCESSOR.get(key, (value,)):
-            return f"has {quote(key)} = {quote(value)}, which fedtune does not know of an image processor; leave it out"
+            return f"has {quote(key)} = {quote(value)}, an unknown image processor setting; leave it out"
         sides = (value.values() if isinstance(value, dict) else [value]) if key in ("size", "crop_size") else ()
         if not all(one is None or (type(one) is int and 0 < one <= _MOST_SIDE) for one in sides):
             return f"has {key} = {quote(value)}; each side must be a whole number of at most {_MOST_SIDE}"
         three = isinstance(value, list) and len(value) == 3 and all(type(one) in (int, float) for one in value)
         if key in ("image_mean", "image_std") and not (three and (key == "image_mean" or all(value))):
-            return f"has {key} = {quote(value)}; it must be three numbers, for an image in color, and no spread 0"
+            return f"has {key} = {quote(value)}; it must be three numbers, one per color, and no deviation of 0"
     return None
 
 
@@ -307,7 +307,7 @@ def _parse_json(content: bytes) -> Any:
     for _ in range(_MOST_DEPTH):
         level = [part for one in level for part in items_of(one) if isinstance(part, dict | list)]
     if level:
-        raise _NotPlain(f"is nested more than {_MOST_DEPTH} deep")
+        raise _NotPlain(f"is nested more than {_MOST_DEPTH} levels deep")
     return fields
 
 

@@ -55,7 +55,7 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
         ConfigError: `target` exists or cannot be written, or a file cannot be read.
     """
     if os.path.lexists(target):
-        raise ConfigError("FILE", str(target), "exists already; choose a new file")
+        raise ConfigError("FILE", str(target), "already exists; choose a new file")
     with (
         translate_write_errors(target, key="FILE"),
         tempfile.TemporaryDirectory(prefix=".backup.", dir=target.parent) as folder,
@@ -136,22 +136,22 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
     try:
         archive = zipfile.ZipFile(source)
     except (OSError, zipfile.BadZipFile) as error:
-        raise ConfigError("FILE", str(source), f"must be a backup that fedtune wrote ({error})") from error
+        raise ConfigError("FILE", str(source), f"is not a backup written by fedtune ({error})") from error
     with archive:
         try:
             about = json.loads(archive.read(_LIST))
             hashes = {str(name): str(sha256) for name, sha256 in about["sha256"].items()}
             whose = str(about["kind"])
             if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in hashes):
-                raise ValueError("a name leads out of the folder")
+                raise ValueError("a name points outside the folder")
             for name, sha256 in hashes.items():
                 with archive.open(name) as entry:
                     if _copy_and_hash(entry, None) != sha256:
                         raise ValueError(f"{name} was changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
-            raise ConfigError("FILE", str(source), f"must be a whole backup that fedtune wrote ({error})") from error
+            raise ConfigError("FILE", str(source), f"is not a complete backup written by fedtune ({error})") from error
         if whose != kind:
-            raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, and is a {whose}'s")
+            raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, but is a {whose}'s")
         yield archive, list(hashes)
 
 
@@ -204,8 +204,8 @@ class MadeUp:
         """Raise RunError if a receipt still proves that events are missing from the ledger."""
         if (doubt := self.ledger.history.furthest_doubt) is not None:
             raise RunError(
-                f"the ledger is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
-                "missing, and no anchor given knows it; find a newer anchor, or freeze the population"
+                f"the ledger is still in doubt: one of this site's receipts refers to event {doubt.sequence}, which is "
+                "missing and not covered by any given anchor; find a newer anchor, or freeze the population"
             )
 
 
@@ -219,7 +219,7 @@ def find_anchors(site: SiteFiles, given: Path | None) -> list[Path]:
     if site.anchor is not None and (site.anchor.is_file() or not found):
         found.append(site.anchor)
     if not found:
-        raise ConfigError("--anchor", NOT_GIVEN, "is required, since the policy names no anchor")
+        raise ConfigError("--anchor", NOT_GIVEN, "is required, because the policy names no anchor")
     return found
 
 
@@ -281,7 +281,7 @@ def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | N
             else:
                 hashes, last = there.history.hashes, inside.history.length
                 if hashes[last - 1 : last] != [inside.history.hash]:
-                    bound = "is another ledger, or an older one than the backup's: move it away"
+                    bound = "is a different ledger, or older than the backup's: move it away"
                     raise ConfigError("ledger", str(files.ledger), bound)
                 return None
         made_up = charge_missing_events(copy, files, find_anchors(files, anchor))
@@ -310,7 +310,7 @@ def back_up_server(target: Path, *, data: Path) -> None:
         ConfigError: the database is missing, or `target` cannot be written.
     """
     if not (data / DATABASE).is_file():
-        raise ConfigError("--data", str(data), f"must be the server's folder; it has no {DATABASE}")
+        raise ConfigError("--data", str(data), f"is not the server's folder: it has no {DATABASE}")
     others = {path.name: path for path in data.glob("audit.jsonl*") if path.is_file()}
     write_backup(target, kind="server", files={DATABASE: data / DATABASE, **others})
 
@@ -324,7 +324,7 @@ def restore_server(source: Path, *, data: Path) -> None:
     with open_backup(source, kind="server") as (archive, names):
         for part in (DATABASE, f"{DATABASE}-wal"):
             if (data / part).exists():
-                raise ConfigError("--data", str(data / part), "exists already: stop the server, and move it away")
+                raise ConfigError("--data", str(data / part), "already exists: stop the server, and move it away")
         for name in names:
             _restore_file(name, archive, data / name)
 

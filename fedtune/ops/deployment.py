@@ -179,7 +179,7 @@ class LeadService:
         sent = settings_for_sites(config)
         settings = serialize_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
-            bound = f"must have at most {MOST_CHARACTERS:,} characters, which sites read: take fewer or shorter texts"
+            bound = f"must have at most {MOST_CHARACTERS:,} characters, to be sent to sites: use fewer or shorter texts"
             raise ConfigError("settings", f"{len(settings):,} characters", bound)
         return ProposedRun(
             proposal=sent.proposal(lead=self.key.public, plan=sent.plan()),

@@ -35,7 +35,7 @@ def new_folder(target: Path, *, key: str) -> Iterator[Path]:
         ConfigError: `target` exists, or cannot be written.
     """
     if os.path.lexists(target):
-        raise ConfigError(key, str(target), "exists already: move it away, or name another folder")
+        raise ConfigError(key, str(target), "already exists: move it away, or name another folder")
     with translate_write_errors(target, key=key):
         target.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -82,7 +82,7 @@ def find_write_problem(*files: Path) -> str:
                 os.fsync(page.fileno())
         except OSError as error:
             disk = next(folder for folder in file.resolve().parents if os.path.ismount(folder))
-            return f"{file} cannot be written ({error.strerror}, on the disk at {disk}): no round can be charged"
+            return f"{file} cannot be written ({error.strerror}, disk {disk}): no round can be charged"
     return ""
 
 
@@ -124,7 +124,7 @@ def act_as_owner(*places: Path) -> None:
         os.setregid(group, group)
         os.setreuid(owner.st_uid, owner.st_uid)
     except OSError as error:
-        bound = f"belongs to account {name}, which this root may not become ({error.strerror}): run this as {name}"
+        bound = f"belongs to account {name}, which root cannot switch to ({error.strerror}): run this as {name}"
         raise ConfigError("account", str(place), bound) from None
     if not _is_python_readable():
         bound = f"cannot be read by account {name}, to which {place} belongs: install fedtune in /opt, for instance"

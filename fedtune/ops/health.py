@@ -43,7 +43,7 @@ _BOUND = "must be host:port on this machine, such as 127.0.0.1:8089, or unix:PAT
 _REQUEST_S = 2.0  # for all of a connection
 _REQUEST_BYTES = 4096
 _PLACES, _BACKLOG = 4, 16
-_FAR = "could be read by other machines; if you want that, add --health-anywhere"
+_FAR = "is reachable from other machines; if you want that, add --health-anywhere"
 
 Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]  # path of a GET -> status, content type and body
 
@@ -144,7 +144,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
     try:
         listening, told = _listen(address, key=key, far=far)
     except OSError as error:
-        raise ConfigError(key, address, f"cannot be listened on ({error.strerror or error})") from None
+        raise ConfigError(key, address, f"cannot be bound ({error.strerror or error})") from None
     stop, callers = asyncio.Event(), list[asyncio.StreamWriter]()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -270,7 +270,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"fedtune: {error}\n")
         return error.exit_code
     except (OSError, http.client.HTTPException) as error:
-        sys.stderr.write(f"fedtune: nobody answers at {address} ({type(error).__name__})\n")
+        sys.stderr.write(f"fedtune: no answer at {address} ({type(error).__name__})\n")
         return 1
     sys.stdout.write(body)
     return 0 if status == http.client.OK else 1

@@ -129,18 +129,18 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     if issubclass(kind, KeyboardInterrupt):
         _log.warning("interrupted from the keyboard")
     else:
-        _log.critical("the process ends by an error", exc_info=(kind, error, trace))
+        _log.critical("the process ends because of an error", exc_info=(kind, error, trace))
 
 
 def _log_uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
     if found.exc_value is not None and not isinstance(found.exc_value, SystemExit):
         name = found.thread.name if found.thread else None
-        _log.critical("a thread ended by an error", exc_info=found.exc_value, extra={"in_thread": name})
+        _log.critical("a thread ended because of an error", exc_info=found.exc_value, extra={"in_thread": name})
 
 
 def _log_unraisable(found: Any) -> None:
     # Python's own words would show the object whose clean-up failed; the frames say enough.
-    _log.error("an error where nothing could catch it", exc_info=found.exc_value)
+    _log.error("an error that nothing could catch", exc_info=found.exc_value)
 
 
 def _log_warning(
@@ -195,7 +195,7 @@ def _format_event(record: logging.LogRecord) -> str:
         elif arguments:
             text %= tuple(map(_plain_or_type_name, arguments))
     except (TypeError, ValueError, KeyError):
-        text += " (with arguments that do not fit)"
+        text += " (with arguments that do not match)"
     return _limit_length(text)
 
 

@@ -50,31 +50,31 @@ class Figure:
 
 
 FIGURES = {
-    "fedtune_certificate_days_left": Figure("Whole days until the certificate in the kit ends; negative once it has."),
-    "fedtune_site_contact_age_seconds": Figure("Since the server last answered; since the start where it never has."),
+    "fedtune_certificate_days_left": Figure("Whole days until the kit's certificate expires; negative afterwards."),
+    "fedtune_site_contact_age_seconds": Figure("Seconds since the server last answered, or since the start."),
     "fedtune_site_answers": Figure(
         "Rounds and questions answered: by an update, or the reason for none.", "answer", True
     ),
     "fedtune_site_ledger_usable": Figure(
-        "1: the ledger is whole and may be charged; 0: it is missing, damaged, put back, in doubt or frozen."
+        "1: the ledger is intact and may be charged; 0: it is missing, damaged, rolled back, in doubt or frozen."
     ),
     "fedtune_site_epsilon_spent": Figure(
-        "Of the population's whole life, by the filter: charged, and with all that open runs have set aside.", "part"
+        "Lifetime epsilon of the population, by the filter: charged, and with what open runs have reserved.", "part"
     ),
     "fedtune_site_epsilon_cap": Figure("The policy's lifetime cap; infinite for none."),
-    "fedtune_site_epsilon_left": Figure("That the lifetime cap leaves for new runs; infinite without a cap."),
+    "fedtune_site_epsilon_left": Figure("Epsilon left under the lifetime cap for new runs; infinite without a cap."),
     "fedtune_site_runs_left": Figure(
-        "Runs like the policy's reference for which the lifetime cap has room; infinite without a cap."
+        "Runs like the policy's reference that fit under the lifetime cap; infinite without a cap."
     ),
-    "fedtune_server_sites": Figure("Sites of the roster, and those with an open connection.", "which"),
+    "fedtune_server_sites": Figure("Sites in the roster, and sites with an open connection.", "which"),
     "fedtune_server_site_silent_seconds": Figure(
-        "Since a site last called; since the server's start where it never has.", "site"
+        "Seconds since a site last called, or since the server's start.", "site"
     ),
-    "fedtune_server_waiting_calls": Figure("Sites' calls that are held until the lead asks something."),
-    "fedtune_server_bytes": Figure("Of the bodies of all calls.", "direction", True),
-    "fedtune_lead_rounds": Figure("Of the run: finished, and planned.", "which"),
-    "fedtune_lead_sites_answered": Figure("Sites whose update for the round in progress has come."),
-    "fedtune_lead_round_seconds": Figure("That the newest finished round took; 0 before the first."),
+    "fedtune_server_waiting_calls": Figure("Calls from sites that wait for the lead's next question."),
+    "fedtune_server_bytes": Figure("Bytes in the bodies of all calls.", "direction", True),
+    "fedtune_lead_rounds": Figure("Rounds of the run: finished, and planned.", "which"),
+    "fedtune_lead_sites_answered": Figure("Sites whose update for the current round has arrived."),
+    "fedtune_lead_round_seconds": Figure("Duration of the newest finished round; 0 before the first."),
     "fedtune_lead_answers": Figure("Sites' answers: updates, or the reason for none.", "answer", True),
 }
 """Every figure, by its name with its unit at the end."""
@@ -106,7 +106,7 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
             return 404, "text/plain", b""
         return 200, CONTENT_TYPE_PLAIN_0_0_4, await asyncio.to_thread(generate_latest, collector)
 
-    far = "could be read by other machines: give a loopback address, and let Prometheus's agent read it on this machine"
+    far = "is reachable from other machines: use a loopback address, and run Prometheus's agent on this machine"
     return serve_locally(address, respond, key=_KEY, most_s=_ANSWER_S, far=far)
 
 

@@ -57,7 +57,7 @@ def check_noise(key: str, value: float, *, none: bool = False) -> None:
         ConfigError: the noise multiplier is out of range.
     """
     right = LEAST_NOISE <= value <= MOST_NOISE or (none and value == 0)
-    require(key, value, right, f"must lie in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
+    require(key, value, right, f"must be in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
 
 
 def check_delta(key: str, value: float, *, steps: int) -> None:
@@ -68,7 +68,7 @@ def check_delta(key: str, value: float, *, steps: int) -> None:
             or the number of steps exceeds what the accountant can handle in memory.
     """
     check_fraction(key, value)
-    require("steps", steps, steps <= MOST_STEPS, f"must be at most {MOST_STEPS:,} in all rounds together")
+    require("steps", steps, steps <= MOST_STEPS, f"must be at most {MOST_STEPS:,}, summed over all rounds")
     least = LEAST_DELTA_A_STEP * steps
     bound = f"must be at least {least:g}: below, no epsilon can be computed for {steps} steps"
     require(key, value, value >= least, bound)
@@ -198,13 +198,13 @@ def calibrate_noise(
         return epsilon_at(sigma) <= epsilon
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
-        raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
+        raise ConfigError("privacy.epsilon", epsilon, "is used up by the released metrics alone; give them more noise")
     find_boundary(epsilon_at, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
     # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0
     while not within(high):
         if high == MOST_NOISE:
-            raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps by any noise")
+            raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps with any noise")
         low, high = high, min(2 * high, MOST_NOISE)
     while high - max(low, LEAST_SOUGHT) > 1e-5 * high:
         middle = max((low + high) / 2, LEAST_SOUGHT)

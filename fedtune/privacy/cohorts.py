@@ -143,7 +143,7 @@ def next_window(before: Cohorts, *, real: bool) -> Cohorts:
     after = moved(before)
     if real and after.span[1] > period_number(datetime.now(UTC), after.period):
         first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
-        bound = f"has not begun: the {after.period} that --renew would charge next. If you want to charge it now, name"
+        bound = f"has not begun, and --renew would charge this {after.period} next. To charge it now, set"
         bound += f" the window: {first}privacy.cohorts.last={after.last}"
         raise ConfigError("privacy.cohorts.last", after.last, bound)
     return after

@@ -71,7 +71,7 @@ class Together:
         _check_range("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
         least = least_threshold(self.num_sites, colluders=self.colluders)
-        bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could read two sums"
+        bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could unmask two sums"
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_for_total(self, total: float) -> float:
@@ -117,7 +117,7 @@ class SharedNoise(Together):
         _check_range("cell_bits", self.cell_bits, 0, GRID_BITS)
         _check_range("bound", self.bound, 1, MOST_BOUND)
         if _noise_in_cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
-            bound = f"must be at least {min_cell_bits(self.noise_multiplier)}, or rounding undoes the shares of noise"
+            bound = f"must be at least {min_cell_bits(self.noise_multiplier)}, or rounding removes the noise shares"
             raise ConfigError("cell_bits", self.cell_bits, bound)
 
     @property

@@ -75,7 +75,7 @@ def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            raise ConfigError("model", str(path), "must be a plain file, as all in a model's folder")
+            raise ConfigError("model", str(path), "must be a regular file, like every file in a model's folder")
         if path.is_file() and path.name not in besides:
             with path.open("rb") as stream:
                 found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -119,7 +119,7 @@ def from_json(data: object) -> DpEvent:
             return ComposedDpEvent(tuple(from_json(part) for part in parts))
         case {"kind": "non_private"}:
             return NonPrivateDpEvent()
-    raise ConfigError("event", data, "must be a privacy event that fedtune writes, with values in range")
+    raise ConfigError("event", data, "must be a privacy event written by fedtune, with values in range")
 
 
 def mechanism_counts(spent: Spent) -> list[tuple[Json, int]]:

@@ -77,7 +77,7 @@ class SigningKey:
         except OSError as error:
             raise ConfigError(key, value, f"{bound} ({error.strerror})") from None
         if b"ENCRYPTED" in pem:
-            bound = "is encrypted with another passphrase, or is no Ed25519 private key"
+            bound = "is encrypted with another passphrase, or is not an Ed25519 private key"
             if (passphrase := _read_passphrase()) is None:
                 remedy = f"set {PASSPHRASE_FILE} to a file with its passphrase"
                 raise ConfigError(key, value, "is encrypted", remedy=remedy)
@@ -149,10 +149,10 @@ def _frame_message(purpose: str, message: bytes) -> bytes:
 def _check_command(command: Sequence[str], named_in: Path | None) -> None:
     about = None if named_in is None else named_in.stat()
     if about is None or about.st_uid != system.effective_user() or about.st_mode & 0o022:
-        bound = "runs only for the account that the file with it belongs to, which alone may write that file"
+        bound = "runs only for the owner of the file that names it, and only if nobody else can write that file"
         raise ConfigError(f"{named_in}: key_command", command[0], bound)
     if not os.path.isabs(command[0]) or "\0" in "".join(command):
-        raise ConfigError("key_command", command[0], "must begin with the absolute path of a program, and hold no NUL")
+        raise ConfigError("key_command", command[0], "must begin with a program's absolute path and contain no NUL")
 
 
 @cache
@@ -164,11 +164,11 @@ def _run_key_command(command: tuple[str, ...]) -> bytes:
     try:
         ran = run(command, stdin=DEVNULL, capture_output=True, timeout=_COMMAND_S, check=False)
     except TimeoutExpired:
-        bound = f"must end within {_COMMAND_S:g} seconds, and so must all that it starts"
+        bound = f"must finish within {_COMMAND_S:g} seconds, with every process that it starts"
         raise ConfigError("key_command", command[0], bound) from None
     if ran.returncode:
         said, _, _ = ran.stderr.decode(errors="replace").strip().partition("\n")
-        raise ConfigError("key_command", command[0], f"must end with 0; it ended with {ran.returncode}: {shown(said)}")
+        raise ConfigError("key_command", command[0], f"must exit with 0, not with {ran.returncode}: {shown(said)}")
     return ran.stdout
 
 
@@ -178,7 +178,7 @@ def _read_passphrase() -> bytes | None:
         return None
     try:
         if not stat.S_ISREG(mode := os.stat(name).st_mode) or mode & 0o077:
-            raise ConfigError(PASSPHRASE_FILE, name, "must be a file that its owner alone may read (mode 600)")
+            raise ConfigError(PASSPHRASE_FILE, name, "must be a file that only its owner can read (mode 600)")
         with open(name, "rb") as file:
             passphrase = file.readline(2000).rstrip(b"\r\n")
     except OSError as error:

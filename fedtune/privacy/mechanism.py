@@ -69,15 +69,15 @@ class PrivacySpec:
         if self.noise_multiplier is not None:
             check_positive("noise_multiplier", self.noise_multiplier)
         elif self.private and self.epsilon > MOST_EPSILON:
-            bound = f"must be at most {MOST_EPSILON:g}: more promises nothing; privacy=none compares without noise"
+            bound = f"must be at most {MOST_EPSILON:g}: more promises nothing; use privacy=none for no noise"
             raise ConfigError("epsilon", self.epsilon, bound)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
-        bound = "needs a run with privacy; without it scores would be exact"
+        bound = "needs a run with privacy: without it, scores would be exact"
         require("metrics", self.metrics, self.metrics == "none" or self.private, bound)
-        bound = "needs unit = user: a date is kept by an id"
+        bound = "requires unit = user: arrival dates are stored by user id"
         require("cohorts", str(self.cohorts), self.cohorts is None or self.unit == "user", bound)
 
     @property

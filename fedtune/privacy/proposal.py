@@ -65,7 +65,7 @@ class Proposal:
             require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
         modules = self.target_modules
         right = all(map(_is_text, modules)) and len(set(modules)) == len(modules)
-        require("target_modules", modules, right, "must be names of modules, each once")
+        require("target_modules", modules, right, "must be distinct module names")
         for name in ("rank", "num_sites"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "must be a whole number of at least 1")
         for name in ("lora_scale", "head_scale"):

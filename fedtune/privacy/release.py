@@ -285,7 +285,7 @@ class _Plain:
             else:
                 right = value is None or 0 <= value < _MOST_COUNT
             if not right:
-                raise ConfigError(name, value, "must be of one printable line, or in range")
+                raise ConfigError(name, value, "must be one printable line, or a number in range")
         return release
 
 

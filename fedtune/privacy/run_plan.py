@@ -77,8 +77,10 @@ class Plan:
         require("cohorts", str(self.cohorts), by_user or self.cohorts is None, "must be left out for unit 'record'")
         if self.shared is not None:
             noise, share = self.noise_multiplier, self.shared.noise_multiplier
-            require("noise_multiplier", noise, noise == share, f"must be that of a share of the noise, {share:g}")
-            bound = "must be 1 with a secure sum: what a site steps on by itself is hidden by its own noise alone"
+            require(
+                "noise_multiplier", noise, noise == share, f"must equal the noise multiplier of one share, {share:g}"
+            )
+            bound = "must be 1 with secure aggregation: only a site's own noise would protect its local steps"
             require("local_steps", self.local_steps, self.local_steps == 1, bound)
         for name in ("delta", "sampling_rate", "noise_multiplier", "max_grad_norm", "metrics_noise_multiplier"):
             object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 1 and -0.0 would have other digests
@@ -232,9 +234,9 @@ class Plan:
             ConfigError: the fields are not those of a plan, or contain a field that `to_json` leaves out.
         """
         plan = decode(cls, fields)
-        for key, without in (("shared", "secure sums"), ("cohorts", "arrivals"), ("runs", "others to come")):
+        for key, without in (("shared", "secure aggregation"), ("cohorts", "arrivals"), ("runs", "further runs")):
             if isinstance(fields, dict) and key in fields and key not in plan.to_json():
-                raise ConfigError(key, fields[key], f"must be left out without {without}")  # a plan has one spelling
+                raise ConfigError(key, fields[key], f"is only allowed with {without}")  # a plan has one spelling
         return plan
 
     def digest(self) -> str:

@@ -39,7 +39,7 @@ from fedtune.spec import (
 
 DEFAULT_MIN_GRAD_NORM = 1e-3
 DEFAULT_MAX_ADAPTER_VALUE = 2.0
-AT_ONCE = "the time of a reply tells roughly how many records there are"  # where `releases.reply_after_s` is 0
+AT_ONCE = "the time of a reply roughly reveals the number of records"  # where `releases.reply_after_s` is 0
 _MOST_DAYS = 36525.0
 
 
@@ -81,7 +81,7 @@ class Population:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        bound = 'must be empty for unit = "record": only a person has an id by which the first cohort is kept'
+        bound = 'must be empty for unit = "record": arrivals are stored by user id'
         require("arrivals", self.arrivals, not self.arrivals or self.unit == "user", bound)
 
 
@@ -184,7 +184,7 @@ class Limits:
             check_positive(key, getattr(self, key))
         bound = f"must be at most max_grad_norm = {self.max_grad_norm:g}, or no clip norm is allowed"
         require("min_grad_norm", self.min_grad_norm, self.min_grad_norm <= self.max_grad_norm, bound)
-        days, bound = self.run_expires_after_days, f"must be at most {_MOST_DAYS:g}, a hundred years"
+        days, bound = self.run_expires_after_days, f"must be at most {_MOST_DAYS:g} (a hundred years)"
         require("run_expires_after_days", days, days <= _MOST_DAYS, bound)
         for key in ("max_local_steps", "max_rounds", "max_records_per_user"):
             check_at_least(key, getattr(self, key), 1)
@@ -378,12 +378,12 @@ class Policy:
                 ("user", self.population.unit == "user", "unit is user"),
                 ("arrival", self.population.arrivals, "arrivals is given"),
             ):
-                bound, columns = f"must name the column for role '{role}', as population.{why}", dataset.columns
+                bound, columns = f"must name the column for role '{role}', because population.{why}", dataset.columns
                 right = not (needed and columns) or role in columns
                 require(f"dataset {dataset.id} columns", dict(columns), right, bound)
         # Otherwise publishing one record whole would keep to delta.
         size = self.population_size
-        bound = f"must be below 1 / {size:,} = {1 / size:.3g}, with the declared sizes of all data sets added up"
+        bound = f"must be below 1 / {size:,} = {1 / size:.3g}, for the declared sizes of all data sets together"
         right = self.budget.delta < 1 / size or math.isinf(self.budget.max_epsilon)
         require("budget.delta", self.budget.delta, right, bound)
 
@@ -393,7 +393,7 @@ class Policy:
         Raises:
             ConfigError: a statement is missing.
         """
-        bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
+        bound = "must be true (nobody in this population is in another site's records) or false (or unknown)"
         answered = self.simulated or self.asserted.no_person_at_another_site is not None
         require("asserted.no_person_at_another_site", NOT_GIVEN, answered, bound)
 

@@ -131,7 +131,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
     result = _read_result(folder)
     digest = result.config_sha256 if result else config.digest()
     if not files.saved_checkpoints and result is None:
-        raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
+        raise ConfigError("run folder", str(folder), "has no checkpoint: the run has not started")
     state = Checkpoints(files.checkpoints, digest).load() if files.saved_checkpoints else None
     return RunRecord(
         config=config,
@@ -175,7 +175,7 @@ def _read_result(folder: Path) -> RunResult | None:
     except ConfigError:
         raise
     except (ValueError, TypeError, LookupError, ValidationError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
+        raise RunError(f"{path} is damaged: it is not a run.json of fedtune") from error
     return result
 
 
@@ -196,7 +196,7 @@ def _reconstruct_plan(folder: Path, config: RunConfig, result: RunResult | None)
         ("federation.participants", sorted(config.federation.active), sorted(privacy.sites)),
     ):
         if value != noted:
-            bound = f"must be what run.json says it was, {noted}"
+            bound = f"does not match run.json, which has {noted}"
             raise ConfigError(key, value, bound).in_file(RunFolder(folder).config)
     return plan
 
@@ -227,7 +227,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
     config, plan, state = record.config, record.plan, record.state
     audit, noted = read_audit(folder), record.environments[-1] if record.environments else None
     if audit is not None and audit.delta != plan.delta:
-        raise RunError(f"{RunFolder(folder).audit} is of another run: its delta is {audit.delta:g}")
+        raise RunError(f"{RunFolder(folder).audit} belongs to another run: its delta is {audit.delta:g}")
     final = record.result.final if record.result else FinalResult(metrics={})
     times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
     return RunFacts(
@@ -346,12 +346,12 @@ def check_site_reports(record: RunRecord, reports: Iterable[Report]) -> Mapping[
         try:
             key = signing.verify_report_signature(report)
         except RunError as error:
-            raise refused(f"must carry its site's signature: {error}") from None
+            raise refused(f"must be signed by its site: {error}") from None
         if key != receipt.site_key:
             by = f"is signed by {key}" if key else "is not signed"
             raise refused(f"must be signed by {receipt.site_key}, as the receipts of {site} are; it {by}")
         if receipt.charged_rounds and all(run.run != record.run for run in facts.runs):
-            raise refused(f"must be of a ledger that knows the run {record.run}")
+            raise refused(f"must be from a ledger that contains the run {record.run}")
         if facts.verification is not None and facts.verification.num_events < receipt.sequence:
             had = (
                 f"{facts.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
@@ -359,9 +359,9 @@ def check_site_reports(record: RunRecord, reports: Iterable[Report]) -> Mapping[
             raise refused(f"must be no older than this run: its ledger had {had}")
         if wrong := problems(report):
             first = wrong[0]
-            raise refused(f"must agree with itself: {first.where} says {first.said}, found {first.found}")
+            raise refused(f"is inconsistent: {first.where} says {first.said}, found {first.found}")
         if found.setdefault(site, report) != report:
-            raise refused(f"must be the only report of {site}: it gave another one, too")
+            raise refused(f"is a second report of {site}: give only one")
     return found
 
 

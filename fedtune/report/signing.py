@@ -61,7 +61,7 @@ def parse_report(data: bytes) -> Report:
         raise ConfigError("report", where or "no JSON in UTF-8", "must be a whole report.json") from None
     for number, (one, other) in enumerate(zip_longest(said, right, fillvalue=""), start=1):
         if one != other:
-            bound = f"must be as fedtune writes it: {other.strip()}"
+            bound = f"must be as written by fedtune: {other.strip()}"
             raise ConfigError(f"report, line {number}", one.strip()[:_MOST_SHOWN], bound)
     return report
 
@@ -109,7 +109,7 @@ def verify_report_signature(report: Report, *, expected_key: str | None = None) 
             raise RunError(f"the report is not signed, by {expected_key} or anybody")
         return None
     if not is_signed(signature.key, PURPOSE, canonical_bytes(report), signature.signature):
-        raise RunError(f"the signature by {signature.key} does not fit the report: one of them was changed")
+        raise RunError(f"the signature by {signature.key} does not match the report: one of them was changed")
     # A ledger's report is signed by the key that signs the ledger's events.
     facts = report.facts
     own = [facts.verification.site_key] if isinstance(facts, LedgerFacts) and facts.verification else []

@@ -144,7 +144,7 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
     """
     path, sha256 = card_path(file.resolve(), ".json"), file_sha256(file, key=option)
     of = " with this RUN" if writer else ""
-    bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card beside it ({path.name})"
+    bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card next to it ({path.name})"
     read = signing.read_bounded_file(path, key=option, name=str(file), bound=bound)
     try:
         found = parse_json(read, key=path.name, bound="must be JSON")

@@ -95,7 +95,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         return tuple(decode(Environment, each) for each in fields["environments"])
     except (ConfigError, TypeError, KeyError) as error:
-        raise RunError(f"{path} is damaged, so the machine and the model of the run are not known") from error
+        raise RunError(f"{path} is damaged, so the run's machine and model are unknown") from error
 
 
 def read_selection(folder: Path) -> Selection | None:
@@ -109,7 +109,7 @@ def read_selection(folder: Path) -> Selection | None:
     try:
         return decode(Selection, parse_json(path.read_bytes(), key=str(path), bound="must be an object"))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged, so the search behind this run is not known") from error
+        raise RunError(f"{path} is damaged, so the search behind this run is unknown") from error
 
 
 def start_lineage(config: RunConfig) -> dict[str, Any] | None:
@@ -130,7 +130,7 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     about = {"digest": start.digest, "head": start.can_reuse_head(config.task_model()) if has_head else None}
     public, (of_run, learned) = config.public.train_file, _run_lineage(start)
     if public is not None and (learned != public or of_base):
-        bound = "must be null with public.train_file: it was not trained on those records alone"
+        bound = "must be null with public.train_file: it was trained on other records, too"
         raise ConfigError("model.adapter", config.model.adapter, bound)
     if earlier:  # of a base, its run told it where that is on file
         of_run["start_adapter"] = build_lineage([*walk_lineage(of_run.get("start_adapter")), *earlier])

@@ -163,7 +163,7 @@ class FederationRun:
         if self.config.resume is not None:
             state = self._checkpoints.load()
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.has_valid_signature()]:
-                raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
+                raise RunError(f"the newest checkpoint has a receipt not signed by {', '.join(unsigned)}")
         elif not self.config.training.ignore_weak_signal:
             sizes, values = self.config.declared_sizes(), self.shared.initial_adapter.num_values
             check_signal(self.asked.proposal.plan, sizes, values=values)

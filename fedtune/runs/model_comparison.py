@@ -101,7 +101,7 @@ class SideBySide:
         """
         groups: Groups = merged(values, smallest=smallest, units=self.users)
         if len(groups.names) > _MOST_GROUPS:
-            bound = f"leaves {len(groups.names)} groups; must leave at most {_MOST_GROUPS}"
+            bound = f"leaves {len(groups.names)} groups, more than {_MOST_GROUPS}"
             raise ConfigError("--smallest", smallest, bound)
         if len(groups.names) < 2:
             return None
@@ -158,8 +158,8 @@ def compare_runs(
             data = LeadData(rows, task.tokenize(rows, saved.tokenizer, data=config.data, lenient_within=within))
         places = places or [record.line for record in data.records]
         if places != [record.line for record in data.records]:
-            bound = "must be tested on the first run's records: its settings choose others for the test"
-            raise ConfigError("run", names[0], f"{bound}; give both a file by --data")
+            bound = "must have the first run's test records, but its settings choose others"
+            raise ConfigError("run", names[0], f"{bound}; give both a file with --data")
         of_these = saved.evaluate_models(data)
         # An adapter that changes nothing yet has no part in the model before training.
         base = replace(config.task_model(), lora=LoraSpec(), seed=0), _input_settings(config)

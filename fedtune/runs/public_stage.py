@@ -40,7 +40,7 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
     """
     public, adapter = config.public, config.model.adapter
     if adapter is not None:
-        bound = "must be null with public.train_file: the run begins in what is learned of that file"
+        bound = "must be null with public.train_file: the run starts from the public stage's adapter"
         raise ConfigError("model.adapter", adapter, bound)
     num_rounds = public.num_rounds or plain.get("federation", {}).get("num_rounds", config.federation.num_rounds)
     given_rates = plain.get("training", {})
@@ -67,7 +67,7 @@ def public_stage_config(config: RunConfig) -> RunConfig:
             and are not compared); or the base model was exported by a run.
     """
     if read_base_lineage(config.model):
-        bound = "must owe nothing with public.train_file: its config.json tells of a run on other records"
+        bound = "must have no lineage with public.train_file, but its config.json names a run on other records"
         raise ConfigError("model.path", config.model.path, bound)
     for own, key in RunRecords(config).files().items():
         require_no_card(own, key=key, kind="a run's own")

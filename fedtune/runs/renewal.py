@@ -55,7 +55,7 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
             requested, or the window would move into a period that has not begun.
     """
     if public := [key for key in said if key.partition(".")[0] == "public"]:
-        raise ConfigError(public[0], said[public[0]], "cannot go with --renew: that run begins in the one before")
+        raise ConfigError(public[0], said[public[0]], "conflicts with --renew, which starts from the previous run")
     before = saved_config(last := Path(expand_home(str(folder), key="renew")))
     RunFolder(last).finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
@@ -69,7 +69,7 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     for key, value in (changes | dict(said)).items():
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
         if isinstance(settings.get(key), dict) or key == "federation.renewal" or not set_by_key(settings, key, value):
-            raise ConfigError(key, value, "must be one setting of the run that is renewed, such as privacy.epsilon")
+            raise ConfigError(key, value, "must be one setting of the renewed run, such as privacy.epsilon")
     settings["federation"]["renewal"] = max(
         before.federation.renewal + 1, max_runs_of_sites(settings["runtime"]["sites_dir"])
     )
@@ -94,7 +94,7 @@ def _check_runs_left(before: RunConfig, after: RunConfig, last: Path) -> None:
             raise ConfigError(f"privacy.{name}", value, bound)
     if after.federation.renewal >= shared.runs:
         bound = (
-            f"was the last of privacy.runs = {shared.runs}, and admitted everybody: their epsilon of "
-            f"{shared.epsilon:g} is spent. Nothing was charged. Runs with privacy.cohorts go on with people who come"
+            f"was the last of privacy.runs = {shared.runs}, and admitted everyone: their epsilon of "
+            f"{shared.epsilon:g} is spent. Nothing was charged. Runs with privacy.cohorts continue with people who come"
         )
         raise ConfigError("renew", str(last), bound)

@@ -23,7 +23,7 @@ def find_run_folder(config: RunConfig) -> Path:
     """
     if config.resume is None:
         if needs_public_stage(config):
-            bound = "is for one fedtune simulate or fedtune run; others begin in its adapter: model.adapter=NAME-public"
+            bound = "works only for one fedtune simulate or fedtune run; start others from model.adapter=NAME-public"
             raise ConfigError("public.train_file", config.public.train_file, bound)
         folder = Path(config.tracking.output_dir) / config.name
         if folder.exists():
@@ -31,13 +31,13 @@ def find_run_folder(config: RunConfig) -> Path:
         return folder
     folder = Path(config.resume)
     if RunFolder(folder).audit_mark.exists():
-        raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit cannot be resumed")
+        raise ConfigError("resume", config.resume, "is an audit, with canaries in its data; an audit cannot be resumed")
     saved = saved_config(folder)
     if saved.digest() != config.digest():
         old, new = dict(flatten(saved.decisive())), dict(flatten(config.decisive()))
         differ = [key for key in old | new if old.get(key) != new.get(key)]
         changes = ", ".join(f"{key} was {shown(old.get(key), 30)}, is {shown(new.get(key), 30)}" for key in differ)
-        raise ConfigError("resume", config.resume, f"was made with another configuration ({changes})")
+        raise ConfigError("resume", config.resume, f"has a different configuration ({changes})")
     return folder
 
 

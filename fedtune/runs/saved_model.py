@@ -66,7 +66,7 @@ class SavedModel:
             try:
                 adapter.load_into(self.model)
             except AdapterError as error:
-                bound = f"must be whole, and fit the run's model: {error}"
+                bound = f"must be complete, and match the run's model: {error}"
                 raise ConfigError("adapter", str(adapter.folder), bound) from None
             self._tensors[name] = _copy_adapter_tensors(self.model)
         self.names = tuple(self._tensors)
@@ -97,7 +97,7 @@ class SavedModel:
         """
         ids = self.model.task.prompt_ids(fields, self.tokenizer, data=self.config.data)
         if not len(ids):
-            raise DataError(at, "no tokens", "must give a token to write from")
+            raise DataError(at, "no tokens", "must have at least one token")
         if self.positions is not None and len(ids) >= self.positions:
             bound = f"must have at most {self.positions - 1}: the model takes {self.positions} tokens in all"
             raise DataError(at, f"{len(ids)} tokens", bound)

@@ -79,14 +79,14 @@ def compute_amount(policy: Policy) -> Amount:
 def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
     """Yield warnings about a policy, most serious first; `folder` contains the policy file."""
     if not policy.simulated and policy.asserted.no_person_at_another_site is None:
-        yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without one"
+        yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without it"
     yield from _promise_cautions(policy)
     yield from _request_cautions(policy)
     yield from _amount_cautions(policy, amount)
     if not policy.releases.reply_after_s:
         yield "releases.reply_after_s", f"0: {AT_ONCE}; choose more than a round takes"
     if policy.asserted.no_person_at_another_site is False:
-        text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
+        text = "false: a person in several sites' records has to add up the epsilons of these sites"
         yield "asserted.no_person_at_another_site", text
     yield from _file_cautions(policy, folder)
 
@@ -95,28 +95,28 @@ def _promise_cautions(policy: Policy) -> Iterator[Caution]:
     """Warn about settings under which the policy guarantees little or nothing."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
-        text = "true: anybody who knows the seed can subtract the noise; for made-up records only"
-        yield "allow.seeded_noise", f"{text}. It marks the ledger for ever"
+        text = "true: anyone who knows the seed can subtract the noise; only for made-up records"
+        yield "allow.seeded_noise", f"{text}. It marks the ledger permanently"
     if policy.allow.inexact_gradients:
         bound = f"the bound on one {policy.population.unit}'s influence is measured, not proved"
-        text = f"true: where gradients depend on the rest of the batch by rounding, {bound}"
-        yield "allow.inexact_gradients", f"{text}; false accepts exact machines alone"
+        text = f"true: where rounding makes gradients depend on the rest of the batch, {bound}"
+        yield "allow.inexact_gradients", f"{text}; false accepts only exact machines"
     if math.isinf(budget.max_epsilon):
-        yield "budget.max_epsilon", "inf: nothing is promised to anybody"
+        yield "budget.max_epsilon", "inf: nothing is promised to anyone"
     elif budget.max_epsilon > LARGE_EPSILON:
         yield "budget.max_epsilon", f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g} a budget promises very little"
     if limits.min_noise_multiplier == 0:
-        yield "limits.min_noise_multiplier", "0: a run without any noise is stopped by nothing but the caps"
+        yield "limits.min_noise_multiplier", "0: only the caps stop a run without any noise"
     elif limits.min_noise_multiplier < SMALL_NOISE:
-        text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can tell who is in the data"
+        text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can reveal who is in the data"
         yield "limits.min_noise_multiplier", text
     size = policy.population_size
     if budget.delta > 1 / (10 * size):
         chance = f"{budget.delta:g}: the chance, for each of {size:,} {policy.population.unit}s, of an outcome"
         most = f"{10.0 ** math.floor(-math.log10(10 * size)):.0e}"
-        yield "budget.delta", f"{chance} that nothing else can have caused; choose at most {most}"
+        yield "budget.delta", f"{chance} that only this one can explain; choose at most {most}"
     if not policy.anchor:
-        text = "empty: rollback is not excluded; nothing here notices when the ledger is put back to an older copy"
+        text = "empty: nothing here detects a rollback of the ledger to an older copy"
         yield "anchor", text
 
 
@@ -129,9 +129,9 @@ def _request_cautions(policy: Policy) -> Iterator[Caution]:
     if not policy.releases.updates:
         yield "releases.updates", "false: every request is refused"
     if UNVERIFIED in allow.base_models:
-        yield "allow.base_models", '"unverified": accepts runs that do not say which model they train'
+        yield "allow.base_models", '"unverified": accepts runs that do not name the model that they train'
     if "0" * 64 in allow.base_models:
-        yield "allow.base_models", "only zeros is a place to fill in: no model has this digest"
+        yield "allow.base_models", "all zeros is a placeholder: no model has this digest"
     for dataset in policy.dataset:
         if not dataset.path:
             yield f"dataset.{dataset.id}.path", "empty: the site has nothing to train on"
@@ -141,15 +141,15 @@ def _amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
     """Warn about caps that contradict each other or the reference run."""
     budget = policy.budget
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
-        text = "left out, as is max_epsilon_per_period: one run may use up the whole lifetime budget"
+        text = "not set, nor is max_epsilon_per_period: one run may use up the whole lifetime budget"
         yield "budget.max_epsilon_per_run", text
     if not amount.reference_fits:
-        text = "would itself be refused by the limits or by max_epsilon_per_run; is it what you expect a run to be?"
+        text = "would itself be refused by the limits or by max_epsilon_per_run; is this the run that you expect?"
         yield "budget.reference", text
     fitting = {"max_epsilon": amount.runs_in_lifetime, "max_epsilon_per_period": amount.runs_in_period}
     for key, runs in fitting.items():
         if runs == 0:
-            yield f"budget.{key}", "leaves no room for a single run like the reference"
+            yield f"budget.{key}", "leaves no room for even one run like the reference"
 
 
 def _file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
@@ -158,12 +158,12 @@ def _file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
     if not ledger.is_file():
         return
     if not policy.key_command and not (folder / policy.site_key).is_file():
-        yield "site_key", "is missing, and a ledger needs the key that it was made with; restore it from its backup"
+        yield "site_key", "is missing, and a ledger needs its original key; restore it from its backup"
     if policy.anchor and not anchor.is_file():
-        text = "is missing, and the ledger is not new: nothing is trained (docs/site_policy.md says what to do)"
+        text = "is missing, and the ledger is not new: nothing is trained (see docs/site_policy.md)"
         yield "anchor", text
     elif policy.anchor and anchor.stat().st_dev == ledger.stat().st_dev:
-        yield "anchor", "lies on the ledger's own disk: both can be put back together"
+        yield "anchor", "is on the ledger's own disk: both can be rolled back together"
 
 
 def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]:
@@ -222,7 +222,7 @@ def verification_json(verified: Verified) -> dict[str, Any]:
 
 
 SEEDED = (
-    "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
+    "NO GUARANTEE: the noise would come from the configured seed, and anyone who knows the seed "
     "can subtract the noise."
 )
 
@@ -244,7 +244,7 @@ def describe_noise(plan: Plan) -> str:
     less = f", less {shared.colluders} that may collude" if shared.colluders else ""
     least = f"at least {shared.threshold} of {pluralize(shared.num_sites, 'site')}{less}"
     each = f"multiplier {plan.noise_multiplier:g} at each site"
-    return f"{each}, {plan.accounted_noise:.4g} in a secure sum of {least}{describe_shared_epsilon(plan)}"
+    return f"{each}, {plan.accounted_noise:.4g} in a secure aggregate of {least}{describe_shared_epsilon(plan)}"
 
 
 def describe_trust(by_trust: Epsilons) -> str:
@@ -255,8 +255,8 @@ def describe_trust(by_trust: Epsilons) -> str:
 
 
 ABOUT_RDP = (
-    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is larger as a "
-    "rule. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
+    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is "
+    "larger. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
 )
 """Beside an epsilon by RDP; `counts` names the other figure."""
 WEAK_SIGNAL = 1.0
@@ -267,14 +267,14 @@ def explain_signal(ratio: float, task: str) -> str:
     """Explain a run's signal-to-noise ratio (`planner.signal_to_noise`) for its task."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
     if ratio < LEAST_SIGNAL:
-        return f"{times}: nothing is likely to be learned; a run wants training.ignore_weak_signal=true"
+        return f"{times}: the run will likely learn nothing; it requires training.ignore_weak_signal=true"
     if ratio < WEAK_SIGNAL:
-        return f"{times}: this run is likely to learn little, and costs its epsilon all the same"
-    furthest = f"records can move the adapter at most {ratio:.2g} times as far as noise does"
+        return f"{times}: this run will likely learn little, and still costs its epsilon"
+    furthest = f"signal to noise: at most {ratio:.2g}"
     if not (studied := get_task(task).studied):
-        return f"{furthest}; no study says how much of task {task} is learned at that"
+        return f"{furthest}; there is no study of how much task {task} learns at this ratio"
     nearest = min(studied, key=lambda one: abs(math.log(one / ratio)))
-    return f"{furthest}; a study at {nearest:g} kept {studied[nearest]} of what training gains without privacy"
+    return f"{furthest}; a study at {nearest:g} kept {studied[nearest]} of the gain without privacy"
 
 
 def describe_contribution(plan: Plan) -> str:
@@ -283,8 +283,8 @@ def describe_contribution(plan: Plan) -> str:
     whom = ""
     if (cohorts := plan.cohorts) is not None:
         came = f"up to {cohorts.last}, and those without a date" if cohorts.first is None else f"in {cohorts}"
-        whom = f"; it admits and charges people who came {came}, and nobody else"
-    return f"of each user at most {most} in a step, their mean gradient clipped once; sizes count users{whom}"
+        whom = f"; it admits and charges people who arrived {came}, and nobody else"
+    return f"at most {most} per user in a step, their mean gradient clipped once; sizes count users{whom}"
 
 
 @spec

@@ -81,6 +81,6 @@ def translate_os_errors(path: Path, option: str) -> Iterator[None]:
             raise FileExistsError
         yield
     except FileExistsError:
-        raise ConfigError(option, str(path), "must be a new file; there is something of that name") from None
+        raise ConfigError(option, str(path), "already exists; choose a new file") from None
     except OSError as error:
-        raise ConfigError(option, str(path), f"must be a new file that can be written ({error.strerror})") from None
+        raise ConfigError(option, str(path), f"cannot be written ({error.strerror})") from None

@@ -121,8 +121,8 @@ class Display:
             self._print_text(f"{'the run was over' if over else 'resuming'} after round {state.round}")
         if state.data_changed:
             which = ", ".join(state.data_changed)
-            now = f"The records of {which} are others than when the run began"
-            self._print_text(f"{now}: its epsilon holds for both, each by itself.", style="yellow")
+            now = f"The records of {which} have changed since the run started"
+            self._print_text(f"{now}: its epsilon holds for both sets, each on its own.", style="yellow")
         self._task = self._progress.add_task(
             self._format_round(state.round + 1, 0),
             total=federation.num_rounds * len(federation.active),
@@ -186,7 +186,7 @@ class Display:
         if left and not over:
             yield left, ""
         if last.diverged:
-            yield "diverged: back to the adapter before", "red"
+            yield "diverged: the previous adapter is restored", "red"
         for site, reason in last.failed_sites.items():
             yield f"{site}: {reason}", "red"
 
@@ -226,7 +226,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         say_here("A study without a guarantee: its noise came from the configured seed.", style="yellow")
     if measured := [one for one in result.rounds if one.site_scores]:
         # The newest scores that the sites released: they were paid for.
-        about = f"noised scores of held-out {privacy.unit}s, for the adapter that round {measured[-1].round} began with"
+        about = f"noised scores of held-out {privacy.unit}s, for the adapter at the start of round {measured[-1].round}"
         scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
         say_here(f"{about}: {', '.join(scores)}")
     if final.kept is not None:
@@ -256,7 +256,7 @@ def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
     if privacy.epsilon is None:
         return text
     charged = format_epsilon(max(unbounded(site.epsilon) for site in privacy.sites.values()))
-    claim = f"the claim stays the planned {format_epsilon(privacy.epsilon)}, since the scores picked the moment"
+    claim = f"the claim stays the planned {format_epsilon(privacy.epsilon)}, because the scores picked the round"
     return f"{text}. The sites were charged epsilon {charged}; {claim}"
 
 
@@ -293,7 +293,7 @@ def _settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Sectio
             rows["privacy"] += f", at most {pluralize(plan.records_per_user, 'record')} of a user in a step"
         if (people := plan.cohorts) is not None:
             came = f"from {people.first} to {people.last}" if people.first else f"up to {people.last} or without a date"
-            rows["people"] = f"charged are those who arrived {came}, and nobody else"
+            rows["people"] = f"only those who arrived {came} are charged"
         if config.runtime.seeded_noise:
             rows["privacy"] += "; seeded noise: a study without a guarantee"
             warnings.add("privacy")
@@ -306,12 +306,12 @@ def _settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Sectio
         warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
     dtype = config.model.dtype
     if str(shared.device) == "cpu" and is_slow_on_cpu(dtype):
-        slower = f"model.dtype={dtype} makes this run slower: this CPU has no instructions for bfloat16"
-        rows["format"] = f"{slower}, and model.dtype=float32 needs less time here"
+        slower = f"model.dtype={dtype} makes this run slower: this CPU has no bfloat16 instructions"
+        rows["format"] = f"{slower}; use model.dtype=float32 here"
     if not shared.loaded.keeps_states:
         small = "runtime.kept_states_mib is too small to keep what the frozen layers make of the records"
         slower = f"which takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long"
-        rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, keeps it too"
+        rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, can store them too"
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
     return replace(key_value_section(rows), styles=styles)
 
@@ -320,15 +320,15 @@ def _describe_start(about: Mapping[str, Any]) -> str:
     """Describe the adapter that a run starts from, and its prior spending."""
     on = "" if about.get("dataset", UNKNOWN) == UNKNOWN else f" on {about['dataset']}"
     if about.get("public"):
-        spent = "it was trained without privacy on records that are declared to be public"
+        spent = "it was trained without privacy on records declared public"
     elif about["epsilon"] == UNKNOWN:
-        spent = f"what its training spent is unknown{': no run.json lies beside it' if 'head' in about else ''}"
+        spent = f"its training cost is unknown{': no run.json lies beside it' if 'head' in about else ''}"
     elif about["epsilon"] is None:
-        spent = f"its training{on} promises nothing about its records"
+        spent = f"its training{on} gives no privacy guarantee for its records"
     else:
         epsilon = f"epsilon {format_epsilon(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
         spent = f"its training{on} spent {epsilon}"
-    head: dict[object, str] = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
+    head: dict[object, str] = {True: "its head is taken, too", False: "its head has other labels: it starts fresh"}
     what = "the adapter" if "head" in about else "what owes to the adapter"
     known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, head.get(about.get("head"))]
     return "; ".join(filter(None, known))

@@ -31,10 +31,10 @@ def lead_data_warnings(config: RunConfig, *, validation: LeadData | None, test: 
         if data is not None:
             yield from _warn_of_skipped_rows(data.left_out, f"data.{key}_file")
     if test is None:
-        yield "there are no test records, so the run ends without a score: give data.test_file or data.test_fraction"
+        yield "there are no test records, so the run has no final score: set data.test_file or data.test_fraction"
         return
     if config.data.test_file is not None and is_training_file(config, config.data.test_file):
-        yield "data.test_file holds what data.train_file holds: the scores say nothing about new records"
+        yield "data.test_file has the same records as data.train_file: the scores say nothing about new records"
     if "label" in config.bound_task.roles:
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
@@ -54,9 +54,7 @@ def check_decision_scores(config: RunConfig) -> None:
         raise error.under("data") from None
     file = config.data.validation_file
     if file is not None and is_training_file(config, file):
-        bound = (
-            "must not hold what data.train_file holds: its scores decide, and no noise hides the sites' records there"
-        )
+        bound = "has the same records as data.train_file: its scores decide, and no noise protects the sites' records"
         raise ConfigError("data.validation_file", file, bound)
 
 
@@ -71,7 +69,7 @@ def scores_may_decide(config: RunConfig) -> bool:
 
 def _warn_of_skipped_rows(rows: SkippedRows, key: str) -> Iterator[str]:
     if rows.count:
-        yield f"{key}: {rows}; the run leaves them out"
+        yield f"{key}: {rows}; the run skips them"
 
 
 def is_training_file(config: RunConfig, file: str) -> bool:
@@ -115,14 +113,14 @@ def site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
     yield from _warn_of_skipped_rows(dealt.left_out, "data.train_file")
     if dealt.shared_users:
         yield (
-            f"{pluralize(dealt.shared_users, 'id')} of users are in the files of several sites, and count as another "
-            "person at each: if they are one person, the epsilons of the sites add up for that person"
+            f"{pluralize(dealt.shared_users, 'id')} of users are in several sites' files, and count as a different "
+            "person at each site: if they are one person, that person's epsilons add up over the sites"
         )
     far = list(_sites_far_from_declared(config, dealt))
     if far:
         more = f", and {pluralize(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
         yield (
-            f"data.declared_sizes is far from the number of {config.privacy.unit}s there are to train on: "
+            f"data.declared_sizes is far from the number of {config.privacy.unit}s to train on: "
             f"{', '.join(far[:_MOST_NAMED])}{more}. Training divides by the declared size: if it is too "
             "large, each step is too small; if too small, too large"
         )
@@ -134,4 +132,4 @@ def _sites_far_from_declared(config: RunConfig, dealt: Partitioned) -> Iterator[
         by_user = config.privacy.unit == "user"
         true = len(users_of(records.training)) if by_user else len(records.training)
         if name in declared and is_far_from_declared(true, declared[name]):
-            yield f"{name} declares {declared[name]:,} and has {true:,}"
+            yield f"{name} declares {declared[name]:,}, but has {true:,}"

@@ -48,11 +48,11 @@ _CARD = """\
 ![Private to {site}, without a guarantee]({label})
 
 This adapter was trained on the records of {site} **without noise**, from the final adapter of the run {run}.
-No differential privacy protects those records here: whoever holds this folder may learn about them.
+No differential privacy protects those records: anyone who has this folder may learn about them.
 
 - Keep it at {site}. Do not send it to the federation's lead or to anybody else.
-- fedtune begins no run in it. `fedtune export` writes it only with `--private`.
-- When a record is deleted at {site}, make the adapter again: the new one takes this one's place.
+- fedtune starts no run from it. `fedtune export` writes it only with `--private`.
+- When a record is deleted at {site}, train the adapter again: the new one replaces this one.
 
 Made by `fedtune personalize` or `fedtune site personalize` on {day}.
 """
@@ -85,7 +85,7 @@ class Parts:
         choosing, scored = split_heldout(held, fraction=0.5, key=key + b" scored", unit=unit)
         for name, part in {"training": training, "choosing": choosing, "scored": scored}.items():
             if len(part) < FEWEST_RECORDS:
-                bound = f"must be at least {FEWEST_RECORDS}: the site has too few for an own adapter"
+                bound = f"must be at least {FEWEST_RECORDS}: the site has too few records for a personalized adapter"
                 raise DataError(f"records for {name}", str(len(part)), bound)
         return cls(training=training, choosing=choosing, scored=scored, seen=seen)
 
@@ -141,7 +141,9 @@ def personalize(
     fit.fit_best_adapter(shared.first_adapter(), what=f"{site}: training alone")
     save_task_model(shared.model, alone, private_to=site)
     saved.load_into(shared.model)
-    passes = fit.fit_best_adapter(Adapter.from_task_model(shared.model), what=f"{site}: training its own adapter")
+    passes = fit.fit_best_adapter(
+        Adapter.from_task_model(shared.model), what=f"{site}: training its personalized adapter"
+    )
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     record_personalization(
         beside_ledger, run=config.run_id(), day=day
@@ -173,7 +175,7 @@ def _read_personalizations(path: Path) -> list[Any]:
     except (OSError, ValueError):
         made = None
     if not isinstance(made, list):
-        raise RunError(f"{path} cannot be read: put it back from a backup, or move it away")
+        raise RunError(f"{path} cannot be read: restore it from a backup, or move it away")
     return made
 
 

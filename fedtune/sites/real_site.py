@@ -82,7 +82,7 @@ class SiteProcess:
                 "left_out": left_out.count,
                 "share": round(left_out.count / left_out.rows, 3),
             }
-            log.warning("a large part of the records cannot be used for this run", extra=about)
+            log.warning("a large share of the records cannot be used for this run", extra=about)
         return SiteWork(
             files.policy.site,
             shared,
@@ -114,7 +114,7 @@ class SiteProcess:
         log.info("the base model is loaded", extra=about)
         if self._model.moved > 0:
             log.warning(
-                "this machine rounds an example by its neighbors, as the policy accepts: the bound is measured",
+                "on this machine, batch neighbors affect an example's rounding; the policy accepts a measured bound",
                 extra={"moved": self._model.moved},
             )
         return RunModel(self._model, config)
@@ -195,12 +195,12 @@ class RealSite(WorkingSite):
         config = self._localize_settings(read_settings(settings, plan=self.ledger.history.runs[run].proposal.plan))
         shared = self._process.shared_model(config, self._files.policy)
         if not adapter.has_same_shapes(shared.initial_adapter):
-            raise ConfigError("final adapter", run, "must have the names and shapes that the run trained")
+            raise ConfigError("final adapter", run, "must have the tensor names and shapes of the run")
         adapter.load_into(shared.model)
         folder = RunFolder(self._process.adapters / run)
         save_task_model(shared.model, folder.adapter)
         write_durably(folder.config, config_yaml(config))
-        log.info("the final adapter is kept", extra={"run": run})
+        log.info("the final adapter is stored", extra={"run": run})
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:
         """Submit the run to a person at the site for approval, with the settings behind its name and the lead's version

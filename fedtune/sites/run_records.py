@@ -202,7 +202,7 @@ def require_disjoint(records: Sequence[Record], own: RunRecords, *, key: str, fi
         for of, texts in private:
             shared = len(said.keys() & texts)
             if shared > MOST_SHARED * len(texts) or (shared and len(said.keys() & every) > MOST_SHARED * len(said)):
-                bound = f"must hold records of its own: it shares {pluralize(shared, 'text')} with {of}"
+                bound = f"must not share records: it shares {pluralize(shared, 'text')} with {of}"
                 raise ConfigError(key, file, bound)
     if not (may_owe and has_card(file, key=key)):
         require_no_card(file, key=key)
@@ -257,7 +257,7 @@ def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
     """
     if has_card(file, key=key):
         card = card_path(Path(file), ".json").name
-        raise ConfigError(key, file, f"must hold {kind} records: {card} beside it says which runs these owe to")
+        raise ConfigError(key, file, f"must hold {kind} records: {card} next to it lists the runs that they come from")
 
 
 def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
@@ -284,7 +284,7 @@ def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, 
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(place.read_text().split())
         if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
-            bound = f"must hold public records: {place.parent} wrote some of them. Put their card beside them"
+            bound = f"must hold public records: {place.parent} wrote some of them. Put their card next to the file"
             raise ConfigError(key, file, bound)
 
 
@@ -301,7 +301,7 @@ def file_sha256(file: Path, *, key: str) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(key, str(file), f"must be one file, whose SHA-256 is noted ({error.strerror})") from None
+        raise DataError(key, str(file), f"must be one file, to record its SHA-256 ({error.strerror})") from None
 
 
 def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str, str] | None = None) -> list[Record]:
@@ -349,5 +349,5 @@ def _strip_answers(record: Record) -> Record:
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if all(turn["role"] != "user" for turn in turns):
-        raise DataError(record.at("messages"), "no turn of the user", "must have a turn of the user to answer")
+        raise DataError(record.at("messages"), "no user turn", "must have a user turn to answer")
     return Record({"messages": to_compact_json(turns)}, file=record.file, line=record.line)

@@ -160,7 +160,7 @@ class LoadedModel:
         except (ConfigError, RunError) as error:
             if not self._may_be_one:
                 raise
-            log.warning("the run goes on in one process: %s", error)
+            log.warning("the run continues in one process: %s", error)
             return None
         return self._devices
 

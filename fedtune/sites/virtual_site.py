@@ -80,11 +80,11 @@ class VirtualSites:
         """
         kept = config.runtime.sites_dir
         if kept and os.path.lexists(kept) and not Path(kept).is_dir():
-            raise ConfigError("runtime.sites_dir", kept, "must be a folder, or not be there yet")
+            raise ConfigError("runtime.sites_dir", kept, "must be a folder, or not exist yet")
         folder = Path(kept) if kept else RunFolder(run_folder).sites
         # New ledgers would know nothing of what the runs before were charged.
         if config.federation.renewal and not (folder / DEALT).is_file():
-            bound = f"must be the folder of the ledgers of the run that is renewed: no {DEALT} in {folder.absolute()}"
+            bound = f"must be the ledger folder of the renewed run: no {DEALT} in {folder.absolute()}"
             raise ConfigError("runtime.sites_dir", kept, bound)
         return cls(config, folder, plan)
 
@@ -106,7 +106,7 @@ class VirtualSites:
         before = read_partition_settings(path, keys=dealt)
         for key, value in dealt.items():
             if before[key] != value:
-                bound = f"must be {shown(before[key])}: the sites in {self.folder} were dealt their records so"
+                bound = f"must be {shown(before[key])}: the records in {self.folder} were partitioned with it"
                 raise ConfigError(key, value, bound)
 
     def lead_key(self) -> SigningKey:
@@ -152,7 +152,7 @@ class VirtualSites:
         for site in self.config.federation.active:
             path = self.folder / site / POLICY
             if not path.is_file():
-                bound = f"must hold the run's sites ({path} is not there), or be null: then new ones are made"
+                bound = f"must hold the run's sites ({path} is missing); null creates new ones"
                 raise ConfigError("runtime.sites_dir", str(self.folder), bound)
 
     def check_room(self, runs: Sequence[Proposal], *, asked: str, shapes: Sequence[Proposal] = ()) -> None:
@@ -207,7 +207,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
             offer = ledger.make_offer(proposal)
             if not config.can_use(offer):
                 ledger.require_acceptable(proposal)  # names the rule that the whole proposal breaks
-                raise RunError("its budget changed in the meantime; start again")
+                raise RunError("its budget has changed meanwhile; start again")
             offers.append(offer)
         except Refused as refused:
             without[site] = f"{refused.reason}, asked {refused.asked}, allowed {refused.allowed}"
@@ -312,7 +312,7 @@ def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any
         noted = json.loads(path.read_bytes())
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        bound = "restore it: without it nobody knows which records each ledger has counted"
+        bound = "restore it: it records which records each ledger has charged"
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 

@@ -184,14 +184,14 @@ class Task(ABC):
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ConfigError(at, "bytes that are no text", "must be UTF-8") from None
+            raise ConfigError(at, "bytes that are not text", "must be UTF-8") from None
         roles = self.input_columns(data)
         if "messages" in roles:
             return {"messages": to_compact_json([{"role": "user", "content": text}])}
         main = next((role for role in ("text", "prompt", "image", "tokens") if role in roles), None)
         if main is None or set(roles) - OPTIONAL_ROLES != {main}:
             wanted = ", ".join(roles)
-            bound = f"is one text, or one path, and a prompt of this run has {wanted}: give them in a file (--file)"
+            bound = f"is one text or path, but a prompt of this run has {wanted}: give them in a file (--file)"
             raise ConfigError(at, text, bound)
         return {role: text if role == main else "" for role in roles}
 
@@ -205,14 +205,14 @@ class Task(ABC):
         self.check_input(data)
         for role in self.required_roles(data):
             if role not in data.columns:
-                raise ConfigError("columns", dict(data.columns), f"must name the column for role {role!r}")
+                raise ConfigError("columns", dict(data.columns), f"has no column for role {role!r}")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
         if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
             raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{answer[0]}}}")
         known = {*self.required_roles(data), *_ROLES_OF_ALL, *feature_columns(data.features, {})}
         if unknown := [role for role in data.columns if role not in known]:
-            bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
+            bound = f"is not a role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
         for setting in fields(data):
             given = getattr(data, setting.name)
@@ -465,7 +465,7 @@ def require_target_range(data: DataSpec) -> tuple[float, float]:
         ConfigError: for `target_range`: none was declared.
     """
     if data.target_range is None:
-        raise ConfigError("target_range", None, "must be the least and the largest number that a target may be")
+        raise ConfigError("target_range", None, "must be the smallest and the largest number allowed for a target")
     return data.target_range
 
 
@@ -477,7 +477,7 @@ def read_target_number(record: Record, bounds: tuple[float, float]) -> float:
     """
     number, (low, high) = float(record.fields["target"]), bounds
     if not low <= number <= high:
-        bound = f"must lie in data.target_range: {low:g} to {high:g}"
+        bound = f"must be in data.target_range: {low:g} to {high:g}"
         raise DataError(record.at("target"), "outside the range", bound)
     return number
 

@@ -76,7 +76,7 @@ class CausalLM(Task):
     def check_data(self, data: DataSpec) -> None:
         named = [role for role in self.one_of if role in data.columns]
         if len(named) > 1:
-            bound = f"must name one of {', '.join(named)}: what is learned is a chat, a text, or an answer to a prompt"
+            bound = f"must name one of {', '.join(named)}: the model learns a chat, a text, or an answer to a prompt"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if named == ["text"] and data.chat_template != "none":
@@ -137,7 +137,7 @@ class CausalLM(Task):
         try:
             example = _Example(layout.build_prompt(fields))
         except NoConversation as error:
-            bound = "must be turns of user and assistant that end in a user's"
+            bound = "must be user and assistant turns that end with a user turn"
             raise DataError("messages", str(error), bound) from None
         (tokens,) = layout.encode_examples([example], tokenizer)
         return np.array(tokens.numbers[: tokens.context], dtype=np.int32)
@@ -160,7 +160,7 @@ class CausalLM(Task):
         for record, tokens in zip(records, layout.encode_examples(asked, tokenizer), strict=True):
             prompt = replace(tokens, numbers=tokens.numbers[: tokens.context]).truncate(data.max_length).numbers
             if not prompt:
-                raise DataError(record.at("prompt"), "no tokens", "must give a token to generate from")
+                raise DataError(record.at("prompt"), "no tokens", "must have at least one token to generate from")
             prompts.append(np.array(prompt, dtype=np.int32))
         return tuple(prompts), [example.reference for example in examples]
 
@@ -424,7 +424,7 @@ def build_examples(layout: ExampleFormat, records: Iterable[Record], *, lenient:
             examples.append(layout.build_example(record.fields))
         except NoConversation as error:
             examples.append(_Example(()))
-            bound = "must alternate user and assistant turns that the model's own template writes as they are"
+            bound = "must alternate user and assistant turns that the chat template renders unchanged"
             faults.add(DataError(record.at("messages"), str(error), bound), record.line)
     if not lenient:
         faults.raise_if_any()

@@ -83,7 +83,7 @@ class ChatFormat:
         for turn in (*placed, Turn(ANSWER, "")):
             joint = self.joints.get((before, turn.role))
             if joint is None:
-                raise NoConversation("turns in another order")
+                raise NoConversation("turns in a different order")
             if before == ASSISTANT:
                 pieces.append(Piece(self.between, learned=learned))
             pieces.append(Piece(joint))
@@ -137,7 +137,7 @@ def split_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     """
     places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
-        raise NoConversation("no turn of the assistant that is learned")
+        raise NoConversation("no assistant turn to learn")
     return turns[: places[-1]], turns[places[-1]].content
 
 
@@ -203,7 +203,7 @@ def _template_format(tokenizer: Tokenizer, template: str, end: int) -> ChatForma
     plain = {turns: text for turns, text in tried.items() if by_name.isdisjoint(turn.content for turn in turns)}
     ours = [ids for ids, _ in marked.encode([_join_turns(joints, contents, turns) for turns in plain])]
     if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
-        raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
+        raise _NoChain("marks turns with tokens that the tokenizer finds in only some conversations")
 
     behind, last = joints.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
     if last is not None:
@@ -281,7 +281,7 @@ def _derive_format(
         text = _render_turns(template, turns, special)
         spent += template.work
         if spent > _MOST_TRIED:
-            raise _NoChain(f"takes more than {_MOST_TRIED} steps for all the conversations that it is tried on")
+            raise _NoChain(f"takes more than {_MOST_TRIED} steps for all trial conversations")
         return text
 
     one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
@@ -298,7 +298,7 @@ def _derive_format(
     prompt, written = joints[USER, ANSWER], joints[USER, ASSISTANT]
     lead = written.removeprefix(prompt)
     if not written.startswith(prompt) or lead.strip():
-        raise _NoChain("writes other words before an answer than those that ask for one")
+        raise _NoChain("writes different text before an answer than in the generation prompt")
     joints[USER, ASSISTANT] = prompt
     roles = [role for role in (SYSTEM, USER, ASSISTANT) if role != SYSTEM or (START, SYSTEM) in joints]
     # Spaces before an assistant's content, but not before an answer yet to be written, are the model's to write.
@@ -310,7 +310,7 @@ def _derive_format(
         for turns in _test_conversations((*template.texts, *special.values()), has_system=SYSTEM in roles)
     }
     if any(text != _join_turns(joints, contents, turns) for turns, text in tried.items()):
-        raise _NoChain("does not write turns one after another: what it writes of one goes by its place or content")
+        raise _NoChain("does not render turns independently: a turn depends on its position or content")
     return joints, contents, tried
 
 
@@ -320,7 +320,7 @@ def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence
     texts, rest = [], rendered(turns)
     for turn in turns:
         if rest.count(turn.content) != 1:
-            raise _NoChain(f"does not write what the {turn.role} says once, where it stands")
+            raise _NoChain(f"does not write the {turn.role}'s text exactly once, in place")
         before, _, rest = rest.partition(turn.content)
         texts.append(before)
     ends = END if roles[-1] == ASSISTANT else ANSWER
@@ -341,7 +341,7 @@ def _detect_trimming(
 
         if _join_turns(joints, {**contents, role: trimmed}, turns) == text:
             return trimmed
-    raise _NoChain(f"changes what the {role} says")
+    raise _NoChain(f"changes the {role}'s text")
 
 
 def _test_conversations(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:

@@ -107,13 +107,13 @@ class Embedding(Task):
     def check_data(self, data: DataSpec) -> None:
         self.check_input(data)
         if ("anchor" in data.columns) == ("text" in data.columns):
-            bound = "must name either text, other and target, or anchor and positive with what does not belong to them"
+            bound = "must name either text, other and target, or anchor and positive with negatives"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if "text" in data.columns:
             require_target_range(data)
         elif data.target_range is not None:
-            bound = "must stay null: an anchor with what belongs to it has no score"
+            bound = "must stay null: an anchor with its positive has no score"
             raise ConfigError("target_range", data.target_range, bound)
 
     def check_own(self, data: DataSpec) -> None:

@@ -64,7 +64,7 @@ class Image(Text):
     def check_model(self, spec: TaskModelSpec) -> None:
         super().check_model(spec)
         if spec.model.path.startswith(RANDOM) or spec.model.gguf_file:
-            raise ConfigError("model.path", spec.model.path, "must be a model of images for data.input = image")
+            raise ConfigError("model.path", spec.model.path, "must be an image model for data.input = image")
         require_no_label_texts(spec.head, "for data.input = image, whose model cannot read a label's text")
 
     def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
@@ -73,7 +73,7 @@ class Image(Text):
         require_pillow()
         reader = ImageReader(*load_processor(model))
         if base is not None and data.max_length != (places := len(reader.nothing())):
-            bound = f"must be {places}: so many places an image has in this model"
+            bound = f"must be {places}, the number of positions of an image in this model"
             raise ConfigError("data.max_length", data.max_length, bound)
         return reader
 
@@ -102,7 +102,7 @@ class Image(Text):
             try:
                 self.embed_rows(base, blank, torch.ones(blank.shape[:2]).to(blank))
             except Exception as error:
-                bound = f"cannot read images of {reader.side} x {reader.side} pixels, which its processor makes"
+                bound = f"cannot read images of {reader.side} x {reader.side} pixels, which its processor produces"
                 raise ConfigError("model.path", model.path, f"{bound}: {first_line(error)}") from error
 
         check_examples_independent(base, run, places=blank.shape[1])

@@ -146,7 +146,7 @@ class Text(Input):
         check_at_least("max_length", data.max_length, 3)
 
     def check_model(self, spec: TaskModelSpec) -> None:
-        bound = f"must be another one: data.input = {spec.input} needs a base model with an adapter"
+        bound = f"is not suitable: data.input = {spec.input} needs a base model with an adapter"
         if spec.model.path == NO_BASE:
             raise ConfigError("model.path", NO_BASE, bound)
         if spec.lora.kind == NO_ADAPTER:
@@ -222,9 +222,9 @@ class Features(Input):
 
     def check_data(self, data: DataSpec) -> None:
         if not data.features:
-            raise ConfigError("features", [], "must declare the columns that are the record's vector")
+            raise ConfigError("features", [], "is empty: declare the columns of the record's vector")
         if data.max_length != 1:
-            raise ConfigError("max_length", data.max_length, "must be 1 for data.input = features: a vector is not cut")
+            raise ConfigError("max_length", data.max_length, "must be 1 for data.input = features: no vector is cut")
 
     def check_model(self, spec: TaskModelSpec) -> None:
         require_values(

@@ -90,7 +90,7 @@ class PooledTask(Task):
 
     def check_data(self, data: DataSpec) -> None:
         if data.prompt_template != "{prompt}" and (data.input != "text" or "text" not in data.template_roles):
-            bound = "must stay {prompt}, or for texts name {text} and the roles of the texts that stand beside it"
+            bound = "must stay {prompt}, or for texts name {text} and the roles of the other texts"
             raise ConfigError("prompt_template", data.prompt_template, bound)
         super().check_data(data)
 
@@ -106,7 +106,7 @@ class PooledTask(Task):
         """
         marks = tokenizer.num_special_tokens_to_add if "text_pair" in data.columns else None
         if marks and marks(pair=True) <= marks(pair=False):
-            bound = "has a tokenizer without a mark between two texts, which data.columns.text_pair needs"
+            bound = "has a tokenizer without a separator between two texts, which data.columns.text_pair needs"
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:

@@ -230,7 +230,7 @@ def _pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
         if "prompt" not in data.columns:
             asked, other = (split_last_answer(parse_turns(one.fields["messages"]))[0] for one in (chosen, rejected))
             if asked != other:
-                bound = "must have the turns of chosen before its last answer: that answer alone may differ"
+                bound = "must match the turns of chosen except in the last answer"
                 raise DataError(record.at("rejected"), "other turns", bound)
         return chosen, rejected
 
@@ -240,7 +240,7 @@ def _pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
 def _as_completion(record: Record, role: str) -> Record:
     """Return a prompt with the answer in `role` as its completion."""
     if parse_continuation(record.fields[role]) is not None:
-        bound = "must be text beside the text of a prompt; of conversations give the prompt's column the role messages"
+        bound = "must be text, like the prompt; for conversations, give the prompt's column the role messages"
         raise DataError(record.at(role), "a list of turns", bound)
     others = {name: text for name, text in record.fields.items() if name not in _ANSWERS}
     return replace(record, fields={**others, "completion": record.fields[role]})
@@ -253,5 +253,5 @@ def _as_conversation(record: Record, role: str) -> Record:
         raise DataError(record.at(role), "text", "must be a list of turns: no column prompt is named")
     turns = [turn._asdict() for turn in parse_turns(record.fields.get("messages", "[]"))] + said
     if turns[-1]["role"] != ASSISTANT:
-        raise DataError(record.at(role), turns[-1]["role"], "must end in a turn of the assistant")
+        raise DataError(record.at(role), turns[-1]["role"], "must end with an assistant turn")
     return replace(record, fields={"messages": read_messages(turns, at=record.at(role))})

@@ -37,7 +37,7 @@ def get_task(name: str, given: object = None) -> Task:
         ConfigError: for `task`, where there is none, or for one of `task_settings`.
     """
     if name == "cox":
-        bound = "couples records: each one's partial likelihood has all that were still followed in it, and clipping "
-        raise ConfigError("task", name, f"{bound}would not bound what one record does; use task=survival")
+        bound = "couples records: each partial likelihood depends on all records still at risk, so clipping "
+        raise ConfigError("task", name, f"{bound}would not bound one record's influence; use task=survival")
     check_one_of("task", name, TASKS)
     return TASKS[name] if given is None else TASKS[name].with_settings(given)

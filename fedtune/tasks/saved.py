@@ -105,7 +105,7 @@ class SavedAdapter:
             raise ConfigError("adapter", str(path), f"{bound} ({error.strerror})") from error
         check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="adapter")
         if (site := settings.pop(PRIVATE_TO, None)) is not None and not private:
-            bound = f"is private to {shown(site)}, without a guarantee: what is made from it may not leave that site"
+            bound = f"is private to {shown(site)}, without a guarantee: nothing derived from it may leave that site"
             raise ConfigError("adapter", str(folder), bound)
         with errors_in(path):
             digest, own = str(settings.pop("adapter_digest", None)), settings.pop("task_settings", {})
@@ -148,15 +148,15 @@ class SavedAdapter:
         for name in [name for name, is_wanted in wanted.items() if is_wanted]:
             file = self.folder / f"{name}.safetensors"
             if not file.is_file():
-                raise self._invalid_adapter(f"must hold the adapter's tensors, in {file.name} too")
+                raise self._invalid_adapter(f"has no {file.name} with the adapter's tensors")
             try:
                 read[name] = load_file(file)
             except (OSError, SafetensorError) as error:
-                raise self._invalid_adapter("must hold the adapter's tensors (a file is damaged)") from error
+                raise self._invalid_adapter("has a damaged file of the adapter's tensors") from error
         tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
         tensors |= read["offsets"]
         if lora.effective_rank not in {1, *(length for array in tensors.values() for length in array.shape)}:
-            raise ConfigError("lora.rank", lora.rank, "must be that of the saved matrices")
+            raise ConfigError("lora.rank", lora.rank, "must match the saved matrices")
         # Without an A that FFA-LoRA froze, all that votes leave as it is, and a head that was left so.
         moves = {name for name in tensors if not task.counts_units and (lora.train_a or ".lora_A." not in name)}
         trained = {name: tensors[name] for name in moves}
@@ -167,7 +167,7 @@ class SavedAdapter:
         except AdapterError as error:
             raise self._invalid_adapter(f"must hold an adapter's tensors: {error}") from None
         if digest != self.digest:
-            raise self._invalid_adapter(f"must hold the tensors that its {_SETTINGS} names by digest; it holds others")
+            raise self._invalid_adapter(f"must hold the tensors with the digest in its {_SETTINGS}")
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
@@ -196,7 +196,7 @@ class SavedAdapter:
             ConfigError: for `adapter`; the message names the first difference.
         """
         for key, was, now in _differing_settings(_MEANING, self.spec, other):
-            bound = f"must be tuned on the same model: {_MEANING[key]} is {shown(was, 30)}, not {shown(now, 30)}"
+            bound = f"was tuned on a different model: {_MEANING[key]} is {shown(was, 30)}, not {shown(now, 30)}"
             raise self._invalid_adapter(bound)
 
     def can_reuse_head(self, spec: TaskModelSpec) -> bool:
@@ -224,7 +224,7 @@ class SavedAdapter:
             for key, was, now in _differing_settings(keys, self.spec, spec)
         ]
         if found:
-            bound = f"must be of the same task and LoRA settings as the run: {'; '.join(found)}"
+            bound = f"must have the run's task and LoRA settings: {'; '.join(found)}"
             raise ConfigError("model.adapter", str(self.folder), bound)
 
     def initial_adapter_for(self, model: TaskModel) -> Adapter:
@@ -236,7 +236,7 @@ class SavedAdapter:
         self.require_compatible(model.spec)
         was, now = self.spec.model.sha256, model_sha256(model.spec.model)
         if was != now:
-            bound = f"must be of the run's own base model, whose hash is {now}; it was tuned for {was}"
+            bound = f"was tuned for base model {was}, but the run's is {now}"
             raise ConfigError("model.adapter", str(self.folder), bound)
         parameters = model.adapter_parameters()
         try:
@@ -254,16 +254,16 @@ class SavedAdapter:
                     taken[name][[now_of.index(output) for output in was_of]] = saved[name]
             start = Adapter({name: one for name, one in here.items() if name.startswith(_HEAD)} | taken)
             if not start.has_same_shapes(Adapter(here)):
-                raise AdapterError("it has other tensors than the run")
+                raise AdapterError("its tensors differ from the run's")
             if not all(bool(np.isfinite(one).all()) for one in taken.values()):
                 raise AdapterError("it has values that are not finite")
             for name, one in taken.items():
                 if not parameters[name].requires_grad and not np.allclose(one, here[name], atol=_SAME):
                     raise AdapterError(
-                        f"the run does not train {name}, and has another (its seed was {self.spec.seed})"
+                        f"the run does not train {name}, and has a different one (saved with seed {self.spec.seed})"
                     )
         except (ConfigError, AdapterError) as error:
-            raise ConfigError("model.adapter", str(self.folder), f"cannot be begun with: {error}") from error
+            raise ConfigError("model.adapter", str(self.folder), f"cannot be the starting point: {error}") from error
         return Adapter({name: start.tensors[name] for name in model.trainable()})
 
 

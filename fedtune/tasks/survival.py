@@ -77,10 +77,10 @@ class Survival(PooledTask):
         def known(record: Record) -> npt.NDArray[np.int8]:
             time, event = float(record.fields["time"]), came.get(normalize_category(record.fields["event"]))
             if event is None:
-                bound = "must be 1 or true where it came, else 0 or false; or one of data.event_values"
+                bound = "must be 1 or true for an event, else 0 or false; or one of data.event_values"
                 raise DataError(record.at("event"), "another value", bound)
             if time < 0:
-                raise DataError(record.at("time"), "a number below 0", "must be the time since a record's beginning")
+                raise DataError(record.at("time"), "a number below 0", "must be the time since the start of the record")
             found = np.full(len(ends), UNSUPERVISED, dtype=np.int8)
             found[: int((ends < time).sum() if event else (ends <= time).sum())] = 0
             if event and time <= ends[-1]:
@@ -172,7 +172,7 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
     known = [place for place in range(count) if stays[place + 1] > 0]
     if not known:
         bound = "needs records that were followed through the first interval, or had their events in it"
-        raise DataError("evaluation data", "no interval after which anybody's state is known", bound)
+        raise DataError("evaluation data", "no interval with a known state at its end", bound)
     total = 0.0
     for place in known:
         came, still = event & (followed <= place), followed > place

@@ -93,7 +93,7 @@ class TokenClassification(Task):
     def check_model(self, spec: TaskModelSpec) -> None:
         for label in spec.labels:
             if label == "O" or re.match(r"[BI]-", label):
-                raise ConfigError("data.labels", label, "must be a type of entities, without B- or I-, and not O")
+                raise ConfigError("data.labels", label, "must be an entity type without B- or I-, and not O")
         require_no_label_texts(spec.head, f"for {self.name}, whose head is one of tokens")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
@@ -106,7 +106,7 @@ class TokenClassification(Task):
         if getattr(tokenizer, "backend_tokenizer", None) is not None:
             words = [word for word in next(encode_words(["a b"], tokenizer, max_length=9))[1] if word != _NO_WORD]
         if len(words) < 2:
-            bound = f"must be a model whose tokenizer finds the words of a text, for task {self.name}"
+            bound = f"must be a model whose tokenizer reports word boundaries, for task {self.name}"
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
@@ -351,9 +351,9 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
     def of_tokens(record: Record) -> Marked:
         tokens, tags = (record.fields[role].split("\n") for role in ("tokens", "tags"))
         if len(tags) != len(tokens):
-            raise DataError(record.at("tags"), "another number of tags", "must be one for each of the tokens")
+            raise DataError(record.at("tags"), "another number of tags", "must have one tag per token")
         if "" in tags:
-            raise DataError(record.at("tags"), "a blank tag", "must be O or the name of a type behind B- or I-")
+            raise DataError(record.at("tags"), "a blank tag", "must be O, or a type name after B- or I-")
         entities, _ = entities_from_tags(tags, places)
         starts = [0, *accumulate(len(token) + 1 for token in tokens)]
         found = ((starts[a], starts[b] - 1, place_of(name, places, record, role="tags")) for a, b, name in entities)
@@ -371,12 +371,12 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
             inside = characters if in_units else range(len(text) + 1)
             start, stop = (int(inside[first]), int(inside[end])) if 0 <= first <= end < len(inside) else (0, 0)
             if start == stop:
-                bound = "must have 0 <= start < end, and end at most the characters of its text"
+                bound = "must have 0 <= start < end <= the length of its text"
                 raise DataError(at, "a span outside the text", bound)
             entities.append((start, stop, place_of(name, places, record, role="spans")))
         entities.sort()
         if any(one[1] > other[0] for one, other in pairwise(entities)):
-            raise DataError(at, "spans that overlap", "must not share a character: a word has one label")
+            raise DataError(at, "spans that overlap", "must not overlap: a word has one label")
         return text, entities
 
     return of_spans if "text" in data.columns else of_tokens

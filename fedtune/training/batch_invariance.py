@@ -120,7 +120,7 @@ def _convert_model_errors(model: TaskModel, shapes: Shapes) -> Iterator[None]:
     except ConfigError:
         raise
     except torch.OutOfMemoryError as error:
-        bound = f"must be smaller: the device has no room for such a micro-batch ({first_line(error)})"
+        bound = f"must be smaller: the device is out of memory for this micro-batch ({first_line(error)})"
         raise ConfigError("runtime.micro_batch_tokens", shapes.max_tokens, bound) from None
     except Exception as error:
         bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {first_line(error)}"
@@ -208,11 +208,11 @@ def require_batch_invariance(moved: float, *, path: str, inexact_allowed: bool) 
         ConfigError: for `model.path`.
     """
     if moved > _LARGEST_ROUNDING:
-        bound = "mixes the examples of a batch, or chooses by what they round, so that none can be clipped by itself"
+        bound = "mixes the examples of a batch, or depends on their rounding, so that none can be clipped separately"
         raise ConfigError("model.path", path, bound)
     if moved > 0 and not inexact_allowed:
         bound = (
-            "has another gradient for an example when other examples share its micro-batch on this machine (by up to "
+            "gives an example a different gradient when other examples share its micro-batch here (by up to "
             f"{moved:.1e} clip norms), so the bound on one record is not exact here; a site may accept that: "
             "inexact_gradients = true under [allow] in site.toml"
         )

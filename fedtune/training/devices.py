@@ -158,7 +158,7 @@ class Devices:
         if expected is not None and (self._facts in _differ or set(self._crew.collect_answers()) != {expected}):
             _differ.add(self._facts)
             self._crew.end()
-            bound = "needs devices that compute the same gradients, bit for bit; those of this machine do not: use 1"
+            bound = "needs devices with bitwise equal gradients; this machine's devices differ: use 1"
             raise ConfigError("runtime.num_devices", len(self), bound)
         return self._crew
 
@@ -284,7 +284,7 @@ def devices_for_run(runtime: RuntimeSpec) -> list[torch.device]:
     if first.type == "cpu":
         return [first] * count
     if count > (there := torch.accelerator.device_count()):
-        raise ConfigError("runtime.num_devices", count, f"must be at most {there}: more GPUs are not there")
+        raise ConfigError("runtime.num_devices", count, f"must be at most {there}, the number of GPUs")
     return [first, *(torch.device(first.type, number) for number in range(1, count))]
 
 
@@ -371,7 +371,7 @@ class _Crew:
 
     def _fail(self, why: str) -> NoReturn:
         self.end()
-        raise RunError(f"a device of this machine failed, so that nothing of this round is released ({why})")
+        raise RunError(f"a device of this machine failed, so nothing is released from this round ({why})")
 
 
 def _set_send_timeout(pipe: Connection) -> None:

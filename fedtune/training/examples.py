@@ -197,7 +197,7 @@ class SiteExamples(Units):
                 try:
                     kept = allocate_states(self.num_tokens, states.shape[-1], dtype=states.dtype, folder=folder)
                 except OSError:
-                    log.warning("the disk has no room for what the frozen layers make of the records", exc_info=True)
+                    log.warning("the disk has no room for the outputs of the frozen layers", exc_info=True)
                     return
             rows, columns, places = self._token_positions(part, batch)
             usable = (states.isfinite().all(dim=-1) | (batch.attention_mask == 0)).all(dim=1)
@@ -255,7 +255,7 @@ def _compute_each(
         with panics_as_errors():
             return compute(batch)
     except Exception:
-        log.exception("the frozen model failed on a micro-batch; its examples are tried one at a time")
+        log.exception("the frozen model failed on a micro-batch; retrying its examples one at a time")
     nothing, each = compute_each_alone(compute, batch)
     if nothing is None:
         return None

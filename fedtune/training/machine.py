@@ -55,7 +55,7 @@ def resolve_device(wanted: str, *, must_exist: bool = True) -> torch.device:
     there = None if wanted == "cpu" else find_accelerator()
     if wanted == "cuda" and (there is None or there.type != "cuda"):
         if must_exist:
-            bound = "needs a GPU and a torch build with CUDA; neither 'auto' nor 'cpu' does"
+            bound = "needs a GPU and a torch build with CUDA; 'auto' and 'cpu' do not"
             raise ConfigError("runtime.device", wanted, bound)
         there = None
     return there or torch.device("cpu")
@@ -258,7 +258,7 @@ def frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: 
         with tempfile.TemporaryFile(dir=folder):
             free_mib = shutil.disk_usage(folder).free / 2**20
     except OSError as error:
-        bound = f"must be a folder in which this process may write ({error.strerror})"
+        bound = f"must be a folder that this process can write to ({error.strerror})"
         raise ConfigError("runtime.kept_states_folder", runtime.kept_states_folder, bound) from None
     return folder if frozen_states_mib(model, num_tokens=num_tokens) <= free_mib / 2 else None
 

@@ -62,7 +62,7 @@ class PerExampleGradients:
         except ConfigError:
             raise
         except Exception:
-            log.exception("a micro-batch failed; its examples are tried one at a time")
+            log.exception("a micro-batch failed; retrying its examples one at a time")
         nothing, each = compute_each_alone(self.of_all, batch)
         gradients = {name: zeros.clone() for name, zeros in nothing.items()}
         for row in range(len(batch)):

@@ -88,6 +88,8 @@ def limit_sum_length(
     length = float(np.sqrt(np.square(total, dtype=np.float64).sum()))
     if length <= longest:
         return total
-    log.warning("a secure sum is %.3g times as long as one of honest sites can be; it is held back", length / longest)
+    log.warning(
+        "a secure aggregate is %.3g times as long as honest sites can produce; it is withheld", length / longest
+    )
     shorter: npt.NDArray[np.int64] = np.rint(total * (longest / length)).astype(np.int64)
     return shorter

@@ -56,7 +56,7 @@ class TrainingSpec:
         for key in ("head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
             if getattr(self, key) is not None:
                 if self.learning_rate == "auto":
-                    raise ConfigError(key, getattr(self, key), "must be null where training.learning_rate is auto")
+                    raise ConfigError(key, getattr(self, key), "must be null if training.learning_rate is auto")
                 _check_rate(key, getattr(self, key))
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_most("weight_decay", self.weight_decay, _LARGEST_RATE)
@@ -159,7 +159,7 @@ class RuntimeSpec(Machine):
             if not re.fullmatch(r"auto|[^\s/]+:\d+", self.ray_address):
                 raise ConfigError("ray_address", self.ray_address, "must be HOST:PORT, or auto")
             if self.num_threads is None:
-                bound = "must be a number with runtime.ray_address: the CPUs of its node that each site takes"
+                bound = "must be a number with runtime.ray_address: the CPUs of the node for each site"
                 raise ConfigError("num_threads", None, bound)
         if self.sites_per_gpu is not None:
             check_at_least("sites_per_gpu", self.sites_per_gpu, 1)

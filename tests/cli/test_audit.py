@@ -69,7 +69,7 @@ def test_audit_verdict_corrects_for_multiple_bounds(tmp_path: Path) -> None:
     assert (alone.exceeded, "wrong" in said) == (True, True)
     among, said = found(tmp_path, bound("a", barely), *(bound(f"b{n}", 100) for n in range(5)))
     assert (among.exceeded, refuted_bounds(among)) == (False, ())
-    assert "The bound at a is above its claim by itself, but so little that it may be by chance" in said
+    assert "The bound at a exceeds its claim on its own, but so little that it may be chance" in said
     assert "No bound is above its claim" not in said
     broken, said = found(tmp_path, bound("a", 200), *(bound(f"b{n}", barely) for n in range(5)))
     assert [one.site for one in refuted_bounds(broken)] == ["a"]

@@ -128,7 +128,7 @@ def test_disk_error_is_one_message_and_writes_no_file(made: Path, monkeypatch: p
     before, error = files_in(made), OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(data, "write_clean", Mock(side_effect=error))
     message = command("data", "clean", "tickets.yaml", "--out", "a.jsonl").failed()
-    assert message == "--out = 'a.jsonl': must be a new file that can be written (Input/output error)"
+    assert message == "--out = 'a.jsonl': cannot be written (Input/output error)"
     assert files_in(made) == before
 
 

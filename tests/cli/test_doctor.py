@@ -16,7 +16,7 @@ from . import snapshots
 KEY = "0123456789abcdef" * 4
 CHECKS = [
     ok("policy", "can be read"),
-    warning("anchor's place", "on the ledger's own disk: " + "both can be put back " * 4, fix="Move it."),
+    warning("anchor's place", "on the ledger's own disk: " + "both can be rolled back " * 4, fix="Move it."),
     failed("data discharge_letters", "holds no record", fix=f'Write under [allow]: leads = ["{KEY}", "{KEY}"]'),
     skipped("clock", "nobody could be asked"),
 ]

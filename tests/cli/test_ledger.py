@@ -73,7 +73,7 @@ def test_new_ledger_has_no_spending_and_seeded_runs_no_guarantee(site: Any) -> N
     site.open()
     out = command("ledger", "spent", str(site.ledger)).out
     assert "Nothing was spent yet" in out
-    assert "No run was accepted yet." in out
+    assert "No run has been accepted yet." in out
     site.charge(site.proposal("study", seeded_noise=True), 1)
     assert command("ledger", "spent", str(site.ledger)).out.count("NO GUARANTEE") == 2
     assert "NO GUARANTEE" in command("ledger", "show", str(site.ledger)).out
@@ -100,14 +100,14 @@ def test_freeze_requires_a_reason_and_leaves_no_budget(lived: Any) -> None:
     lived.open()
     assert "The lifetime cap was changed: at most 6" in command("ledger", "spent", str(lived.ledger)).out
     freeze = ("ledger", "freeze", "--policy", str(lived.site_toml), "--why")
-    assert command(*freeze, " ").failed() == "--why = ' ': must say why; the ledger keeps it"
+    assert command(*freeze, " ").failed() == "--why = ' ': must give a reason; the ledger stores it"
     assert command(*freeze, "consent withdrawn").code == 0
     lived.ask_too_much(lived.proposal("late"))
     out = command("ledger", "show", str(lived.ledger)).out
     assert "all training has ended: consent withdrawn" in out
     spent = command("ledger", "spent", str(lived.ledger))
     assert "FROZEN" in spent.out
-    assert "nothing, since it is frozen" in spent.out
+    assert "nothing, because it is frozen" in spent.out
     figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
     assert (figures["frozen"], figures["left"], figures["reference_runs_left"]) == (True, 0, 0)
     lived.ledger.unlink()
@@ -162,10 +162,10 @@ def test_restore_charges_once_and_creates_no_ledger(put_back: Any, tmp_path: Pat
     assert restored(put_back, "--anchor", str(lost)).code == 0
     before = put_back.ledger.read_bytes()
     assert "Nothing was charged" in restored(put_back, "--anchor", str(lost)).printed
-    assert "lacks nothing" in restored(put_back, "--anchor", str(put_back.anchor)).printed
+    assert "has every event" in restored(put_back, "--anchor", str(put_back.anchor)).printed
     assert put_back.ledger.read_bytes() == before
     put_back.write_policy(anchor='""')
-    assert restored(put_back).failed() == "--anchor: is required, since the policy names no anchor"
+    assert restored(put_back).failed() == "--anchor: is required, because the policy names no anchor"
     put_back.ledger.unlink()
     assert "ledger.db': must be a ledger" in restored(put_back, "--anchor", str(lost)).failed()
     assert not put_back.ledger.exists()

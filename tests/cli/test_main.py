@@ -178,7 +178,7 @@ def test_unencodable_characters_are_printed_as_question_marks(encoding: str) -> 
 
 
 def test_full_disk_is_named_in_the_error_message(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = "make room, and give the command again"
+    again = "free some space, and run the command again"
     with open("/dev/full", "wb") as full:
         assert started("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full; {again}\n")
     folder = tmp_path / "disk"

@@ -136,7 +136,7 @@ def test_plan_checks_a_policy_and_suggests_acceptable_settings(
     # It is asked about the plan that was solved for.
     outcome = plan("--target=rounds", "privacy.epsilon=1", policy)
     assert "max_rounds" in outcome.out
-    assert "Would be accepted: 4 rounds, all else as planned." in outcome.out
+    assert "Would be accepted: 4 rounds, everything else as planned." in outcome.out
     monkeypatch.setattr("fedtune.config.fastest_dtype", lambda _: "mixed")  # which no site is asked to allow
     said = plan_json("model.dtype=auto", policy)
     (told,) = said["policies"]

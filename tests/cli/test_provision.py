@@ -80,7 +80,7 @@ def test_provisioning_changes_nothing_before_confirmation(
     assert outcome.code == 1
     assert outcome.message.startswith("nothing is changed: north comes in once its keys are compared. If one differed")
     assert files_in(Path("cardiology")) == before
-    assert "Did the site read out the same? [y/N]" in outcome.out
+    assert "Did the site read out the same keys? [y/N]" in outcome.out
     assert groups(next_steps(request.parent)) < groups(outcome.out)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert command("provision", *words).code == 0

@@ -137,7 +137,7 @@ def test_run_without_a_server_can_be_resumed(kit: Kit, tmp_path: Path) -> None:
     assert (again.code, "127.0.0.1:9 cannot be reached" in again.err.splitlines()[-1]) == (1, True)
     other = ("training.local_steps=9", "--kit", str(kit.folder))
     message = command("run", "resume", str(tmp_path / "one"), *other).failed()
-    assert "was made with another configuration (training.local_steps was 2, is 9)" in message
+    assert "has a different configuration (training.local_steps was 2, is 9)" in message
 
 
 def test_sweep_over_real_sites_states_its_privacy_cost_first(kit: Kit, tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_run_stop_ends_only_the_recorded_process(folder: Path, runner: Any, monk
     stop = ("run", "stop", str(folder))
     assert command(*stop).printed == f"{folder} is not running.\n"
     process = runner()
-    assert command(*stop).printed == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.\n"
+    assert command(*stop).printed == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` resumes it.\n"
     assert process.wait(timeout=5) != 0
     monkeypatch.setattr("fedtune.cli.run._STOP_S", 0.3)
     process = runner(deaf=True)
     message = command(*stop).failed(1)
     assert message.startswith(f"process {process.pid} has not stopped within 0.3 s")
     (folder / "running.json").unlink()
-    assert "does not say in which process" in command(*stop).failed(1)
+    assert "its process is unknown" in command(*stop).failed(1)
     assert process.poll() is None
 
 
@@ -232,7 +232,7 @@ def ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Fede
     return asked
 
 
-SILENT = "Not reached: {}; their budget is free when the run expires."
+SILENT = "Not reached: {}; their budget is released when the run expires."
 
 
 def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner: Any, ended: list[Any]) -> None:
@@ -253,7 +253,7 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended: 
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
     assert command(*stop, whole).out == f"Told that it is over: north, west.\n{SILENT.format('south')}\n"
     message = command(*stop, "runs/trial").failed()
-    assert "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it" in message
+    assert "must be a run folder, or a run's full name as in a site's `fedtune ledger show`" in message
     ledger = SiteLedger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem"))
     book = kit.folder / "receipts.json"
     save_receipts(book, {"north": ledger.sign_receipt(whole)})
@@ -278,7 +278,7 @@ def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch
 
 def test_resumed_run_keeps_its_sites_and_runs_in_one_process(kit: Kit, folder: Path) -> None:
     message = command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder)).failed()
-    assert message == "sites = '[north]': cannot change in a run that is resumed"
+    assert message == "sites = '[north]': cannot be changed when a run is resumed"
     assert "must be a run folder" in command("run", "resume", str(folder / "no"), "--kit", str(kit.folder)).failed()
     with (folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

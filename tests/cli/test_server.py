@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("own_process")
 @pytest.mark.parametrize(
     ("wrong", "words", "message"),
     [
-        ("no kit", (), "^kit = '.*': must be the folder of a server's kit; it holds no kit.toml$"),
+        ("no kit", (), "^kit = '.*': must be the folder of a server's kit; it has no kit.toml$"),
         ("a lead's", (), "lead/kit.toml: kind = 'lead': must be 'server' here$"),
         ("no data", ("--data", "nowhere"), "^--data = 'nowhere': must be a folder$"),
         ("expired", (), "is when the certificate expired: ask for `fedtune provision renew-server`"),

@@ -77,7 +77,7 @@ def test_approval_shows_the_epsilon_and_lets_the_run_start(north: Here) -> None:
     assert 0 < before < after < 5
     price = format_epsilon(epsilon_pld([asked.plan.full_event], delta))
     assert f"epsilon {price} at delta 1e-05 for each record, for the whole run" in out
-    assert f"epsilon {format_epsilon(before)} is taken, {format_epsilon(after)} with this run" in out
+    assert f"epsilon {format_epsilon(before)} is spent, {format_epsilon(after)} with this run" in out
     assert set(ledger.history.approved) == {earlier.digest(), asked.digest()}
     assert reserve(ledger, asked)
     assert north.state.list_pending_runs() == []
@@ -171,7 +171,7 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
     assert approve(north, TRIAGE, by="deny").code == 2
     assert len(north.state.list_pending_runs()) == 2
     told = approve(north, TRIAGE, "--reason", "not [red] in summer", by="deny")
-    assert told.printed[:30] == "Denied, and noted in the ledge"
+    assert told.printed[:30] == "Denied, and recorded in the ledge"
     assert [pending.proposal for pending in north.state.list_pending_runs()] == [other]
     for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
         assert reason_of(reserve, north.open(), proposal) is why
@@ -195,7 +195,7 @@ def test_denying_a_started_run_records_the_person_responsible(north: Here, monke
     north.charge(asked, 1, committed=False)
     north.charge(other, 1, committed=False)
     said = approve(north, TRIAGE, "--reason", "consent withdrawn", by="deny")
-    assert "no further round is charged, and no reply of it leaves" in " ".join(said.printed.split())
+    assert "no further round is charged, and no further reply is sent" in " ".join(said.printed.split())
     assert reason_of(reserve, north.open(), asked, 2) is Reason.DENIED
     reserve(north.open(), other, 2)
     assert f"waits for approval or has begun: {OTHER}" in approve(north, TRIAGE, "--reason", "x", by="deny").failed()
@@ -266,7 +266,7 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
         outcome = command("site", "start", *north.words)
     assert outcome.code == 2
     warning, message = outcome.err.splitlines()
-    assert f"is being served by process {os.getpid()} already" in message
+    assert f"is already used by process {os.getpid()} already" in message
     assert json.loads(warning)["event"].startswith("the kit's lead is not among the policy's allow.leads: all its")
     for key in (north.folder / "kit" / "connection_key.pem", north.folder / "site_key.pem"):
         key.chmod(0o640)
@@ -291,7 +291,7 @@ def test_site_does_not_start_with_a_missing_or_different_ledger(north: Here) -> 
     ledger.unlink()
     gone = command("site", "start", *north.words)
     assert gone.code == 1
-    assert gone.err.splitlines()[-1].endswith(f"ledger {ledger} is gone, and this site has served one; put it back")
+    assert gone.err.splitlines()[-1].endswith(f"ledger {ledger} is missing, but this site has used one; restore it")
     assert not ledger.exists(), "nor is a new one made"
     north.open()
     another = command("site", "start", *north.words)
@@ -368,7 +368,7 @@ def test_ledger_of_another_site_or_policy_is_refused(typed: str, lived: Any) -> 
     outcome = command("site", "check-policy", str(lived.site_toml))
     message = outcome.failed().removeprefix(f"{lived.site_toml}: ")
     snapshots.check_message("site-ledgers", typed, message)
-    assert "It does not fit this policy" in outcome.out
+    assert "It does not match this policy" in outcome.out
     told = json.loads(command("site", "check-policy", str(lived.site_toml), "--json").out)["ledger"]
     assert [difference["key"] for difference in told["differences"]] == [message.partition(" = ")[0]]
 

@@ -135,7 +135,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
     message = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *asked).failed()
     assert "must hold public records" in message
-    assert "writer wrote some of them. Put their card beside them" in message
+    assert "writer wrote some of them. Put their card next to the file" in message
 
 
 def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Pa
     assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
     refused = ("synthesize", str(runs / "writer"), *options, "--to", str(tmp_path / "no.jsonl"))
     for more in (("--codes", str(runs / "codes.jsonl")), ("--votes", str(runs / "shares"))):
-        assert "must be given without --codes and --votes" in command(*refused, *more).failed()
+        assert "conflicts with --codes and --votes" in command(*refused, *more).failed()
 
 
 def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
     for options, said in (
         ((), "--votes = null: must be given, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
-        (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only there"),
+        (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only then"),
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
         (("--labels", str(private_to_a_site(folder, tmp_path / "own"))), "is private to 'site-1', without a guarantee"),
     ):
@@ -335,17 +335,17 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
     config, told = api.load(other).config, json.loads((other / "run.json").read_text())
     votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no.jsonl"))
     for named, said in (
-        (told | {"adapter_digest": "0" * 64}, "must hold the adapter that its run.json names"),
-        (told | {"adapter_digest": None}, "must hold the adapter that its run.json names"),
-        ({"schema_version": 3}, "must hold the adapter that its run.json names"),
-        (None, "must hold its run.json, which names its adapter"),
+        (told | {"adapter_digest": "0" * 64}, "its adapter does not match adapter_digest"),
+        (told | {"adapter_digest": None}, "its adapter does not match adapter_digest"),
+        ({"schema_version": 3}, "its adapter does not match adapter_digest"),
+        (None, "has no run.json with its adapter's digest"),
     ):
         (other / "run.json").write_text(json.dumps(named)) if named else (other / "run.json").unlink()
         assert said in command(*votes).failed()
         with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{re.escape(said)}"):
             with_start_adapter(replace(config, model=replace(config.model, adapter=str(other))))
     copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
-    assert "it has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
+    assert "has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
     assert command("simulate", f"resume={other}").code == 0, "as the messages say"
     assert api.load(other).adapter
     vote(other, 3.0, 1.0)

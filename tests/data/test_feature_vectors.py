@@ -132,7 +132,7 @@ def test_accepted_ranges_are_exact_enough_in_float32(low: float) -> None:
 
 
 def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
-    with pytest.raises(ConfigError, match="must be declared once"):
+    with pytest.raises(ConfigError, match="is declared twice"):
         data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
     for columns in ({"label": "age"}, {"label": "y", "feature:age": "crp"}, {"event": "y", "feature:crp": "y"}):
         with pytest.raises(ConfigError, match="must be the column of one feature, and not of the answer"):

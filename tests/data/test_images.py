@@ -74,12 +74,12 @@ def png(width: int, height: int) -> bytes:
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "no image that can be decoded"),
-    "text": (b"\xffno image", "no image that can be decoded"),
-    "cut off": (WHOLE[:-60], "no image that can be decoded"),
-    "a bit flipped": (WHOLE[:60] + bytes([WHOLE[60] ^ 255]) + WHOLE[61:], "no image that can be decoded"),
-    "a cut JPEG": (JPEG[:-900], "no image that can be decoded"),
-    "another format": (encoded(picture(), "GIF"), "no image that can be decoded"),
+    "nothing": (b"", "not a decodable image"),
+    "text": (b"\xffno image", "not a decodable image"),
+    "cut off": (WHOLE[:-60], "not a decodable image"),
+    "a bit flipped": (WHOLE[:60] + bytes([WHOLE[60] ^ 255]) + WHOLE[61:], "not a decodable image"),
+    "a cut JPEG": (JPEG[:-900], "not a decodable image"),
+    "another format": (encoded(picture(), "GIF"), "not a decodable image"),
     "too many pixels": (png(10_000, 5_001), "50,010,000 pixels"),
     "a bomb": (png(60_000, 60_000), "far too many pixels"),
     "a line": (png(2_000, 99), "2000 by 99 pixels"),
@@ -110,7 +110,7 @@ def test_oversized_images_are_refused_and_missing_pillow_is_named(
     record = Record({"image": "a.png"}, file=str(tmp_path / "rows.csv"), line=1)
     with monkeypatch.context() as patched:
         patched.setattr(images, "MOST_BYTES", len(WHOLE) - 1)
-        with pytest.raises(DataError, match=r"must have at most .* bytes an image"):
+        with pytest.raises(DataError, match=r"must have at most .* bytes per image"):
             decoded(record)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ConfigError, match=r"needs Pillow: pip install "):
@@ -120,10 +120,10 @@ def test_oversized_images_are_refused_and_missing_pillow_is_named(
 @pytest.mark.parametrize(
     ("path", "found"),
     [
-        *((path, "a path out of the folder") for path in ("../out.png", "/dev/zero", "sub/../../out.png", "link.png")),
+        *((path, "a path outside the folder") for path in ("../out.png", "/dev/zero", "sub/../../out.png", "link.png")),
         *((path, "no such file") for path in ("nothing.png", ".", "pipe.png")),
         *((path, "a file that cannot be read") for path in ("nu\0ll.png", "x" * 5000, "loop.png")),
-        ("data:;base64,@@", "text that is no base64"),
+        ("data:;base64,@@", "text that is not base64"),
     ],
 )
 def test_image_paths_must_stay_below_the_table_folder(path: str, found: str, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_image_paths_must_stay_below_the_table_folder(path: str, found: str, tmp
     assert str(caught.value).startswith(f"{file}:7, image = '{found}': must ")
 
 
-@pytest.mark.parametrize(("path", "why"), [("sub\\in.png", "must have / between"), ("sub/IN.PNG", "in case alone")])
+@pytest.mark.parametrize(("path", "why"), [("sub\\in.png", "must separate folders"), ("sub/IN.PNG", "only in case")])
 def test_missing_image_path_error_explains_the_difference(tmp_path: Path, path: str, why: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "in.png").write_bytes(WHOLE)

@@ -34,9 +34,13 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
     "a.jsonl": [
         (b"", "", "'an empty file': must hold at least one record"),
         (b"\n\n", "", "'no records': must hold at least one record"),
-        (b'{\n"question": "a"}', ":1", "must be one whole JSON object on a line (2 rows"),
+        (b'{\n"question": "a"}', ":1", "must be one complete JSON object per line (2 rows"),
         (b'{"question": "a"}', ":1, column 'intent'", "set data.columns.label to"),
-        (b'{"question": "a", "intent": "b", "intent": "c"}', ":1", "'a key twice in an object': must have each key"),
+        (
+            b'{"question": "a", "intent": "b", "intent": "c"}',
+            ":1",
+            "'a duplicate key in an object': must have each key",
+        ),
     ],
     "a.json": [
         (b" [ ] ", "", "'no records'"),
@@ -45,17 +49,17 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b'{"data": [' + GOOD + b"]}", ":1", "must begin with [, as an"),
         (b"\n" + GOOD, ":2", "one object on each line ends in .jsonl"),
         (b"caf", ":1", "'no bracket'"),
-        (b"[" + GOOD + b"]\n[" + GOOD + b"]", ":2", "more behind the array's end"),
+        (b"[" + GOOD + b"]\n[" + GOOD + b"]", ":2", "more text after the end of the array"),
     ],
     "a.csv": [
         (HEAD, "", "'no records'"),
         (HEAD.decode().encode("utf-16"), ":1", "'UTF-16': must be UTF-8"),
         (HEAD.decode().encode("utf-32"), ":1", "'UTF-32': must be UTF-8"),
         (HEAD.decode().encode("utf-16-le"), ":1", "'null bytes': must be UTF-8 text, not UTF-16"),
-        (b"caf\xe9,question,intent\n1,a,b\n", ":1", "byte 0xe9 at place 4 of the record"),
+        (b"caf\xe9,question,intent\n1,a,b\n", ":1", "byte 0xe9 at position 4 of the record"),
         (b"PK\x03\x04\x14\x00\xe6", ":1", "a ZIP or Excel file"),
         (gzip.compress(GOOD), ":1", "a gzip file, whose name must end"),
-        (b"sep=,\n" + HEAD, ":1", "'a note for Excel (sep=)': must be the header"),
+        (b"sep=,\n" + HEAD, ":1", "'an Excel separator line (sep=)': must be the header"),
         (b"question|intent\na|b\n", ":1", "looks separated by bars"),
         (b"question;intent|x\na;b|c\n", ":1", "looks separated by semicolons"),
         (b"question\tintent\na\tb\n", ":1", "looks separated by tabs"),
@@ -63,9 +67,9 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"body,intent\na,b\n", ":1, column 'question'", OTHERS),
         (b"question,intent,intent\na,b,c\n", ":1, column 'intent'", "must appear once"),
         (b'"question,intent\na,b\n', ":1", "a quote that is not closed"),
-        (HEAD + b'"a", "b, c"\n', ":2", "must have 2 cells, as the header; a quote behind a comma and a space opens"),
+        (HEAD + b'"a", "b, c"\n', ":2", "must have 2 cells, like the header; a quote behind a comma and a space opens"),
         (b"#question,intent,more\na,b\n", ":1, column 'question'", "must be there"),
-        (b"x" * (1 << 24) + b"\n" + HEAD, ":1", "must have at most 16777216 bytes a record"),
+        (b"x" * (1 << 24) + b"\n" + HEAD, ":1", "must have at most 16777216 bytes per record"),
     ],
     "a.tsv": [
         (b"question;intent\na;b\n", ":1", "give the file the ending .csv"),
@@ -86,7 +90,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (in_parquet(pyarrow.table({"question": ["a"] * 2, "intent": [1.5] * 2})), ":1, column 'intent'", "(2 rows"),
     ],
     "a.xlsx": [(b"PK", "", "'.xlsx': must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or")],
-    "a.parquet.gz": [(gzip.compress(WHOLE), "", "Parquet is packed")],
+    "a.parquet.gz": [(gzip.compress(WHOLE), "", "Parquet is already")],
 }
 CASES = [(name, number) for name, cases in FILES.items() for number in range(len(cases))]
 
@@ -113,7 +117,7 @@ def test_faults_are_counted_by_kind(tmp_path: Path) -> None:
         list(iter_records(path, COLUMNS))
     assert str(error.value) == (
         f"{path}:2, column 'question' = 'blank': must not be blank (role text) (6 rows cannot be used, in lines "
-        "2, 3, 4, 5, 6, ...: 3 must not be blank (role text); 2 must be one whole JSON object on a line; 1 must be "
+        "2, 3, 4, 5, 6, ...: 3 must not be blank (role text); 2 must be one complete JSON object per line; 1 must be "
         "text (role text))"
     )
 
@@ -132,12 +136,12 @@ SEVERAL = holding("dataset_dict.json", b'{"splits": ["train", "test"]}')
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: None, "no such file"),
     "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
-    "several saved sets": (SEVERAL, "holds several sets, of which one is needed: {path}/train, {path}/test"),
+    "several saved sets": (SEVERAL, "holds several splits; name one of them: {path}/train, {path}/test"),
     "parts of a table": (holding("part-0.parquet", WHOLE), "is a folder; holds 1 part of a table, or of several"),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
     "a socket": (listening, "is a socket; must be a file"),
-    "a link to itself": (lambda path: path.symlink_to(path), "is a link that leads to itself; must be a file"),
-    "a link to nothing": (lambda path: path.symlink_to("gone"), "is a link to nothing; must be a file"),
+    "a link to itself": (lambda path: path.symlink_to(path), "is a circular link; must be a file"),
+    "a broken link": (lambda path: path.symlink_to("gone"), "is a link to nothing; must be a file"),
 }
 
 

@@ -18,7 +18,7 @@ FEATURES = (
 )
 GOOD: dict[str, Any] = {"age": 50.5, "ward": "a", "states": [0.5, 1.0], "label": "sick"}
 HEADER, ROW = "age,ward,states,label\n", '50.5,a,"[0.5, 1]",sick\n'
-NUMBER = "must be a finite number, with a point before decimals (role feature)"
+NUMBER = "must be a finite number, with a decimal point (role feature)"
 LIST = "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)"
 VALUE = "must have a value, or missing = indicator in data.features"
 KIND = "must be a number, a text or a list of numbers (role feature)"

@@ -184,7 +184,7 @@ def test_unreadable_document_is_one_fault_among_valid_ones(tmp_path: Path) -> No
     rows = [*raw_rows(tmp_path / "a.conll")]
     assert [line for line, _ in rows] == [1, 3, 5, 7, 9, 12]
     faults = [str(row.value) for _, row in rows if isinstance(row, DataError)]
-    assert faults == ["a line of one column", "byte 0xff at place 1 of the record", f"more than {MOST_BYTES} bytes"]
+    assert faults == ["a line of one column", "byte 0xff at position 1 of the record", f"more than {MOST_BYTES} bytes"]
     first, other = bioc(*PLACES), [bioc(*PLACES) | {"passages": one} for one in ([{"text": "no offset"}], [3], "x", 7)]
     (tmp_path / "a.bioc").write_text(collection(first, *other, first))
     assert [type(row) for _, row in raw_rows(tmp_path / "a.bioc")] == [dict, *[DataError] * 4, dict]
@@ -243,7 +243,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "annotations of one part"),
     "another offset": ("a.bioc", MOVED, SPANNED, "must count characters"),
     "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
-    "documents that break off": ("a.bioc", WHOLE[:900], SPANNED, "it breaks off"),
+    "documents that break off": ("a.bioc", WHOLE[:900], SPANNED, "it is truncated"),
     "two collections": ("a.bioc", 2 * WHOLE, SPANNED, "must be one array of objects"),
     "half a line of PubTator": ("a.pubtator", "7|t|my card\nstray\n", SPANNED, "must be id|t|, id|a|, or a span"),
     "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),

@@ -76,13 +76,13 @@ ROWS = [b"first,a", b'"la""st,\r\nin two lines",b']
 LONG = b"x" * (1 << 24)
 DEEP = b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b', "question": "a", "intent": "b"}'
 DIGITS = b'{"question": "a", "intent": "b", "x": ' + b"1" * 5000 + b"}"
-LATIN, MOST = b'{"question": "caf\xe9", "intent": "b"}', "must have at most 16777216 bytes a record"
-NO_UTF_8 = "byte 0xe9 at place 18 of the record': must be UTF-8 text, not UTF-16, Latin-1"
-ARRAY, TOO_LARGE = "'array': must be one whole JSON object", "'too large a value'"
-BEHIND = "text behind a closing quote"
+LATIN, MOST = b'{"question": "caf\xe9", "intent": "b"}', "must have at most 16777216 bytes per record"
+NO_UTF_8 = "byte 0xe9 at position 18 of the record': must be UTF-8 text, not UTF-16, Latin-1"
+ARRAY, TOO_LARGE = "'array': must be one whole JSON object", "'a value that is too large'"
+BEHIND = "text after a closing quote"
 UNUSABLE: dict[str, list[tuple[bytes, str]]] = {
     "a.jsonl": [
-        (b'{"question": "wh', "Unterminated string starting at at place 14 of the record': must be one whole JSON"),
+        (b'{"question": "wh', "Unterminated string starting at at position 14 of the record': must be one whole JSON"),
         *((LINES[0] + b",", "Extra data at place 37"), (b"[1, 2]", ARRAY), (DEEP, TOO_LARGE), (DIGITS, TOO_LARGE)),
         *((LATIN, NO_UTF_8), (b'{"intent": "b", "question": "' + LONG + b'"}', MOST)),
         (b'{"question": "a"}', "column 'intent' = 'absent'"),
@@ -102,8 +102,8 @@ UNUSABLE: dict[str, list[tuple[bytes, str]]] = {
     ],
     "a.csv": [
         *((b"a", "'1 cell': must have 2 cells"), (b"a,b,c", "'3 cells': must have 2 cells")),
-        (b"caf\xe9,b", "byte 0xe9 at place 4 of the record"),
-        *((b'"two\nlines, caf\xe9",b', "byte 0xe9 at place 16 of the record"), (LONG + b",b", MOST)),
+        (b"caf\xe9,b", "byte 0xe9 at position 4 of the record"),
+        *((b'"two\nlines, caf\xe9",b', "byte 0xe9 at position 16 of the record"), (LONG + b",b", MOST)),
         *((b'"a\n' + LONG + b'"",\n",b', MOST), (b'"' + (b"a,b " * 256 + b"\n") * (1 << 14) + b'",b', MOST)),
         *((b'"he said "hi" to me",b', BEHIND), (b"one\rtwo,b", "a carriage return alone")),
     ],

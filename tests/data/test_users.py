@@ -100,7 +100,7 @@ def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> Non
 
 def test_user_level_privacy_requires_a_user_column() -> None:
     without = data_spec(*ROLES)
-    with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit"):
+    with pytest.raises(ConfigError, match=r"^columns = .*has no column for role 'user', as privacy\.unit"):
         without.check_unit("user")
     by_label = data_spec("text", "label", "user", partition=PartitionSpec(kind="dirichlet"))
     with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': deals records out by their labels"):

@@ -152,7 +152,7 @@ class Federation:
     def start_server(self, *options: str) -> None:
         words = [*FEDTUNE, "server", "start", "--kit", str(self.home / "server"), "--host", self.network.address]
         self.server = self.run("server", SERVER, [*words, *options])
-        self.server.wait_for_text("the server listens")
+        self.server.wait_for_text("the server is listening")
 
     def start(self, *names: str, held: bool = False) -> None:
         sites = [self.sites[name] for name in names or self.sites]

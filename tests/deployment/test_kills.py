@@ -157,7 +157,7 @@ def test_standby_server_takes_over_within_a_round(make_federation: Callable[...,
     federation.network.hand_over(STANDBY)
     words = [*FEDTUNE, "server", "start", "--kit", str(kit), "--data", str(data)]
     standby = federation.run(STANDBY, STANDBY, [*words, "--host", federation.network.address])
-    standby.wait_for_text("the server listens")
+    standby.wait_for_text("the server is listening")
     assert "gone is registered" in standby.text, "it does not know of what its copy of the kit does not say"
     north.hold(False)
     assert lead.end(seconds=RUN_S) == 0, lead.text

@@ -47,7 +47,7 @@ def test_run_waits_for_approval_and_then_continues(federation: Federation, caref
     assert not [each for each in federation.sites.values() if each.events("asked", "plan")]
     assert len(site.up.lines("the base model is loaded")) == loaded
     (waiting,) = (event.run for event in site.events("asked", "refusal"))
-    assert "Approved, and noted in the ledger" in federation.do("site", "approve", waiting, *site.own, "--yes").out
+    assert "Approved, and recorded in the ledger" in federation.do("site", "approve", waiting, *site.own, "--yes").out
     assert lead.end() == 0, lead.text
     assert "awaiting_approval" in lead.text
     check_books(federation, "asked")
@@ -147,7 +147,9 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
     words = ["run", "stop", str(folder), "--for-good", "--kit", str(federation.lead_kit)]
     end = federation.run("lead-end", LEAD, [*FEDTUNE, *words])
     assert end.end() == 0, end.text
-    assert sorted(end.text.partition("Told that it is over: ")[2].strip().rstrip(".").split(", ")) == list(SITES)
+    assert sorted(end.text.partition("Informed that the run is over: ")[2].strip().rstrip(".").split(", ")) == list(
+        SITES
+    )
     for site in federation.sites.values():
         assert site.notes(run) == ["run_ended"]
         history = site.verified().history
@@ -167,7 +169,7 @@ def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     assert "north has left banks; 1 open run ended" in leaving.text
     site.hold(False)
     assert site.up.end(seconds=60) == 0
-    assert site.up.lines("the site is down")
+    assert site.up.lines("the site has stopped")
     # What it had begun is charged, and nothing stays set aside.
     history = site.verified().history
     assert history.charged_rounds(next(name for name in history.runs if name.startswith("left-"))) == 1

@@ -129,7 +129,7 @@ def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_p
         assert found["beside_base"][score]["verdict"] == "better", "of loss, the lower, the better"
     detail, page = result["final"]["detail"], (folder / "report.html").read_text()
     assert report["facts"].get("detail") == detail
-    for there in ("detail" in found, "How sure the tuned model is" in shown, 'id="chart-reliability">' in page):
+    for there in ("detail" in found, "Calibration of the tuned model" in shown, 'id="chart-reliability">' in page):
         assert there == (task != "regression") == (detail is not None)
     if detail is not None:
         labels = LABELS[task].strip("[]").split(",")

@@ -88,10 +88,10 @@ def test_finished_public_stage_is_reused(run: fedtune.Run, public: Path, tmp_pat
     shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
     words = tiny(f"public.train_file='{public}'", "federation.num_rounds=1", into=tmp_path)
     other = command("simulate", *words).message
-    assert "run-public was made with another configuration (federation.num_rounds was 2, is 1); choose" in other
+    assert "run-public has a different configuration (federation.num_rounds was 2, is 1); choose" in other
     outcome = command("simulate", *words, "public.num_rounds=2")
     assert "Public stage" not in outcome.printed
-    assert "of run-public; it was trained without privacy on records that are declared to be public" in outcome.out
+    assert "of run-public; it was trained without privacy on records declared public" in outcome.out
     assert saved_config(tmp_path / "run").model.adapter_sha256 == run.config.model.adapter_sha256
 
 
@@ -109,7 +109,7 @@ def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
     assert (stage / "run.json").stat().st_mtime_ns == written
     file.write_text(public.read_text().replace("Question 1?", "Question A?"))
     asked = replace(asked, public=replace(asked.public, train_file=str(file)))
-    with pytest.raises(ConfigError, match=r"run-public was made with another configuration .*data.dataset was"):
+    with pytest.raises(ConfigError, match=r"run-public has a different configuration .*data.dataset was"):
         start_after_public_stage(asked, lambda stage, folder: None)
 
 
@@ -119,7 +119,7 @@ def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, pu
     with pytest.raises(ConfigError, match=r"model.adapter = .*: must be null with public.train_file: it was not"):
         start_lineage(private)
     other = replace(run.config, public=replace(run.config.public, train_file="other.csv"))
-    with pytest.raises(ConfigError, match="it was not trained on those records alone"):
+    with pytest.raises(ConfigError, match="it was trained on other records"):
         start_lineage(other)
 
 

@@ -121,7 +121,7 @@ def test_damaged_checkpoint_ends_the_resumed_run(folder: Path) -> None:
     assert command("simulate", f"resume={folder}").code == 0
     newest.write_bytes(b"")
     (folder / "checkpoints" / "round-0001.safetensors").unlink()
-    assert "no other is left: start a new run" in command("simulate", f"resume={folder}").message
+    assert "there is no other: start a new run" in command("simulate", f"resume={folder}").message
 
 
 def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
     resumed = command("simulate", f"resume={folder}")
-    assert "are others than when the run began" in resumed.printed
+    assert "have changed since the run started" in resumed.printed
     assert "A training file changed between two starts of this run." in resumed.out
     assert result_of(folder)["final"]["findings"] == ["data_changed"]
     assert json.loads((folder / "report.json").read_text())["facts"]["findings"] == ["data_changed"]

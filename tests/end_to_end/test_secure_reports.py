@@ -147,7 +147,7 @@ def test_plan_and_ledger_show_the_three_epsilons(ran: Path, tmp_path: Path) -> N
     assert "against the server alone" in words
     assert "if all other sites collude" in words
     words = " ".join(command("plan", *tiny(*SECURE, into=tmp_path)).out.split())
-    assert "1.6 at each site, 2.771 in a secure sum of at least 4 of 5 sites, less 1 that may collude" in words
+    assert "1.6 at each site, 2.771 in a secure aggregate of at least 4 of 5 sites, less 1 that may collude" in words
 
 
 @snapshots.mistakes("mistakes-secure")

@@ -255,7 +255,7 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._site != "site-1")
     done = command("simulate", *tiny(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
-    assert "release 2 of the secure sum cannot be read: 1 sites gave shares, and 2 must" in done.failed(1)
+    assert "release 2 of the secure aggregation cannot be read: 1 sites gave shares, and 2 must" in done.failed(1)
     assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.message
 
 
@@ -281,7 +281,7 @@ def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pyt
     done = command("simulate", *tiny(*SECURE, *all_needed, into=tmp_path))
     assert done.code == 1
     lost = range(2, 2 * secure_rounds.MOST_LOST, 2)
-    assert f"release {lost.stop} of the secure sum cannot be read" in done.message
+    assert f"release {lost.stop} of the secure aggregation cannot be read" in done.message
     assert f"as before in round {', '.join(map(str, lost))}, and each is charged" in done.message
     assert "wrong shares between site-1 and site-2; the checkpoint of" in done.message
     for site in ("site-1", "site-2", "site-3"):
@@ -295,7 +295,7 @@ def test_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: An
     monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
     four = (*FOUR, "federation.min_sites=4")
     done = command("simulate", *tiny(*SECURE, *four, into=tmp_path))
-    assert "release 2 of the secure sum cannot be read: 3 sites uploaded, and 4 must" in done.failed(1)
+    assert "release 2 of the secure aggregation cannot be read: 3 sites uploaded, and 4 must" in done.failed(1)
 
 
 def test_unreadable_answer_excludes_only_its_own_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

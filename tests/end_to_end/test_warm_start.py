@@ -60,7 +60,7 @@ def test_warm_start_keeps_final_scores_and_states_its_lineage(first: Path, secon
 def test_ledgers_record_the_start_adapter_digest_without_its_path(first: Path, second: Any) -> None:
     folder, _ = second
     shown = command("ledger", "show", str(folder / "sites" / "site-1" / "ledger.db")).out
-    assert f"it begins in the adapter {digest_of(first)[:16]}" in " ".join(shown.split())
+    assert f"it starts from the adapter {digest_of(first)[:16]}" in " ".join(shown.split())
     for site in ("site-1", "site-2"):
         history = verify(folder / "sites" / site / "ledger.db").history
         (run,) = history.runs.values()

@@ -81,7 +81,7 @@ def test_model_is_compared_with_the_best_constant_prediction(
 ) -> None:
     said = describe_against_constant("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
     told = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
-    assert said == f"The run {verdict} the best constant answer, the same to each record: {told}"
+    assert said == f"The run {verdict} the best constant answer: {told}"
 
 
 def test_too_few_units_give_no_verdict() -> None:

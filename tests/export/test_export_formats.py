@@ -212,7 +212,7 @@ def test_mismatched_export_is_removed(runs: Runs, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(export_formats, "_reload_plain", other_whole)
     for format, words in (("peft", ()), ("merged", ("--merge",))):
         told = command("export", str(runs["llama"]), "--to", str(tmp_path / "out" / "folder"), *words)
-        said = f"the {format} export computes other logits than the run's model (apart by "
+        said = f"the {format} export's logits differ from those of the run's model (by up to "
         assert told.failed(1).startswith(said)
         assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
 

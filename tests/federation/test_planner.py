@@ -232,7 +232,7 @@ def test_calendar_without_a_window_ends_at_the_planned_runs() -> None:
     assert [row.number for row in list_calendar_runs(made(runs=4, first=None), before=2)] == [3, 4]
     long = made(runs=2, first="1800")
     assert [row.oldest for row in list_calendar_runs(long, before=150)] == spent(long, 151, 152)
-    assert next(describe_calendar(plan)).endswith("everybody is in at most 4 runs, epsilon 5.999 in all.")
+    assert next(describe_calendar(plan)).endswith("everyone is in at most 4 runs, epsilon 5.999 in all.")
     assert list_calendar_runs(replace(plan, runs=1)) == list_calendar_runs(replace(plan, noise_multiplier=0.0)) == ()
 
 

@@ -92,7 +92,7 @@ NO_CAP = {"max_epsilon": float("inf")}
     ("policy", "limit"),
     [
         (FREE | {"budget": NO_CAP | {"max_epsilon_per_run": 2.0}}, ("max_epsilon_per_run", "at most 2")),
-        (FREE, ("max_epsilon", "at most 5, of which 0.0000 is taken")),
+        (FREE, ("max_epsilon", "at most 5, of which 0.0000 is spent")),
         ({"limits": {"min_noise_multiplier": 1.5}, "budget": NO_CAP}, ("min_noise_multiplier", "at least 1.5")),
     ],
     ids=["a run's cap", "the lifetime cap", "the least noise"],

@@ -110,7 +110,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
         return bool(said)
 
     wait_for(refused, what="the roster")
-    assert said == "the server does not take this site's key (401): revoked"
+    assert said == "the server does not accept this site's key (401): revoked"
     for call in (lambda: hello(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
             call()
@@ -121,7 +121,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
 def test_second_process_of_a_site_waits_for_the_first(network: Loopback, joined: Any) -> None:
     first, second = joined(network.tls["a"]), joined(network.tls["a"])
     first.activate()
-    with pytest.raises(Unreachable, match="an earlier connection of this site is not over yet"):
+    with pytest.raises(Unreachable, match="an earlier connection of this site is still open"):
         second.activate()
     assert beating()
     first.close()

@@ -250,7 +250,7 @@ def test_foreign_lead_signature_starts_no_run(network: Loopback) -> None:
     before = network.rows("SELECT count(*) FROM run")
     network.lead_key, ours = stranger_key, network.lead_key
     try:
-        with pytest.raises(RunError, match="does not take this lead's signature"), network.grid(["a"]):
+        with pytest.raises(RunError, match="does not accept this lead's signature"), network.grid(["a"]):
             pass
     finally:
         network.lead_key = ours

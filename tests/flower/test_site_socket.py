@@ -185,7 +185,7 @@ def test_disconnected_client_loses_only_its_own_answer(site: Site, caplog: pytes
         line.connect(str(site.path))
         line.sendall(message)
     assert site.says_hello()
-    assert "nobody waits for this answer" in caplog.text
+    assert "nobody is waiting for this answer" in caplog.text
     assert site.asked == ["train", "train"]
 
 
@@ -238,9 +238,9 @@ def test_unprivileged_user_is_accepted_only_with_the_group(caplog: pytest.LogCap
 def test_invalid_socket_path_is_refused(tmp_path: Path, site: Site) -> None:
     (tmp_path / "notes").write_text("x")
     for place, bound in (
-        (tmp_path / "notes", "must be the place of a socket"),
-        (tmp_path / "missing" / "site.sock", r"must be a place for a socket in a folder .*No such file"),
-        (tmp_path / ("x" * 200), r"must be a place for a socket .*too long"),
+        (tmp_path / "notes", "must be the path of a socket"),
+        (tmp_path / "missing" / "site.sock", r"must be a socket path in a folder .*No such file"),
+        (tmp_path / ("x" * 200), r"must be a socket path .*too long"),
         (site.path, "another process listens there"),
     ):
         with pytest.raises(ConfigError, match=bound), listen_at(place):

@@ -66,7 +66,7 @@ def test_occupied_port_is_an_error(running: Loopback) -> None:
 def test_unreadable_roster_leaves_registered_sites_unchanged(running: Loopback) -> None:
     roster, whole = running.folder / "roster.json", (running.folder / "roster.json").read_bytes()
     roster.write_bytes(whole[:-5])
-    wait_for(lambda: "the roster could not be read; the sites stay as they are" in running.output)
+    wait_for(lambda: "the roster could not be read; the sites stay unchanged" in running.output)
     running.site("a").wait_for("activated")
     roster.write_bytes(whole)
     newcomer = running.enlist("b")

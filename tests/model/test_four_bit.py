@@ -123,7 +123,7 @@ def test_nf4_layers_quantize_the_bfloat16_base() -> None:
 def test_unsupported_nf4_models_are_refused() -> None:
     odd = nn.Sequential(nn.Linear(5, 7)).requires_grad_(False)
     with pytest.raises(
-        ConfigError, match=r"model\.dtype = 'nf4': takes 64 weights at a time, and a layer of 7 x 5 is no multiple"
+        ConfigError, match=r"model\.dtype = 'nf4': needs multiples of 64 weights, but a layer has 7 x 5"
     ):
         quantize_linear_layers(odd, device="cpu")
     with pytest.raises(ConfigError, match=r"dtype = 'nf4': cannot be had of a GGUF file, whose weights are rounded"):

@@ -25,7 +25,7 @@ CASES |= {
     "a long config": {"config.json": " " * (1 << 20) + "{}", "refused": "larger than 1 MiB"},
     "an index with a long name": {
         "index": json.dumps({"weight_map": {"w": "a" * 300 + ".safetensors"}}),
-        "refused": "names safetensors files beside it",
+        "refused": "names safetensors files next to it",
     },
     "an index that is deep": {"index": "[" * 50_000, "refused": "model.safetensors.index.json is not readable JSON"},
     "cut weights": {"cut": 100, "refused": "cannot be loaded"},

@@ -107,7 +107,7 @@ def test_weights_changed_during_loading_are_refused(folder: Path, how: str, monk
     with pytest.raises(ConfigError, match=r"must not change while it is loaded: model\.safetensors did"):
         change()
     monkeypatch.setattr("tempfile.tempdir", str(folder / "nowhere"))
-    with pytest.raises(RunError, match="no folder for temporary files"):
+    with pytest.raises(RunError, match="no writable folder for temporary files"):
         build_manifest(folder)
 
 

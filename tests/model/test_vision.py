@@ -97,7 +97,7 @@ def test_image_processors_with_unsupported_steps_are_refused(folder: Path, chang
 
 def test_vision_model_must_match_its_processor_and_mix_no_images(folder: Path, tmp_path: Path) -> None:
     change(folder, size={"height": 12, "width": 12})
-    with pytest.raises(ConfigError, match="cannot read images of 12 x 12 pixels, which its processor makes"):
+    with pytest.raises(ConfigError, match="cannot read images of 12 x 12 pixels, which its processor produces"):
         build_task_model(task_model(ModelSpec(path=str(folder))))
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text("{}")

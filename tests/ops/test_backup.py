@@ -103,14 +103,14 @@ def test_restore_charges_rounds_trained_after_the_backup(here: Here) -> None:
     here.train(1, run="another")
     # Again it changes nothing: the ledger is whole, and knows what the backup does.
     before = here.ledger.read_bytes()
-    assert "is whole, and stays" in here.does("restore", file).printed
+    assert "is intact, and was kept" in here.does("restore", file).printed
     assert here.ledger.read_bytes() == before
 
 
 def test_restore_is_refused_for_a_running_site_or_without_an_anchor(here: Here, file: Path, site_policy: Any) -> None:
     here.ledger.unlink()
     with lock_ledger(here.ledger):
-        assert "is being served" in here.does("restore", file).failed()
+        assert "is already used" in here.does("restore", file).failed()
     elsewhere = here.anchor.rename(here.folder / "elsewhere.json")
     write_policy(site_policy("north"), here.site_toml)
     assert "--anchor" in here.does("restore", file).failed()
@@ -174,7 +174,7 @@ def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(here: Here) ->
     here.edit(noted=True, budget={"max_epsilon": 1.5})
     site_toml.unlink()
     told = restore().out
-    assert "is whole, and stays" in told
+    assert "is intact, and was kept" in told
     assert "(lifetime cap: at most 1.5)" in told
 
 
@@ -205,7 +205,7 @@ def test_restore_does_not_replace_a_ledger_that_is_intact(here: Here, what: str)
     if what != "older":
         here.tamper("PRAGMA user_version = 1")
     there = here.ledger.read_bytes()
-    says = "move it away" if what == "older" else "go on with the version of fedtune that wrote it"
+    says = "move it away" if what == "older" else "continue with the version of fedtune that wrote it"
     assert says in here.does("restore", file).failed()
     assert here.ledger.read_bytes() == there
 

@@ -242,9 +242,9 @@ def test_doctor_skips_dependent_checks_without_kit_and_policy(tmp_path: Path) ->
     checks = {check.name: check for check in visit.run_checks()}
     assert failures(checks).keys() == {"policy", "kit"}
     assert code(checks) == 2
-    assert checks["encryption (TLS)"].found == "skipped, because the kit cannot be used"
+    assert checks["encryption (TLS)"].found == "skipped: the kit cannot be used"
     assert checks["disk of the kit"].status is Status.OK
-    assert checks["run"].found == "skipped, because no experiment was named to try out"
+    assert checks["run"].found == "skipped: no experiment was given"
 
 
 # One thing that is wrong, and the lines that are not well because of it, with what to do: in snapshots/doctor.txt.
@@ -410,7 +410,7 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     home.spend(rounds=2)
     checks = home.examined(run=True)
     assert not failures(checks)
-    assert checks["ledger"].found == "whole and signed, as far as its anchor"
+    assert checks["ledger"].found == "whole and signed, up to its anchor"
     taken = checks["budget"].found.split(" %")[0]
     assert 0 < int(taken) < 100
     assert f"lifetime budget {taken} % taken before" in checks["run"].found
@@ -435,8 +435,8 @@ def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> Non
         for first in ("2026", "2025")
     )
     taken = others["budget"].found.split(" %")[0]
-    assert f"lifetime budget {taken} % taken before, {taken} % after" in others["run"].found
-    assert f"lifetime budget {taken} % taken before, {taken} % after" not in all_of_them["run"].found
+    assert f"lifetime budget {taken} % spent before, {taken} % after" in others["run"].found
+    assert f"lifetime budget {taken} % spent before, {taken} % after" not in all_of_them["run"].found
 
 
 def test_doctor_imports_a_model_once_and_refuses_pickles(home: Home) -> None:
@@ -444,7 +444,7 @@ def test_doctor_imports_a_model_once_and_refuses_pickles(home: Home) -> None:
     checks = home.examined(model=home.model)
     assert checks["import"].found.startswith("tiny is installed now")
     assert not failures(checks)
-    assert "was installed before" in home.examined(model=home.model)["import"].found
+    assert "was already installed" in home.examined(model=home.model)["import"].found
     (home.model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     checks = home.examined(model=home.model)
     assert failures(checks) == {"import": f"--import-model = {home.model}: must not hold pytorch_model.bin"}
@@ -495,7 +495,7 @@ def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, mon
     place.parent.mkdir()
     checks = home.examined()
     assert not {"connection (TCP)", "clock"} & checks.keys()
-    assert "not there until the site starts" in checks["socket"].found
+    assert "created when the site starts" in checks["socket"].found
     with listen_at(place):
         assert "members of the group" in home.examined()["socket"].found
         place.chmod(0o666)

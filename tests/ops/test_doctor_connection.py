@@ -198,7 +198,7 @@ def test_doctor_fails_if_control_calls_are_reachable_from_outside(
     check = check_control_api("fl.example.org:443", timeout_s=1.0)
     assert asked == ["https://fl.example.org:443/v1/control/list-nodes"]
     assert check.status == status
-    assert ("ANYBODY WHO REACHES IT CAN START CODE" in check.found) == (status == "failed")
+    assert ("ANYONE WHO CAN REACH IT CAN RUN CODE" in check.found) == (status == "failed")
     assert check.exit_code == 2
 
 

@@ -40,7 +40,7 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
         machine.check_clock(case).status for case in cases
     ]
     theirs = machine.check_clock((-61.0, 0.5), kept=True)
-    assert (theirs.found, theirs.exit_code) == ("the server's is 61 s ahead, and this machine's is kept", SERVER)
+    assert (theirs.found, theirs.exit_code) == ("the server's is 61 s ahead, and this one is synchronized", SERVER)
 
 
 def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_files_of_another_account_or_group_are_reported(site: Path, what: str, n
     os.chown(path, STRANGER, STRANGER)
     (check,) = looked_at(site)
     assert (check.name, check.status) == (f"files: {what}", Status.FAILED)
-    assert f"belongs to account {STRANGER}, and the site's process runs as root" in check.found
+    assert f"belongs to account {STRANGER}, but the site's process runs as root" in check.found
     assert check.fix == f"Run `chown root: {path}`."
     os.chown(path, 0, STRANGER)
     path.chmod(path.stat().st_mode | 0o060)
@@ -195,5 +195,5 @@ def test_files_created_by_root_are_reported_once(site: Path, monkeypatch: pytest
     assert [check.name for check in looked_at(site)] == ["files: ledger", "files: anchor"]
     check, history = site_checks.check_ledger_state(SiteFiles.from_site_toml(site / "site.toml"))
     assert history is None
-    assert "this account may not read or write" in check.found
+    assert "this account cannot read or write" in check.found
     assert "restore" not in check.fix

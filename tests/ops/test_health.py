@@ -132,7 +132,7 @@ def test_health_server_stops_with_its_context(health: Health) -> None:
 def test_non_loopback_address_requires_an_explicit_option(address: str, health: Health) -> None:
     for message, given in {
         "--health-anywhere": ("0.0.0.0:0", "[::]:0", "10.1.2.3:8089"),
-        "cannot be listened on": (address,),
+        "cannot be bound": (address,),
         r"^--health = .*must be host:port": (
             *("8089", "127.0.0.1", "127.0.0.1:70000", "127.0.0.1:\uff18\uff10", "[127.0.0.1]:1", "fl.example.org:8089"),
         ),
@@ -177,7 +177,7 @@ def test_health_is_served_on_a_unix_socket(tmp_path: Path, health: Health) -> No
             assert module.main([address]) == 0
     (tmp_path / "notes").write_text("x")
     for place, bound in (
-        ("notes", "another file is there"),
+        ("notes", "it is another file"),
         ("missing/x.sock", "No such file"),
         ("x" * 200, "too long"),
     ):

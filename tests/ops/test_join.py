@@ -101,7 +101,7 @@ def resigned(path: Path, **changes: Any) -> bytes:
 def test_changed_join_request_is_refused(request_of: Any, key: str, value: object) -> None:
     path = request_of("north")
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(ConfigError, match=r"join_request\.json: signature = .*was changed after it was made"):
+    with pytest.raises(ConfigError, match=r"join_request\.json: signature = .*was changed after signing"):
         JoinRequest.read(path)
 
 
@@ -134,7 +134,7 @@ def test_invalid_fields_of_a_signed_request_are_refused(request_of: Any) -> None
     path = request_of("north")
     for change, message in (
         ({"site": "../north"}, "site = '../north': must be made of"),
-        ({"site": "lead"}, "must not be the name of a part of every federation"),
+        ({"site": "lead"}, "is a reserved name"),
         ({"site_key": "00" * 32}, "site_key = .*must be a public key"),
         ({"datasets": {}}, "must declare at least one data set"),
         ({"datasets": {"../a": 5}}, "datasets = '../a': must be made of"),

@@ -226,7 +226,7 @@ def test_mismatched_log_arguments_are_not_shown(capsys: pytest.CaptureFixture[st
         logging.getLogger("torch").warning("%d", CANARY)
         own.warning("after it")
     assert CANARY not in "".join(capsys.readouterr())
-    assert [line["event"] for line in lines][::2] == ["%d of %d (with arguments that do not fit)", "after it"]
+    assert [line["event"] for line in lines][::2] == ["%d of %d (with arguments that do not match)", "after it"]
 
 
 def test_full_disk_prints_no_log_text_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_metrics_server_answers_only_get_on_one_path() -> None:
 
 def test_metrics_require_a_loopback_address_and_prometheus_client(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ("0.0.0.0:0", "192.0.2.1:9464"):
-        with pytest.raises(ConfigError, match=r"^--metrics = .*give a loopback address"), serve_metrics(given, list):
+        with pytest.raises(ConfigError, match=r"^--metrics = .*use a loopback address"), serve_metrics(given, list):
             pass
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(ConfigError, match="needs prometheus-client: pip install "), serve_metrics("127.0.0.1:0", list):

@@ -116,7 +116,7 @@ def test_weight_shards_are_copied_with_their_index(folder: Path, kit: Any) -> No
     installed = placed(folder, kit(digest))
     assert names(installed) == (WANTED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
     (installed / shards[1]).unlink()
-    with pytest.raises(ConfigError, match=f"must hold a {shards[1]} that can be read"):
+    with pytest.raises(ConfigError, match=f"must have a readable {shards[1]}"):
         verify_model(kit(digest).folder, digest)
 
 
@@ -221,7 +221,7 @@ def test_weights_changed_during_the_copy_are_refused(folder: Path, kit: Any, mon
         copy(source, target)
 
     monkeypatch.setattr(models, "_copy_durably", changed_meanwhile)
-    refused(folder, site, because="changed while it was copied")
+    refused(folder, site, because="changed during the copy")
 
 
 def test_full_disk_leaves_no_partial_model(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: dat
     assert not (made.folder / "lead" / "lead_key.pem").exists()
     text = (file := made.folder / "server" / "kit.toml").read_text()
     file.write_text(f'key_command = ["true"]\n{text}')
-    with pytest.raises(ConfigError, match=r"key_command = \['true'\]: has no place in a kit that is not the lead's"):
+    with pytest.raises(ConfigError, match=r"key_command = \['true'\]: is allowed only in the lead's kit"):
         Kit.read(file.parent, kind="server")
 
 

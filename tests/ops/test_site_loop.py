@@ -71,7 +71,7 @@ def test_unreachable_server_makes_the_site_disconnected(tmp_path: Path, caplog: 
 def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=1)
     assert looped(None, tmp_path, until="expired", ends=ended).states == ["expired"]
-    assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
+    assert f"this site's certificate expired at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
     assert "trying again" not in caplog.text
     caplog.clear()
     # The server is away, and when it comes back it would not take the site: the answer waits for a new certificate.
@@ -80,7 +80,7 @@ def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any
     monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
     loop._send(Mock(), Mock())
     assert health.states == ["expired"]
-    assert "this site's own certificate ended at" in caplog.text
+    assert "this site's certificate expired at" in caplog.text
 
 
 def test_first_signal_requests_a_stop_and_restores_default_handlers() -> None:
@@ -127,7 +127,7 @@ def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str,
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
     loop_of(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, app=app).run()
     assert not waiting, "it went on"
-    assert "a message was dropped" in caplog.text
+    assert "a message of an unknown kind was dropped" in caplog.text
 
 
 def test_site_sleeps_until_the_bell_rings(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_damaged_pending_file_hides_no_other_run_and_is_rewritten(state: SiteSta
 
 
 def test_pending_run_requires_settings_matching_its_name(state: SiteState) -> None:
-    with pytest.raises(ConfigError, match="must be those whose digest is in the run's name"):
+    with pytest.raises(ConfigError, match="must match the digest in the run's name"):
         state.queue_for_approval(proposed(), '{"seed": 4}')
     assert state.list_pending_runs() == []
 
@@ -241,7 +241,7 @@ def test_ledger_is_served_by_one_process_at_a_time(tmp_path: Path) -> None:
                 pytest.fail("two processes serve one ledger")
         finally:
             holder.kill()
-    said = f"ledger = {str(ledger)!r}: is being served by process {holder.pid} already; stop that one first"
+    said = f"ledger = {str(ledger)!r}: is already used by process {holder.pid}; stop that process first"
     assert str(caught.value) == said
     with lock_ledger(ledger):
         assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
@@ -285,7 +285,7 @@ def test_full_or_read_only_disk_is_named_in_the_error(tmp_path: Path) -> None:
         pytest.skip("no file system can be mounted here")
     works, full, closed = done.stdout.splitlines()
     assert works == ""
-    about = f"on the disk at {tmp_path}): no round can be charged"
+    about = f"disk {tmp_path}): no round can be charged"
     assert full == f"{tmp_path}/ledger.db cannot be written (No space left on device, {about}"
     assert closed.endswith(about)
 

@@ -154,7 +154,7 @@ def test_noise_calibration_terminates_at_extreme_targets() -> None:
 
 
 def test_too_many_steps_and_unreachable_epsilons_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"steps = 5000000000: must be at most 100,000,000 in all rounds together"):
+    with pytest.raises(ConfigError, match=r"steps = 5000000000: must be at most 100,000,000, summed over all rounds"):
         accountant.check_delta("privacy.delta", 1e-5, steps=5 * 10**9)
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = 1e-07: cannot be reached"):
         calibrate_noise(epsilon=1e-7, delta=1e-12, sampling_rate=1.0, steps=10)

@@ -103,17 +103,17 @@ def test_cohorts_enter_the_plan_digest_only_if_set() -> None:
     assert Plan.from_json(limited.to_json()) == limited
     assert limited.digest() != plan(unit="user").digest() != plan(unit="user", cohorts=years("2026", "2026")).digest()
     assert "cohorts" not in plan(unit="user").to_json()
-    with pytest.raises(ConfigError, match="must be left out without arrivals"):
+    with pytest.raises(ConfigError, match="is only allowed with arrivals"):
         Plan.from_json(plan(unit="user").to_json() | {"cohorts": None})
     with pytest.raises(ConfigError, match="must be left out for unit 'record'"):
         plan(cohorts=years(None, "2026"))
 
 
 def test_arrivals_require_user_level_privacy_and_an_arrival_column(arriving: Policy) -> None:
-    with pytest.raises(ConfigError, match="only a person has an id"):
+    with pytest.raises(ConfigError, match="arrivals are stored by user id"):
         Population(name="patients", arrivals="year")
     dataset = Dataset(id="notes", declared_size=9, columns={"user": "who"})
-    with pytest.raises(ConfigError, match="must name the column for role 'arrival', as population"):
+    with pytest.raises(ConfigError, match="has no column for role 'arrival', as population"):
         dataclasses.replace(arriving, dataset=(dataset,))
 
 

@@ -111,7 +111,7 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
         # The server alone, which rounds the whole noise once, would keep the claim.
         once = [exact_sums.sent_by_one(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
         assert exact_sums.delta(1.0, *once) <= claimed_delta(event, 1.0)
-        with pytest.raises(ValueError, match="rounding undoes the shares of noise"):
+        with pytest.raises(ValueError, match="rounding removes the noise shares"):
             SharedNoise(
                 num_sites=sites, threshold=sites, colluders=0, noise_multiplier=deviation, cell_bits=0, bound=10
             )

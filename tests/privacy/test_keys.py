@@ -72,7 +72,7 @@ def test_new_key_is_encrypted_with_the_passphrase_from_the_file(encrypted: Path,
             ("too short", "12 to 1023 bytes"),
             (None, "readable file"),
         ),
-        ("correct horse battery", "its owner alone may read"),
+        ("correct horse battery", "only its owner can read"),
     ],
 )
 def test_wrong_passphrase_is_refused_and_never_shown(encrypted: Path, passphrase: Any, bound: str) -> None:
@@ -106,8 +106,8 @@ def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, named_in: P
     ("script", "bound"),
     [
         ("echo locked >&2; echo more >&2; exit 3", "must end with 0; it ended with 3: 'locked'$"),
-        ("sleep 600", "must end within 0.5 seconds, and so must all that it starts$"),
-        ("echo key; setsid sleep 5 &", "must end within 0.5 seconds, and so must all that it starts$"),
+        ("sleep 600", "must finish within 0.5 seconds, with every process that it starts$"),
+        ("echo key; setsid sleep 5 &", "must finish within 0.5 seconds, with every process that it starts$"),
         ("echo rubbish", "must give an Ed25519 private key in PEM form$"),
     ],
 )
@@ -121,14 +121,14 @@ def test_key_command_without_a_valid_key_is_refused(
 
 def test_key_command_requires_an_absolute_path_and_sole_file_ownership(named_in: Path, monkeypatch: Any) -> None:
     for command in (("sh",), ("./sh",), ("/bin/sh", "a\0b")):
-        with pytest.raises(ConfigError, match="must begin with the absolute path of a program, and hold no NUL"):
+        with pytest.raises(ConfigError, match="must begin with a program's absolute path and contain no NUL"):
             SigningKey.load(Path("key.pem"), command=command, named_in=named_in)
     monkeypatch.setattr(keys.system, "effective_user", lambda: named_in.stat().st_uid + 1)
     with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the account"):
         SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
     monkeypatch.undo()
     named_in.chmod(0o666)
-    with pytest.raises(ConfigError, match="which alone may write that file"):
+    with pytest.raises(ConfigError, match="only if nobody else can write that file"):
         SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
 
 

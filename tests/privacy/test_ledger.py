@@ -235,7 +235,7 @@ def test_whole_plan_is_reserved_when_its_first_round_is_accepted(opened: Any) ->
     train(opened(), proposal(plan={"num_rounds": 6}), 1)
     refused = refusal_of(opened(), proposal(run="2"))
     assert (refused.reason, refused.asked) == (Reason.MAX_EPSILON, "11.4859")
-    assert "at most 11, of which 8.8675 is taken" in refused.allowed, "six rounds are taken, one of them spent"
+    assert "at most 11, of which 8.8675 is spent" in refused.allowed, "six rounds are taken, one of them spent"
     train(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
     assert refusal_of(opened(), proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
 
@@ -417,6 +417,6 @@ def test_ledger_opened_under_an_older_policy_raises_a_run_error(opened: Any) -> 
     ledger = opened()
     opened(policy=policy(limits={"max_rounds": 3}))
     for ask in (lambda: ledger.reserve(proposal(), round=1, request="q"), lambda: ledger.make_offer(proposal())):
-        with pytest.raises(RunError, match="was changed while it was open; open it again"):
+        with pytest.raises(RunError, match="was changed while it was open; reopen it"):
             ask()
     assert not opened(policy=policy(limits={"max_rounds": 3})).history.runs

@@ -245,7 +245,9 @@ def test_unexpected_database_schema_raises_a_run_error(opened: Any, path: Path, 
         file.execute(statement)
         file.commit()
     for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=1, request="q")):
-        with pytest.raises(RunError, match="does not have a ledger's tables: it was changed, or is another file"):
+        with pytest.raises(
+            RunError, match="does not have the tables of a ledger: it was changed, or it is a different file"
+        ):
             check()
 
 

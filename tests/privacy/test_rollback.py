@@ -74,9 +74,9 @@ def test_branch_other_than_the_anchored_one_raises_a_run_error(
     with pytest.raises(RunError, match=r"is older than its anchor .* \(event 5 of at least 7\)"):
         anchored()
     train(opened(), proposal(), 2, 3, 4)  # without the anchor it goes on, and gets longer
-    with pytest.raises(RunError, match="or has branched off"):
+    with pytest.raises(RunError, match="or has diverged from it"):
         anchored()
-    with pytest.raises(RunError, match="has branched off"):
+    with pytest.raises(RunError, match="has diverged"):
         verify(path, anchor=Head.read(anchor))
 
 
@@ -85,7 +85,7 @@ def test_missing_ledger_or_missing_anchor_raises_a_run_error(anchored: Any, path
     ledger = path.read_bytes()
     for lose in (path.unlink, lambda: path.write_bytes(b"")):
         lose()
-        with pytest.raises(RunError, match=r"is missing: anchor .* knows 5 events of it"):
+        with pytest.raises(RunError, match=r"is missing: anchor .* has 5 events of it"):
             anchored()
     path.write_bytes(ledger)
     anchor.unlink()
@@ -130,7 +130,7 @@ def test_anchor_of_another_ledger_or_key_raises_a_run_error(
         Head.create_signed(make_key(9), **(fields | {"sequence": 1})),
     ):
         anchor.write_bytes(other.to_bytes())
-        with pytest.raises(RunError, match="the anchor is of another ledger"):
+        with pytest.raises(RunError, match="the anchor belongs to another ledger"):
             anchored()
 
 
@@ -206,11 +206,11 @@ def test_ledger_swapped_while_open_raises_a_run_error(backups: Backups) -> None:
         lambda: ledger.end_run("r"),
         lambda: ledger.record_refusal(Refused(Reason.LEADS), run="r", round=1, request="q"),
     ):
-        with pytest.raises(RunError, match="was changed or put back while it was open; nothing is trained"):
+        with pytest.raises(RunError, match="was changed or rolled back while it was open; nothing is trained"):
             act()
     backups.branch(proposal(run="2"), 1)  # no shorter than what it knows
     assert backups.open().history.length >= ledger.history.length
-    with pytest.raises(RunError, match="was changed or put back while it was open"):
+    with pytest.raises(RunError, match="was changed or rolled back while it was open"):
         ledger.reserve(proposal(), round=2, request="q")
 
 
@@ -314,7 +314,7 @@ def test_backup_restored_after_a_restore_is_detected(
     backups.put_back()
     with pytest.raises(RunError, match="is older than its anchor"):
         anchored()
-    with pytest.raises(RunError, match="the ledger was put back"):
+    with pytest.raises(RunError, match="the ledger was rolled back"):
         verify(backups.path, anchor=Head.read(anchor))
     assert reason_of(backups.open().require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
@@ -340,6 +340,6 @@ def test_restore_keeps_all_permanent_marks(opened: Any, path: Path) -> None:
 def test_anchor_of_another_ledger_charges_nothing(backups: Backups, opened: Any, tmp_path: Path) -> None:
     before = backups.path.read_bytes()
     for other in (opened(path=tmp_path / "a.db"), opened(path=tmp_path / "b.db", key=make_key(9))):
-        with pytest.raises(RunError, match="the anchor is of another ledger"):
+        with pytest.raises(RunError, match="the anchor belongs to another ledger"):
             backups.open().charge_gap(other.head())
     assert backups.path.read_bytes() == before

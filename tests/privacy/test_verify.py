@@ -154,7 +154,7 @@ def test_tampered_value_is_detected_in_every_column_and_event_kind(whole: Any, v
 @pytest.mark.parametrize("sql", cases_of(__file__, "replies"))
 def test_tampered_reply_is_detected(victim: Path, sql: str) -> None:
     tamper(victim, sql)
-    assert found(victim) == "the stored replies are not the newest ones that were committed"
+    assert found(victim) == "the stored replies are not the newest committed ones"
 
 
 def test_deleted_event_is_detected(whole: Path, victim: Path) -> None:
@@ -192,7 +192,7 @@ def test_forged_deletion_reordering_or_insertion_is_detected(whole: Path, victim
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 600 + "1" + "}" * 600, '{"what":1e999}', '{"what":NaN}', "{"])
 def test_invalid_json_in_an_event_raises_a_run_error(victim: Path, text: str) -> None:
     tamper(victim, "UPDATE events SET detail = ? WHERE sequence = 2", values=(text,))
-    assert found(victim) == "event 2 was changed: it is not written as fedtune writes events"
+    assert found(victim) == "event 2 was changed: it is not in the format of fedtune's events"
 
 
 # A forger with a key of their own.
@@ -206,7 +206,7 @@ def test_ledger_resigned_by_another_key_is_detected(whole: Path, victim: Path, n
     alone = verify(victim)
     assert (alone.site_key, alone.key_expected) == (forger.public, False), "a ledger alone cannot show whose it is"
     assert found(victim, site_key=site_key.public).endswith(f"names site key {forger.public}, not {site_key.public}")
-    assert found(victim, anchor=newest) == "the anchor is of another ledger"
+    assert found(victim, anchor=newest) == "the anchor belongs to another ledger"
     with pytest.raises(RunError, match="is not signed by the site's key"):
         SiteLedger(victim, policy(**LATER), site_key)
 
@@ -225,7 +225,7 @@ def test_truncated_ledger_is_detected_only_with_an_anchor(whole: Path, victim: P
     replace_rows(victim, stored(whole)[:-3])
     assert verify(victim).anchor_sequence is None
     length = len(stored(whole))
-    expected = f"an older copy of the ledger was put back: it ends at event {length - 3}, the anchor knows {length}"
+    expected = f"the ledger was rolled back to an older copy: it ends at event {length - 3}, the anchor knows {length}"
     assert found(victim, anchor=newest) == expected
 
 
@@ -233,7 +233,7 @@ def test_anchor_without_the_signature_of_its_site_key_is_refused(newest: Head, t
     path = tmp_path / "anchor.json"
     forged = dataclasses.replace(newest, sequence=1, signature=make_key(9).sign(chain.HEAD, newest.signed_bytes()))
     path.write_bytes(forged.to_bytes())
-    with pytest.raises(ValueError, match="must carry the signature of the site key that it names"):
+    with pytest.raises(ValueError, match="must be signed with the site key that it names"):
         Head.read(path)
 
 
@@ -262,7 +262,7 @@ def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> 
     with store.open_for_writing(path) as file:
         store.insert_event(file, signed)
     for check in (lambda: ledger.end_run("r"), lambda: verify(path)):
-        with pytest.raises(RunError, match=r"event 5 \(reserve\) cannot be understood: it does not follow"):
+        with pytest.raises(RunError, match=r"event 5 \(reserve\) is invalid: it does not follow"):
             check()
     path.write_bytes(good)
     ledger.end_run("unknown")

@@ -205,7 +205,7 @@ def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Pa
     assert [site.meaning is None for site in report.sites] == [True, False]
     assert "attack_on_real_records" in report.unprotected_figures
     (folder / "audit.json").write_text(json.dumps(found | {"delta": 1e-4}))
-    with pytest.raises(RunError, match="of another run: its delta is"):
+    with pytest.raises(RunError, match="belongs to another run: its delta is"):
         from_run.build_run_report(folder)
     # Nor does it help that the bounds are gone while it says that one was passed.
     (folder / "audit.json").write_text(json.dumps(found | {"bounds": []}))
@@ -256,7 +256,7 @@ def test_configuration_with_a_different_privacy_cost_is_refused(folder: Path) ->
         ({"privacy": {"unit": "user"}, "data": {"columns": {"user": "text"}}}, "privacy.unit"),
     ):
         path.write_text(OmegaConf.to_yaml(OmegaConf.merge(right, changes)))
-        with pytest.raises(ConfigError, match=f"{key}.*must be what run.json says"):
+        with pytest.raises(ConfigError, match=f"{key}.*does not match run.json"):
             from_run.build_run_report(folder)
 
 

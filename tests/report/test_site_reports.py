@@ -133,8 +133,8 @@ def test_self_contradicting_site_report_is_refused(folder: Path) -> None:
         of_all_runs(site, **dict.fromkeys(figures, 0.001), left=1.999),
     ):
         forged = signed_report(folder, sites=(replace(site, **changes),))
-        assert "must agree with itself" in refused(folder, forged)
-    assert "must agree with itself" in refused(folder, signed(folder, verification=None))
+        assert "is inconsistent" in refused(folder, forged)
+    assert "is inconsistent" in refused(folder, signed(folder, verification=None))
 
 
 def test_site_report_older_than_its_receipts_is_refused(folder: Path) -> None:
@@ -275,8 +275,8 @@ def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
     for released, says in (
         (from_run.build_run_report(folder / "first"), "must be a site's report of its own ledger"),
         (replace(own, signature=None), "it is not signed"),
-        (replace(own, epsilon=0.1), "must carry its site's signature"),
-        (posing(folder, "site-1"), "must carry its site's signature"),
+        (replace(own, epsilon=0.1), "must be signed by its site"),
+        (posing(folder, "site-1"), "must be signed by its site"),
         # Nor does it help to leave out what names the ledger's key.
         (posing(folder, "site-1", verification=None), "as the receipts of site-1 are"),
         (posing(folder, "site-2", site="site-1"), "as the receipts of site-1 are"),
@@ -289,7 +289,7 @@ def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     facts = report_of(folder).facts
     first, lists = facts.runs[0].run, ("runs", "charges", "releases")
     report = derived(folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists})
-    assert "must be of a ledger that knows the run second-" in refused(folder, report)
+    assert "must be from a ledger that contains the run second-" in refused(folder, report)
     assert from_run.build_run_report(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 

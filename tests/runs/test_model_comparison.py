@@ -103,5 +103,5 @@ def test_runs_tested_on_different_records_are_not_compared(tmp_path: Path) -> No
         simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other")
     )
     for runs in ({"one": one, "other": other}, {"other": other, "one": one}):
-        with pytest.raises(ConfigError, match="must be tested on the first run's records"):
+        with pytest.raises(ConfigError, match="must have the first run's test records"):
             compare_runs(runs)

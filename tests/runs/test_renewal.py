@@ -132,5 +132,5 @@ def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(last: Any, tmp
         with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be one setting of the run that is renewed"):
             renew_config(folder, {key: "debug"})
     (folder / "adapter").rmdir()
-    with pytest.raises(ConfigError, match="must hold a finished adapter/; resume the run first"):
+    with pytest.raises(ConfigError, match="has no finished adapter/; resume the run first"):
         renew_config(folder, {})

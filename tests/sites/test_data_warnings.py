@@ -56,13 +56,13 @@ def test_sound_data_gives_no_warnings(simulated: RunConfig) -> None:
 
 def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated: RunConfig, tmp_path: Path) -> None:
     (note,) = lead_data_warnings(simulated, validation=lead("a"), test=None)
-    assert note.startswith("there are no test records, so the run ends without a score: give data.test_file or")
+    assert note.startswith("there are no test records, so the run has no final score: set data.test_file or")
     (note,) = lead_data_warnings(simulated, validation=None, test=lead("a", "a"))
     assert note == "all test records have the label 'a': always giving that label scores 1.0"
     some, many = blank(1, rows=10), blank(1200, rows=9000)
     notes = lead_data_warnings(simulated, validation=lead("a", left_out=some), test=lead("a", "b", left_out=many))
     assert list(notes) == [
-        "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run leaves them out",
+        "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run skips them",
         "data.test_file: A LARGE PART, 1,200 of 9,000 rows (13.3 %), cannot be used: 1,200 must not be blank; the run "
         "leaves them out",
     ]
@@ -90,7 +90,7 @@ def test_file_containing_training_data_is_refused(simulated: RunConfig, tmp_path
     kind = replace(simulated.data.partition, kind="file" if "{site}" in given else "iid")
     config = changed(simulated, data={"train_file": given, "partition": kind, "test_file": str(file)})
     (note,) = lead_data_warnings(config, validation=None, test=lead("a", "b"))
-    assert note == "data.test_file holds what data.train_file holds: the scores say nothing about new records"
+    assert note == "data.test_file has the same records as data.train_file: the scores say nothing about new records"
     with pytest.raises(ConfigError, match=r"data\.validation_file = .*: must not hold what data\.train_file holds"):
         check_decision_scores(changed(config, data={"validation_file": str(file)}))
 
@@ -111,7 +111,7 @@ def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated:
 
 def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated: RunConfig) -> None:
     (note,) = site_data_warnings(simulated, dealt(26, 60))
-    assert "north declares 40 and has 26, south declares 40 and has 60." in note
+    assert "north declares 40, but has 26, south declares 40, but has 60." in note
     (note,) = site_data_warnings(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
     assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
     (note,) = site_data_warnings(simulated, dealt(40, 40, shared_users=3))

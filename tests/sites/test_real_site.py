@@ -415,6 +415,6 @@ def test_unusable_row_counts_stay_in_the_site_log(site: Any, caplog: pytest.LogC
     with site.data.open("a", encoding="utf-8") as stream:
         stream.write(" ,invoice\n" * 10)
     site.update()
-    (told,) = [one for one in caplog.records if "a large part" in one.getMessage()]
+    (told,) = [one for one in caplog.records if "a large share" in one.getMessage()]
     assert (told.name, told.levelname) == ("fedtune.sites.real_site", "WARNING")
     assert (told.__dict__["rows"], told.__dict__["left_out"], told.__dict__["share"]) == (50, 10, 0.2)

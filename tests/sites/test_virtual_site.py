@@ -281,10 +281,10 @@ def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_
 
 def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
+    with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not exist yet"):
         sites_of(config(f"runtime.sites_dir={tmp_path}/file"), tmp_path)
     for gone in ("null", "moved/sites"):
-        with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the folder of the ledgers of the run"):
+        with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the ledger folder of the renewed run"):
             sites_of(config(f"runtime.sites_dir={gone}", "federation.renewal=1"), tmp_path)
     sites_of(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_partition()
     assert sites_of(changed(before, federation={"renewal": 1}), tmp_path).folder == tmp_path / "kept"

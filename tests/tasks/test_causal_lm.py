@@ -252,7 +252,7 @@ def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any
     asked = LM.prompts_and_references([prompted("where is", "lost")], leading_tokenizer, data=settings(max_length=3))
     assert asked is not None
     assert ([ids.tolist() for ids in asked[0]], asked[1]) == ([[CLS, WHERE, IS]], ["lost"])
-    with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must give a token"):
+    with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must have at least one token"):
         LM.prompts_and_references([prompted("", "lost")], decoder_tokenizer, data=settings())
 
 

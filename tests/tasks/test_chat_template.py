@@ -36,7 +36,7 @@ def says(content: str) -> str:
     return CHATML.replace("message['content'] +", f"{content} +")
 
 
-OTHER = "other words before an answer"
+OTHER = "different text before an answer"
 REFUSED = {
     "a system turn before the last user's": (TEMPLATES["system_in_last"], "what the system says once"),
     "numbers of turns": (CHATML.replace("'<|im_start|>' +", "loop.index ~ '<|im_start|>' +"), OTHER),

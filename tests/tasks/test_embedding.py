@@ -38,7 +38,7 @@ def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = No
     [
         ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
         ({"negatives": ()}, "negatives = []: must hold at least one text"),
-        ({"negatives": ("a", "a")}, "negatives = 'a': must be declared once"),
+        ({"negatives": ("a", "a")}, "negatives = 'a': is declared twice"),
         ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
         ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
     ],
@@ -223,7 +223,7 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     assert names <= set(told.replace('"', " ").split())
     told = command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
     assert json.loads(told)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
-    said = "task = 'embedding': gives no answer to a text; fedtune evaluate scores it"
+    said = "task = 'embedding': does not answer prompts; use fedtune evaluate to score it"
     assert command("generate", str(folder), "--prompt", "where").failed() == said
     assert command("plan", *pairs_run(tmp_path, layout, "name=p")).printed
     refused = command("simulate", *pairs_run(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))

@@ -97,7 +97,7 @@ def test_integrated_brier_score_matches_a_manual_calculation() -> None:
     first = (0.8**2 + 0.1**2 + 0.4**2) / 3
     assert integrated_brier(survival, followed, event) == pytest.approx(first)
     assert integrated_brier(1 - survival, np.zeros(3, int), np.ones(3, bool)) > 0, "all had it, and are known"
-    with pytest.raises(DataError, match="no interval after which anybody's state is known"):
+    with pytest.raises(DataError, match="no interval with a known state at its end"):
         integrated_brier(survival, np.zeros(3, int), np.zeros(3, bool))
 
 

@@ -138,6 +138,6 @@ def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_pa
     assert command("export", str(folder), "--to", str(tmp_path / "adapter")).printed
     assert (tmp_path / "adapter" / "head.safetensors").is_file()
     refused = command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
-    assert refused == "--merge: is not possible for task text_length, which has adapters alone"
+    assert refused == "--merge: is not available for task text_length, which has only adapters"
     refused = command("simulate", *tiny("task=riddles", into=tmp_path)).failed()
     assert refused == f"task = 'riddles': must be one of {', '.join(TASKS)}", "one that is not listed"

@@ -74,7 +74,7 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
     for template in ("{input}", "{text} {label}"):
         with pytest.raises(ConfigError, match=r"^prompt_template = "):
             task.check_data(replace(settings, prompt_template=template))
-    with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'other_text'"):
+    with pytest.raises(ConfigError, match=r"^columns = .*has no column for role 'other_text'"):
         task.check_data(replace(settings, prompt_template="{text} {other_text}"))
 
 
@@ -85,7 +85,7 @@ def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_to
     assert get_task(task).required_roles(settings) == ("text", "text_pair", *get_task(task).roles[1:])
     get_task(task).check_tokenizer(encoder_tokenizer, data=settings)
     get_task(task).check_tokenizer(leading_tokenizer, data=one)
-    with pytest.raises(ConfigError, match="has a tokenizer without a mark between two texts"):
+    with pytest.raises(ConfigError, match="has a tokenizer without a separator between two texts"):
         get_task(task).check_tokenizer(leading_tokenizer, data=settings)
 
 

@@ -198,7 +198,7 @@ def test_missing_unit_is_detected(three: Room, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (signal.SIGKILL, "a device of this machine failed, so that nothing of this round is released"),
+        (signal.SIGKILL, "a device of this machine failed, so nothing is released from this round"),
         (signal.SIGSTOP, "no answer in 1 s"),
     ],
     ids=["dies", "hangs"],

@@ -219,5 +219,5 @@ def test_broken_image_adds_nothing_and_affects_no_other(folders: Folders, monkey
     ]
     bad = Record({**good[1].fields, "image": read_image_field(encoded(picture(seed=1))[:-40], "image")})
     fault = model.task.record_validator(spec)(bad)
-    assert "no image that can be decoded" in str(fault)
+    assert "not a decodable image" in str(fault)
     require_nothing_added(model, bad, good, reader, spec, monkeypatch)

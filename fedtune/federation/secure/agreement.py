@@ -99,7 +99,7 @@ class Terms:
 
     def __post_init__(self) -> None:
         if not (1 <= len(self.run) <= 300 and self.run.isprintable()):  # as a proposal's, of which it is
-            raise ConfigError("run", self.run, "must be a printable text of 1 to 300 characters")
+            raise ConfigError("run", self.run, "must be printable text of 1 to 300 characters")
         if not _SHA256.fullmatch(self.proposal):
             raise ConfigError("proposal", self.proposal, "must be a SHA-256 in hex")
         for site, key in self.members.items():
@@ -108,7 +108,7 @@ class Terms:
         if not 2 <= len(self.members) <= MOST_SITES_OF_SUM:
             raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES_OF_SUM} sites")
         if len(set(self.members.values())) < len(self.members):
-            raise ConfigError("members", list(self.members), "must have a key each; two have the same")
+            raise ConfigError("members", list(self.members), "must have distinct keys; two are the same")
         check_whole("largest", self.largest)
         check_at_least("largest", self.largest, 1)
         for name, most in (("threshold", len(self.members)), ("length", MOST_LENGTH), ("bits", MOST_BITS)):

@@ -61,7 +61,7 @@ class Unreadable(RunError):
 
     def __init__(self, release: int, what: str, *, site: str | None = None) -> None:
         self.site = site
-        super().__init__(f"release {release} of the secure sum cannot be read: {what}")
+        super().__init__(f"release {release} of the secure aggregation cannot be read: {what}")
 
 
 class Summation:
@@ -198,11 +198,11 @@ class Summation:
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         if len(right) < self._terms.threshold:
-            what = f"{len(right)} sites gave right shares of what unmasks {survivor}{self._threshold_clause}"
+            what = f"{len(right)} sites gave correct unmasking shares for {survivor}{self._threshold_clause}"
             raise Unreadable(self._release, what)
         seed = shares.combine_shares(dict(list(right.items())[: self._terms.threshold]))
         if shares.share_digest(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
-            raise Unreadable(self._release, f"{survivor} dealt shares that do not fit together", site=survivor)
+            raise Unreadable(self._release, f"{survivor} dealt inconsistent shares", site=survivor)
         return seed.to_bytes(SEED_BYTES)
 
     @property

@@ -36,7 +36,7 @@ from fedtune.spec import RUN_SCHEMA, ConfigError
 _LARGEST_ADAPTER = 1e6
 """Canaries move an adapter further than records do, and without clipping a thousand times further."""
 _MARK = """\
-This folder is an audit. Among the training data were {what},
+This folder holds an audit. The training data contained {what},
 planted on purpose, and the adapter has learned from them. Use it for nothing else; train again without an audit.
 """
 
@@ -69,14 +69,14 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         ConfigError: the run makes no privacy claim, or cannot be audited.
     """
     if spec.kind == "sensitivity":
-        raise ConfigError("audit.kind", spec.kind, "makes no run: fedtune audit audit.kind=sensitivity searches")
+        raise ConfigError("audit.kind", spec.kind, "does not train a run: use fedtune audit audit.kind=sensitivity")
     runtime = config.runtime
     for key, given, only, why in (
-        ("runtime.sites_dir", runtime.sites_dir, None, "plants made-up records, and charges no ledger that is kept"),
+        ("runtime.sites_dir", runtime.sites_dir, None, "plants made-up records and charges no permanent ledger"),
         ("runtime", runtime.kind, "simulation", "plants made-up records"),
-        ("runtime.num_devices", runtime.devices, 1, "watches each step in one process"),
-        ("lora.alternate", config.lora.alternate, False, "watches all tensors in each step"),
-        ("resume", config.resume, None, "runs from its start, with coins of its own"),
+        ("runtime.num_devices", runtime.devices, 1, "observes each step in one process"),
+        ("lora.alternate", config.lora.alternate, False, "observes all tensors in each step"),
+        ("resume", config.resume, None, "always starts from the beginning, with its own random draws"),
         (
             "federation.early_stopping_patience",
             config.federation.early_stopping_patience,
@@ -88,9 +88,9 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
             wanted = "simulation" if key == "runtime" else json.dumps(only)
             raise ConfigError(key, given, f"must be {wanted}: an audit {why}")
     if not config.privacy.private:
-        raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
+        raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")
     if config.privacy.unit != "record" and spec.kind == "records":
-        bound = "must be 'record' with audit.kind=records; audit.kind=gradient plants made-up users, too"
+        bound = "must be 'record' with audit.kind=records; only audit.kind=gradient can plant made-up users"
         raise ConfigError("privacy.unit", config.privacy.unit, bound)
     for site in audited_sites(config, spec):
         if site not in config.federation.active:

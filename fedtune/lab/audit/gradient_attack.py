@@ -257,7 +257,7 @@ class GradientAttack:
         size = sum(parameter.numel() for parameter in parameters.values())
         fitting = (size - _LEAST_CONTROLS) // len(sites)
         if spec.canaries > fitting:
-            bound = f"must be at most {fitting}: each of them at {len(sites)} sites needs one of {size:,} coordinates"
+            bound = f"must be at most {fitting}: each one at {len(sites)} sites needs its own of {size:,} coordinates"
             raise ConfigError("audit.canaries", spec.canaries, bound)
         self._observer = Observer(parameters)
         # Where canaries lie is no secret, so an ordinary generator will do.

@@ -49,7 +49,7 @@ class AuditSpec:
         """
         known = [field.name for field in fields(cls)]
         if other := [key for key in given if key not in known]:
-            bound = f"is not a setting of an audit ({', '.join(known)})"
+            bound = f"is not an audit setting ({', '.join(known)})"
             raise ConfigError(f"audit.{other[0]}", given[other[0]], bound)
         try:
             return TypeAdapter(cls).validate_python(dict(given))
@@ -64,8 +64,8 @@ class AuditSpec:
             if self.guesses > self.canaries:
                 raise ConfigError("guesses", self.guesses, f"must be at most audit.canaries = {self.canaries}")
         if not LEAST_CONFIDENCE <= self.confidence < 1:
-            raise ConfigError("confidence", self.confidence, f"must lie in [{LEAST_CONFIDENCE}, 1)")
+            raise ConfigError("confidence", self.confidence, f"must be in [{LEAST_CONFIDENCE}, 1)")
         check_fraction("never_used", self.never_used)
         for site in self.sites:
             if self.sites.count(site) > 1:
-                raise ConfigError("sites", site, "must be named once")
+                raise ConfigError("sites", site, "is named twice")

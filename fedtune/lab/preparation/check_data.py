@@ -112,7 +112,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     skipped = [] if is_installed("datasketch") else [missing]
     if look.earlier.is_full:
         most = f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
-        skipped.append(f"duplicates beyond {duplicates.MOST_SAME:,} different records, near-duplicates beyond {most}")
+        skipped.append(f"duplicates after {duplicates.MOST_SAME:,} different records, near-duplicates after {most}")
     return Checked(max_length=config.data.max_length, files=files, sizes=sizes, skipped=tuple(skipped))
 
 

@@ -29,11 +29,11 @@ from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 
 RULES: Mapping[str, str] = {
-    "empty": "a value that a record must have is blank or absent",
-    "unusable": "a run cannot use the row, for whatever reason",
-    "duplicates": "an earlier row says the same, and has the same answer",
-    "near-duplicates": "an earlier row says almost the same, and has the same answer",
-    "personal": "something in it looks like a personal identifier",
+    "empty": "a required value is blank or missing",
+    "unusable": "a run cannot use the row, for any reason",
+    "duplicates": "an earlier row has the same text and answer",
+    "near-duplicates": "an earlier row has almost the same text and the same answer",
+    "personal": "it contains what looks like a personal identifier",
     "damaged": "its encoding is damaged",
 }
 """Rules for dropping rows.  A row that cannot be read is dropped in any case, for nobody can write it."""
@@ -51,7 +51,7 @@ class Cleaning:
         self, columns: Mapping[str, str], fault: Fault, *, drop: Collection[str], mask: bool, named: Mapping[str, str]
     ) -> None:
         if mask and (marks := {"tags", "spans"} & {*columns, *named}):
-            bound = f"must be left out where words are marked (role {min(marks)}): the marks would stand on other words"
+            bound = f"is not available for marked words (role {min(marks)}): the marks would move to other words"
             raise ConfigError("--mask", "personal", bound)
         self.drop, self.mask = drop, mask
         self._columns, self._fault = columns, fault
@@ -162,7 +162,7 @@ class Coding(Cleaning):
         if "length" in self.codes:
             places["length"] = bisect_left(self._bounds, sum(word is not None for word in split_words(record)))
         for column in places.keys() & row.keys():
-            raise ConfigError("FILE", column, "must not have this column: a new one gets its name")
+            raise ConfigError("FILE", column, "already has this column, and a new column needs its name")
         found = {column: self.codes[column][place] for column, place in places.items()}
         kinds.update(f"{column}: {code}" for column, code in found.items())
         return {**row, **found}

@@ -223,7 +223,7 @@ class DataColumn:
                     found.update(count_entity_types({"tags": "\n".join(tags)}))
                     plain.update(count_entity_types({"tags": "\n".join(tags)}, tags))
                 elif "O" in tags:
-                    self.fault = "must have a letter and the type, as B-name and I-name, or O"
+                    self.fault = "must be a letter and a type, such as B-name or I-name, or O"
             else:
                 found.update(count_entity_types({"spans": read_spans(value, self.name)}))
                 self.reads["spans"] += 1
@@ -446,7 +446,7 @@ def no_records_error(path: Path) -> DataError:
     for one, parts in tables.items():
         shard = SHARD.search(parts[-1].name)
         here = f" ({len(parts)} of {shard[1]} are there)" if shard and int(shard[1]) != len(parts) else ""
-        below.append(f"all parts of {one} as one{here}" if len(parts) > 1 else f"{parts[0]}{here}")
+        below.append(f"all parts of {one} as one file{here}" if len(parts) > 1 else f"{parts[0]}{here}")
     if tables:
         found, bound = "a folder of several files", "must be one file"
         if any(parts[0].is_dir() for parts in tables.values()):

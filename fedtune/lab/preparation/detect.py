@@ -146,7 +146,7 @@ class Found:
                 why, teaches = one.explain("unread"), {"prompt", "messages"} & set(self.roles)
                 yield one.name, why.replace("--text-pair", "--context") if teaches else why
             elif one.is_chat:
-                yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
+                yield from ((f"{one.name}: {key}", "runs ignore it in a turn") for key in one.beside)
 
 
 def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
@@ -186,9 +186,9 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
         _require_header(columns, path)
     for option, name in chosen.items():
         if name not in columns:
-            raise ConfigError(f"--{option}", name, f"must be one of the columns {listed(columns)}")
+            raise ConfigError(f"--{option}", name, f"is not one of the columns {listed(columns)}")
     if len(set(chosen.values())) < len(chosen):
-        raise ConfigError(f"--{option}", name, "must be another column than the other options name")
+        raise ConfigError(f"--{option}", name, "is already named by another option")
     roles = {OPTIONS[option]: columns[name] for option, name in chosen.items()}
     _require_fit([*_BESIDE, _IMAGE, *_FOLLOWED], roles)
     beside = {part.role: roles.pop(part.role) for part in _BESIDE if part.role in roles}
@@ -198,14 +198,14 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
     taken = [one for one, _ in found.values()]
     people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one not in taken)
     if by_person and people and "user" not in beside:  # where a column says whose a record is, the first that does
-        why = "its name: whose a record is (--unit record protects each record alone)"
+        why = "its name: identifies the person (--unit record protects each record alone)"
         found["user"] = columns[people[0][1]], why
     odd_notes = (
         f"{column}: {len(lines):,} of its values have {ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
         for (what, column), lines in odd.items()
     )
     images = count_unsupported_images(path) if kind_of_file == "classes" else ""
-    skipped = [f"{images} images beside them are not read: convert them to PNG, JPEG or WebP."] if images else []
+    skipped = [f"{images} other images are not read: convert them to PNG, JPEG or WebP."] if images else []
     return Found(
         path=path,
         rows=rows,
@@ -259,7 +259,7 @@ class _Guess:
     def detect_roles(self) -> tuple[Kind, Roles]:
         roles, pair = set(self.chosen), self._find_text_pair()
         if roles == {"text"}:
-            return "text", {"text": (self.chosen["text"], "chosen; without --label its texts alone are learned")}
+            return "text", {"text": (self.chosen["text"], "chosen; without --label only its texts are learned")}
         for what, some, other in self._iter_unwanted() if not roles else ():
             if some:
                 raise refusal(self.path, what, some, other)
@@ -280,7 +280,7 @@ class _Guess:
                 others += [one for one in self.every if one.is_image]
                 if len(others) > 1:
                     raise refusal(self.path, "texts", others)
-                return "text", {"text": (text[0], f"{text[1]}; no label stands beside it")}
+                return "text", {"text": (text[0], f"{text[1]}; there is no label")}
         raise self._misfit_error(layouts)
 
     def list_notes(self, found: Roles) -> Iterator[str]:
@@ -531,8 +531,8 @@ class _Guess:
             missing = min(gaps, key=len, default=[])
             needs = " and ".join(f"--{_OPTION_OF[other]}" for other in missing)
             others = ", ".join(f"--{_OPTION_OF[other]}" for other in self.chosen if other != role)
-            others = others or "what else this file has: an answer stands beside a text, an image or a table"
-            bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
+            others = others or "the other columns: an answer belongs to a text, an image or a table"
+            bound = f"requires {needs}, but there is no such column" if needs else f"cannot be combined with {others}"
             return ConfigError(f"--{_OPTION_OF[role]}", one.name, bound)
         named = listed(f"{one.name} ({one.holds})" for one in self.every)
         bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"

@@ -158,11 +158,11 @@ def plan_experiment(
     named = sort_labels(at) if "site" in found.roles else []
     places = {place: len(at[place]) if by_user else at[place].total() for place in named}
     if by_user and sum(places.values()) > units:
-        bound = "must be the same in all records of a person, who is protected at one site; or use --unit record"
+        bound = "must be the same in all records of a person, who belongs to one site; or use --unit record"
         raise ConfigError("--site", found.roles["site"], bound)
     for place, count in places.items():
         if count < _LEAST_UNITS:
-            bound = f"must have at least {_LEAST_UNITS} of what is protected at each site; {place} has {count}"
+            bound = f"must have at least {_LEAST_UNITS} records or people at each site; {place} has {count}"
             raise ConfigError("--site", found.roles["site"], bound)
     # The most tokens are those of nearly all, rounded up, within reason; of images just theirs.
     lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
@@ -259,8 +259,8 @@ def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
     delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * max(_declared_sizes(plan)))))
     lines = [
         "".join(letter if letter.isprintable() else "?" for letter in about),
-        "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them",
-        "# before you show this page to others.",
+        "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: check them",
+        "# before you share this file.",
         "defaults:",
         f"  - {plan.base:<{_BEFORE_COMMENT - 2}} # adapters, rates and rounds: conf/experiment/{plan.base}.yaml",
         *_setting_lines(("- override /model", plan.model, "the frozen base model")),
@@ -268,9 +268,9 @@ def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
         *_setting_lines(
             ("name", derive_run_name(file), "of the run and of its folder in runs/; each run needs a new one"),
             ("model", pinned if own else None, "pin sha256 with what fedtune model-hash prints"),
-            ("lora", adapted if adapts else None, "adapters on every linear layer, whatever the model calls them"),
-            ("task", task, "what is learned of each row; ordinal: labels in order"),
-            ("head", zero, "a time has no label whose text it could begin with"),
+            ("lora", adapted if adapts else None, "adapters on every linear layer, whatever its name"),
+            ("task", task, "what is learned from each row; ordinal: labels in order"),
+            ("head", zero, "a time has no label text to start from"),
             within="",
         ),
         *_own(found),
@@ -280,13 +280,13 @@ def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
         *_public_list_lines(found, plan),
         "federation:",
         *_setting_lines(
-            ("num_sites", plan.num_sites, "a simulation deals the file out to this many sites"),
+            ("num_sites", plan.num_sites, "a simulation partitions the file into this many sites"),
             ("site_names", site_names, "in the order of partition"),
         ),
         "privacy:",
         *_setting_lines(
             ("unit", unit, "all records of one person are protected together: docs/user_level.md"),
-            ("epsilon", 8.0, "the promise to each of them; lower is stronger: docs/epsilon.md"),
+            ("epsilon", 8.0, "the guarantee for each; lower is stronger: docs/epsilon.md"),
             ("delta", delta, "must stay below 1 / declared_sizes"),
         ),
     ]
@@ -297,7 +297,7 @@ def _own(found: Found) -> Iterator[str]:
     """The settings of the task alone."""
     if "time" in found.roles:
         yield "task_settings:"
-        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_to_yaml(found.roles["time"])}'
+        yield f'  intervals: "???"  # set it yourself: the end of each, in the unit of {_to_yaml(found.roles["time"])}'
 
 
 def _setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
@@ -314,39 +314,39 @@ def _data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Sett
     # without an ending, and change with its next version.
     folder, records = file.absolute().parent, found.path.absolute()
     path = records.relative_to(folder) if records.is_relative_to(folder) else records
-    lies_within = "the least and the largest number: it becomes PUBLIC, and records outside are left out"
+    lies_within = "the smallest and largest number: it becomes PUBLIC, and records outside are skipped"
     turns = "turns as the model's own template writes them (model), or in words (plain)"
     lacking = f"{pluralize(plan.left_out.count, 'row')} cannot be used"
     cut = _count_truncated(plan)
-    are_cut = f"; {cut:,} of {len(plan.lengths):,} records are longer and are cut" if cut else ""
-    most = f"places of an image in the model{are_cut}"
+    are_cut = f"; {cut:,} of {len(plan.lengths):,} records are longer and are truncated" if cut else ""
+    most = f"positions of an image in the model{are_cut}"
     if plan.base != "own_images":
-        most = f"the most tokens of a record{are_cut}" if plan.windows == 1 else "the most tokens of a window"
+        most = f"the maximum tokens of a record{are_cut}" if plan.windows == 1 else "the maximum tokens of a window"
     of_a_record = f"of a record; each takes its time, also in short ones{are_cut}"
     stride = min(_STRIDE, (plan.max_length - 2) // 2) if plan.base == "own_entities" else None
     units = "persons" if plan.by_user else "records"
     sites = {value: place for place, value in enumerate(plan.places)}
     sizes = _declared_sizes(plan) if plan.places else suggest_declared_size(plan)
     return [
-        ("train_file", str(path), "the records; relative paths begin at this page's folder"),
+        ("train_file", str(path), "the records; relative paths start at this file's folder"),
         ("columns", dict(found.roles), "role of fedtune: column of the file"),
         ("target_range", found.settings.get("target_range"), lies_within),
-        ("event_values", found.settings.get("event_values"), "that it did not come up to the time, and that it came"),
-        ("label_separator", found.settings.get("label_separator"), "stands between the labels of a record"),
-        ("prompt_template", _prompt_template(found), "what is asked; a part whose columns are blank is left out"),
+        ("event_values", found.settings.get("event_values"), "no event up to the time, and event"),
+        ("label_separator", found.settings.get("label_separator"), "separates the labels of a record"),
+        ("prompt_template", _prompt_template(found), "the prompt; a part with blank columns is left out"),
         ("chat_template", plan.turns, turns),
         ("unusable", "leave_out" if plan.left_out.count else None, lacking),
         ("max_length", None if found.features else plan.max_length, most),
         ("windows", plan.windows if plan.windows > 1 else None, of_a_record),
-        ("stride", stride, "tokens that two windows share"),
-        ("test_fraction", test, "share of the file for the scores before and after: no site trains on it"),
+        ("stride", stride, "tokens shared by two windows"),
+        ("test_fraction", test, "share of the file for the scores before and after, never trained on"),
         ("validation_fraction", validation, "share for the scores after each round"),
         ("partition", {"kind": "column", "sites": sites} if sites else None, "the site of each value of its column"),
         ("declared_sizes", sizes, f"each site publishes this number of {units}: it becomes PUBLIC"),
         (
             "dataset",
             derive_run_name(Path(found.path.name.split(".")[0])),
-            "the name by which sites and ledgers know these records",
+            "the name of these records at sites and in ledgers",
         ),
     ]
 
@@ -358,7 +358,7 @@ def _all_texts_lines(found: Found) -> Iterator[str]:
         return
     others.sort(key=lambda one: (one.filled, one.mean_characters, one.name))
     beside = dict(zip(["input", *(f"part_{n}" for n in range(2, 99))], (one.name for one in others), strict=False))
-    yield "  # Other columns hold texts, too.  A model reads them all with these two lines in place of columns above:"
+    yield "  # Other columns hold texts, too.  To use them all, replace columns above by these two lines:"
     yield f"  # columns: {_to_yaml({**found.roles, **beside})}"
     template = "\n\n".join(f"{{{role}}}" for role in (*beside, "text"))
     yield f"  # prompt_template: {_to_yaml(template)}"
@@ -369,7 +369,7 @@ def _public_list_lines(found: Found, plan: ExperimentPlan) -> Iterator[str]:
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
     # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
     if found.features:
-        yield "  # ??? is yours to say, from what you know and not from the file: it becomes PUBLIC.  docs/features.md"
+        yield "  # Replace ??? from what you know, not from the file: it becomes PUBLIC.  docs/features.md"
         yield "  features:"
     for name in found.features:
         column = found.columns[name]
@@ -380,7 +380,7 @@ def _public_list_lines(found: Found, plan: ExperimentPlan) -> Iterator[str]:
         what = f"columns: [{json.dumps(name, ensure_ascii=False)}], {declared}{size}, missing: indicator"
         yield f"    - {{{what}}}"
     if found.labels:
-        yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
+        yield "  # The classes, as in the file.  They are declared: every site and every report shows them."
         yield "  labels:"
         yield from (f"    - {_to_yaml(label)}" for label in plan.labels)
     elif found.kind in _OF_ANY_TASK:
@@ -403,38 +403,38 @@ def list_notes(found: Found, plan: ExperimentPlan) -> Iterator[str]:
     sizes = ", ".join(f"{one:,}" for one in _declared_sizes(plan))
     yield f"declared_sizes: {sizes}, near what each site trains on. {public}"
     proposed = "Labels, target_range and max_length were proposed from nearly all records of the file"
-    yield f"{proposed}, and become public too: change what says more than it should."
+    yield f"{proposed}, and become public too: change whatever reveals too much."
     if plan.by_user:
         records = f"The {plan.usable:,} records are of {plan.units:,} persons"
-        yield f"{records}, each of whom is protected as a whole (privacy.unit: user)."
+        yield f"{records}, each protected as a whole (privacy.unit: user)."
     if plan.alike:
-        others = "like another but for case, and count as other persons: write them alike in the file if they are one."
+        others = "like another except for case, but count as other people: spell them alike if they are one."
         yield f"{pluralize(plan.alike, 'id')} of persons are {others}"
     if plan.units < _FEW_UNITS * plan.num_sites:
         units = pluralize(plan.units, "person" if plan.by_user else "record")
-        yield f"{units}: that is little, so with noise expect the run to learn little."
+        yield f"{units}: that is little, so with noise the run will likely learn little."
     if plan.left_out.count:
-        yield f"{plan.left_out}. A run leaves such rows out (unusable: leave_out)."
+        yield f"{plan.left_out}. A run skips such rows (unusable: leave_out)."
     if plan.unknown > _MOST_UNKNOWN:
         told = f"{plan.unknown:.0%} of the tokens are unknown to this model"
         yield f"{told}: choose one that knows the texts' language (--model)."
     yield from describe_spellings(plan.labels)
     if none := NO_NAME & set(plan.labels):
-        yield f"A label may stand for no value: {', '.join(sorted(none))}. If so, take it out of labels."
+        yield f"These labels may mean a missing value: {', '.join(sorted(none))}. If so, remove them from labels."
     if rare := [label for label, count in plan.labels.items() if count < _FEW_OF_LABEL]:
         yield f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public."
     if unusable := len(found.labels) - len(plan.labels):
-        yield f"No class, since one row alone or none that can be used has it: {pluralize(unusable, 'label')}."
+        yield f"Not a class, because at most one usable row has it: {pluralize(unusable, 'label')}."
     for way, count in plan.misplaced.items():
         yield f"{count:,} of {plan.usable:,} records have parts that begin or end within a word{way and f' {way}'}."
     yield from found.notes
     if cut := _count_truncated(plan):
-        lost = "the beginning of what stands before their answer" if found.kind in _TURNS else "their end"
+        lost = "the start of the text before their answer" if found.kind in _TURNS else "their end"
         lost = "the middle of their longest text" if "prompt" in found.roles else lost
         longer = f"{cut:,} of {len(plan.lengths):,} records are longer than max_length ({plan.max_length} tokens)"
-        yield f"{longer} and lose {lost}: raise it, or shorten them."
+        yield f"{longer} and lose {lost}: raise max_length, or shorten them."
     if len(plan.lengths) == _MEASURED_ROWS:
-        yield f"Lengths are of the first {_MEASURED_ROWS:,} rows."
+        yield f"Lengths are from the first {_MEASURED_ROWS:,} rows."
 
 
 def _to_yaml(value: Any) -> str:

@@ -132,7 +132,7 @@ _CHECKS = {
 
 # Marks and rows within a text.
 
-MOJIBAKE = "mojibake (UTF-8 that was read as Windows-1252)"
+MOJIBAKE = "mojibake (UTF-8 read as Windows-1252)"
 _MARK = re.compile(
     r"<\|[\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|begin|end)_?\w{0,9}>"
 )
@@ -145,7 +145,7 @@ ODD_TEXTS: Mapping[str, str] = {
     "what looks like rows in a cell": "lines within a cell that look like whole rows: if the table was written without "
     "quoting, these rows are lost; write it with quotes around cells, or as JSON lines",
     "marks of a chat template": "marks of a chat template, which are learned as letters: take them out, or write turns",
-    "quotes behind a space": "quotes behind a space, which are learned as letters: write no space before them",
+    "quotes behind a space": "quotes after a space, which are learned as text: remove the space",
     MOJIBAKE: f"{MOJIBAKE}: read the file again from its source as UTF-8",
     "HTML": "HTML, which is learned as letters: write plain text, as a browser shows it",
 }

@@ -70,7 +70,7 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
     if asked.runtime.kind == "deployment":
         raise ConfigError("runtime", "deployment", "is for real sites: no site's records can be pooled there")
     if asked.resume is not None:
-        raise ConfigError("resume", asked.resume, "does not go with compare, which goes on by itself under one name")
+        raise ConfigError("resume", asked.resume, "conflicts with compare: repeat the same command to resume it")
     if asked.federation.participants:
         bound = "must be empty to compare: each site runs alone, and all of them together"
         raise ConfigError("federation.participants", list(asked.federation.participants), bound)
@@ -152,7 +152,7 @@ class Compared:
             *(self._group_section(title, found) for title, found in self.groups.items()),
             self._personalized_section(),
             self._cost_section(),
-            Section(title="How to read this", notes=[*self.notes, *self._reading_notes()]),
+            Section(title="How to read this table", notes=[*self.notes, *self._reading_notes()]),
         ]
 
     def verdict(self) -> list[str]:
@@ -193,7 +193,7 @@ class Compared:
         besides = self._personalized_comparisons().items()
         told += [f"Compared with {beside}, the own adapter is {_list_by_verdict(at, 'at')}." for beside, at in besides]
         if own := [line.name for line in self.lines if line.kind == "own"]:
-            told.append(f"No guarantee covers what is said of {_join_names(own)}: trained without noise at one site.")
+            told.append(f"No guarantee covers the scores of {_join_names(own)}: trained without noise at one site.")
         return told
 
     @property
@@ -313,9 +313,9 @@ class Compared:
                 took = "-" if result.final.seconds is None else duration(result.final.seconds)
                 moved = size(line.bytes_moved) if line.bytes_moved else "none"
                 rows.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
-        notes = ["Time: the whole run on this machine, which plays all sites one after another."]
+        notes = ["Time: the whole run on this machine, which simulates all sites in turn."]
         if any(line.kind == "pooled" for line in self.lines):
-            notes.append("Pooled, all records themselves would have to leave their sites.")
+            notes.append("Pooled training would require all records to leave their sites.")
         headings = ("model", "epsilon", "time", "adapters moved")
         return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
 
@@ -327,7 +327,7 @@ class Compared:
         if count < FEWEST_UNITS:
             yield f"Fewer than {FEWEST_UNITS} {unit}s are too few to call a model better or worse."
         if (pairs := math.comb(len(self.models), 2)) >= 20:
-            yield f"Of {pairs} pairs, about {pairs // 20} would look different by chance where none is."
+            yield f"Of {pairs} pairs, about {pairs // 20} would look different by chance alone."
 
     def to_json(self) -> dict[str, Any]:
         sides, lines = self.sides, {line.name: line for line in self.lines}
@@ -424,11 +424,11 @@ def score_side_by_side(
         else:
             groups[title] = found
     if first.model.adapter_sha256 is not None:
-        notes.append(f"Training began in another adapter; {base} is the model without any.")
+        notes.append(f"Training started from another adapter; {base} is the model without any.")
     if is_federated and first.data.partition.kind == "file":
-        notes.append("There is no pooled run: the sites' records are in files of their own.")
+        notes.append("There is no pooled run: each site's records are in its own file.")
     if AT_SITES in groups:
-        notes.append("A simulation has the test records of all sites in one place: scores by site release nothing.")
+        notes.append("A simulation has all sites' test records in one place, so scores by site release nothing.")
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
 
 

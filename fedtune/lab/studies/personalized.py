@@ -72,7 +72,7 @@ def split_site_records(config: RunConfig, sites: Sequence[str] = ()) -> dict[str
         ConfigError: the run uses real sites, or has no such site.
     """
     if config.runtime.kind == "deployment":
-        bound = "is over real sites, whose records are not here: fedtune site personalize, at a site"
+        bound = "has real sites, whose records are not here: use fedtune site personalize at a site"
         raise ConfigError("run", config.name, bound)
     for site in sites:
         check_one_of("SITE", site, config.federation.active)
@@ -132,8 +132,8 @@ def sections(made: Mapping[str, Personalized]) -> list[Section]:
     first = next(iter(made.values())).sides
     headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
     if any(one.seen for one in made.values()):
-        notes.append("The run held nothing out, so the shared adapter was trained on the records that are scored here.")
-    notes.append("Private to the site, without a guarantee: do not send a folder to anybody.")
+        notes.append("The run held nothing out, so the shared adapter was trained on the records scored here.")
+    notes.append("Private to the site, without a guarantee: do not send a folder to anyone.")
     title = f"{score_words(first.primary_metric).capitalize()} on the site's own held-out records"
     folders = Section(headings=("site", "written"), rows=[(site, str(one.folder)) for site, one in made.items()])
     return [Section(title=title, headings=headings, rows=rows, words={0}, notes=notes), folders]
@@ -158,7 +158,7 @@ def to_json(made: Mapping[str, Personalized]) -> dict[str, Any]:
 
 def _summary_sentence(site: str, one: Personalized) -> str:
     if one.passes == 0:
-        return f"{site}: its own records do not improve the shared adapter, which its own one equals."
+        return f"{site}: its own records do not improve the shared adapter, which is used unchanged."
     beside = {name: one.sides.compare_models(name, OWN).verdict for name in (SHARED, ALONE)}
     words = " and ".join(
         f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"

@@ -89,15 +89,15 @@ def synthesize(
     if votes is not None:
         voted: dict[Code, float] = {(text,): weight for text, weight in vote_shares(votes).items()}
         if len(roles) > 1 or (shares and set(shares) != set(voted)):
-            bound = "must have the codes as its candidates, each the text of the prompt's one column"
+            bound = "must have the codes as its candidates, each in the prompt's only column"
             raise ConfigError("--votes", str(votes.folder), bound)
         shares = voted
     if beginnings:
         if shares:
-            raise ConfigError("--beginnings", "records", "must be given without --codes and --votes: they have codes")
+            raise ConfigError("--beginnings", "records", "conflicts with --codes and --votes: they have codes")
         shares = dict(load_synthetic(beginnings, tuple(columns.values())).wanted)
     if not shares:
-        raise ConfigError("--codes", None, "must be given, or --votes or --beginnings: what records are written for")
+        raise ConfigError("--codes", None, "is missing: give --codes, --votes or --beginnings")
     wanted = {code: count for code, count in allot_rows(shares, rows).items() if count}
     try:
         whole = re.compile(pattern) if pattern is not None else None
@@ -191,9 +191,9 @@ def _read_codes(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecor
     for key, records in own.read_whole_files():
         times += (theirs := counts(records))
         if max(theirs.values()) > 1 and theirs <= found:  # with shares of its own: each once is a list of codes, too
-            raise ConfigError("--codes", str(codes), f"must be a public list: all prompts of {key} stand in it")
+            raise ConfigError("--codes", str(codes), f"must be a public list, but it contains all prompts of {key}")
     if 2 * (once := sum(times[code] == 1 for code in found)) > len(found):
-        bound = f"must be a public list: {once} of its {len(found)} prompts come once in the run's own files"
+        bound = f"must be a public list: {once} of its {len(found)} prompts occur once in the run's own files"
         raise ConfigError("--codes", str(codes), bound)
     return dict(Counter(tuple(one.fields[role] for role in roles) for one in listed))
 
@@ -211,7 +211,7 @@ def vote_shares(votes: Run) -> dict[str, float]:
     _, head = read_adapter(votes).tensors
     weights = head["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
-        raise ConfigError("--votes", str(votes.folder), "must have a candidate with votes: noise left none above 0")
+        raise ConfigError("--votes", str(votes.folder), "has no candidate with votes: noise left none above 0")
     found: Counter[str] = Counter()  # of candidates that say the same, one has the votes of all
     for text, weight in zip(texts, (weights / weights.sum()).tolist(), strict=True):
         found[text] += weight

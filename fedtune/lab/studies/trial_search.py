@@ -44,7 +44,7 @@ Method = Literal["grid", "random", "tpe"]
 _NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # they change nothing that is learned
 _FILE = "search.json"
 _MOST_ENDS = 64  # combinations that are looked at before the first trial
-_NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
+_NOT_PRIVATE = "Nothing is promised: trials without noise are only for public records."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +68,16 @@ class Search:
             ConfigError: a setting cannot be searched, or the trials would differ in something that they must share.
         """
         if (method == "grid") != (trials is None):
-            bound = "does not go with --method grid" if method == "grid" else "must be given"
+            bound = "cannot be combined with --method grid" if method == "grid" else "is required"
             raise ConfigError("--trials", NOT_GIVEN, bound)
         if trials is not None:
             check_trials(trials)
         fixed, searched = split_searched(overrides)
         if not searched:
-            raise ConfigError("KEY=VALUE", NOT_GIVEN, "must give some setting several values, as in lora.rank=4,8")
+            raise ConfigError("KEY=VALUE", NOT_GIVEN, "must give a setting several values, as in lora.rank=4,8")
         for one in searched:
             if one.key.split(".")[0] in _NOT_SEARCHED:
-                bound = "must have one value in a search: it changes nothing that is learned"
+                bound = "must have one value in a search: it does not affect training"
                 raise ConfigError(one.key, NOT_GIVEN, bound)
         asked = compose_run(fixed)
         _check_searchable(asked)
@@ -149,7 +149,7 @@ class Search:
             values = tpe.ask() if tpe else self.listed[place]
             trial = SearchTrial.from_config(self.trial(name, values), values)
             if trial.config.plan() not in self.plans:
-                bound = "decide together what a trial costs: search them by grid"
+                bound = "together determine a trial's cost: use a grid"
                 raise ConfigError("KEY=VALUE", ", ".join(values), bound)
             if within is not None and not trial.earlier:
                 self._sites(trial.config).write_policies(within=within)
@@ -176,7 +176,7 @@ class Search:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError("name", name, f"is taken: {self.folder} holds no search; choose another") from None
         if not same:
-            raise ConfigError("name", name, f"is taken: {path} is of a search with other settings; choose another")
+            raise ConfigError("name", name, f"is taken: {path} belongs to a search with other settings; choose another")
 
     def _identity(self) -> dict[str, Any]:
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
@@ -189,16 +189,16 @@ class Search:
         for shape, settings in zip(shapes, dealt, strict=True):
             for key, value in settings.items():
                 if value != dealt[0][key]:
-                    bound = "must be the same in all trials: the sites' records are dealt out by it once"
+                    bound = "must be the same in all trials: the sites' records are partitioned once"
                     raise ConfigError(key, value, bound)
             if shape.privacy.delta != shapes[0].privacy.delta:
                 bound = "must be the same in all trials: a ledger has one delta"
                 raise ConfigError("privacy.delta", shape.privacy.delta, bound)
             if shape.privacy.private != shapes[0].privacy.private:
-                bound = "must be so in all trials or in none: without noise nothing is bounded"
+                bound = "must be the same in all trials: without noise nothing is bounded"
                 raise ConfigError("privacy", "none", bound)
         if len(set(map(comparability_key, shapes))) > 1:
-            bound = "must leave the task and the validation records as they are, or scores cannot be compared"
+            bound = "must not change the task or the validation records, or scores cannot be compared"
             raise ConfigError("KEY=VALUE", ", ".join(one.key for one in self.searched), bound)
 
     def _sites(self, config: RunConfig) -> VirtualSites:
@@ -249,12 +249,12 @@ def check_trials(trials: int) -> None:
 
 def _check_searchable(asked: RunConfig) -> None:
     if asked.runtime.kind == "deployment":
-        bound = "is for real sites, which decide about each run: search on public data, or in a simulation"
+        bound = "is not available for real sites, which decide on each run: search on public data, or simulate"
         raise ConfigError("runtime", "deployment", bound)
     if asked.resume is not None:
-        raise ConfigError("resume", asked.resume, "does not go with a search, which goes on by itself under one name")
+        raise ConfigError("resume", asked.resume, "conflicts with a search: repeat the same command to resume it")
     if asked.may_be_fitted:
-        bound = "must be stop in a search, whose price is fixed before the first trial"
+        bound = "must be stop in a search, because its cost is fixed before the first trial"
         raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
     from fedtune.sites.data_warnings import check_decision_scores
 
@@ -271,7 +271,7 @@ def _common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
     for values, shape in zip(tried, shapes, strict=True):
         if shape.plan() != plan:
             key = ", ".join(key for key, value in values.items() if value != tried[0][key])
-            bound = "decides what a trial costs, which --method tpe must know first: search it at random or by grid"
+            bound = "determines a trial's cost, which --method tpe must know first: use random or grid"
             raise ConfigError(key, NOT_GIVEN, bound)
     return plan
 
@@ -282,11 +282,11 @@ def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
         return Section(title="Price of the search", notes=[_NOT_PRIVATE])
     rows = [
         ("trials", f"{price.trials}"),
-        ("epsilon of the dearest trial", format_epsilon(price.epsilon_of_one)),
+        ("epsilon of the most expensive trial", format_epsilon(price.epsilon_of_one)),
         ("epsilon of all together", f"{format_epsilon(price.epsilon)} (by RDP {format_epsilon(price.epsilon_rdp)})"),
-        ("least lifetime cap", f"{format_epsilon(price.epsilon_filter)}, by the ledgers' filter"),
+        ("smallest lifetime cap", f"{format_epsilon(price.epsilon_filter)}, by the ledgers' filter"),
     ]
-    notes = [_describe_promise(price), "Anybody who sees the picked adapter alone may learn as much."]
+    notes = [_describe_promise(price), "Seeing only the picked adapter may reveal as much."]
     notes += [SEEDED] if seeded_noise else []
     return Section(title="Price of the search", rows=rows, words={0, 1}, notes=notes)
 

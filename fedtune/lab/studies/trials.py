@@ -184,7 +184,7 @@ def list_combinations(searched: Sequence[Searched]) -> list[Values]:
     """
     for one in searched:
         if not one.choices:
-            bound = "has no end of values, and all are to be tried: list some, as in 0.001,0.01,0.1"
+            bound = "has infinitely many values, and all would be tried: list some, as in 0.001,0.01,0.1"
             raise ConfigError(one.key, f"{one.low:g} to {one.high:g}", bound)
     keys = [one.key for one in searched]
     if math.prod(len(one.choices) for one in searched) > MOST_RUNS:
@@ -220,7 +220,7 @@ class Trials:
                 words.append(f"name='{name}-{suffix}'")
             trial = SearchTrial.from_config(compose(words), {key: values[key].strip("'\"") for key in differ})
             if trial.folder in trials.rows:
-                raise ConfigError("name", trial.config.name, "is the name of two runs of the sweep; choose others")
+                raise ConfigError("name", trial.config.name, "names two runs of the sweep; choose others")
             trials.rows[trial.folder] = trial
         first = next(iter(trials.rows))
         trials.table = first.parent / f"{f'{first.name}-sweep' if is_named else name}.csv"
@@ -270,7 +270,7 @@ class Trials:
         except (OSError, UnicodeError, csv.Error):
             ours, others = False, set()
         if not ours or others:
-            holds = f"holds other runs, such as {min(others)}" if others else "is no table of a sweep"
+            holds = f"holds other runs, such as {min(others)}" if others else "is not a sweep's table"
             raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another")
 
     def write(self) -> None:
@@ -366,16 +366,16 @@ def _trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Ite
     if waiting := sum(trial.state == "not begun" for trial in trials):
         yield f"{pluralize(waiting, 'run')} not begun yet."
     if earlier := sum(trial.earlier for trial in trials):
-        yield f"{pluralize(earlier, 'run')} had been finished before, with the same settings."
+        yield f"{pluralize(earlier, 'run')} had already finished, with the same settings."
     finished = [trial for trial in trials if trial.state == "finished"]
     if best is not None:
         yield f"* best by validation {best.config.primary_metric}. Test scores must not choose: they would be too good."
     elif len(finished) > 1 and not any(trial.validation for trial in finished):
-        yield "No run is marked as the best: none has validation records, and test scores must not choose."
+        yield "No run is marked as the best: none has validation records, and test scores must not decide."
     elif len(finished) > 1 and not any(trial.score is not None for trial in finished):
-        yield "No run is marked as the best: that takes data.validation_file, without records that sites train on."
+        yield "No run is marked as the best: this requires a data.validation_file without training records."
     elif len(finished) > 1:
         yield "No run is marked as the best: their validation scores cannot be compared."
     charged = [trial for trial in trials if trial.result and trial.config.privacy.private]
     if len(charged) > 1 and charged[0].together is None:
-        yield "Runs on the same records spend their epsilons together: the loss of privacy is more than one row's."
+        yield "Runs on the same records add up: the total privacy loss is more than one row's."

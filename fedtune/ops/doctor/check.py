@@ -74,7 +74,7 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> DoctorCheck:
 
 def skipped(name: str, because: str) -> DoctorCheck:
     """Return a check that does not apply here, or cannot be made now."""
-    return DoctorCheck(name=name, status=Status.SKIPPED, found=f"skipped, because {because}")
+    return DoctorCheck(name=name, status=Status.SKIPPED, found=f"skipped: {because}")
 
 
 def overall_exit_code(checks: Iterable[DoctorCheck]) -> int:
@@ -105,4 +105,4 @@ class PrivateLog:
         except OSError:
             return ""
         self._begun = True
-        return f" ({self._path}, which is for you alone, says more)"
+        return f" ({self._path}, for you only, has details)"

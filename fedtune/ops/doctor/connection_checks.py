@@ -25,13 +25,12 @@ from fedtune.spec import ConfigError, causes_of
 
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"
 STEPS = (DNS, TCP, TLS, AUTHENTICATION)
-_PROXY_FIX = "Set HTTPS_PROXY to your network's proxy, as http://HOST:PORT, or unset it where none is needed."
+_PROXY_FIX = "Set HTTPS_PROXY to your network's proxy, as http://HOST:PORT, or unset it if you need none."
 _failed = partial(failed, exit_code=SERVER)
 _OTHER_AUTHORITY = (
-    "is not issued by the federation's authority: a wrong server, or TLS inspection, which opens connections on their "
-    "way",
+    "is not issued by the federation's authority: a wrong server, or TLS inspection that intercepts the connection",
     "Have {server} exempted from TLS inspection, or ask the lead whether the address is right; "
-    "`openssl s_client -connect {server}` shows whose certificate it is.",
+    "`openssl s_client -connect {server}` shows who issued the certificate.",
 )
 _OTHER_HOST = (
     "is not for {host}",
@@ -39,8 +38,8 @@ _OTHER_HOST = (
 )
 _ANY_OTHER = ("is wrong ({why})", "Ask the lead to run `fedtune provision renew-server`.")
 _WRONG_CERTIFICATES = {
-    9: ("is not valid yet", "Set this machine's clock."),
-    10: ("has expired", "Ask the lead to run `fedtune provision renew-server`, or set this clock if it runs ahead."),
+    9: ("is not valid yet", "Correct this machine's clock."),
+    10: ("has expired", "Ask the lead to run `fedtune provision renew-server`, or correct this clock if it is ahead."),
     **dict.fromkeys((2, 7, 18, 19, 20, 21, 24, 26), _OTHER_AUTHORITY),
     **dict.fromkeys((62, 64), _OTHER_HOST),
 }
@@ -75,7 +74,7 @@ class Connection:
         except (OSError, ConfigError):
             why, fix = (
                 "the kit's key and certificates cannot be used",
-                "Put right what the line on the certificate names.",
+                "Fix what the certificate line reports.",
             )
             yield from (failed(TLS, why, fix=fix) if name == TLS else skipped(name, why) for name in STEPS)
             return
@@ -109,7 +108,7 @@ class Connection:
         via = f" through the proxy {self._proxy}, as HTTPS_PROXY says" if self._proxy else ""
         resolved = f"{self._host} is an address" if parse_ip_address(self._host) else f"{self._host} resolves"
         before = {
-            DNS: ok(DNS, f"{self._host} is for the proxy to resolve" if self._proxy else resolved),
+            DNS: ok(DNS, f"{self._host} is resolved by the proxy" if self._proxy else resolved),
             TCP: ok(TCP, f"{self._server} accepts connections{via}"),
         }
         number = STEPS.index(check.name)
@@ -124,24 +123,24 @@ class Connection:
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
             name = goal if self._proxy else self._host
-            fix = f"Have {name} put into your network's DNS, or ask the lead whether the address is right."
+            fix = f"Have {name} added to your network's DNS, or ask the lead whether the address is right."
             found = f"{name} does not resolve ({unresolved.strerror})"
             return _failed(DNS, found, fix=_PROXY_FIX if self._proxy else fix)
         if "start_tls.started" in self._begun:
             return self._explain_tls_failure(error, causes)
         if isinstance(error, httpx.ProxyError):
-            fix = f"Have CONNECT to {self._server} allowed on the proxy, or put the host into NO_PROXY to go round it."
+            fix = f"Have CONNECT to {self._server} allowed on the proxy, or add the host to NO_PROXY to bypass it."
             if str(error).startswith("407"):
-                fix = "Put the proxy's user and password into HTTPS_PROXY, as http://USER:PASSWORD@HOST:PORT."
+                fix = "Add the proxy's user and password to HTTPS_PROXY, as http://USER:PASSWORD@HOST:PORT."
             return _failed(TCP, f"{goal} refused to connect to {self._server} ({error})", fix=fix)
         if "connect_tcp.complete" in self._begun:
             return _failed(TCP, f"{goal} does not answer as an HTTP proxy", fix=_PROXY_FIX)
         if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
-            fix = _PROXY_FIX if self._proxy else "Ask the lead whether the server runs, and at this port."
+            fix = _PROXY_FIX if self._proxy else "Ask the lead whether the server is running on this port."
             return _failed(TCP, f"{goal} refuses connections", fix=fix)
         fix = f"Have outgoing TCP connections to {goal} allowed in your network's firewall."
         if isinstance(error, httpx.TimeoutException):
-            return _failed(TCP, f"{goal} gave no answer in {self._timeout_s:g} s", fix=fix)
+            return _failed(TCP, f"{goal} did not answer within {self._timeout_s:g} s", fix=fix)
         system = next((cause.strerror for cause in causes if isinstance(cause, OSError)), None)
         return _failed(TCP, f"{goal} cannot be reached ({system or type(error).__name__})", fix=fix)
 
@@ -157,11 +156,11 @@ class Connection:
         if said.startswith("it does not accept this site's certificate"):
             fix = f"Ask the lead for a new kit (`fedtune provision renew-site {self._kit.site}`), and unzip it here."
             return _failed(TLS, f"the server refused this site's certificate ({said.rpartition(': ')[2]})", fix=fix)
-        fix = "Ask the lead whether the server runs at this port, and your network's people what lies between."
+        fix = "Ask the lead whether the server runs on this port, and your network team what is in between."
         if isinstance(error, httpx.TimeoutException):
-            found = f"{self._server} accepts connections, and gave no answer in {self._timeout_s:g} s"
+            found = f"{self._server} accepts connections, but did not answer within {self._timeout_s:g} s"
         elif "start_tls.complete" in self._begun:
-            found = "the server's certificate is right, and its answer is not HTTP"
+            found = "the server's certificate is valid, but its answer is not HTTP"
         else:
             reason = next((cause.reason for cause in causes if isinstance(cause, ssl.SSLError)), None)
             found = f"{self._server} does not speak TLS as expected ({said or reason or type(error).__name__})"
@@ -169,7 +168,7 @@ class Connection:
 
     def _describe_encryption(self) -> DoctorCheck:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(self._encrypted.getpeercert()["notAfter"]), UTC)
-        found = f"{self._encrypted.version()}; the federation's own server, whose certificate ends on {ends:%Y-%m-%d}"
+        found = f"{self._encrypted.version()}; the federation's own server, with a certificate until {ends:%Y-%m-%d}"
         if (ends - datetime.now(UTC)).days < SOON_DAYS:
             return warning(TLS, found, fix="Tell the lead to run `fedtune provision renew-server` before that day.")
         return ok(TLS, found)
@@ -187,12 +186,12 @@ class Connection:
         from fedtune.ops.wire.line_errors import Foreign
 
         site = self._kit.site or ""
-        fix = f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."
+        fix = f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server uses that roster."
         try:
             if answer.status_code != httpx.codes.OK:
                 reason = parse_refusal_reason(answer, self._server)
                 if "revoked" in reason:
-                    fix = "Ask the lead why this site was revoked, and for a new kit if it is to come back."
+                    fix = "Ask the lead why this site was revoked, and for a new kit if it should rejoin."
                 elif "clock" in reason:
                     fix = "Turn on time synchronisation on this machine, for instance with `timedatectl set-ntp true`."
                 return _failed(AUTHENTICATION, f"the server refused this site: {reason}", fix=fix)
@@ -201,8 +200,8 @@ class Connection:
             fix = "Ask the lead whether a fedtune server of this version runs at this address."
             return _failed(AUTHENTICATION, str(error), fix=fix)
         if known != site:
-            fix = "Ask the lead to provision this site again: names and keys were mixed up."
-            return _failed(AUTHENTICATION, f"the server knows this key as {known}, and the kit is for {site}", fix=fix)
+            fix = "Ask the lead to provision this site again: names and keys do not match."
+            return _failed(AUTHENTICATION, f"the server knows this key as {known}, but the kit is for {site}", fix=fix)
         return ok(AUTHENTICATION, f"the server knows this key as {site}")
 
 
@@ -216,15 +215,15 @@ def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
         # Whose certificate it is changes nothing about what a stranger may call.
         answer = httpx.post(f"https://{server}/v1/control/list-nodes", verify=False, timeout=timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:
-        fix = "Ask the server's people whether it runs: this site's SuperNode needs it, its own process does not."
+        fix = "Ask the server's operators whether it runs: this site's SuperNode needs it, its own process does not."
         return _failed(_CONTROL, f"{server} cannot be reached ({type(error).__name__})", fix=fix)
     if answer.status_code in _CLOSED:
-        return ok(_CONTROL, f"{server} does not take calls of its Control API from outside ({answer.status_code})")
+        return ok(_CONTROL, f"{server} does not accept outside calls to its Control API ({answer.status_code})")
     found = (
-        f"{server} answers calls of its Control API ({answer.status_code}): ANYBODY WHO REACHES IT CAN START CODE AT "
+        f"{server} answers calls to its Control API ({answer.status_code}): ANYONE WHO CAN REACH IT CAN RUN CODE AT "
         "EVERY SITE'S SUPERNODE, and remove or add sites"
     )
-    fix = "Stop this site's SuperNode, and have deployment/flower/nginx.conf put in front of it (docs/stock_flower.md)."
+    fix = "Stop this site's SuperNode, and put deployment/flower/nginx.conf in front of it (docs/stock_flower.md)."
     return failed(_CONTROL, found, fix=fix)
 
 

@@ -61,7 +61,7 @@ class Examination:
             except Exception as error:
                 # A DataError's words are for the owner of the file; other errors of ours are made to be shown.
                 if isinstance(error, FedtuneError) and not isinstance(error, DataError):
-                    yield from_error(names[0], error, fix="Correct what is named here.")
+                    yield from_error(names[0], error, fix="Fix the problem named here.")
                 else:
                     yield site_checks.report_unexpected_error(names[0], error, self._log)
 
@@ -101,7 +101,7 @@ class Examination:
         yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.check_budget(self.history, self.policy)])
         yield (("serving",), (), lambda: [site_checks.check_serving(self.kit_folder / "state")])
         if (run := self.run) is None:
-            yield (("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
+            yield (("run",), (), lambda: [skipped("run", "no experiment was given")])
         else:
             of_site = partial(site_checks.preview_run, site_toml=self.site_toml)
             yield (
@@ -122,20 +122,20 @@ class Examination:
         try:
             self.files = SiteFiles.from_site_toml(self.site_toml)
         except ConfigError as error:
-            fix = "Correct what is named here; `fedtune site template` explains every key."
+            fix = "Fix the problem named here; `fedtune site template` explains every key."
             yield from_error("policy", error, fix=fix)
             return
         self._read.add(_POLICY)
-        yield ok("policy", f"can be read, for site {self.policy.site} and population {self.policy.population.name}")
+        yield ok("policy", f"valid, for site {self.policy.site} and population {self.policy.population.name}")
 
     def _read_kit(self) -> Iterator[DoctorCheck]:
         try:
             self.kit = Kit.read(self.kit_folder, kind="site")
         except ConfigError as error:
-            yield from_error("kit", error, fix="Unzip the kit that the lead sent, whole, into this folder.")
+            yield from_error("kit", error, fix="Unzip the complete kit from the lead into this folder.")
             return
         self._read.add(_KIT)
-        yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
+        yield ok("kit", f"complete, for federation {self.kit.federation} at {self.kit.server}; its key is private")
 
     def _check_connection(self) -> Iterator[DoctorCheck]:
         connection = Connection(self.kit, timeout_s=self.timeout_s)

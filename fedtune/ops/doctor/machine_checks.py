@@ -36,18 +36,18 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
     """
     name, fix = "clock", "Turn on time synchronisation, for instance with `timedatectl set-ntp true`."
     if ahead_s is None:
-        return skipped(name, "the server's clock could not be asked")
+        return skipped(name, "the server's clock could not be read")
     ahead, unsure = ahead_s
     off = max(0.0, abs(ahead) - unsure)
     if kept and off > MOST_AHEAD_S:
-        found = f"the server's is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, and this machine's is kept"
-        fix = "Ask the people who run the server to turn on its time synchronization."
+        found = f"the server's is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, and this one is synchronized"
+        fix = "Ask the server's operators to turn on time synchronization."
         return failed(name, found, fix=fix, exit_code=SERVER) if off > WRONG_S else warning(name, found, fix=fix)
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if off > WRONG_S:
         return failed(name, shown, fix=fix)
     if off > MOST_AHEAD_S:
-        more = f"; the server refuses what is signed more than {MOST_AHEAD_S:g} s ahead" if ahead > 0 else ""
+        more = f"; the server refuses signatures more than {MOST_AHEAD_S:g} s ahead" if ahead > 0 else ""
         return warning(name, shown + more, fix=fix)
     return ok(name, f"within {MOST_AHEAD_S:g} s of the server's")
 
@@ -65,10 +65,10 @@ def check_disks(
         name, free = f"disk of the {what}", free_bytes(nearest_existing(folder))
         found = f"{free / _GIB:.1f} GiB free"
         if free < TOO_LITTLE_DISK_BYTES:
-            found = f"{free / 2**20:.0f} MiB free, and at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
-            yield failed(name, found, fix="Make room on that disk: a ledger that cannot be written stops training.")
+            found = f"{free / 2**20:.0f} MiB free, but at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
+            yield failed(name, found, fix="Free some space there: training stops if the ledger cannot be written.")
         elif free < LITTLE_DISK_BYTES:
-            yield warning(name, found, fix=f"Make room on that disk, {LITTLE_DISK_BYTES // _GIB} GiB at least.")
+            yield warning(name, found, fix=f"Free at least {LITTLE_DISK_BYTES // _GIB} GiB on that disk.")
         else:
             yield ok(name, found)
 
@@ -86,8 +86,8 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
         if place.is_relative_to(folder) and len(folder) >= deepest:
             kind, deepest = found, len(folder)
     if kind in NETWORK_FILES:
-        found = f"{kind}, over a network: SQLite's locks and syncs are not to be relied on there"
-        return warning(name, found, fix="Move the ledger to a disk of this machine, and stop the site while you do.")
+        found = f"{kind}, over a network: SQLite's locks and syncs are unreliable there"
+        return warning(name, found, fix="Stop the site, and move the ledger to a local disk.")
     return ok(name, f"{kind}, on this machine")
 
 
@@ -95,16 +95,16 @@ def check_socket(place: Path) -> DoctorCheck:
     """Check that only the site's own user and one group can open the site's Unix socket."""
     name = "socket"
     if not place.parent.is_dir():
-        fix = "Make it, for the site's user and the SuperNode's group; RuntimeDirectory= of systemd does at each start."
+        fix = "Create it for the site's user and the SuperNode's group; systemd's RuntimeDirectory= does at each start."
         return warning(name, "its folder is missing", fix=fix)
     if not os.path.lexists(place):
-        return ok(name, "not there until the site starts")
+        return ok(name, "created when the site starts")
     found = place.lstat()
     if not stat.S_ISSOCK(found.st_mode):
-        return failed(name, "another file is in its place", fix="Name another place as `socket` in site.toml.")
+        return failed(name, "another file has this path", fix="Set `socket` in site.toml to another path.")
     if found.st_mode & stat.S_IRWXO:
         fix = "Stop the site, remove the socket, and start the site again."
-        return failed(name, "every user of this machine may open it", fix=fix)
+        return failed(name, "every user of this machine can open it", fix=fix)
     number = found.st_gid
     named = grp and next((one.gr_name for one in grp.getgrall() if one.gr_gid == number), None)
     group = named or str(number)
@@ -117,10 +117,10 @@ def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
     """
     name = "anchor's place"
     if anchor is None:
-        found = "the policy names no anchor: nothing here notices when the ledger is put back to an older copy"
+        found = "the policy names no anchor: nothing here detects a rollback of the ledger"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk.")
     if nearest_existing(anchor).stat().st_dev == nearest_existing(ledger).stat().st_dev:
-        found = "on the ledger's own disk: both can be put back together"
+        found = "on the ledger's own disk: both can be rolled back together"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there.")
     return ok(name, "on another disk than the ledger")
 
@@ -140,13 +140,13 @@ def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system:
     name, machine, cgroup = "memory", system / "proc/meminfo", system / "sys/fs/cgroup"
     figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _read_text(machine), re.MULTILINE))
     if not {"MemTotal", "MemAvailable"} <= set(figures):
-        return skipped(name, f"{machine} does not say how much this machine has")
+        return skipped(name, f"{machine} does not report this machine's memory")
     total, available = (1024 * int(figures[one]) for one in ("MemTotal", "MemAvailable"))
     if (limit := _read_number(cgroup / "memory.max")) is not None and limit < total:
         total, available = limit, min(available, limit - (_read_number(cgroup / "memory.current") or 0))
     found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
     if model_bytes is None:
-        return ok(name, f"{found}; the need is known when a base model is installed")
+        return ok(name, f"{found}; the required memory is known once a base model is installed")
     needed = (1 if in_four_bits else _MODEL_COPIES) * model_bytes + _BESIDE_MODEL_BYTES
     found += f", about {needed / _GIB:.1f} GiB needed"
     if available < needed:
@@ -179,16 +179,16 @@ def check_gpu(
             CPU, because importing torch takes a second.
         driver: a file that exists if an NVIDIA driver is loaded.
     """
-    name, fix = "GPU", "Make driver and torch fit together: `nvidia-smi` and torch.version.cuda name their CUDA."
+    name, fix = "GPU", "Install matching versions of driver and torch: compare `nvidia-smi` and torch.version.cuda."
     if device == "cpu":
-        return ok(name, "not wanted: the policy says that this site trains on the CPU")
+        return ok(name, "not used: the policy sets the CPU as this site's device")
     if found := ask():
         return ok(name, found)
     if device == "cuda":
         fix += ' Or set `device = "auto"` under [machine] in site.toml.'
-        return failed(name, "torch can use none, and the policy wants one", fix=fix)
+        return failed(name, "torch cannot use a GPU, but the policy requires one", fix=fix)
     if driver.exists():
-        return warning(name, "a driver is there, but torch can use no GPU; this site trains on the CPU", fix=fix)
+        return warning(name, "a driver is installed, but torch cannot use a GPU; this site trains on the CPU", fix=fix)
     return ok(name, "none: this site trains on the CPU")
 
 
@@ -231,14 +231,12 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
     yield from wrong
     if account != effective_user():
         found = (
-            f"the site's process runs as account {account_name(account)}, and this is {account_name(effective_user())}"
+            f"the site's process runs as account {account_name(account)}, but this is {account_name(effective_user())}"
         )
         fix = f"Run the doctor as {account_name(account)}, for instance with `sudo -u {account_name(account)}`."
         yield failed(f"{_NAME}: account", found, fix=fix)
     elif not wrong:
-        yield ok(
-            _NAME, f"those of account {account_name(account)} are its own, and no other account but root changes any"
-        )
+        yield ok(_NAME, f"those of account {account_name(account)} belong to it, and only it and root can change them")
 
 
 def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
@@ -251,7 +249,7 @@ def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
     may_be_roots = what == "policy" or (folder and os.access(path, os.W_OK))
     if found.st_uid != account and not (found.st_uid == _ROOT and may_be_roots):
         own = account_name(account)
-        said = f"{path} belongs to account {account_name(found.st_uid)}, and the site's process runs as {own}"
+        said = f"{path} belongs to account {account_name(found.st_uid)}, but the site's process runs as {own}"
         return failed(name, said, fix=f"Run `chown {own}: {path}`.")
     own_gid = primary_group(account)
     others = found.st_mode & stat.S_IWGRP and found.st_gid not in (

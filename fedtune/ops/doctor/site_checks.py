@@ -54,7 +54,7 @@ def check_site_certificate(kit: Kit, now: datetime) -> DoctorCheck:
     try:
         found = kit.check_certificate(now)
     except ConfigError as error:
-        fix = "Unzip the kit that was made from this folder's join_request.json, or send the lead that request again."
+        fix = "Unzip the kit made from this folder's join_request.json, or send the lead that request again."
         return from_error(name, error, fix=fix)
     said = f"in force until {found.not_after:%Y-%m-%d}, {found.days_left(now)} days from now"
     if found.days_left(now) < SOON_DAYS:
@@ -67,8 +67,8 @@ def check_matching_names(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the kit and the policy name the same site."""
     if kit.site == policy.site:
         return ok("site's name", f"{policy.site}, in kit and policy")
-    found = f"the kit is for {kit.site}, the policy for {policy.site}"
-    return failed("site's name", found, fix="Use the kit that was made for this policy's site.")
+    found = f"the kit is for {kit.site}, but the policy for {policy.site}"
+    return failed("site's name", found, fix="Use the kit for this policy's site.")
 
 
 def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
@@ -78,7 +78,7 @@ def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
         return ok(name, f"the kit's lead {group_hex_start(kit.lead)} is one of the policy's leads")
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
     found = f"the policy does not allow the kit's lead {group_hex_start(kit.lead)}: all of its requests are refused"
-    return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
+    return failed(name, found, fix=f"If this is the lead's key, add under [allow]: leads = [{line}]")
 
 
 def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
@@ -87,20 +87,20 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
     for sha256 in policy.allow.base_models:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
         if sha256 == UNVERIFIED:
-            found = "the policy accepts runs that do not say which model they train"
-            yield warning(name, found, fix='Take "unverified" out of allow.base_models, except for a test federation.')
+            found = "the policy accepts runs that do not name their model"
+            yield warning(name, found, fix='Remove "unverified" from allow.base_models, except in a test federation.')
         elif sha256 not in known and not model_store_path(kit.folder, sha256).is_dir():
-            found = "the policy allows it, and no run of this federation may name it"
-            yield warning(name, found, fix="Take it out of allow.base_models, or ask the lead for it.")
+            found = "the policy allows it, but no run of this federation may use it"
+            yield warning(name, found, fix="Remove it from allow.base_models, or ask the lead for it.")
         else:
             yield _check_installed(kit, sha256, name=name, license=known[sha256].license if sha256 in known else "")
     for model in kit.model:
         if model.sha256 not in policy.allow.base_models:
-            found = f"runs may name it, and the policy does not allow it (SHA-256 {model.sha256})"
+            found = f"runs may use it, but the policy does not allow it (SHA-256 {model.sha256})"
             yield ok(f"base model {model.name}", found)
     if not policy.allow.base_models:
         found = "the policy allows none: every request is refused"
-        fix = "Put the SHA-256 of the models that you agree to into allow.base_models in site.toml."
+        fix = "Add the SHA-256 of each model that you accept to allow.base_models in site.toml."
         yield failed("base models", found, fix=fix)
 
 
@@ -108,10 +108,8 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> Docto
     place = model_store_path(kit.folder, sha256)
     if not place.is_dir():
         if is_built_in_model(sha256):
-            return ok(name, "a tiny made-up model for tests, of which nothing needs to be installed")
-        fix = (
-            "Get its files and run `fedtune site doctor ... --import-model PATH`, with PATH their folder or GGUF file."
-        )
+            return ok(name, "a tiny made-up model for tests; nothing needs to be installed")
+        fix = "Get its files and run `fedtune site doctor ... --import-model PATH`, PATH being the folder or GGUF file."
         return failed(name, f"is not installed (SHA-256 {sha256})", fix=fix)
     try:
         verify_model(kit.folder, sha256)
@@ -122,18 +120,18 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> Docto
     try:
         require_model_reader(kit.folder, sha256)
     except ConfigError as error:
-        return from_error(name, error, fix="Install what is named here, into the environment of the site's process.")
+        return from_error(name, error, fix="Install the package named here in the environment of the site's process.")
     papers = ", ".join(list_license_files(kit.folder, sha256)) or "no license file came with it"
     if not license:
-        fix = "Take it out of allow.base_models, or ask the lead to put it into the federation."
-        return warning(name, "installed and unchanged, and no run of this federation may name it", fix=fix)
+        fix = "Remove it from allow.base_models, or ask the lead to add it to the federation."
+        return warning(name, "installed and unchanged, but no run of this federation may use it", fix=fix)
     return ok(name, f"installed and unchanged; license {license} ({papers})")
 
 
 def import_base_model(model: Path, kit: Kit) -> DoctorCheck:
     """Install a base model with `install_model` before the other checks, and report the result."""
     installed, is_new = install_model(model, kit)
-    state = "is installed now" if is_new else "was installed before, and is unchanged"
+    state = "is installed now" if is_new else "was already installed, and is unchanged"
     return ok("import", f"{installed.name} {state}, in {model_store_path(kit.folder, installed.sha256)}")
 
 
@@ -161,7 +159,7 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         return failed(name, "has no file", fix=f"Set `path` in {block}.")
     path = folder / dataset.path
     if other := describe_path(path):
-        found = f"is {other}" if path.exists() else "its file is not there, or this account may not look"
+        found = f"is {other}" if path.exists() else "its file is missing, or this account cannot read it"
         fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
         return failed(name, found, fix=fix)
     known = [task for task in tasks if task in TASKS]
@@ -171,7 +169,7 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         texts = [one for one in every if not any(one[0] == task and {*one[1]} < {*roles} for task, roles in every)]
         asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
-        return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
+        return failed(name, "its columns do not have the roles of any task that the policy allows", fix=fix)
     dated: dict[str, bool] = {}  # user -> whether any record has a date
     try:
         kept = iter_records(path, dataset.columns)  # reads every record
@@ -183,11 +181,11 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
     except DataError as error:
         return _report_unreadable_file(error, dataset, name=name, block=block, log=log)
     if not count:
-        return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
+        return failed(name, "holds no record", fix=f"Set `path` in {block} to the file of records.")
     if policy.population.arrivals and sum(dated.values()) < FEW_DATED * count:
         whose = "fewer than half of the users have" if any(dated.values()) else "no user has"
         found = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
-        fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anybody."
+        fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anyone."
         return warning(name, f"{found} (without: the oldest cohort)", fix=fix)
     lacking = ", ".join(task for task in tasks if task not in served)
     return _compare_with_declared_size(
@@ -205,30 +203,30 @@ def _report_unreadable_file(
     """
     where = log.write_entry(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
-        fix = "Leave out records of several people, or decide who owns them: each record has one id, without , ; or |."
-        return failed(name, f"a record names several users; runs leave such records out{where}", fix=fix)
+        fix = "Remove records of several people, or decide who owns them: each record has one id, without , ; or |."
+        return failed(name, f"a record names several users; runs skip such records{where}", fix=fix)
     # The key names the column, where it is about one, by the name that the policy has for it.
     column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
     if error.value == "absent":
         fix = f"Name a column that the file has in `columns` of {block}; a CSV file begins with a header."
         return failed(name, f"{column} is not in every record{where}", fix=fix)
     found = f"a record cannot be read{f' at {column}' if column else ''}{where}"
-    fix = "Mend or take out that record: each must be a whole JSON object or CSV row, in UTF-8, without blank values."
+    fix = "Fix or remove that record: each must be a whole JSON object or CSV row, in UTF-8, without blank values."
     return failed(name, found, fix=fix)
 
 
 def _compare_with_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
     """Compare the true number of records or users with the declared size, in words without figures."""
     if share < FEW:
-        fix = f"See whether the file is whole; otherwise declare a smaller size in {block}."
+        fix = f"Check that the file is complete; otherwise declare a smaller size in {block}."
         return warning(name, f"every record can be read; far fewer {units} than the declared size", fix=fix)
     if share > MANY:
-        fix = f"See whether it is the right file; otherwise declare a larger size in {block}."
+        fix = f"Check that it is the right file; otherwise declare a larger size in {block}."
         return warning(name, f"every record can be read; far more {units} than the declared size", fix=fix)
     found = f"every record can be read; enough {units} for the declared size"
     if lacking:
         fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
-        return warning(name, f"{found}; its columns have not the roles of task {lacking}", fix=fix)
+        return warning(name, f"{found}; its columns do not have the roles of task {lacking}", fix=fix)
     return ok(name, found)
 
 
@@ -237,7 +235,7 @@ def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> Doc
     anything.
     """
     where = log.write_entry(f"{name}: {''.join(traceback.format_exception(error))}")
-    found = f"could not be looked at ({type(error).__name__}){where}"
+    found = f"could not be checked ({type(error).__name__}){where}"
     return failed(name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1)
 
 
@@ -249,24 +247,24 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
     for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
         if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
             # Nothing is wrong with what it holds.
-            fix = "Give it to the account of the site's process, as the lines `files` say."
-            return failed(name, f"this account may not read or write {path}: nothing is trained", fix=fix), None
+            fix = "Give it to the account of the site's process (see the lines `files`)."
+            return failed(name, f"this account cannot read or write {path}: nothing is trained", fix=fix), None
     try:
         verified = files.verify_ledger()
         if verified is None and files.anchor is not None and files.anchor.is_file():
             newest = Head.read(files.anchor).sequence
-            raise RunError(f"{files.ledger} is missing, and its anchor knows {newest} events")
+            raise RunError(f"{files.ledger} is missing, but its anchor covers {newest} events")
     except ConfigError as error:  # of another version's ledger it says what to do: nothing is wrong with that one
         return from_error(name, error, fix=f"Train nothing, and restore it as {_PAGE} says."), None
     except RunError as error:
         fix = f"Train nothing, and restore it as {_PAGE} says; a new ledger would spend the budget twice."
         return failed(name, str(error), fix=fix), None
     if verified is None:
-        return ok(name, "none yet; it is made when the site starts"), History.empty(files.policy)
+        return ok(name, "none yet; it is created when the site starts"), History.empty(files.policy)
     history = verified.history
     if wrong := next(_find_ledger_problems(files, history), None):
         return wrong, None
-    rollback = "as far as its anchor" if verified.anchor_sequence else "though without an anchor's word"
+    rollback = "up to its anchor" if verified.anchor_sequence else "but without an anchor"
     return ok(name, f"whole and signed, {rollback}"), history
 
 
@@ -274,18 +272,18 @@ def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[Doctor
     """Yield the reasons why an intact ledger would still prevent training."""
     name = "ledger"
     for key, made_for, says in history.opening.differences(files.policy):
-        fix = f"Set {key} in site.toml back: it is fixed for the ledger's life."
-        yield failed(name, f"was made for {key} = {made_for}, and the policy says {says}", fix=fix)
+        fix = f"Set {key} in site.toml back: it is fixed for the ledger's lifetime."
+        yield failed(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.total_charges():
-        fix = f"Bring the anchor back, or make a new one with `fedtune ledger anchor` ({_PAGE})."
+        fix = f"Restore the anchor, or create a new one with `fedtune ledger anchor` ({_PAGE})."
         yield failed(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
     if history.furthest_doubt is not None:
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
         found = f"in doubt: a receipt knows event {history.furthest_doubt.sequence}, which it lacks; nothing is trained"
         yield failed(name, found, fix=fix)
     if history.is_frozen:
-        fix = "There is no way back, and that was meant; ask the lead to revoke this site if nothing else is to come."
-        yield failed(name, "frozen: all training on this population has ended for ever", fix=fix)
+        fix = "This is permanent by design; ask the lead to revoke this site if it has no other population."
+        yield failed(name, "frozen: all training on this population has ended permanently", fix=fix)
 
 
 def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
@@ -293,30 +291,30 @@ def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
     name, path, command = "site key", files.site_key, files.policy.key_command
     if not (command or path.is_file()):
         if not files.ledger.is_file():
-            return ok(name, "none yet; it is made with the ledger")
-        fix = "Restore it from its backup: the ledger needs the key that it was made with."
+            return ok(name, "none yet; it is created with the ledger")
+        fix = "Restore it from its backup: the ledger needs its original key."
         return failed(name, f"{path} is missing", fix=fix)
     try:
         public = files.load_key().public
         if path.is_file():
             check_private(path)
     except ConfigError as error:
-        return from_error(name, error, fix="Restore it from its backup, or mend what the message names.")
+        return from_error(name, error, fix="Restore it from its backup, or fix what the message reports.")
     if history is not None and history.length and history.opening.site_key != public:
-        fix = "Restore the key that the ledger was made with from its backup."
-        return failed(name, f"{command[0] if command else path} is not the key that the ledger was made with", fix=fix)
-    return ok(name, f"{group_hex_start(public)}, {'from its command' if command else 'readable by its owner alone'}")
+        fix = "Restore the ledger's original key from its backup."
+        return failed(name, f"{command[0] if command else path} is not the ledger's original key", fix=fix)
+    return ok(name, f"{group_hex_start(public)}, {'from its command' if command else 'readable only by its owner'}")
 
 
 def check_serving(state: Path) -> DoctorCheck:
     """Check in the folder `state` that the site is not paused and has not left the federation."""
     name = "serving"
     if (state / "left").exists():
-        fix = f"Remove {state / 'left'} if this site is to take part again."
-        return warning(name, "this site has left the federation, and would not start", fix=fix)
+        fix = f"Remove {state / 'left'} if this site should take part again."
+        return warning(name, "this site has left the federation, and will not start", fix=fix)
     if (state / "paused").exists():
-        return warning(name, "this site is paused: it trains nothing", fix="`fedtune site resume --kit DIR` goes on.")
-    return ok(name, "neither paused, nor has the site left")
+        return warning(name, "this site is paused: it trains nothing", fix="Run `fedtune site resume --kit DIR`.")
+    return ok(name, "the site is not paused and has not left")
 
 
 def check_budget(history: History, policy: Policy) -> DoctorCheck:
@@ -325,7 +323,7 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     now = history.now()
     taken = history.charges_and_reservations(now)
     if history.seeded:
-        fix = "Keep real records out of it: it is marked for ever."
+        fix = "Do not use it for real records: it is marked permanently."
         return warning(name, "a run took its noise from a seed: this ledger promises nothing", fix=fix)
     if why := history.pending_period_reason():
         return warning(
@@ -333,13 +331,13 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
         )
     epsilon = accountant.format_epsilon(history.epsilon(taken))
     if math.isinf(cap):
-        found = f"no lifetime cap, and so no promise; epsilon {epsilon} is taken"
-        return warning(name, found, fix="Set budget.max_epsilon in site.toml before real records are trained on.")
+        found = f"no lifetime cap, so there is no guarantee; epsilon {epsilon} is spent"
+        return warning(name, found, fix="Set budget.max_epsilon in site.toml before you train on real records.")
     runs = spending.remaining_runs(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
-    found = f"{_format_cap_share(history, policy)} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
+    found = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
-        fix = "Plan without this site, or for smaller runs; a cap that is raised promises less than it did."
+        fix = "Plan without this site, or for smaller runs; raising the cap weakens its promise."
         return warning(name, found, fix=fix)
     return ok(name, found)
 
@@ -372,8 +370,8 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
     who = ", once a person here approves it" if policy.approval == "manual" else ""
     found = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
     if policy.site not in sizes:
-        fix = f"Ask the lead for the run's real settings: it has to name {policy.site} in federation.site_names."
-        return warning(name, f"{found}; but it names no site {policy.site}", fix=fix)
+        fix = f"Ask the lead for the run's real settings: federation.site_names must include {policy.site}."
+        return warning(name, f"{found}, but it does not name site {policy.site}", fix=fix)
     return ok(name, found)
 
 
@@ -385,7 +383,7 @@ def _suggest_alternative(said: DryRun, plan: Plan) -> str:
     if said.least_noise is not None:
         ways.append(f"a noise multiplier of {said.least_noise:g}")
     if ways:
-        return f"Tell the lead that {' or '.join(ways)} would be accepted, all else as it is."
+        return f"Tell the lead that {' or '.join(ways)} would be accepted, everything else unchanged."
     return "Tell the lead, or change these rules in site.toml if you agree to the run."
 
 
@@ -396,7 +394,7 @@ def _describe_cost(plan: Plan, history: History, policy: Policy) -> str:
     if math.isinf(policy.budget.max_epsilon):
         return f"{price}; there is no lifetime cap"
     before, after = _format_cap_share(history, policy), _format_cap_share(history, policy, also=plan)
-    return f"{price}; lifetime budget {before} taken before, {after} after"
+    return f"{price}; lifetime budget {before} spent before, {after} after"
 
 
 def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = None) -> str:

@@ -151,7 +151,7 @@ def check_common_name(key: str, name: str) -> None:
     """Check that a name can be used in a certificate's subject, a file name, a message and a command line."""
     check_name(key, name)
     if len(name) > 64:
-        raise ConfigError(key, name, "must have at most 64 characters, so that it fits into a certificate")
+        raise ConfigError(key, name, "must have at most 64 characters, to fit into a certificate")
 
 
 def check_days(key: str, days: int) -> None:
@@ -227,7 +227,7 @@ class Authority:
         check_private(path)
         key, certificate = read_connection_key(path), read_certificate(folder / "ca.pem")
         if public_pem(certificate) != public_pem(key):
-            raise ConfigError(str(path), NOT_GIVEN, "is not the key of the certificate in ca.pem beside it")
+            raise ConfigError(str(path), NOT_GIVEN, "is not the key of the certificate in ca.pem next to it")
         return cls(key=key, certificate=certificate)
 
     def issue(

@@ -136,7 +136,7 @@ class FederationFolder:
         settings = read_spec(FederationFile, folder / SETTINGS)
         made_for = read_spec(KitFile, folder / "lead" / "kit.toml")
         if settings.name != made_for.federation:
-            bound = f"must stay {made_for.federation!r}: certificates are made out to it"
+            bound = f"must stay {made_for.federation!r}: the certificates name it"
             raise ConfigError("name", settings.name, bound).in_file(folder / SETTINGS)
         return cls(folder=folder, settings=settings, lead_key=made_for.lead)
 
@@ -275,8 +275,8 @@ def _complete_change(folder: Path) -> None:
         fsync_folder(folder)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        bound = f"has a change that is made, and not written everywhere: {error.strerror or error}{where}"
-        raise ConfigError("--federation", str(folder), f"{bound}. Mend that; each command completes it first") from None
+        bound = f"has a change that is only partly written: {error.strerror or error}{where}"
+        raise ConfigError("--federation", str(folder), f"{bound}. Fix this; the next command completes it") from None
     except ConfigError as error:
         raise error.in_file(path) from None
     except ValueError:

@@ -36,13 +36,13 @@ T = TypeVar("T")
 DATABASE = "server.db"  # in the folder of a server's kit
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
-_BOUND = "must be host:port, as the sites reach it: a name or an IP address ([v6]:port too), and a port up to 65535"
+_BOUND = "must be host:port, as the sites reach it: a name or an IP address (or [v6]:port), and a port up to 65535"
 _MISSING = {
     "connection_key.pem": "unzip the kit into the folder in which `fedtune site init` made it",
     "site.pem": "unzip the kit that the lead sent into this folder",
 }
 _RENEWAL = {
-    "server": "ask for `fedtune provision renew-server`, and put the new server.pem here",
+    "server": "ask for `fedtune provision renew-server`, and copy the new server.pem here",
     "lead": "run `fedtune provision renew-lead`",
     "site": "ask the lead for a new kit (`fedtune provision renew-site`), and unzip it here",
 }
@@ -167,14 +167,14 @@ class KitFile:
         Address.parse_address(self.server)
         check_public_key("lead", self.lead)
         if self.key_command and self.kind != "lead":  # a site runs no command that its lead names
-            raise ConfigError("key_command", list(self.key_command), "has no place in a kit that is not the lead's")
+            raise ConfigError("key_command", list(self.key_command), "is allowed only in the lead's kit")
         check_model_names(self.model)
         if self.kind == "site":
             if self.site is None:
                 raise ConfigError("site", NOT_GIVEN, "is required in a site's kit")
             check_name("site", self.site)
         elif self.site is not None:
-            raise ConfigError("site", self.site, "has no place in a kit that is not a site's")
+            raise ConfigError("site", self.site, "is allowed only in a site's kit")
 
     def to_toml(self) -> str:
         """Return the text of kit.toml."""
@@ -200,7 +200,7 @@ class Kit(KitFile):
         """
         file = folder / "kit.toml"
         if not os.path.isfile(file):  # unlike Path.is_file, it takes a folder that is closed to us for an empty one
-            raise ConfigError("kit", str(folder), f"must be the folder of a {kind}'s kit; it holds no kit.toml")
+            raise ConfigError("kit", str(folder), f"must be the folder of a {kind}'s kit; it has no kit.toml")
         read = read_spec(KitFile, file)
         if read.kind != kind:
             raise ConfigError("kind", read.kind, f"must be {kind!r} here").in_file(file)
@@ -280,7 +280,7 @@ class Kit(KitFile):
         ca, certificate = read_certificate(self.ca), read_certificate(self.certificate)
         key, found = str(self.certificate), Certificate.from_x509(certificate)
         if public_pem(certificate) != public_pem(read_connection_key(self.key)):
-            raise ConfigError(key, found.name, f"must belong to the key in {self.key.name}; it was made for another")
+            raise ConfigError(key, found.name, f"must match the key in {self.key.name}; it was issued for another key")
         check_issued(certificate, ca=ca, key=key)
         expected = self.site if self.kind == "site" else self.kind
         if found.name != expected:

@@ -122,7 +122,7 @@ class Roster:
             # A file system may take North for north, and so may a person.
             own = {member.site.casefold(), member.node_key.decode()}
             if not names.isdisjoint(own):
-                raise ConfigError("site", member.site, "must not repeat another site's name or connection key")
+                raise ConfigError("site", member.site, "has the name or connection key of another site")
             names |= own
 
     @classmethod
@@ -151,7 +151,7 @@ class Roster:
     def check_lead_signature(self, lead: str) -> None:
         """Check the signature against the lead's public key."""
         if not is_signed(lead, ROSTER, bytes_to_sign(dataclasses.asdict(self)), self.signature):
-            bound = "must be signed by the federation's lead: somebody else made it, or changed it"
+            bound = "is not signed by the federation's lead: somebody else made or changed it"
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
     def to_bytes(self) -> bytes:
@@ -203,7 +203,7 @@ class JoinRequest:
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
         if not is_signed(self.site_key, PURPOSE, bytes_to_sign(dataclasses.asdict(self)), self.signature):
-            bound = "must be the site's: the request was changed after it was made; ask the site for it again"
+            bound = "is not the site's: the request was changed after signing; ask the site for it again"
             raise ConfigError("signature", self.signature, bound)
         _check_csr(self.csr, site=self.site)
         _check_datasets(self.datasets)
@@ -239,7 +239,7 @@ def check_site_name(name: str) -> None:
     """Check that a site of a federation may have this name."""
     check_common_name("site", name)
     if name.casefold() in ("server", "lead", "authority"):
-        raise ConfigError("site", name, "must not be the name of a part of every federation")
+        raise ConfigError("site", name, "is a reserved name")
 
 
 def _check_csr(text: str, *, site: str) -> None:
@@ -291,16 +291,16 @@ Site {request.site}: data sets {declared}.
 
 1. Send this file to the lead; it holds no secret:
      {folder / REQUEST}
-2. When the lead calls you, or you the lead, read these out, so that nobody's request is taken for yours. Note the
+2. When the lead calls you, or you the lead, read these aloud, so that no other request passes for yours. Write down the
    fingerprints of lead and authority that the lead reads out:
      connection key  {spoken(key_fingerprint(request.node_key))}
      site key        {spoken(request.site_key)}
-3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It begins with comparing what
-   you noted:
+3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It starts with comparing what
+   you wrote down:
      unzip {request.site}-kit.zip -d {folder}
 
 {folder / "connection_key.pem"} is secret: it never leaves this machine, and nobody will ever ask for it.
-Keep a backup of the site key that site.toml names; without it the ledger cannot go on.
+Keep a backup of the site key that site.toml names; the ledger cannot continue without it.
 """
 
 

@@ -49,7 +49,7 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
     folder = installed_model(kit_folder, sha256)
     manifest = _build_model_manifest(folder, key="base model")
     if manifest.sha256 != sha256:
-        raise ConfigError("base model", sha256, f"is not what lies in its folder, which has SHA-256 {manifest.sha256}")
+        raise ConfigError("base model", sha256, f"does not match the installed files: SHA-256 {manifest.sha256}")
 
 
 def is_built_in_model(sha256: str) -> bool:
@@ -97,7 +97,7 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
     model = next((model for model in kit.model if model.sha256 == manifest.sha256), None)
     if model is None:
         allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.model) or "no model at all"
-        raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, and kit.toml names {allowed}")
+        raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, but kit.toml names {allowed}")
     target = model_store_path(kit.folder, manifest.sha256)
     try:
         target.parent.mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ def _build_model_manifest(folder: Path, *, key: str, gguf_file: str | None = Non
     try:
         name = gguf_file or find_single_gguf(folder)
         if name is not None and not re.fullmatch(r"[\w.-]+\.gguf", name):
-            bound = "must be named in letters, digits, '-', '_' and '.': runs name the file"
+            bound = "must have a name of letters, digits, '-', '_' and '.': runs refer to it"
             raise ConfigError(key, str(folder / name), bound)
         return build_manifest(folder, gguf_file=name)
     except ConfigError as error:
@@ -158,7 +158,7 @@ def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(target.parent).free
     if free < needed + _KEPT_FREE_BYTES:
         raise RunError(
-            f"{target.parent} has {free / 2**30:.1f} GiB free, and the model needs {needed / 2**30:.1f} GiB and some "
+            f"{target.parent} has {free / 2**30:.1f} GiB free, but the model needs {needed / 2**30:.1f} GiB and some "
             "to spare; nothing was installed"
         )
     draft, damaged = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.damaged")
@@ -170,7 +170,7 @@ def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:
             _copy_durably(file, draft / file.name)
         fsync_folder(draft)
         if _build_model_manifest(draft, key=_OPTION).sha256 != target.name:
-            raise ConfigError(_OPTION, str(files[0].parent), "changed while it was copied; nothing was installed")
+            raise ConfigError(_OPTION, str(files[0].parent), "changed during the copy; nothing was installed")
         if target.exists():
             os.rename(target, damaged)
         os.rename(draft, target)

@@ -116,9 +116,9 @@ def check_join_request(folder: Path, *, request: Path, days: int | None, now: da
             for member in federation.roster.sites:
                 if member.site.casefold() == asked.site.casefold():  # a file system may take North for north
                     again = f"`renew-site {member.site} REQUEST`"
-                    bound = f"is taken by a site; a new request of that same site goes to {again}"
+                    bound = f"is taken by a site; for a new request of the same site, use {again}"
                     if member.revoked:
-                        bound = f"was revoked on {member.revoked}: let it in again with {again}"
+                        bound = f"was revoked on {member.revoked}: add it again with {again}"
                     raise ConfigError("site", asked.site, bound)
             _check_new_keys(federation, asked, federation.roster.sites)
 
@@ -155,7 +155,7 @@ def check_renewal_request(
             if asked.site_key != old.site_key and not new_site_key:
                 bound = (
                     f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: "
-                    "what the old one spent no longer counts, so the same people's budget starts anew. If you and the "
+                    "what the old one spent no longer counts, so the same people's budget starts over. If you and the "
                     "site agreed on that, add --new-site-key"
                 )
                 raise ConfigError("site_key", asked.site_key, bound)
@@ -235,7 +235,7 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
         members = federation.roster.sites
         old = _find_member(name, members)
         if old.revoked:
-            raise ConfigError("site", name, f"was revoked before, on {old.revoked}")
+            raise ConfigError("site", name, f"was already revoked on {old.revoked}")
         revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
         federation.apply_change(tuple(revoked if one is old else one for one in members), {})
         return revoked
@@ -259,13 +259,13 @@ def _check_new_keys(federation: FederationFolder, asked: JoinRequest, others: Co
     fingerprint = key_fingerprint(asked.node_key)
     again = "make a new one with `fedtune site init --out NEW`"
     if fingerprint in federation.read_retired_keys():
-        raise ConfigError("connection key", fingerprint, f"was replaced before and can never be used again: {again}")
+        raise ConfigError("connection key", fingerprint, f"was replaced and can never be used again: {again}")
     for member in others:
         if member.node_key == asked.node_key:
             state = "was revoked with" if member.revoked else "belongs to"
             raise ConfigError("connection key", fingerprint, f"{state} site {member.site}: {again}")
         if member.site_key == asked.site_key:
-            bound = f"belongs to site {member.site}: every site has a ledger and a site key of its own"
+            bound = f"belongs to site {member.site}: every site has its own ledger and site key"
             raise ConfigError("site_key", asked.site_key, bound)
 
 
@@ -290,7 +290,7 @@ def _list_changes(old: Member, new: Member) -> tuple[str, ...]:
     """List what a renewal changed besides the certificate."""
     changes = []
     if old.revoked:
-        changes.append("The site was revoked, and takes part again.")
+        changes.append("The site was revoked and now takes part again.")
     if new.node_key != old.node_key:
         changes.append("It has a new connection key; the old one can never be used again.")
     if new.site_key != old.site_key:
@@ -298,9 +298,9 @@ def _list_changes(old: Member, new: Member) -> tuple[str, ...]:
     for name in sorted(old.datasets.keys() | new.datasets.keys()):
         before, after = old.datasets.get(name), new.datasets.get(name)
         if before is None:
-            changes.append(f"Data set {name} is new, with a declared size of {after:,}.")
+            changes.append(f"Data set {name} was added, with a declared size of {after:,}.")
         elif after is None:
-            changes.append(f"Data set {name} is gone.")
+            changes.append(f"Data set {name} was removed.")
         elif before != after:
             changes.append(f"Data set {name} has a declared size of {after:,} instead of {before:,}.")
     return tuple(changes)

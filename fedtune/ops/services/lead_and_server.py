@@ -76,7 +76,7 @@ def find_run_name(kit: Kit, name: str) -> str:
     found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
     if len(found) != 1:
         newest = f"; sites were last charged for {', '.join(known)}" if known else ""
-        bound = "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it"
+        bound = "must be a run folder, or a run's full name as in a site's `fedtune ledger show`"
         raise ConfigError("run folder", name, bound + newest)
     return found[0]
 
@@ -92,7 +92,7 @@ def read_latest_answers(folder: Path) -> dict[str, dict[str, str]]:
         known = json.loads(path.read_bytes()) if path.exists() else {}
         return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        bound = "move it away to see the rest of the run's state, and what sites answer from then on"
+        bound = "move it away to see the rest of the run's state and later answers"
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
@@ -166,7 +166,7 @@ class KitRoster:
     def _check_newer(self, roster: Roster) -> Roster:
         before = self._newest
         if before is not None and roster != before and roster.number <= before.number:
-            bound = f"must be higher than {before.number}, that of the roster before"
+            bound = f"must be higher than {before.number}, the previous roster's number"
             raise ConfigError("roster.number", roster.number, bound)
         keys = {one.site: key_fingerprint(one.node_key) for one in roster.sites}
         revoked = {one.site for one in roster.sites if one.revoked is not None}
@@ -225,11 +225,11 @@ class ServerService:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
             until = certificate.certificate.not_after.isoformat()
             about = {"federation": self.kit.federation, "port": settings.port, "certificate_until": until}
-            log.info("the server listens", extra=about)
+            log.info("the server is listening", extra=about)
 
         serve(settings, ready=ready, works=self._update_health, has_new_certificate=certificate.is_new)
         self.health.update(state="stopping")
-        log.info("the server is down")
+        log.info("the server has stopped")
 
     def _update_health(self, works: bool) -> None:
         """Update the health state when the database starts or stops accepting writes: without storage, a server is

@@ -76,7 +76,7 @@ class SiteService:
             log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
         with lock_ledger(files.ledger), _stop_on_signal() as stop:
             if state.has_served() and not files.ledger.is_file():
-                raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
+                raise RunError(f"ledger {files.ledger} is missing, but this site has used one; restore it")
             state.check_ledger(files.open_ledger().history.opening.ledger)
             process = cache(lambda: self._create_site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
@@ -86,7 +86,7 @@ class SiteService:
                 _AtSocket(app, state, self.health, stop, self.answered, trouble).run(place)
             else:
                 self._serve_over_network(app, state, stop, certificate=certificate, trouble=trouble)
-            log.info("the site is down", extra={"site": files.policy.site})
+            log.info("the site has stopped", extra={"site": files.policy.site})
 
     def _serve_over_network(
         self,
@@ -140,7 +140,7 @@ class SiteService:
     def _check_files(self, state: SiteState) -> SiteFiles:
         files = self.kit.site_files(self.site_toml)
         if not (files.policy.key_command or files.site_key.is_file()):
-            bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
+            bound = "is missing: `fedtune site init` created it, and the ledger cannot continue without it"
             raise ConfigError("site_key", str(files.site_key), bound)
         if files.site_key.is_file():
             check_private(files.site_key)
@@ -210,7 +210,7 @@ class _Loop:
                 try:
                     self._answer(message)
                 except Exception:  # of a kind that Flower can address no answer to
-                    log.exception("a message was dropped: there is no answer to its kind")
+                    log.exception("a message of an unknown kind was dropped")
             elif self._active:
                 self._wait_for_question()
         # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.
@@ -239,7 +239,7 @@ class _Loop:
             self._handle_connection_error(error)
             return None
         except Dropped as error:
-            log.info("a message was gone before it was fetched", extra={"reason": str(error)})
+            log.info("a message disappeared before it was fetched", extra={"reason": str(error)})
             return None
         self._wait_s = 1.0
         self._record_contact()
@@ -252,7 +252,7 @@ class _Loop:
         ends = self.until()
         if datetime.now(UTC) > ends:
             raise Expired(
-                f"this site's own certificate ended at {ends:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit, and "
+                f"this site's certificate expired at {ends:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit, and "
                 "unzip it over this one"
             )
 
@@ -279,7 +279,7 @@ class _Loop:
                 self._sent = time.monotonic()
                 return
             except Dropped as error:
-                log.info("nobody waits for this answer any more", extra={"reason": str(error)})
+                log.info("nobody is waiting for this answer any more", extra={"reason": str(error)})
                 return
             except (Unreachable, Unauthorised) as error:
                 self._handle_connection_error(error)

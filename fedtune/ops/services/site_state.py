@@ -40,7 +40,7 @@ class Pending:
     def __post_init__(self) -> None:
         digest = hashlib.sha256(self.settings.encode(errors="surrogatepass")).hexdigest()
         if not self.proposal.run.endswith(f"-{digest[:32]}"):
-            raise ConfigError("settings", "others", "must be those whose digest is in the run's name")
+            raise ConfigError("settings", "others", "must match the digest in the run's name")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class SiteState:
         """
         path, waiting = self._pending_path(proposal), self._pending_files()
         if path not in waiting and len(waiting) >= MOST_WAITING:
-            raise RunError(f"{MOST_WAITING} runs wait for approval already; approve some, or remove {path.parent}")
+            raise RunError(f"{MOST_WAITING} runs already wait for approval; approve some, or remove {path.parent}")
         known = self._read(path) if path in waiting else None  # a repeated request keeps its place
         since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
         made = Pending(proposal=proposal, settings=settings, since=since, software=software)
@@ -114,8 +114,8 @@ class SiteState:
         path = self.folder / "ledger_id"
         if path.exists() and (before := path.read_text().strip()) != ledger:
             raise RunError(
-                f"this site served ledger {before} before, and now there is ledger {ledger}: put the old one back, or "
-                f"remove {path} if its budget really ended with it"
+                f"this site used ledger {before} before, but now there is ledger {ledger}: restore the old one, or "
+                f"remove {path} if its budget really ended"
             )
         write_durably(path, f"{ledger}\n".encode())
 
@@ -137,7 +137,7 @@ class SiteState:
         try:
             return decode(Pending, parse_json(path.read_bytes(), key="file", bound="must be JSON"))
         except (ConfigError, OSError):
-            log.warning("%s is damaged; remove it, or wait for the lead's next request, which writes it anew", path)
+            log.warning("%s is damaged; remove it, or wait for the lead's next request, which rewrites it", path)
             return None
 
 
@@ -160,7 +160,7 @@ def lock_ledger(ledger: Path) -> Iterator[None]:
         except OSError:
             said = os.read(descriptor, 32).strip()
             holder = said.decode() if said.isdigit() else "another"
-            bound = f"is being served by process {holder} already; stop that one first"
+            bound = f"is already used by process {holder}; stop that process first"
             raise ConfigError("ledger", str(ledger), bound) from None
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -69,10 +69,10 @@ class _Bounded(httpx.BaseTransport):
         response = self._inner.handle_request(request)
         try:
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-                raise OutOfBounds("it is compressed, which nobody asked for")
+                raise OutOfBounds("it is compressed, which was not requested")
             said = response.headers.get("content-length", "0")
             if said.isdigit() and int(said) > most_bytes:
-                raise OutOfBounds(f"it has {said} bytes, and may have {most_bytes}")
+                raise OutOfBounds(f"it has {said} bytes, but may have {most_bytes}")
         except OutOfBounds:
             response.close()
             raise
@@ -93,7 +93,7 @@ class _Counted(httpx.SyncByteStream):
         for part in self._inner:
             received += len(part)
             if received > self._most_bytes:
-                raise OutOfBounds(f"it has more than the {self._most_bytes} bytes that it may have")
+                raise OutOfBounds(f"it has more than the allowed {self._most_bytes} bytes")
             yield part
 
     def close(self) -> None:

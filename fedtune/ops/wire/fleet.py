@@ -97,7 +97,7 @@ class Fleet:
                 self._node = node_pb2.Node(node_id=self._client.ActivateNode(request).node_id)
         except Unauthorised as error:
             hello(self._server, self._tls)  # says whether, and why, the server does not know the key
-            raise Unreachable("an earlier connection of this site is not over yet, or it was just added") from error
+            raise Unreachable("an earlier connection of this site is still open, or the site was just added") from error
         self._may_have_lost_one = False
         # Flower's messages say from here who sends them.
         set_sender_ids(node_id=self._node.node_id, task_id=0)
@@ -170,7 +170,7 @@ class Fleet:
                 )
         except Unauthorised as error:
             self.activate()  # where that helps, the server has lost its database, and knows the node anew
-            raise Dropped("the server has forgotten who asked") from error
+            raise Dropped("the server no longer knows who asked") from error
         self._begun, self._may_have_lost_one = {}, in_doubt
 
     @staticmethod
@@ -247,7 +247,7 @@ def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
     """
     reason = parse_answer_field(answer, "reason", server)
     if not reason.isprintable() or len(reason) > _MOST_REASON:  # words that are not for people
-        raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})")
+        raise Foreign(f"what answers at {server} is not a fedtune server ({answer.status_code})")
     return reason
 
 
@@ -260,7 +260,7 @@ def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
     try:
         return str(answer.json()[field])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
+        raise Foreign(f"what answers at {server} is not a fedtune server ({answer.status_code})") from error
 
 
 def signed_headers(tls: Tls) -> dict[str, str]:
@@ -299,10 +299,10 @@ def translate_line_errors() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         if error.response.is_redirect:
-            raise Unreachable(f"the server sends elsewhere ({status}), which is never followed") from error
+            raise Unreachable(f"the server redirects ({status}), which is never followed") from error
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
             raise _build_refusal_error(
-                error.response, f"the server does not take this site's key ({status})"
+                error.response, f"the server does not accept this site's key ({status})"
             ) from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise Dropped(f"the server no longer needs this message ({status})") from error

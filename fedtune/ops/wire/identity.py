@@ -84,7 +84,7 @@ def explain_tls_refusal(error: BaseException) -> str | None:
                 return f"it does not accept this site's certificate: {said}"
             return f"it ended the encryption: {said}"
         if isinstance(cause, HungUp):  # as asyncio's servers do, which send no alert
-            return "it hung up right after the handshake; if this goes on, it does not accept this site's certificate"
+            return "it hung up right after the handshake; if this continues, it does not accept this site's certificate"
     return None
 
 

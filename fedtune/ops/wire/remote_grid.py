@@ -91,7 +91,7 @@ class RemoteGrid(AskingGrid):
             return
         if self._session is None:
             raise start_error(self._server, trouble) from trouble
-        log.warning("the server forgot this run (%s); asking again", trouble.response.status_code)
+        log.warning("the server lost this run (%s); asking again", trouble.response.status_code)
         self._close()
         for one in questions.values():
             one.message_ids.clear()

@@ -151,7 +151,7 @@ def apply_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog)
                     constant.NOOP_FLWR_AID, constant.NOOP_ACCOUNT_NAME, member.node_key, 0, name=member.site
                 )
             except ValueError:
-                log.error("%s: its connection key was revoked before; it needs a new one", member.site)
+                log.error("%s: its connection key was revoked; it needs a new one", member.site)
                 audit.log_event("member not registered", member=member.site, reason="its key was revoked before")
             else:
                 log.info("%s is registered", member.site)
@@ -181,7 +181,7 @@ class _KeptRoster:
         except SQLAlchemyError:
             self._took = False
         if self._took is not before:
-            what = "takes what is written again" if self._took else "takes nothing that is written"
+            what = "accepts writes again" if self._took else "accepts no writes"
             log.error("the database %s", what)
         return self._took
 
@@ -199,7 +199,7 @@ def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
                 said = ""
             except Exception as error:  # a half-copied roster ends no server: the next look may find a whole one
                 if said != (said := str(error)):
-                    log.exception("the roster could not be read; the sites stay as they are")
+                    log.exception("the roster could not be read; the sites stay unchanged")
 
     watching = threading.Thread(target=watch, name="roster", daemon=True)
     watching.start()

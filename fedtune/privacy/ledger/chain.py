@@ -111,7 +111,7 @@ def check_ledger_schema(path: Path, found: object) -> None:
         ConfigError: the schema differs.  Not a RunError, which stands for a damaged ledger that a backup may replace.
     """
     if type(found) is not int or found != LEDGER_SCHEMA:
-        go_on = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
+        go_on = "continue with the version of fedtune that wrote it; everything that it charged stays charged"
         value = found if type(found) is int else NOT_GIVEN
         raise ConfigError(f"{path}: schema", value, f"must be {LEDGER_SCHEMA}", remedy=go_on)
 
@@ -203,7 +203,7 @@ class Head:
         Raises:
             ConfigError: the file is missing or contains no head, or the head is not signed by the key that it names.
         """
-        damaged = ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote")
+        damaged = ConfigError("anchor", str(path), "must be a readable anchor file written by fedtune")
         try:
             fields = parse_json(path.read_bytes(), key="anchor", bound="must be JSON")
         except (OSError, ConfigError) as error:
@@ -215,7 +215,7 @@ class Head:
         except ValueError as error:  # a ConfigError, or a number that JSON does not have
             raise damaged from error
         if not right:
-            raise ConfigError("anchor", str(path), "must carry the signature of the site key that it names")
+            raise ConfigError("anchor", str(path), "must be signed with the site key that it names")
         return head
 
 
@@ -303,7 +303,7 @@ def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1)
             raise RunError(f"event {number} is missing (the next one is number {event.sequence})")
         expected = event.hash_after(before)
         if event.hash != expected:
-            raise RunError(f"event {number} was changed: its hash does not fit its values and the event before it")
+            raise RunError(f"event {number} was changed: its hash does not match its values and the previous event")
         before = expected
     return before
 

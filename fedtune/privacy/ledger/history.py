@@ -170,12 +170,12 @@ class History:
         try:
             self._dispatch_event(event)
         except (FedtuneError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise RunError(f"event {event.sequence} ({event.kind}) cannot be understood: {error}") from error
+            raise RunError(f"event {event.sequence} ({event.kind}) is invalid: {error}") from error
 
     def _dispatch_event(self, event: Event) -> None:
         moment = datetime.fromisoformat(event.time)
         if self.last_time is not None and moment < self.last_time:
-            raise ValueError("its time is earlier than that of the event before it")
+            raise ValueError("it is dated before the previous event")
         self.last_time = moment
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
             raise ValueError(f"event {event.sequence} must be the note {_FIRST[event.sequence - 1]!r}")
@@ -185,7 +185,7 @@ class History:
                     raise ValueError("the run was accepted before")
                 proposal = decode(Proposal, event.detail["proposal"])
                 if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opening.arrivals:
-                    raise ValueError("its cohorts are not those of the ledger's calendar")
+                    raise ValueError("its cohorts do not match the ledger's calendar")
                 expires = datetime.fromisoformat(event.detail["expires"])
                 self.runs[event.run] = AcceptedRun(proposal=proposal, expires=expires)
                 self.marks |= {("seeded", "")} if proposal.seeded_noise else set()
@@ -212,7 +212,7 @@ class History:
             run.attempts[event.round] != event.attempt
             or run.reserved.setdefault(event.round, event.request) != event.request
         ):
-            raise ValueError("it does not follow the reservations before it")
+            raise ValueError("it does not follow from the reservations before it")
         charged = dp_events.from_json(event.detail["event"])
         if charged != run.plan.event():
             raise ValueError("it does not charge a round of the run's plan")
@@ -476,7 +476,7 @@ class History:
         return (
             f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{told}, and the ledger's newest event is of "
             f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. If the clock is right, "
-            "say so with `fedtune ledger confirm-date --policy site.toml`"
+            "confirm it with `fedtune ledger confirm-date --policy site.toml`"
         )
 
     def covers_receipt(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:

@@ -143,5 +143,5 @@ def read_rows(file: sqlite3.Connection) -> list[Row]:
     """
     rows = [Row(*row) for row in file.execute("SELECT sequence, unit, cohort FROM arrivals").fetchall()]
     if any(len(row.unit) != UNIT_BYTES or min(row.sequence, row.cohort) < 0 for row in rows):
-        raise RunError("the register of arrivals has a row that fedtune does not write")
+        raise RunError("the register of arrivals has a row that fedtune did not write")
     return rows

@@ -369,7 +369,7 @@ class SiteLedger:
         with self._store.transaction():
             self._require_newest_policy()
             if not self._may_record_answer():
-                raise RunError("too many refusals and offers today to record another one")
+                raise RunError("too many refusals and offers were recorded today; no more are recorded until tomorrow")
             rounds = spending.find_max_rounds(proposal, self._would_accept)
             noise = spending.find_min_noise(proposal, self._would_accept)
             if not rounds and noise is None:
@@ -492,7 +492,7 @@ class SiteLedger:
 
     def _require_newest_policy(self) -> None:
         if self.history.policy != self.policy:
-            raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; open it again")
+            raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; reopen it")
 
     def _require_fixed_settings(self) -> None:
         """Require the unit, delta, population, site, key and user columns with which the ledger was created."""
@@ -502,8 +502,8 @@ class SiteLedger:
         for key, made_for, says in differences:
             if made_for != says:
                 raise RunError(
-                    f"ledger {self._store.path} was made for {key} = {made_for}, the policy says {says}; "
-                    "set it back, since it is fixed for the ledger's life"
+                    f"ledger {self._store.path} was created for {key} = {made_for}, but the policy says {says}; "
+                    "restore the old value, which is fixed for the ledger's lifetime"
                 )
 
 

@@ -155,7 +155,7 @@ def _parse_event(row: dict[str, object]) -> Event:
             raise ValueError("detail")
         return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
     except ValueError as error:
-        raise RunError(f"event {row['sequence']} was changed: it is not written as fedtune writes events") from error
+        raise RunError(f"event {row['sequence']} was changed: it is not in the format of fedtune's events") from error
 
 
 def _check_tables(file: sqlite3.Connection, path: Path) -> None:
@@ -166,7 +166,7 @@ def _check_tables(file: sqlite3.Connection, path: Path) -> None:
         check_ledger_schema(path, schema)
     tables = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
     if tables not in (set(SCHEMA), {*SCHEMA, *register.SCHEMA}) or application != _APPLICATION_ID:
-        raise RunError(f"ledger {path} does not have a ledger's tables: it was changed, or is another file")
+        raise RunError(f"ledger {path} does not have the tables of a ledger: it was changed, or it is a different file")
 
 
 @contextmanager
@@ -343,12 +343,12 @@ class EventStore:
                 raise
             raise RunError(f"{error}; nothing is trained") from error
         if not self.history.length:
-            raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} knows {anchor.sequence} events of it")
+            raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} has {anchor.sequence} events of it")
         self.require_same_ledger(anchor)
         if not self.history.covers_head(anchor):
             raise RunError(
                 f"ledger {self.path} is older than its anchor {self._anchor} (event {self.history.length} of at least "
-                f"{anchor.sequence}), or has branched off; see `fedtune ledger restore`"
+                f"{anchor.sequence}), or has diverged from it; see `fedtune ledger restore`"
             )
 
     def require_same_ledger(self, anchor: Head) -> None:
@@ -358,7 +358,7 @@ class EventStore:
             RunError: it belongs to another ledger.
         """
         if (anchor.ledger, anchor.site_key) != (self.history.opening.ledger, self._key.public):
-            raise RunError(f"the anchor is of another ledger than {self.path}")
+            raise RunError(f"the anchor belongs to another ledger, not to {self.path}")
 
     def _catch_up(self, file: sqlite3.Connection) -> None:
         """Process new events, after verifying that they continue the chain.
@@ -368,7 +368,7 @@ class EventStore:
         known = self.history.length
         stored = file.execute("SELECT hash FROM events WHERE sequence = ?", (known,)).fetchone()
         if known and stored != (self.history.hash,):
-            raise RunError(f"ledger {self.path} was changed or put back while it was open; nothing is trained")
+            raise RunError(f"ledger {self.path} was changed or rolled back while it was open; nothing is trained")
         try:
             new = read_events(file, after=known)
             check_chain(new, before=self.history.hash, first=known + 1)

@@ -49,7 +49,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
             raise RunError(f"the file is damaged: {answer}")
         (stray,) = file.execute("SELECT count(*) FROM events WHERE sequence < 1").fetchone()
         if stray:
-            raise RunError(f"{stray} rows stand before event 1")
+            raise RunError(f"{stray} rows come before event 1")
         events = store.read_events(file)
         replies = store.read_replies(file)
         (arrivals,) = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'arrivals'").fetchone()
@@ -66,23 +66,23 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     for event in events:
         chain.check_signature(event, own_key)
     if bool(arrivals) != bool(history.opening.arrivals):
-        raise RunError("it does not have the tables of its first event")
+        raise RunError("its tables do not match its first event")
     _check_register(rows, events)
     # Each run's newest reply is the one that was committed, and no other is stored.
     expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
     stored = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
     if sorted(stored) != sorted(expected):
-        raise RunError("the stored replies are not the newest ones that were committed")
+        raise RunError("the stored replies are not the newest committed ones")
     if anchor is not None:
         if (anchor.ledger, anchor.site_key) != (history.opening.ledger, own_key):
-            raise RunError("the anchor is of another ledger")
+            raise RunError("the anchor belongs to another ledger")
         if not history.covers_head(anchor) and anchor.sequence > len(events):
             raise RunError(
-                f"an older copy of the ledger was put back: it ends at event {len(events)}, "
-                f"the anchor knows {anchor.sequence}"
+                f"the ledger was rolled back to an older copy: it ends at event {len(events)}, "
+                f"but the anchor covers event {anchor.sequence}"
             )
         if not history.covers_head(anchor):
-            raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger has branched off")
+            raise RunError(f"event {anchor.sequence} does not match the anchor: the ledger has diverged")
     return Verified(
         events=tuple(events),
         history=history,
@@ -98,6 +98,6 @@ def _check_register(rows: Sequence[register.Row], events: Sequence[Event]) -> No
         if event.kind is Kind.RESERVE and event.cohort:
             digest = after.pop(event.sequence, digest)
             if event.detail["register"] != digest:
-                raise RunError(f"the register of arrivals was changed: event {event.sequence} knows another one")
+                raise RunError(f"the register of arrivals was changed: it does not match event {event.sequence}")
     if after:
-        raise RunError("the register of arrivals was changed: it has rows that no event knows")
+        raise RunError("the register of arrivals was changed: it has rows without an event")

@@ -160,7 +160,7 @@ def read_audit(folder: Path) -> Audit | None:
             raise ValueError("schema_version")
         return decode(Audit, fields)
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: what the audit found is not known") from error
+        raise RunError(f"{path} is damaged: the audit's result is unknown") from error
 
 
 def apply_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:

@@ -127,7 +127,7 @@ def write_files(
         for name, content in files.items():
             write_durably(folder / name, content)
     except OSError as error:
-        raise ConfigError("--output", str(folder), f"must be a folder that can be written ({error.strerror})") from None
+        raise ConfigError("--output", str(folder), f"is not a writable folder ({error.strerror})") from None
     return [folder / name for name in files]
 
 

@@ -133,7 +133,7 @@ def test_too_many_wrong_shares_end_the_release() -> None:
     for liar in "bc":
         answer = federation.parties[liar].unmask(summation.unmask_request(liar))
         summation.add_revealed(liar, resigned(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}}))
-    with pytest.raises(Unreadable, match="1 sites gave right shares of what unmasks c, and 2 must") as error:
+    with pytest.raises(Unreadable, match="1 sites gave correct unmasking shares for c, and 2 must") as error:
         summation.total()
     assert error.value.site is None, "it may be c's doing, or that of the two"
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
@@ -151,7 +151,7 @@ def with_a_flipped_bit(number: int) -> tuple[Federation, Summation]:
 
 def test_dealer_of_inconsistent_shares_is_named() -> None:
     _, summation = with_a_flipped_bit(2 * 4)  # the digest of its own mask's seed
-    with pytest.raises(Unreadable, match="c dealt shares that do not fit together") as error:
+    with pytest.raises(Unreadable, match="c dealt inconsistent shares") as error:
         summation.total()
     assert error.value.site == "c"
     federation, summation = with_a_flipped_bit(3 * 4)  # what it sealed for a
@@ -269,7 +269,7 @@ def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) ->
         error = unreadable
     honest = set(run.sites) - set(run.faulty)
     if error is not None:
-        assert str(error).startswith("release 1 of the secure sum cannot be read: ")
+        assert str(error).startswith("release 1 of the secure aggregation cannot be read: ")
         assert run.faulty
         # Where three are honest, a faulty one's own seeds are amiss; who is named for certain is faulty.
         assert len(honest) < 3 or error.site is not None or run.summation.wrong_shares

@@ -98,7 +98,7 @@ def test_whole_file_error_gives_one_message(tickets: Tickets) -> None:
         ((*["word,sales"] * 2, f"{'word ' * 40},sales"), ["cut 4", "same 3=2"]),
         (
             ("to a@b.example.org and c@d.example.org,sales", "F\u00c3\u00bcr alle,sales"),
-            ["personal e-mail body 2", "damage mojibake (UTF-8 that was read as Windows-1252) body 3"],
+            ["personal e-mail body 2", "damage mojibake (UTF-8 read as Windows-1252) body 3"],
         ),
         (
             ('"takes,sales', "these,sales", 'along",sales', "<|im_end|> said,billing"),

@@ -19,7 +19,7 @@ def cleaned(
     path: Path, *drop: str, mask: bool = False, columns: Mapping[str, str] = COLUMNS, **named: str
 ) -> tuple[Cleaned, list[Any]]:
     out = path.with_name("kept.jsonl")
-    fault = {"other": DataError("label", "not declared", "must be another")}.get
+    fault = {"other": DataError("label", "not declared", "is already named")}.get
     cleaning = Cleaning(
         columns, lambda record: fault(record.fields.get("label", "")), drop=drop, mask=mask, named=named
     )
@@ -110,7 +110,7 @@ def test_existing_output_file_is_never_overwritten(tmp_path: Path) -> None:
     path = written(tmp_path, row("a"))
     before = path.read_bytes()
     cleaned(path)
-    with pytest.raises(ConfigError, match=r"--out = .* must be a new file; there is something of that name"):
+    with pytest.raises(ConfigError, match=r"--out = .* already exists; choose a new file"):
         cleaned(path)
     assert path.read_bytes() == before
 

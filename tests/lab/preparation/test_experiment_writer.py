@@ -145,7 +145,7 @@ def test_long_records_are_counted_and_truncated(tmp_path: Path) -> None:
 
 def test_unusable_rows_are_reported_and_skipped(tmp_path: Path) -> None:
     made = made_for(table(tmp_path, 60, more=" ,yes\na,b,c\n"))
-    left_out = {"must not be blank (role text)": 1, "must have 2 cells, as the header": 1}
+    left_out = {"must not be blank (role text)": 1, "must have 2 cells, like the header": 1}
     assert (made.plan.usable, made.plan.left_out) == (60, SkippedRows(rows=62, reasons=left_out))
     assert made.settings["data"]["unusable"] == "leave_out"
 

@@ -82,7 +82,7 @@ def test_row_with_an_open_quote_states_the_swallowed_lines(tmp_path: Path, end: 
     (fault, last) = [found for _, found in read_table(path, None, comma=",")]
     assert isinstance(fault, DataError)
     assert str(fault.value).endswith(", over 4 lines")
-    assert fault.bound.endswith("takes the lines up to the next quote along")
+    assert fault.bound.endswith("includes all lines up to the next quote")
     assert last == {"text": "f", "label": "ok"}
 
 

@@ -139,7 +139,7 @@ def test_repeated_search_charges_nothing_and_changed_ones_are_refused(
     outcome: Any, words: list[str], folder: Path
 ) -> None:
     """How many trials there are is fixed before the first one."""
-    whole, taken = files_in(folder), f"is taken: {folder / 's/search.json'} is of a search with other settings"
+    whole, taken = files_in(folder), f"is taken: {folder / 's/search.json'} belongs to a search with other settings"
     assert command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}; choose another"
     assert command("search", *words, "--trials", "3", "--method", "tpe").code == 2
     assert command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
@@ -242,7 +242,7 @@ def test_search_on_public_data_costs_no_epsilon(tmp_path: Path) -> None:
     outcome = command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
     assert (outcome.code, outcome.err) == (0, "")
     told = " ".join(outcome.out.split())
-    assert "Nothing is promised: a trial without noise is for public records, and costs what it trains." in told
+    assert "Nothing is promised: trials without noise are only for public records." in told
     noted = json.loads((tmp_path / "g/search.json").read_text())
     assert noted["price"]["epsilon"] is None
     assert command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
@@ -257,7 +257,7 @@ def test_failed_trial_is_not_selected(tmp_path: Path) -> None:
     words = tiny("lora.target_modules=[nonesuch],[other]", *SHORT, into=tmp_path, name="f")
     outcome = command("search", *words, "--method", "grid")
     assert outcome.code == 2
-    assert "Nothing is picked: no trial has a score." in outcome.out
+    assert "Nothing was picked: no trial has a score." in outcome.out
 
 
 def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -309,4 +309,4 @@ def test_search_on_training_records_is_refused(tmp_path: Path) -> None:
     words = tiny(*SHORT, into=tmp_path, name="s")
     train = compose_run(words).data.train_file
     refused = command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")
-    assert "must not hold what data.train_file holds: its scores decide" in refused.failed()
+    assert "has the same records as data.train_file: its scores decide" in refused.failed()

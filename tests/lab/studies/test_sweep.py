@@ -102,9 +102,9 @@ def test_existing_sweep_name_is_refused_before_any_run(outcome: Any, swept: list
     fixed = [word for word in swept if not word.startswith("lora.target_modules")]
     others = refused("lora.target_modules=[value],[dense]", words=fixed)
     assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
-    assert "name of two runs" in refused("name=a,a")
+    assert "names two runs" in refused("name=a,a")
     (folder / "mine.csv").write_text("text,label\na,b\n")
-    assert "is no table of a sweep" in refused("name=mine")
+    assert "is not a sweep's table" in refused("name=mine")
     assert (folder / "mine.csv").read_text() == "text,label\na,b\n"
     assert len(lines_of(folder / "three.csv")) == 3
 
