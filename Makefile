@@ -55,6 +55,7 @@ checks:
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy .ci/check_run.py
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python docs/write_configuration.py --check
 	$(VENV)/bin/python docs/draw_accuracy.py --check

@@ -246,8 +246,9 @@ def _build_card(
         "teacher (post-processing). The texts themselves have no guarantee."
     )
     what = (
-        f"A smaller model ({made}), trained without noise to answer {pluralize(found.texts, 'text')} of {file} (SHA-256 "
-        f"{found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is a tuned model"
+        f"A smaller model ({made}), trained without noise to answer {pluralize(found.texts, 'text')} of {file} "
+        f"(SHA-256 {found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is "
+        "a tuned model"
     )
     form = replace(card_form(format, record.config), what=what, has_label=not owed)
     label = card_files(record, of_run, form) if form.has_label else {}  # the run's, whose figure is too small else

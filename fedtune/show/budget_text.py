@@ -222,8 +222,7 @@ def verification_json(verified: Verified) -> dict[str, Any]:
 
 
 SEEDED = (
-    "NO GUARANTEE: the noise would come from the configured seed, and anyone who knows the seed "
-    "can subtract the noise."
+    "NO GUARANTEE: the noise would come from the configured seed, and anyone who knows the seed can subtract the noise."
 )
 
 
