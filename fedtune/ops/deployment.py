@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
 
 OFFER = "would_take_part"  # what a listener hears of a site that would take part
-_ASK_AGAIN_S = 5.0  # how soon to ask a site again that waits for a person there
+_ASK_AGAIN_S = (5.0, 60.0)  # the shortest and longest time before a site that waits for a person is asked again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +232,7 @@ class _Ears:
     def __init__(self, sites: Sequence[Member], listener: Listener | None, *, most_rounds: int) -> None:
         self._sites, self._listener, self._most_rounds = sites, listener, most_rounds
         self._said: dict[str, str] = {}
+        self._waiting_since: dict[str, float] = {}
 
     def __call__(self, number: int, question: Message, answer: Message) -> Heard:
         kind, member = question.metadata.message_type, self._sites[number - 1]
@@ -252,7 +254,19 @@ class _Ears:
         invited = kind == f"query.{flower_records.INVITE}"
         idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
         good = signed and _is_answer_to(question, reply, site=member.site)
-        return Heard(good=good, again_s=_ASK_AGAIN_S if waiting else None, idle=idle)
+        if not waiting:
+            self._waiting_since.pop(member.site, None)
+        return Heard(good=good, again_s=self._next_question_s(member.site) if waiting else None, idle=idle)
+
+    def _next_question_s(self, site: str) -> float:
+        """Return after how many seconds to ask a waiting site again: a tenth of the time that it has waited so far.
+
+        On stock Flower each question starts a process at the site, so an approval that takes an hour must not cost an
+        hour of a core.
+        """
+        now = time.monotonic()
+        shortest, longest = _ASK_AGAIN_S
+        return min(max(shortest, (now - self._waiting_since.setdefault(site, now)) / 10), longest)
 
     def _notify_listener(self, site: str, reply: Reply, *, num_bytes: int, signed: bool, waiting: bool) -> None:
         body, receipt = reply.body, reply.receipt

@@ -18,7 +18,7 @@ from fedtune.flower import flower_records
 from fedtune.flower.asking_grid import Heard as Answered
 from fedtune.flower.internals import set_sender_ids
 from fedtune.model.adapter import Adapter
-from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, LeadService, _Ears
+from fedtune.ops.deployment import OFFER, LeadService, _Ears
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
@@ -133,13 +133,27 @@ def test_final_refusal_is_reported_for_every_reason(line: Line) -> None:
 def test_waiting_site_is_asked_again_and_reported_once(line: Line, reason: Reason) -> None:
     for _ in range(3):
         reply = line.signed(refusal(reason))
-        assert line.hears(1, reply) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=True)
-    assert line.hears(2, line.signed(refusal(reason))).again_s == _ASK_AGAIN_S > 0
+        assert line.hears(1, reply) == Answered(good=False, again_s=5, idle=True)
+    assert line.hears(2, line.signed(refusal(reason))).again_s == 5
     assert line.words == [("north", reason.value), ("south", reason.value)]
     assert line.hears(1, line.signed(line.update())) == Answered(good=True)
     assert line.words[2:] == [("north", "update")]
     line.hears(1, line.signed(refusal(reason)))
     assert line.words[3:] == [("north", reason.value)], "paused again in a later round is news"
+
+
+def test_site_that_waits_longer_is_asked_less_often(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("fedtune.ops.deployment.time.monotonic", lambda: now)
+    waiting = line.signed(refusal(Reason.AWAITING_APPROVAL))
+    asked = []
+    while now < 3_600:
+        now += line.hears(1, waiting).again_s or 0
+        asked.append(now)
+    assert asked[0] == 5 and now - asked[-2] == 60
+    assert len(asked) < 100, "on stock Flower each question starts a process"
+    line.hears(1, line.signed(line.update()))
+    assert line.hears(1, waiting).again_s == 5, "another wait begins anew"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +182,7 @@ def test_end_of_run_reply_is_accepted(line: Line) -> None:
 def test_invitation_waits_for_approval_but_not_during_a_pause(line: Line) -> None:
     for reason, idle in ((Reason.AWAITING_APPROVAL, False), (Reason.PAUSED, True)):
         reply = line.signed(refusal(reason, round=0))
-        expected = Answered(good=False, again_s=_ASK_AGAIN_S, idle=idle)
+        expected = Answered(good=False, again_s=5, idle=idle)
         assert line.hears(1, reply, f"query.{flower_records.INVITE}") == expected
 
 
