@@ -185,7 +185,7 @@ def _site_notes(outlook: Outlook) -> Iterator[str]:
     if not plan.private:
         yield "Nothing bounds epsilon at any site."
         return
-    yield "Rate, noise and steps are common to all sites, so epsilon is the same at each site in every round."
+    yield "Rate, noise and steps are common to all sites, so epsilon is the same at each site that joins every round."
     largest = price.largest[0]
     size = price.sites[largest].declared_size
     bound = f"delta must stay below 1 / {size:,} = {1 / size:.3g}"

@@ -63,7 +63,7 @@ def init(
     let_in = f"fedtune provision add-site join_request.json --federation {made.folder}"
     offline = f"Move {made.folder}/authority to offline storage. It is needed only to add sites and renew certificates."
     ask = "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in"
-    _print_steps(offline, f"{server}, and start there what its README.md.", f"{ask}: {let_in}")
+    _print_steps(offline, f"{server}, and start the server there as its README.md says.", f"{ask}: {let_in}")
 
 
 @command(app, "add a site", name="add-site")
@@ -183,7 +183,7 @@ def restore(
     from fedtune.ops.backup import restore_federation
 
     restore_federation(file, out=out)
-    again = "Revoke again whom you revoked after the backup, and let in again whom you joined since."
+    again = "Revoke again the sites that you revoked since the backup, and add again those that joined since."
     say(f"The federation's folder is {out}. {again}")
 
 

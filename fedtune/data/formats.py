@@ -162,10 +162,8 @@ def require_data_file(path: Path, *, key: str | None = None, value: str | None =
     if found == "a folder" and splits:
         bound = f"holds several splits; name one of them: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
-        bound = (
-            f"holds {pluralize(len(parts), 'part')} of one table or several: put one table's parts (train-*) "
-            "into a folder of their own, and write one file: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
-        )
+        bound = f"holds {pluralize(len(parts), 'part')} of one table or several: put one table's parts (train-*) into"
+        bound += " a folder of their own, and write one file: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
 

@@ -157,7 +157,7 @@ def _inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mappin
     runs = read_card(texts, option="--texts")["runs"]
     own = describe_run(from_run.build_run_report(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
-        bound = f"must have a card with an epsilon for each {own['unit']} behind them: or nothing bounds the student"
+        bound = f"must have a card with an epsilon for each {own['unit']} behind them; else nothing bounds the student"
         raise ConfigError("--texts", str(texts), bound)
     names, both = (
         ", ".join(one["run"] for one in runs),

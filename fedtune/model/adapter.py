@@ -117,7 +117,7 @@ def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, tor
         AdapterError: the names or shapes differ; nothing is copied then.
     """
     for name in sorted(set(parameters) ^ set(tensors)):
-        raise AdapterError(f"the adapter {'lacks' if name in parameters else 'does not have'} the tensor {name}")
+        raise AdapterError(f"the adapter {'lacks the' if name in parameters else 'has an unexpected'} tensor {name}")
     for name, parameter in parameters.items():
         if tensors[name].shape != tuple(parameter.shape):
             raise AdapterError(f"{name} has shape {tensors[name].shape}, not the model's {tuple(parameter.shape)}")

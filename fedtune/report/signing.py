@@ -57,8 +57,8 @@ def parse_report(data: bytes) -> Report:
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
-        where = f"text that is no JSON from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
-        raise ConfigError("report", where or "no JSON in UTF-8", "must be a whole report.json") from None
+        where = f"text that is not JSON from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
+        raise ConfigError("report", where or "not JSON in UTF-8", "must be a whole report.json") from None
     for number, (one, other) in enumerate(zip_longest(said, right, fillvalue=""), start=1):
         if one != other:
             bound = f"must be as written by fedtune: {other.strip()}"

@@ -254,7 +254,7 @@ def describe_trust(by_trust: Epsilons) -> str:
 
 
 ABOUT_RDP = (
-    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is "
+    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is usually "
     "larger. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
 )
 """Beside an epsilon by RDP; `counts` names the other figure."""

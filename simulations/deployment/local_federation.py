@@ -109,7 +109,7 @@ class LocalFederation:
         with self._process(
             "server", ["-m", "fedtune", "server", "start", "--kit", "fed/server", "--host", "127.0.0.1"]
         ):
-            self._wait("server", "the server listens")
+            self._wait("server", "the server is listening")
             yield
 
     def start_alone(self, name: str) -> float:

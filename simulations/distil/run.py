@@ -73,7 +73,7 @@ def taught(runs: Path, *, texts: str) -> study.Found:
 
 def table(lines: Mapping[str, study.Found]) -> str:
     """The Markdown table: the teacher, and each student."""
-    heads = ["", "texts", "passes", "accuracy", "difference to its teacher, 95 %", "macro-F1", "size", "ms a text"]
+    heads = ["", "texts", "passes", "accuracy", "difference to its teacher, 95 %", "macro-F1", "size", "ms per text"]
     first = next(iter(lines.values()))
     rows = [["the teacher", "", "", *_figures(first, "base", 0)]]
     for title, one in lines.items():
