@@ -89,11 +89,11 @@ def test_sweep_runs_never_share_a_folder() -> None:
         names = [run.name for run in swept(["experiment=debug", *sweep])]
         assert len(set(names)) == len(names) > 1
     for again in ("privacy={epsilon: 3}", "+privacy.epsilon=3"):
-        with pytest.raises(ConfigError, match=r"^privacy\.epsilon: must not be given again after its values"):
+        with pytest.raises(ConfigError, match=r"^privacy\.epsilon: is given again after its values"):
             swept(["experiment=debug", "+privacy.epsilon=1,2", again])
     options = swept(["experiment=debug", "privacy=none,dp_sgd", "privacy={epsilon: 3}"])
     assert [(run.privacy.mechanism, run.privacy.epsilon) for run in options] == [("none", 3.0), ("dp_sgd", 3.0)]
-    with pytest.raises(ConfigError, match="name = 'a': is the name of two runs"):
+    with pytest.raises(ConfigError, match="name = 'a': names two runs of the sweep"):
         swept(["experiment=debug", "name=a,b", "privacy.epsilon=1,3"])
 
 
@@ -110,10 +110,10 @@ def test_resumed_run_accepts_overrides_but_keeps_its_name(tmp_path: Path) -> Non
     resumed = compose_run([resume, "runtime.num_threads=1"])
     assert (resumed.runtime.num_threads, resumed.digest()) == (1, config.digest())
     assert compose_run([resume, "privacy.epsilon=3"]).privacy.epsilon == 3
-    for wrong, message in (("n=3", r"privacy\.epsilonn"), ("=1,3", r"privacy\.epsilon = '1,3': is several values")):
+    for wrong, message in (("n=3", r"privacy\.epsilonn"), ("=1,3", r"privacy\.epsilon = '1,3': has several values")):
         with pytest.raises(ConfigError, match=message):
             compose_run([resume, f"privacy.epsilon{wrong}"])
-    with pytest.raises(ConfigError, match=r"privacy\.epsilon = '1,3': is several values"):
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = '1,3': has several values"):
         compose_run(["renew=x", "privacy.epsilon=1,3"])
     quiet = compose_run([resume, "tracking=quiet"])
     assert (quiet.tracking.progress, quiet.digest()) == (False, config.digest()), "an option replaces that group alone"

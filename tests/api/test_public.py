@@ -56,7 +56,7 @@ def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) ->
     first, second = run.predict(["I lost my card", "Where is my money?"])
     assert first
     assert first != second
-    with pytest.raises(ValueError, match="task = 'classification': writes no text"):
+    with pytest.raises(ValueError, match="task = 'classification': does not generate text"):
         run.generate("Hello")
     with pytest.raises(ValueError, match="must not be blank"):
         run.predict([" "])
@@ -80,7 +80,7 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
     difference = found.compare_models("base", "tuned").difference
     assert difference.low <= difference.value <= difference.high
     for wrong in ({}, {"base": run}):
-        with pytest.raises(ValueError, match="must name at least one run, and none of them base"):
+        with pytest.raises(ValueError, match="must name at least one run, and no run may be called base"):
             fedtune.compare(wrong)
     with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
         found.compare_models("base", "tuned", "precision")
@@ -93,7 +93,7 @@ def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pyt
     assert set(found.sides.measured) == {"base", "alone", "shared", "own"}
     difference = found.sides.compare_models("shared", "own").difference
     assert difference.low <= difference.value <= difference.high
-    assert any("site-2: training its own adapter" in one.stage for one in told)
+    assert any("site-2: training its personalized adapter" in one.stage for one in told)
     own = fedtune.load(found.folder)
     assert (own.folder, own.predict(["I lost my card"]) != []) == (run.folder / "private_to_site-2", True)
     with pytest.raises(ValueError, match="is private to 'site-2', without a guarantee"):
@@ -116,11 +116,11 @@ def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:
     assert not audit.exceeded
     with pytest.raises(ValueError, match="canaries"):
         audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
-    with pytest.raises(ValueError, match=r"audit\.canary = 5: is not a setting of an audit"):
+    with pytest.raises(ValueError, match=r"audit\.canary = 5: is not an audit setting"):
         audit_run("debug", tiny(tmp_path, name="other"), attack={"canary": 5})
     with pytest.raises(ValueError, match=r"audit\.canaries = 'many': must be a whole number"):
         audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": "many"})
-    with pytest.raises(ValueError, match=r"audit\.kind = 'sensitivity': makes no run"):
+    with pytest.raises(ValueError, match=r"audit\.kind = 'sensitivity': does not train a run"):
         audit_run("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
 
 
