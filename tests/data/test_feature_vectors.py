@@ -135,7 +135,7 @@ def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
     with pytest.raises(ConfigError, match="is declared twice"):
         data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
     for columns in ({"label": "age"}, {"label": "y", "feature:age": "crp"}, {"event": "y", "feature:crp": "y"}):
-        with pytest.raises(ConfigError, match="must be the column of one feature, and not of the answer"):
+        with pytest.raises(ConfigError, match="is used twice: a column can be one feature, and not also the answer"):
             data(AGE, LAB, columns=columns)
     named = {"label": "y", "feature:age": "AGE"}
     assert data(AGE, columns=named).required_columns({"label"}) == named, "a column of another name, by its role"

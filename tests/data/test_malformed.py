@@ -39,12 +39,12 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (
             b'{"question": "a", "intent": "b", "intent": "c"}',
             ":1",
-            "'a duplicate key in an object': must have each key",
+            "'a duplicate key in an object': must have distinct keys",
         ),
     ],
     "a.json": [
         (b" [ ] ", "", "'no records'"),
-        (b"[\n" + GOOD + b',\n{"question": "caf', ":3", "it breaks off, and lacks the rest of this record"),
+        (b"[\n" + GOOD + b',\n{"question": "caf', ":3", "it is truncated, and lacks the rest of this record"),
         (b"[" + GOOD + b",", ":1", "'the end of the file'"),
         (b'{"data": [' + GOOD + b"]}", ":1", "must begin with [, as an"),
         (b"\n" + GOOD, ":2", "one object on each line ends in .jsonl"),
@@ -67,7 +67,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"body,intent\na,b\n", ":1, column 'question'", OTHERS),
         (b"question,intent,intent\na,b,c\n", ":1, column 'intent'", "must appear once"),
         (b'"question,intent\na,b\n', ":1", "a quote that is not closed"),
-        (HEAD + b'"a", "b, c"\n', ":2", "must have 2 cells, like the header; a quote behind a comma and a space opens"),
+        (HEAD + b'"a", "b, c"\n', ":2", "must have 2 cells, like the header; a quote after a comma and a space"),
         (b"#question,intent,more\na,b\n", ":1, column 'question'", "must be there"),
         (b"x" * (1 << 24) + b"\n" + HEAD, ":1", "must have at most 16777216 bytes per record"),
     ],
@@ -89,7 +89,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         ),
         (in_parquet(pyarrow.table({"question": ["a"] * 2, "intent": [1.5] * 2})), ":1, column 'intent'", "(2 rows"),
     ],
-    "a.xlsx": [(b"PK", "", "'.xlsx': must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or")],
+    "a.xlsx": [(b"PK", "", "'.xlsx': must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc (opt")],
     "a.parquet.gz": [(gzip.compress(WHOLE), "", "Parquet is already")],
 }
 CASES = [(name, number) for name, cases in FILES.items() for number in range(len(cases))]
@@ -137,11 +137,11 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: None, "no such file"),
     "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
     "several saved sets": (SEVERAL, "holds several splits; name one of them: {path}/train, {path}/test"),
-    "parts of a table": (holding("part-0.parquet", WHOLE), "is a folder; holds 1 part of a table, or of several"),
+    "parts of a table": (holding("part-0.parquet", WHOLE), "is a folder; holds 1 part of one table or several"),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
     "a socket": (listening, "is a socket; must be a file"),
     "a link to itself": (lambda path: path.symlink_to(path), "is a circular link; must be a file"),
-    "a broken link": (lambda path: path.symlink_to("gone"), "is a link to nothing; must be a file"),
+    "a broken link": (lambda path: path.symlink_to("gone"), "is a broken link; must be a file"),
 }
 
 

@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[str, bytes, str, str]] = {
     "no category": ("a.csv", csv('50,NA,"[0.5, 1]",sick'), "3, feature:ward", VALUE),
     "a list of another form": ("a.csv", csv("50,a,0.5 1,sick"), "3, feature:states", LIST),
     "a short list as text": ("a.csv", csv("50,a,[0.5],sick"), "3, feature:states", "'1 number': must be 2"),
-    "no number": ("a.jsonl", jsonl(age=float("nan")), "2, feature:age", VALUE),
+    "not a number": ("a.jsonl", jsonl(age=float("nan")), "2, feature:age", VALUE),
     "infinity": ("a.jsonl", jsonl(age=float("inf")), "2, column 'age'", NUMBER),
     "a boolean for a number": ("a.jsonl", jsonl(age=True), "2, feature:age", NUMBER),
     "an object": ("a.jsonl", jsonl(age={"value": 3}), "2, column 'age'", KIND),

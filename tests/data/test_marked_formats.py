@@ -231,16 +231,16 @@ SPLIT = '"locations": [{"offset": 0, "length": 1}, '
 WHOLE, MOVED = collection(bioc(*PLACES)), collection(bioc((1, 8, "drug"))).replace("101", "102")
 # What is wrong with a record's own tags or spans is in tests/tasks/test_token_classification.py.
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
-    "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be the names of tags"),
+    "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be names of tags"),
     "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "must be there (role tags)"),
     "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
-    "no tags in columns": ("a.conll", "1\tmy\tDET\t_\n2\tcard\tN\t_\n", TAGGED, "must have one such as B-PER"),
+    "no tags in columns": ("a.conll", "1\tmy\tDET\t_\n2\tcard\tN\t_\n", TAGGED, "must have tags such as B-PER"),
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
     "units beyond the text": ("a.json", CARD % json.dumps(BEYOND), SPANNED, "must have 0 <= start < end"),
     "two labels of a span": ("a.json", CARD % json.dumps(TWO_LABELS), SPANNED, "and label, a text"),
     "no passages": ("a.bioc", collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
-    "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "annotations of one part"),
+    "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "contiguous annotations"),
     "another offset": ("a.bioc", MOVED, SPANNED, "must count characters"),
     "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
     "documents that break off": ("a.bioc", WHOLE[:900], SPANNED, "it is truncated"),
@@ -271,10 +271,10 @@ def test_invalid_annotation_file_gives_one_message(tmp_path: Path, name: str) ->
 def test_invalid_brat_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "notes"
     for marked, bound in (
-        ("T1\tdrug 0 3;5 7\tmy rd\n", "must be one part of the text"),
-        ("T1 drug 0 2 my\n", "must be one part of the text"),
-        ("T1\tdrug 3 7\tcord\n", "must count characters, and name what stands there"),
+        ("T1\tdrug 0 3;5 7\tmy rd\n", "must be one contiguous part of the text"),
+        ("T1 drug 0 2 my\n", "must be one contiguous part of the text"),
+        ("T1\tdrug 3 7\tcord\n", "must count characters, and quote its text"),
     ):
         assert bound in refused(brat(folder, "my card", marked), SPANNED)
     (folder / "a.txt").unlink()
-    assert "with its text beside it in a file .txt" in refused(folder, SPANNED)
+    assert "with its text next to it in a .txt file" in refused(folder, SPANNED)

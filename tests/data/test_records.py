@@ -78,22 +78,25 @@ DEEP = b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b', "question": "a", "inten
 DIGITS = b'{"question": "a", "intent": "b", "x": ' + b"1" * 5000 + b"}"
 LATIN, MOST = b'{"question": "caf\xe9", "intent": "b"}', "must have at most 16777216 bytes per record"
 NO_UTF_8 = "byte 0xe9 at position 18 of the record': must be UTF-8 text, not UTF-16, Latin-1"
-ARRAY, TOO_LARGE = "'array': must be one whole JSON object", "'a value that is too large'"
+ARRAY, TOO_LARGE = "'array': must be one complete JSON object", "'a value that is too large'"
 BEHIND = "text after a closing quote"
 UNUSABLE: dict[str, list[tuple[bytes, str]]] = {
     "a.jsonl": [
-        (b'{"question": "wh', "Unterminated string starting at at position 14 of the record': must be one whole JSON"),
-        *((LINES[0] + b",", "Extra data at place 37"), (b"[1, 2]", ARRAY), (DEEP, TOO_LARGE), (DIGITS, TOO_LARGE)),
+        (
+            b'{"question": "wh',
+            "Unterminated string starting at at position 14 of the record': must be one complete JSON",
+        ),
+        *((LINES[0] + b",", "Extra data at position 37"), (b"[1, 2]", ARRAY), (DEEP, TOO_LARGE), (DIGITS, TOO_LARGE)),
         *((LATIN, NO_UTF_8), (b'{"intent": "b", "question": "' + LONG + b'"}', MOST)),
         (b'{"question": "a"}', "column 'intent' = 'absent'"),
         (b'{"question": " ", "intent": "b"}', "column 'question' = 'blank'"),
     ],
     "a.json": [
-        *((b'{"question": wh}', "must be one whole JSON object"), (b"[1, 2]", ARRAY)),
-        *((b" 7", "'number': must be one whole JSON object"), (DEEP, TOO_LARGE), (LATIN, NO_UTF_8)),
+        *((b'{"question": wh}', "must be one complete JSON object"), (b"[1, 2]", ARRAY)),
+        *((b" 7", "'number': must be one complete JSON object"), (DEEP, TOO_LARGE), (LATIN, NO_UTF_8)),
         (b'{"intent": "b", "question": "' + LONG + b'"}', MOST),
         (b'{"question": "],[{\\"\\\\"}', "column 'intent' = 'absent'"),
-        *((b'{"question": "a"]', "must be one whole JSON object"), (b"", "'a comma without an object'")),
+        *((b'{"question": "a"]', "must be one complete JSON object"), (b"", "'a comma without an object'")),
     ],
     "a.tsv": [
         (b"a\tb\tc", "'3 cells': must have 2 cells"),

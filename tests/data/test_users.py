@@ -73,10 +73,10 @@ def test_user_assignment_depends_only_on_the_hashed_id() -> None:
 def test_user_at_two_sites_is_refused_and_counted() -> None:
     rows = [Record({"user": who, "site": site}) for who in "xyz" for site in ("north", "south")][:5]
     rows = [replace(row, file="all.jsonl", line=line) for line, row in enumerate(rows)]
-    message = r"all\.jsonl:1, site = 'south': must lead to one site for all records of a user, as privacy\.unit is user"
+    message = r"all\.jsonl:1, site = 'south': must assign all records of a user to one site, as privacy\.unit is user"
     with pytest.raises(DataError, match=message) as error:
         partition_records(rows, SPECS[2], num_sites=3, key=KEY, unit="user")
-    assert "2 users here would be at several" in str(error.value)
+    assert "2 users here would be split" in str(error.value)
     assert "data.partition.kind=file" in str(error.value)
     sites = partition_records(rows, SPECS[2], num_sites=3, key=KEY)
     assert [len(site) for site in sites] == [3, 0, 2], "by record that is nothing special"
@@ -100,10 +100,10 @@ def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> Non
 
 def test_user_level_privacy_requires_a_user_column() -> None:
     without = data_spec(*ROLES)
-    with pytest.raises(ConfigError, match=r"^columns = .*has no column for role 'user', as privacy\.unit"):
+    with pytest.raises(ConfigError, match=r"^columns = .*has no column for role 'user', which privacy\.unit"):
         without.check_unit("user")
     by_label = data_spec("text", "label", "user", partition=PartitionSpec(kind="dirichlet"))
-    with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': deals records out by their labels"):
+    with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': partitions records by label"):
         by_label.check_unit("user")
     for each in (without, by_label, data_spec(*ROLES, "user")):
         each.check_unit("record")

@@ -113,7 +113,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
     "messages": [
         *((value, "a list of turns (role messages)") for value in (3, {"role": ["user"], "content": []})),
         *((value, "must be a JSON list of turns") for value in (SECRET, PRINTED, f"array({[ASKED]})")),
-        ([ASKED, ASKED], "turn 2 = 'user': must be assistant: user and assistant take turns"),
+        ([ASKED, ASKED], "turn 2 = 'user': must be assistant: user and assistant must alternate"),
         ([SAID], "turn 1 = 'assistant': must be user"),
         ([ASKED, {"role": "system", "content": "a"}], "turn 2 = 'system': must be assistant"),
         ([ASKED, {"role": "tool", "content": SECRET}], "turn 2, role = 'another speaker'"),
