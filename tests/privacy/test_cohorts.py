@@ -113,7 +113,7 @@ def test_arrivals_require_user_level_privacy_and_an_arrival_column(arriving: Pol
     with pytest.raises(ConfigError, match="arrivals are stored by user id"):
         Population(name="patients", arrivals="year")
     dataset = Dataset(id="notes", declared_size=9, columns={"user": "who"})
-    with pytest.raises(ConfigError, match="has no column for role 'arrival', as population"):
+    with pytest.raises(ConfigError, match="must name the column for role 'arrival', because population"):
         dataclasses.replace(arriving, dataset=(dataset,))
 
 

@@ -66,7 +66,7 @@ NOTHING = events.to_json(events.dp_sgd_event(sampling_rate=0.25, noise_multiplie
         (lambda t: [*t, replace(t[4], time="2029-12-31T00:00:00+00:00")], "it is dated before"),
         (lambda t: [*t, replace(t[4], time="yesterday")], "Invalid isoformat string"),
         (lambda t: [*t, later(changed(t[1], what="refunded"))], "unknown note 'refunded'"),
-        (lambda t: [*t, later(changed(t[1], what="run_ended"), run="x")], "cannot be understood: 'x'"),
+        (lambda t: [*t, later(changed(t[1], what="run_ended"), run="x")], "is invalid: 'x'"),
         (lambda t: [changed(t[0], order=0.5)], "it does not open a ledger"),
         (lambda t: [changed(t[0], delta=2.0)], "it does not open a ledger"),
         (lambda t: [changed(t[0], site_key="0" * 64)], "it does not open a ledger"),

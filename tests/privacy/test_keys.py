@@ -105,7 +105,7 @@ def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, named_in: P
 @pytest.mark.parametrize(
     ("script", "bound"),
     [
-        ("echo locked >&2; echo more >&2; exit 3", "must end with 0; it ended with 3: 'locked'$"),
+        ("echo locked >&2; echo more >&2; exit 3", "must exit with 0, not with 3: 'locked'$"),
         ("sleep 600", "must finish within 0.5 seconds, with every process that it starts$"),
         ("echo key; setsid sleep 5 &", "must finish within 0.5 seconds, with every process that it starts$"),
         ("echo rubbish", "must give an Ed25519 private key in PEM form$"),
@@ -124,7 +124,7 @@ def test_key_command_requires_an_absolute_path_and_sole_file_ownership(named_in:
         with pytest.raises(ConfigError, match="must begin with a program's absolute path and contain no NUL"):
             SigningKey.load(Path("key.pem"), command=command, named_in=named_in)
     monkeypatch.setattr(keys.system, "effective_user", lambda: named_in.stat().st_uid + 1)
-    with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the account"):
+    with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the owner"):
         SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
     monkeypatch.undo()
     named_in.chmod(0o666)

@@ -204,7 +204,9 @@ def test_population_unit_site_and_delta_of_a_ledger_are_fixed(opened: Any, path:
         ("site", policy(site="b")),
         ("budget.delta", policy(budget={"delta": 1e-6})),
     ):
-        with pytest.raises(RunError, match=rf"was made for {key} = .*; set it back, since it is fixed for the ledger"):
+        with pytest.raises(
+            RunError, match=rf"was created for {key} = .*; restore the old value, which is fixed for the ledger"
+        ):
             opened(policy=other)
     assert kinds_of(path) == OPENED
 

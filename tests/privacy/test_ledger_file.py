@@ -215,10 +215,10 @@ def test_ledger_locked_for_too_long_raises_a_run_error(opened: Any, path: Path, 
 def test_non_ledger_file_raises_a_run_error_and_stays_unchanged(opened: Any, path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"nothing is trained without it|does not have a ledger's tables"):
+    with pytest.raises(RunError, match=r"nothing is trained without it|does not have the tables of a ledger"):
         opened()
     assert path.read_bytes() == content
-    with pytest.raises(RunError, match=r"cannot be read|does not have a ledger's tables"):
+    with pytest.raises(RunError, match=r"cannot be read|does not have the tables of a ledger"):
         verify(path)
 
 

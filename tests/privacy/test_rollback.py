@@ -116,7 +116,9 @@ def test_damaged_anchor_raises_a_run_error(anchored: Any, anchor: Path, damage: 
 def test_anchor_of_another_version_is_a_config_error(anchored: Any, anchor: Path) -> None:
     anchored()
     anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": 99}))
-    with pytest.raises(ConfigError, match=r"schema = 99: must be \d+: go on with the version of fedtune that wrote it"):
+    with pytest.raises(
+        ConfigError, match=r"schema = 99: must be \d+: continue with the version of fedtune that wrote it"
+    ):
         anchored()
 
 

@@ -105,5 +105,5 @@ def test_released_scores_are_accounted_as_separate_events() -> None:
 
 def test_scores_that_spend_the_whole_epsilon_are_refused() -> None:
     privacy = PrivacySpec(epsilon=0.5, metrics="noised", metrics_noise_multiplier=1.0)
-    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 0\.5: is spent by the released metrics alone"):
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 0\.5: is used up by the released metrics alone"):
         Plan.from_privacy(privacy, local_steps=1, num_rounds=5)
