@@ -88,7 +88,7 @@ def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tup
     silent = Record(chat(*contents), file="a.jsonl", line=3)
     assert LM.record_validator(data)(silent) is not None
     assert LM.record_validator(data)(Record(chat("where", "lost"))) is None
-    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant that is learned'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no assistant turn to learn'"):
         LM.tokenize([silent], leading_tokenizer, data=data)
 
 
@@ -264,7 +264,7 @@ def test_generation_prompts_end_before_the_answer(leading_tokenizer: Any) -> Non
     assert ids({"text": "where is"}, "text") == [CLS, WHERE, IS]
     assert ids({"prompt": "where"}, prompt_template="my {prompt}") == [CLS, MY, WHERE]
     assert ids(chat("where"), chat_template="plain") == ids({"prompt": "where"}, chat_template="plain")
-    with pytest.raises(DataError, match=r"^messages = .* end in a user's"):
+    with pytest.raises(DataError, match=r"^messages = .* end with a user turn"):
         ids(chat("where", "lost"), "messages", chat_template="plain")
     with pytest.raises(ConfigError, match=r"^data\.chat_template = 'none'"):
         ids(chat("where"))

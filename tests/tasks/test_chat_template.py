@@ -38,13 +38,13 @@ def says(content: str) -> str:
 
 OTHER = "different text before an answer"
 REFUSED = {
-    "a system turn before the last user's": (TEMPLATES["system_in_last"], "what the system says once"),
+    "a system turn before the last user's": (TEMPLATES["system_in_last"], "the system's text exactly once"),
     "numbers of turns": (CHATML.replace("'<|im_start|>' +", "loop.index ~ '<|im_start|>' +"), OTHER),
     "thoughts in the last answer": (says("('<t></t>' if loop.last else '') + message['content']"), OTHER),
-    "capital letters": (says("message['content'] | upper"), "says once"),
+    "capital letters": (says("message['content'] | upper"), "exactly once"),
     "escaped contents": (says("message['content'] | e"), OTHER),
     "contents cut off": (says("message['content'][:9]"), "one after another"),
-    "contents twice": (says("message['content'] * 2"), "says once"),
+    "contents twice": (says("message['content'] * 2"), "exactly once"),
     "no empty content": (
         CHATML.replace("{{'<|im", "{% if message['content'] %}{{'<|im").replace("'\\n'}}", "'\\n'}}{% endif %}"),
         "one after another",
@@ -238,7 +238,7 @@ def test_template_renderings_share_one_step_limit() -> None:
     *_, tried = _derive_format(_compile_template(quoted + CHATML), {})
     assert len(tried) < 100, "however many texts it quotes"
     many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
-    with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all the conversations"):
+    with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all trial conversations"):
         LM.check_tokenizer(tokenizer_with(many_steps), data=settings())
 
 

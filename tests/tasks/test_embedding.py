@@ -78,7 +78,7 @@ def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_t
     assert dataset.num_tokens == 3 * (5 + 4)
     for score in ("0.9", "5.1", "-3.0"):
         assert [TASK.record_validator(data)(one) is None for one in scored("1.0", score, "5.0")] == [True, False, True]
-        with pytest.raises(DataError, match=r"must lie in data\.target_range: 1 to 5") as caught:
+        with pytest.raises(DataError, match=r"must be in data\.target_range: 1 to 5") as caught:
             TASK.tokenize(scored(score), encoder_tokenizer, data=data)
         assert score not in str(caught.value)
     records = [*scored("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "target": "0.5"})]

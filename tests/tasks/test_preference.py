@@ -112,11 +112,19 @@ def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record:
     ("record", "data", "message"),
     [
         (whole("lost", turns("where", "card")), WHOLE, "chosen = 'text': must be a list of turns: no column prompt"),
-        (whole(turns("where", "lost"), turns("is", "card")), WHOLE, "rejected = 'other turns': must have the turns of"),
-        (whole(turns("where", "lost"), turns("where")), WHOLE, "rejected = 'user': must end in a turn of the"),
-        (whole(turns("lost"), said("lost"), messages=turns("where")), TURNS, "chosen = 'user': must end in a turn of"),
+        (
+            whole(turns("where", "lost"), turns("is", "card")),
+            WHOLE,
+            "rejected = 'other turns': must match the turns of",
+        ),
+        (whole(turns("where", "lost"), turns("where")), WHOLE, "rejected = 'user': must end with an assistant turn"),
+        (
+            whole(turns("lost"), said("lost"), messages=turns("where")),
+            TURNS,
+            "chosen = 'user': must end with an assistant",
+        ),
         (whole(said("a"), said("b"), messages=turns("where", "c")), TURNS, "chosen, turn 3 = 'assistant': must be us"),
-        (pair("where", said("lost"), "card"), settings(), "chosen = 'a list of turns': must be text beside the text"),
+        (pair("where", said("lost"), "card"), settings(), "chosen = 'a list of turns': must be text, like the prompt"),
     ],
 )
 def test_malformed_pair_is_a_fault_and_named_in_the_error(

@@ -146,7 +146,7 @@ def test_damaged_or_non_finite_start_adapter_is_refused(
     settings = json.loads((tuned / "fedtune.json").read_text())  # nor is another base taken, by its hash
     other_base = settings | {"model": settings["model"] | {"sha256": "ab" * 32}}
     (copied / "fedtune.json").write_text(json.dumps(other_base))
-    with pytest.raises(ConfigError, match=r"model\.adapter.*was tuned for base.*it was tuned for abab"):
+    with pytest.raises(ConfigError, match=r"model\.adapter.*was tuned for base model abab.*, but the run's is"):
         begun(copied)
 
 
@@ -154,7 +154,7 @@ def test_frozen_lora_a_must_match_the_start_adapter(tuned: Path, tmp_path: Path)
     frozen = replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False))
     save_task_model(moved(frozen), tmp_path / "frozen")
     assert begun(tmp_path / "frozen", frozen).digest() == Adapter.from_task_model(moved(frozen)).digest()
-    with pytest.raises(ConfigError, match=r"does not train .*lora_A.*its seed was 0"):
+    with pytest.raises(ConfigError, match=r"does not train .*lora_A.*saved with seed 0"):
         begun(tmp_path / "frozen", replace(frozen, seed=1))
     # A run that trains A, too, sends it, and so may begin in any.
     both = begun(tmp_path / "frozen", replace(SPEC, seed=1))

@@ -61,7 +61,7 @@ def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenize
     [
         ("multi_label", "mid;secret", r"a\.csv:2, labels = 'not declared': must be one of the 3 in data\.labels: low"),
         ("ordinal", "secret", r"a\.csv:2, label = 'not declared': must be one of the 3"),
-        ("regression", "5.5", r"a\.csv:2, target = 'outside the range': must lie in data\.target_range: 1 to 5"),
+        ("regression", "5.5", r"a\.csv:2, target = 'outside the range': must be in data\.target_range: 1 to 5"),
     ],
 )
 def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
