@@ -126,5 +126,7 @@ def test_unsupported_nf4_models_are_refused() -> None:
         ConfigError, match=r"model\.dtype = 'nf4': needs multiples of 64 weights, but a layer has 7 x 5"
     ):
         quantize_linear_layers(odd, device="cpu")
-    with pytest.raises(ConfigError, match=r"dtype = 'nf4': cannot be had of a GGUF file, whose weights are rounded"):
+    with pytest.raises(
+        ConfigError, match=r"dtype = 'nf4': is not available for GGUF files, which are already quantized"
+    ):
         ModelSpec(path="folder", gguf_file="small.gguf", dtype="nf4")

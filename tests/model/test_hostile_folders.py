@@ -194,6 +194,6 @@ def test_rope_type_depending_on_batch_length_is_refused() -> None:
     settings = {"original_max_position_embeddings": 8, "max_position_embeddings": 16, "pad_token_id": 0}
     base = tiny(Phi3Model, Phi3Config, rope_parameters=rope, **settings)
     with pytest.raises(
-        ConfigError, match="rope type longrope, which chooses its frequencies by the longest example of a batch"
+        ConfigError, match="rope type longrope, which chooses its frequencies from the longest example of a batch"
     ):
         check_ignores_batch_length(base, path="phi")

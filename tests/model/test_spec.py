@@ -16,10 +16,12 @@ def test_alternating_rounds_require_lora_with_trained_a(other: Any) -> None:
         LoraSpec(alternate=True, **other)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("prompt", "take places"), ("prefix", "cache"), ("adalora", "no noise")])
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("prompt", "use up positions"), ("prefix", "cache"), ("adalora", "no noise")]
+)
 def test_unsupported_adapter_kinds_are_refused_with_a_reason(kind: str, reason: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"^kind = '{kind}': is refused: .*{reason}.*; it must be one of lora, dora, ia3"
+        ConfigError, match=rf"^kind = '{kind}': is not supported: .*{reason}.*; it must be one of lora, dora, ia3"
     ):
         LoraSpec(kind=kind)
 

@@ -103,4 +103,6 @@ def test_vision_model_must_match_its_processor_and_mix_no_images(folder: Path, t
     (folder / "processor_config.json").write_text("{}")
     assert "must hold preprocessor_config.json" in refused(folder)
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "mixes")
-    assert "has model_type resnet, which has BatchNorm: it mixes the examples of a batch" in refused(tmp_path / "mixes")
+    assert "has model_type resnet, which has BatchNorm and so mixes the examples of a batch" in refused(
+        tmp_path / "mixes"
+    )
