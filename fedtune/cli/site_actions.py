@@ -292,7 +292,7 @@ def raise_failures(checks: Sequence[DoctorCheck]) -> None:
 
 
 def _print_line(console: Console, check: DoctorCheck) -> None:
-    found = check.found.removeprefix(f"{check.status}, ")
+    found = check.found.removeprefix(f"{check.status}: ")
     lines = [f"{check.status:<{_NAME}}{to_printable(check.name)}"]
     if len(lines[0]) < _FOUND:
         lines[0] = lines[0].ljust(_FOUND)
