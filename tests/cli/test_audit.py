@@ -27,7 +27,7 @@ def test_invalid_audit_settings_are_refused_without_creating_a_folder(typed: str
 
 
 def test_audit_cannot_resume_a_run(finished: Path) -> None:
-    assert "must be null: an audit runs from its start" in command("audit", f"resume={finished}").failed()
+    assert "must be null: an audit always starts from the beginning" in command("audit", f"resume={finished}").failed()
     assert not (finished / "AUDIT.txt").exists()
 
 

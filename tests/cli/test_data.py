@@ -185,7 +185,7 @@ def test_data_check_warns_of_many_unusable_rows_with_reasons(here: Path) -> None
     assert "A LARGE PART, 40 of 60 rows (66.7 %), cannot be used: 40 must not be null (role text)." in shown
     (here / "cut.json").write_text(json.dumps(rows)[:-1])
     for words in (["check", "holes.yaml", "data.train_file=cut.json"], ["init", "cut.json", "--model", "random_bert"]):
-        assert command("data", *words).failed().endswith("it breaks off, and lacks ] at its end")
+        assert command("data", *words).failed().endswith("it is truncated, and lacks ] at its end")
 
 
 OWN = "please write to me at anna@example.org as my parcel number 4711 never came to the door of my house"

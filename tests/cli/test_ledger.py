@@ -128,11 +128,11 @@ def test_ledger_verify_lists_its_checks_and_detects_another_site_key(lived: Any)
 
 def test_anchor_is_not_replaced_by_an_older_head(put_back: Any) -> None:
     verified = ("ledger", "verify", str(put_back.ledger), "--anchor")
-    assert "put back" in command(*verified, str(put_back.anchor)).failed(1)
+    assert "rolled back to an older copy" in command(*verified, str(put_back.anchor)).failed(1)
     assert command(*verified, str(put_back.folder / "none.json")).code == 2
     own = ("--key", str(put_back.folder / "site_key.pem"), "--output", str(put_back.anchor))
     before = put_back.anchor.read_bytes()
-    assert "put back" in command("ledger", "anchor", str(put_back.ledger), *own).failed(1)
+    assert "rolled back to an older copy" in command("ledger", "anchor", str(put_back.ledger), *own).failed(1)
     assert put_back.anchor.read_bytes() == before
 
 
@@ -167,7 +167,7 @@ def test_restore_charges_once_and_creates_no_ledger(put_back: Any, tmp_path: Pat
     put_back.write_policy(anchor='""')
     assert restored(put_back).failed() == "--anchor: is required, because the policy names no anchor"
     put_back.ledger.unlink()
-    assert "ledger.db': must be a ledger" in restored(put_back, "--anchor", str(lost)).failed()
+    assert "ledger.db': is missing" in restored(put_back, "--anchor", str(lost)).failed()
     assert not put_back.ledger.exists()
 
 

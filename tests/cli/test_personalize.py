@@ -74,7 +74,7 @@ def test_personalized_adapter_works_in_generate_evaluate_and_compare(
     found = json.loads(command("compare", str(made[0]), str(own), "--json").printed)
     private = {one["name"]: one.get("private") for one in found["models"]}
     assert private == {"base": None, "one": True, "private_to_site-1": False}
-    assert "No guarantee covers what is said of private_to_site-1" in found["verdict"][-1]
+    assert "No guarantee covers the scores of private_to_site-1" in found["verdict"][-1]
 
 
 def test_unknown_site_is_refused_by_personalize(finished: Path) -> None:

@@ -166,7 +166,7 @@ def test_plan_names_the_strictest_site_and_a_common_epsilon(
 
 def test_plan_with_a_model_reports_signal_forecast_and_digest(plan: Run, plan_json: Run) -> None:
     weak = " ".join(plan("privacy.noise_multiplier=400", "privacy.epsilon=8", model=True).out.split())
-    assert "nothing is likely to be learned; a run wants training.ignore_weak_signal=true" in weak
+    assert "the run will likely learn nothing; it requires training.ignore_weak_signal=true" in weak
     loaded, known = plan_json(model=True), model_sha256(ModelSpec(path="random:bert"))
     assert loaded["signal_to_noise"] > 0
     assert (loaded["forecast"]["device"], loaded["model_sha256"]) == ("cpu", known)

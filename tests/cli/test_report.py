@@ -103,7 +103,7 @@ def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
 
 def test_registry_entry_lists_fields_that_need_a_person(run_folder: Path, tmp_path: Path) -> None:
     out = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
-    assert "lacks what only a person can say, in report.about: curator" in " ".join(out.split())
+    assert "lacks entries that only a person can make, in report.about: curator" in " ".join(out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")
     edit_config(folder, report={"about": asdict(AboutSpec(curator="Hospital of the North"))})
     assert command("report", str(folder), "--registry").code == 0
@@ -279,7 +279,7 @@ def test_malformed_report_files_are_refused(run_folder: Path, tmp_path: Path) ->
         ("{}", f"schema_version = 'absent': must be as in a report of schema version {REPORT_SCHEMA}"),
         ("[1]", f"report = 'another value': must be as in a report of schema version {REPORT_SCHEMA}"),
         ('{\n"a', "report = 'text that is not JSON from line 2 on': must be a whole report.json"),
-        ("[" * 100_000, "report = 'no JSON in UTF-8': must be a whole report.json"),
+        ("[" * 100_000, "report = 'not JSON in UTF-8': must be a whole report.json"),
         (whole.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),
         ("sparse", "at most 64 MiB"),
     ):

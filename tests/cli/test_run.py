@@ -82,7 +82,7 @@ def test_lead_needs_no_training_file_for_custom_data(kit: Kit, tmp_path: Path) -
     assert (config.data.train_file, config.data.test_file, config.data.labels) == (AT_SITE, None, ("urgent", "routine"))
     assert settings_for_sites(config).data.train_file == AT_SITE
     assert compose_for_sites([*own, "sites=[south]"], kit=kit).declared_sizes() == {"south": 180}
-    with pytest.raises(ConfigError, match=r"data\.train_file = 'gone\.csv': is each site's own, by its policy"):
+    with pytest.raises(ConfigError, match=r"data\.train_file = 'gone\.csv': is set by each site's policy"):
         compose_for_sites([*own, "data.train_file=gone.csv"], kit=kit)
 
 
@@ -240,10 +240,13 @@ def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner
     config, stop = saved_config(folder), ("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
     stopped, *said = command(*stop).printed.splitlines()
     assert "is stopped" in stopped
-    assert said == ["Told that it is over: north, west.", SILENT.format("south")]
+    assert said == ["Informed that the run is over: north, west.", SILENT.format("south")]
     names = ("gone", *config.federation.active[1:])
     write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
-    assert command(*stop).printed.splitlines()[1:] == ["Told that it is over: west.", SILENT.format("gone, south")]
+    assert command(*stop).printed.splitlines()[1:] == [
+        "Informed that the run is over: west.",
+        SILENT.format("gone, south"),
+    ]
     assert ended[0] == (settings_for_sites(config).run_id(), config.federation)
     assert ended[1][1].active == names[1:]
 
@@ -251,7 +254,7 @@ def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner
 def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended: list[Any], tmp_path: Path) -> None:
     whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
-    assert command(*stop, whole).out == f"Told that it is over: north, west.\n{SILENT.format('south')}\n"
+    assert command(*stop, whole).out == f"Informed that the run is over: north, west.\n{SILENT.format('south')}\n"
     message = command(*stop, "runs/trial").failed()
     assert "must be a run folder, or a run's full name as in a site's `fedtune ledger show`" in message
     ledger = SiteLedger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem"))
@@ -293,9 +296,9 @@ def test_simulations_and_real_runs_cannot_resume_each_other(kit: Kit, folder: Pa
     simulated = tmp_path / "simulated"
     write_config(replace(compose_run(words("privacy.runs=2")), name="simulated"), simulated)
     message = command("run", "resume", str(simulated), "--kit", str(kit.folder)).failed()
-    assert "must be a run over real sites: fedtune simulate resume=" in message
+    assert "is not a run over real sites: resume it with fedtune simulate resume=" in message
     save_task_model(build_task_model(compose_run(words()).task_model()), simulated / "adapter")
-    with pytest.raises(ConfigError, match="must be a run over real sites: fedtune simulate renew="):
+    with pytest.raises(ConfigError, match="is not a run over real sites: resume it with fedtune simulate renew="):
         compose_for_sites([f"renew='{simulated}'"], kit=kit)
 
 

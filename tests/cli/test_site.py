@@ -115,7 +115,7 @@ def test_approval_requires_an_explicit_yes(north: Here, typed: str, yes: bool, m
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     outcome = approve(north, R)
     assert (outcome.code, "not approved: the run still waits" in outcome.err) == ((0, False) if yes else (1, True))
-    assert "Let it start? [y/N]" in outcome.out
+    assert "Approve this run? [y/N]" in outcome.out
     assert bool(north.open().history.approved) is yes
     assert (north.state.list_pending_runs() == []) is yes
 
@@ -142,7 +142,7 @@ def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> Non
     for proposal in (one, other):
         north.state.queue_for_approval(proposal, SETTINGS)
     message = approve(north, R, "--yes").failed()
-    assert "was proposed in 2 ways" in message
+    assert "has 2 proposals" in message
     for proposal in (one, other):
         assert f"{proposal.digest()[:12]} (lead {group_hex_start(proposal.lead)})" in message
     assert approve(north, other.digest()[:12], "--yes").code == 0
@@ -295,7 +295,7 @@ def test_site_does_not_start_with_a_missing_or_different_ledger(north: Here) -> 
     assert not ledger.exists(), "nor is a new one made"
     north.open()
     another = command("site", "start", *north.words)
-    assert (another.code, "put the old one back, or remove" in another.err) == (1, True)
+    assert (another.code, "restore the old one, or remove" in another.err) == (1, True)
 
 
 def keys_in(table: Any, prefix: str = "") -> set[str]:
@@ -384,7 +384,7 @@ def test_wrong_site_key_is_refused_and_missing_files_give_a_warning(lived: Any) 
 
 
 def test_rolled_back_ledger_gives_exit_code_one(put_back: Any) -> None:
-    assert "put back" in command("site", "check-policy", str(put_back.site_toml)).failed(1)
+    assert "rolled back to an older copy" in command("site", "check-policy", str(put_back.site_toml)).failed(1)
 
 
 @pytest.fixture

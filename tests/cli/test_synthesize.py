@@ -187,7 +187,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         assert not (tmp_path / "no.jsonl").exists()
     to.write_text(to.read_text().replace("seed 7", "private text"))
     message = command(*refused, "--rows", "2").failed()
-    assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it" in message
+    assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
     assert "private text" not in message
 
 
@@ -241,7 +241,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
     assert (card["made"]["labels"], card["made"]["codes"], card["made"]["missing"]) == (KINDS, 2, 0)
     assert "in column label, by what the classifier kinds says" in (tmp_path / "labeled.jsonl.card.md").read_text()
     for options, said in (
-        ((), "--votes = null: must be given, or --labels"),
+        ((), "--votes = null: is missing: give --votes to select records, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
         (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only then"),
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
@@ -278,7 +278,7 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
 
     def refused() -> str:
         message: str = command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
-        assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it" in message
+        assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
         return message
 
     for changes, said in (
@@ -290,7 +290,7 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         ({"runs": []}, "must be what the runs come to"),
         ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have a column"),
         ({"made": None}, "must be a table"),
-        ({"runs": [writer | {"run": "twin"}, shares]}, "with its card beside it (texts.jsonl.card.json)"),
+        ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),
     ):
         card.write_text(json.dumps(whole | changes))
         assert said in refused()
@@ -352,7 +352,7 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
     assert vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
     save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
-    with pytest.raises(ConfigError, match=r"must hold the tensors that its fedtune\.json names by digest"):
+    with pytest.raises(ConfigError, match=r"must hold the tensors with the digest in its fedtune\.json"):
         vote_shares(api.load(other))
 
 
@@ -370,7 +370,7 @@ def test_votes_with_another_privacy_unit_are_refused(
     monkeypatch.setattr(api, "load", of_users)  # which only --votes calls by this name
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
     message = command(words[0], str(runs / "writer"), *words[1:], *named).failed()
-    assert "must be of privacy.unit=record, as RUN is" in message
+    assert "must be of privacy.unit=record, like RUN" in message
 
 
 def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path:
     assert card["left_out"]["pattern"] > 20
     none = ("--rows", "2", "--pattern", "nothing is so", "--to", str(tmp_path / "none.jsonl"))
     message = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *none).failed()
-    assert "gave none that keeps the format: 6 pattern" in message
+    assert "gave no record in the right format: 6 pattern" in message
     assert not list(tmp_path.glob("*none*"))
 
 
