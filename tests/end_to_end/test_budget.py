@@ -114,5 +114,5 @@ def test_invalid_policy_stops_the_run_before_training(run: Any, kept: Path, tmp_
     for wanted in ("fewer_rounds", "more_noise"):
         outcome = run(wanted, f"federation.if_over_budget={wanted}")
         assert str(path) in outcome.failed()
-        assert "max_round: is not a key here" in outcome.message
+        assert "max_round: is not a known key" in outcome.message
         assert not (tmp_path / "runs" / wanted).exists()

@@ -90,9 +90,9 @@ def test_early_stopping_requires_separate_validation_records(tmp_path: Path) -> 
         for decides in ("federation.early_stopping_patience=2", "federation.checkpoint_selection=best"):
             outcome = command("simulate", *tiny(decides, *settings, into=tmp_path))
             assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
-            assert outcome.message.startswith("data.validation_file = null: must be a file of the lead's own")
+            assert outcome.message.startswith("data.validation_file = null: must be the lead's own file")
     train = "simulations/data/banking77/train.jsonl.gz"
     best = ("federation.checkpoint_selection=best", f"data.validation_file={train}")
     outcome = command("simulate", *tiny(*best, into=tmp_path))
     assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
-    assert outcome.message.startswith(f"data.validation_file = '{train}': must not hold what data.train_file holds")
+    assert outcome.message.startswith(f"data.validation_file = '{train}': has the same records as data.train_file")

@@ -116,7 +116,9 @@ def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
 def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, public: Path) -> None:
     assert start_lineage(run.config)["public"] is True
     private = replace(run.config, model=replace(run.config.model, adapter=str(run.folder)))
-    with pytest.raises(ConfigError, match=r"model.adapter = .*: must be null with public.train_file: it was not"):
+    with pytest.raises(
+        ConfigError, match=r"model.adapter = .*: must be null with public.train_file: it was trained on other"
+    ):
         start_lineage(private)
     other = replace(run.config, public=replace(run.config.public, train_file="other.csv"))
     with pytest.raises(ConfigError, match="it was trained on other records"):

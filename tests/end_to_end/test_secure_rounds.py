@@ -249,7 +249,7 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(SumsAtSite, "announce", announce)
     done = command("simulate", *tiny(*SECURE, *THREE, into=tmp_path))
-    assert "(site-2: the key that came from it is not taken (wrong_signature))" in done.failed(1)
+    assert "(site-2: its key was rejected (wrong_signature))" in done.failed(1)
 
 
 def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
     assert report.sites[0].steps[-1].epsilon == pytest.approx(history.epsilon())
     window = ("+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
     plan = command("plan", *of_people(tmp_path, "p", *window))
-    assert "it admits and charges people who came up to 2026, and those without a date" in " ".join(plan.out.split())
+    assert "it admits and charges people who arrived up to 2026, and those without a date" in " ".join(plan.out.split())
 
 
 def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated: Any, tmp_path: Path) -> None:
