@@ -139,7 +139,7 @@ def test_run_on_a_base_with_a_damaged_mark_reports_it(base: Path, tmp_path: Path
     edit_json(other / "config.json", **{OWED: {"epsilon": "none"}})
     run = simulate(*WRITER, f"model.path='{other}'", "tracking.progress=true", into=tmp_path, name="later")
     assert result_of(run)["provenance"]["start_adapter"] == UNKNOWN
-    assert "what its training spent is not known" in (run / "adapter" / "README.md").read_text()
+    assert "its training cost is unknown" in (run / "adapter" / "README.md").read_text()
     assert command("report", "verify", str(run)).code == 0
 
 
@@ -178,7 +178,7 @@ def test_run_on_synthetic_records_inherits_their_spending(first: Path, tmp_path:
 def test_public_stage_is_refused_on_a_base_with_prior_spending(second: Any, base: Path) -> None:
     config = saved_config(second[0])
     config = replace(config, public=replace(config.public, train_file="public.jsonl"))
-    with pytest.raises(ConfigError, match=r"model.path = .*: must owe nothing with public.train_file"):
+    with pytest.raises(ConfigError, match=r"model.path = .*: must have no lineage with public.train_file"):
         public_stage_config(config)
     stage = on(config, base, adapter=str(second[0]), adapter_sha256=owed_by(second[0])["digest"])
     with pytest.raises(ConfigError, match="it was trained on other records"):

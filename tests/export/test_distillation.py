@@ -119,7 +119,7 @@ def test_student_card_describes_its_texts_and_teacher(taught: Taught, finished: 
     folder, told = taught
     card = ModelCard.load(folder / "README.md")
     text = card.text.replace("\\", "")
-    assert "(the lowest 1 of the base's 2 layers), taught without noise" in text
+    assert "(the lowest 1 of the base's 2 layers), trained without noise" in text
     assert f"{len(TEXTS)} texts of public_*.txt (SHA-256 {told['sha256']})" in text
     assert "Its teacher is a tuned model of random:bert." in text
     assert r"public\_\*.txt" in card.text, "a name is no markup"
