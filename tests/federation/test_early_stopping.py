@@ -83,7 +83,7 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
     said = explain_used_up([*rounds(0.5, 0.5), last], federation)
     assert "Round 3 of 4 is missing" in said
     assert "the plan of a is used up" in said
-    assert "federation.spare_rounds=2 would have kept it" in said
+    assert "federation.spare_rounds=2 would have avoided this" in said
     for others in (
         rounds(0.5, 0.5),
         rounds(0.5, 0.5, 0.5, lost=(3,)),

@@ -131,7 +131,7 @@ def test_run_with_too_weak_a_signal_is_refused() -> None:
     just_enough = golden(noise_multiplier=clear / planner.LEAST_SIGNAL)
     planner.check_signal(just_enough, SIZES, values=1000)
     planner.check_signal(golden(noise_multiplier=0.0), SIZES, values=10**9)
-    with pytest.raises(ConfigError, match="at this size and epsilon nothing is likely"):
+    with pytest.raises(ConfigError, match="at this size and epsilon the run will likely learn nothing"):
         planner.check_signal(just_enough, SIZES, values=1010)
 
 
@@ -176,7 +176,9 @@ def test_solved_rounds_are_the_most_within_epsilon(plan: Plan) -> None:
     assert replace(solved, num_rounds=plan.num_rounds) == plan
     spared = planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
     assert spared.num_rounds == solved.num_rounds - 2, "spare rounds are paid for first"
-    with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 1\.5: passes privacy\.epsilon = 0\.1 with one"):
+    with pytest.raises(
+        ConfigError, match=r"privacy\.noise_multiplier = 1\.5: exceeds privacy\.epsilon = 0\.1 with one"
+    ):
         planner.solve_rounds(plan, epsilon=0.1)
     endless = replace(plan, noise_multiplier=9000.0, sampling_rate=1e-4, local_steps=1)
     assert planner.solve_rounds(endless, epsilon=8.0).num_rounds > planner.MOST_ROUNDS / 2, "which end somewhere"
@@ -190,7 +192,7 @@ def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
     # Much noise allows every rate, and little none.
     loud, quiet = (replace(plan, noise_multiplier=noise) for noise in (50.0, 0.5))
     assert planner.solve_sampling_rate(loud, epsilon=3.0, least=0.001).sampling_rate == 1.0
-    with pytest.raises(ConfigError, match=r"passes privacy\.epsilon = 0\.1 at every sampling rate down to 0\.01"):
+    with pytest.raises(ConfigError, match=r"exceeds privacy\.epsilon = 0\.1 at every sampling rate down to 0\.01"):
         planner.solve_sampling_rate(quiet, epsilon=0.1, least=0.01)
 
 

@@ -50,7 +50,7 @@ def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> N
     assert (said.most_rounds, said.least_noise) == (3, 4.0)
     assert not (tmp_path / "ledger.db").exists(), "asking makes no ledger"
     assert not (tmp_path / "site_key.pem").exists(), "nor a key"
-    assert ask(site_policy(), {"b": 100}).note == "the run names no site a"
+    assert ask(site_policy(), {"b": 100}).note == "the run does not name site a"
     (other,) = (wrong := ask(site_policy(), {"a": 90}, most=True)).broken
     assert (other.reason, other.asked, other.allowed) == ("declared_size", "90", "100")
     assert (wrong.allowed, wrong.most_rounds, wrong.least_noise, wrong.most_epsilon) == (False, 0, None, None)

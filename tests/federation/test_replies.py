@@ -268,6 +268,6 @@ def test_full_disk_error_names_the_folder_and_required_bytes(tmp_path: Path, ada
     with UpdateStore(tmp_path / "arrived", adapter) as arrived:
         (tmp_path / "arrived" / "a").symlink_to("/dev/full")
         with pytest.raises(
-            RunError, match=rf"arrived takes no more of a round \(No space.*{4 * arrived.sent.num_values} byt"
+            RunError, match=rf"arrived cannot store the updates \(No space.*{4 * arrived.sent.num_values} byt"
         ):
             arrived.put("a", adapter.tensors)
