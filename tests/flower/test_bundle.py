@@ -75,7 +75,7 @@ def test_server_app_passes_kit_settings_and_grid_to_the_lead(tmp_path: Path) -> 
     [
         ("", "kit: is required"),
         ('kit = "x"', "settings: is required"),
-        (GOOD + "name = 3", "name: is not a key here"),
+        (GOOD + "name = 3", "name: is not a known key"),
         (GOOD.replace('"banks/lead"', "3"), "kit = 3: must be a text"),
         ('kit = "x"\nsettings = "name=x"', "settings = 'name=x': must be a list"),
         ("kit = ", "must be TOML"),

@@ -120,7 +120,7 @@ def test_diverged_round_is_rolled_back_and_the_run_continues(federation: Any, ca
     state = made.run(evaluate=lambda adapter: next(scores))
     assert [result.diverged for result in state.rounds] == [False, True, False]
     assert [result.metrics for result in state.rounds] == [{"loss": 1.0}, {"loss": 1.0}, {"loss": 0.5}]
-    assert "round 2 diverged (loss nan); going back to the adapter that it began with" in caplog.text
+    assert "round 2 diverged (loss nan); restoring the adapter from its start" in caplog.text
     # Two good rounds, also for the server optimizer: as far as a run of two rounds comes.
     two = plain.run_until(2)
     for name, value in two.adapter.tensors.items():
@@ -132,7 +132,7 @@ def test_two_consecutive_diverged_rounds_end_the_run(federation: Any) -> None:
     made = federation(num_rounds=3)
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": float("inf")}])
     message = (
-        r"round 3 diverged \(loss inf\), as the round before did; the checkpoint of .* resuming would diverge again"
+        r"round 3 diverged \(loss inf\), like the previous round; the checkpoint of .* resuming would diverge again"
     )
     with pytest.raises(StuckError, match=message + r".* start a new run with training\.learning_rate=\S+$"):
         made.run(evaluate=lambda adapter: next(scores))

@@ -241,7 +241,7 @@ def test_invalid_socket_path_is_refused(tmp_path: Path, site: Site) -> None:
         (tmp_path / "notes", "must be the path of a socket"),
         (tmp_path / "missing" / "site.sock", r"must be a socket path in a folder .*No such file"),
         (tmp_path / ("x" * 200), r"must be a socket path .*too long"),
-        (site.path, "another process listens there"),
+        (site.path, "another process listens on it"),
     ):
         with pytest.raises(ConfigError, match=bound), listen_at(place):
             pass

@@ -158,7 +158,7 @@ def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], t
     assert registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):
         apply_roster(state, [a, b], AUDIT)
-    assert "a: its connection key was revoked before; it needs a new one" in caplog.text
+    assert "a: its connection key was revoked; it needs a new one" in caplog.text
     assert registered(state) == {"b": first["b"]}
 
 
