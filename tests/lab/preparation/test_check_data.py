@@ -150,7 +150,7 @@ def test_duplicate_and_contradictory_pairs_are_reported(tmp_path: Path) -> None:
     some = checked(over(tmp_path, rows, *scored))
     ((key, what, bound),) = some.files[0].errors
     assert (key.endswith(":3, target"), what) == (True, "outside the range")
-    assert bound == "must lie in data.target_range: 0 to 5"
+    assert bound == "must be in data.target_range: 0 to 5"
     assert summary(some) == ["shared (one is in 2) 5=1"]
     again = checked(over(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
     assert {"same 6=1", "contradiction 7=4"} < set(summary(again)), "the same texts with another score"

@@ -140,7 +140,7 @@ def test_every_written_setting_has_a_comment(tmp_path: Path) -> None:
 def test_long_records_are_counted_and_truncated(tmp_path: Path) -> None:
     made = made_for(lines(tmp_path, *({"body": "word " * size} for size in (5, 50, 5000))), model="random_llama")
     assert made.plan.max_length == 256
-    assert f"{1 + int(made.plan.lengths[1] > 256)} of 3 records are longer and are cut" in made.text
+    assert f"{1 + int(made.plan.lengths[1] > 256)} of 3 records are longer and are truncated" in made.text
 
 
 def test_unusable_rows_are_reported_and_skipped(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
     [
         (("yes", "no"), "a text,YES\n" * 6, "The labels 'YES', 'yes' look alike"),
         (("yes", "no"), ",yes\n" * 30, "A LARGE PART, 30 of 90 rows (33.3 %), cannot be used: 30 must not be"),
-        (("yes", "nan"), "", "A label may stand for no value: nan. If so, take it out of labels."),
+        (("yes", "nan"), "", "These labels may mean a missing value: nan. If so, remove them from labels."),
         (("yes", "no"), "", "max_length were proposed from nearly all records"),
     ],
 )
@@ -192,7 +192,7 @@ def test_numeric_labels_are_sorted_and_unused_ones_omitted(tmp_path: Path) -> No
     numbers = tuple(map(str, range(1, 11)))
     made = made_for(table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
     assert made.settings["data"]["labels"] == list(numbers)
-    assert "No class, since one row alone or none that can be used has it: 1 label." in made.notes
+    assert "Not a class, because at most one usable row has it: 1 label." in made.notes
     assert experiment_writer.sort_labels(["10 stars", "-1", "2 stars", "b", "1.5"]) == [
         "-1",
         "1.5",
@@ -207,7 +207,7 @@ def test_label_of_a_single_row_is_not_published(tmp_path: Path, separator: str) 
     labels = (f"yes{separator}", f"no{separator}", "yes")
     made = made_for(table(tmp_path, 60, labels=labels, more=f"a text,a rare case{separator}\n"))
     assert made.settings["data"]["labels"] == sorted({"no", "yes", *separator.removeprefix(";")})
-    assert "can be used has it: 1 label." in made.notes
+    assert "at most one usable row has it: 1 label." in made.notes
 
 
 @pytest.mark.parametrize("words", [120, 5000])
@@ -234,7 +234,7 @@ def test_single_long_record_does_not_change_max_length(tmp_path: Path) -> None:
     before = made_for(table(tmp_path, 120)).plan.max_length
     made = made_for(table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
     assert made.plan.max_length == before
-    assert "; 1 of 121 records are longer and are cut" in made.text
+    assert "; 1 of 121 records are longer and are truncated" in made.text
 
 
 # Sites by a column, and persons.
@@ -268,7 +268,7 @@ def test_site_column_partitions_the_file_by_name_and_size(tmp_path: Path) -> Non
 def test_site_column_must_keep_persons_together_with_enough_records(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--site = 'org': must be the same in all records of a person"):
         visits(tmp_path, lambda number: f"p{number % 60}", site="org")
-    with pytest.raises(ConfigError, match=r"--site = 'org': must have at least 20 of what is protected.*; N has 10"):
+    with pytest.raises(ConfigError, match=r"--site = 'org': must have at least 20 records or people at each site; N has 10"):
         visits(tmp_path, lambda number: f"p{number // 10}", site="org")
 
 

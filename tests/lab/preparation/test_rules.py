@@ -117,7 +117,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "tags of any name": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"]}, "entities: tokens=sigma tags=kappa"),
     "two of tags": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"], "rho": ["B-y", "O", "O"]}, "must be a label, a"),
     "no type": ({"text": own, "entities": [{"start": 0, "stop": 1}]}, "must have start and end, whole numbers"),
-    "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be the names of tags, such as B-PER"),
+    "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be names of tags, such as B-PER"),
     "tags without types": ({"tokens": [*"abc"], "ner_tags": ["B", "O", "O"]}, "must be a letter and"),
     "a tag a row": ({"sigma": few(20), "kappa": ("B-x", "I-x", "O")}, "is of a part of a record"),
     "many labels": ({"text": own, "intent": few(50)}, "column intent = 'text': must have 2 to 200 different texts"),

@@ -150,8 +150,8 @@ def test_interrupted_single_site_run_keeps_its_completed_rounds(tmp_path: Path) 
     again = command(*words, "--json")
     assert again.code == 0, again.err
     said = " ".join(again.err.split())
-    assert "site-1 alone: Round 2 of 2 is missing, and the run is over without it: an earlier round was" in said
-    assert "federation.spare_rounds=1 would have kept it" in said
+    assert "site-1 alone: Round 2 of 2 is missing, and the run ended without it: an earlier round was" in said
+    assert "federation.spare_rounds=1 would have avoided this" in said
     assert [one["name"] for one in json.loads(again.out)["models"]][:5] == MODELS
     run = result_of(alone)
     assert [(one["round"], one["sites"]) for one in run["rounds"]] == [(1, ["site-1"]), (2, [])]
@@ -170,7 +170,7 @@ def test_single_site_run_without_rounds_is_omitted(tmp_path: Path) -> None:
     again = command(*words, "--json")
     assert again.code == 0, again.err
     said = " ".join(again.err.split())
-    assert "site-1 alone is left out: round 1: refused by policy or budget" in said
+    assert "site-1 alone is left out: round 1: refused by a policy or budget" in said
     assert "site-1 alone" not in [one["name"] for one in json.loads(again.out)["models"]]
 
 
@@ -244,7 +244,7 @@ def test_personalized_adapters_are_compared_with_alternatives(tmp_path: Path) ->
     assert {said.partition(", the own ")[0] for said in others if ", the own " in said} == {
         f"Compared with {name}" for name in ("base", "federated", "alone")
     }
-    assert last.startswith("No guarantee covers what is said of site-1 own and site-2 own")
+    assert last.startswith("No guarantee covers the scores of site-1 own and site-2 own")
     shutil.rmtree(run / "private_to_site-2")
     kept = (run / "private_to_site-1").stat().st_mtime_ns
     again = command("compare", *asked)

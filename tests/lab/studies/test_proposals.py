@@ -19,7 +19,7 @@ HEAD = Searched(key="lora", choices=("attention", "all_linear"))
 def test_grid_covers_every_combination_and_requires_finite_values() -> None:
     trials = list_combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
     assert [tuple(one.values()) for one in trials] == [*product(("attention", "all_linear"), ("4", "8", "16"))]
-    message = r"^training.learning_rate = '0.001 to 0.1': has no end of values, and all are to be tried: list some"
+    message = r"^training.learning_rate = '0.001 to 0.1': has infinitely many values, and all would be tried: list some"
     with pytest.raises(ConfigError, match=message):
         list_combinations([HEAD, RATE])
 

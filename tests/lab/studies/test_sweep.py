@@ -98,7 +98,7 @@ def test_existing_sweep_name_is_refused_before_any_run(outcome: Any, swept: list
 
     assert "is taken: " in (changed := refused("lora.rank=3"))
     assert "lora.rank was 4, is 3" in changed
-    assert "lora.target_modules: must not be given again" in refused("lora.target_modules=[value]")
+    assert "lora.target_modules: is given again" in refused("lora.target_modules=[value]")
     fixed = [word for word in swept if not word.startswith("lora.target_modules")]
     others = refused("lora.target_modules=[value],[dense]", words=fixed)
     assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
@@ -126,7 +126,7 @@ def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
     again = command("simulate", "-m", *words)
     assert (again.code, again.err) == (0, "")
     assert verify(tmp_path / "stopped-seed=2/sites/site-1/ledger.db").history.total_charges().total() == 2, "none twice"
-    assert "1 run had been finished before" in again.out
+    assert "1 run had already finished" in again.out
     lines = lines_of(tmp_path / "stopped.csv")
     assert [line["state"] for line in lines] == ["finished"] * 3
     assert len({line["epsilon_spent"] for line in lines}) == 1
