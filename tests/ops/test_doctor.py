@@ -228,7 +228,7 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     assert not (home.folder / "ledger.db").exists(), "nothing is made"
     assert not (home.kit / "state").exists()
     assert checks["run"].found.startswith("would be accepted; epsilon 0.")
-    assert "lifetime budget 0 % taken before" in checks["run"].found
+    assert "lifetime budget 0 % spent before" in checks["run"].found
     texts = json.dumps([check.to_json() for check in checks.values()])
     for secret in (CANARY, "113", "114", "records.csv", "outcome", "well"):
         assert secret not in texts, secret
@@ -413,7 +413,7 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     assert checks["ledger"].found == "whole and signed, up to its anchor"
     taken = checks["budget"].found.split(" %")[0]
     assert 0 < int(taken) < 100
-    assert f"lifetime budget {taken} % taken before" in checks["run"].found
+    assert f"lifetime budget {taken} % spent before" in checks["run"].found
     spent = checks["budget"].found.partition("epsilon ")[2].split(" ")[0]
     home.change(budget={"max_epsilon": float(spent) + 0.01})
     checks = home.examined(run=True)

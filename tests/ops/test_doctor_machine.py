@@ -187,7 +187,7 @@ def test_files_created_by_root_are_reported_once(site: Path, monkeypatch: pytest
     for path in (site, *site.rglob("*")):
         os.chown(path, STRANGER, STRANGER)
     (check,) = looked_at(site)
-    assert f"the site's process runs as account {STRANGER}, and this is root" in check.found
+    assert f"the site's process runs as account {STRANGER}, but this is root" in check.found
     for name in ("ledger.db", "other disk/anchor.json"):
         os.chown(site / name, 0, 0)
     monkeypatch.setattr(machine, "effective_user", lambda: STRANGER)

@@ -20,7 +20,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA, ConfigError
 
 KINDS = ("server", "lead", "site")
-BELONGS = r"site\.pem = 'north': must belong to the key in connection_key\.pem"
+BELONGS = r"site\.pem = 'north': must match the key in connection_key\.pem"
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_invalid_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
         ("server", "fl.example.org", "server = 'fl.example.org': must be host:port"),
         ("lead", "00", "lead = '00': must be a public key"),
         ("site", "../etc", "site = '../etc': must be made of"),
-        ("collor", "red", "collor: is not a key"),
+        ("collor", "red", "collor: is not a known key"),
     ):
         path.write_text("\n".join([f'{key} = "{value}"', *(one for one in right if not one.startswith(f"{key} ="))]))
         with pytest.raises(ConfigError, match=message) as caught:

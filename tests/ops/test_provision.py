@@ -65,7 +65,7 @@ def test_certificates_have_the_configured_validity_and_names(federation_toml: Pa
 def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: datetime) -> None:
     text = federation_toml.read_text()
     for old, new, message in (
-        ("name", "nmae", "nmae: is not a key"),
+        ("name", "nmae", "nmae: is not a known key"),
         ('server = "127.0.0.1:9092"\n', "", "server: is required"),
         ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be host:port"),
         ('"localhost"', '"localhost:9092"', "also_known_as = 'localhost:9092': must be a DNS name"),

@@ -212,7 +212,7 @@ def test_pending_run_requires_settings_matching_its_name(state: SiteState) -> No
 def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
     for number in range(MOST_WAITING):
         state.queue_for_approval(proposed(f"run-{number}"), SETTINGS)
-    with pytest.raises(RunError, match="100 runs wait for approval already"):
+    with pytest.raises(RunError, match="100 runs already wait for approval"):
         state.queue_for_approval(proposed("one more"), SETTINGS)
     assert state.queue_for_approval(proposed("run-0"), SETTINGS) is False, "one of them may ask again"
     state.remove_pending(proposed("run-7"))
@@ -255,7 +255,11 @@ def test_serving_lock_is_released_but_its_file_remains(tmp_path: Path) -> None:
     file = tmp_path / "ledger.db.serving"
     assert file.read_text() == f"{os.getpid()}\n"
     inode = file.stat().st_ino
-    with lock_ledger(ledger), pytest.raises(ConfigError, match=f"process {os.getpid()} already"), lock_ledger(ledger):
+    with (
+        lock_ledger(ledger),
+        pytest.raises(ConfigError, match=f"already used by process {os.getpid()};"),
+        lock_ledger(ledger),
+    ):
         pytest.fail("nor does one process serve it twice")
     # Were it removed, two processes could hold two files of one name.
     assert file.stat().st_ino == inode
