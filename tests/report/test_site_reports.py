@@ -308,5 +308,5 @@ def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> Non
 def test_conflicting_reports_of_one_site_are_refused(folder: Path) -> None:
     one = signed_report(folder)
     other = derived(folder, provenance=replace(one.facts.provenance, task="regression"))
-    with pytest.raises(ConfigError, match="must be the only report of site-1"):
+    with pytest.raises(ConfigError, match="is a second report of site-1"):
         joined_by(folder, one, other)
