@@ -78,9 +78,7 @@ def test_future_cohort_of_real_people_must_be_named_explicitly(
     real = {"runtime": {"kind": "deployment"}}
     assert renew_config(last(**by_cohort(first, "2025" if first else "2024"), **real), {}).privacy.cohorts is not None
     folder = last(**by_cohort(first, "2026"), **real)
-    words = (
-        f"has not begun: the year that --renew would charge next.* name the window: {named}privacy.cohorts.last=2027$"
-    )
+    words = f"--renew would charge this year next. To charge it now, set the window: {named}privacy.cohorts.last=2027$"
     with pytest.raises(ConfigError, match=words):
         renew_config(folder, {})
     wanted = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
@@ -129,7 +127,7 @@ def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(last: Any, tmp
     # A whole group would bring defaults, such as other sites, and another count would begin the budget anew.
     words = ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x", "federation.renewal", "runtime")
     for key in words:
-        with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be one setting of the run that is renewed"):
+        with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be one setting of the renewed run"):
             renew_config(folder, {key: "debug"})
     (folder / "adapter").rmdir()
     with pytest.raises(ConfigError, match="has no finished adapter/; resume the run first"):
