@@ -144,9 +144,9 @@ def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, mon
 
 
 def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
-    assert "a study at 17 kept three quarters of what" in explain_signal(22.0, "classification")
-    assert "a study at 5 kept three eighths of what" in explain_signal(5.2, "token_classification")
-    assert "no study says how much of task survival is learned" in explain_signal(5.2, "survival")
+    assert "a study at 17 kept three quarters of the gain without privacy" in explain_signal(22.0, "classification")
+    assert "a study at 5 kept three eighths of the gain without privacy" in explain_signal(5.2, "token_classification")
+    assert "there is no study of how much task survival learns" in explain_signal(5.2, "survival")
 
 
 def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
