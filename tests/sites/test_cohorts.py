@@ -146,7 +146,7 @@ def test_cohort_settings_must_match_the_policy(site: Any) -> None:
     sent = settings_for_sites(site.config)
     assert sent.data.columns == {role: role for role in COLUMNS}, "that there is one travels, and not its name"
     assert "cohorts" not in letters().decisive()["privacy"], "a run of everybody has the name that it had"
-    with pytest.raises(ConfigError, match="has no column for role 'arrival', as privacy"):
+    with pytest.raises(ConfigError, match="has no column for role 'arrival', which privacy"):
         letters(**by_cohorts(None, "2026") | {"data": {"columns": {"text": "t", "label": "l", "user": "u"}}})
     everybody = letters(data={"columns": COLUMNS}, privacy={"unit": "user", "records_per_user": 5})
     assert site.refusal(everybody) is Reason.COHORTS

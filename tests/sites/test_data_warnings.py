@@ -64,7 +64,7 @@ def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated: RunConfig,
     assert list(notes) == [
         "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run skips them",
         "data.test_file: A LARGE PART, 1,200 of 9,000 rows (13.3 %), cannot be used: 1,200 must not be blank; the run "
-        "leaves them out",
+        "skips them",
     ]
 
 
@@ -91,7 +91,7 @@ def test_file_containing_training_data_is_refused(simulated: RunConfig, tmp_path
     config = changed(simulated, data={"train_file": given, "partition": kind, "test_file": str(file)})
     (note,) = lead_data_warnings(config, validation=None, test=lead("a", "b"))
     assert note == "data.test_file has the same records as data.train_file: the scores say nothing about new records"
-    with pytest.raises(ConfigError, match=r"data\.validation_file = .*: must not hold what data\.train_file holds"):
+    with pytest.raises(ConfigError, match=r"data\.validation_file = .*: has the same records as data\.train_file"):
         check_decision_scores(changed(config, data={"validation_file": str(file)}))
 
 
@@ -115,7 +115,7 @@ def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated: RunConf
     (note,) = site_data_warnings(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
     assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
     (note,) = site_data_warnings(simulated, dealt(40, 40, shared_users=3))
-    assert note.startswith("3 ids of users are in the files of several sites")
+    assert note.startswith("3 ids of users are in several sites' files")
 
 
 def test_fractions_must_be_zero_with_real_sites() -> None:

@@ -114,7 +114,7 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
     check([*written[:2], *FOREIGN[:90]], own)
     card_path(tmp_path / "public.jsonl", ".json").touch()
     check(written, own, may_owe=True)  # whose epsilon is read from it
-    with pytest.raises(ConfigError, match=r"public\.jsonl\.card\.json beside it says which runs"):
+    with pytest.raises(ConfigError, match=r"public\.jsonl\.card\.json next to it lists the runs"):
         check(written, own)
 
 

@@ -93,7 +93,7 @@ def test_failed_trial_is_repeated_and_refused_each_time(tries: Tries) -> None:
     LoadedModel(letters())
 
 
-@pytest.mark.parametrize(("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "another gradient")])
+@pytest.mark.parametrize(("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "a different gradient")])
 def test_repeated_requests_do_not_repeat_the_trial(tries: Tries, moved: float, message: str) -> None:
     tries.moved = moved
     for _ in range(3):
@@ -106,10 +106,10 @@ def test_repeated_requests_do_not_repeat_the_trial(tries: Tries, moved: float, m
 def test_inexact_gradients_are_accepted_only_with_permission(tries: Tries) -> None:
     tries.moved = 1e-7
     for _ in range(2):
-        with pytest.raises(ConfigError, match="another gradient"):
+        with pytest.raises(ConfigError, match="a different gradient"):
             LoadedModel(letters())
     assert LoadedModel(letters(), inexact_allowed=True).moved == 1e-7
-    with pytest.raises(ConfigError, match="another gradient"):
+    with pytest.raises(ConfigError, match="a different gradient"):
         LoadedModel(letters())
     assert {shapes.row_shares for shapes in tries} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
 
