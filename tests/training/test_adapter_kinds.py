@@ -96,7 +96,7 @@ def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch
         return plain(layer, inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)
 
     monkeypatch.setattr(ia3_and_dora, "_ia3_forward", flat)
-    with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes the tokens of several examples"):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes tokens of several examples"):
         fresh(lora=of_kind("ia3"), seed=97)  # a model that no test has built yet, and so one that is tried
 
 

@@ -183,7 +183,7 @@ def test_last_bit_dependence_is_refused_or_measured() -> None:
         return other
 
     model = with_layer(last_layer(), last_bit, number=-1)
-    require_refused(model, r"another gradient .*inexact_gradients = true")
+    require_refused(model, r"a different gradient .*inexact_gradients = true")
     before = Adapter.from_task_model(model).digest()
     assert 2.0**-24 <= check(model, inexact_allowed=True) < 1e-4
     assert Adapter.from_task_model(model).digest() == before
@@ -202,7 +202,7 @@ def test_rounding_dependence_is_detected_for_every_task(task: str, accepted: boo
         if task == "votes":
             require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=accepted)
         elif not accepted:
-            require_refused(model, r"model\.path .*another gradient")
+            require_refused(model, r"model\.path .*a different gradient")
     assert check(fresh("random:bert", task)) == 0.0
 
 
@@ -234,7 +234,7 @@ def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(PerExampleGradients, "of_all", nudged)
-    require_refused(last_layer(), "another gradient")
+    require_refused(last_layer(), "a different gradient")
     assert check(last_layer(), inexact_allowed=True) >= 2.0**-24
 
 
@@ -243,7 +243,7 @@ def test_frozen_layers_with_kept_states_are_checked_in_varied_batches(keeps: boo
     model = last_layer()
     embeddings = model.base.get_base_model().embeddings
     embeddings.register_forward_hook(lambda module, inputs, hidden: mean_of_batch(hidden))
-    require_refused(model, r"mixes the examples|another gradient", keeps=keeps)
+    require_refused(model, r"mixes the examples|a different gradient", keeps=keeps)
 
 
 @pytest.mark.parametrize("how", ["mixed", "rounded"])
@@ -256,7 +256,7 @@ def test_preference_reference_is_checked_in_varied_batches(monkeypatch: Any, how
 
     assert check(model, max_grad_norm=10.0) == 0.0
     monkeypatch.setattr(TaskModel, "reference", changed)
-    require_refused(model, r"mixes the examples|another gradient", max_grad_norm=10.0)
+    require_refused(model, r"mixes the examples|a different gradient", max_grad_norm=10.0)
 
 
 # Every number of rows of the longest, and the fewest of each other length.
@@ -272,7 +272,7 @@ def test_frozen_layers_are_checked_at_every_row_count(length: int, rows: int) ->
         return hidden * (1 + 2e-6) if hidden.shape[:2] == (rows, length) else hidden
 
     model.base.get_base_model().embeddings.register_forward_hook(rounds_otherwise)
-    require_refused(model, "another gradient", keeps=True)
+    require_refused(model, "a different gradient", keeps=True)
 
 
 @pytest.mark.by_day("False-IndexError", "True-MemoryError")
@@ -332,7 +332,7 @@ def test_model_weights_cannot_hide_kernel_rounding() -> None:
     layer = layers_of(model)[-1]
     layer.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that made-up examples see nothing
     layer.register_forward_hook(enlarged)
-    require_refused(model, r"model\.path .*another gradient")
+    require_refused(model, r"model\.path .*a different gradient")
     assert not layer.scale.any(), "its own weights are put back"
 
 

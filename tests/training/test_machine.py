@@ -94,7 +94,9 @@ def test_states_exceeding_memory_go_to_a_folder_with_space(tmp_path: Path, monke
     assert machine.frozen_states_folder(model, there, num_tokens=10 * a_mib + a_mib) is None, "half of what is free"
     assert machine.frozen_states_folder(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
     missing = replace(there, kept_states_folder=str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"runtime\.kept_states_folder = .*: must be a folder in which this process"):
+    with pytest.raises(
+        ConfigError, match=r"runtime\.kept_states_folder = .*: must be a folder that this process can write to"
+    ):
         machine.frozen_states_folder(model, missing, num_tokens=1)
 
 
