@@ -168,7 +168,7 @@ def test_device_without_float64_falls_back_to_the_cpu(given: Any, tmp_path: Path
     run = ["simulate", *given("classification", "federation.num_rounds=1", "runtime.device=auto", name="run")]
     on_it(run, SIM_NO_FLOAT64=1)
     assert device_of(tmp_path / "run") == "cpu"
-    assert "the device 'sim', which has no float64" in (tmp_path / "run" / "log.txt").read_text()
+    assert "the device 'sim' is not used, because it has no float64" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.nightly

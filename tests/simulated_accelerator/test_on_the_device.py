@@ -35,7 +35,7 @@ def test_trial_stores_weights_on_the_device_if_memory_allows() -> None:
 
 def test_scoring_without_memory_names_the_setting() -> None:
     (line,) = said("scoring_without_room", SIM_MEMORY_MIB=64)
-    assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device has no room")
+    assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device is out of memory")
 
 
 def test_accelerator_is_configured_for_deterministic_computation() -> None:
