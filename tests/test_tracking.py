@@ -177,7 +177,7 @@ def test_failing_tracker_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("fedtune.extras.is_installed", lambda _: True)
     outcome = command("simulate", *tiny("tracking=tensorboard", into=tmp_path))
     assert outcome.code == 0, outcome.err
-    assert outcome.out.count("tracking=tensorboard ends here, and the run goes on: OSError: the disk is full") == 1
+    assert outcome.out.count("tracking=tensorboard stopped, and the run continues: OSError: the disk is full") == 1
     assert "the disk is full" in (tmp_path / "run" / "log.txt").read_text()
     assert (tmp_path / "run" / "report.html").exists()
     simulate(into=tmp_path / "alone")
@@ -189,5 +189,5 @@ def test_tracker_that_cannot_start_ends_the_run_uncharged(tmp_path: Path, monkey
     (tmp_path / "mlflow").write_text("a file where the folder is to be")
     outcome = command("simulate", *tiny("tracking=mlflow", into=tmp_path))
     assert outcome.code == 1
-    assert "tracking=mlflow cannot begin at" in outcome.err
+    assert "tracking=mlflow cannot start at" in outcome.err
     assert not (tmp_path / "run").exists()

@@ -142,7 +142,7 @@ def test_policy_needs_distinct_data_sets_and_may_fix_one_clip_norm() -> None:
 
 def test_delta_must_be_below_one_over_the_population_size() -> None:
     two = (Dataset(id="d", declared_size=60_000), Dataset(id="e", declared_size=40_000))
-    message = r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, with the declared sizes of all data sets"
+    message = r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, for the declared sizes of all data sets"
     with pytest.raises(ConfigError, match=message):
         policy(dataset=two)
     policy(dataset=(two[0], replace(two[1], declared_size=39_999)))
