@@ -127,7 +127,7 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
     assert outcome.failed(3).startswith("policy or budget refuse this run: ")
     for words in ("the lifetime budget would be passed", "too many rounds (asked 4, allowed at most 2)"):
         assert words in outcome.message
-    assert "epsilon 0.000 is taken" in outcome.out
+    assert "epsilon 0.000 is spent" in outcome.out
     assert len(north.state.list_pending_runs()) == 1
     assert not (north.folder / "ledger.db").exists(), "asking made no ledger"
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
@@ -171,7 +171,7 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
     assert approve(north, TRIAGE, by="deny").code == 2
     assert len(north.state.list_pending_runs()) == 2
     told = approve(north, TRIAGE, "--reason", "not [red] in summer", by="deny")
-    assert told.printed[:30] == "Denied, and recorded in the ledge"
+    assert told.printed.startswith("Denied, and recorded in the ledger.")
     assert [pending.proposal for pending in north.state.list_pending_runs()] == [other]
     for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
         assert reason_of(reserve, north.open(), proposal) is why
@@ -266,7 +266,7 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
         outcome = command("site", "start", *north.words)
     assert outcome.code == 2
     warning, message = outcome.err.splitlines()
-    assert f"is already used by process {os.getpid()} already" in message
+    assert f"is already used by process {os.getpid()};" in message
     assert json.loads(warning)["event"].startswith("the kit's lead is not among the policy's allow.leads: all its")
     for key in (north.folder / "kit" / "connection_key.pem", north.folder / "site_key.pem"):
         key.chmod(0o640)
