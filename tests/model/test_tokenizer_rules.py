@@ -57,8 +57,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 REFUSED |= {
     "a word that grows": (words(normalizer=replaces("JANE", "X" * 1000)), "replaces 4 characters by 1000"),
-    "a table that grows": (XLM_R | {"normalizer": precompiled(b"x" * 1000)}, "turns one character into 1000, more than"),
-    "a letter for nineteen digits": (XLM_R | {"normalizer": precompiled(b"7" * 19)}, "turn one character into up to 19"),
+    "a table that grows": (
+        XLM_R | {"normalizer": precompiled(b"x" * 1000)},
+        "turns one character into 1000, more than",
+    ),
+    "a letter for nineteen digits": (
+        XLM_R | {"normalizer": precompiled(b"7" * 19)},
+        "turn one character into up to 19",
+    ),
     "a letter for eighteen, twice": (
         words(normalizer=sequence(*2 * [replaces("a", "\ufdfa"), {"type": "NFKC"}])),
         "turn one character into up to 324",

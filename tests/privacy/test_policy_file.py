@@ -100,7 +100,9 @@ def test_misplaced_values_and_tables_are_named_in_the_error(site_toml: Path, tmp
     assert error_of(site_toml) == "asserted = true: must be a table, as in [asserted]"
     write_policy(policy(dataset=(Dataset(id="d", declared_size=9),)), tmp_path / "site.toml")
     assert error_of(tmp_path / "site.toml", ("[[dataset]]", "[dataset]")).endswith("must be a list")
-    assert error_of(tmp_path / "site.toml", ("[dataset]", "dataset = [5]\n[allow2]")).startswith("allow2: is not a known key")
+    assert error_of(tmp_path / "site.toml", ("[dataset]", "dataset = [5]\n[allow2]")).startswith(
+        "allow2: is not a known key"
+    )
 
 
 @pytest.mark.parametrize("content", [b"site = ", b"[budget\n", b'site = "a"\nsite = "b"', b"\xff\xfe"])

@@ -186,7 +186,10 @@ def test_forged_deletion_reordering_or_insertion_is_detected(whole: Path, victim
     ):
         replace_rows(victim, rehashed(forged))
         message = found(victim)
-        assert "is not signed by the site's key" in message or "is invalid: it is dated before the previous event" in message
+        assert (
+            "is not signed by the site's key" in message
+            or "is invalid: it is dated before the previous event" in message
+        )
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 600 + "1" + "}" * 600, '{"what":1e999}', '{"what":NaN}', "{"])

@@ -268,7 +268,9 @@ def test_site_column_partitions_the_file_by_name_and_size(tmp_path: Path) -> Non
 def test_site_column_must_keep_persons_together_with_enough_records(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--site = 'org': must be the same in all records of a person"):
         visits(tmp_path, lambda number: f"p{number % 60}", site="org")
-    with pytest.raises(ConfigError, match=r"--site = 'org': must have at least 20 records or people at each site; N has 10"):
+    with pytest.raises(
+        ConfigError, match=r"--site = 'org': must have at least 20 records or people at each site; N has 10"
+    ):
         visits(tmp_path, lambda number: f"p{number // 10}", site="org")
 
 
