@@ -40,6 +40,7 @@ class InterruptTold(KeyboardInterrupt):
     """Ctrl-C, already reported to the user together with how to resume."""
 
 
+_WITHOUT_EPSILON = ("privacy=none", "privacy.mechanism=none")  # settings that no epsilon can be combined with
 _LARGE = 100  # modules: this many new ones were a large library, whose objects stay for good
 
 
@@ -81,7 +82,7 @@ class SettingsArgument(Argument):
     """Settings in Hydra's grammar; the command also gets Hydra's options that print the settings and run nothing."""
 
 
-Overrides = Annotated[tuple[str, ...], SettingsArgument("KEY=VALUE", help="settings to change")]
+Overrides = Annotated[tuple[str, ...], SettingsArgument("KEY=VALUE", help="settings to change, or an experiment file")]
 Multirun = Annotated[bool, Option("run every combination of comma-separated values", names=("-m", "--multirun"))]
 Renew = Annotated[Path | None, Option("start the next period's run after this finished one", metavar="LAST_RUN")]
 AsJson = Annotated[bool, Option("print JSON", names=("--json",))]
@@ -172,7 +173,8 @@ def _wrap_examples(lines: Iterable[str], width: int) -> Iterator[str]:
             yield from wrap_text(f"      {does}", width=width) if does else ()
 
 
-HYDRA_OPTIONS = (
+SETTINGS_OPTIONS = (
+    click.Option(["--epsilon"], metavar="NUMBER", help="short for privacy.epsilon=NUMBER"),
     click.Option(
         ["--config-dir", "-cd"],
         type=click.Path(exists=True, file_okay=False, resolve_path=True),
@@ -193,11 +195,12 @@ HYDRA_OPTIONS = (
 
 
 class _ComposedCommand(Command):
-    """A command on composed settings; adds Hydra's printing options, and the groups to the help."""
+    """A command on composed settings; adds short forms, Hydra's printing options, and the groups to the help."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        folder, cfg, resolve, package, info = (ctx.params.pop(str(option.name)) for option in HYDRA_OPTIONS)
+        epsilon, folder, cfg, resolve, package, info = (ctx.params.pop(str(one.name)) for one in SETTINGS_OPTIONS)
         settings = next(str(one.name) for one in self.params if isinstance(one, _Argument))
+        ctx.params[settings] = _expand_short_forms(ctx.params[settings], epsilon)
         if folder is not None:
             ctx.params[settings] = (*ctx.params[settings], f"hydra.searchpath=['file://{folder}']")
         if cfg is None and info is None:
@@ -217,6 +220,26 @@ class _ComposedCommand(Command):
 
         with formatter.section("Groups (key=option)"):
             formatter.write_dl([(group, ", ".join(list_options(group))) for group in config_groups()])
+
+
+def _expand_short_forms(words: Iterable[str], epsilon: str | None) -> tuple[str, ...]:
+    """Return the words with an experiment file and `--epsilon` written as the settings that they stand for.
+
+    Raises:
+        ConfigError: another word sets epsilon too, or turns privacy off.
+    """
+    named = [f"experiment={word}" if is_experiment_file(word) else word for word in words]
+    if epsilon is None:
+        return tuple(named)
+    for word in named:
+        if word in _WITHOUT_EPSILON or word.lstrip("+~").startswith("privacy.epsilon="):
+            raise ConfigError("--epsilon", epsilon, f"conflicts with {word}: give only one of them")
+    return (*named, f"privacy.epsilon={epsilon}")
+
+
+def is_experiment_file(word: str) -> bool:
+    """Whether a word of a command line without a key is an experiment file."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
 
 
 class Group(Command, click.Group):
@@ -256,7 +279,7 @@ def make_command(function: Callable[..., None], *, name: str | None = None, summ
     return (_ComposedCommand if is_composed else Command)(
         name=name or function.__name__,
         callback=function,
-        params=[*params, *(HYDRA_OPTIONS if is_composed else ())],
+        params=[*params, *(SETTINGS_OPTIONS if is_composed else ())],
         help=function.__doc__,
         short_help=summary,
         context_settings=SETTINGS,

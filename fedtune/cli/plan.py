@@ -344,6 +344,7 @@ def plan(
     Overrides are those of `fedtune simulate`, for instance
       fedtune plan                                       the default experiment
       fedtune plan experiment=debug privacy.epsilon=3
+      fedtune plan tickets.yaml --epsilon 3              short for experiment=tickets.yaml privacy.epsilon=3
       fedtune plan --target noise federation.num_rounds=40
       fedtune plan --target rounds privacy.noise_multiplier=1.5
       fedtune plan --target sampling_rate privacy.noise_multiplier=1.5

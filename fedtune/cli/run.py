@@ -60,6 +60,7 @@ def run(
     """Run a federation over real sites, from a lead's kit.
 
       fedtune run --kit LEAD experiment=banks_intents sites=[north,south]     only these sites take part
+      fedtune run --kit LEAD tickets.yaml --epsilon 3        short for experiment=tickets.yaml privacy.epsilon=3
       fedtune run --kit LEAD name=trial federation.min_sites=2                 all sites; a round needs two of them
       fedtune run --kit LEAD -m privacy.epsilon=1,3                            one run for each value, after their price
       fedtune run status runs/trial                                            how far it is, what each site has spent

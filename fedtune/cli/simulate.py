@@ -19,6 +19,7 @@ def simulate(
     Overrides are key=value in Hydra's grammar, for instance
       fedtune simulate                                   four banks, Banking77, epsilon 8
       fedtune simulate experiment=debug                  seconds, random tiny model
+      fedtune simulate tickets.yaml --epsilon 3          short for experiment=tickets.yaml privacy.epsilon=3
       fedtune simulate privacy.epsilon=3 name=tighter
       fedtune simulate privacy=none                      no privacy, for comparison
       fedtune simulate public.train_file=public.csv      first the lead alone on public records; the sites begin in that

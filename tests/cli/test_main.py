@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import click
 import pytest
 
-from fedtune.cli.command import HYDRA_OPTIONS, pause_garbage_collection
+from fedtune.cli.command import SETTINGS_OPTIONS, pause_garbage_collection
 from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
@@ -54,13 +54,33 @@ def test_overrides_are_accepted_before_and_after_a_flag(words: str) -> None:
     assert (found["overrides"], found["multirun"]) == (("a=1", "b=2"), True)
 
 
+@pytest.mark.parametrize("name", ["simulate", "plan", "run", "search", "audit"])
+def test_experiment_file_and_epsilon_have_short_forms(name: str) -> None:
+    found = parsed(name, "own/tickets.yaml", "seed=1", "--epsilon", "3")
+    words = found.get("overrides", found.get("words"))
+    assert words == ("experiment=own/tickets.yaml", "seed=1", "privacy.epsilon=3")
+
+
+def test_short_form_composes_the_settings_that_it_stands_for(tmp_path: Path) -> None:
+    (tmp_path / "tickets.yaml").write_text("defaults: [debug]\nname: tickets\n")
+    short = command("simulate", str(tmp_path / "tickets.yaml"), "--epsilon", "3", "--cfg", "job").printed
+    long = command("simulate", f"experiment={tmp_path}/tickets.yaml", "privacy.epsilon=3", "--cfg", "job").printed
+    assert short == long
+    assert "epsilon: 3" in short
+
+
+@snapshots.mistakes("mistakes-short-forms")
+def test_short_form_is_refused_beside_what_it_stands_for(typed: str) -> None:
+    snapshots.check_message("mistakes-short-forms", typed, command(*typed.split()).failed())
+
+
 def test_command_parameters_match_their_function_signatures() -> None:
     context = click.Context(fedtune)
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
         for one in found.commands.values() if isinstance(found, click.Group) else [found]:
             given = inspect.signature(one.callback).parameters
-            taken = [each.name for each in one.params if each not in HYDRA_OPTIONS]
+            taken = [each.name for each in one.params if each not in SETTINGS_OPTIONS]
             names = [name for name, each in given.items() if each.kind is not each.VAR_KEYWORD]
             assert taken[: len(names)] == names
             assert len(taken) == len(names) or len(names) < len(given), "others by their names"
