@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from rich.console import Console
@@ -20,14 +21,14 @@ from fedtune.cli.finished_run import (
 )
 from fedtune.formatting import pluralize, size
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, show
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.inputs import get_input_for
 
 
 def export(
     run: Run,
-    to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
+    to: Annotated[Path | None, Option(metavar="FOLDER", help="a new folder to write")] = None,
     merge: Annotated[bool, Option("the whole model, with the adapter merged into it")] = False,
     format: Annotated[
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
@@ -35,6 +36,10 @@ def export(
     ] = None,
     int8: Annotated[bool, Option("with --format onnx: also an int8 graph; both are scored and timed")] = False,
     private: Annotated[bool, Option("also a personalized adapter, which has no privacy guarantee")] = False,
+    push: Annotated[str | None, Option("upload to a new private repository of the hub", metavar="OWNER/NAME")] = None,
+    public: Annotated[bool, Option("with --push: a repository that anybody may read")] = False,
+    without_guarantee: Annotated[bool, Option("with --push: also a model without a guarantee, in private")] = False,
+    yes: Annotated[bool, Option("with --push: do not ask")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a finished run's model for others to load, with its model card and tokenizer.
@@ -44,10 +49,22 @@ def export(
                                                                (merged), of a classifier for sentence-transformers
       fedtune export runs/tighter --to FOLDER --format onnx    the whole model, for ONNX runtimes
       fedtune export runs/tighter --to FOLDER --format onnx --int8     also a quarter of it, with what that costs
+      fedtune export runs/tighter --push OWNER/NAME            to the Hugging Face hub, after a list and a question
 
     The written model is loaded again, and must compute what the run's model computes. See docs/using_the_result.md
     for how to load and serve each format.
     """
+    if to is None and push is None:
+        raise ConfigError("--to", NOT_GIVEN, "is required: a new folder to write; or upload with --push OWNER/NAME")
+    for option, is_given in {"--public": public, "--without-guarantee": without_guarantee, "--yes": yes}.items():
+        if is_given and push is None:
+            raise ConfigError(option, NOT_GIVEN, "requires --push OWNER/NAME")
+    if push is not None and private:
+        raise ConfigError(
+            "--private", NOT_GIVEN, "and --push exclude each other: a personalized adapter stays at its site"
+        )
+    if push is not None and as_json and not yes:
+        raise ConfigError("--json", NOT_GIVEN, "with --push requires --yes, because nobody can be asked")
     config, adapter = load_finished_run(run)
     if merge and format is not None:
         raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
@@ -60,24 +77,39 @@ def export(
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
         bound = "requires --format onnx and a base model, whose matrices it quantizes"
         raise ConfigError("--int8", NOT_GIVEN, bound)
-    if to.absolute().resolve().is_relative_to(adapter.resolve()):
+    if to is not None and to.absolute().resolve().is_relative_to(adapter.resolve()):
         raise ConfigError("--to", str(to), "must be outside the run's adapter folder")
-    from fedtune.export.export_formats import export as write  # torch takes seconds to import
+    from fedtune.export import hub  # torch takes seconds to import
+    from fedtune.export.export_formats import export as write
     from fedtune.export.onnx_graphs import measure_folder
     from fedtune.sites.run_records import LeadRecords
 
+    warnings = []
+    if push is not None:
+        warnings = hub.require_pushable(adapter, push, public=public, without_guarantee=without_guarantee)
     # Before anything is written: without them nobody knows what int8 costs.
     records = LeadRecords.read_for_scoring(config, None) if int8 else None
-    files = write(adapter, config, to, format=chosen, private=private, int8=int8)
-    graphs = measure_folder(to, adapter, config, records) if records else []
-    rows = [(str(path.relative_to(to)), size(path.stat().st_size)) for path in files]
-    figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "format": chosen}
-    figures |= {"files": [name for name, _ in rows], "graphs": graphs}
-    sections = [Section(title=f"{run} as {chosen}, in {to}", headings=("file", "size"), rows=rows)]
-    if graphs:
-        headings = ("graph", "size", "ms per text", *graphs[0].scores)
-        costs = [_cost(one, graphs[0].scores) for one in graphs]
-        sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
+    with TemporaryDirectory() as scratch:
+        folder = to or Path(scratch, str(push).rpartition("/")[2])
+        files = write(adapter, config, folder, format=chosen, private=private, int8=int8)
+        graphs = measure_folder(folder, adapter, config, records) if records else []
+        rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
+        figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": to and str(to), "format": chosen}
+        figures |= {"files": [name for name, _ in rows], "graphs": graphs}
+        sections = [Section(title=f"{run} as {chosen}, in {to or push}", headings=("file", "size"), rows=rows)]
+        if graphs:
+            headings = ("graph", "size", "ms per text", *graphs[0].scores)
+            costs = [_cost(one, graphs[0].scores) for one in graphs]
+            sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
+        if push is not None:
+            if not as_json:
+                show([*sections, Section(title="No privacy guarantee covers this model", notes=warnings)])
+            if not yes:
+                visibility = "PUBLIC" if public else "private"
+                question = f"Upload these {pluralize(len(files), 'file')} to {push}, a new {visibility} repository?"
+                require_confirmation(question, otherwise=f"nothing was uploaded to {push}")
+            figures |= {"repository": hub.push(folder, files, push, public=public), "public": public}
+            sections = [Section(notes=[f"Uploaded to {figures['repository']}"])]
     print_answer(figures, sections, as_json=as_json)
 
 

@@ -1,0 +1,95 @@
+"""Upload of an export to the Hugging Face hub, or to another server with its API (`HF_ENDPOINT`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from fedtune.model.hf_logging import first_line
+from fedtune.report.from_run import build_run_report, read_run
+from fedtune.report.page.translations import load_catalog
+from fedtune.runs.lineage import UNKNOWN, walk_lineage
+from fedtune.spec import NOT_GIVEN, ConfigError, RunError
+from fedtune.tasks.saved import SavedAdapter
+from fedtune.version import __version__
+
+_PUSH = "--push"
+_TAKEN = "already exists, and keeps its files and its readers: choose a new name"
+_REFUSALS = {
+    401: "the hub accepted no login: log in with `hf auth login`, or set HF_TOKEN",
+    403: "your token may not create this repository: use a token with write access to its owner",
+    409: _TAKEN,
+}
+
+
+def require_pushable(adapter: Path, repository: str, *, public: bool, without_guarantee: bool) -> list[str]:
+    """Check that a finished run's model may be uploaded; return the reasons why no guarantee covers the model.
+
+    Args:
+        adapter: the adapter's folder, inside its run's folder.
+        repository: OWNER/NAME at the hub.
+        public: whether anybody may read the repository.
+        without_guarantee: also accept a model without a guarantee, in a private repository.
+
+    Raises:
+        ConfigError: the name is not OWNER/NAME, the adapter is private to a site, or no guarantee covers the model.
+    """
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII) is None:
+        raise ConfigError(_PUSH, repository, "must be OWNER/NAME, in letters, digits, dots, dashes and underscores")
+    SavedAdapter.read(adapter)  # refuses what is private to a site
+    run = adapter.absolute().parent
+    verdict, words, result = build_run_report(run).verdict, load_catalog("en"), read_run(run).result
+    reasons = []
+    if verdict.state == "no_guarantee":
+        reasons += [words.code("reason", code).unescape() for code in verdict.reasons]
+    if any(debt["epsilon"] in (None, UNKNOWN) for debt in walk_lineage(result and result.provenance.start_adapter)):
+        reasons.append("Nothing bounds what an adapter or a base that it was trained from reveals of earlier records.")
+    if reasons and public:
+        raise ConfigError("--public", NOT_GIVEN, f"requires a model with a privacy guarantee. {' '.join(reasons)}")
+    if reasons and not without_guarantee:
+        remedy = f"{' '.join(reasons)} For a private repository, add --without-guarantee if its records allow it"
+        raise ConfigError(_PUSH, repository, "no privacy guarantee covers this model", remedy=remedy)
+    return reasons
+
+
+def push(folder: Path, files: Sequence[Path], repository: str, *, public: bool) -> str:
+    """Upload these files of a folder, and no others, to a new or empty repository; return its address.
+
+    The token is the one that huggingface_hub finds.  All files arrive in one commit, or none of them does; then an
+    empty repository is left, which the next attempt fills.
+
+    Raises:
+        ConfigError: the hub refuses the login, the token or the name, or `HF_HUB_OFFLINE` is set.
+        RunError: the hub cannot be reached, or the upload fails.
+    """
+    hub = HfApi(library_name="fedtune", library_version=__version__)
+    with _explain_errors(hub, repository):
+        address = hub.create_repo(repository, private=not public, exist_ok=True)
+        # A repository that exists keeps its readers, whatever is asked for, and a server may ignore what is asked for.
+        made = hub.model_info(repository)
+        if made.private == public or {one.rfilename for one in made.siblings or ()} - {".gitattributes"}:
+            raise ConfigError(_PUSH, repository, _TAKEN)
+        # Unlike upload_folder, which may split a large folder, this is one commit of named files.
+        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        hub.create_commit(repository, added, commit_message=f"Upload a model with fedtune {__version__}")
+    return str(address)
+
+
+@contextmanager
+def _explain_errors(hub: HfApi, repository: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OfflineModeIsEnabled:
+        raise ConfigError(_PUSH, repository, "needs the hub, but HF_HUB_OFFLINE is set: unset it") from None
+    except Exception as error:  # of several libraries; none of them saw a record
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+        if status in _REFUSALS:
+            raise ConfigError(_PUSH, repository, _REFUSALS[status]) from error
+        raise RunError(f"nothing was uploaded to {repository} at {hub.endpoint} ({first_line(error)})") from error

@@ -1,0 +1,129 @@
+"""`fedtune export --push`: what reaches the hub, and which models never do; failures are in tests/export."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ..conftest import Outcome, command, edit_config, edit_json, files_in, result_of
+from ..export.stand_in_hub import TOKEN, Repository, StandInHub, stand_in_hub
+
+NAME = "bank/tickets"
+Push = Callable[..., Outcome]
+
+
+@pytest.fixture
+def hub() -> Iterator[StandInHub]:
+    with stand_in_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def push(run_folder: Path) -> Push:
+    return lambda *words, run=run_folder: command("export", str(run), "--push", NAME, *words)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_push_uploads_exactly_the_exported_files(push: Push, hub: StandInHub, tmp_path: Path, public: bool) -> None:
+    words = ["--public"] if public else []
+    printed = push("--to", str(tmp_path / "out"), "--yes", *words).printed
+    assert hub.repositories == {NAME: Repository(private=not public, files=files_in(tmp_path / "out"))}
+    for name in hub.repositories[NAME].files:
+        assert name in printed
+    assert f"{hub.address}/{NAME}" in printed
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert sum(path.endswith("/commit/main") for _, path in hub.asked) == 1
+    assert TOKEN not in printed
+    card = ModelCard(hub.repositories[NAME].files["README.md"].decode())
+    assert "differential-privacy" in card.data.tags
+
+
+def test_push_without_folder_leaves_no_files(
+    push: Push, hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    printed = push().printed
+    assert f"to {NAME}, a new private repository? [y/N]" in printed
+    assert len(hub.repositories[NAME].files) > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["one"], "the run, which is in the same folder"
+
+
+def test_nothing_is_sent_before_a_person_agrees(
+    push: Push, hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    outcome = push("--public")
+    assert outcome.failed(1) == f"nothing was uploaded to {NAME}"
+    assert "adapter_model.safetensors" in outcome.out
+    assert "a new PUBLIC repository" in outcome.out
+    assert hub.asked == []
+    assert [path.name for path in tmp_path.iterdir()] == ["one"], "the run, which is in the same folder"
+
+
+def _mark_as_audit(run: Path) -> None:
+    (run / "AUDIT.txt").write_text("canaries\n")
+
+
+def _mark_as_personalized(run: Path) -> None:
+    edit_json(run / "adapter" / "fedtune.json", private_to="north")
+
+
+@pytest.mark.parametrize(("spoil", "told"), [(_mark_as_audit, "is an audit"), (_mark_as_personalized, "private to")])
+@pytest.mark.parametrize("words", [["--yes"], ["--yes", "--without-guarantee"]])
+def test_audited_and_personalized_adapters_are_never_pushed(
+    push: Push, hub: StandInHub, run_folder: Path, spoil: Callable[[Path], None], told: str, words: list[str]
+) -> None:
+    spoil(run_folder)
+    assert told in push(*words).failed()
+    assert hub.asked == []
+
+
+def _seed_noise(run: Path) -> None:
+    edit_config(run, runtime={"seeded_noise": True})
+
+
+def _begin_in_unprotected_adapter(run: Path) -> None:
+    about = {"digest": "a" * 64, "from": "other", "dataset": "mails", "unit": "record", "delta": 1e-5, "epsilon": None}
+    edit_json(run / "run.json", provenance=result_of(run)["provenance"] | {"start_adapter": about})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [(_seed_noise, "The noise came from a seed"), (_begin_in_unprotected_adapter, "Nothing bounds what an adapter")],
+)
+def test_model_without_guarantee_needs_consent_and_stays_private(
+    push: Push,
+    hub: StandInHub,
+    run_folder: Path,
+    spoil: Callable[[Path], None],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    spoil(run_folder)
+    message = push("--yes").failed()
+    assert told in message
+    assert "--without-guarantee" in message
+    message = push("--public", "--without-guarantee").failed()
+    assert "requires a model with a privacy guarantee" in message
+    assert hub.asked == []
+    outcome = push("--without-guarantee")
+    assert outcome.failed(1) == f"nothing was uploaded to {NAME}"
+    assert told in outcome.out
+    assert "a new private repository" in outcome.out
+
+
+def test_noiseless_run_is_refused(push: Push, hub: StandInHub, simulate: Callable[..., Path], tmp_path: Path) -> None:
+    words = ("privacy=none", "privacy.noise_multiplier=null", "federation.num_rounds=1", "training.local_steps=1")
+    assert "No noise was added" in push("--yes", run=simulate(*words, into=tmp_path)).failed()
+    assert hub.asked == []
+
+
+def test_json_output_has_the_address(push: Push, hub: StandInHub) -> None:
+    found = json.loads(push("--yes", "--json").printed)
+    assert (found["repository"], found["public"], found["folder"]) == (f"{hub.address}/{NAME}", False, None)
