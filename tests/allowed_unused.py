@@ -8,11 +8,13 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
             "doctor",
             "format_help_text",
             "get_command",
+            "get_completion_args",
             "leave",
             "list_commands",
             "list_sites",
             "pause",
         ),
+        *("shell_complete", "source_template", "_Bash", "_Zsh"),
         *("flower_app", "model_hash", "renew_lead", "renew_server", "show_events", "write_anchor"),
     },
     "cards and pages show them": {

@@ -1,8 +1,14 @@
-"""The command `fedtune`: looks up a command's module, runs it, and turns errors into messages and exit codes."""
+"""The command `fedtune`: looks up a command's module, runs it, and turns errors into messages and exit codes.
+
+Shell completion reads conf/completions.json, because importing the modules of commands takes seconds.
+`FEDTUNE_WRITE_SNAPSHOTS=1 pytest tests/cli/test_completion.py` writes that file.
+"""
 
 from __future__ import annotations
 
+import glob
 import io
+import json
 import os
 import shutil
 import sys
@@ -10,14 +16,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from threading import Timer
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 # Flower reads it when it is imported: nothing is told to anybody outside the federation.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import click
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    ZshComplete,
+    add_completion_class,
+    shell_complete,
+    split_arg_string,
+)
 
-from fedtune.cli.command import SETTINGS, InterruptTold, make_command, pause_garbage_collection
+from fedtune.api.config_groups import config_folder
+from fedtune.cli.command import SETTINGS, InterruptTold, is_experiment_file, make_command, pause_garbage_collection
 from fedtune.show.lines import wrap_text
 from fedtune.spec import ConfigError, FedtuneError, full_disk
 
@@ -85,6 +100,75 @@ fedtune = _Fedtune(
 )
 
 
+_COMPLETE = "_FEDTUNE_COMPLETE"  # click's variable: bash_source, zsh_source, fish_source, or ..._complete
+COMPLETIONS = "completions.json"
+_BASH_VALUE = """\
+[[ $value == *[=/] ]] && compopt -o nospace
+            [[ = == @(${COMP_WORDS[COMP_CWORD]}|${COMP_WORDS[COMP_CWORD-1]}) ]] && value=${value#*=}"""
+
+
+class _Setting(click.ParamType):
+    """The type of a word that sets something: KEY=VALUE, or an experiment file."""
+
+    name = "setting"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        key, equals, start = incomplete.rpartition("=")
+        found = [word for word in self._words if word.startswith(incomplete) and word != incomplete]
+        takes_experiment = key in ("", "experiment")
+        for path in sorted(glob.glob(f"{glob.escape(start)}*")) if takes_experiment or not found else ():
+            if (is_folder := os.path.isdir(path)) or not takes_experiment or is_experiment_file(path):
+                found.append(f"{key}{equals}{path}{'/' * is_folder}")
+        return [CompletionItem(word) for word in found]
+
+
+@add_completion_class
+class _Bash(BashComplete):
+    """Completion for bash, which splits words at `=`, and puts a space behind a word unless it is told not to."""
+
+    source_template = (
+        BashComplete.source_template.replace("${COMP_WORDS[*]}", "${COMP_LINE:0:$COMP_POINT}")
+        .replace("COMPREPLY+=($value)", f"{_BASH_VALUE}\n            COMPREPLY+=($value)")
+        .replace("complete -o nosort", "complete -o nosort -o default")
+    )
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ["COMP_WORDS"]
+        _, *words = split_arg_string(line) + [""] * line.endswith(" ")
+        return words[:-1], words[-1]
+
+
+@add_completion_class
+class _Zsh(ZshComplete):
+    """Completion for zsh, without a space behind values, which may be keys that go on with a value."""
+
+    source_template = ZshComplete.source_template.replace("compadd -U", "compadd -S '' -U")
+
+
+def _complete(instruction: str) -> int:
+    """Print the script that lets a shell complete, or the completions of its command line."""
+    known = json.loads((config_folder() / COMPLETIONS).read_text(encoding="utf-8"))
+    types = {"file": click.Path(), "folder": click.Path(file_okay=False), "setting": _Setting(known["settings"])}
+    tree = click.Group("fedtune", params=list(fedtune.params), context_settings=SETTINGS)
+    for path, about in known["commands"].items():
+        *groups, name = path.split()
+        parent = tree
+        for group in groups:
+            parent.commands.setdefault(group, click.Group(group, short_help=COMMANDS.get(group)))
+            parent = cast(click.Group, parent.commands[group])
+        params: list[click.Parameter] = []
+        for names, values, help in about["options"]:
+            kind = click.Choice(values) if isinstance(values, list) else types.get(values)
+            params.append(click.Option(names, type=kind, is_flag=values == "flag", help=help))
+        if (kind := types.get(about["argument"])) is not None:
+            params.append(click.Argument(["words"], nargs=-1, type=kind))
+        parent.add_command(click.Command(name, params=params, short_help=about["help"], context_settings=SETTINGS))
+    return shell_complete(tree, {}, "fedtune", _COMPLETE, instruction)
+
+
 def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         from fedtune.version import build  # reads all files of the package
@@ -133,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(words: list[str]) -> int:
+    if instruction := os.environ.get(_COMPLETE):
+        return _complete(instruction)
     try:
         os.getcwd()
     except OSError:
