@@ -107,7 +107,7 @@ _BASH_VALUE = """\
             [[ = == @(${COMP_WORDS[COMP_CWORD]}|${COMP_WORDS[COMP_CWORD-1]}) ]] && value=${value#*=}"""
 
 
-class _Setting(click.ParamType):
+class _Setting(click.ParamType):  # type: ignore[type-arg]  # not generic in every supported click
     """The type of a word that sets something: KEY=VALUE, or an experiment file."""
 
     name = "setting"
