@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.audit import audit, parse_audit_spec, show_findings
+from fedtune.cli.attacked_run import parse_audit_spec, show_findings
+from fedtune.cli.audit import audit
 from fedtune.evaluation import audit_bound
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.report.derive.verdicts import refuted_bounds
