@@ -1,28 +1,18 @@
-"""A run that is attacked on this machine, and what the attack found next to the run's guarantee."""
+"""What an audit found, for a person: lower bounds next to the claims, and how well members were told from others."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from fedtune.api.compose import compose_run, override_key, override_value
-from fedtune.cli.command import print_answer
-from fedtune.cli.interruptible_run import show_run
-from fedtune.config import RunConfig, config_yaml
 from fedtune.federation.run_folder import RunFolder
-from fedtune.lab.audit.spec import AuditSpec
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.report.derive.verdicts import read_audit, refuted_bounds
+from fedtune.report.derive.verdicts import refuted_bounds
 from fedtune.report.facts import Audit, AuditHitRate
-from fedtune.runs.run_paths import find_run_folder
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
-from fedtune.spec import ConfigError, RunError
+from fedtune.show.terminal_tables import Section, say, show
+from fedtune.spec import RunError
 
-_PREFIX = "audit."
 _ATTACKER = {
     "gradient_canaries": "who sees every noisy step of a site, or (aggregated) only the average that all sites receive",
     "record_canaries": "who sees the final model only",
@@ -30,72 +20,18 @@ _ATTACKER = {
 _SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 
 
-def attack_run(overrides: Sequence[str], *, as_json: bool) -> None:
-    """Attack the run that the overrides describe, and print what was found; the arguments are those of `fedtune audit`.
+def require_not_refuted(result: Audit) -> None:
+    """Require that no lower bound refutes its claim.
 
     Raises:
-        ConfigError: a setting is wrong, or the run has no claim to audit.
-        RunError: the claim is refuted.
+        RunError: a bound does; the message names its site, bound and claim.
     """
-    spec = parse_audit_spec([one for one in overrides if one.lstrip("+").startswith(_PREFIX)])
-    config = compose_run([one for one in overrides if not one.lstrip("+").startswith(_PREFIX)])
-    if spec.kind == "sensitivity":
-        _search_violations(config, spec, as_json=as_json)
-        return
-    began = time.monotonic()
-    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-    from fedtune.lab.audit.experiment import make_auditable, run_audit
-
-    config = make_auditable(config, spec)
-    folder, console = find_run_folder(config), Console(stderr=as_json)
-    again = "a new audit; this one cannot be resumed"
-    show_run(config, folder, console, work=partial(run_audit, spec=spec), again=again, began=began)
-    result = read_audit(folder)
-    assert result is not None, "an audit that ended has written what it found"
-    if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": result})
-    else:
-        show_findings(console, result, folder)
     sure, wrong = f"with {result.confidence:.0%} confidence, above the claimed", []
     for bound in refuted_bounds(result):
         shown = f"{site_label(bound.site)}: epsilon is at least {bound.lower_bound:.3f}"
         wrong.append(f"{shown} {sure} {format_epsilon(bound.claimed_epsilon)}")
     if wrong:
         raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")
-
-
-def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
-    """Search for a violation of the sensitivity bound, and print the result.
-
-    Raises:
-        RunError: a violation was found.
-        ConfigError: the run has no privacy to audit.
-    """
-    from fedtune.lab.audit import sensitivity
-
-    if not config.privacy.private:
-        raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")
-    folder = find_run_folder(config)
-    RunFolder(folder).create(config_yaml(config))
-    found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
-    title = f"{found.tries} cases, one more {found.unit} each: the sum moved by at most {found.moved:.6f} clip norms"
-    moved = {"above one clip norm": f"{found.exceeded}", f"other {found.unit}s, by a cell": f"{found.others_moved}"}
-    told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
-    print_answer(
-        told, [key_value_section({**moved, "written": str(folder / sensitivity.FILE)}, title=title)], as_json=as_json
-    )
-    if found.exceeded or found.others_moved:
-        beyond = "one unit moved a sum by more than its own clipped contribution"
-        raise RunError(f"{beyond}: no epsilon holds on this machine")
-
-
-def parse_audit_spec(overrides: Sequence[str]) -> AuditSpec:
-    """Build the audit's own settings from overrides such as `audit.canaries=500`."""
-    given = {override_key(override): override_value(override) for override in overrides}
-    for key, value in given.items():
-        if isinstance(value, bool):
-            raise ConfigError(key, str(value), "must be one plain value")
-    return AuditSpec.from_mapping({key.removeprefix(_PREFIX): value for key, value in given.items()})
 
 
 def show_findings(console: Console, result: Audit, folder: Path) -> None:
