@@ -18,7 +18,6 @@ from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import config_groups, list_options
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PartitionSpec
-from fedtune.privacy.about import AboutSpec
 from fedtune.tasks.registry import TASKS
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -70,7 +69,7 @@ def page() -> str:
             example = FeatureSpec(columns=("NAME",), range=(0.0, 1.0))
             parts += [_summary(FeatureSpec), _table("data.features[].", FeatureSpec, example)]
         if group == "report":
-            parts += [_summary(AboutSpec), _table("report.about.", AboutSpec, default.report.about)]
+            parts += [_summary(config.AboutSpec), _table("report.about.", config.AboutSpec, default.report.about)]
     return "\n".join(parts)
 
 

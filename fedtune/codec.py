@@ -12,7 +12,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -62,20 +62,23 @@ def read_toml(path: Path, *, key: str) -> dict[str, Any]:
         raise ConfigError(key, str(path), f"must be TOML{f'; there is an error {place[1]}' if place else ''}") from None
 
 
-def decode(cls: type[T], table: object, *, default: T | None = None) -> T:
+def decode(cls: type[T], table: object, *, default: T | None = None, skipped: Sequence[str] = ()) -> T:
     """Decode a table into an instance of the dataclass `cls`; fields of `default` may be left out.
+
+    Keys in `skipped` are known too, and left to another reader.
 
     Raises:
         ConfigError: names the key, its value and the accepted values.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(cls.__name__.lower(), table, "must be a table")
+    table = {key: value for key, value in table.items() if key not in skipped}
     hints, fields = _hints(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
             # Neither a value nor what only a file of another kind has as a key is quoted.
             named = key if len(key) <= _LONGEST_KEY and _BARE_KEY.fullmatch(key) else "one of the keys"
-            raise ConfigError(named, NOT_GIVEN, f"is not a known key; known keys: {', '.join(fields)}")
+            raise ConfigError(named, NOT_GIVEN, f"is not a known key; known keys: {', '.join([*fields, *skipped])}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and default is None and key not in table:

@@ -19,12 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
-from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, fastest_dtype
 from fedtune.privacy import accountant
-from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
@@ -76,6 +74,42 @@ class TrackingSpec:
 
 
 @spec
+class AboutSpec:
+    """Facts about a release for a public registry, supplied by a person.
+
+    An empty string means "not given".  No run depends on these facts.
+
+    Attributes:
+        curator: the organization that is responsible for the release.
+        description: what was trained, for readers without background knowledge.
+        intended_use: what the model is for.
+        sector: such as health, banking, public administration.
+        published: the release date, past or planned.
+        access: who receives the release: everybody, some organizations by contract, or nobody outside.
+        dynamics: whether the records are static, or dynamic (added to or changed between runs).
+        preprocessing: how the records were processed before fedtune read them.
+        tuning: how the settings were chosen, and on which records, unless a fedtune search chose them.
+        justification: the reason for this privacy unit, this epsilon and this delta.
+    """
+
+    curator: str = ""
+    description: str = ""
+    intended_use: str = ""
+    sector: str = ""
+    published: str = ""
+    access: str = ""
+    dynamics: str = ""
+    preprocessing: str = ""
+    tuning: str = ""
+    justification: str = ""
+
+    @property
+    def purpose(self) -> str | None:
+        """The purpose of the training: the intended use, or else the description; None if neither was given."""
+        return self.intended_use or self.description or None
+
+
+@spec
 class ReportSpec:
     """Settings of a run's report.
 
@@ -85,6 +119,26 @@ class ReportSpec:
 
     language: Literal["en", "de"] = "en"
     about: AboutSpec = AboutSpec()
+
+
+@spec
+class CostSpec:
+    """Settings for measuring the energy use of a run; they change no result.
+
+    Attributes:
+        energy: measure the energy that this machine uses, with codecarbon (the extra `cost`).
+        country: three-letter code (DEU, FRA, USA) of the country that supplies the electricity, used to compute the
+            carbon emissions; null: no carbon figure.
+    """
+
+    energy: bool = False
+    country: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.country is not None and not re.fullmatch("[A-Z]{3}", self.country):
+            raise ConfigError("country", self.country, "must be a code of three capital letters, such as DEU or USA")
+        if self.country is not None and not self.energy:
+            raise ConfigError("country", self.country, "needs cost.energy=true")
 
 
 @spec

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune.codec import read_toml
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
-from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.policy_file import OTHER_TABLES, read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.privacy.site_files import SiteFiles
@@ -53,7 +54,8 @@ class Books:
 
     def edit(self, *, noted: bool = False, **changes: Any) -> None:
         """Change the policy as its owner would, tables by dicts of their values; an open ledger notes it."""
-        write_policy(builders.changed(read_policy(self.site_toml), **changes), self.site_toml)
+        others = {key: value for key, value in read_toml(self.site_toml, key="").items() if key in OTHER_TABLES}
+        write_policy(builders.changed(read_policy(self.site_toml), **changes), self.site_toml, others=others)
         if noted:
             self.open()
 

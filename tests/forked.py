@@ -34,7 +34,12 @@ _SUBREAPER, _NEW_NETWORK = 36, 0x40000000  # PR_SET_CHILD_SUBREAPER, CLONE_NEWNE
 _MOST_BYTES = 1 << 20
 _STREAMS = ("stdin", "stdout", "stderr")
 _IMPORTED = (
-    *("fedtune.cli.run", "fedtune.cli.server", "fedtune.cli.interruptible_run", "fedtune.ops.services.lead_and_server"),
+    *(
+        "fedtune.cli.real_run",
+        "fedtune.cli.server",
+        "fedtune.cli.interruptible_run",
+        "fedtune.ops.services.lead_and_server",
+    ),
     *("fedtune.ops.services.site_service", "fedtune.ops.deployment", "fedtune.ops.wire.superlink"),
     *("fedtune.sites.real_site", "opacus", "transformers.models.auto.tokenization_auto"),
     *("transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"),

@@ -108,12 +108,14 @@ def test_commands_do_not_use_argparse() -> None:
         ("privacy.ledger.site_ledger privacy.mechanism privacy.run_plan", "torch transformers flwr hydra pydantic"),
         ("tasks.registry", "torch transformers"),
         ("report.from_ledger report.page.render cli.report", "torch transformers flwr"),
+        # Their --help answers at once.
+        ("cli.simulate cli.plan cli.run cli.audit", "torch hydra omegaconf pydantic numpy rich"),
         # A container's probe, which runs every few seconds.
         ("ops.health", "torch flwr cryptography pydantic numpy"),
         # What trains comes with the first message: a site starts at once, and waits in a third of the memory.
         ("ops.services.site_service ops.metrics cli.site", "torch transformers peft opacus"),
     ],
-    ids=["the privacy core", "tasks", "a ledger's report", "a probe", "a site that waits"],
+    ids=["the privacy core", "tasks", "a ledger's report", "help", "a probe", "a site that waits"],
 )
 def test_modules_import_without_heavy_frameworks(modules: str, libraries: str) -> None:
     imported = ", ".join(f"fedtune.{module}" for module in modules.split())

@@ -31,9 +31,9 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 if TYPE_CHECKING:  # they import torch, which takes seconds
     import pandas
 
-    from fedtune.export.distillation import Distilled
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
+    from fedtune.lab.distillation import Distilled
     from fedtune.report.checks import Check
     from fedtune.report.facts import Lifetime
     from fedtune.report.model import Report
@@ -368,12 +368,12 @@ class Run:
             to: the new folder.
             texts: a file of public or synthetic texts, one line or record each.
             student: "half" of the base's layers, the number of lowest layers to keep, or another base model.
-            **options: passed to `fedtune.export.distillation.distil`.
+            **options: passed to `fedtune.lab.distillation.distil`.
 
         Raises:
             ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
         """
-        from fedtune.export.distillation import distil
+        from fedtune.lab.distillation import distil
 
         return distil(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
 

@@ -87,6 +87,7 @@ Multirun = Annotated[bool, Option("run every combination of comma-separated valu
 Renew = Annotated[Path | None, Option("start the next period's run after this finished one", metavar="LAST_RUN")]
 AsJson = Annotated[bool, Option("print JSON", names=("--json",))]
 Language = Literal["en", "de"]
+Target = Literal["noise", "rounds", "sampling_rate"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
     str | None, Option("serve GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT")

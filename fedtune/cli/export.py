@@ -145,7 +145,7 @@ def distil(
     named = parse_column_roles(columns, known=config.data.columns) if columns is not None else None
     if int8 and format != "onnx":
         raise ConfigError("--int8", NOT_GIVEN, "requires --format onnx")
-    from fedtune.export import distillation  # torch takes seconds to import
+    from fedtune.lab import distillation  # torch takes seconds to import
 
     with Console(stderr=True).status("Loading ...") as status, name_columns_option():
         found = distillation.distil(

@@ -14,7 +14,7 @@ from fedtune.flower.bundle import make_server_app
 
 
 def _run_lead(kit: Path, settings: Sequence[str], over: Callable[..., Any]) -> None:
-    from fedtune.cli.run import start_run  # Hydra and the accountants take seconds to import
+    from fedtune.cli.real_run import start_run  # Hydra and the accountants take seconds to import
     from fedtune.ops.kits.kit_file import Kit
 
     start_run(settings, kit=Kit.read(kit, kind="lead"), over=over)

@@ -125,6 +125,9 @@ def check_policy(file: Path, *, as_json: bool) -> None:
     """
     files = SiteFiles.from_site_toml(file, may_be_unanswered=True)
     policy, amount = files.policy, budget_text.compute_amount(files.policy)
+    from fedtune.sites.site_settings import read_site_settings  # pydantic takes a while to import
+
+    machine = read_site_settings(file).machine
     cautions = tuple(budget_text.list_cautions(policy, amount, folder=file.parent))
     if not as_json:  # first, since the ledger beside it may not be what it should be
         say(f"Policy of site {policy.site} ({file})", style="bold")
@@ -141,7 +144,8 @@ def check_policy(file: Path, *, as_json: bool) -> None:
             ledger |= {"differences": different, "spending": spending_json(verified)}
         figures = {"schema_version": SCHEMA_VERSION, "path": str(file), "sha256": policy.digest()}
         warned = [{"key": key, "text": text} for key, text in cautions]
-        print_json(figures | {"policy": policy.to_json(), "amount": amount, "warnings": warned, "ledger": ledger})
+        figures |= {"policy": policy.to_json(), "machine": machine, "amount": amount}
+        print_json(figures | {"warnings": warned, "ledger": ledger})
     else:
         _print_ledger_summary(files.ledger, verified, differences)
     for key, made_for, asked in differences:

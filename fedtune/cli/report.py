@@ -22,13 +22,11 @@ import click
 
 from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group, print_answer
 from fedtune.cli.ledger import find_ledger_file
-from fedtune.config import saved_config
+from fedtune.config import AboutSpec, saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.ops.kits.kit_file import read_signing_key
-from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, Known, check_report
@@ -38,6 +36,7 @@ from fedtune.report.model import Report, schema_text
 from fedtune.report.page.translations import load_catalog
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import Section, say
+from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
 
@@ -104,7 +103,11 @@ def build(
         ledger = SiteFiles.from_site_toml(path).ledger if of_policy else find_ledger_file(str(path))
         report = from_ledger.build_ledger_report(path if of_policy else ledger, anchor=anchor)
         folder = ledger.with_name(f"{ledger.name}.report")
-        own_language, about, place = "en", read_policy(path).about if of_policy else AboutSpec(), "[about] of site.toml"
+        own_language, about, place = (
+            "en",
+            read_site_settings(path).about if of_policy else AboutSpec(),
+            "[about] of site.toml",
+        )
     if key is not None:
         report = signing.sign_report(report, key)
         signing.verify_report_signature(report)  # a ledger's report is signed by the key that its events are signed by

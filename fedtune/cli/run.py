@@ -2,44 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from rich.console import Console
-
-from fedtune.api.compose import compose_run, quote_word
-from fedtune.cli.command import Metrics, Multirun, Option, Renew, SettingsArgument, print_answer
-from fedtune.cli.interruptible_run import report_fitted_plan, run_shown_public_stage, several_runs, show_run
-from fedtune.cli.run_settings import compose_for_sites
-from fedtune.config import RunConfig, saved_config
-from fedtune.federation.early_stopping import should_stop
-from fedtune.federation.lead import Checkpoints, compute_site_charge
-from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.spec import FederationSpec
-from fedtune.lab.studies.trials import Trials
-from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.services.lead_and_server import (
-    federation_of_all_sites,
-    find_run_name,
-    find_running_process,
-    read_latest_answers,
-)
-from fedtune.privacy.accountant import format_epsilon
-from fedtune.runs.results import RunResult
-from fedtune.runs.run_paths import find_run_folder, is_finished
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
-from fedtune.spec import NOT_GIVEN, ConfigError, RunError
-from fedtune.system import send_signal
-
-_ACTIONS = ("status", "stop", "resume")
-_STOP_S = 60.0
+from fedtune.cli.command import Metrics, Multirun, Option, Renew, SettingsArgument
 
 
 def run(
@@ -74,155 +40,15 @@ def run(
     Settings are key=value as for `fedtune simulate`; each site sets its own files, columns and devices. See
     docs/adding_a_site.md for how a site joins.
     """
-    words = words if renew is None else (*words, f"renew={quote_word(str(renew))}")
-    first, *rest = words or ("",)
-    if first not in _ACTIONS:
-        # A service starts with the same words each time.  The run's own settings and sites count from its beginning on.
-        if or_resume:
-            if not any(word.startswith("name=") for word in words):
-                raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
-            # Its folder alone: what depends on the number of sites is theirs.
-            of_sites = ("sites=", "federation.", "data.declared_sizes=")
-            asked = compose_run([*(one for one in words if not one.startswith(of_sites)), "data.declared_sizes=2"])
-            folder = Path(asked.tracking.output_dir) / asked.name
-            if RunFolder(folder).has_begun():
-                if is_finished(folder):
-                    say(f"{folder} is finished.")
-                    return
-                words = (f"resume={quote_word(str(folder))}",)
-        if multirun:
-            _start_sweep(words, kit=_read_lead_kit(kit), metrics=metrics)
-        else:
-            start_run(words, kit=_read_lead_kit(kit), metrics=metrics)
-        return
-    if first == "status" and not rest and kit is not None:
-        from fedtune.ops.deployment import LeadService
+    from fedtune.cli import real_run  # Hydra and the accountants take seconds to import
 
-        online = LeadService(
-            kit=(own := _read_lead_kit(kit)), federation=federation_of_all_sites(own)
-        ).list_online_sites()
-        rows = [(site, "online" if there else "not heard") for site, there in online.items()]
-        sections = [Section(headings=("site", "now"), rows=rows, words=range(2))]
-        print_answer({"schema_version": SCHEMA_VERSION, "online": online}, sections, as_json=as_json)
-        return
-    if not rest:
-        raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
-    folder = Path(rest[0])
+    first, *rest = words or ("",)
     match first:
         case "status":
-            print_status(folder, as_json=as_json)
+            real_run.print_status(rest, kit=kit, as_json=as_json)
         case "stop":
-            _stop_run(folder, kit=_read_lead_kit(kit) if for_good else None)
+            real_run.stop_run(rest, kit=kit, for_good=for_good)
+        case "resume":
+            real_run.resume_run(rest, kit=kit, metrics=metrics)
         case _:
-            start_run([f"resume={quote_word(str(folder))}", *rest[1:]], kit=_read_lead_kit(kit), metrics=metrics)
-
-
-def _read_lead_kit(folder: Path | None) -> Kit:
-    if folder is None:
-        raise ConfigError("--kit", NOT_GIVEN, "is required: the folder of the lead's kit")
-    return Kit.read(folder, kind="lead")
-
-
-def start_run(
-    words: Sequence[str], *, kit: Kit, metrics: str | None = None, over: Callable[..., Any] | None = None
-) -> None:
-    """Start or resume a run, over fedtune's own connection or over Flower's Grid (`over`)."""
-    # Before torch and Flower are imported, which takes seconds: a mistake in a setting is told of at once.
-    again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
-    _start_or_resume(compose_for_sites(words, kit=kit), again, kit=kit, metrics=metrics, over=over)
-
-
-def _start_sweep(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
-    """Print the total price of a sweep, then start or resume its runs one after the other."""
-    trials = Trials.from_sweep(words, partial(compose_for_sites, kit=kit))
-    again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
-    with several_runs(trials, Console(), again=again):
-        trials.run(lambda trial: _start_or_resume(trial.config, again, kit=kit, metrics=metrics))
-
-
-def _start_or_resume(
-    config: RunConfig,
-    same_again: Sequence[str],
-    *,
-    kit: Kit,
-    metrics: str | None,
-    over: Callable[..., Any] | None = None,
-) -> RunResult:
-    began = time.monotonic()
-    if over is None:
-        kit.check_certificate(datetime.now(UTC))
-    config = run_shown_public_stage(config, console := Console(), again=same_again)
-    folder = find_run_folder(config)
-    # Before the run's log takes the place of what Flower's import sets up.
-    from fedtune.ops.deployment import LeadService
-    from fedtune.ops.metrics import serve_metrics
-
-    lead = LeadService(kit=kit, federation=config.federation, over=over)
-    with serve_metrics(metrics, lead.metrics.collect_values):
-        if config.resume is None:
-            config = report_fitted_plan(console, config, lead.fit_to_budgets(config))
-        again = f"fedtune run resume {folder} --kit {kit.folder}"
-        if over is not None:
-            again = f'flwr run, with settings = ["resume={folder}"] in the run\'s file'
-        return show_run(config, folder, console, work=lead.run, again=again, began=began)
-
-
-def _stop_run(folder: Path, *, kit: Kit | None) -> None:
-    files = RunFolder(folder)
-    if kit is not None and not files.config.is_file():
-        _end_at_sites(
-            find_run_name(kit, str(folder)), federation_of_all_sites(kit), kit=kit
-        )  # the folder is lost: the lead's key is enough
-        return
-    config = saved_config(folder)
-    if files.is_running:
-        if (pid := find_running_process(folder)) is None:
-            raise RunError(f"{folder} is running, but its process is unknown; stop it where it was started")
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            send_signal(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_S
-        while files.is_running:
-            if time.monotonic() > deadline:
-                raise RunError(f"process {pid} has not stopped within {_STOP_S:g} s; it may be finishing an evaluation")
-            time.sleep(0.2)
-        say(f"{folder} is stopped; `fedtune run resume {folder} --kit ...` resumes it.")
-    else:
-        say(f"{folder} is not running.")
-    if kit is not None:
-        from fedtune.sites.shared_settings import settings_for_sites  # torch takes seconds to import
-
-        _end_at_sites(settings_for_sites(config).run_id(), config.federation, kit=kit)
-
-
-def _end_at_sites(run: str, federation: FederationSpec, *, kit: Kit) -> None:
-    from fedtune.ops.deployment import LeadService
-
-    current = federation_of_all_sites(kit)
-    there = tuple(site for site in federation.active if site in current.active)  # others were revoked since
-    asked = federation if there == federation.active else replace(current, num_sites=len(there), site_names=there)
-    heard = LeadService(kit=kit, federation=asked).announce_end(run, timeout_s=30.0) if there else []
-    say(f"Informed that the run is over: {', '.join(heard) or 'no site'}.")
-    if silent := [site for site in federation.active if site not in heard]:
-        say(f"Not reached: {', '.join(silent)}; their budget is released when the run expires.")
-
-
-def print_status(folder: Path, *, as_json: bool) -> None:
-    """Print the progress of a run, and the privacy spending of each site."""
-    config = saved_config(folder)
-    state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
-    plan, answers, sites, rows = config.plan(), read_latest_answers(folder), dict[str, dict[str, Any]](), []
-    over = should_stop(state.rounds, config.federation, primary_metric=config.primary_metric)
-    for site in config.federation.active:
-        charge, last = compute_site_charge(state, site, plan), answers.get(site, {})
-        what, at = last.get("what", "none yet"), last.get("time")
-        epsilon = charge.proven_epsilon if over else charge.epsilon  # None: nothing bounds the loss
-        sites[site] = {"last_answer": what, "at": at, "epsilon": epsilon}
-        sites[site] |= {"rounds_charged": charge.rounds, "upper_bound": charge.upper_bound}
-        rows.append((site, what, at or "-", f"{format_epsilon(epsilon)}{' at most' if charge.upper_bound else ''}"))
-    status: dict[str, Any] = {"name": config.name, "running": RunFolder(folder).is_running, "finished": over}
-    status |= {"round": state.round, "num_rounds": config.federation.num_rounds}
-    status |= {"metrics": dict(state.rounds[-1].metrics) if state.rounds else {}, "sites": sites}
-    how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
-    heading = f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done"
-    section = Section(headings=("site", "last answer", "at", "epsilon so far"), rows=rows, words=range(4))
-    print_answer(status, [section], as_json=as_json, heading=heading)
+            real_run.begin_run(words, kit=kit, renew=renew, multirun=multirun, or_resume=or_resume, metrics=metrics)

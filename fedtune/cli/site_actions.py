@@ -158,7 +158,7 @@ class AtSite:
     def personalize(self, run: str, *, as_json: bool) -> None:
         folder, files = self._find_kept_run(run), self.files
         config, adapter = load_finished_run(folder)
-        from fedtune.sites.personalization import Parts
+        from fedtune.lab.personalization import Parts
         from fedtune.sites.real_site import read_site_records
 
         key, site = files.load_key().derive_secret("own adapter"), files.policy.site

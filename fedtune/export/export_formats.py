@@ -38,7 +38,8 @@ from fedtune.model.hf_logging import quiet
 from fedtune.model.ia3_and_dora import merge_adapter
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
-from fedtune.report.model_card import Form, card_files, loading_of
+from fedtune.report.loading_code import adapter_loading_code, answer_code, input_loading_code
+from fedtune.report.model_card import Form, card_files
 from fedtune.runs.environment import mark_lineage
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
@@ -455,21 +456,20 @@ print(model.similarity(embeddings, embeddings))
 
 def card_form(format: str, config: RunConfig) -> Form:
     """Return the wording of a run's model card for a format."""
-    own = get_input_for(config.data)
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
-        loading = loading_of(config, base="folder", folder="folder")
+        loading = adapter_loading_code(config, base="folder", folder="folder")
         return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
     if format in ("peft", "safetensors"):
         return Form.for_adapter(config, folder="folder")
-    if lines := own.loading_code(config.data, base="", folder="folder", graph=True):
-        lines += f"print({config.bound_task.reads})\n"
+    if lines := input_loading_code(config.data, base="", folder="folder", graph=True):
+        lines += f"print({answer_code(config.bound_task)})\n"
         return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]
     task = config.bound_task
     loading = (
         _LOADING[format]
         .replace("LABELS", _LABELS if config.data.labels else "")
-        .replace("READS", task.reads or "scores")
+        .replace("READS", answer_code(task) or "scores")
     )
     if format == "merged" and task.reads_tokens:
         what, loading = _WHOLE, _FINDING

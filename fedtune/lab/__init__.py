@@ -1,1 +1,3 @@
-"""What no run needs: studies of several runs, attacks on the guarantee, and the preparation of data files."""
+"""What no run needs: studies of several runs, attacks on the guarantee, preparation of data files, distillation and
+personalization.
+"""

@@ -71,7 +71,7 @@ own name in place: another one would name a folder or a repository to read, and 
 
 
 PRIVATE_TO = "private_to"
-"""In the settings of what was trained without noise on one site's records (`fedtune.sites.personalization`): the site.
+"""In the settings of what was trained without noise on one site's records (`fedtune.lab.personalization`): the site.
 """
 OWED = "fedtune_owed"
 """In the config.json of an exported model: what its training owes to records (`fedtune.runs.environment`)."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from fedtune.codec import decode, read_toml, to_toml
 from fedtune.formatting import unbounded
@@ -14,16 +16,19 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.spec import errors_in
 
+OTHER_TABLES = ("machine", "about")
+"""Tables of a `site.toml` that decide nothing about its records, so that they are in no policy, digest and ledger."""
+
 
 def read_policy(path: Path) -> Policy:
-    """Read the policy in the file `path`.
+    """Read the policy in the file `path`; `OTHER_TABLES` are not read.
 
     Raises:
         ConfigError: names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="policy")
     with errors_in(path):
-        return decode(Policy, table)
+        return decode(Policy, table, skipped=OTHER_TABLES)
 
 
 def policy_from_json(fields: object) -> Policy:
@@ -59,6 +64,6 @@ def never_accepted_mark(run: str, lead: str) -> tuple[str, str]:
     return "never", f"{run} of {lead}"
 
 
-def write_policy(policy: Policy, path: Path) -> None:
-    """Write `policy` to `path` so that `read_policy` reads it back unchanged."""
-    write_durably(path, to_toml(dataclasses.asdict(policy)).encode())
+def write_policy(policy: Policy, path: Path, *, others: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write `policy` to `path` so that `read_policy` reads it back unchanged, with `others` of `OTHER_TABLES`."""
+    write_durably(path, to_toml({**dataclasses.asdict(policy), **others}).encode())

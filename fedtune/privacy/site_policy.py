@@ -1,7 +1,8 @@
 """A site's own limits: what may happen to its records, whoever asks.
 
-There is one class for each table of a `site.toml`, which `policy_file` reads and the template `conf/site.toml`
-explains.  A policy is checked inside the ledger's transaction, against a lead's proposal and against earlier spending.
+There is one class for each table of a `site.toml` that decides something, which `policy_file` reads and the template
+`conf/site.toml` explains.  A policy is checked inside the ledger's transaction, against a lead's proposal and against
+earlier spending.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dp_accounting import DpEvent
 
 from fedtune.codec import require
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, Unit
@@ -30,7 +30,6 @@ from fedtune.privacy.trust import Broken, Trust
 from fedtune.spec import (
     NOT_GIVEN,
     check_at_least,
-    check_at_most,
     check_fraction,
     check_name,
     check_positive,
@@ -255,57 +254,6 @@ class Releases:
 
 
 @spec
-class Machine:
-    """The machine of a run or of a site; in a site's policy 0 or "" stand for null.
-
-    These settings only affect rounding and speed.
-
-    Attributes:
-        device: "auto" (an accelerator if the torch build can use one), "cpu" or "cuda".
-        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, the number
-            of processes.  The result is bit-identical.  A run without privacy uses one.  null: one; for `fedtune
-            simulate` on a CPU one per core, at most 4, if the run has enough gradients to make up for the start of the
-            processes.
-        num_threads: the number of torch threads in every process; null: one per core, divided among the processes, or
-            the value of OMP_NUM_THREADS if that is lower.
-        micro_batch_tokens: the most padded tokens in a micro-batch; it does not change a single bit of a private run.
-            null: 512 per CPU thread, at most 2,048, since larger micro-batches are no faster and take longer to test;
-            16,384 on a GPU.
-        step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the means of users.
-            Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of
-            the machine's memory, divided among the processes, or four fifths of a GPU's memory, both minus the model.
-        kept_states_mib: the memory in MiB for caching each record's output of the frozen layers below the adapters, for
-            all sites of a process together, and as much again for each of the lead's data sets.  If the outputs do not
-            fit, they go to `kept_states_folder`; without that folder nothing is cached, which takes several times as
-            long, and a run reports it at its start.  null: a quarter of the machine's available memory.  0 caches
-            nothing in memory.
-        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of its free
-            space.  Nobody can open the cached data, which disappears with the process, however it ends.
-        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD CPUs
-            and as exact; false leaves it to torch.
-        gradient_checkpointing: true recomputes activations in the backward pass, for large models.
-    """
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_devices: int | None = None
-    num_threads: int | None = None
-    micro_batch_tokens: int | None = None
-    step_mib: int | None = None
-    kept_states_mib: int | None = None
-    kept_states_folder: str | None = None
-    onednn: bool = True
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("micro_batch_tokens", "step_mib", "kept_states_mib"), (0, math.inf))
-        # Each device takes a process with a model of its own; a system runs out of threads somewhere above.
-        for key, (least, most) in {"num_devices": (1, 64), "num_threads": (0, 1024), **sizes}.items():
-            if (number := getattr(self, key)) is not None:
-                check_at_least(key, number, least)
-                check_at_most(key, number, most)
-
-
-@spec
 class Asserted:
     """Statements of the site that no software can check; reports show them as asserted.
 
@@ -319,7 +267,7 @@ class Asserted:
 
 @spec
 class Policy:
-    """The content of one `site.toml`.
+    """What one `site.toml` decides about the site's records.
 
     Attributes:
         site: name of the site.
@@ -332,14 +280,12 @@ class Policy:
         asserted: statements of the site.
         approval: "manual": a person at the site approves each run before it starts; "automatic".
         final_adapter: whether to "keep" or "decline" a run's final adapter when the lead sends it.
-        machine: the machine on which the site trains.
         trust: the other sites that this site relies on in secure aggregation.
         ledger: path of the ledger, relative to the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: no anchor.
         simulated: the site is simulated, on the machine of the person who runs the simulation; its ledger and reports
             say so.
-        about: descriptions of the site's records for a public registry; part of no digest and no ledger.
         key_command: command that prints the private key in PEM form, instead of `site_key`; empty: none.  Part of no
             digest and no ledger.
         socket: the Unix socket at which the app of a stock SuperNode reaches this site; empty: none.  Part of no digest
@@ -356,15 +302,11 @@ class Policy:
     asserted: Asserted = Asserted()
     approval: Literal["automatic", "manual"] = "automatic"
     final_adapter: Literal["keep", "decline"] = "keep"
-    machine: Machine = Machine(
-        num_devices=1, num_threads=0, micro_batch_tokens=0, step_mib=0, kept_states_mib=1024, kept_states_folder=""
-    )
     trust: Trust = Trust()
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"
     anchor: str = ""
     simulated: bool = False
-    about: AboutSpec = field(default=AboutSpec(), compare=False)  # words for a register, which decide nothing
     key_command: tuple[str, ...] = field(default=(), compare=False)
     socket: str = field(default="", compare=False)
 
@@ -434,7 +376,7 @@ class Policy:
             fields["budget"]["max_epsilon"] = None
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
-        del fields["about"], fields["socket"], fields["key_command"]
+        del fields["socket"], fields["key_command"]
         if not self.population.arrivals:  # so that other policies keep their digests
             del fields["population"]["arrivals"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.

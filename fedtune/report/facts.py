@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Literal
 
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
-from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
 from fedtune.federation.early_stopping import Kept, count_rounds, find_kept_round, should_stop
 from fedtune.federation.lead import RoundResult, Scores
@@ -24,6 +23,7 @@ from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import ReferenceRun
+from fedtune.runs.cost import Energy
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 from fedtune.tasks.measures import Detail

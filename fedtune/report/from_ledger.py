@@ -37,6 +37,7 @@ from fedtune.report.facts import (
 )
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report
+from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
 MOST_STEPS = 400  # charged rounds that a report shows by themselves; of more it shows one charge for each run and month
@@ -62,6 +63,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
     if anchor is None and files and files.anchor and files.anchor.is_file():
         anchor = files.anchor
     head, own = Head.read(anchor) if anchor else None, files.policy if files else None
+    purpose = read_site_settings(files.site_toml).about.purpose if files else None
     verified, problem = None, ""
     try:
         verified = verify(ledger, anchor=head, site_key=files.public_key if files else None)
@@ -72,7 +74,9 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
     for name, made_for, says in history.opening.differences(own) if own else []:
         raise ConfigError(name, says, f"must be {made_for!r}, for which {ledger} was made").in_file(site_toml_or_ledger)
     return derive_report(
-        collect_ledger_facts(events, history, verified=verified, problem=problem, own=own, most=MOST_STEPS)
+        collect_ledger_facts(
+            events, history, verified=verified, problem=problem, own=own, purpose=purpose, most=MOST_STEPS
+        )
     )
 
 
@@ -115,6 +119,7 @@ def collect_ledger_facts(
     verified: Verified | None,
     problem: str = "",
     own: Policy | None = None,
+    purpose: str | None = None,
     most: int,
     now: datetime | None = None,
 ) -> LedgerFacts:
@@ -126,6 +131,7 @@ def collect_ledger_facts(
         verified: the verified ledger; None: it is inconsistent, or older than its anchor.
         problem: why the ledger does not verify; empty if it does.
         own: the policy in force, if it was given.
+        purpose: what the site says that the training is for, if it says so.
         most: the largest number of rounds to list one by one, as in `list_charges`.
         now: the time of the facts; None: the time of the newest event, whenever the ledger is read.
     """
@@ -210,7 +216,7 @@ def collect_ledger_facts(
             dataset=", ".join(dataset.id for dataset in noted.dataset),
             task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,
             libraries={},
-            purpose=own.about.purpose if own else None,
+            purpose=purpose,
         ),
         arrivals=opened.arrivals or None,
     )

@@ -24,11 +24,11 @@ from fedtune.model.source import public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
+from fedtune.report.loading_code import adapter_loading_code
 from fedtune.report.model import Report
 from fedtune.report.page.render import render_label, template_environment, write_files
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words
-from fedtune.tasks.inputs import get_input_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,27 +46,9 @@ class Form:
     def for_adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """Describe an adapter that is loaded on top of its base model; `folder` is its path in the loading code."""
         base, needs_base = public_location(config.model), config.lora.kind != NO_ADAPTER
-        loading = loading_of(config, base=base, folder=folder)
+        loading = adapter_loading_code(config, base=base, folder=folder)
         what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
-
-
-def loading_of(config: RunConfig, *, base: str, folder: str) -> str:
-    """Return lines of Python that load a saved adapter where fedtune is not installed."""
-    task, lines = config.bound_task, get_input_for(config.data).loading_code(config.data, base=base, folder=folder)
-    if lines is None:
-        auto = task.auto_class if task.predicts_tokens else "AutoModel"
-        lines = _LOADING.format(auto=auto, base=base, folder=folder) + task.usage_snippet.replace("FOLDER", folder)
-    return f"{lines}{task.scales}print({task.reads})\n" if task.reads else lines
-
-
-_LOADING = """\
-from peft import PeftModel
-from transformers import AutoTokenizer, {auto}
-
-tokenizer = AutoTokenizer.from_pretrained({base!r})
-model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").eval()
-"""
 
 
 def write_report_and_card(run: Path, *, language: str) -> None:

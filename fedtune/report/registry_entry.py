@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fedtune.privacy.about import AboutSpec
+from fedtune.config import AboutSpec
 from fedtune.report import signing
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 from fedtune.config import RunConfig
-from fedtune.federation.cost import Meter
 from fedtune.federation.early_stopping import find_kept_round, warn_of_interrupted_round
 from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.lead import Aggregation, Checkpoints, Lead, LeadState, read_receipts, save_receipts
@@ -23,6 +22,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.transport import Transport
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
+from fedtune.runs.cost import Meter
 from fedtune.runs.environment import read_environments, record_environment, start_lineage
 from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, find_problems
 from fedtune.sites.data_warnings import check_decision_scores, lead_data_warnings

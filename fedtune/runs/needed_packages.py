@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedtune.config import RunConfig
 from fedtune.extras import require_extra
+from fedtune.runs.cost import check_can_measure
 
 
 def require_for_run(config: RunConfig) -> None:
@@ -12,7 +13,7 @@ def require_for_run(config: RunConfig) -> None:
     Raises:
         ConfigError: a package is not installed.
     """
-    config.cost.check_can_measure()
+    check_can_measure(config.cost)
     if config.model.gguf_file is not None:
         require_extra("model.gguf_file", config.model.gguf_file, "gguf")
     if config.tracking.tracker != "none":

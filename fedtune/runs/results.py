@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedtune.evaluation.bootstrap import score_direction
-from fedtune.federation.cost import Energy
 from fedtune.federation.early_stopping import Kept
 from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, compute_site_charge
 from fedtune.formatting import finite, unbounded
 from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.run_plan import Plan
+from fedtune.runs.cost import Energy
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.measures import Detail
 from fedtune.version import __version__

@@ -23,9 +23,11 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.shared_settings import localize_settings, read_settings
+from fedtune.sites.site_settings import read_site_settings
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import save_task_model
+from fedtune.training.spec import Machine
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class SiteProcess:
         files = SiteFiles.from_site_toml(self.site_toml)
         if files.policy.simulated:
             raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self.site_toml)
-        return RealSite(self, files, settings)
+        return RealSite(self, files, read_site_settings(self.site_toml).machine, settings)
 
     def work(self, run: str, shared: RunModel, files: SiteFiles) -> SiteWork:
         """Return the run's records with the model; cached until another run arrives, or the file, the policy or the
@@ -123,9 +125,9 @@ class SiteProcess:
 class RealSite(WorkingSite):
     """A site with the records of real people, opened for one request with the settings of a run."""
 
-    def __init__(self, process: SiteProcess, files: SiteFiles, settings: str) -> None:
+    def __init__(self, process: SiteProcess, files: SiteFiles, machine: Machine, settings: str) -> None:
         super().__init__(files, files.open_ledger(), process.parties, members=files.policy.trust.members)
-        self._process, self._files, self._settings = process, files, settings
+        self._process, self._files, self._machine, self._settings = process, files, machine, settings
 
     @property
     def paused(self) -> bool:
@@ -160,7 +162,8 @@ class RealSite(WorkingSite):
 
     def _localize_settings(self, sent: RunConfig) -> RunConfig:
         folder = self._process.site_toml.parent
-        return localize_settings(sent, self._files.policy, folder=folder, installed=self._process.installed)
+        policy, installed = self._files.policy, self._process.installed
+        return localize_settings(sent, policy, self._machine, folder=folder, installed=installed)
 
     def prepare(self, proposal: Proposal) -> Prepared:
         """Check the settings, and load and test the model if this process has not done so yet."""

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedtune.codec import decode
-from fedtune.config import ReportSpec, RunConfig, TrackingSpec, parse
+from fedtune.config import CostSpec, ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.spec import AT_SITE
-from fedtune.federation.cost import CostSpec
 from fedtune.federation.spec import MOST_SITES, FederationSpec, PublicSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import PACKAGE, ModelSpec
@@ -27,7 +26,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
-from fedtune.training.spec import RuntimeSpec
+from fedtune.training.spec import Machine, RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
 _MOST_KEYS = 8  # that a refusal names
@@ -128,13 +127,14 @@ def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
 
 
 def localize_settings(
-    config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]
+    config: RunConfig, policy: Policy, machine: Machine, *, folder: Path, installed: Callable[[str], Path]
 ) -> RunConfig:
     """Replace files, columns and machine in the received settings with the site's own.
 
     Args:
         config: the received configuration, which policy and budget allow.
         policy: the site's policy.
+        machine: the machine on which the site trains.
         folder: the folder of the policy file, from which its relative paths start.
         installed: returns the folder of the base model with a given hash; raises ConfigError if it is not installed.
 
@@ -144,13 +144,13 @@ def localize_settings(
     dataset = next((declared for declared in policy.dataset if declared.id == config.data.dataset), None)
     if dataset is None:
         raise Refused(Reason.DATASET, asked=config.data.dataset)
-    machine = asdict(policy.machine)
+    own = asdict(machine)
     for key in ("num_threads", "micro_batch_tokens", "step_mib"):
-        machine[key] = machine[key] or None
-    if machine["kept_states_folder"]:
-        machine["kept_states_folder"] = str(folder / machine["kept_states_folder"])
-    machine["kept_states_folder"] = machine["kept_states_folder"] or None
-    runtime = RuntimeSpec(**machine, kind="deployment", seeded_noise=config.runtime.seeded_noise)
+        own[key] = own[key] or None
+    if own["kept_states_folder"]:
+        own["kept_states_folder"] = str(folder / own["kept_states_folder"])
+    own["kept_states_folder"] = own["kept_states_folder"] or None
+    runtime = RuntimeSpec(**own, kind="deployment", seeded_noise=config.runtime.seeded_noise)
     try:
         data = config.data.for_site_dataset(dataset, folder=folder)
         return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)

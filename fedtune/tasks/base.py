@@ -114,12 +114,7 @@ class Task(ABC):
     auto_lr_shares: ClassVar[tuple[float, float] | None] = None
     studied: ClassVar[Mapping[float, str]] = {}
     """By a run's signal to noise: what studies kept of the gain of training without privacy (docs/planning.md)."""
-    # a line of Python that makes the answer of `scores`, a vector, and `labels`; empty: `lines` lead to no scores
-    reads: ClassVar[str] = ""
-    scales: ClassVar[str] = ""  # lines of Python from the head's scores to those that `reads` reads
     reads_tokens: ClassVar[bool] = False  # whether the readout is of each token's hidden state, and not of their mean
-    # of Python from a text to what the loaded model makes of it; FOLDER stands for the adapter's
-    usage_snippet: ClassVar[str] = ""
     auto_class: ClassVar[str] = "AutoModel"  # the class of transformers that loads a whole model
     own: Any  # an instance of `settings`, or None; a task that has settings declares their class
 
@@ -480,16 +475,3 @@ def read_target_number(record: Record, bounds: tuple[float, float]) -> float:
         bound = f"must be in data.target_range: {low:g} to {high:g}"
         raise DataError(record.at("target"), "outside the range", bound)
     return number
-
-
-WITH_HEAD = """
-import json
-import torch
-from safetensors.torch import load_file
-
-settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
-head = load_file("FOLDER/head.safetensors")
-tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
-with torch.no_grad():
-"""
-"""The beginning of the `lines` of tasks with a head, up to what they compute of a text."""

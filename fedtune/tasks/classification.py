@@ -21,7 +21,6 @@ class Classification(OneLabelTask):
     name = "classification"
     primary_metric = "accuracy"
     studied = {36: "nine tenths", 17: "three quarters", 6.7: "two fifths", 2.4: "a quarter to nearly all"}  # noqa: RUF012
-    reads = "labels[scores.argmax()]"
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")

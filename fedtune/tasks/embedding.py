@@ -36,15 +36,6 @@ _COUPLED = (
     "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
     "bound what one record does; give a list of public texts, or each record its own column negative"
 )
-_LINES = """
-import torch
-
-tokens = tokenizer(["a text", "another"], padding=True, return_tensors="pt", return_token_type_ids=False)
-with torch.no_grad():
-    hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
-embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-print(embeddings @ embeddings.T)
-"""
 
 
 @spec
@@ -90,7 +81,6 @@ class Embedding(Task):
     hub_name = "sentence-similarity"
     formats = ("peft", "sentence-transformers", "onnx")
     primary_metric = "spearman"
-    usage_snippet = _LINES
     layouts = (roles, ("anchor", "positive", "negative"), ("anchor", "positive"))
 
     def required_roles(self, data: DataSpec) -> tuple[str, ...]:

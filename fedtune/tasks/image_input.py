@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,37 +128,6 @@ class Image(Text):
 
     def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("peft", "safetensors")
-
-    def loading_code(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
-        merged, wrapped = base == folder, f'PeftModel.from_pretrained(model, "{folder}").get_base_model().eval()'
-        own = {
-            "IMPORT": "" if merged else "from peft import PeftModel\n",
-            "MODEL": "model.eval()" if merged else wrapped,
-            "BASE": repr(base),
-            "FOLDER": folder,
-        }
-        return re.sub("|".join(own), lambda found: own[found[0]], _LINES)
-
-
-_LINES = """\
-import json
-import torch
-IMPORTfrom PIL import Image, ImageOps
-from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel
-
-processor, model = AutoImageProcessor.from_pretrained(BASE, backend="pil"), AutoModel.from_pretrained(BASE)
-model = MODEL
-settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
-head = load_file("FOLDER/head.safetensors")
-pixels = processor(images=ImageOps.exif_transpose(Image.open("image.png")).convert("RGB"), return_tensors="pt")
-count = (pixels["pixel_values"].shape[-1] // model.config.patch_size) ** 2
-with torch.no_grad():
-    patches = model(**pixels).last_hidden_state[:, -count:]
-pooled = torch.nn.functional.normalize(patches.mean(1), dim=-1)
-labels, scores = settings["labels"], settings["head"]["scale"] * (pooled @ head["weight"].T)[0]
-"""
-"""From an image to the head's scores."""
 
 
 def _decode_image(record: Record) -> Any:

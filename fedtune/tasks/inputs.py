@@ -6,11 +6,9 @@ for trials.  To add one: write its class in a module of its own, and add it to `
 
 from __future__ import annotations
 
-import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
@@ -22,7 +20,7 @@ from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, fill_template
 from fedtune.data.text_rows import catch_row_error
 from fedtune.data.tokenization import whole_texts
-from fedtune.data.values import FEATURE, NO_NAME, NUMBER
+from fedtune.data.values import FEATURE
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, shown
@@ -122,18 +120,6 @@ class Input(ABC):
     def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         """Return the export formats of a tuned model, given the task's formats for texts."""
         return of_task
-
-    def loading_code(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
-        """Return Python code that computes `scores` and `labels` from a record without fedtune, or None to use the
-        task's code.
-
-        Args:
-            data: the settings of the records.
-            base: a path or id of the base for transformers; the folder itself if the adapter was merged.
-            folder: the folder of the saved model.
-            graph: whether the folder contains an ONNX graph.
-        """
-        return None
 
 
 class Text(Input):
@@ -300,101 +286,7 @@ class Features(Input):
     def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("safetensors", "onnx")
 
-    def loading_code(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
-        row = {name: one.made_up(lambda _: 0) for one in data.features for name in one.columns}
-        shown = {
-            name: None if one.missing == "indicator" else row[name] if one.categories else json.loads(row[name])
-            for one in data.features
-            for name in one.columns
-        }
-        own = {
-            "IMPORT": "import onnxruntime" if graph else "from safetensors.numpy import load_file",
-            "FEATURES": repr(json.dumps([asdict(one) for one in data.features])),
-            "LABELS": repr(list(data.labels)),
-            "NUMBER": repr(NUMBER.pattern),
-            "NOTHING": repr(sorted(NO_NAME)),
-            "ROW": repr(shown),
-            "FOLDER": folder,
-        }
-        lines = _ROW_LINES + (_GRAPH_LINES if graph else _SCALED_LINES)
-        return re.sub("|".join(own), lambda found: own[found[0]], lines)  # once: a column may be called so
 
-
-_ROW_LINES = """\
-import json
-import re
-import numpy as np
-IMPORT
-features = json.loads(FEATURES)
-labels = LABELS
-
-
-def text_of(value):  # a cell as a run reads it; "" is nothing
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if value is None or value != value:
-        return ""
-    if not isinstance(value, (str, int, float, list)):
-        raise ValueError("a value must be a number, a text or a list")
-    if isinstance(value, list):
-        return json.dumps([number_of(one) for one in value])
-    text = value.strip() if isinstance(value, str) else json.dumps(value, allow_nan=False)
-    whole = re.fullmatch(r"([+-]?[0-9]+)[.]0+", text)
-    return text.lower() if text.lower() in ("true", "false") else whole[1] if whole else text
-
-
-def number_of(value):
-    text = text_of(value)
-    if not re.fullmatch(NUMBER, text, re.ASCII) or not np.isfinite(float(text)):
-        raise ValueError("a number must be finite, with a point before decimals")
-    return float(text)
-
-
-def values_of(row):  # by the names of its columns; ValueError for a row that no run can use
-    found = []
-    for one in features:
-        for column in one["columns"]:
-            text, names, size = text_of(row[column]), one["categories"], one["size"]
-            if not text or (text in NOTHING and text not in names):
-                if one["missing"] == "unusable":
-                    raise ValueError(f"{column} must have a value")
-                raw = [float("nan")] * (size or 1)
-            elif names:
-                raw = [names.index(text) if text in names else len(names)]
-            else:
-                held = json.loads(text) if size else [text]
-                if not isinstance(held, list) or len(held) != (size or 1):
-                    raise ValueError(f"{column} must be a list of {size} numbers")
-                raw = [number_of(part) for part in held]
-            found.append((one, np.array(raw, dtype=np.float64)))
-    return found
-
-
-row = ROW
-"""
-_SCALED_LINES = """\
-vector = []
-for one, raw in values_of(row):
-    nothing = np.isnan(raw[0])
-    if one["categories"]:
-        part = np.arange(len(one["categories"]) + 1) == raw[0]
-    else:
-        low, high = one["range"]
-        part = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
-    vector += [*np.where(nothing, 0.0, part), *([float(nothing)] if one["missing"] == "indicator" else [])]
-count = sum(len(one["columns"]) * (one["size"] or 1) for one in features)
-settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
-layers, hidden = load_file("FOLDER/head.safetensors"), np.array(vector) / np.sqrt(count)
-names = {name.rpartition("weight")[0] for name in layers if "weight" in name}
-names = sorted(names, key=lambda name: (len(name), name))
-for place, name in enumerate(names):
-    hidden = np.maximum(hidden, 0) if place else hidden
-    hidden = layers[f"{name}weight"] @ hidden + layers[f"{name}bias"]
-scores = settings["head"]["scale"] * hidden
-"""
-_GRAPH_LINES = """\
-values = np.concatenate([raw for _, raw in values_of(row)])[None].astype(np.float32)
-scores = onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"values": values})[0][0]
-"""
 INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
 """Those of this file; `fedtune.tasks.registry` adds what has a file of its own."""
 

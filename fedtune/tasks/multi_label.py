@@ -38,7 +38,6 @@ class MultiLabel(LabelTask):
     answers = frozenset({"labels"})
     data_settings = LabelTask.data_settings | {"label_separator"}
     primary_metric = "micro_f1"
-    reads = "[label for label, score in zip(labels, scores) if score > 0]"
     target_type = np.int8
 
     def check_data(self, data: DataSpec) -> None:

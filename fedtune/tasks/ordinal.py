@@ -35,7 +35,6 @@ class Ordinal(OneLabelTask):
     name = "ordinal"
     primary_metric = "quadratic_kappa"
     baseline = 0.0
-    reads = "labels[int((scores > 0).sum())]"
 
     def num_outputs(self, spec: TaskModelSpec) -> int:
         return len(spec.labels) - 1

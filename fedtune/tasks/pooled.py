@@ -17,7 +17,7 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task
 from fedtune.tasks.inputs import get_input, get_input_for, require_no_label_texts
 from fedtune.tasks.measures import Detail, Floats, Marks
 
@@ -27,13 +27,6 @@ _LABEL_TOKENS = 64  # a label's text is cut here: a name or a sentence, which bo
 _LABELS_AT_ONCE = 64
 _HEAD_ROWS = 32  # embeddings are filled up to a multiple of this many rows before they are scored
 _SHOWN = 3  # labels in an answer to a person
-_LINES = """\
-    hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
-pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-centerd = torch.nn.functional.normalize(pooled - head["center"], dim=-1)
-labels, scores = settings["labels"], settings["head"]["scale"] * (centerd @ head["weight"].T)[0]
-"""
-"""From a text to the head's scores; a center of zeros changes nothing."""
 
 
 class PooledTask(Task):
@@ -52,8 +45,6 @@ class PooledTask(Task):
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
     # takes until a study of their own says otherwise.
     auto_lr_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
-    usage_snippet = WITH_HEAD + _LINES
-    reads = "scores"
     target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64  # of one value of a target
 
     @abstractmethod

@@ -15,11 +15,6 @@ from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, read_tar
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
 
-_SCALED = """\
-low, high = settings["target_range"]
-scores = (low + high) / 2 + (high - low) / 2 * scores
-"""
-
 
 class Regression(PooledTask):
     """The prediction is the middle of `data.target_range` + half its width * scale * W x.
@@ -34,8 +29,6 @@ class Regression(PooledTask):
     roles = ("text", "target")
     answers = frozenset({"target"})
     data_settings = PooledTask.data_settings | {"target_range"}
-    scales = _SCALED
-    reads = "float(scores[0])"
     target_type = np.float32
 
     def check_data(self, data: DataSpec) -> None:

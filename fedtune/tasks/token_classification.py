@@ -29,7 +29,7 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task
 from fedtune.tasks.inputs import require_no_label_texts
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import place_of
@@ -43,13 +43,6 @@ _MOST_OF_A_WORD = 1 << 40
 _HEAD_ROWS = 4
 """Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
 and the shortest window of a step has 12."""
-_LINES = """\
-    hidden = model(**tokens).last_hidden_state[0]
-tags = ["O", *(f"{mark}-{label}" for label in settings["labels"] for mark in "BI")]
-scores = settings["head"]["scale"] / hidden.shape[1] ** 0.5 * hidden @ head["weight"].T
-# A word's tag is that of its first token: no other was trained.
-print([tags[place] for place in scores.argmax(dim=1)])
-"""
 
 
 Marked: TypeAlias = tuple[str, list[Entity]]
@@ -77,7 +70,6 @@ class TokenClassification(Task):
     primary_metric = "strict_f1"
     baseline = 0.0  # of no entity anywhere: nothing is found
     studied = {10: "three fifths", 5: "three eighths", 2.4: "a fifth"}  # noqa: RUF012
-    usage_snippet = WITH_HEAD + _LINES
     layouts = (roles, ("text", "spans"))
 
     def required_roles(self, data: DataSpec) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import math
 import re
 from typing import Literal
 
-from fedtune.privacy.site_policy import Machine
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, spec
 
 _LARGEST_RATE = 1e9  # beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round
@@ -123,6 +122,57 @@ def choose_learning_rate(*, steps: int, sampled: float, noise_multiplier: float,
 def _check_rate(key: str, value: float) -> None:
     check_positive(key, value)
     check_at_most(key, value, _LARGEST_RATE)
+
+
+@spec
+class Machine:
+    """The machine of a run or of a site; in a `site.toml` 0 or "" stand for null.
+
+    These settings only affect rounding and speed.
+
+    Attributes:
+        device: "auto" (an accelerator if the torch build can use one), "cpu" or "cuda".
+        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, the number
+            of processes.  The result is bit-identical.  A run without privacy uses one.  null: one; for `fedtune
+            simulate` on a CPU one per core, at most 4, if the run has enough gradients to make up for the start of the
+            processes.
+        num_threads: the number of torch threads in every process; null: one per core, divided among the processes, or
+            the value of OMP_NUM_THREADS if that is lower.
+        micro_batch_tokens: the most padded tokens in a micro-batch; it does not change a single bit of a private run.
+            null: 512 per CPU thread, at most 2,048, since larger micro-batches are no faster and take longer to test;
+            16,384 on a GPU.
+        step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the means of users.
+            Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of
+            the machine's memory, divided among the processes, or four fifths of a GPU's memory, both minus the model.
+        kept_states_mib: the memory in MiB for caching each record's output of the frozen layers below the adapters, for
+            all sites of a process together, and as much again for each of the lead's data sets.  If the outputs do not
+            fit, they go to `kept_states_folder`; without that folder nothing is cached, which takes several times as
+            long, and a run reports it at its start.  null: a quarter of the machine's available memory.  0 caches
+            nothing in memory.
+        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of its free
+            space.  Nobody can open the cached data, which disappears with the process, however it ends.
+        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD CPUs
+            and as exact; false leaves it to torch.
+        gradient_checkpointing: true recomputes activations in the backward pass, for large models.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_devices: int | None = None
+    num_threads: int | None = None
+    micro_batch_tokens: int | None = None
+    step_mib: int | None = None
+    kept_states_mib: int | None = None
+    kept_states_folder: str | None = None
+    onednn: bool = True
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("micro_batch_tokens", "step_mib", "kept_states_mib"), (0, math.inf))
+        # Each device takes a process with a model of its own; a system runs out of threads somewhere above.
+        for key, (least, most) in {"num_devices": (1, 64), "num_threads": (0, 1024), **sizes}.items():
+            if (number := getattr(self, key)) is not None:
+                check_at_least(key, number, least)
+                check_at_most(key, number, most)
 
 
 @spec

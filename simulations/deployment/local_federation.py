@@ -21,7 +21,7 @@ from typing import Any
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.privacy.site_policy import Asserted, Machine
+from fedtune.privacy.site_policy import Asserted
 from fedtune.sites.run_records import partition_run_records
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
@@ -61,17 +61,16 @@ class LocalFederation:
                 writer.writerows([record.fields[role] for role in roles] for record in records.training)
             policy = generate_policy(sent, sent.plan(), name, lead=lead)
             dataset = replace(policy.dataset[0], path="records.csv", columns={role: role for role in roles})
-            # Room for several runs; one thread, since all sites share this machine.
+            # Room for several runs.
             budget = replace(policy.budget, max_epsilon=20 * policy.budget.max_epsilon)
             policy = replace(
                 policy,
                 dataset=(dataset,),
                 budget=budget,
-                machine=Machine(num_threads=1),
                 simulated=False,
                 asserted=Asserted(no_person_at_another_site=True),
             )
-            write_policy(policy, place / "site.toml")
+            write_policy(policy, place / "site.toml", others=_ONE_THREAD)
             commands.append(["site", "init", "--site", f"{name}/site.toml"])
             commands.append(
                 ["provision", "add-site", f"{name}/kit/join_request.json", "--federation", "fed", "--compared"]
@@ -90,7 +89,7 @@ class LocalFederation:
             path = self.folder / name / "site.toml"
             policy = read_policy(path)
             members = {other: request["site_key"] for other, request in requests.items() if other != name}
-            write_policy(replace(policy, trust=replace(policy.trust, members=members)), path)
+            write_policy(replace(policy, trust=replace(policy.trust, members=members)), path, others=_ONE_THREAD)
 
     @contextlib.contextmanager
     def up(self) -> Iterator[None]:
@@ -163,6 +162,7 @@ def fedtune(folder: Path, *arguments: str) -> None:
     _python(folder, "-m", "fedtune", *arguments)
 
 
+_ONE_THREAD = {"machine": {"num_threads": 1}}  # since all sites share this machine
 _ONE_AFTER_THE_OTHER = """
 import json, sys
 from fedtune.cli.main import main

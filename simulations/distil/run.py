@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fedtune.api.compose import compose_recipe
 from fedtune.config import saved_config
-from fedtune.export.distillation import distil
+from fedtune.lab.distillation import distil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

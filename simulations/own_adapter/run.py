@@ -26,8 +26,8 @@ import numpy as np
 from fedtune.api.compose import compose_recipe
 from fedtune.config import saved_config
 from fedtune.data.load import split_key
+from fedtune.lab.personalization import Parts, personalize
 from fedtune.runs.model_comparison import compare_runs
-from fedtune.sites.personalization import Parts, personalize
 from fedtune.sites.run_records import partition_run_records
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.audit import audit, parse_audit_spec, show_findings
+from fedtune.cli.audit import audit
 from fedtune.evaluation import audit_bound
-from fedtune.lab.audit.spec import AuditSpec
+from fedtune.lab.audit.findings import show_findings
+from fedtune.lab.audit.spec import AuditSpec, parse_audit_spec
 from fedtune.report.derive.verdicts import refuted_bounds
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.spec import ConfigError

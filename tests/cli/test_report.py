@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from fedtune.cli.report import format_verdict
+from fedtune.config import AboutSpec
 from fedtune.formatting import spoken
 from fedtune.ops.kits.members import Roster
-from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import from_ledger, signing
@@ -116,7 +116,7 @@ def test_registry_entry_lists_fields_that_need_a_person(run_folder: Path, tmp_pa
 
 def test_registry_fields_of_a_site_come_from_its_policy(lived: Any, tmp_path: Path) -> None:
     policy = read_policy(lived.site_toml)
-    write_policy(replace(policy, about=AboutSpec(curator="Hospital of the North")), lived.site_toml)
+    write_policy(policy, lived.site_toml, others={"about": {"curator": "Hospital of the North"}})
     assert read_policy(lived.site_toml).digest() == policy.digest()
     out = command("report", str(lived.site_toml), "--registry", "--output", str(tmp_path)).printed
     entry = json.loads((tmp_path / "registry.json").read_text())

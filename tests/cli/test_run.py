@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.run import start_run
+from fedtune.cli.real_run import start_run
 from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.data.spec import AT_SITE
@@ -188,7 +188,7 @@ def test_resuming_with_the_same_words_skips_site_count_checks(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Any] = []
-    monkeypatch.setattr("fedtune.cli.run.start_run", lambda words, **_: begun.append(words))
+    monkeypatch.setattr("fedtune.cli.real_run.start_run", lambda words, **_: begun.append(words))
     typed = words(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
     assert command("run", "--kit", str(kit.folder), "--or-resume", *typed).code == 0
     assert begun == [tuple(typed)]
@@ -209,7 +209,7 @@ def test_run_stop_ends_only_the_recorded_process(folder: Path, runner: Any, monk
     process = runner()
     assert command(*stop).printed == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` resumes it.\n"
     assert process.wait(timeout=5) != 0
-    monkeypatch.setattr("fedtune.cli.run._STOP_S", 0.3)
+    monkeypatch.setattr("fedtune.cli.real_run._STOP_S", 0.3)
     process = runner(deaf=True)
     message = command(*stop).failed(1)
     assert message.startswith(f"process {process.pid} has not stopped within 0.3 s")
@@ -328,7 +328,7 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", trained)
     monkeypatch.setattr(LeadService, "fit_to_budgets", lambda self, config: config)
-    monkeypatch.setattr("fedtune.cli.run.show_run", lambda config, *arguments, **others: begun.append(config))
+    monkeypatch.setattr("fedtune.cli.real_run.show_run", lambda config, *arguments, **others: begun.append(config))
     start_run(typed, kit=kit, metrics=None)
     stage, run = begun
     assert (stage.declared_sizes(), stage.runtime.kind, stage.privacy.private) == ({"lead": 3}, "simulation", False)

@@ -17,7 +17,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.ops.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.site_policy import Asserted, Machine, Policy
+from fedtune.privacy.site_policy import Asserted, Policy
 from fedtune.sites.run_records import partition_run_records
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
@@ -56,6 +56,10 @@ def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
 
 
+ONE_THREAD = {"machine": {"num_threads": 1}}
+"""Of each site's site.toml, since all sites share this machine."""
+
+
 @cache
 def _sent() -> RunConfig:
     """What sites are asked in these tests, as far as policies go."""
@@ -77,7 +81,6 @@ def policy_for(site: str, *, lead: str) -> Policy:
         allow=replace(
             policy.allow, base_models=(*policy.allow.base_models, MINILM), target_modules=modules, max_rank=8
         ),
-        machine=Machine(num_threads=1),
         simulated=False,
         asserted=Asserted(no_person_at_another_site=True),
     )
@@ -133,7 +136,7 @@ class Federation:
         site = SiteFolder(self.folder / "sites" / name, name, self)
         site.folder.mkdir(parents=True, exist_ok=True)
         write_records(site.folder / "questions.csv", records)
-        write_policy(policy_for(name, lead=self.lead_key), site.site_toml)
+        write_policy(policy_for(name, lead=self.lead_key), site.site_toml, others=ONE_THREAD)
         self.do("site", "init", "--site", str(site.site_toml))
         request = site.kit / "join_request.json"
         site.site_key = json.loads(request.read_bytes())["site_key"]

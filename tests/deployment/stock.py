@@ -23,7 +23,7 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 
 from ..flower.loopback import free_port
 from ..processes import REPOSITORY, Process, environment, wait_for
-from .federation import Federation
+from .federation import ONE_THREAD, Federation
 from .networks import Network
 from .site_folder import HELD_SITE, SiteFolder
 
@@ -131,7 +131,7 @@ class StockFederation(Federation):
     def start_site(self, site: SiteFolder) -> None:
         """The site's process, which has no interface of any network, and whose training a test can hold up."""
         socket = self.public / f"{site.name}-socket" / "site.sock"
-        write_policy(replace(read_policy(site.site_toml), socket=str(socket)), site.site_toml)
+        write_policy(replace(read_policy(site.site_toml), socket=str(socket)), site.site_toml, others=ONE_THREAD)
         program = [*AS_GROUP, sys.executable, str(HELD_SITE), str(site.folder)]
         site.up = self.run(site.name, site.name, ["unshare", "--net", *program, "site", "start", *site.own])
 

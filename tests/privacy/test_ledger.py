@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import events, filter
-from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.ledger import site_ledger as ledger_module
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
@@ -343,8 +342,8 @@ def test_stricter_policy_stops_a_running_run(opened: Any, change: dict[str, Any]
 
 
 def test_policy_changes_are_recorded_with_their_digests(opened: Any, path: Path) -> None:
-    other, told = policy(limits={"max_rounds": 4}), policy(about=AboutSpec(curator="a hospital"))
-    for each in (policy(), policy(), told, other, other, policy()):  # words for a register are no other policy
+    other, heard = policy(limits={"max_rounds": 4}), policy(socket="site.sock")
+    for each in (policy(), policy(), heard, other, other, policy()):  # the way of messages is no other policy
         opened(policy=each)
     notes = [event.detail for event in verify(path).events if event.detail.get("what") == "policy"]
     assert [note["sha256"] for note in notes] == [policy().digest(), other.digest(), policy().digest()]

@@ -18,6 +18,7 @@ from fedtune.privacy.policy_file import policy_from_json, read_policy, write_pol
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Dataset, Policy
+from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError
 
 from .builders import changed, lead_key, policy, proposal, reason_of, reserve, site_key
@@ -72,8 +73,8 @@ def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_
     for site in (read_policy(site_toml), read_policy(filled_in)):
         found = dataclasses.asdict(site.limits) | dataclasses.asdict(site.allow) | dataclasses.asdict(site.releases)
         assert found.items() >= left_out.items()
-    site_toml.write_text(site_toml.read_text().partition("[machine]")[0] + '[machine]\ndevice = "cpu"\n')
-    assert read_policy(site_toml).machine == replace(read_policy(filled_in).machine, device="cpu")
+    write_policy(policy(), site_toml, others={"machine": {"device": "cpu"}})
+    assert read_site_settings(site_toml).machine == replace(read_site_settings(filled_in).machine, device="cpu")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -119,6 +120,13 @@ def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> N
             policy_from_json(fields)
 
 
+def test_a_mistake_beside_the_policy_is_named_by_its_own_reader(site_toml: Path) -> None:
+    write_policy(policy(), site_toml, others={"machine": {"num_threads": -1}, "about": {"curator": "north"}})
+    assert read_policy(site_toml) == policy(), "neither decides on anything"
+    with pytest.raises(ConfigError, match=r"site.toml: machine.num_threads = -1: must be a finite number of at least"):
+        read_site_settings(site_toml)
+
+
 def test_policy_file_keys_match_the_policy_fields(site_toml: Path) -> None:
     # Each table of the file has exactly the fields of its class.
     table = tomllib.loads(site_toml.read_text())
@@ -145,11 +153,15 @@ def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path
 
 def test_template_lists_and_explains_every_key(filled_in: Path) -> None:
     table = tomllib.loads(filled_in.read_text())
-    read = read_policy(filled_in)
-    for name, spec in [("", read), *((field.name, getattr(read, field.name)) for field in dataclasses.fields(read))]:
+    specs = {
+        field.name: getattr(read, field.name)
+        for read in (read_policy(filled_in), read_site_settings(filled_in))
+        for field in dataclasses.fields(read)
+    }
+    assert set(table) == set(specs)
+    for name, spec in specs.items():
         if dataclasses.is_dataclass(spec):
-            keys = {field.name for field in dataclasses.fields(spec)}
-            assert keys == set(table[name] if name else table), f"[{name}] of the template"
+            assert {field.name for field in dataclasses.fields(spec)} == set(table[name]), f"[{name}] of the template"
     assert all({"id", "declared_size", "path", "columns"} == set(each) for each in table["dataset"])
     before = ""
     for line in TEMPLATE.read_text().splitlines():

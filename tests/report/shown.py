@@ -16,7 +16,6 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter
 
-from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.keys import SigningKey
@@ -27,6 +26,7 @@ from fedtune.report.facts import BudgetVerdict, Cap, LedgerFacts, Release, RunFa
 from fedtune.report.model import Assumption, EpsilonStep, Report
 from fedtune.report.page import render
 from fedtune.report.verify_report import derive_report, problems
+from fedtune.runs.cost import Energy
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedtune.privacy.about import AboutSpec
+from fedtune.config import AboutSpec
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report

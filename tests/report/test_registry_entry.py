@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.about import AboutSpec
+from fedtune.config import AboutSpec
 from fedtune.report import registry_entry as registry
 from fedtune.report import signing
 from fedtune.report.model import Report

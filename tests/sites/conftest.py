@@ -3,9 +3,10 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,11 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import Machine
 from fedtune.sites import work
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.site_settings import read_site_settings
 from fedtune.sites.virtual_site import Participants, generate_policy
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
@@ -147,11 +148,12 @@ class Station:
     def installed(self, sha256: str) -> Path:
         raise ConfigError("base model", sha256, "is not installed")
 
-    def edit(self, **changes: Any) -> None:
-        """Write another policy: tables are changed by dicts, the one data set by `dataset`."""
-        policy = read_policy(self.site_toml)
+    def edit(self, *, machine: Any = MappingProxyType({}), **changes: Any) -> None:
+        """Write another policy or machine: tables are changed by dicts, the one data set by `dataset`."""
+        policy, there = read_policy(self.site_toml), read_site_settings(self.site_toml).machine
         dataset = replace(policy.dataset[0], **changes.pop("dataset", {}))
-        write_policy(changed(policy, **changes, dataset=(dataset,)), self.site_toml)
+        others = {"machine": asdict(replace(there, **machine))}
+        write_policy(changed(policy, **changes, dataset=(dataset,)), self.site_toml, others=others)
 
     def ledger(self) -> SiteLedger:
         return SiteFiles.from_site_toml(self.site_toml).open_ledger()
@@ -212,8 +214,9 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any
         policy = generate_policy(sent, sent.plan(), name, lead=lead_key.public)
         columns = COLUMNS if config.privacy.unit == "record" else {**COLUMNS, "user": "kind"}
         columns |= {} if config.privacy.cohorts is None else {"user": "who", "arrival": "came"}
-        own = {"machine": Machine(device="cpu", num_threads=1), "asserted": {"no_person_at_another_site": True}}
-        write_policy(changed(policy, simulated=False, **own), made.site_toml)
+        asserted = {"no_person_at_another_site": True}
+        others = {"machine": {"device": "cpu", "num_threads": 1}}
+        write_policy(changed(policy, simulated=False, asserted=asserted), made.site_toml, others=others)
         budget = {"max_epsilon": 10 * policy.budget.max_epsilon}
         made.edit(dataset={"path": made.data.name, "columns": columns}, budget=budget)
         write_records(made.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(40)])

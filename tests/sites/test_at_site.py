@@ -15,12 +15,13 @@ from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import Dataset, Machine, Policy
+from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import localize_settings, settings_for_own_site, settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
+from fedtune.training.spec import Machine
 
 from ..privacy.builders import reason_of
 from .conftest import COLUMNS, LABELS, TABLE, letters, write_records
@@ -32,20 +33,18 @@ STORE = Path("/srv/site/kit/models")
 
 @pytest.fixture
 def policy(lead_key: SigningKey) -> Policy:
-    """A policy with places, columns and a machine of its own, and a second data set."""
+    """A policy with places and columns of its own, and a second data set."""
     sent = settings_for_sites(letters())
     made = generate_policy(sent, sent.plan(), "north", lead=lead_key.public)
     letters_of_north = Dataset(id="letters", declared_size=40, path="private/mail.csv", columns=COLUMNS)
-    sizes = {"num_devices": 2, "num_threads": 3, "micro_batch_tokens": 77, "kept_states_mib": 5}
-    machine = Machine(device="cpu", gradient_checkpointing=True, **sizes)
     other = Dataset(id="notes", declared_size=40, path="/elsewhere/notes.jsonl")
-    return replace(made, dataset=(other, letters_of_north), machine=machine)
+    return replace(made, dataset=(other, letters_of_north))
 
 
-def here(sent: RunConfig, policy: Policy, **about: Any) -> RunConfig:
+def here(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about: Any) -> RunConfig:  # noqa: B008
     """At a site where no model is installed, unless a keyword says so."""
     nothing = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
-    return localize_settings(sent, policy, folder=FOLDER, **{"installed": nothing, **about})
+    return localize_settings(sent, policy, machine, folder=FOLDER, **{"installed": nothing, **about})
 
 
 def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -> None:
@@ -55,20 +54,21 @@ def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -
         runtime=dict.fromkeys(("kept_states_folder", "sites_dir"), "/etc")
         | {"device": "cuda", "num_devices": 9, "num_threads": 99, "micro_batch_tokens": 1 << 40},
     )
-    config = here(hostile, policy)
+    sizes = {"num_devices": 2, "num_threads": 3, "micro_batch_tokens": 77, "kept_states_mib": 5}
+    machine = Machine(device="cpu", gradient_checkpointing=True, **sizes)
+    config = here(hostile, policy, machine)
     assert config.data.train_file == "/srv/site/private/mail.csv"
     assert config.data.columns == {"text": "body", "label": "kind"}
     runtime = config.runtime
     assert (runtime.device, runtime.num_devices, runtime.num_threads) == ("cpu", 2, 3)
     assert runtime.micro_batch_tokens == 77
     assert runtime.kept_states_folder is None
-    there = replace(policy, machine=replace(policy.machine, kept_states_folder="fast"))
-    assert here(hostile, there).runtime.kept_states_folder == "/srv/site/fast"
+    there = replace(machine, kept_states_folder="fast")
+    assert here(hostile, policy, there).runtime.kept_states_folder == "/srv/site/fast"
     assert runtime.onednn
-    slower = replace(policy, machine=replace(policy.machine, onednn=False))
-    assert not here(hostile, slower).runtime.onednn
+    assert not here(hostile, policy, replace(machine, onednn=False)).runtime.onednn
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
-    assert here(letters(), replace(policy, machine=Machine())).runtime.num_threads is None, "every core"
+    assert here(letters(), policy).runtime.num_threads is None, "every core"
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 
 
@@ -186,7 +186,7 @@ def test_data_check_reads_the_file_as_training_does(site: Any) -> None:
     assert (file.rows, file.uses, sum(file.num_errors.values())) == (41, {"train": 40}, 1)
     sent = settings_for_sites(site.config)
     trained = localize_settings(
-        sent, read_policy(site.site_toml), folder=site.folder, installed=lambda sha256: site.folder
+        sent, read_policy(site.site_toml), Machine(), folder=site.folder, installed=lambda sha256: site.folder
     )
     assert replace(config.data, declared_sizes=trained.data.declared_sizes) == trained.data
 

@@ -9,8 +9,8 @@ import pytest
 
 from fedtune.data.features import FeatureSpec, encode_features
 from fedtune.data.records import parse_record
+from fedtune.report.loading_code import input_loading_code
 from fedtune.spec import DataError
-from fedtune.tasks.inputs import get_input_for
 
 from ..data.conftest import data_spec
 
@@ -35,7 +35,7 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def exported() -> Callable[[dict[str, Any]], Any]:
-    lines = get_input_for(DATA).loading_code(DATA, base="", folder="folder")
+    lines = input_loading_code(DATA, base="", folder="folder")
     assert lines is not None
     reading, _, rest = lines.partition("row = ")
     scaling = rest[rest.index("vector = []") : rest.index("settings = ")]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedtune.api.compose import override_key, override_value
 from fedtune.config import first_error
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
+
+PREFIX = "audit."
+"""Of the keys of an audit's own settings among a run's overrides."""
 
 
 @spec
@@ -69,3 +73,12 @@ class AuditSpec:
         for site in self.sites:
             if self.sites.count(site) > 1:
                 raise ConfigError("sites", site, "is named twice")
+
+
+def parse_audit_spec(overrides: Sequence[str]) -> AuditSpec:
+    """Build the audit's own settings from overrides such as `audit.canaries=500`."""
+    given = {override_key(override): override_value(override) for override in overrides}
+    for key, value in given.items():
+        if isinstance(value, bool):
+            raise ConfigError(key, str(value), "must be one plain value")
+    return AuditSpec.from_mapping({key.removeprefix(PREFIX): value for key, value in given.items()})

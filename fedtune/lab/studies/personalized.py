@@ -17,8 +17,8 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, check_one_of
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
+    from fedtune.lab.personalization import Parts
     from fedtune.runs.model_comparison import SideBySide
-    from fedtune.sites.personalization import Parts
 
 OWN, SHARED, ALONE = "own", "shared", "alone"
 
@@ -77,7 +77,7 @@ def split_site_records(config: RunConfig, sites: Sequence[str] = ()) -> dict[str
     for site in sites:
         check_one_of("SITE", site, config.federation.active)
     from fedtune.data.load import split_key
-    from fedtune.sites.personalization import Parts
+    from fedtune.lab.personalization import Parts
     from fedtune.sites.run_records import partition_run_records
 
     dealt = dict(zip(config.federation.names, partition_run_records(config).sites, strict=True))
@@ -97,9 +97,9 @@ def make_personalized(
     lenient: bool = False,
 ) -> Personalized:
     """Train a site's personalized adapter in `into`, and score it against the shared adapter and training alone."""
+    from fedtune.lab.personalization import personalize as train
     from fedtune.report.page.render import render_personalized_label
     from fedtune.runs.model_comparison import compare_runs
-    from fedtune.sites.personalization import personalize as train
 
     with TemporaryDirectory() as scratch:
         alone = Path(scratch, "adapter")

@@ -19,7 +19,9 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
+from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, DataError, FedtuneError
+from fedtune.training.spec import Machine
 
 _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
 
@@ -39,6 +41,7 @@ class Examination:
     timeout_s: float = 10.0  # of each connection
     kit: Kit = field(init=False)
     files: SiteFiles = field(init=False)
+    machine: Machine = field(init=False)
     history: History = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ class Examination:
         yield (("base models",), (_KIT, _POLICY), lambda: site_checks.check_base_models(self.kit, self.policy))
         yield (("memory",), (), self._check_memory)
         gpu = machine_checks.probe_gpu
-        yield (("GPU",), (_POLICY,), lambda: [machine_checks.check_gpu(self.policy.machine.device, ask=gpu)])
+        yield (("GPU",), (_POLICY,), lambda: [machine_checks.check_gpu(self.machine.device, ask=gpu)])
         data = partial(site_checks.check_data_sets, folder=self.site_toml.parent, log=self._log)
         yield (("data",), (_POLICY,), lambda: data(self.policy))
         yield (("ledger",), (_POLICY,), self._read_ledger)
@@ -121,6 +124,7 @@ class Examination:
     def _read_policy(self) -> Iterator[DoctorCheck]:
         try:
             self.files = SiteFiles.from_site_toml(self.site_toml)
+            self.machine = read_site_settings(self.site_toml).machine
         except ConfigError as error:
             fix = "Fix the problem named here; `fedtune site template` explains every key."
             yield from_error("policy", error, fix=fix)

@@ -32,6 +32,7 @@ from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreach
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # our own wire needs Flower's inside, which a site behind a socket does without
@@ -139,6 +140,7 @@ class SiteService:
 
     def _check_files(self, state: SiteState) -> SiteFiles:
         files = self.kit.site_files(self.site_toml)
+        read_site_settings(self.site_toml)  # a mistake there is told of before anything is answered
         if not (files.policy.key_command or files.site_key.is_file()):
             bound = "is missing: `fedtune site init` created it, and the ledger cannot continue without it"
             raise ConfigError("site_key", str(files.site_key), bound)

@@ -10,49 +10,30 @@ Only the local machine is measured: the whole run in a simulation, the lead's pa
 from __future__ import annotations
 
 import logging
-import re
 import time
 from contextlib import suppress
 from typing import Any
 
+from fedtune.config import CostSpec
 from fedtune.extras import require_extra
 from fedtune.spec import ConfigError, spec
 
 
-@spec
-class CostSpec:
-    """Settings for measuring the energy use of a run; they change no result.
+def check_can_measure(spec: CostSpec) -> None:
+    """Check, before a run begins, that codecarbon can measure what the settings ask for.
 
-    Attributes:
-        energy: measure the energy that this machine uses, with codecarbon (the extra `cost`).
-        country: three-letter code (DEU, FRA, USA) of the country that supplies the electricity, used to compute the
-            carbon emissions; null: no carbon figure.
+    Raises:
+        ConfigError: codecarbon is not installed, or does not know the country.
     """
+    if not spec.energy:
+        return
+    require_extra("cost.energy", True, "cost", "codecarbon")
+    if spec.country is not None:
+        from codecarbon.input import DataSource
 
-    energy: bool = False
-    country: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.country is not None and not re.fullmatch("[A-Z]{3}", self.country):
-            raise ConfigError("country", self.country, "must be a code of three capital letters, such as DEU or USA")
-        if self.country is not None and not self.energy:
-            raise ConfigError("country", self.country, "needs cost.energy=true")
-
-    def check_can_measure(self) -> None:
-        """Check, before a run begins, that codecarbon can measure what the settings ask for.
-
-        Raises:
-            ConfigError: codecarbon is not installed, or does not know the country.
-        """
-        if not self.energy:
-            return
-        require_extra("cost.energy", True, "cost", "codecarbon")
-        if self.country is not None:
-            from codecarbon.input import DataSource
-
-            known = DataSource().get_global_energy_mix_data()
-            if self.country not in known:
-                raise ConfigError("cost.country", self.country, f"must be one of {len(known)} that codecarbon knows")
+        known = DataSource().get_global_energy_mix_data()
+        if spec.country not in known:
+            raise ConfigError("cost.country", spec.country, f"must be one of {len(known)} that codecarbon knows")
 
 
 @spec
@@ -73,7 +54,7 @@ class Energy:
 class Meter:
     """An energy meter that runs from its construction on, if the settings ask for it.
 
-    Call `CostSpec.check_can_measure` first.
+    Call `check_can_measure` first.
     """
 
     def __init__(self, spec: CostSpec) -> None:

