@@ -33,6 +33,7 @@ from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.measures import Detail
+from fedtune.tasks.registry import tokenize_separately
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products, uses_unfused_attention
@@ -298,7 +299,8 @@ class RunModel:
     def tokenize_records(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`, or where a run leaves some out: whatever they are."""
         within = self.model.num_ids if lenient or self.config.data.skips_bad_records else None
-        return self.model.task.tokenize(records, self.tokenizer, data=self.config.data, lenient_within=within)
+        data = self.config.data
+        return tokenize_separately(self.model.task, records, self.tokenizer, data=data, lenient_within=within)
 
     @cached_property
     def validation(self) -> LeadData | None:

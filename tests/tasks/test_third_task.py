@@ -1,4 +1,4 @@
-"""A third task, defined here alone: the commands run it as they run the tasks that fedtune brings along."""
+"""A third task, defined here alone by public names: the commands run it as they run the tasks that fedtune brings along."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,19 +9,33 @@ import pytest
 import torch
 
 from fedtune.config import saved_config
-from fedtune.data import Batch, Record, TextDataset
-from fedtune.data.spec import DataSpec
-from fedtune.data.tokenization import Targets, Tokenizer, encode, max_characters
-from fedtune.model.spec import TaskModelSpec
 from fedtune.sites.shared_settings import read_settings, serialize_for_sites, settings_for_sites
-from fedtune.spec import check_at_least, spec
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
-from fedtune.tasks.inputs import mean_pool
+from fedtune.tasks import (
+    Batch,
+    DataSpec,
+    Draws,
+    FirstTarget,
+    Ids,
+    Model,
+    Record,
+    Targets,
+    Task,
+    TaskModelSpec,
+    TextDataset,
+    Tokenizer,
+    check_at_least,
+    encode,
+    max_characters,
+    mean_pool,
+    register,
+    spec,
+)
 from fedtune.tasks.registry import TASKS
 
 from ..conftest import command, result_of, simulate, tiny
 
 HEADS = ("length", "room")
+OWN = "or a task of your own that is installed here (docs/own_task.md)"
 
 
 @spec
@@ -81,7 +95,7 @@ class TextLength(Task):
 
 @pytest.fixture(scope="module", autouse=True)
 def listed() -> Iterator[None]:
-    TASKS[TextLength.name] = TextLength()
+    register(TextLength)
     yield
     del TASKS[TextLength.name]
 
@@ -115,7 +129,7 @@ def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
 
 def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
     sent = settings_for_sites(saved_config(folder))
-    assert read_settings(serialize_for_sites(sent), plan=sent.plan()).bound_task.own == LengthSettings(longest=20)
+    assert read_settings(serialize_for_sites(sent), plan=sent.plan(), task=sent.task).bound_task.own == LengthSettings(longest=20)
     assert json.loads((folder / "adapter" / "fedtune.json").read_text())["task_settings"] == {"longest": 20}
     recipe = folder.parent / "lengths.yaml"
     for given, message in (
@@ -140,4 +154,4 @@ def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_pa
     refused = command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
     assert refused == "--merge: is not available for task text_length, which has only adapters"
     refused = command("simulate", *tiny("task=riddles", into=tmp_path)).failed()
-    assert refused == f"task = 'riddles': must be one of {', '.join(TASKS)}", "one that is not listed"
+    assert refused == f"task = 'riddles': must be one of {', '.join(TASKS)}, {OWN}", "one that is not listed"
