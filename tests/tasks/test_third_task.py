@@ -129,7 +129,9 @@ def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
 
 def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
     sent = settings_for_sites(saved_config(folder))
-    assert read_settings(serialize_for_sites(sent), plan=sent.plan(), task=sent.task).bound_task.own == LengthSettings(longest=20)
+    assert read_settings(serialize_for_sites(sent), plan=sent.plan(), task=sent.task).bound_task.own == LengthSettings(
+        longest=20
+    )
     assert json.loads((folder / "adapter" / "fedtune.json").read_text())["task_settings"] == {"longest": 20}
     recipe = folder.parent / "lengths.yaml"
     for given, message in (
