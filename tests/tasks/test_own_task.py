@@ -1,15 +1,16 @@
-"""A task of one's own, as docs/own_task.md has it: it runs, it is refused where it mixes records, and its code is named."""
+"""A task of one's own, as in docs/own_task.md: it runs, is refused if it mixes records, and its code is recorded."""
 
 import hashlib
 import importlib
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import fedtune
 from fedtune.data import Record
@@ -25,11 +26,9 @@ from ..data.conftest import data_spec
 PAGE = (Path(__file__).parents[2] / "docs" / "own_task.md").read_text()
 CLASS, SIMULATION = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 SCRIPTS = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
-TINY = {
-    **{"model": "random_bert", "lora": "all_linear", "federation.num_rounds": 1, "training.local_steps": 1},
-    **{"data.max_length": 16, "training.ignore_weak_signal": True, "runtime.num_threads": 1},
-    "privacy.noise_multiplier": 4.0,
-}
+SMALL = """model=random_bert lora=all_linear federation.num_rounds=1 training.local_steps=1 data.max_length=16
+    privacy.noise_multiplier=4.0 training.ignore_weak_signal=true runtime.num_threads=1"""
+TINY = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in SMALL.split())}
 
 
 @pytest.fixture
@@ -50,14 +49,14 @@ def small(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings that each `fedtune.simulate` of the test takes beside its own, such as a tiny model."""
     rows = [f"case {n} of ward {n % 7},{n % 60},{('north', 'south')[n % 2]}" for n in range(120)]
     (work / "cases.csv").write_text("\n".join(["report,days,clinic", *rows]))
-    added, simulate = dict(TINY), fedtune.simulate
-    monkeypatch.setattr(fedtune, "simulate", lambda recipe, settings: simulate(recipe, settings | added))
+    added, simulate = dict[str, Any](), fedtune.simulate
+    monkeypatch.setattr(fedtune, "simulate", lambda recipe, settings: simulate(recipe, settings | TINY | added))
     return added
 
 
 def declare(folder: Path, package: str, entry: str) -> None:
     """Make a folder on the path an installed package with this entry point."""
-    info = folder / f"{package}-1.0.dist-info"
+    info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[fedtune.tasks]\n{entry}\n")
@@ -70,8 +69,8 @@ def test_documented_task_is_simulated_and_its_code_is_recorded(work: Path, small
     exec(SIMULATION, names)
     run, sha256 = names["run"], hashlib.sha256(CLASS.encode()).hexdigest()
     assert run.config.task_settings.quantile == 0.8
-    assert set(run.metrics) >= {"coverage", "loss"} or run.metrics == {}
-    assert set(run.predict("a case of ward 2")) == {"number"}
+    assert {"coverage", "width", "loss"} <= set(run.metrics)
+    assert 0 <= run.predict(["a case of ward 2"])[0]["number"] <= 60
     (environment,) = read_run(run.folder).environments
     assert environment.libraries["task quantile"] == f"quantile.py SHA-256 {sha256}"
     assert f"quantile.py SHA-256 {sha256}" in (run.folder / "report.json").read_text()

@@ -1,4 +1,4 @@
-"""A third task, defined here alone by public names: the commands run it as they run the tasks that fedtune brings along."""
+"""A third task, defined here alone by public names: commands run it as they run the tasks of fedtune itself."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
