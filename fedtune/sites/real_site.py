@@ -74,9 +74,8 @@ class SiteProcess:
 
     def _load_work(self, shared: RunModel, files: SiteFiles) -> SiteWork:
         records = read_site_records(shared.config, files)
-        if (
-            left_out := records.left_out
-        ).exceeds_threshold:  # for the site's own people: nothing of it is sent to anybody
+        left_out = records.left_out
+        if left_out.exceeds_threshold:  # for the site's own people: nothing of it is sent to anybody
             about = {
                 "rows": left_out.rows,
                 "left_out": left_out.count,

@@ -214,9 +214,8 @@ class LoadedModel:
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
-        by_rows = depends_on_row_count(
-            self.config.model.dtype, self.device
-        )  # as the trial would find, which takes seconds
+        # As the trial would find, which takes seconds.
+        by_rows = depends_on_row_count(self.config.model.dtype, self.device)
         return replace(found, row_shares=(1,)) if by_rows else found
 
     @property
@@ -291,9 +290,8 @@ class RunModel:
             return self.initial_adapter
         start = SavedAdapter.read_initial(named.adapter or "")
         if start.digest != named.adapter_sha256:
-            raise ConfigError(
-                "model.adapter_sha256", named.adapter_sha256, f"must be {start.digest}, that of the adapter"
-            )
+            bound = f"must be {start.digest}, that of the adapter"
+            raise ConfigError("model.adapter_sha256", named.adapter_sha256, bound)
         return start.initial_adapter_for(self.model)
 
     def tokenize_records(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:

@@ -30,13 +30,9 @@ from fedtune.tasks.survival import Survival
 from fedtune.tasks.token_classification import TokenClassification
 from fedtune.tasks.votes import Votes
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        *(Classification(), MultiLabel(), Ordinal(), Regression(), Survival(), TokenClassification()),
-        *(CausalLM(), Preference(), Embedding(), Votes()),
-    )
-}
+_WITH_HEADS = (Classification, MultiLabel, Ordinal, Regression, Survival, TokenClassification)
+_OTHERS = (CausalLM, Preference, Embedding, Votes)
+TASKS: dict[str, Task] = {task.name: task() for task in (*_WITH_HEADS, *_OTHERS)}
 INPUTS["image"] = Image()
 
 
