@@ -27,7 +27,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "own_task.md").read_text()
 CLASS, SIMULATION = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 SCRIPTS = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
 SMALL = """model=random_bert lora=all_linear federation.num_rounds=1 training.local_steps=1 data.max_length=16
-    privacy.noise_multiplier=4.0 training.ignore_weak_signal=true runtime.num_threads=1"""
+    privacy.noise_multiplier=4.0 training.ignore_weak_signal=true runtime.num_threads=1
+    runtime.micro_batch_tokens=64"""
 TINY = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in SMALL.split())}
 
 
@@ -84,14 +85,16 @@ def test_task_whose_loss_mixes_records_is_refused_before_the_run(work: Path, sma
     assert not (work / "runs" / "days").exists(), "nothing was trained or charged"
 
 
+@pytest.mark.nightly
+@pytest.mark.by_day("torch")
 @pytest.mark.parametrize("script", SCRIPTS, ids=["TRL", "torch"])
 def test_script_becomes_two_sites_in_at_most_15_changed_lines(script: str, work: Path, small: dict[str, Any]) -> None:
     assert all(sum(line.startswith(mark) for line in script.splitlines()) <= 15 for mark in "+-")
     turns = '[{"role": "user", "content": "lost card %d"}, {"role": "assistant", "content": "we send one"}]'
-    (work / "chats.jsonl").write_text("\n".join('{"messages": ' + turns % n + "}" for n in range(120)))
+    (work / "chats.jsonl").write_text("\n".join('{"messages": ' + turns % n + "}" for n in range(250)))
     rows = [f"ticket {n} about {team},{team}" for n in range(30) for team in ("billing", "sales", "technical")]
     (work / "tickets.csv").write_text("\n".join(["body,team", *rows]))
-    own = {"model": "random_llama", "data.chat_template": "plain", "data.max_length": 32}
+    own = {"model": "random_llama", "data.chat_template": "plain", "evaluation.generate": False}
     small.update(own | {"model.path": "random:llama"} if "SFT" in script else {"model.path": "random:bert"})
     before, after = ("".join(f"{line[1:]}\n" for line in script.splitlines() if line[:1] != drop) for drop in "+-")
     compile(before, "before", "exec")

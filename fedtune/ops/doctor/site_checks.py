@@ -38,7 +38,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
-from fedtune.tasks.registry import TASKS, get_task
+from fedtune.tasks.registry import TASKS, find_task
 
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
@@ -151,10 +151,11 @@ def check_data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[D
     record.
     """
     for task in policy.allow.tasks:
+        fix = "Install its package in the environment of the site's process, or take it out of allow.tasks."
         try:
-            get_task(task)
+            if find_task(task) is None:
+                yield failed(f"task {task}", "is not installed at this site", fix=fix)
         except ConfigError as error:
-            fix = "Install its package in the environment of the site's process, or take it out of allow.tasks."
             yield from_error(f"task {task}", error, fix=fix)
     for dataset in policy.dataset:
         yield _check_data_set(dataset, folder, policy, log=log)
