@@ -151,12 +151,9 @@ def check_data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[D
     record.
     """
     for task in policy.allow.tasks:
-        fix = "Install its package in the environment of the site's process, or take it out of allow.tasks."
-        try:
-            if find_task(task) is None:
-                yield failed(f"task {task}", "is not installed at this site", fix=fix)
-        except ConfigError as error:
-            yield from_error(f"task {task}", error, fix=fix)
+        if find_task(task) is None:
+            fix = "Install its package in the environment of the site's process, or take it out of allow.tasks."
+            yield failed(f"task {task}", "is not installed at this site", fix=fix)
     for dataset in policy.dataset:
         yield _check_data_set(dataset, folder, policy, log=log)
 
@@ -197,9 +194,7 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anyone."
         return warning(name, f"{found} (without: the oldest cohort)", fix=fix)
     lacking = ", ".join(task for task in tasks if task not in served)
-    return _compare_with_declared_size(
-        name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block
-    )
+    return _compare_declared_size(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
 
 
 def _report_unreadable_file(
@@ -224,7 +219,7 @@ def _report_unreadable_file(
     return failed(name, found, fix=fix)
 
 
-def _compare_with_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
+def _compare_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
     """Compare the true number of records or users with the declared size, in words without figures."""
     if share < FEW:
         fix = f"Check that the file is complete; otherwise declare a smaller size in {block}."
