@@ -38,7 +38,6 @@ from fedtune.sites.run_records import (
     require_disjoint,
 )
 from fedtune.spec import ConfigError, check_at_least, check_at_most
-from fedtune.tasks.measures import classifier_accuracy
 from fedtune.version import shipped_folders
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
@@ -132,7 +131,7 @@ class SyntheticFile:
         missing = 0 if self.rows is None else self.rows - len(written)
         counts = {"rows": len(written), "codes": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
-        told["classified"] = classifier_accuracy(written, self._public)
+        told["classified"] = synthetic.classifier_accuracy(written, self._public)
         figures = {"these records": text_variety(said)}
         if self.beside is not None:
             figures[self.beside.name] = text_variety(theirs)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.codec import decode, parse_json
 from fedtune.config import RunConfig, saved_settings
 from fedtune.data.records import resolve_file
+from fedtune.extras import describe_code
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.unsupported_models import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
@@ -54,7 +55,7 @@ class Environment:
         system: the operating system.
         machine: the architecture, such as "x86_64", with the number of cores.
         device: the device of the model, with its numeric settings.
-        libraries: name -> version.
+        libraries: name -> version; and a task of one's own -> the package and the file that define it.
         model_sha256: the digest of the loaded base model, see `fedtune.model.manifest`.
         sampling: how units were sampled for a step, if this process trained; None: training took place elsewhere.
         randomness: "operating_system" or "seeded", if this process trained; None: training took place elsewhere.
@@ -193,7 +194,8 @@ def _current_environment(shared: RunModel) -> Environment:
     from fedtune.model.base_model import model_sha256
     from fedtune.training.accelerators import about
 
-    config = shared.config
+    config, task = shared.config, type(shared.config.bound_task)
+    own = {} if task.__module__.startswith("fedtune.") else {f"task {task.name}": describe_code(task)}
     trains = config.runtime.kind != "deployment"
     return Environment(
         since=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -202,7 +204,7 @@ def _current_environment(shared: RunModel) -> Environment:
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         device=about(shared.device),
-        libraries={name: version(name) for name in _NOTED},  # fedtune needs all of them
+        libraries={name: version(name) for name in _NOTED} | own,  # fedtune needs all of them
         model_sha256=config.model.sha256 or model_sha256(config.model),  # a pinned hash was checked at loading
         # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.
         sampling="poisson" if trains else None,

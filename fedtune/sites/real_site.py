@@ -76,9 +76,8 @@ class SiteProcess:
 
     def _load_work(self, shared: RunModel, files: SiteFiles) -> SiteWork:
         records = read_site_records(shared.config, files)
-        if (
-            left_out := records.left_out
-        ).exceeds_threshold:  # for the site's own people: nothing of it is sent to anybody
+        left_out = records.left_out
+        if left_out.exceeds_threshold:  # for the site's own people: nothing of it is sent to anybody
             about = {
                 "rows": left_out.rows,
                 "left_out": left_out.count,
@@ -148,7 +147,7 @@ class RealSite(WorkingSite):
         Raises:
             Refused: the settings are unreadable, or belong to another run, site or plan.
         """
-        sent, site = read_settings(self._settings, plan=asked.plan), self._files.policy.site
+        sent, site = read_settings(self._settings, plan=asked.plan, task=asked.task), self._files.policy.site
         if sent.run_id() != asked.run:
             # The run's name holds a digest of its settings, so that the lead's signature covers them.
             raise Refused(Reason.WRONG_RUN, asked=asked.run, allowed=sent.run_id())
@@ -195,7 +194,8 @@ class RealSite(WorkingSite):
     def store_adapter(self, run: str, adapter: Adapter) -> None:
         """Save the final adapter in a folder that `fedtune evaluate` accepts."""
         settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
-        config = self._localize_settings(read_settings(settings, plan=self.ledger.history.runs[run].proposal.plan))
+        asked = self.ledger.history.runs[run].proposal
+        config = self._localize_settings(read_settings(settings, plan=asked.plan, task=asked.task))
         shared = self._process.shared_model(config, self._files.policy)
         if not adapter.has_same_shapes(shared.initial_adapter):
             raise ConfigError("final adapter", run, "must have the tensor names and shapes of the run")

@@ -33,6 +33,7 @@ from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.measures import Detail
+from fedtune.tasks.registry import tokenize_separately
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products, uses_unfused_attention
@@ -213,9 +214,8 @@ class LoadedModel:
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
-        by_rows = depends_on_row_count(
-            self.config.model.dtype, self.device
-        )  # as the trial would find, which takes seconds
+        # As the trial would find, which takes seconds.
+        by_rows = depends_on_row_count(self.config.model.dtype, self.device)
         return replace(found, row_shares=(1,)) if by_rows else found
 
     @property
@@ -290,15 +290,15 @@ class RunModel:
             return self.initial_adapter
         start = SavedAdapter.read_initial(named.adapter or "")
         if start.digest != named.adapter_sha256:
-            raise ConfigError(
-                "model.adapter_sha256", named.adapter_sha256, f"must be {start.digest}, that of the adapter"
-            )
+            bound = f"must be {start.digest}, that of the adapter"
+            raise ConfigError("model.adapter_sha256", named.adapter_sha256, bound)
         return start.initial_adapter_for(self.model)
 
     def tokenize_records(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`, or where a run leaves some out: whatever they are."""
         within = self.model.num_ids if lenient or self.config.data.skips_bad_records else None
-        return self.model.task.tokenize(records, self.tokenizer, data=self.config.data, lenient_within=within)
+        data = self.config.data
+        return tokenize_separately(self.model.task, records, self.tokenizer, data=data, lenient_within=within)
 
     @cached_property
     def validation(self) -> LeadData | None:

@@ -26,6 +26,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
+from fedtune.tasks.registry import find_task
 from fedtune.training.spec import Machine, RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
@@ -65,15 +66,17 @@ def serialize_for_sites(sent: RunConfig) -> str:
 
 
 @lru_cache(maxsize=4)
-def read_settings(text: str, *, plan: Plan) -> RunConfig:
+def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
     """Read the configuration that a lead sent.
 
     Args:
         text: untrusted JSON text, as received.
         plan: the plan that the lead signed and that policy and budget allow.
+        task: the task that the policy allows: no package is imported for another one.
 
     Raises:
-        Refused: this version of fedtune does not know the settings, or they do not match `plan`.
+        Refused: this version of fedtune does not know the settings, they do not match `plan` and `task`, or the task is
+            not installed here.
     """
     fields: dict[str, Any] = {}
     try:
@@ -84,6 +87,10 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
         # of the memory.
         if _plan_from_fields(fields, bound=plan.secure_noise.bound if plan.shared else 1) != plan:
             raise Refused(Reason.PLAN_CHANGED)
+        if fields["task"] != task:
+            raise ValueError("another task than the proposal's")
+        if find_task(task) is None:
+            raise Refused(Reason.TASKS, asked=task, allowed="a task that is installed at this site")
         return parse(fields)
     except _NO_SETTINGS as error:
         # The lead's own word, in a file that two versions of fedtune read differently.

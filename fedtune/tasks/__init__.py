@@ -1,1 +1,22 @@
-"""The tasks: one module each, and the list of all tasks (`registry`)."""
+"""The tasks: one module each, the list of all tasks (`registry`), and the public names for a task of one's own.
+
+A task of one's own is a subclass of `Task`, or of `PooledTask` for a head on one embedding of each record.  It needs
+these names alone; docs/own_task.md has an example.  Importing them does not import torch.
+"""
+
+from fedtune.data.batching import Batch
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenization import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode, max_characters
+from fedtune.model.spec import TaskModelSpec
+from fedtune.spec import ConfigError, DataError, check_at_least, check_fraction, check_positive, spec
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, read_target_number, require_target_range
+from fedtune.tasks.inputs import mean_pool
+from fedtune.tasks.measures import Floats
+from fedtune.tasks.pooled import PooledTask, TargetOf
+from fedtune.tasks.registry import register
+
+__all__ = ["UNSUPERVISED", "Batch", "ConfigError", "DataError", "DataSpec", "Draws", "FirstTarget", "Floats", "Ids"]
+__all__ += ["Model", "PooledTask", "Record", "TargetOf", "Targets", "Task", "TaskModelSpec", "TextDataset", "Tokenizer"]
+__all__ += ["check_at_least", "check_fraction", "check_positive", "encode", "max_characters", "mean_pool"]
+__all__ += ["read_target_number", "register", "require_target_range", "spec"]

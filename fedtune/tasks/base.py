@@ -2,7 +2,8 @@
 
 A task is one object, with nothing in it but its own settings.  To add one: write its file in this folder, with the
 class of its settings if it has any, name it in `fedtune.tasks.registry`, and give it an experiment in conf/.  Nothing
-else in fedtune asks which task a run has (tests/tasks/test_third_task.py runs one that fedtune does not know).
+else in fedtune asks which task a run has.  A task of one's own lives outside this folder: it needs only the names of
+`fedtune.tasks` (docs/own_task.md; tests/tasks/test_third_task.py runs one that fedtune does not know).
 """
 
 from __future__ import annotations

@@ -201,9 +201,8 @@ class CausalLM(Task):
         return float(np.exp(-float(model.losses(batch)[0]))) if learned else 0.0
 
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        return tuple(
-            np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids
-        )
+        learned = ((ids, np.arange(len(ids)) >= first(len(ids))) for ids in input_ids)
+        return tuple(np.where(is_learned, ids, UNSUPERVISED).astype(np.int64) for ids, is_learned in learned)
 
 
 def sum_token_losses(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -320,9 +319,8 @@ class ExampleFormat:
             prompt = fields["text"] if "text" in fields else fill_template(self.data.prompt_template, fields)
             if self.chat is None:
                 return [Piece(prompt, said=True)]
-            return self.chat.build_prompt(
-                [Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())], answer=answer
-            )
+            turns = [Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())]
+            return self.chat.build_prompt(turns, answer=answer)
         if self.chat is None:
             raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
         return self.chat.build_prompt(_conversation_turns(fields))

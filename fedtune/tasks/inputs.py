@@ -238,10 +238,8 @@ class Features(Input):
         self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
     ) -> Rows:
         nothing = np.zeros((1, sum(one.width for one in data.features)), dtype=np.float32)
-        read = partial(encode_features, features=data.features)
-        return read_each(
-            lambda record: read(record)[None], records, nothing=nothing, lenient=lenient_within is not None
-        )
+        read, lenient = partial(encode_features, features=data.features), lenient_within is not None
+        return read_each(lambda record: read(record)[None], records, nothing=nothing, lenient=lenient)
 
     def build_base(
         self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any

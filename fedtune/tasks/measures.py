@@ -7,8 +7,7 @@ must not abort an evaluation.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -23,7 +22,6 @@ Marks = npt.NDArray[np.bool_]  # (n, labels): the labels that each record has, o
 Entity: TypeAlias = tuple[int, int, int]
 """Where an entity begins and ends, in words or characters, and the place of its label."""
 BINS = 10  # bins of the calibration error
-_WORD = re.compile(r"\w+")
 
 
 @spec
@@ -230,53 +228,3 @@ def rank_correlation(one: Floats, other: Floats) -> float:
     from scipy.stats import rankdata  # here: it takes a moment, and settings are read without it
 
     return correlation(rankdata(one), rankdata(other))
-
-
-def classifier_accuracy(
-    records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, ...]] = ()
-) -> dict[str, float] | None:
-    """Measure how well a bag-of-words classifier, trained on records, predicts their codes; codes that occur once are
-    left out.
-
-    A record consists of the values of its code, and a text.  The classifier is tested on the `public` records, or else
-    by five-fold cross-validation.
-
-    Returns:
-        The shares of test records that are classified `right`, and that have the `commonest` code; None if the records
-        have fewer than two codes.
-    """
-    times = Counter(one[:-1] for one in records)
-    # By code, so that its texts are spread over the fifths.
-    known = sorted((one for one in records if times[one[:-1]] > 1), key=lambda one: one[:-1])
-    if len({one[:-1] for one in known}) < 2:
-        return None
-    rest = ([one for place, one in enumerate(known) if place % 5 != fifth] for fifth in range(5))
-    parts = [(known, public)] if public else [(learned, known[fifth::5]) for fifth, learned in enumerate(rest)]
-    tested, (commonest, _) = public or known, times.most_common(1)[0]
-    found = {
-        "right": sum(_count_correct(*part) for part in parts),
-        "commonest": sum(one[:-1] == commonest for one in tested),
-    }
-    return {name: count / len(tested) for name, count in found.items()}
-
-
-def _count_correct(learned: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:
-    """Count the correct predictions of multinomial naive Bayes with add-one smoothing (McCallum and Nigam 1998)."""
-    codes = Counter(one[:-1] for one in learned)
-    places = {code: place for place, code in enumerate(codes)}
-    times: dict[str, Counter[int]] = defaultdict(Counter)
-    for *code, text in learned:
-        for word in _WORD.findall(text.lower()):
-            times[word][places[tuple(code)]] += 1
-    words = np.full(len(codes), max(1, len(times)))
-    for found in times.values():
-        words[[*found]] += [*found.values()]
-    of_word = {word: ([*found], np.log1p([*found.values()])) for word, found in times.items()}
-    prior, each, right = np.log([*codes.values()]), np.log(words), 0
-    for *code, text in tested:
-        known = [of_word[word] for word in _WORD.findall(text.lower()) if word in of_word]
-        scores = prior - len(known) * each
-        for at, more in known:
-            scores[at] += more
-        right += places.get(tuple(code)) == int(scores.argmax())
-    return right

@@ -103,11 +103,8 @@ class Preference(CausalLM):
             ConfigError: as in causal_lm.
             DataError: as in causal_lm, or a record is not a pair.
         """
-        layout, both, lenient = (
-            ExampleFormat.from_tokenizer(tokenizer, data),
-            _pair_splitter(data),
-            lenient_within is not None,
-        )
+        layout, both = ExampleFormat.from_tokenizer(tokenizer, data), _pair_splitter(data)
+        lenient = lenient_within is not None
         examples = build_examples(layout, (one for record in records for one in both(record)), lenient=lenient)
         encoded = layout.encode_examples(examples, tokenizer, within=lenient_within)
         input_ids, targets = [], []
@@ -126,9 +123,8 @@ class Preference(CausalLM):
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
         """Return the prompts and the chosen answers."""
-        return super().prompts_and_references(
-            [_pair_splitter(data)(record)[0] for record in records], tokenizer, data=data
-        )
+        chosen = [_pair_splitter(data)(record)[0] for record in records]
+        return super().prompts_and_references(chosen, tokenizer, data=data)
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute the log-probabilities of both answers, (pairs, 2)."""
@@ -138,9 +134,8 @@ class Preference(CausalLM):
         """Compute each pair's loss separately, because the rounding of a vectorized loss may depend on the vector's
         length.
         """
-        return torch.stack(
-            [-torch.nn.functional.logsigmoid(margin) for margin, _ in self._reward_margins(model, batch)]
-        )
+        margins = (margin for margin, _ in self._reward_margins(model, batch))
+        return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin in margins])
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         margins, lengths = zip(*self._reward_margins(model, batch), strict=True)

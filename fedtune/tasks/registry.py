@@ -1,11 +1,21 @@
-"""The lists of tasks and of inputs; `fedtune/tasks/base.py` and `inputs.py` explain how to add one.
+"""The lists of tasks and of inputs, fedtune's own and those that a user or a site's staff installed.
 
-The import is fast: models are built in other modules, because importing torch and its dependencies takes seconds.
+`fedtune/tasks/base.py` and `inputs.py` explain how to add one.  The import is fast: models are built in other modules,
+because importing torch and its dependencies takes seconds.
 """
 
 from __future__ import annotations
 
-from fedtune.spec import ConfigError, check_one_of
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenization import TextDataset, Tokenizer
+from fedtune.extras import load_entry_point
+from fedtune.spec import ConfigError, check_name
 from fedtune.tasks.base import Task
 from fedtune.tasks.causal_lm import CausalLM
 from fedtune.tasks.classification import Classification
@@ -20,14 +30,49 @@ from fedtune.tasks.survival import Survival
 from fedtune.tasks.token_classification import TokenClassification
 from fedtune.tasks.votes import Votes
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        *(Classification(), MultiLabel(), Ordinal(), Regression(), Survival(), TokenClassification()),
-        *(CausalLM(), Preference(), Embedding(), Votes()),
-    )
-}
+_WITH_HEADS = (Classification, MultiLabel, Ordinal, Regression, Survival, TokenClassification)
+_OTHERS = (CausalLM, Preference, Embedding, Votes)
+TASKS: dict[str, Task] = {task.name: task() for task in (*_WITH_HEADS, *_OTHERS)}
 INPUTS["image"] = Image()
+
+
+ENTRY_POINTS = "fedtune.tasks"
+"""The group in which an installed package declares its tasks: `name = "module:Class"`."""
+_OwnTask = TypeVar("_OwnTask", bound=type[Task])
+
+
+def register(task: _OwnTask) -> _OwnTask:
+    """Register a task of one's own under its `name`, for settings and policies in this process.
+
+    It serves as a decorator.  A notebook may register a changed class of the same name again.
+
+    Raises:
+        ConfigError: for `task`: the name is invalid, or another task already has it.
+    """
+    check_name("task", task.name)
+    known = type(TASKS.get(task.name, task))
+    if task.name in TASKS and (known.__module__, known.__qualname__) != (task.__module__, task.__qualname__):
+        taken = f"is already the name of {known.__module__}.{known.__qualname__}: give the class another `name`"
+        raise ConfigError("task", task.name, taken)
+    TASKS[task.name] = task()
+    return task
+
+
+def find_task(name: str) -> Task | None:
+    """Return the task of this name: fedtune's, a registered one, or that of an installed package; None: there is none.
+
+    A package's module is imported only here, by the name under which its entry point declares the task.  fedtune's own
+    names come first.
+
+    Raises:
+        ConfigError: for `task`: the package cannot be used.
+    """
+    if name not in TASKS and (declared := load_entry_point(ENTRY_POINTS, name, key="task")) is not None:
+        if not (isinstance(declared, type) and issubclass(declared, Task) and declared.name == name):
+            bound = "is declared by an installed package, but not as a subclass of fedtune.tasks.Task with this `name`"
+            raise ConfigError("task", name, bound)
+        register(declared)
+    return TASKS.get(name)
 
 
 def get_task(name: str, given: object = None) -> Task:
@@ -39,5 +84,29 @@ def get_task(name: str, given: object = None) -> Task:
     if name == "cox":
         bound = "couples records: each partial likelihood depends on all records still at risk, so clipping "
         raise ConfigError("task", name, f"{bound}would not bound one record's influence; use task=survival")
-    check_one_of("task", name, TASKS)
-    return TASKS[name] if given is None else TASKS[name].with_settings(given)
+    if (task := find_task(name)) is None:
+        bound = f"must be one of {', '.join(TASKS)}, or a task of your own that is installed here (docs/own_task.md)"
+        raise ConfigError("task", name, bound)
+    return task if given is None else task.with_settings(given)
+
+
+def tokenize_separately(
+    task: Task, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
+) -> TextDataset:
+    """Tokenize records as `Task.tokenize` does; a task that is not fedtune's own gets one record at a time.
+
+    Guarantee: a record becomes exactly one example, which depends on that record alone.  Code in the task that keeps
+    records from one call to the next would break the guarantee.
+
+    Raises:
+        ConfigError: for `task`: a record became several examples, or none.
+    """
+    if not records or type(task).__module__.startswith("fedtune."):
+        return task.tokenize(records, tokenizer, data=data, lenient_within=lenient_within)
+    each = [task.tokenize([record], tokenizer, data=data, lenient_within=lenient_within) for record in records]
+    if any(len(one) != 1 for one in each):
+        raise ConfigError("task", task.name, "must make exactly one example of each record: see `Task.tokenize`")
+    texts = tuple(ids for one in each for ids in one.input_ids)
+    if isinstance(each[0].targets, tuple):
+        return TextDataset(texts, tuple(target for one in each for target in one.targets), each[0].texts)
+    return TextDataset(texts, np.concatenate([one.targets for one in each]), each[0].texts)

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -162,9 +163,8 @@ class TokenClassification(Task):
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the losses, and `entities`, (examples, labels + 1, 5): the counts of `measures.entity_counts`."""
         logits = model.logits(batch)
-        counts = [
-            measures.entity_counts(*both, num_labels=len(model.spec.labels)) for both in _decode_batch(logits, batch)
-        ]
+        count = partial(measures.entity_counts, num_labels=len(model.spec.labels))
+        counts = [count(*both) for both in _decode_batch(logits, batch)]
         return {"loss": _losses(logits, batch), "entities": torch.from_numpy(np.stack(counts))}
 
     def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:

@@ -26,6 +26,7 @@ from fedtune.lab.studies.synthetic import (
     WRITING,
     allot_rows,
     ballot,
+    classifier_accuracy,
     load_synthetic,
     select_by_votes,
     synthesize,
@@ -458,3 +459,23 @@ def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path
     assert {key: getattr(voting.data, key) for key in aside} == aside
     kept = select_by_votes(load_synthetic(rows, ("messages", "ref")), "ref", api.load(runs / "shares"), keep=2).rows
     assert kept == (rows[0], rows[2])
+
+
+RED = [("a", "Red ball."), ("a", "red car"), ("a", "red sun")]
+BLUE = [("b", "blue ball"), ("b", "Blue, sky")]
+
+
+def test_word_classifier_matches_multinomial_naive_bayes() -> None:
+    """Six words: of a code with n of them, k times this one, it has a chance of (k + 1) / (n + 6)."""
+    public = [
+        ("a", "red sky"),  # a: 3/5 4/12 1/12 = 0.017, b: 2/5 1/10 2/10 = 0.008
+        ("b", "blue car"),  # a: 3/5 1/12 2/12 = 0.008, b: 2/5 3/10 1/10 = 0.012
+        ("b", "sky car car"),  # a: 3/5 1/12 2/12 2/12 = 0.0014, b: 2/5 2/10 1/10 1/10 = 0.0008: wrong
+        ("c", "green ? hill"),  # a code that came once was not learned, nor were its words
+    ]
+    learned = [*BLUE, ("c", "green hill"), *RED]
+    assert classifier_accuracy(learned, public) == {"right": 2 / 4, "commonest": 1 / 4}
+    # Each is tested alone.  Wrong is "blue ball" alone: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
+    assert classifier_accuracy(learned) == {"right": 4 / 5, "commonest": 3 / 5}
+    assert classifier_accuracy([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
+    assert classifier_accuracy([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"

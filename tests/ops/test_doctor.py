@@ -466,7 +466,7 @@ def test_random_model_needs_no_installed_files(home: Home) -> None:
 def test_unexpected_error_text_appears_only_in_the_private_log(
     home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr("fedtune.ops.doctor.site_checks._compare_with_declared_size", Mock(side_effect=error))
+    monkeypatch.setattr("fedtune.ops.doctor.site_checks._compare_declared_size", Mock(side_effect=error))
     checks = home.examined()
     assert failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)

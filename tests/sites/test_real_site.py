@@ -18,7 +18,7 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
 from fedtune.federation.bfloat16 import round_difference
 from fedtune.federation.protocol import Reply, SumRequest, parts_digest_of
-from fedtune.federation.site_round import answer_step
+from fedtune.federation.site_round import answer, answer_step
 from fedtune.model.adapter import Adapter
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
@@ -26,9 +26,12 @@ from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.runs.model_comparison import compare_runs
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, LoadedModel, RunModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, settings_for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, settings_for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
+from fedtune.tasks import registry
+from fedtune.tasks.classification import Classification
+from fedtune.tasks.registry import TASKS
 from fedtune.tasks.task_model import build_task_model
 
 from ..privacy.builders import stranger_key
@@ -103,6 +106,36 @@ def test_site_without_disk_space_charges_nothing(site: Any, monkeypatch: pytest.
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
+
+
+class Ours(Classification):
+    """A task that fedtune does not know."""
+
+    name = "ours"
+
+
+def test_site_joins_with_an_own_task_that_it_allows_and_installed(
+    station: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, Ours.name, Ours())
+    site, other = station(task=Ours.name), station("south")
+    site.update()
+    assert other.refusal(site.config) is Reason.TASKS, "its policy names classification alone"
+    sent, request = json.dumps(settings_for_sites(site.config).to_json()), site.request(round=2)
+    monkeypatch.delitem(TASKS, Ours.name)
+    read_settings.cache_clear()
+    reply = answer(site.real.site(sent), request.sign_with(site.lead), site.first)
+    assert (reply.body.reason, reply.body.allowed) == (Reason.TASKS, "a task that is installed at this site")
+
+
+def test_site_imports_no_package_by_the_settings_that_a_lead_sent(
+    station: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = station()
+    monkeypatch.setattr(registry, "load_entry_point", Mock(side_effect=AssertionError("imported")))
+    sent = json.dumps(settings_for_sites(site.config).to_json() | {"task": Ours.name})
+    assert site.refusal(settings=sent) is Reason.SETTINGS
+    assert not registry.load_entry_point.called
 
 
 # What a lead can make a site keep.

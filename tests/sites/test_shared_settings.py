@@ -104,7 +104,7 @@ def test_noise_is_calibrated_only_by_the_lead(monkeypatch: pytest.MonkeyPatch) -
     plan, sent = config.plan(), settings_for_sites(config)
     assert sent.privacy.noise_multiplier == plan.noise_multiplier > 0
     monkeypatch.setattr(accountant, "calibrate_noise", None)
-    assert read_settings(text_of(sent), plan=plan).plan() == plan
+    assert read_settings(text_of(sent), plan=plan, task=sent.task).plan() == plan
     assert (
         settings_for_sites(letters(privacy={"mechanism": "none", "noise_multiplier": None})).privacy.noise_multiplier
         is None
@@ -116,8 +116,8 @@ def test_settings_round_trip_to_the_site(key: str) -> None:
     value = DECISIVE[key] if key in DECISIVE else NEUTRAL[key]
     sent = settings_for_sites(with_change(key, value))
     assert parse(sent.to_json()) == sent
-    assert read_settings(text_of(sent), plan=sent.plan()) == sent
-    assert read_settings(text_of(sent), plan=sent.plan()).run_id() == sent.run_id()
+    assert read_settings(text_of(sent), plan=sent.plan(), task=sent.task) == sent
+    assert read_settings(text_of(sent), plan=sent.plan(), task=sent.task).run_id() == sent.run_id()
 
 
 def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
@@ -125,7 +125,7 @@ def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
     sent = settings_for_sites(changed(WITH["federation.threshold"] | voting))
     larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
     assert larger.plan().secure_noise.bound == 1200
-    assert read_settings(text_of(larger), plan=larger.plan()) == larger
+    assert read_settings(text_of(larger), plan=larger.plan(), task=larger.task) == larger
 
 
 # What a site reads.
@@ -146,7 +146,7 @@ def sent() -> RunConfig:
     ids=lambda text: f"{text[:12]!r} of {len(text)}",
 )
 def test_malformed_settings_are_refused(sent: RunConfig, text: str) -> None:
-    assert reason_of(read_settings, text, plan=sent.plan()) is Reason.SETTINGS
+    assert reason_of(read_settings, text, plan=sent.plan(), task=sent.task) is Reason.SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -163,14 +163,15 @@ def test_malformed_settings_are_refused(sent: RunConfig, text: str) -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_unknown_keys_and_invalid_values_are_refused(sent: RunConfig, path: str, value: object) -> None:
-    assert reason_of(read_settings, text_of(sent, **{path: value}), plan=sent.plan()) is Reason.SETTINGS
+    text = text_of(sent, **{path: value})
+    assert reason_of(read_settings, text, plan=sent.plan(), task=sent.task) is Reason.SETTINGS
 
 
 def test_settings_refusal_names_the_mismatched_keys(sent: RunConfig) -> None:
     fields = json.loads(text_of(sent, **{"training.newer_key": 1, "privacy.newer": 2}))
     del fields["training"]["optimizer"], fields["seed"]
     with pytest.raises(Refused) as caught:
-        read_settings(json.dumps(fields), plan=sent.plan())
+        read_settings(json.dumps(fields), plan=sent.plan(), task=sent.task)
     assert caught.value.asked == "privacy.newer, seed, training.newer_key, training.optimizer"
 
 
@@ -180,5 +181,5 @@ def test_cost_of_an_unsigned_plan_is_never_computed(sent: RunConfig, monkeypatch
     others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
     monkeypatch.setattr(accountant, "epsilon_if_above", None)
     for path, value in (steps | {f"privacy.{key}": value for key, value in others.items()}).items():
-        reason = reason_of(read_settings, text_of(sent, **{path: value}), plan=plan)
+        reason = reason_of(read_settings, text_of(sent, **{path: value}), plan=plan, task=sent.task)
         assert reason is (Reason.SETTINGS if path in steps else Reason.PLAN_CHANGED), path

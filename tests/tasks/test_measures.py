@@ -101,23 +101,3 @@ def test_correlations_match_scipy_and_are_zero_for_constants() -> None:
     assert measures.rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
     assert measures.correlation(one, np.full(5, 0.3)) == measures.rank_correlation(np.full(5, 0.3), one) == 0
     assert np.isnan(measures.correlation(one, np.full(5, np.nan))), "a model that has diverged is seen to have"
-
-
-RED = [("a", "Red ball."), ("a", "red car"), ("a", "red sun")]
-BLUE = [("b", "blue ball"), ("b", "Blue, sky")]
-
-
-def test_word_classifier_matches_multinomial_naive_bayes() -> None:
-    """Six words: of a code with n of them, k times this one, it has a chance of (k + 1) / (n + 6)."""
-    public = [
-        ("a", "red sky"),  # a: 3/5 4/12 1/12 = 0.017, b: 2/5 1/10 2/10 = 0.008
-        ("b", "blue car"),  # a: 3/5 1/12 2/12 = 0.008, b: 2/5 3/10 1/10 = 0.012
-        ("b", "sky car car"),  # a: 3/5 1/12 2/12 2/12 = 0.0014, b: 2/5 2/10 1/10 1/10 = 0.0008: wrong
-        ("c", "green ? hill"),  # a code that came once was not learned, nor were its words
-    ]
-    learned = [*BLUE, ("c", "green hill"), *RED]
-    assert measures.classifier_accuracy(learned, public) == {"right": 2 / 4, "commonest": 1 / 4}
-    # Each is tested alone.  Wrong is "blue ball" alone: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
-    assert measures.classifier_accuracy(learned) == {"right": 4 / 5, "commonest": 3 / 5}
-    assert measures.classifier_accuracy([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
-    assert measures.classifier_accuracy([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"

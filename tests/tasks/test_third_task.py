@@ -1,22 +1,17 @@
-"""A third task, defined here alone: the commands run it as they run the tasks that fedtune brings along."""
+"""A third task, defined here alone by public names: commands run it as they run the tasks of fedtune itself."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fedtune import tasks
 from fedtune.config import saved_config
-from fedtune.data import Batch, Record, TextDataset
-from fedtune.data.spec import DataSpec
-from fedtune.data.tokenization import Targets, Tokenizer, encode, max_characters
-from fedtune.model.spec import TaskModelSpec
 from fedtune.sites.shared_settings import read_settings, serialize_for_sites, settings_for_sites
-from fedtune.spec import check_at_least, spec
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
-from fedtune.tasks.inputs import mean_pool
 from fedtune.tasks.registry import TASKS
 
 from ..conftest import command, result_of, simulate, tiny
@@ -24,15 +19,15 @@ from ..conftest import command, result_of, simulate, tiny
 HEADS = ("length", "room")
 
 
-@spec
+@tasks.spec
 class LengthSettings:
     longest: int = 16
 
     def __post_init__(self) -> None:
-        check_at_least("longest", self.longest, 1)
+        tasks.check_at_least("longest", self.longest, 1)
 
 
-class TextLength(Task):
+class TextLength(tasks.Task):
     name = "text_length"
     roles = ("text",)
     settings = LengthSettings
@@ -40,38 +35,38 @@ class TextLength(Task):
     has_head = True
 
     def tokenize(
-        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
-    ) -> TextDataset:
-        texts = [record.fields["text"][: max_characters(data.max_length)] for record in records]
-        encoded = encode(texts, tokenizer, special_tokens=True, max_length=data.max_length, within=lenient_within)
+        self, records: Sequence[tasks.Record], tokenizer: Any, *, data: tasks.DataSpec, lenient_within: Any = None
+    ) -> tasks.TextDataset:
+        texts = [record.fields["text"][: tasks.max_characters(data.max_length)] for record in records]
+        encoded = tasks.encode(texts, tokenizer, special_tokens=True, max_length=data.max_length, within=lenient_within)
         input_ids = tuple(np.array(ids or [0], dtype=np.int32) for ids in encoded)
-        return TextDataset(input_ids, self.targets_of(input_ids))
+        return tasks.TextDataset(input_ids, self.targets_of(input_ids))
 
-    def add_head(self, model: Model) -> None:
+    def add_head(self, model: tasks.Model) -> None:
         size = model.base.config.get_text_config().hidden_size
         heads = {name: torch.nn.Linear(size, 1, bias=False, device=model.device) for name in HEADS}
         for head in heads.values():
             torch.nn.init.zeros_(head.weight)
         model.head = torch.nn.ModuleDict(heads)
 
-    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
+    def logits(self, model: tasks.Model, batch: tasks.Batch) -> torch.Tensor:
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        pooled = mean_pool(hidden, batch.attention_mask)
+        pooled = tasks.mean_pool(hidden, batch.attention_mask)
         # As for classification: a product with few rows rounds otherwise.
         rows = torch.nn.functional.pad(pooled, (0, 0, 0, -len(pooled) % 32))
         assert isinstance(model.head, torch.nn.ModuleDict)
         return torch.cat([model.head[name](rows)[: len(pooled)] for name in HEADS], dim=1)
 
-    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
+    def losses(self, model: tasks.Model, batch: tasks.Batch) -> torch.Tensor:
         return (self.logits(model, batch) - batch.targets).square().sum(dim=1)
 
-    def scores(self, figures: Mapping[str, np.ndarray], *, spec: TaskModelSpec) -> dict[str, float]:
+    def scores(self, figures: Mapping[str, np.ndarray], *, spec: tasks.TaskModelSpec) -> dict[str, float]:
         return super().scores(figures, spec=spec) | {"worst": float(figures["loss"].max())}
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def unit_score(self, model: tasks.Model, batch: tasks.Batch) -> float:
         return float(np.exp(-float(model.losses(batch)[0])))
 
-    def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
+    def dummy_targets(self, input_ids: tasks.Ids, **about: Any) -> tasks.Targets:
         return self.targets_of(input_ids)
 
     def targets_of(self, input_ids: Sequence[np.ndarray]) -> np.ndarray:
@@ -81,7 +76,7 @@ class TextLength(Task):
 
 @pytest.fixture(scope="module", autouse=True)
 def listed() -> Iterator[None]:
-    TASKS[TextLength.name] = TextLength()
+    tasks.register(TextLength)
     yield
     del TASKS[TextLength.name]
 
@@ -115,7 +110,9 @@ def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
 
 def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
     sent = settings_for_sites(saved_config(folder))
-    assert read_settings(serialize_for_sites(sent), plan=sent.plan()).bound_task.own == LengthSettings(longest=20)
+    assert read_settings(serialize_for_sites(sent), plan=sent.plan(), task=sent.task).bound_task.own == LengthSettings(
+        longest=20
+    )
     assert json.loads((folder / "adapter" / "fedtune.json").read_text())["task_settings"] == {"longest": 20}
     recipe = folder.parent / "lengths.yaml"
     for given, message in (
@@ -140,4 +137,4 @@ def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_pa
     refused = command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
     assert refused == "--merge: is not available for task text_length, which has only adapters"
     refused = command("simulate", *tiny("task=riddles", into=tmp_path)).failed()
-    assert refused == f"task = 'riddles': must be one of {', '.join(TASKS)}", "one that is not listed"
+    assert refused.startswith(f"task = 'riddles': must be one of {', '.join(TASKS)}, or a task of your own")

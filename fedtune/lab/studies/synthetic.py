@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 
 Code = tuple[str, ...]  # the values of a prompt's roles, in their order
 WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95, guidance=1.0)
+_WORD = re.compile(r"\w+")
 _DRAWS = 5  # how often a record that breaks the format is drawn again before it is given up
 _BEGUN = 1 / 4, 3 / 4  # the share of a text's tokens that stays where it is varied: at least, and less than
 _OF_RECORDS = (
@@ -287,3 +288,53 @@ def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
     plain = escape_interpolations(json.loads(json.dumps(settings)))
     recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
     return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, sort_keys=False))
+
+
+def classifier_accuracy(
+    records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, ...]] = ()
+) -> dict[str, float] | None:
+    """Measure how well a bag-of-words classifier, trained on records, predicts their codes; codes that occur once are
+    left out.
+
+    A record consists of the values of its code, and a text.  The classifier is tested on the `public` records, or else
+    by five-fold cross-validation.
+
+    Returns:
+        The shares of test records that are classified `right`, and that have the `commonest` code; None if the records
+        have fewer than two codes.
+    """
+    times = Counter(one[:-1] for one in records)
+    # By code, so that its texts are spread over the fifths.
+    known = sorted((one for one in records if times[one[:-1]] > 1), key=lambda one: one[:-1])
+    if len({one[:-1] for one in known}) < 2:
+        return None
+    rest = ([one for place, one in enumerate(known) if place % 5 != fifth] for fifth in range(5))
+    parts = [(known, public)] if public else [(learned, known[fifth::5]) for fifth, learned in enumerate(rest)]
+    tested, (commonest, _) = public or known, times.most_common(1)[0]
+    found = {
+        "right": sum(_count_correct(*part) for part in parts),
+        "commonest": sum(one[:-1] == commonest for one in tested),
+    }
+    return {name: count / len(tested) for name, count in found.items()}
+
+
+def _count_correct(learned: Sequence[tuple[str, ...]], tested: Sequence[tuple[str, ...]]) -> int:
+    """Count the correct predictions of multinomial naive Bayes with add-one smoothing (McCallum and Nigam 1998)."""
+    codes = Counter(one[:-1] for one in learned)
+    places = {code: place for place, code in enumerate(codes)}
+    times: dict[str, Counter[int]] = defaultdict(Counter)
+    for *code, text in learned:
+        for word in _WORD.findall(text.lower()):
+            times[word][places[tuple(code)]] += 1
+    words = np.full(len(codes), max(1, len(times)))
+    for found in times.values():
+        words[[*found]] += [*found.values()]
+    of_word = {word: ([*found], np.log1p([*found.values()])) for word, found in times.items()}
+    prior, each, right = np.log([*codes.values()]), np.log(words), 0
+    for *code, text in tested:
+        known = [of_word[word] for word in _WORD.findall(text.lower()) if word in of_word]
+        scores = prior - len(known) * each
+        for at, more in known:
+            scores[at] += more
+        right += places.get(tuple(code)) == int(scores.argmax())
+    return right

@@ -38,7 +38,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
-from fedtune.tasks.registry import TASKS
+from fedtune.tasks.registry import TASKS, find_task
 
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
@@ -147,7 +147,13 @@ def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
 
 
 def check_data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[DoctorCheck]:
-    """Check that each data set of the policy can be used for training, by reading every record."""
+    """Check that the policy's tasks are installed, and that each data set can be used for training, by reading every
+    record.
+    """
+    for task in policy.allow.tasks:
+        if find_task(task) is None:
+            fix = "Install its package in the environment of the site's process, or take it out of allow.tasks."
+            yield failed(f"task {task}", "is not installed at this site", fix=fix)
     for dataset in policy.dataset:
         yield _check_data_set(dataset, folder, policy, log=log)
 
@@ -162,7 +168,7 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         found = f"is {other}" if path.exists() else "its file is missing, or this account cannot read it"
         fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
         return failed(name, found, fix=fix)
-    known = [task for task in tasks if task in TASKS]
+    known = [task for task in tasks if task in TASKS]  # those of installed packages were loaded for the check of tasks
     served = {task for task in known if any({*roles} <= {*dataset.columns} for roles in TASKS[task].layouts)}
     if not served:
         every = [(task, roles) for task in known for roles in TASKS[task].layouts]
@@ -188,9 +194,7 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anyone."
         return warning(name, f"{found} (without: the oldest cohort)", fix=fix)
     lacking = ", ".join(task for task in tasks if task not in served)
-    return _compare_with_declared_size(
-        name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block
-    )
+    return _compare_declared_size(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
 
 
 def _report_unreadable_file(
@@ -215,7 +219,7 @@ def _report_unreadable_file(
     return failed(name, found, fix=fix)
 
 
-def _compare_with_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
+def _compare_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
     """Compare the true number of records or users with the declared size, in words without figures."""
     if share < FEW:
         fix = f"Check that the file is complete; otherwise declare a smaller size in {block}."
