@@ -7,7 +7,7 @@ caps, in the same signed events.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,12 @@ from fedtune.codec import require
 from fedtune.extras import require_extra
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.mechanism import Distribution, Unit
-from fedtune.privacy.own_release import release_sum
+from fedtune.privacy.mechanism import Noise, Unit
+from fedtune.privacy.own_release import propose_release, release_sum
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.privacy.proposal import UNVERIFIED, Proposal
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.randomness import SystemRandomness
 from fedtune.privacy.release import Reason, Receipt, Refused
-from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Budget, Dataset, ReferenceRun
 from fedtune.spec import NOT_GIVEN, ConfigError, check_name, check_positive
@@ -35,9 +34,7 @@ if TYPE_CHECKING:
 
     from fedtune.report.facts import Lifetime
 
-_NO_MODEL: dict[str, Any] = {"base_model": UNVERIFIED, "dtype": "float32", "train_head": False, "head_scale": 0.0}
-_NO_ADAPTER: dict[str, Any] = {"target_modules": (), "rank": 1, "lora_scale": 0.0, "seeded_noise": False}
-_QUERIES = {"sampling_rate": 1.0, "noise_multiplier": 10.0, "steps": 1}  # the same order is best for any noise
+_QUERIES = ReferenceRun(sampling_rate=1.0, noise_multiplier=10.0, steps=1)  # the same order is best for any noise
 
 
 class Ledger:
@@ -79,31 +76,20 @@ class Ledger:
 
     @classmethod
     def create(
-        cls,
-        folder: str | Path,
-        *,
-        epsilon: float,
-        delta: float,
-        declared_size: int,
-        unit: Unit = "record",
-        site: str = "site",
-        reference: Mapping[str, Any] = _QUERIES,
-        anchor: str | Path = "",
+        cls, folder: str | Path, *, epsilon: float, delta: float, size: int, unit: Unit = "record", site: str = "site"
     ) -> Ledger:
         """Create a site's policy, key (mode 0600) and ledger in a folder, and open the ledger for charging.
 
-        The policy is the template's (`fedtune site template`), under which no lead may train; it can be edited.
+        The policy is the template's (`fedtune site template`), under which no lead may train, with these values; the
+        accounting is chosen for queries.  For another policy, write it, and use `Ledger.open`.
 
         Args:
             folder: for the three files.
             epsilon: cap on everything that is ever released about these records.
             delta: of that cap; fixed for good.
-            declared_size: the number of units that the site publishes, such as a rounded one.
+            size: the number of units that the site publishes: a round number, not the exact one.
             unit: what one (epsilon, delta) protects, "record" or "user"; fixed for good.
-            site: name of the site.
-            reference: sampling_rate, noise_multiplier and steps of a typical release, for which the accounting is
-                chosen; by default queries.
-            anchor: file on another disk that always holds the newest signed head.
+            site: name of the site; fixed for good.
 
         Raises:
             ValueError: a value is out of range, or the folder has a policy or a ledger.
@@ -114,10 +100,10 @@ class Ledger:
             policy,
             site=site,
             population=replace(policy.population, name="population", unit=unit),
-            dataset=(Dataset(id="records", declared_size=declared_size),),
-            budget=Budget(delta=delta, max_epsilon=epsilon, reference=ReferenceRun(**reference)),
+            dataset=(Dataset(id="records", declared_size=size),),
+            budget=Budget(delta=delta, max_epsilon=epsilon, reference=_QUERIES),
             asserted=Asserted(no_person_at_another_site=False),
-            anchor=str(anchor and Path(anchor).absolute()),
+            anchor="",
         )
         for path in (site_toml, site_toml.parent / policy.ledger):
             require("folder", str(folder), not path.exists(), f"has {path.name}: open it with fedtune.Ledger.open")
@@ -129,10 +115,9 @@ class Ledger:
         name: str,
         *,
         noise_multiplier: float,
-        mechanism: Distribution = "gaussian",
+        noise: Noise = "gaussian",
         sampling_rate: float = 1.0,
         steps: int = 1,
-        dataset: str | None = None,
     ) -> Receipt:
         """Charge a release that other software makes, before it is made, and return the site's signed receipt.
 
@@ -144,20 +129,18 @@ class Ledger:
         Args:
             name: of the release.  It can be charged once: a release that is made again is another one.
             noise_multiplier: as above; Opacus and jax_privacy call it so, too.
-            mechanism: the noise: "gaussian" or "laplace".
+            noise: "gaussian" or "laplace".
             sampling_rate: probability with which each unit joins a step; below 1 only for "gaussian".
             steps: number of steps.
-            dataset: id of the data set; None: the only one of the policy.
 
         Raises:
             ValueError: a value is out of range, or the name was charged before.
             Refused: the charge does not fit the policy, which the message names; nothing is charged.
             RunError: the ledger cannot be trusted or written.
         """
-        planned = {"noise_multiplier": noise_multiplier, "distribution": mechanism, "sampling_rate": sampling_rate}
-        kind = "dp_sgd" if sampling_rate < 1 or steps > 1 else mechanism
-        proposal = self._propose(kind, name, dataset, **planned, max_grad_norm=1.0, local_steps=steps)
-        granted = self._reserve(proposal)
+        kind = "dp_sgd" if sampling_rate < 1 or steps > 1 else noise
+        how = {"sampling_rate": sampling_rate, "local_steps": steps, "max_grad_norm": 1.0}
+        proposal, granted = self._reserve(kind, name, noise_multiplier=noise_multiplier, noise=noise, **how)
         if not isinstance(granted, Reservation):
             raise ConfigError("name", name, "was charged before: a release that is made again needs a name of its own")
         self._commit(granted, b"[]")
@@ -166,7 +149,7 @@ class Ledger:
     def count(self, name: str, values: Iterable[object], **options: Any) -> float:
         """Release how many units have a true value, with noise; `options` as for `sum`, without the bound."""
         rows = [(float(bool(value)),) for value in self._one_per_unit(values, options.pop("users", None))]
-        return self._release_sum("count", name, rows, 1, 1.0, **options)[0]
+        return self._release_sum("count", name, rows, options, width=1, bound=1.0)[0]
 
     def histogram(
         self, name: str, values: Iterable[Hashable], bins: Sequence[Hashable], **options: Any
@@ -179,7 +162,8 @@ class Ledger:
         require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must be distinct values, and at least one")
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
         found = [rows.get(value, none) for value in self._one_per_unit(values, options.pop("users", None))]
-        return dict(zip(bins, self._release_sum("histogram", name, found, len(bins), 1.0, **options), strict=True))
+        sums = self._release_sum("histogram", name, found, options, width=len(bins), bound=1.0)
+        return dict(zip(bins, sums, strict=True))
 
     def sum(self, name: str, values: Iterable[Any], *, bound: float, **options: Any) -> list[float]:
         """Release the sum of one number or row of numbers per unit, with noise: a value for each column.
@@ -195,8 +179,8 @@ class Ledger:
             values: a number or a row of numbers for each record.
             bound: the most that one unit may add: L2 norm for "gaussian" noise, L1 norm for "laplace".
             **options: `noise_multiplier`: standard deviation (gaussian) or scale (laplace) of the noise over the bound;
-                `mechanism`: "gaussian" (default) or "laplace"; `users`: of a ledger with the unit "user", whose each
-                record is: the last record of each user counts; `dataset`: its id, if the policy has several.
+                `noise`: "gaussian" (default) or "laplace"; `users`: of a ledger with the unit "user", whose each
+                record is: the last record of each user counts.
 
         Raises:
             ValueError: a value is out of range, or the records are no numbers; nothing is charged.
@@ -207,7 +191,7 @@ class Ledger:
         table = np.asarray(self._one_per_unit(values, options.pop("users", None)), dtype=np.float64)
         width = table.shape[1] if table.ndim == 2 else 1
         rows = list(map(tuple, table.reshape(len(table), width).tolist()))
-        return self._release_sum("sum", name, rows, width, bound, **options)
+        return self._release_sum("sum", name, rows, options, width=width, bound=bound)
 
     def receipt(self, run: str) -> Receipt:
         """Sign a receipt for what was charged to a release or run, by its name in `spending.runs`."""
@@ -239,40 +223,30 @@ class Ledger:
         each = values.to_numpy() if hasattr(values, "to_numpy") else values  # a DataFrame's rows, not its columns
         return list(each) if users is None else list(dict(zip(users, each, strict=True)).values())
 
-    def _propose(self, kind: str, name: str, dataset: str | None, **planned: Any) -> Proposal:
-        check_name("name", name)
-        policy = self._site.policy
-        ids = [one.id for one in policy.dataset]
-        require("dataset", NOT_GIVEN, dataset is not None or len(ids) == 1, f"must be one of {', '.join(ids)}")
-        plan = Plan(unit=policy.population.unit, delta=policy.budget.delta, num_rounds=1, **planned)
-        about: dict[str, Any] = {"run": f"{kind} {name}", "lead": "", "dataset": dataset or ids[0], "task": kind}
-        return Proposal(**about, plan=plan, num_sites=1, **_NO_MODEL, **_NO_ADAPTER)
-
     def _release_sum(
         self,
         kind: str,
         name: str,
         rows: Sequence[tuple[float, ...]],
+        options: dict[str, Any],
+        *,
         width: int,
         bound: float,
-        /,
-        *,
-        noise_multiplier: float,
-        mechanism: Distribution = "gaussian",
-        dataset: str | None = None,
     ) -> list[float]:
         """Charge the release of a sum, then add its noise and store the answer; or return the stored answer."""
-        planned = {"noise_multiplier": noise_multiplier, "distribution": mechanism, "max_grad_norm": bound}
-        proposal = self._propose(kind, name, dataset, **planned, sampling_rate=1.0, local_steps=1)
-        reply = self._reserve(proposal)
+        bound_of = "must be noise_multiplier, noise or users"
+        require("options", list(options), options.keys() <= {"noise_multiplier", "noise"}, bound_of)
+        proposal, reply = self._reserve(kind, name, **options, sampling_rate=1.0, local_steps=1, max_grad_norm=bound)
         if isinstance(reply, Reservation):
             answer = release_sum(rows, proposal.plan, width=width, stream=SystemRandomness().stream())
             reply = self._commit(reply, json.dumps(answer).encode())
         return [float(value) for value in json.loads(reply)]
 
-    def _reserve(self, proposal: Proposal) -> Reservation | bytes:
+    def _reserve(self, kind: str, name: str, **planned: Any) -> tuple[Proposal, Reservation | bytes]:
+        check_name("name", name)
+        proposal = propose_release(kind, name, self._site.policy, **planned)
         try:
-            return self._site.reserve(proposal, round=1, request=proposal.digest(), own=True)
+            return proposal, self._site.reserve(proposal, round=1, request=proposal.digest(), own=True)
         except Refused as refused:
             if refused.reason not in (Reason.PLAN_CHANGED, Reason.PLAN_EXHAUSTED, Reason.RUN_ENDED):
                 raise

@@ -1,13 +1,33 @@
-"""The answer of a release of a site's own: a sum over its units, with exactly rounded noise."""
+"""A release of a site's own: its proposal, and the answer where it is a sum over the site's units."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fedtune.privacy.mechanism import GRID_BITS, cell_width
+from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy
+
+CHARGED_ONLY = ("gaussian", "laplace", "dp_sgd")
+"""Kinds of releases that other software makes: the ledger knows their price alone."""
+_NO_MODEL: dict[str, Any] = {"base_model": UNVERIFIED, "dtype": "float32", "train_head": False, "head_scale": 0.0}
+_NO_ADAPTER: dict[str, Any] = {"target_modules": (), "rank": 1, "lora_scale": 0.0, "seeded_noise": False}
+
+
+def propose_release(kind: str, name: str, policy: Policy, **planned: Any) -> Proposal:
+    """Return the proposal of a release: a run of one round without a lead, called by its kind and name.
+
+    Raises:
+        ConfigError: a value of the plan, whose other fields are `planned`, is out of range.
+    """
+    population = policy.population
+    plan = Plan(unit=population.unit, delta=policy.budget.delta, num_rounds=1, **planned)
+    about: dict[str, Any] = {"run": f"{kind} {name}", "lead": "", "dataset": population.name, "task": kind}
+    return Proposal(**about, plan=plan, num_sites=1, **_NO_MODEL, **_NO_ADAPTER)
 
 
 def release_sum(rows: Iterable[Sequence[float]], plan: Plan, *, width: int, stream: RandomStream) -> list[float]:
@@ -26,7 +46,7 @@ def release_sum(rows: Iterable[Sequence[float]], plan: Plan, *, width: int, stre
     sums = [0] * width
     for row in rows:
         sums = [total + cell for total, cell in zip(sums, clip_to_cells(row, plan), strict=True)]
-    draw = stream.rounded_normal if plan.distribution == "gaussian" else stream.rounded_laplace
+    draw = stream.rounded_normal if plan.noise == "gaussian" else stream.rounded_laplace
     noise = draw(width, plan.noise_multiplier * 2.0**GRID_BITS)
     return [(total + int(drawn)) * cell_width(plan.max_grad_norm) for total, drawn in zip(sums, noise, strict=True)]
 
@@ -40,7 +60,7 @@ def clip_to_cells(values: Sequence[float], plan: Plan) -> list[int]:
     in whole numbers, and a vector beyond it counts as zero.  So does a value that is not finite.
     """
     usable = [value if math.isfinite(value) else 0.0 for value in map(float, values)]
-    gaussian = plan.distribution == "gaussian"
+    gaussian = plan.noise == "gaussian"
     norm = math.hypot(*usable) if gaussian else sum(map(abs, usable))
     cells = [int(value * (2.0**GRID_BITS / max(norm, plan.max_grad_norm))) for value in usable]
     size = sum(cell**2 for cell in cells) if gaussian else sum(map(abs, cells)) ** 2

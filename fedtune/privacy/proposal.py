@@ -64,8 +64,8 @@ class Proposal:
         # A proposal comes from a server: the reader checks types, this the form of each value, the policy its content.
         for name in ("run", *(["lead"] if self.lead else []), "dataset", "task", "base_model", "dtype", "adapter"):
             require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
-        noise = self.plan.distribution
-        require("plan.distribution", noise, noise == "gaussian" or not self.lead, "must be gaussian in a lead's run")
+        noise = self.plan.noise
+        require("plan.noise", noise, noise == "gaussian" or not self.lead, "must be gaussian in a lead's run")
         modules = self.target_modules
         right = all(map(_is_text, modules)) and len(set(modules)) == len(modules)
         require("target_modules", modules, right, "must be distinct module names")
