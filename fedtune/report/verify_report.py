@@ -143,7 +143,7 @@ def _list_compositions(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
 def _estimate_buckets(event: DpEvent) -> float:
     """Estimate the number of buckets of a mechanism's loss distribution on the fine grid."""
     _, gaussian = profile.split_sampling(event)
-    sigma = getattr(gaussian, "noise_multiplier", math.inf)  # of Laplace noise there are fewer
+    sigma = getattr(gaussian, "noise_multiplier", float("inf"))  # of Laplace noise there are fewer
     return float(10 / sigma + 1 / sigma**2) / accountant.FINE
 
 

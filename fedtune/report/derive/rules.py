@@ -55,6 +55,7 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
         masked = {run.run: run.plan.shared is not None for run in facts.runs}
         sent = {masked[one.run] for one in facts.releases if one.kind == "update" and one.run in masked}
         released = [code for is_masked, code in _UPDATES.items() if is_masked in sent]
+        released += ["own_releases"] if any(run.release for run in facts.runs) else []
         released += [*scores, "refusals_and_receipts"]
         covers, admits = ["all_runs", "tuning_trials"], None
         covers += [] if all(entry.run for entry in facts.charges) else ["lost_branches"]
