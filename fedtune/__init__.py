@@ -13,7 +13,8 @@ from fedtune import process as process  # first: torch reads once what it sets
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fedtune.api.public import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
+    from fedtune.api.ledger import Ledger
+    from fedtune.api.public import Progress, Run, compare, evaluate, load, plan, simulate, verify
     from fedtune.config import RunConfig
     from fedtune.lab.studies.personalized import personalize
     from fedtune.lab.studies.synthetic import synthesize
@@ -35,6 +36,7 @@ __all__ = [
     "verify",
 ]
 _ELSEWHERE = {
+    "Ledger": "fedtune.api.ledger",
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
     "personalize": "fedtune.lab.studies.personalized",

@@ -28,7 +28,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, ndtr
 from scipy.stats import binom
 
-SCHEMA = 8
+SCHEMA = 9
 SLACK = 0.02  # this program's epsilon is an upper bound, and may be so much larger than the report's
 LAST_DIGITS = 1e-9
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
@@ -36,7 +36,8 @@ BOUND = 60.0  # no loss beyond it is told from another
 FAR = 14.0  # standard deviations, beyond which nothing is that a delta could see
 BESIDE_MODEL = {"README.md", "label.svg"}  # the model's card
 Json = dict[str, Any]
-Event = tuple[float, float]  # sampling rate and noise multiplier of a Gaussian mechanism
+LAPLACE = 0.0
+Event = tuple[float, float]  # sampling rate (LAPLACE: Laplace noise, and no sampling) and noise multiplier
 
 
 class Wrong(Exception):
@@ -81,7 +82,7 @@ def plan_digest(plan: Json) -> str:
     fields = dict(plan)
     if fields["unit"] == "record":
         del fields["records_per_user"]
-    for key, usual in (("shared", None), ("cohorts", None), ("runs", 1)):
+    for key, usual in (("shared", None), ("cohorts", None), ("runs", 1), ("noise", "gaussian")):
         if fields.get(key) == usual:
             fields.pop(key, None)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -92,7 +93,8 @@ def events_of(plan: Json, rounds: int) -> dict[Event, int]:
     noise, shared = float(plan["noise_multiplier"]), plan["shared"]
     if shared is not None:
         noise = shared["noise_multiplier"] * math.sqrt(max(1, shared["threshold"] - shared["colluders"]))
-    found = {(float(plan["sampling_rate"]), noise): plan["local_steps"] * rounds}
+    rate = LAPLACE if plan.get("noise") == "laplace" else float(plan["sampling_rate"])
+    found = {(rate, noise): plan["local_steps"] * rounds}
     if plan["metrics_noise_multiplier"] > 0:
         event = (1.0, float(plan["metrics_noise_multiplier"]))
         found[event] = found.get(event, 0) + rounds
@@ -115,6 +117,8 @@ def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.
     divergence is convex, so the result dominates the mechanism ("connect the dots", Doroshenko et al. 2022).
     """
     rate, sigma = event
+    if rate == LAPLACE:
+        return laplace_distribution(sigma, width)
     losses = loss_at(np.array([-FAR * sigma, FAR * sigma + 1]), rate, sigma)
     least, most = (losses if removed else -losses[::-1]) / width
     first, last = math.floor(max(least, -BOUND / width)) - 1, math.ceil(min(most, BOUND / width)) + 1
@@ -133,6 +137,23 @@ def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.
     # All below the grid counts at its first point, all above as certain to give the record away.
     chances[0] += mass_of(x[0], rate, sigma, removed=removed, above=False)
     return chances, first, mass_of(x[-1], rate, sigma, removed=removed, above=True)
+
+
+def laplace_distribution(scale: float, width: float) -> tuple[np.ndarray, int, float]:
+    """The same for Laplace noise: from -1/scale to 1/scale, which half of all outputs have, and never beyond."""
+    last = math.ceil(1 / scale / width)
+    grid = np.arange(-last, last + 1) * width
+    # The loss of an output at x in [0, 1] is (1 - 2x) / scale: its distribution function with the unit, and without.
+    inside = np.clip(grid * scale, -1.0, 1.0)
+    mixed = np.diff(np.exp((inside - 1) / scale / 2) / 2, prepend=0.0)
+    none = np.diff(1 - np.exp(-(inside + 1) / scale / 2) / 2, prepend=0.0)
+    mixed[-1], none[-1] = 1 - mixed[:-1].sum(), 1 - none[:-1].sum()
+    high_part = np.clip((mixed[1:] - none[1:] * np.exp(grid[:-1])) / -np.expm1(-width), 0.0, mixed[1:])
+    chances = np.zeros(len(grid))
+    chances[1:] += high_part
+    chances[:-1] += mixed[1:] - high_part
+    chances[0] += mixed[0]
+    return chances, -last, 0.0
 
 
 def loss_at(x: np.ndarray, rate: float, sigma: float) -> np.ndarray:
@@ -166,7 +187,7 @@ def epsilon_of(charged: dict[Event, int], delta: float) -> float:
     if any(sigma <= 0 for _, sigma in charged):
         return math.inf
     # About the standard deviation of each loss, and of their sum.
-    each = {event: event[0] * math.sqrt(math.expm1(min(event[1] ** -2, 8.0))) for event in charged}
+    each = {event: (event[0] or 1.0) * math.sqrt(math.expm1(min(event[1] ** -2, 8.0))) for event in charged}
     spread = math.sqrt(sum(count * each[event] ** 2 for event, count in charged.items()))
     width = min(2e-3, max(min(each.values()) / 20, spread / 50_000))
     return max(epsilon_one_way(charged, delta, width, removed=removed) for removed in (True, False))
@@ -216,6 +237,9 @@ def divergence(event: Event, order: float) -> float:
     rate, sigma = event
     if sigma <= 0:
         return math.inf
+    if rate == LAPLACE:  # Mironov 2017, Proposition 6
+        shares = math.log(order / (2 * order - 1)), math.log((order - 1) / (2 * order - 1))
+        return float(np.logaddexp(shares[0] + (order - 1) / sigma, shares[1] - order / sigma)) / (order - 1)
     x = np.linspace(-40 * sigma, order + 40 * sigma, 200_001)
     log_normal = -(x**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
     values = log_normal + order * loss_at(x, rate, sigma)
@@ -429,7 +453,8 @@ def number_of(name: str) -> int:
 def event_of(event: Json) -> Event:
     if event["kind"] == "poisson_sampled":
         return float(event["sampling_probability"]), float(event["event"]["noise_multiplier"])
-    return 1.0, float(event.get("noise_multiplier", 0.0))
+    rate = LAPLACE if event["kind"] == "laplace" else 1.0
+    return rate, float(event.get("noise_multiplier", 0.0))
 
 
 def number(epsilon: float | None) -> float:

@@ -1,4 +1,4 @@
-"""The Python API, as `import fedtune` offers it: runs, plans, scores, ledgers and reports as values.
+"""The Python API, as `import fedtune` offers it: runs, plans, scores and reports as values; `ledger` has ledgers.
 
 Settings use dotted keys, as on the command line.  A user's mistake raises a `ValueError` with the message of the
 command line.  Nothing is printed.
@@ -7,26 +7,25 @@ command line.  Nothing is printed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
+from fedtune.api.ledger import to_data_frame
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data.records import Record
-from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.ledger.verify import verify as verify_ledger
 from fedtune.process import torch_came_first
 from fedtune.runs.needed_packages import require_for_run
 from fedtune.runs.public_stage import needs_public_stage, public_stage_config
 from fedtune.runs.renewal import with_start_adapter
 from fedtune.runs.run_paths import find_run_folder, is_finished, resume_config
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     import pandas
@@ -35,7 +34,6 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.planner import Price
     from fedtune.lab.distillation import Distilled
     from fedtune.report.checks import Check
-    from fedtune.report.facts import Lifetime
     from fedtune.report.model import Report
     from fedtune.runs.federation_run import Listener
     from fedtune.runs.model_comparison import SideBySide
@@ -395,49 +393,4 @@ class Run:
     def to_frame(self) -> pandas.DataFrame:
         """Return one row per round: seconds, number of sites, bytes, and scores on the validation file."""
         columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
-        return _to_data_frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})
-
-
-class Ledger:
-    """A site's ledger, read and verified; nothing is written to it.
-
-    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  Only an anchor shows
-    that no event is missing at the end: `fedtune ledger verify --anchor`.
-
-    Args:
-        path: the ledger.db file.
-        site_key: the site's public key in hex, from a trusted source; None: the key that the ledger names.
-
-    Raises:
-        ValueError: there is no such file.
-        RunError: the verification failed; the message says which check.
-    """
-
-    def __init__(self, path: str | Path, *, site_key: str | None = None) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise ConfigError("ledger", str(path), "must be a ledger.db")
-        self.verified = verify_ledger(self.path, site_key=site_key)
-
-    @property
-    def spending(self) -> Lifetime:
-        """Epsilon spent over the ledger's lifetime, in the current period and by each run, derived from its events."""
-        from fedtune.report.from_ledger import compute_current_lifetime
-
-        return compute_current_lifetime(self.verified)
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return one row per event: time, kind, run and round."""
-        columns = ("sequence", "time", "kind", "run", "round")
-        return _to_data_frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
-
-
-def _to_data_frame(
-    rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]
-) -> pandas.DataFrame:
-    """Build a data frame with one row per item, indexed by the first of `columns`; `other` adds more cells to a row."""
-    require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
-    import pandas
-
-    made = ({name: getattr(one, name) for name in columns} | other(one) for one in rows)
-    return pandas.DataFrame(made).set_index(columns[0])
+        return to_data_frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})

@@ -56,6 +56,8 @@ def describe_event(event: Event) -> str:
             mechanisms = _describe_mechanisms(dp_events.to_json(plan.event()))
             each = f"{pluralize(plan.num_rounds, 'round')}{spare}, each {mechanisms}"
             kept = f"the cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
+            if not proposal.lead:
+                return f"release of the site's own accepted: {what}, {mechanisms}"
             return f"run accepted from lead {group_hex_start(proposal.lead)}: {what}, {each}; {kept}"
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""

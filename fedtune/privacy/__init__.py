@@ -9,6 +9,7 @@ docs/privacy_review.md suggests a reading order and names the test behind each c
     run_plan selection                  the parameters of a run, and the price of a search over several runs
     site_policy policy_file             a site's own limits, and the file that holds them
     proposal release about              a lead's proposal, everything that may leave a site, and its purpose
+    own_release                         a count, a sum or other software's training, which the site charges itself
     ledger/                             the signed event log of a site, and its decisions: one transaction each
     keys durable site_files             keys and signatures, crash-safe files, and the paths of a site's files
 

@@ -18,6 +18,7 @@ from dp_accounting import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
+    LaplaceDpEvent,
     NeighboringRelation,
     NonPrivateDpEvent,
     PoissonSampledDpEvent,
@@ -27,7 +28,7 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from fedtune.codec import require
 from fedtune.privacy import events
-from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition
+from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition, Rate
 from fedtune.spec import ConfigError, check_fraction
 
 Counted = tuple[tuple[DpEvent, int], ...]  # mechanisms, and how often each ran
@@ -101,13 +102,15 @@ def compose_pld(counted: Counted, interval: float) -> Composition:
     Raises:
         TypeError: an event has a type that fedtune never produces.
     """
-    mechanisms = []
+    mechanisms: list[tuple[Rate, float, int]] = []
     for event, count in counted:
         match event:
             case GaussianDpEvent(noise):  # n Gaussians compose to one with noise / sqrt(n)
                 mechanisms.append((1.0, noise / math.sqrt(count), 1))
             case PoissonSampledDpEvent(rate, GaussianDpEvent(noise)):
                 mechanisms.append((rate, noise, count))
+            case LaplaceDpEvent(noise):
+                mechanisms.append(("laplace", noise, count))
             case NonPrivateDpEvent():
                 mechanisms.append((1.0, 0.0, count))
             case _:

@@ -16,6 +16,7 @@ from dp_accounting import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
+    LaplaceDpEvent,
     NonPrivateDpEvent,
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
@@ -81,6 +82,8 @@ def to_json(event: DpEvent) -> Json:
     match event:
         case GaussianDpEvent():
             return {"kind": "gaussian", "noise_multiplier": event.noise_multiplier}
+        case LaplaceDpEvent():
+            return {"kind": "laplace", "noise_multiplier": event.noise_multiplier}
         case PoissonSampledDpEvent():
             return {
                 "kind": "poisson_sampled",
@@ -103,10 +106,10 @@ def from_json(data: object) -> DpEvent:
         ConfigError: the data is not an event of a known type, or a value is out of range.
     """
     match data:
-        case {"kind": "gaussian", "noise_multiplier": int() | float() as sigma} if (
-            type(sigma) is not bool and sigma > 0 and math.isfinite(sigma)
+        case {"kind": "gaussian" | "laplace" as kind, "noise_multiplier": int() | float() as noise} if (
+            type(noise) is not bool and noise > 0 and math.isfinite(noise)
         ):
-            return GaussianDpEvent(float(sigma))
+            return GaussianDpEvent(float(noise)) if kind == "gaussian" else LaplaceDpEvent(float(noise))
         case {"kind": "poisson_sampled", "sampling_probability": int() | float() as rate, "event": part} if (
             type(rate) is not bool and 0 < rate <= 1
         ):

@@ -1,4 +1,5 @@
-"""Privacy loss distributions: delta at every epsilon of a composition of Gaussian mechanisms, rounding included.
+"""Privacy loss distributions: delta at every epsilon of a composition of Gaussian and Laplace mechanisms, rounding
+included.
 
 Each mechanism becomes a distribution of losses on a grid that dominates it ("connect the dots", Doroshenko et al. 2022,
 arXiv 2207.04380).  A Fourier transform composes the distributions.  Its rounding error is about as large as the largest
@@ -14,12 +15,16 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy import fft, signal, special
 
 Floats = npt.NDArray[np.float64]
+Rate = (
+    float | Literal["laplace"]
+)  # the sampling rate of a Gaussian mechanism; "laplace": Laplace noise, and no sampling
 
 UNIT = 2.0**-53  # half of the distance from 1 to the next larger float: what one operation may change, relatively
 _FFT_ROUNDING = 12 * UNIT  # of a transform, for each halving of its length; see docs/guarantee.md
@@ -65,6 +70,31 @@ def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -
     ends = (-most, -least) if adding else (least, most)
     lowest, highest = math.floor(ends[0] / width), math.ceil(ends[1] / width)
     deltas = hockey_stick(rate, noise, _loss_grid(lowest, highest + 2 - lowest, width), adding=adding)
+    return _connect_dots(lowest, deltas, width, noise=noise, beyond=float(special.ndtr(-_REACH)))
+
+
+@lru_cache(maxsize=8)
+def laplace(noise: float, width: float) -> StepLosses:
+    """Return the losses of a Laplace mechanism, which are the same for removing a unit and for adding one.
+
+    `noise` is the scale divided by the L1 sensitivity.  No loss is beyond 1 / noise, which one half of all outputs has.
+    """
+    highest = math.ceil(1 / noise / width)
+    epsilons = _loss_grid(-highest, 2 * highest + 2, width)
+    # Below -1 / noise the first term is smaller: every output has a larger loss.
+    deltas = np.maximum(-np.expm1(np.minimum(epsilons, (epsilons - 1 / noise) / 2)), 0.0)
+    return _connect_dots(-highest, deltas, width, noise=noise, beyond=0.0)
+
+
+def _step_losses(rate: Rate, noise: float, width: float, *, adding: bool) -> StepLosses:
+    return laplace(noise, width) if rate == "laplace" else sampled_gaussian(rate, noise, width, adding=adding)
+
+
+def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, beyond: float) -> StepLosses:
+    """Return the losses that have these `deltas` at the losses from `lowest` upwards, and larger ones in between.
+
+    Outputs with a probability of `beyond` were left out, and count as an infinite loss.
+    """
     deltas = np.maximum.accumulate(deltas[::-1])[::-1]  # it never rises; rounding may
     falls = np.diff(deltas)
     per_width = math.expm1(width)
@@ -75,7 +105,7 @@ def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -
     probabilities[-1] = falls[-1] / math.expm1(-width)
     probabilities = np.maximum(probabilities, 0.0)
     tiny = probabilities < _LEAST_PROBABILITY
-    infinite = float(deltas[-1] + probabilities[tiny].sum() + special.ndtr(-_REACH))
+    infinite = float(deltas[-1] + probabilities[tiny].sum() + beyond)
     probabilities[tiny] = 0.0
     with np.errstate(divide="ignore"):
         return StepLosses(lowest, np.log(probabilities), infinite, (512 + 4 * (_REACH + 1 / noise) ** 2) * UNIT)
@@ -122,22 +152,21 @@ def _gaussian_delta(noise: float, epsilons: Floats) -> Floats:
 
 
 class Composition:
-    """A composition of sampled Gaussian mechanisms, for both orders of two neighbors that differ in one unit.
+    """A composition of sampled Gaussian and Laplace mechanisms, for both orders of two neighbors that differ in one
+    unit.
 
     Guarantee: `epsilon` and `delta` are upper bounds, rounding included, for mechanisms that were fixed beforehand.
     """
 
-    def __init__(self, mechanisms: Iterable[tuple[float, float, int]], width: float) -> None:
-        """Compose `mechanisms`, given as (sampling rate, noise multiplier, count), on a grid of `width`.
+    def __init__(self, mechanisms: Iterable[tuple[Rate, float, int]], width: float) -> None:
+        """Compose `mechanisms`, given as (sampling rate or "laplace", noise multiplier, count), on a grid of `width`.
 
         A mechanism without noise makes the composition unbounded.
         """
         told = list(mechanisms)
         self._bounded = all(noise > 0 for _, noise, _ in told)
         self._orders = [
-            _OneOrder(
-                [(sampled_gaussian(rate, noise, width, adding=adding), count) for rate, noise, count in told], width
-            )
+            _OneOrder([(_step_losses(rate, noise, width, adding=adding), count) for rate, noise, count in told], width)
             for adding in (False, True)
             if told and self._bounded
         ]

@@ -128,6 +128,8 @@ Fine enough that rounding costs next to nothing (6e-5 of the clip norm at most, 
 enough that float32 holds every coordinate and float64 the sum of half a billion of them exactly.
 """
 Sums = Mapping[str, npt.NDArray[np.int64]]
+Noise = Literal["gaussian", "laplace"]
+"""How noise is distributed."""
 
 
 def cell_width(max_grad_norm: float) -> float:

@@ -1,4 +1,4 @@
-"""A lead's proposal to a site: everything about a run that a site's policy decides on."""
+"""A lead's proposal to a site, or a site's own release: everything that the site's policy decides on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Proposal:
 
     Attributes:
         run: the run's identifier.
-        lead: public key of the lead that proposes the run, in hex.
+        lead: public key of the lead that proposes the run, in hex; "" for a release of the site's own, which no lead
+            can propose.
         dataset: id of the site's data set to train on.
         task: name of the training task.
         base_model: SHA-256 of the base model's weights; "unverified" if the run names none.
@@ -61,8 +62,10 @@ class Proposal:
 
     def __post_init__(self) -> None:
         # A proposal comes from a server: the reader checks types, this the form of each value, the policy its content.
-        for name in ("run", "lead", "dataset", "task", "base_model", "dtype", "adapter"):
+        for name in ("run", *(["lead"] if self.lead else []), "dataset", "task", "base_model", "dtype", "adapter"):
             require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
+        noise = self.plan.noise
+        require("plan.noise", noise, noise == "gaussian" or not self.lead, "must be gaussian in a lead's run")
         modules = self.target_modules
         right = all(map(_is_text, modules)) and len(set(modules)) == len(modules)
         require("target_modules", modules, right, "must be distinct module names")

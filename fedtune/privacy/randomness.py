@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +21,9 @@ from mpmath.libmp import to_rational
 
 _MOST_EXTENSIONS = 8
 """Extensions of 128 bits each.  The probability that none of them decides a value is far below 2^-900."""
+
+
+_interval_context = cache(MPIntervalContext)  # takes milliseconds to make; an interval holds at any precision
 
 
 class RandomStream:
@@ -69,25 +74,44 @@ class RandomStream:
             rounded[:, place] = self._round_exactly(int(radius_bits[place]), int(angle_bits[place]), deviation)
         return rounded.reshape(-1)[:count]
 
+    def rounded_laplace(self, count: int, scale: float) -> list[int]:
+        """Draw `count` independent Laplace values of scale `scale`, each rounded to the nearest integer.
+
+        Guarantee: exact, as in `_decide`: no floating-point number decides.  The absolute value is -scale x log(u) for
+        a uniform real number u, and a bit of its own decides the sign.
+        """
+        prefixes, signs = self.uniform64(count), self.bernoulli(count, 0.5)
+        sizes = [self._decide([int(bits)], lambda iv, uniform: [-scale * iv.log(uniform)])[0] for bits in prefixes]
+        return [size if positive else -size for size, positive in zip(sizes, signs, strict=True)]
+
     def _round_exactly(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
-        """Round one pair exactly: draw further bits until both values are decided."""
-        intervals = MPIntervalContext()
-        num_bits = 64
+        """Round one Box-Muller pair exactly."""
+
+        def pair(intervals: Any, uniform: Any, turn: Any) -> list[Any]:
+            radius, angle = deviation * intervals.sqrt(-2 * intervals.log(uniform)), 2 * intervals.pi * turn
+            return [radius * intervals.cos(angle), radius * intervals.sin(angle)]
+
+        first, second = self._decide([radius_bits, angle_bits], pair)
+        return first, second
+
+    def _decide(self, prefixes: list[int], values: Callable[..., list[Any]]) -> list[int]:
+        """Round `values` of uniform real numbers exactly: draw further bits until all of them are decided.
+
+        Args:
+            prefixes: the first 64 bits of each uniform number; the logarithm of the first number may be taken.
+            values: takes a context of interval arithmetic and an interval for each uniform number.
+        """
+        intervals, num_bits = _interval_context(), 64
         for _ in range(_MOST_EXTENSIONS):
             num_bits += 128
-            radius_bits, angle_bits = (self._extend_bits(bits) for bits in (radius_bits, angle_bits))
+            prefixes = [self._extend_bits(bits) for bits in prefixes]
             intervals.prec = 2 * num_bits
-            uniform, turn = (intervals.mpf([b, b + 1]) / 2**num_bits for b in (radius_bits, angle_bits))
-            if radius_bits == 0:  # log(0): the interval has no lower end
+            if prefixes[0] == 0:  # log(0): the interval has no lower end
                 continue
-            radius = deviation * intervals.sqrt(-2 * intervals.log(uniform))
-            angle = 2 * intervals.pi * turn
-            (low, high), (other_low, other_high) = (
-                [_round_to_nearest(end) for end in value._mpi_]
-                for value in (radius * intervals.cos(angle), radius * intervals.sin(angle))
-            )
-            if low == high and other_low == other_high:
-                return low, other_low
+            numbers = [intervals.mpf([bits, bits + 1]) / 2**num_bits for bits in prefixes]
+            ends = [[_round_to_nearest(end) for end in value._mpi_] for value in values(intervals, *numbers)]
+            if all(low == high for low, high in ends):
+                return [low for low, _ in ends]
         raise AssertionError("a thousand further bits decide a value, but for a chance below 2**-900")
 
     def _extend_bits(self, bits: int) -> int:

@@ -8,21 +8,22 @@ import dataclasses
 import hashlib
 import json
 
-from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
+from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
 
 from fedtune.codec import decode, require
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons_by_adversary
-from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, PrivacySpec, Unit
+from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, Noise, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
+_ONLY_WITH = {"shared": "secure aggregation", "cohorts": "arrivals", "runs": "further runs", "noise": "Laplace"}
 MORE_THAN_DECLARED = 4.0  # a site may have this many times the units that it declares; most publish a rounded number
 
 
 @spec
 class Plan:
-    """The mechanisms that a site will run for one federated training.
+    """The mechanisms that a site will run for one federated training, or for a release of its own.
 
     Attributes:
         unit: the privacy unit.
@@ -43,6 +44,8 @@ class Plan:
         cohorts: the arrival cohorts that the run admits and charges; None: everybody, in a population without arrivals.
         runs: how many runs like this one may use the same person's records; the noise is calibrated to the epsilon of
             all of them together.
+        noise: how the noise is distributed; "laplace" only for a release of a site's own, whose noise multiplier is its
+            scale over the L1 sensitivity.
     """
 
     unit: Unit
@@ -58,6 +61,7 @@ class Plan:
     shared: SharedNoise | None = None
     cohorts: Cohorts | None = None
     runs: int = 1
+    noise: Noise = "gaussian"
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
@@ -75,6 +79,8 @@ class Plan:
         by_user, most = self.unit == "user", self.records_per_user
         require("records_per_user", most, by_user or most == 1, "must be 1 for unit 'record'")
         require("cohorts", str(self.cohorts), by_user or self.cohorts is None, "must be left out for unit 'record'")
+        right = self.noise == "gaussian" or (self.sampling_rate == 1 and self.private and self.shared is None)
+        require("noise", self.noise, right, "must be gaussian if units are sampled or noise is shared")
         if self.shared is not None:
             noise, share = self.noise_multiplier, self.shared.noise_multiplier
             require(
@@ -211,6 +217,8 @@ class Plan:
         training = events.dp_sgd_event(
             sampling_rate=self.sampling_rate, noise_multiplier=self.accounted_noise, steps=self.local_steps * rounds
         )
+        if self.noise == "laplace":
+            training = SelfComposedDpEvent(LaplaceDpEvent(self.noise_multiplier), self.local_steps * rounds)
         scores = score_events(self.metrics_noise_multiplier, rounds)
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
@@ -221,7 +229,7 @@ class Plan:
         fields = dataclasses.asdict(self)
         if self.unit == "record":
             del fields["records_per_user"]
-        for key, usual in (("shared", None), ("cohorts", None), ("runs", 1)):
+        for key, usual in (("shared", None), ("cohorts", None), ("runs", 1), ("noise", "gaussian")):
             if fields[key] == usual:
                 del fields[key]
         return fields
@@ -234,7 +242,7 @@ class Plan:
             ConfigError: the fields are not those of a plan, or contain a field that `to_json` leaves out.
         """
         plan = decode(cls, fields)
-        for key, without in (("shared", "secure aggregation"), ("cohorts", "arrivals"), ("runs", "further runs")):
+        for key, without in _ONLY_WITH.items():
             if isinstance(fields, dict) and key in fields and key not in plan.to_json():
                 raise ConfigError(key, fields[key], f"is only allowed with {without}")  # a plan has one spelling
         return plan

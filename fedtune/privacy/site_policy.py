@@ -40,6 +40,7 @@ DEFAULT_MIN_GRAD_NORM = 1e-3
 DEFAULT_MAX_ADAPTER_VALUE = 2.0
 AT_ONCE = "the time of a reply roughly reveals the number of records"  # where `releases.reply_after_s` is 0
 _MOST_DAYS = 36525.0
+_OF_ANY_RELEASE = {Reason.UNIT, Reason.DELTA, Reason.COHORTS}
 
 
 @spec
@@ -352,6 +353,16 @@ class Policy:
         """
         for refused in self.broken_rules(proposal):
             raise refused
+
+    def check_release(self, proposal: Proposal) -> None:
+        """Check a release of the site's own, which only the limits for leads do not concern.
+
+        Raises:
+            Refused: names the first broken rule, the requested value and the allowed value.
+        """
+        broken = [rule for rule in _broken_rules(self, proposal) if rule[0] in _OF_ANY_RELEASE]
+        for reason, asked, allowed in broken or _exceeded_epsilon_caps(self, proposal.plan):
+            raise Refused(reason, asked=asked, allowed=allowed)
 
     def broken_rules(self, proposal: Proposal) -> list[Refused]:
         """List every rule that a proposal breaks, so that a person can fix the proposal.

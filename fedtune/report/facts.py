@@ -156,7 +156,7 @@ class Verification:
 class Release:
     """Something that left the site, or a refusal; equal releases of one run are counted together."""
 
-    kind: str  # "update", "refusal", "offer", "reservation_without_update"
+    kind: str  # "update", "own_release", "refusal", "offer", "reservation_without_update"
     run: str
     reason: str | None  # of a refusal
     count: int
@@ -428,6 +428,7 @@ class RunInLedger:
     max_epsilon: float | None  # the cap on one run that was in force when it was accepted; None: there was none
     seeded_noise: bool
     base_model: str
+    release: str = ""  # what kind of release of the site's own it is; "": it is a lead's run
     approvals: tuple[Mapping[str, str | None], ...] = ()  # when, by whom, by which ticket and why; None: not on record
 
     def __post_init__(self) -> None:

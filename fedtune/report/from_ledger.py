@@ -143,7 +143,7 @@ def collect_ledger_facts(
     # A simulation notes that it is one, whatever the file says.
     own = own and replace(own, simulated=noted.simulated)
     run_caps = _run_caps(events)
-    proposals = [run.proposal for run in history.runs.values()]
+    proposals = [run.proposal for run in history.runs.values() if run.proposal.lead]  # of training
     models = {proposal.base_model for proposal in proposals}
     settings = {
         "rank": dict.fromkeys(format_rank(one.adapter, one.rank) for one in proposals),
@@ -183,6 +183,7 @@ def collect_ledger_facts(
                 max_epsilon=run_caps[name],
                 seeded_noise=run.proposal.seeded_noise,
                 base_model=run.proposal.base_model,
+                release="" if run.proposal.lead else run.proposal.task,
                 approvals=tuple(one for one in decided[run.proposal.digest()] if one["what"] == "approved"),
             )
             for name, run in history.runs.items()
@@ -294,7 +295,8 @@ def list_releases(events: Sequence[Event], history: History) -> tuple[Release, .
                 unanswered[event.run, event.round, event.attempt] = event.time
             case Kind.COMMIT:
                 unanswered.pop((event.run, event.round, event.attempt), None)
-                groups[run, "update", None].append(event.time)
+                kind = "update" if history.runs[event.run].proposal.lead else "own_release"
+                groups[run, kind, None].append(event.time)
             case Kind.REFUSAL:
                 groups[run, "refusal", str(event.detail["reason"])].append(event.time)
             case Kind.RELEASE:

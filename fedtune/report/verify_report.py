@@ -15,7 +15,7 @@ from datetime import date, timedelta
 from itertools import pairwise
 from typing import Any
 
-from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent
 
 from fedtune.federation.early_stopping import is_budget_used_up
 from fedtune.federation.replies import NOT_SUMMED
@@ -107,7 +107,7 @@ def _check_amount_of_work(facts: Facts) -> Iterator[Problem]:
     for event, count in (one for charged, _, _ in parts for one in charged.items()):
         rate, gaussian = profile.split_sampling(event)
         fine = isinstance(event, NonPrivateDpEvent)
-        if isinstance(gaussian, GaussianDpEvent):
+        if isinstance(gaussian, GaussianDpEvent) or isinstance(event, LaplaceDpEvent):
             fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
         if not fine or _estimate_buckets(event) > _MOST_BUCKETS:  # what no site would run, or hours of work
             said = f"{count} x {events.to_json(event)}"
@@ -143,9 +143,7 @@ def _list_compositions(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
 def _estimate_buckets(event: DpEvent) -> float:
     """Estimate the number of buckets of a mechanism's loss distribution on the fine grid."""
     _, gaussian = profile.split_sampling(event)
-    if not isinstance(gaussian, GaussianDpEvent):
-        return 0.0
-    sigma = gaussian.noise_multiplier
+    sigma = getattr(gaussian, "noise_multiplier", float("inf"))  # of Laplace noise there are fewer
     return float(10 / sigma + 1 / sigma**2) / accountant.FINE
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent
 
 from fedtune.federation.calendar import describe_shared_epsilon
 from fedtune.federation.planner import LEAST_SIGNAL
@@ -337,5 +337,7 @@ def format_mechanism(event: DpEvent, count: int) -> str:
             return f"{pluralize(count, 'noisy step')} (rate {rate:g}, noise {noise:g})"
         case GaussianDpEvent():
             return f"{pluralize(count, 'noised score')} (noise {event.noise_multiplier:g})"
+        case LaplaceDpEvent():
+            return f"{pluralize(count, 'noised sum')} (Laplace noise {event.noise_multiplier:g})"
         case _:
             return f"{pluralize(count, 'round')} WITHOUT NOISE"

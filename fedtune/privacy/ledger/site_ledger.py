@@ -109,6 +109,7 @@ class SiteLedger:
         request: str,
         before_charge: Callable[[], None] = lambda: None,
         arrivals: Callable[[], Mapping[str, int]] = dict,
+        own: bool = False,
     ) -> Reservation | bytes:
         """Charge a round before it is trained, or return the stored reply to the same request.
 
@@ -124,16 +125,20 @@ class SiteLedger:
             arrivals: for populations with arrivals: called last before the charge, it returns the cohort of each user
                 by the user's own records.  The users whom the reservation admits are written to the register of
                 arrivals.
+            own: charge a release of the site's own, which has no lead: the caller is the site.  Only the limits for
+                leads do not concern it (`Policy.check_release`).
 
         Raises:
             Refused: names the rule, the requested value and the allowed value; nothing is charged.
             RunError: the ledger cannot be trusted or written.
         """
+        if own is bool(proposal.lead):  # nobody elsewhere can ask for a release of the site's own, or for its value
+            raise Refused(Reason.LEADS, asked=proposal.lead)
         with self._store.transaction():
             self._require_newest_policy()
             now, run = self._store.now(), self.history.runs.get(proposal.run)
             if run is None:
-                self.require_startable(proposal)
+                self.require_startable(proposal, own=own)
                 expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
                 detail: dict[str, Any] = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
                 self._store.append_event(Kind.PLAN, detail, run=proposal.run, dataset=proposal.dataset)
@@ -378,17 +383,18 @@ class SiteLedger:
             self._store.append_event(Kind.RELEASE, detail, run=proposal.run)
         return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
 
-    def require_acceptable(self, proposal: Proposal) -> None:
-        """Require that the site would accept the proposal as a new run, as of the last transaction.
+    def require_acceptable(self, proposal: Proposal, *, own: bool = False) -> None:
+        """Require that the site would accept the proposal as a new run, or as its `own` release, as of the last
+        transaction.
 
         Raises:
             Refused: names the rule, the requested value and the allowed value.
         """
-        spending.require_acceptable(self.history, self.policy, proposal, self._store.now())
+        spending.require_acceptable(self.history, self.policy, proposal, self._store.now(), own=own)
 
-    def require_startable(self, proposal: Proposal, *, approved: bool = True) -> None:
+    def require_startable(self, proposal: Proposal, *, approved: bool = True, own: bool = False) -> None:
         """Require that a run may start or continue; with `approved`, also that a person has approved a new run if
-        necessary.
+        necessary.  A release of the site's `own` needs no approval: a person at the site asks for it.
 
         An accepted run may continue as it was proposed, as long as the ledger permits training and nobody has denied
         the run.
@@ -403,8 +409,8 @@ class SiteLedger:
             return
         if never_accepted_mark(proposal.run, proposal.lead) in self.history.marks:
             raise Refused(Reason.RUN_ENDED)
-        self.require_acceptable(proposal)
-        if approved and self.policy.approval == "manual":
+        self.require_acceptable(proposal, own=own)
+        if approved and not own and self.policy.approval == "manual":
             since = self.history.approved.get(proposal.digest())
             good_for = timedelta(days=self.policy.limits.run_expires_after_days)
             # By the clock: a period that is held back keeps no approval, and below no run, alive.

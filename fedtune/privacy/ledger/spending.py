@@ -29,8 +29,12 @@ def spent_fraction_of_cap(history: History, spent: Counter[DpEvent], *, cap: flo
     return history.divergence(spent) / room if room > 0 else 1.0
 
 
-def require_acceptable(history: History, policy: Policy, proposal: Proposal, now: datetime) -> None:
+def require_acceptable(
+    history: History, policy: Policy, proposal: Proposal, now: datetime, *, own: bool = False
+) -> None:
     """Check that a new run breaks no rule, and that its whole plan fits next to the reservations of open runs.
+
+    `own` checks a release of the site's own instead, by `Policy.check_release`.
 
     Raises:
         Refused: names the rule, the requested value and the allowed value.
@@ -38,7 +42,7 @@ def require_acceptable(history: History, policy: Policy, proposal: Proposal, now
     require_usable_ledger(history)
     if proposal.run in history.lost_runs:
         raise Refused(Reason.RUN_ENDED)
-    policy.check(proposal)
+    (policy.check_release if own else policy.check)(proposal)
     require_plan_room(history, policy, proposal.plan, now)
 
 

@@ -10,16 +10,16 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 
 from dp_accounting import DpEvent
 
 from fedtune.formatting import finite, unbounded
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, cohort_group_starts, period_number
+from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
-from fedtune.report.facts import ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
+from fedtune.report.facts import NOT_RECORDED, ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
 from fedtune.report.model import EpsilonStep, Mechanism, Report, SiteReport, Spent
 from fedtune.show.budget_text import ArrivalRange
 
@@ -163,9 +163,10 @@ def list_mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
             unexplained.subtract(profile.count_charged_events(run.plan, rounds[run.run]))
         if all(count >= 0 for count in unexplained.values()):
             break
-    # The fedtune that wrote the entry samples so.
-    made = partial(profile.describe_mechanism, sampling="poisson")
-    known = [made(one.plan, run=one.run, rounds=rounds[one.run]) for one in facts.runs]
+    # The fedtune that wrote the entry samples so; what other software does is not on record.
+    sampling = {one.run: NOT_RECORDED if one.release in CHARGED_ONLY else "poisson" for one in facts.runs}
+    made = profile.describe_mechanism
+    known = [made(one.plan, run=one.run, rounds=rounds[one.run], sampling=sampling[one.run]) for one in facts.runs]
     return (
         *known,
         *(profile.describe_lost_mechanism(event, count) for event, count in unexplained.items() if count > 0),

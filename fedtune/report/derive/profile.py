@@ -92,7 +92,7 @@ def describe_lost_mechanism(event: DpEvent, count: int) -> Mechanism:
     round.
     """
     ((json, _),), (rate, gaussian) = events.mechanism_counts([event]), split_sampling(event)
-    noise = gaussian.noise_multiplier if isinstance(gaussian, GaussianDpEvent) else 0.0
+    noise = getattr(gaussian, "noise_multiplier", 0.0)  # Gaussian or Laplace
     scores = noise if gaussian is event else 0.0
     return Mechanism(
         run="",

@@ -15,6 +15,7 @@ from typing import get_args
 from fedtune.formatting import group_hex_start
 from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.events import Spent
+from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
@@ -54,6 +55,7 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
         masked = {run.run: run.plan.shared is not None for run in facts.runs}
         sent = {masked[one.run] for one in facts.releases if one.kind == "update" and one.run in masked}
         released = [code for is_masked, code in _UPDATES.items() if is_masked in sent]
+        released += ["own_releases"] if any(run.release for run in facts.runs) else []
         released += [*scores, "refusals_and_receipts"]
         covers, admits = ["all_runs", "tuning_trials"], None
         covers += [] if all(entry.run for entry in facts.charges) else ["lost_branches"]
@@ -217,20 +219,24 @@ def _ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found
     program, life = f"fedtune {', '.join(facts.provenance.fedtune_version.split(' / '))}", site.lifetime
     assert life is not None, "a ledger's report has its figures"
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
-    noise: tuple[Status, str] = ("violated", ", ".join(without)) if without else ("ensured", f"{program}: {_SAMPLED}")
-    yield "noise_in_every_step", *noise
-    yield "poisson_sampling", "ensured", f"{program}: {_SAMPLED}"
+    of_others = ", ".join(run.run for run in facts.runs if run.release in CHARGED_ONLY)
+
+    def ensured(test: str) -> tuple[Status, str]:
+        return ("assumed", of_others) if of_others else ("ensured", f"{program}: {test}")
+
+    yield "noise_in_every_step", *(("violated", ", ".join(without)) if without else ensured(_SAMPLED))
+    yield "poisson_sampling", *ensured(_SAMPLED)
     if life.seeded:
         seeded = [run.run for run in life.runs if run.seeded_noise]
         yield "unpredictable_randomness", "violated", ", ".join(seeded)
     elif not site.mechanisms or any(row.noise_multiplier > 0 for row in site.mechanisms):
-        yield "unpredictable_randomness", "ensured", f"{program}: {_UNPREDICTABLE}"
+        yield "unpredictable_randomness", *ensured(_UNPREDICTABLE)
     if without:
         yield "clipping_exact", "violated", ", ".join(without)
     elif facts.inexact_gradients:
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients: true; docs/guarantee.md"
     else:
-        yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
+        yield "clipping_exact", *ensured(_EXACT)
     yield from _figure_assumptions(facts, [site], asserted={facts.site: facts.asserted})
     if (found := facts.verification) is None:
         yield "ledger_intact", "violated", facts.problem

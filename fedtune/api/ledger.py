@@ -1,0 +1,271 @@
+"""A ledger from Python: it is read, and charges any release; no machine-learning framework is imported.
+
+What a site releases beside fedtune's runs is charged like a run of one round: before its value exists, against the same
+caps, in the same signed events.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.api.config_groups import config_folder
+from fedtune.codec import require
+from fedtune.extras import require_extra
+from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.mechanism import Noise, Unit
+from fedtune.privacy.own_release import propose_release, release_sum
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.randomness import SystemRandomness
+from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Asserted, Budget, Dataset, ReferenceRun
+from fedtune.spec import NOT_GIVEN, ConfigError, check_name, check_positive
+
+if TYPE_CHECKING:
+    import pandas
+
+    from fedtune.report.facts import Lifetime
+
+_QUERIES = ReferenceRun(sampling_rate=1.0, noise_multiplier=10.0, steps=1)  # the same order is best for any noise
+
+
+class Ledger:
+    """A site's ledger, verified: `Ledger(path)` reads it, `Ledger.open` and `Ledger.create` also charge releases.
+
+    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  Only an anchor shows
+    that no event is missing at the end: `fedtune ledger verify --anchor`.  All that was charged here or by runs stays
+    within the policy's caps (docs/any_release.md).
+
+    Args:
+        path: the ledger.db file.
+        site_key: the site's public key in hex, from a trusted source; None: the key that the ledger names.
+
+    Raises:
+        ValueError: there is no such file.
+        RunError: the verification failed; the message says which check.
+    """
+
+    def __init__(self, path: str | Path, *, site_key: str | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ConfigError("ledger", str(path), "must be a ledger.db")
+        self.verified = verify(self.path, site_key=site_key)
+        self._opened: SiteLedger | None = None
+
+    @classmethod
+    def open(cls, site_toml: str | Path) -> Ledger:
+        """Open the ledger that a site's policy names for charging; a missing ledger or key is created.
+
+        Raises:
+            ValueError: the policy, the key or the ledger cannot be used.
+            RunError: the ledger is damaged, was changed or put back, or cannot be written.
+        """
+        files = SiteFiles.from_site_toml(Path(site_toml))
+        opened = files.open_ledger()
+        ledger = cls(files.ledger)
+        ledger._opened = opened
+        return ledger
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, *, epsilon: float, delta: float, size: int, unit: Unit = "record", site: str = "site"
+    ) -> Ledger:
+        """Create a site's policy, key (mode 0600) and ledger in a folder, and open the ledger for charging.
+
+        The policy is the template's (`fedtune site template`), under which no lead may train, with these values; the
+        accounting is chosen for queries.  For another policy, write it, and use `Ledger.open`.
+
+        Args:
+            folder: for the three files.
+            epsilon: cap on everything that is ever released about these records.
+            delta: of that cap; fixed for good.
+            size: the number of units that the site publishes: a round number, not the exact one.
+            unit: what one (epsilon, delta) protects, "record" or "user"; fixed for good.
+            site: name of the site; fixed for good.
+
+        Raises:
+            ValueError: a value is out of range, or the folder has a policy or a ledger.
+        """
+        site_toml = Path(folder) / "site.toml"
+        policy = read_policy(config_folder() / "site.toml")
+        policy = replace(
+            policy,
+            site=site,
+            population=replace(policy.population, name="population", unit=unit),
+            dataset=(Dataset(id="records", declared_size=size),),
+            budget=Budget(delta=delta, max_epsilon=epsilon, reference=_QUERIES),
+            asserted=Asserted(no_person_at_another_site=False),
+            anchor="",
+        )
+        for path in (site_toml, site_toml.parent / policy.ledger):
+            require("folder", str(folder), not path.exists(), f"has {path.name}: open it with fedtune.Ledger.open")
+        write_policy(policy, site_toml)
+        return cls.open(site_toml)
+
+    def charge(
+        self,
+        name: str,
+        *,
+        noise_multiplier: float,
+        noise: Noise = "gaussian",
+        sampling_rate: float = 1.0,
+        steps: int = 1,
+    ) -> Receipt:
+        """Charge a release that other software makes, before it is made, and return the site's signed receipt.
+
+        Guarantee: the price alone: that the mechanism is as described is the caller's statement.  `steps` steps, each
+        on a Poisson sample (or on all units at a rate of 1), whose noise has a standard deviation of `noise_multiplier`
+        times the L2 sensitivity or, for "laplace", a scale of `noise_multiplier` times the L1 sensitivity.  The
+        sensitivity is the most that adding or removing one of the ledger's units moves a step's sum.
+
+        Args:
+            name: of the release.  It can be charged once: a release that is made again is another one.
+            noise_multiplier: as above; Opacus and jax_privacy call it so, too.
+            noise: "gaussian" or "laplace".
+            sampling_rate: probability with which each unit joins a step; below 1 only for "gaussian".
+            steps: number of steps.
+
+        Raises:
+            ValueError: a value is out of range, or the name was charged before.
+            Refused: the charge does not fit the policy, which the message names; nothing is charged.
+            RunError: the ledger cannot be trusted or written.
+        """
+        kind = "dp_sgd" if sampling_rate < 1 or steps > 1 else noise
+        how = {"sampling_rate": sampling_rate, "local_steps": steps, "max_grad_norm": 1.0}
+        proposal, granted = self._reserve(kind, name, noise_multiplier=noise_multiplier, noise=noise, **how)
+        if not isinstance(granted, Reservation):
+            raise ConfigError("name", name, "was charged before: a release that is made again needs a name of its own")
+        self._commit(granted, b"[]")
+        return self.receipt(proposal.run)
+
+    def count(self, name: str, values: Iterable[object], **options: Any) -> float:
+        """Release how many units have a true value, with noise; `options` as for `sum`, without the bound."""
+        rows = [(float(bool(value)),) for value in self._one_per_unit(values, options.pop("users", None))]
+        return self._release_sum("count", name, rows, options, width=1, bound=1.0)[0]
+
+    def histogram(
+        self, name: str, values: Iterable[Hashable], bins: Sequence[Hashable], **options: Any
+    ) -> dict[Hashable, float]:
+        """Release how many units have each value of `bins`, with noise; `options` as for `sum`, without the bound.
+
+        A unit is in one bin, or in none, so that its sensitivity is 1.  The bins must be known without the records; a
+        bin without a unit gets its noise, too.
+        """
+        require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must be distinct values, and at least one")
+        rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
+        found = [rows.get(value, none) for value in self._one_per_unit(values, options.pop("users", None))]
+        sums = self._release_sum("histogram", name, found, options, width=len(bins), bound=1.0)
+        return dict(zip(bins, sums, strict=True))
+
+    def sum(self, name: str, values: Iterable[Any], *, bound: float, **options: Any) -> list[float]:
+        """Release the sum of one number or row of numbers per unit, with noise: a value for each column.
+
+        Guarantee: one mechanism of the noise multiplier on all units, charged before its noise is drawn.  A row beyond
+        `bound` is scaled down to it, a value that is not finite counts as 0, and sums and noise are whole numbers
+        (`privacy.own_release`).  The answer is stored before it is returned: asked again under the same name with the
+        same settings, the ledger returns it, whatever the records are by then, and charges nothing.  After a crash in
+        between the release stays charged, and its name is used up.
+
+        Args:
+            name: of the release.
+            values: a number or a row of numbers for each record.
+            bound: the most that one unit may add: L2 norm for "gaussian" noise, L1 norm for "laplace".
+            **options: `noise_multiplier`: standard deviation (gaussian) or scale (laplace) of the noise over the bound;
+                `noise`: "gaussian" (default) or "laplace"; `users`: of a ledger with the unit "user", whose each
+                record is: the last record of each user counts.
+
+        Raises:
+            ValueError: a value is out of range, or the records are no numbers; nothing is charged.
+            Refused: the charge does not fit the policy, which the message names; nothing is charged.
+            RunError: the ledger cannot be trusted or written.
+        """
+        check_positive("bound", bound)
+        table = np.asarray(self._one_per_unit(values, options.pop("users", None)), dtype=np.float64)
+        width = table.shape[1] if table.ndim == 2 else 1
+        rows = list(map(tuple, table.reshape(len(table), width).tolist()))
+        return self._release_sum("sum", name, rows, options, width=width, bound=bound)
+
+    def receipt(self, run: str) -> Receipt:
+        """Sign a receipt for what was charged to a release or run, by its name in `spending.runs`."""
+        return self._site.sign_receipt(run)
+
+    @property
+    def spending(self) -> Lifetime:
+        """Epsilon spent over the ledger's lifetime, in the current period and by each run, derived from its events."""
+        from fedtune.report.from_ledger import compute_current_lifetime
+
+        return compute_current_lifetime(self.verified)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return one row per event: time, kind, run and round."""
+        columns = ("sequence", "time", "kind", "run", "round")
+        return to_data_frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
+
+    @property
+    def _site(self) -> SiteLedger:
+        if self._opened is None:
+            raise ConfigError("ledger", str(self.path), "is read only: fedtune.Ledger.open(site.toml) charges releases")
+        return self._opened
+
+    def _one_per_unit(self, values: Any, users: Iterable[Hashable] | None) -> list[Any]:
+        """Return one value per unit: all of them or, for unit "user", the last one of each user."""
+        by_user = self._site.policy.population.unit == "user"
+        bound = "must say whose each record is for a ledger with unit = user, and be left out for others"
+        require("users", NOT_GIVEN, by_user is (users is not None), bound)
+        each = values.to_numpy() if hasattr(values, "to_numpy") else values  # a DataFrame's rows, not its columns
+        return list(each) if users is None else list(dict(zip(users, each, strict=True)).values())
+
+    def _release_sum(
+        self,
+        kind: str,
+        name: str,
+        rows: Sequence[tuple[float, ...]],
+        options: dict[str, Any],
+        *,
+        width: int,
+        bound: float,
+    ) -> list[float]:
+        """Charge the release of a sum, then add its noise and store the answer; or return the stored answer."""
+        bound_of = "must be noise_multiplier, noise or users"
+        require("options", list(options), options.keys() <= {"noise_multiplier", "noise"}, bound_of)
+        proposal, reply = self._reserve(kind, name, **options, sampling_rate=1.0, local_steps=1, max_grad_norm=bound)
+        if isinstance(reply, Reservation):
+            answer = release_sum(rows, proposal.plan, width=width, stream=SystemRandomness().stream())
+            reply = self._commit(reply, json.dumps(answer).encode())
+        return [float(value) for value in json.loads(reply)]
+
+    def _reserve(self, kind: str, name: str, **planned: Any) -> tuple[Proposal, Reservation | bytes]:
+        check_name("name", name)
+        proposal = propose_release(kind, name, self._site.policy, **planned)
+        try:
+            return proposal, self._site.reserve(proposal, round=1, request=proposal.digest(), own=True)
+        except Refused as refused:
+            if refused.reason not in (Reason.PLAN_CHANGED, Reason.PLAN_EXHAUSTED, Reason.RUN_ENDED):
+                raise
+            bound = "was charged with other settings, or its answer was lost in a crash: choose another name"
+            raise ConfigError("name", proposal.run, bound) from refused
+
+    def _commit(self, granted: Reservation, reply: bytes) -> bytes:
+        self._site.commit(granted, reply)
+        self._site.end_run(granted.run)
+        self.verified = verify(self.path, site_key=self.verified.site_key)
+        return reply
+
+
+def to_data_frame(
+    rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]
+) -> pandas.DataFrame:
+    """Build a data frame with one row per item, indexed by the first of `columns`; `other` adds more cells to a row."""
+    require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
+    import pandas
+
+    made = ({name: getattr(one, name) for name in columns} | other(one) for one in rows)
+    return pandas.DataFrame(made).set_index(columns[0])

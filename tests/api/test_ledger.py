@@ -1,0 +1,147 @@
+"""A ledger that charges any release, as `import fedtune` offers it, and the page that shows it."""
+
+import json
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fedtune
+from fedtune.privacy.ledger.site_ledger import SiteLedger
+from fedtune.privacy.release import Reason, Refused
+from fedtune.report.from_ledger import build_ledger_report
+from fedtune.report.verify_report import problems
+from fedtune.spec import ConfigError
+
+from ..conftest import command
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "any_release.md").read_text(), re.S)
+
+
+def made(folder: Path, **changes: object) -> fedtune.Ledger:
+    return fedtune.Ledger.create(folder, **{"epsilon": 3.0, "delta": 1e-6, "size": 10_000} | changes)
+
+
+@pytest.mark.filterwarnings("ignore")  # Opacus's own
+def test_documented_count_and_opacus_loop_run_and_share_one_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counted, trained = BLOCKS
+    exec(counted, {})
+    exec(trained, {})
+    runs = fedtune.Ledger("registry/ledger.db").spending.runs
+    assert [run.run for run in runs] == ["count over-65", "histogram decades", "dp_sgd opacus-1"]
+    assert [run.steps for run in runs] == [1, 1, 40]
+
+
+def test_ledger_needs_no_torch(tmp_path: Path) -> None:
+    blocked = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.partition('.')[0] in {'torch', 'transformers', 'peft', 'opacus', 'flwr'}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+    )
+    subprocess.run([sys.executable, "-c", blocked + BLOCKS[0]], cwd=tmp_path, check=True, capture_output=True)
+    assert len(fedtune.Ledger(tmp_path / "registry" / "ledger.db").spending.runs) == 2
+
+
+def test_created_ledger_has_a_private_key_and_is_created_once(tmp_path: Path) -> None:
+    made(tmp_path, unit="user", site="north")
+    assert stat.S_IMODE((tmp_path / "site_key.pem").stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match=r"has site\.toml: open it with fedtune\.Ledger\.open"):
+        made(tmp_path)
+    opening = fedtune.Ledger.open(tmp_path / "site.toml").verified.history.opening
+    assert (opening.site, opening.unit, opening.delta) == ("north", "user", 1e-6)
+    with pytest.raises(ConfigError, match=r"budget\.delta"):
+        made(tmp_path / "other", delta=1e-3)
+    assert not (tmp_path / "other").exists()
+
+
+def test_answers_are_near_the_truth_and_stay_the_same_under_their_name(tmp_path: Path) -> None:
+    ledger, values = made(tmp_path, epsilon=100.0), np.arange(5000)
+    count = ledger.count("many", values >= 1000, noise_multiplier=5)
+    assert abs(count - 4000) < 60
+    assert fedtune.Ledger.open(tmp_path / "site.toml").count("many", [], noise_multiplier=5) == count
+    found = ledger.histogram("kinds", values % 3, bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace")
+    assert [abs(found[kind] - true) < 100 for kind, true in enumerate((1667, 1667, 1666, 0))] == [True] * 4
+    total = ledger.sum("sum", [[3.0, 0.0], [0.0, -1.0], [np.nan, 1e300]] * 1000, bound=2.0, noise_multiplier=5)
+    assert np.abs(np.array(total) - [2000.0, 1000.0]).max() < 100, "3 is scaled to 2, and 1e300 beside no number, too"
+    assert len(ledger.spending.runs) == 3
+    assert len(json.dumps(ledger.receipt("sum sum").to_json())) > 0
+    assert ledger.receipt("sum sum").has_valid_signature()
+
+
+def test_person_counts_once_in_a_ledger_of_users(tmp_path: Path) -> None:
+    ledger = made(tmp_path, unit="user", epsilon=100.0)
+    for users in ({}, {"users": None}):
+        with pytest.raises(ConfigError, match="users: must say whose each record is"):
+            ledger.count("a", [1, 1, 1], noise_multiplier=5, **users)
+    whose = [number % 10 for number in range(5000)]
+    assert abs(ledger.count("a", [1] * 5000, users=whose, noise_multiplier=5) - 10) < 60
+    with pytest.raises(ConfigError, match="users: must say"):
+        made(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
+
+
+def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(tmp_path: Path) -> None:
+    ledger = made(tmp_path)
+    ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
+    before = ledger.spending.epsilon
+    with pytest.raises(Refused, match=r"max_epsilon: asked \d+\.\d+, allowed at most 3, of which \d") as caught:
+        ledger.charge("again", noise_multiplier=0.2)
+    assert caught.value.reason is Reason.MAX_EPSILON
+    with pytest.raises(ConfigError, match="was charged before: a release that is made again needs a name of its own"):
+        ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
+    with pytest.raises(ConfigError, match="was charged with other settings"):
+        ledger.charge("training", noise_multiplier=1.6, sampling_rate=0.01, steps=100)
+    for options in (
+        {"sampling_rate": 0.01},
+        {"metrics_noise_multiplier": 1.0},
+    ):  # a sum is of all units, whatever is said
+        with pytest.raises(ConfigError, match=r"options = .*must be noise_multiplier, noise or users"):
+            ledger.count("a", [1], noise_multiplier=20, **options)
+    with pytest.raises(ConfigError, match="noise = 'laplace': must be gaussian if units are sampled"):
+        ledger.charge("a", noise_multiplier=20, noise="laplace", sampling_rate=0.5)
+    with pytest.raises(ConfigError, match="is read only"):
+        fedtune.Ledger(tmp_path / "ledger.db").count("a", [1], noise_multiplier=20)
+    assert fedtune.Ledger(tmp_path / "ledger.db").spending.epsilon == before
+
+
+def test_crash_before_the_answer_is_stored_stays_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = made(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(SiteLedger, "commit", lambda *ignored: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            ledger.count("a", [1], noise_multiplier=20)
+    again = fedtune.Ledger.open(tmp_path / "site.toml")
+    assert again.spending.epsilon > 0
+    with pytest.raises(ConfigError, match="its answer was lost in a crash: choose another name"):
+        again.count("a", [1], noise_multiplier=20)
+
+
+def test_commands_and_report_show_own_releases(tmp_path: Path) -> None:
+    ledger = made(tmp_path)
+    ledger.histogram("kinds", ["a"], bins=["a"], noise_multiplier=20, noise="laplace")
+    report = build_ledger_report(tmp_path / "site.toml")
+    assert {one.code: one.status for one in report.assumptions}["poisson_sampling"] == "ensured"
+    ledger.charge("opacus", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
+    for words, text in (
+        ("show", "histogram on population, 1 noised sum"),
+        ("spent", "dp_sgd opacus"),
+        ("verify", "Checked"),
+    ):
+        assert text in " ".join(command("ledger", words, str(tmp_path / "ledger.db")).out.split())
+    report = build_ledger_report(tmp_path / "site.toml")
+    assert not problems(report)
+    told = {one.code: (one.status, one.evidence) for one in report.assumptions}
+    assert told["poisson_sampling"] == told["clipping_exact"] == ("assumed", "dp_sgd opacus")
+    assert "own_releases" in report.released
+    assert [one.kind for one in report.facts.releases] == ["own_release", "own_release"]
+    assert [one.sampling_run for one in report.sites[0].mechanisms] == ["poisson", "not_recorded"]
