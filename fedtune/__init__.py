@@ -13,8 +13,9 @@ from fedtune import process as process  # first: torch reads once what it sets
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fedtune.api.public import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
+    from fedtune.api.public import Ledger, Progress, Run, compare, evaluate, load, plan, verify
     from fedtune.config import RunConfig
+    from fedtune.lab.studies.in_memory import simulate
     from fedtune.lab.studies.personalized import personalize
     from fedtune.lab.studies.synthetic import synthesize
     from fedtune.privacy.site_policy import Policy
@@ -38,6 +39,7 @@ _ELSEWHERE = {
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
     "personalize": "fedtune.lab.studies.personalized",
+    "simulate": "fedtune.lab.studies.in_memory",
     "synthesize": "fedtune.lab.studies.synthetic",
 }
 
