@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from fedtune.lab.studies.personalized import personalize
     from fedtune.lab.studies.synthetic import synthesize
     from fedtune.privacy.site_policy import Policy
+    from fedtune.spec import ConfigError, DataError, FedtuneError, RefusedError, RunError, StuckError
 
 __all__ = [
+    "ConfigError",
+    "DataError",
+    "FedtuneError",
     "Ledger",
     "Policy",
     "Progress",
+    "RefusedError",
     "Run",
     "RunConfig",
+    "RunError",
+    "StuckError",
     "compare",
     "evaluate",
     "load",
@@ -40,6 +47,9 @@ _ELSEWHERE = {
     "Policy": "fedtune.privacy.site_policy",
     "personalize": "fedtune.lab.studies.personalized",
     "simulate": "fedtune.lab.studies.in_memory",
+    **dict.fromkeys(
+        ("ConfigError", "DataError", "FedtuneError", "RefusedError", "RunError", "StuckError"), "fedtune.spec"
+    ),
     "synthesize": "fedtune.lab.studies.synthetic",
 }
 

@@ -192,8 +192,8 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
         yield from (row for batch in data.to_batches() for row in batch.to_pylist())
     elif callable(getattr(data, "to_pylist", None)):  # a batch
         yield from data.to_pylist()
-    elif getattr(data, "ndim", 0) >= 1:
-        yield from _iter_feature_rows(data, at=at)
+    elif (dimensions := getattr(data, "ndim", 0)) >= 1:
+        yield from _to_list(data) if dimensions == 1 else _iter_feature_rows(data, at=at)
     elif hasattr(data, "__arrow_c_stream__"):
         require_extra(at, NOT_GIVEN, "data", "pyarrow")
         import pyarrow
@@ -203,6 +203,22 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
         yield from data
     else:
         raise DataError(at, type(data).__name__, _FORMS)
+
+
+def split_inputs(data: Data) -> tuple[list[Any], bool]:
+    """Return what a model should answer, and whether these are rows of a table (else texts).
+
+    A single text is one input.  Rows of numbers are rows of a table with the columns x0, x1, ...
+
+    Raises:
+        DataError: the object is neither texts nor a table.
+    """
+    if data is None or isinstance(data, str):
+        return [data], False
+    inputs = list(data) if isinstance(data, tuple) else list(iter_rows(data, at="data"))
+    if inputs and all(isinstance(one, list | tuple) for one in inputs):
+        inputs = list(_iter_feature_rows(inputs, at="data"))
+    return inputs, bool(inputs) and all(isinstance(one, Mapping) for one in inputs)
 
 
 def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[str, Any]]:

@@ -96,11 +96,11 @@ def test_interrupted_run_resumes_with_the_same_records(settings: dict[str, Any],
 def test_recipe_keeps_its_model_and_takes_records_in_memory(settings: dict[str, Any]) -> None:
     sites: dict[str, Any] = {"a": {"text": [f"text {number}" for number in range(60)], "label": ["x", "y"] * 30}}
     sites["b"] = pyarrow.table(sites["a"])
-    settings |= {"data.labels": ["x", "y"], "data.declared_sizes": [30, 20]}
+    settings |= {"data.labels": ["x", "y"], "data.declared_sizes": [40, 40]}
     run = fedtune.simulate("debug", settings, sites=sites, validation=sites["a"])
     assert run.config.data.validation_file == "in-memory/validation.jsonl"
     assert (run.config.data.test_fraction, run.config.data.train_fraction) == (0.2, 1.0)
-    assert run.config.data.declared_sizes == (30, 20)
+    assert run.config.data.declared_sizes == (40, 40)
     assert run.rounds[0].metrics["accuracy"] is not None
     with pytest.raises(ConfigError, match=r"sites = .*must be left out: the run reads data\.train_file"):
         fedtune.simulate(settings={"resume": _run_on_files(settings)}, sites=sites)

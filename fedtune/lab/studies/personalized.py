@@ -17,7 +17,7 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, check_one_of
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from fedtune.runs.model_comparison import SideBySide
+    from fedtune.api.side_by_side import SideBySide
     from fedtune.sites.personalization import Parts
 
 OWN, SHARED, ALONE = "own", "shared", "alone"
@@ -97,6 +97,7 @@ def make_personalized(
     lenient: bool = False,
 ) -> Personalized:
     """Train a site's personalized adapter in `into`, and score it against the shared adapter and training alone."""
+    from fedtune.api.side_by_side import SideBySide
     from fedtune.report.page.render import render_personalized_label
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.sites.personalization import personalize as train
@@ -117,7 +118,7 @@ def make_personalized(
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
         sides = compare_runs({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)
-    return Personalized(folder=into, passes=passes, seen=parts.seen, sides=sides)
+    return Personalized(folder=into, passes=passes, seen=parts.seen, sides=SideBySide.from_scored(sides))
 
 
 def sections(made: Mapping[str, Personalized]) -> list[Section]:
