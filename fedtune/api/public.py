@@ -6,6 +6,9 @@ command line.  Nothing is printed.
 
 from __future__ import annotations
 
+import html
+import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +21,6 @@ import numpy as np
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.memory import Data, data_file, split_inputs
-from fedtune.api.notebook import in_notebook, notebook_bar
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data.records import Record
 from fedtune.extras import require_extra
@@ -39,9 +41,9 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     import numpy.typing as npt
     import pandas
 
-    from fedtune.api.side_by_side import SideBySide
+    from fedtune.api.compared_models import ComparedModels
     from fedtune.export.distillation import Distilled
-    from fedtune.export.loaded_model import LoadedModel, ModelForm
+    from fedtune.export.loaded_model import ModelForm, ModelWithTokenizer
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
     from fedtune.report.checks import Check
@@ -50,7 +52,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.federation_run import Listener
     from fedtune.runs.results import PrivacyResult, RunResult
     from fedtune.runs.saved_model import SavedModel
-    from fedtune.show.figure import Figure
+    from fedtune.show.svg_figure import SvgFigure
     from fedtune.sites.session import Session
 
 Chart = Literal["utility", "epsilon_spent", "profile", "reliability"]  # of a run's report
@@ -76,6 +78,27 @@ Callback = Callable[[Progress], None]  # is told how far a run is
 def stages(progress: Callback) -> Callable[[str, int, int], None]:
     """Return what tells a callback of a stage, and how many of its parts are done."""
     return lambda what, done, total: progress(Progress(stage=what, done=done, total=total))
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which shows HTML instead of a terminal's control characters."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+def notebook_bar() -> Callable[[Progress], None]:
+    """Show a bar below the cell, and return the callback that moves it."""
+    library: Any = importlib.import_module("IPython.display")
+    handle = library.display(library.HTML(""), display_id=True)
+
+    def move(told: Progress) -> None:
+        scores = told.round.metrics.items() if told.round is not None else ()
+        said = ", ".join(f"{name} {value:.4f}" for name, value in scores if value is not None)
+        text = f"{told.stage} {told.done} of {told.total}" if told.total else told.stage
+        bar = f'<progress value="{told.done}" max="{max(told.total, 1)}"></progress>'
+        handle.update(library.HTML(f"{bar} {html.escape(f'{text}: {said}' if said else text)}"))
+
+    return move
 
 
 class Teller:
@@ -186,7 +209,7 @@ def load(folder: str | Path) -> Run:
     return Run(path, saved_config(path))
 
 
-def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) -> SideBySide:
+def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
     """Score a run's adapter, and its base without one, on records; intervals (95 %) draw the same records for both.
 
     `data` is a file, or records in memory in any form that `simulate` takes, with the columns that the run's settings
@@ -196,15 +219,15 @@ def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) ->
     Raises:
         ValueError: the run is not finished, or the records cannot be used.
     """
-    from fedtune.api.side_by_side import SideBySide
+    from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
 
     with data_file(data) as file:
         found = {"tuned": (run.config, run.adapter)}
-        return SideBySide.from_scored(compare_runs(found, file=file, final=True, progress=stages(progress)))
+        return ComparedModels.from_scored(compare_runs(found, file=file, final=True, progress=stages(progress)))
 
 
-def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = lambda told: None) -> SideBySide:
+def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = lambda told: None) -> ComparedModels:
     """Score finished runs, and their base before training, on the same records; exact, and no guarantee covers it.
 
     `comparison("base", NAME)` of what is returned is the difference of two of them, with an interval (95 %) that draws
@@ -219,7 +242,7 @@ def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = 
     Raises:
         ValueError: a run is not finished, or the runs' scores say nothing about each other.
     """
-    from fedtune.api.side_by_side import SideBySide
+    from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.runs.saved_model import BASE
 
@@ -227,7 +250,7 @@ def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = 
         raise ConfigError("runs", [*runs], f"must name at least one run, and no run may be called {BASE}")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
     with data_file(data) if data is not None else nullcontext() as file:
-        return SideBySide.from_scored(compare_runs(finished, file=file, progress=stages(progress)))
+        return ComparedModels.from_scored(compare_runs(finished, file=file, progress=stages(progress)))
 
 
 class Checks(tuple["Check", ...]):
@@ -405,11 +428,11 @@ class Run:
         with data_file(inputs) as file:
             return read_prompts(self.config, file, key="data")
 
-    def evaluate(self, data: Data, *, progress: Callback = lambda told: None) -> SideBySide:
+    def evaluate(self, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
         """Score the adapter and its base on records; see `fedtune.evaluate`."""
         return evaluate(self, data, progress=progress)
 
-    def model(self, form: ModelForm = "peft") -> LoadedModel:
+    def model(self, form: ModelForm = "peft") -> ModelWithTokenizer:
         """Load the tuned model with its tokenizer, as the named library knows it: (model, tokenizer).
 
         Args:
@@ -449,7 +472,7 @@ class Run:
             raise ConfigError("to", str(to), "must be outside the run's adapter folder")
         return export(self.adapter, self.config, target, format=chosen, int8=int8)
 
-    def plot(self, chart: Chart | None = None, *, language: Literal["en", "de"] = "en") -> Figure:
+    def plot(self, chart: Chart | None = None, *, language: Literal["en", "de"] = "en") -> SvgFigure:
         """Draw a chart of the run's report: the primary score by epsilon, epsilon by round, or epsilon by delta.
 
         Args:
@@ -461,7 +484,7 @@ class Run:
         """
         from fedtune.report.page.tables import Charts
         from fedtune.report.page.translations import load_catalog
-        from fedtune.show.figure import Figure
+        from fedtune.show.svg_figure import SvgFigure
 
         if chart is not None:
             check_one_of("chart", chart, get_args(Chart))
@@ -469,7 +492,7 @@ class Run:
         for name in get_args(Chart) if chart is None else (chart,):
             table = getattr(charts, name)()
             if table.svg is not None:
-                return Figure(table.svg)
+                return SvgFigure(table.svg)
             why = why or str(table.seen.striptags())
         raise ConfigError("chart", chart, f"has nothing to draw: {why}")
 

@@ -77,7 +77,8 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
     """
     if Path(name).parts[:1] == (IN_MEMORY,):
         if (own := memory_folder.get()) is None or not (own / name).exists():
-            raise DataError(key, name, "was given in memory and is not kept: pass the same sites=, validation=, test=")
+            bound = "was in memory, and fedtune keeps no copy: pass the same records again (sites=, validation=, test=)"
+            raise DataError(key, name, bound)
         return own / name
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
     found = {folder / name: describe_path(folder / name) for folder in folders}

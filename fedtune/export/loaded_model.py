@@ -23,7 +23,7 @@ from fedtune.tasks.saved import SavedAdapter
 ModelForm: TypeAlias = Literal["peft", "merged", "sentence-transformers"]
 
 
-class LoadedModel(NamedTuple):
+class ModelWithTokenizer(NamedTuple):
     """A model and what reads texts for it."""
 
     model: Any  # `peft.PeftModel`, a model of transformers, or `sentence_transformers.SentenceTransformer`
@@ -43,7 +43,7 @@ def choose_format(config: RunConfig, format: str | None, *, merge: bool = False,
     return chosen
 
 
-def load_as(form: ModelForm, adapter: Path, config: RunConfig) -> LoadedModel:
+def load_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWithTokenizer:
     """Load a finished run's model with the library of a format, on the CPU, in evaluation mode and float32.
 
     Args:
@@ -68,16 +68,16 @@ def load_as(form: ModelForm, adapter: Path, config: RunConfig) -> LoadedModel:
         tokenizer = get_input_for(config.data).load_reader(config.data, saved.spec.model)
         if base.can_generate():
             base.generation_config.eos_token_id = sorted(config.bound_task.end_ids(tokenizer, data=config.data))
-        return LoadedModel(model, tokenizer)
+        return ModelWithTokenizer(model, tokenizer)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
         export(adapter, config, folder, format=form)
         if form == "merged":
             loader = getattr(transformers, config.bound_task.auto_class)
             model = loader.from_pretrained(folder, local_files_only=True).eval()
-            return LoadedModel(model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+            return ModelWithTokenizer(model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
         require_extra("form", form, "export", "sentence_transformers")
         from sentence_transformers import SentenceTransformer
 
         whole = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-        return LoadedModel(whole, whole.tokenizer)
+        return ModelWithTokenizer(whole, whole.tokenizer)

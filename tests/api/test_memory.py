@@ -85,7 +85,7 @@ def test_interrupted_run_resumes_with_the_same_records(settings: dict[str, Any],
         fedtune.simulate(sites=SITES, settings=settings, progress=interrupt)
     assert list(private.iterdir()) == []
     again = {"resume": settings["tracking.output_dir"] / "run"}
-    with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.* pass the same sites="):
+    with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass the same records again \(sites="):
         fedtune.simulate(settings=again)
     with pytest.raises(ConfigError, match="must name the sites of the run: north, south"):
         fedtune.simulate(settings=again, sites={"north": SITES["north"]})
@@ -126,6 +126,8 @@ def test_arrays_of_a_table_learn_with_declared_ranges(settings: dict[str, Any]) 
         fedtune.simulate(settings=settings, sites={"a": (inputs, labels)})
     run = fedtune.simulate(settings=settings | ranges, sites={"a": (inputs, labels), "b": (inputs, labels)})
     assert (run.config.task, run.config.data.labels) == ("classification", ("0", "1"))
+    assert run.predict_proba(inputs[:3]).shape == (3, 2)
+    assert len(run.predict(inputs[:3])) == 3
 
 
 class Frame:

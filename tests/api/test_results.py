@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 import fedtune
-from fedtune.api import notebook
+from fedtune.api import public
 from fedtune.api.compose import compose_recipe
 
 from .test_public import tiny
@@ -198,13 +198,13 @@ class Shell:
 
 
 def test_progress_true_is_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch, run: fedtune.Run) -> None:
-    assert not notebook.in_notebook()
+    assert not public.in_notebook()
     shell = Shell()
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
     library = SimpleNamespace(display=shell.display, HTML=str)
     monkeypatch.setitem(sys.modules, "IPython.display", library)  # type: ignore[arg-type]
-    assert notebook.in_notebook()
-    move: Callable[[fedtune.Progress], None] = notebook.notebook_bar()
+    assert public.in_notebook()
+    move: Callable[[fedtune.Progress], None] = public.notebook_bar()
     move(fedtune.Progress(stage="loading <model>"))
     move(fedtune.Progress(stage="round", done=1, total=2, round=run.rounds[0]))
     assert shell.shown[0] == '<progress value="0" max="1"></progress> loading &lt;model&gt;'

@@ -6,25 +6,25 @@ from dataclasses import fields
 
 from fedtune.evaluation.bootstrap import Estimate
 from fedtune.formatting import html_table, score_words
-from fedtune.runs import model_comparison
+from fedtune.runs.model_comparison import SideBySide
 from fedtune.runs.saved_model import BASE
 from fedtune.show.drawing import MOST_LINES, Panel, Series, chart
-from fedtune.show.figure import Figure
+from fedtune.show.svg_figure import SvgFigure
 from fedtune.spec import ConfigError
 
 _HEIGHT = 1e12
 """Of the first line.  The heights of lines mean nothing, and no score is as large, so an axis shows no such number."""
 
 
-class SideBySide(model_comparison.SideBySide):
+class ComparedModels(SideBySide):
     """Several models, evaluated on the same records, with a figure and a table."""
 
     @classmethod
-    def from_scored(cls, found: model_comparison.SideBySide) -> SideBySide:
+    def from_scored(cls, found: SideBySide) -> ComparedModels:
         """Add figure and table to a comparison."""
         return cls(**{one.name: getattr(found, one.name) for one in fields(found)})
 
-    def plot(self, score: str | None = None) -> Figure:
+    def plot(self, score: str | None = None) -> SvgFigure:
         """Draw each model's score (default: the primary score) with its interval (95 %).
 
         Raises:
@@ -43,7 +43,7 @@ class SideBySide(model_comparison.SideBySide):
             "; ".join(f"{one}: {self._estimate_text(one, score)}" for one in models),
         )
         panel = Panel(series=series, x=score_words(score), from_zero=False)
-        return Figure(
+        return SvgFigure(
             chart("models", panel, named=named, number=lambda tick: "" if tick > _HEIGHT / 2 else f"{tick:g}")
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedtune.spec import ConfigError
 
 
-class Figure:
+class SvgFigure:
     """A drawing as SVG: a notebook shows it, and `save` writes it to a file.
 
     Attributes:
