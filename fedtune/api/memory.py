@@ -31,14 +31,14 @@ _FORMS = "must be a data frame, an Arrow table, a data set, a list of dicts, or 
 TRAIN_FILE = f"{IN_MEMORY}/sites/{SITE}.jsonl"
 """`data.train_file` of a run on records in memory."""
 DETECTED = ("own.jsonl", "own.yaml")
-"""Files with all sites' records and with the settings that were detected in them, in the folder of `kept_files`."""
+"""The files of `write_private_files` with all sites' records, and with the settings that were detected in them."""
 _LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
 _BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
 _SHARES = {"validation": 0.1, "test": 0.2}
 
 
 @contextmanager
-def kept_files(sites: Mapping[str, Data], *, validation: Data = None, test: Data = None) -> Iterator[Path]:
+def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, test: Data = None) -> Iterator[Path]:
     """Write the records of a run to private files, let `resolve_file` find these, and delete them at the end.
 
     Errors about a file name the site, or "validation" or "test", instead of the file.
@@ -51,12 +51,12 @@ def kept_files(sites: Mapping[str, Data], *, validation: Data = None, test: Data
     """
     if not isinstance(sites, Mapping) or not sites:
         raise ConfigError("sites", NOT_GIVEN, 'must map each site to its records: {"north": frame, "south": frame}')
-    tables = {TRAIN_FILE.replace(SITE, site): (site, data) for site, data in sites.items()}
+    for site in map(str, sites):
+        check_name("sites", site)
+    tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
     others = {"validation": validation, "test": test}
     tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
-    for site in sites:
-        check_name("sites", str(site))
-    with private_folder() as folder, _named_places(_names_for_people(folder, tables)):
+    with make_private_folder() as folder, _name_places(_names_for_people(folder, tables)):
         (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
         for file, (name, data) in tables.items():
             write_rows(folder / file, data, at=name)
@@ -73,25 +73,25 @@ def _names_for_people(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> d
 
 
 @contextmanager
-def private_folder() -> Iterator[Path]:
+def make_private_folder() -> Iterator[Path]:
     """Make a temporary folder that only this user can open, and delete it with its content at the end."""
     with TemporaryDirectory(prefix="fedtune-") as folder:
         yield Path(folder).resolve()
 
 
 @contextmanager
-def data_file(data: Data, *, at: str = "data") -> Iterator[str]:
+def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
     """Yield the name of a file with the given records, for the time of the context; a path is returned unchanged."""
     if isinstance(data, str | os.PathLike):
         yield os.fspath(data)
         return
-    with private_folder() as folder, _named_places({str(folder / f"{at}.jsonl"): at}):
+    with make_private_folder() as folder, _name_places({str(folder / f"{at}.jsonl"): at}):
         write_rows(folder / f"{at}.jsonl", data, at=at)
         yield str(folder / f"{at}.jsonl")
 
 
 @contextmanager
-def _named_places(names: Mapping[str, str]) -> Iterator[None]:
+def _name_places(names: Mapping[str, str]) -> Iterator[None]:
     """Replace the paths of private files in errors by what the caller knows them as."""
 
     def rename(value: Any) -> Any:
@@ -106,7 +106,7 @@ def _named_places(names: Mapping[str, str]) -> Iterator[None]:
         raise type(error)(*said, remedy=rename(error.remedy)) from None
 
 
-def own_data_settings(settings: Settings, *, of_recipe: bool, validation: bool, test: bool) -> dict[str, Any]:
+def make_own_settings(settings: Settings, *, of_recipe: bool, validation: bool, test: bool) -> dict[str, Any]:
     """Return the settings of a run on the caller's own records, beside `settings` of the caller.
 
     Args:

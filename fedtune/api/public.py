@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
-from fedtune.api.memory import Data, data_file, split_inputs
+from fedtune.api.memory import Data, split_inputs, write_data_file
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data.records import Record
 from fedtune.extras import require_extra
@@ -80,13 +80,13 @@ def stages(progress: Callback) -> Callable[[str, int, int], None]:
     return lambda what, done, total: progress(Progress(stage=what, done=done, total=total))
 
 
-def in_notebook() -> bool:
+def is_notebook() -> bool:
     """Whether this process is the kernel of a notebook, which shows HTML instead of a terminal's control characters."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
 
 
-def notebook_bar() -> Callable[[Progress], None]:
+def show_notebook_bar() -> Callable[[Progress], None]:
     """Show a bar below the cell, and return the callback that moves it."""
     library: Any = importlib.import_module("IPython.display")
     handle = library.display(library.HTML(""), display_id=True)
@@ -163,8 +163,8 @@ def simulate(
         late = "otherwise MKL is configured too late, and a run may refuse this process"
         warnings.warn(f"import fedtune before torch: {late}", stacklevel=2)
     work = partial(simulation.simulate, session=session)
-    if progress is True and in_notebook():
-        progress = notebook_bar()
+    if progress is True and is_notebook():
+        progress = show_notebook_bar()
 
     def run(config: RunConfig, folder: Path) -> None:
         if progress is not True:
@@ -222,7 +222,7 @@ def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) ->
     from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
 
-    with data_file(data) as file:
+    with write_data_file(data) as file:
         found = {"tuned": (run.config, run.adapter)}
         return ComparedModels.from_scored(compare_runs(found, file=file, final=True, progress=stages(progress)))
 
@@ -249,7 +249,7 @@ def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = 
     if not runs or BASE in runs:  # which is what their base is called
         raise ConfigError("runs", [*runs], f"must name at least one run, and no run may be called {BASE}")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
-    with data_file(data) if data is not None else nullcontext() as file:
+    with write_data_file(data) if data is not None else nullcontext() as file:
         return ComparedModels.from_scored(compare_runs(finished, file=file, progress=stages(progress)))
 
 
@@ -425,7 +425,7 @@ class Run:
         inputs, is_table = split_inputs(data)
         if not is_table:
             return [Record(self._model.fields_from_text(one, at="text")) for one in inputs]
-        with data_file(inputs) as file:
+        with write_data_file(inputs) as file:
             return read_prompts(self.config, file, key="data")
 
     def evaluate(self, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
@@ -443,9 +443,9 @@ class Run:
         Raises:
             ValueError: the run is not finished, its task has no such form, or a library is missing.
         """
-        from fedtune.export.loaded_model import load_as
+        from fedtune.export.loaded_model import load_model_as
 
-        return load_as(form, self.adapter, self.config)
+        return load_model_as(form, self.adapter, self.config)
 
     def export(self, to: str | Path, *, format: str | None = None, int8: bool = False) -> list[Path]:
         """Write the tuned model with its card and tokenizer to a new folder, as `fedtune export` does.

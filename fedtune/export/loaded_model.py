@@ -43,7 +43,7 @@ def choose_format(config: RunConfig, format: str | None, *, merge: bool = False,
     return chosen
 
 
-def load_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWithTokenizer:
+def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWithTokenizer:
     """Load a finished run's model with the library of a format, on the CPU, in evaluation mode and float32.
 
     Args:

@@ -48,7 +48,7 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(data: Any) -> list[dict[str, Any]]:
-    with memory.data_file(data) as name:
+    with memory.write_data_file(data) as name:
         return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
 

@@ -20,6 +20,7 @@ import fedtune
 from fedtune.api import public
 from fedtune.api.compose import compose_recipe
 
+from ..conftest import REPOSITORY
 from .test_public import tiny
 
 CARD, MONEY = "I lost my card", "Where is my money?"
@@ -198,13 +199,13 @@ class Shell:
 
 
 def test_progress_true_is_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch, run: fedtune.Run) -> None:
-    assert not public.in_notebook()
+    assert not public.is_notebook()
     shell = Shell()
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
     library = SimpleNamespace(display=shell.display, HTML=str)
     monkeypatch.setitem(sys.modules, "IPython.display", library)  # type: ignore[arg-type]
-    assert public.in_notebook()
-    move: Callable[[fedtune.Progress], None] = public.notebook_bar()
+    assert public.is_notebook()
+    move: Callable[[fedtune.Progress], None] = public.show_notebook_bar()
     move(fedtune.Progress(stage="loading <model>"))
     move(fedtune.Progress(stage="round", done=1, total=2, round=run.rounds[0]))
     assert shell.shown[0] == '<progress value="0" max="1"></progress> loading &lt;model&gt;'
@@ -229,6 +230,6 @@ def test_script_of_ten_lines_passes_mypy_in_strict_mode(tmp_path: Path) -> None:
     from mypy import api
 
     (tmp_path / "script.py").write_text(SCRIPT)
-    folders = ["--cache-dir", str(tmp_path / "cache")]
-    out, err, code = api.run(["--strict", *folders, "--follow-imports=silent", str(tmp_path / "script.py")])
+    settings = ["--config-file", str(REPOSITORY / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
+    out, err, code = api.run(["--strict", *settings, str(tmp_path / "script.py")])
     assert (code, err) == (0, ""), out

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedtune.api import public
 from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, quote_word
 from fedtune.api.experiment_file import is_path
-from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, kept_files, own_data_settings, round_down
+from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, make_own_settings, round_down, write_private_files
 from fedtune.api.public import Callback, Run
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import users_of
@@ -74,12 +74,13 @@ def simulate(
         if validation is not None or test is not None:
             raise ConfigError("sites", NOT_GIVEN, "is missing: validation= and test= need the sites' records, too")
         return public.simulate(recipe, said, progress=progress, session=session)
-    with kept_files(sites, validation=validation, test=test) as folder:
+    with write_private_files(sites, validation=validation, test=test) as folder:
+        names = [str(site) for site in sites]
         if {"resume", "renew"}.isdisjoint(said):
             given = {"validation": validation is not None, "test": test is not None}
-            recipe, said = _complete_settings(recipe, said, list(sites), given, folder)
+            recipe, said = _complete_settings(recipe, said, names, given, folder)
         else:
-            _require_same_sites(Path(said.get("resume") or said["renew"]), list(sites))
+            _require_same_sites(Path(said.get("resume") or said["renew"]), names)
         return public.simulate(recipe, said, progress=progress, session=session)
 
 
@@ -89,7 +90,7 @@ def _complete_settings(
     """Return the recipe and all settings of a run on the records in `folder`."""
     named = said.pop("experiment", None) if recipe is None else recipe
     is_shipped = isinstance(named, str) and not is_path(named)
-    own = own_data_settings(said, of_recipe=is_shipped, **given)
+    own = make_own_settings(said, of_recipe=is_shipped, **given)
     is_detected = named is None
     if is_detected:
         named, said = suggest_experiment(folder, said, num_sites=len(sites))
@@ -123,7 +124,7 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     """Write an experiment for records in memory, as `fedtune data init` does for a file.
 
     Args:
-        folder: the folder of `fedtune.api.memory.kept_files`.
+        folder: the folder of `fedtune.api.memory.write_private_files`.
         settings: the caller's settings; columns, privacy unit and model are obeyed by the detection.
         num_sites: the number of sites.
 
