@@ -23,7 +23,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "codes_sha256",
         "distinct_pairs",
     },
-    "people call them from Python": {"to_frame", "plot", "predict_proba", "scale"},
+    "people call them from Python": {"to_frame", "plot", "predict_proba"},
     "notebooks call them to show an object": {"_repr_html_", "_repr_svg_"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept"},

@@ -47,8 +47,8 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
     from fedtune.report.checks import Check
+    from fedtune.report.drawn_report import DrawnReport
     from fedtune.report.facts import Lifetime
-    from fedtune.report.model import Report
     from fedtune.runs.federation_run import Listener
     from fedtune.runs.results import PrivacyResult, RunResult
     from fedtune.runs.saved_model import SavedModel
@@ -551,11 +551,12 @@ class Run:
         model.use_adapter("tuned")
         return model
 
-    def report(self) -> Report:
+    def report(self) -> DrawnReport:
         """Build the privacy report anew from the run's folder."""
         from fedtune.report import from_run
+        from fedtune.report.drawn_report import DrawnReport
 
-        return from_run.build_run_report(self.folder)
+        return DrawnReport.from_report(from_run.build_run_report(self.folder))
 
     def to_frame(self) -> pandas.DataFrame:
         """Return one row per round: seconds, number of sites, bytes, and scores on the validation file."""

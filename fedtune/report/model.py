@@ -19,13 +19,10 @@ from pydantic_core.core_schema import DataclassSchema
 
 from fedtune.federation.drift import Fall
 from fedtune.federation.early_stopping import Kept
-from fedtune.formatting import html_table
-from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge
-from fedtune.report.facts import BudgetVerdict, Facts, LedgerFacts, Lifetime, Release, Source, Value
+from fedtune.report.facts import BudgetVerdict, Facts, Lifetime, Release, Source, Value
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.show.svg_figure import SvgFigure
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 
 CellState = Literal["auto", "design", "site", "missing"]
@@ -193,17 +190,6 @@ class Report:
     def banners(self) -> tuple[str, ...]:
         """Codes of the warnings at the top of every page: no real sites took part, or the noise was seeded."""
         return (*(("simulation",) if self.facts.simulated else ()), *(("seeded",) if self.facts.seeded_noise else ()))
-
-    def scale(self, language: Literal["en", "de"] = "en") -> SvgFigure:
-        """Draw the privacy label: epsilon and what it means, the verdict, and what is not protected."""
-        from fedtune.report.page.render import render_label
-
-        return SvgFigure(render_label(self, language=language))
-
-    def _repr_html_(self) -> str:
-        name = self.facts.site if isinstance(self.facts, LedgerFacts) else self.facts.name
-        rows = {"epsilon": format_epsilon(self.epsilon), "verdict": self.verdict.state, "sites": len(self.sites)}
-        return html_table(f"Privacy report of {name}", rows.items())
 
 
 class Problem(NamedTuple):
