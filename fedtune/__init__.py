@@ -14,18 +14,26 @@ from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fedtune.api.ledger import Ledger
-    from fedtune.api.public import Progress, Run, compare, evaluate, load, plan, simulate, verify
+    from fedtune.api.public import Progress, Run, compare, evaluate, load, plan, verify
     from fedtune.config import RunConfig
+    from fedtune.lab.studies.in_memory import simulate
     from fedtune.lab.studies.personalized import personalize
     from fedtune.lab.studies.synthetic import synthesize
     from fedtune.privacy.site_policy import Policy
+    from fedtune.spec import ConfigError, DataError, FedtuneError, RefusedError, RunError, StuckError
 
 __all__ = [
+    "ConfigError",
+    "DataError",
+    "FedtuneError",
     "Ledger",
     "Policy",
     "Progress",
+    "RefusedError",
     "Run",
     "RunConfig",
+    "RunError",
+    "StuckError",
     "compare",
     "evaluate",
     "load",
@@ -40,6 +48,10 @@ _ELSEWHERE = {
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
     "personalize": "fedtune.lab.studies.personalized",
+    "simulate": "fedtune.lab.studies.in_memory",
+    **dict.fromkeys(
+        ("ConfigError", "DataError", "FedtuneError", "RefusedError", "RunError", "StuckError"), "fedtune.spec"
+    ),
     "synthesize": "fedtune.lab.studies.synthetic",
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from enum import Enum
 from typing import Any
@@ -87,3 +88,13 @@ def size(num_bytes: float) -> str:
         if num_bytes < 1024:
             return f"{num_bytes:.1f} {unit}"
     return f"{num_bytes / 1024:.1f} GiB"
+
+
+def html_table(title: str, rows: Iterable[Sequence[object]]) -> str:
+    """Format a few rows of facts as an HTML table for a notebook; every text is escaped.
+
+    >>> html_table("a <b>", [("epsilon", 3)])
+    '<table><caption>a &lt;b&gt;</caption><tr><td>epsilon</td><td>3</td></tr></table>'
+    """
+    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table><caption>{html.escape(title)}</caption>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"

@@ -5,7 +5,10 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import click
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 from fedtune.cli.main import fedtune
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import iter_records
+from fedtune.lab.studies import in_memory
 from fedtune.privacy.accountant import format_factor
 from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, WIRE_SCHEMA, DataError
 from fedtune.version import __version__
@@ -50,6 +54,31 @@ def test_own_data_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "runs/tickets/run.json").is_file()
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
+
+
+@pytest.mark.nightly
+def test_python_page_runs_from_first_to_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    simulate, model = in_memory.simulate, {"model": "random_bert", "data.max_length": 16}
+    small = {"federation.num_rounds": 1, "training.local_steps": 1, "runtime.num_threads": 1}
+    small |= {"training.ignore_weak_signal": True, "privacy.noise_multiplier": 4.0}
+
+    def simulate_small(recipe: Any = None, settings: Any = None, **others: Any) -> Any:
+        given = settings or {}
+        own = {} if "resume" in given else small if "data.features" in given else small | model
+        return simulate(recipe, {**own, "name": f"run-{len([*tmp_path.glob('runs/*')])}", **given}, **others)
+
+    monkeypatch.setattr(in_memory, "simulate", simulate_small)
+    for name in ("north", "south"):
+        rows = [f"{name} {number} about {('billing', 'sales')[number % 2]},team {number % 2}" for number in range(60)]
+        Path(f"{name}.csv").write_text("\n".join(["body,team", *rows]) + "\n")
+    blocks = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs" / "python_api.md").read_text(), re.S)
+    assert len(blocks[0].splitlines()) <= 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # so few test records may have one label
+        exec("\n".join(blocks), {})
+    assert ElementTree.parse("scores.svg").getroot().tag.endswith("svg")
+    assert Path("tickets-adapter/adapter_config.json").is_file()
 
 
 def test_entity_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

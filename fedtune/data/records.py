@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,10 @@ from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is
 from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
+IN_MEMORY = "in-memory"
+"""The folder in a setting that names records which the caller of `fedtune.simulate` has in memory."""
+memory_folder: ContextVar[Path | None] = ContextVar("memory_folder", default=None)
+"""The private folder that contains `IN_MEMORY` while such a run is in progress."""
 Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reason why a task cannot use it; None: it can
 
 
@@ -65,9 +70,16 @@ def record_key(record: Record) -> bytes:
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
     """Find a data file: relative to the working directory, or else below the first of `roots` that contains it.
 
+    A name that starts with `IN_MEMORY` is looked up in `memory_folder` alone.
+
     Raises:
         DataError: there is no such data file.
     """
+    if Path(name).parts[:1] == (IN_MEMORY,):
+        if (own := memory_folder.get()) is None or not (own / name).exists():
+            bound = "was in memory, and fedtune keeps no copy: pass the same records again (sites=, validation=, test=)"
+            raise DataError(key, name, bound)
+        return own / name
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
     found = {folder / name: describe_path(folder / name) for folder in folders}
     for path, other in found.items():

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedtune.federation.calendar import CalendarRun, epsilon_of_runs, list_calendar_runs
+from fedtune.formatting import html_table
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.run_plan import Plan
@@ -79,6 +80,11 @@ class Price:
     def steps(self) -> int:
         """The number of noisy steps that each site may be charged for."""
         return self.plan.local_steps * self.plan.most_rounds
+
+    def _repr_html_(self) -> str:
+        rows = {"epsilon": accountant.format_epsilon(self.epsilon), "delta": f"{self.plan.delta:g}"}
+        rows |= {"noise multiplier": f"{self.plan.noise_multiplier:.4g}", "steps": f"{self.steps:,}"}
+        return html_table("Privacy cost of the plan, at most", rows.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -153,11 +153,14 @@ class SavedModel:
         """Answer a record, which needs no answer of its own, and return the answer as text and as JSON."""
         task, data = self.model.task, self.config.data
         asked = task.without_answer(record, data)
-        examples = task.tokenize([asked], self.tokenizer, data=data)
+        return task.answer_to(asked, self.logits(asked), self.tokenizer, data=data, spec=self.model.spec)
+
+    def logits(self, asked: Record) -> torch.Tensor:
+        """Return the logits (1, classes) of a record with any valid answer; the answer has no effect."""
+        examples = self.model.task.tokenize([asked], self.tokenizer, data=self.config.data)
         batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
         with evaluation_mode(self.model):
-            logits = self.model.logits(batch.to(self.model.device)).cpu()
-        return task.answer_to(asked, logits, self.tokenizer, data=data, spec=self.model.spec)
+            return self.model.logits(batch.to(self.model.device)).cpu()
 
 
 def _adapter_tensors(model: TaskModel) -> dict[str, torch.Tensor]:

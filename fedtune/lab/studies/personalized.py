@@ -17,8 +17,8 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, check_one_of
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
+    from fedtune.api.compared_models import ComparedModels
     from fedtune.lab.personalization import Parts
-    from fedtune.runs.model_comparison import SideBySide
 
 OWN, SHARED, ALONE = "own", "shared", "alone"
 
@@ -30,7 +30,7 @@ class Personalized:
     folder: Path  # that holds the adapter, with its settings and its card
     passes: int  # over its training records; 0 where the shared adapter was the best
     seen: bool  # whether the shared adapter was trained on the records that are scored: the run held nothing out
-    sides: SideBySide  # the models "base", "alone" (trained like it, from where the run began), "shared" and "own"
+    sides: ComparedModels  # the models "base", "alone" (trained like it, from where the run began), "shared" and "own"
 
 
 def personalize(
@@ -97,6 +97,7 @@ def make_personalized(
     lenient: bool = False,
 ) -> Personalized:
     """Train a site's personalized adapter in `into`, and score it against the shared adapter and training alone."""
+    from fedtune.api.compared_models import ComparedModels
     from fedtune.lab.personalization import personalize as train
     from fedtune.report.page.render import render_personalized_label
     from fedtune.runs.model_comparison import compare_runs
@@ -117,7 +118,7 @@ def make_personalized(
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
         sides = compare_runs({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)
-    return Personalized(folder=into, passes=passes, seen=parts.seen, sides=sides)
+    return Personalized(folder=into, passes=passes, seen=parts.seen, sides=ComparedModels.from_scored(sides))
 
 
 def sections(made: Mapping[str, Personalized]) -> list[Section]:

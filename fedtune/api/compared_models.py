@@ -1,0 +1,60 @@
+"""A comparison of models as a notebook shows it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from fedtune.evaluation.bootstrap import Estimate
+from fedtune.formatting import html_table, score_words
+from fedtune.runs.model_comparison import SideBySide
+from fedtune.runs.saved_model import BASE
+from fedtune.show.drawing import MOST_LINES, Panel, Series, chart
+from fedtune.show.svg_figure import SvgFigure
+from fedtune.spec import ConfigError
+
+_HEIGHT = 1e12
+"""Of the first line.  The heights of lines mean nothing, and no score is as large, so an axis shows no such number."""
+
+
+class ComparedModels(SideBySide):
+    """Several models, evaluated on the same records, with a figure and a table."""
+
+    @classmethod
+    def from_scored(cls, found: SideBySide) -> ComparedModels:
+        """Add figure and table to a comparison."""
+        return cls(**{one.name: getattr(found, one.name) for one in fields(found)})
+
+    def plot(self, score: str | None = None) -> SvgFigure:
+        """Draw each model's score (default: the primary score) with its interval (95 %).
+
+        Raises:
+            ValueError: there is no such score, or there are too many models to tell apart.
+        """
+        score, models = score or self.primary_metric, [*self.measured]
+        if len(models) > MOST_LINES:
+            raise ConfigError("plot", f"{len(models)} models", f"must compare at most {MOST_LINES} models")
+        series = []
+        for place, model in enumerate(models):
+            one, height = self.estimate(model, score), _HEIGHT + len(models) - place
+            points = [(x, height) for x in (one.low, one.value, one.high) if x == x]
+            series.append(Series(points=points, number=place, label=model))
+        named = (
+            f"{score_words(score)} of each model",
+            "; ".join(f"{one}: {self._estimate_text(one, score)}" for one in models),
+        )
+        panel = Panel(series=series, x=score_words(score), from_zero=False)
+        return SvgFigure(
+            chart("models", panel, named=named, number=lambda tick: "" if tick > _HEIGHT / 2 else f"{tick:g}")
+        )
+
+    def _estimate_text(self, model: str, score: str) -> str:
+        one: Estimate = self.estimate(model, score)
+        return f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})"
+
+    def _repr_html_(self) -> str:
+        score = self.primary_metric
+        rows = []
+        for model in self.measured:
+            verdict = "" if model == BASE or BASE not in self.measured else self.compare_models(BASE, model).verdict
+            rows.append((model, self._estimate_text(model, score), verdict))
+        return html_table(f"{score_words(score)} on {len(self.records):,} records, with 95 % intervals", rows)

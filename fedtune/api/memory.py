@@ -1,0 +1,294 @@
+"""Records that the caller has in memory: data frames, Arrow tables, Hugging Face data sets, arrays, and lists of dicts.
+
+The records are written to private files (mode 0600 in a folder of mode 0700) that exist only while they are read, so
+that the one reader of data files checks them.  Optional libraries are never imported for data of other types.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, time
+from decimal import Decimal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+from fedtune.api.compose import Settings
+from fedtune.data.records import IN_MEMORY, memory_folder
+from fedtune.data.spec import SITE
+from fedtune.extras import require_extra
+from fedtune.formatting import flatten
+from fedtune.spec import NOT_GIVEN, ConfigError, DataError, check_name
+
+Data: TypeAlias = Any
+"""A data frame of pandas or polars, an Arrow table, a Hugging Face data set, a mapping from column to values, an
+iterable of mappings from column to value, or (X, y) in scikit-learn's form."""
+_FORMS = "must be a data frame, an Arrow table, a data set, a list of dicts, or (X, y) arrays"
+TRAIN_FILE = f"{IN_MEMORY}/sites/{SITE}.jsonl"
+"""`data.train_file` of a run on records in memory."""
+DETECTED = ("own.jsonl", "own.yaml")
+"""The files of `write_private_files` with all sites' records, and with the settings that were detected in them."""
+_LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
+_BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
+_SHARES = {"validation": 0.1, "test": 0.2}
+
+
+@contextmanager
+def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, test: Data = None) -> Iterator[Path]:
+    """Write the records of a run to private files, let `resolve_file` find these, and delete them at the end.
+
+    Errors about a file name the site, or "validation" or "test", instead of the file.
+
+    Yields:
+        The folder with the files.
+
+    Raises:
+        DataError: an object is not a table, or a value cannot be written as JSON.
+    """
+    if not isinstance(sites, Mapping) or not sites:
+        raise ConfigError("sites", NOT_GIVEN, 'must map each site to its records: {"north": frame, "south": frame}')
+    for site in map(str, sites):
+        check_name("sites", site)
+    tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
+    others = {"validation": validation, "test": test}
+    tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
+    with make_private_folder() as folder, _name_places(_names_for_people(folder, tables)):
+        (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
+        for file, (name, data) in tables.items():
+            write_rows(folder / file, data, at=name)
+        token = memory_folder.set(folder)
+        try:
+            yield folder
+        finally:
+            memory_folder.reset(token)
+
+
+def _names_for_people(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> dict[str, str]:
+    detected = {str(folder / DETECTED[0]): "sites", str(folder / DETECTED[1]): "detected settings"}
+    return {str(folder / file): name for file, (name, _) in tables.items()} | detected
+
+
+@contextmanager
+def make_private_folder() -> Iterator[Path]:
+    """Make a temporary folder that only this user can open, and delete it with its content at the end."""
+    with TemporaryDirectory(prefix="fedtune-") as folder:
+        yield Path(folder).resolve()
+
+
+@contextmanager
+def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
+    """Yield the name of a file with the given records, for the time of the context; a path is returned unchanged."""
+    if isinstance(data, str | os.PathLike):
+        yield os.fspath(data)
+        return
+    with make_private_folder() as folder, _name_places({str(folder / f"{at}.jsonl"): at}):
+        write_rows(folder / f"{at}.jsonl", data, at=at)
+        yield str(folder / f"{at}.jsonl")
+
+
+@contextmanager
+def _name_places(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace the paths of private files in errors by what the caller knows them as."""
+
+    def rename(value: Any) -> Any:
+        for path, name in names.items() if isinstance(value, str) else ():
+            value = value.replace(path, name)
+        return value
+
+    try:
+        yield
+    except ConfigError as error:
+        said = (rename(one) for one in (error.key, error.value, error.bound))
+        raise type(error)(*said, remedy=rename(error.remedy)) from None
+
+
+def make_own_settings(settings: Settings, *, of_recipe: bool, validation: bool, test: bool) -> dict[str, Any]:
+    """Return the settings of a run on the caller's own records, beside `settings` of the caller.
+
+    Args:
+        settings: the caller's settings, which must not name other training records.
+        of_recipe: whether the recipe's sizes, shares and files are of other records, and do not count.
+        validation: whether the caller has validation records.
+        test: whether the caller has test records.
+
+    Raises:
+        ConfigError: a setting conflicts with records in memory.
+    """
+    said = dict(flatten(settings))
+    given = {"validation": validation, "test": test}
+    refused = (*_BY_SITES, *(f"data.{name}_{what}" for name in given for what in ("file", "fraction") if given[name]))
+    for key, value in said.items():
+        if any(f"{key}.".startswith(f"{one}.") for one in refused):
+            raise ConfigError(key, value, "cannot be combined with records in memory: leave it out")
+    own: dict[str, Any] = {"data.train_file": TRAIN_FILE, "data.partition.kind": "file"}
+    own |= {"data.partition.sites": {}, "data.partition.proportions": []}
+    for name, is_given in given.items():
+        if is_given:
+            own |= {f"data.{name}_file": _LEAD_FILES[name], f"data.{name}_fraction": 0.0}
+        elif of_recipe and f"data.{name}_file" not in said:
+            own |= {f"data.{name}_file": None, f"data.{name}_fraction": _SHARES[name]}
+    own |= {"data.train_fraction": 1.0, "data.dataset": "own"} if of_recipe else {}
+    return {key: value for key, value in own.items() if key not in said}
+
+
+def round_down(size: int) -> int:
+    """Round a size down to two digits, as one would declare it.
+
+    >>> [round_down(size) for size in (7, 163, 2391)]
+    [7, 160, 2300]
+    """
+    unit: int = 10 ** max(0, math.floor(math.log10(max(size, 1))) - 1)
+    return max(1, size // unit * unit)
+
+
+def write_rows(path: Path, data: Data, *, at: str) -> None:
+    """Write records to a new file as JSON lines, which only this user can read.
+
+    Args:
+        path: the new file.
+        data: the records.
+        at: what the caller calls them, for messages.
+
+    Raises:
+        DataError: the object is not a table, or a value cannot be written as JSON.
+    """
+    with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        for number, row in enumerate(iter_rows(data, at=at), 1):
+            if not isinstance(row, Mapping):
+                raise DataError(f"{at}:{number}", type(row).__name__, "must be a mapping from column to value")
+            named = {str(key): _to_json(value, f"{at}:{number}, column {str(key)!r}") for key, value in row.items()}
+            if len(named) < len(row):
+                raise DataError(f"{at}:{number}", "a duplicate column", "must have distinct names")
+            file.write(json.dumps(named) + "\n")
+
+
+def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
+    """Yield the rows of a table of any supported type.
+
+    Raises:
+        DataError: the object is not a table.
+    """
+    if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], Mapping):
+        yield from _iter_labeled_rows(*data, at=at)
+    elif isinstance(data, str | bytes | os.PathLike) or data is None:
+        raise DataError(at, type(data).__name__, f"{_FORMS}; for files, set data.train_file")
+    elif isinstance(data, Mapping):
+        if any(hasattr(one, "column_names") for one in data.values()):  # a DatasetDict
+            raise DataError(at, f"the splits {', '.join(map(str, data))}", "must be one data set: choose a split")
+        yield from _iter_columns(list(map(str, data)), list(data.values()), at=at)
+    elif hasattr(data, "itertuples"):  # pandas
+        names = [str(name) for name in data.columns]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DataError(f"{at}, column {twice!r}", "a duplicate column", "must have distinct names")
+        for cells in data.itertuples(index=False, name=None):
+            yield dict(zip(names, cells, strict=True))
+    elif callable(getattr(data, "iter_rows", None)):  # polars
+        yield from data.iter_rows(named=True)
+    elif callable(getattr(data, "to_batches", None)):  # a table of Arrow
+        yield from (row for batch in data.to_batches() for row in batch.to_pylist())
+    elif callable(getattr(data, "to_pylist", None)):  # a batch
+        yield from data.to_pylist()
+    elif (dimensions := getattr(data, "ndim", 0)) >= 1:
+        yield from _to_list(data) if dimensions == 1 else _iter_feature_rows(data, at=at)
+    elif hasattr(data, "__arrow_c_stream__"):
+        require_extra(at, NOT_GIVEN, "data", "pyarrow")
+        import pyarrow
+
+        yield from iter_rows(pyarrow.table(data), at=at)
+    elif isinstance(data, Iterable):  # a data set of Hugging Face, or any iterable of mappings
+        yield from data
+    else:
+        raise DataError(at, type(data).__name__, _FORMS)
+
+
+def split_inputs(data: Data) -> tuple[list[Any], bool]:
+    """Return what a model should answer, and whether these are rows of a table (else texts).
+
+    A single text is one input.  Rows of numbers are rows of a table with the columns x0, x1, ...
+
+    Raises:
+        DataError: the object is neither texts nor a table.
+    """
+    if data is None or isinstance(data, str):
+        return [data], False
+    inputs = list(data) if isinstance(data, tuple) else list(iter_rows(data, at="data"))
+    if inputs and all(isinstance(one, list | tuple) for one in inputs):
+        inputs = list(_iter_feature_rows(inputs, at="data"))
+    return inputs, bool(inputs) and all(isinstance(one, Mapping) for one in inputs)
+
+
+def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of (X, y): numbers in the columns x0, x1, ..., or texts, and the answer in `label` or `target`.
+
+    A `y` of floats is a target; otherwise it is a label.  Columns of a table and the name of a series are kept.
+    """
+    values, kind = _to_list(answers), getattr(getattr(answers, "dtype", None), "kind", None)
+    if any(isinstance(one, list) for one in values):
+        raise DataError(f"{at}, y", "a table", "must have one value for each row")
+    is_float = kind == "f" if kind else bool(values) and all(type(one) is float for one in values)
+    column = str(getattr(answers, "name", None) or ("target" if is_float else "label"))
+    is_listed = isinstance(inputs, Sequence) and not (inputs and isinstance(inputs[0], Mapping))
+    is_array = is_listed or (hasattr(inputs, "ndim") and not hasattr(inputs, "itertuples"))
+    rows = list(_iter_feature_rows(inputs, at=at) if is_array else iter_rows(inputs, at=at))
+    if len(rows) != len(values):
+        raise DataError(f"{at}, y", f"{len(values)} values", f"must have one for each of the {len(rows)} rows of X")
+    for row, value in zip(rows, values, strict=True):
+        yield {**row, column: value}
+
+
+def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
+    """Yield rows of an array: the columns x0, x1, ... of two dimensions, or texts."""
+    for number, one in enumerate(_to_list(inputs), 1):
+        if isinstance(one, str):
+            yield {"text": one}
+        elif isinstance(one, list | tuple) and not any(isinstance(cell, list | tuple) for cell in one):
+            yield {f"x{place}": cell for place, cell in enumerate(one)}
+        else:
+            raise DataError(f"{at}:{number}", type(one).__name__, "must be a text, or a row of numbers")
+
+
+def _iter_columns(names: Sequence[str], columns: Sequence[Any], *, at: str) -> Iterator[dict[str, Any]]:
+    if any(isinstance(one, str | Mapping) or not isinstance(one, Iterable) for one in columns):
+        raise DataError(at, "a mapping without columns", "must map each column to its values, or be a list of dicts")
+    values = [_to_list(one) for one in columns]
+    if len({len(one) for one in values}) > 1:
+        raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
+    for cells in zip(*values, strict=True):
+        yield dict(zip(names, cells, strict=True))
+
+
+def _to_list(values: Any) -> list[Any]:
+    if callable(dense := getattr(values, "toarray", None)):  # a sparse matrix
+        values = dense()
+    for method in ("tolist", "to_list", "to_pylist"):
+        if callable(convert := getattr(values, method, None)):
+            return list(convert())
+    return list(values)
+
+
+def _to_json(value: Any, at: str) -> Any:
+    """Convert a cell to a value of JSON; missing values of any library become null.
+
+    Raises:
+        DataError: JSON has no such value.
+    """
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(one, at) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(one, at) for one in value]
+    if isinstance(value, bool | int | float | str):
+        return None if value != value else value
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if callable(convert := getattr(value, "tolist", None)):  # an array, or a number of numpy's
+        return _to_json(convert(), at)
+    bound = "must be text, a number, a date, a list or a mapping; records with bytes or images need a file"
+    raise DataError(at, type(value).__name__, bound)

@@ -1,0 +1,36 @@
+"""A drawing that a notebook shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.spec import ConfigError
+
+
+class SvgFigure:
+    """A drawing as SVG: a notebook shows it, and `save` writes it to a file.
+
+    Attributes:
+        svg: the drawing; every text in it is escaped.
+    """
+
+    def __init__(self, svg: str) -> None:
+        self.svg = str(svg)
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def save(self, path: str | Path) -> Path:
+        """Write the drawing to a file.
+
+        Raises:
+            ValueError: the name does not end in .svg, or the file cannot be written.
+        """
+        target = Path(path)
+        if target.suffix.lower() != ".svg":
+            raise ConfigError("path", str(path), "must end in .svg")
+        try:
+            target.write_text(self.svg, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("path", str(path), f"must be a file that can be written ({error.strerror})") from None
+        return target

@@ -1,0 +1,267 @@
+"""Simulations on records that the caller has in memory."""
+
+import datetime
+import json
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pyarrow
+import pytest
+
+import fedtune
+from fedtune.api import memory
+from fedtune.data.records import memory_folder
+from fedtune.spec import ConfigError, DataError
+
+from .test_public import TINY
+
+TEAMS = ("billing", "sales")
+Simulate = Callable[..., fedtune.Run]
+
+
+def tickets(count: int, *, first: int = 0) -> list[dict[str, str]]:
+    numbers = range(first, first + count)
+    return [{"body": f"ticket {number} about {TEAMS[number % 2]}", "team": TEAMS[number % 2]} for number in numbers]
+
+
+SITES = {"north": pandas.DataFrame(tickets(60)), "south": tickets(50, first=60)}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    small = {key: TINY[key] for key in ("runtime.device", "runtime.num_threads", "privacy.noise_multiplier")}
+    small |= {"model": "random_bert", "data.max_length": 16, "federation.num_rounds": 1, "training.local_steps": 1}
+    return {**small, "training.ignore_weak_signal": True, "tracking.output_dir": tmp_path / "runs", "name": "run"}
+
+
+@pytest.fixture(autouse=True)
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which private files are made; nothing is left in it."""
+    (folder := tmp_path / "private").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def read(data: Any) -> list[dict[str, Any]]:
+    with memory.write_data_file(data) as name:
+        return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def test_two_tables_in_memory_learn_together(settings: dict[str, Any], private: Path) -> None:
+    seen = dict[str, int]()
+
+    def look(told: fedtune.Progress) -> None:
+        for path in private.rglob("*"):
+            seen[path.name] = stat.S_IMODE(path.stat().st_mode)
+        seen["folder"] = stat.S_IMODE(next(private.iterdir()).stat().st_mode)
+
+    test = pyarrow.Table.from_pylist(tickets(20, first=200))
+    run = fedtune.simulate(sites=SITES, settings=settings, test=test, progress=look)
+    assert run.config.federation.names == ("north", "south")
+    assert run.config.data.columns == {"text": "body", "label": "team"}
+    assert run.config.data.labels == TEAMS
+    assert all(0 < size <= count for size, count in zip(run.config.data.declared_sizes, (60, 50), strict=True))
+    assert run.metrics["accuracy"] is not None
+    assert seen["north.jsonl"] == seen["test.jsonl"] == seen["own.yaml"] == 0o600
+    assert seen["folder"] == seen["sites"] == 0o700
+    assert list(private.iterdir()) == []
+    assert "about billing" not in (run.folder / "log.txt").read_text()
+    assert fedtune.load(run.folder).report().epsilon == run.privacy.epsilon
+
+
+def test_interrupted_run_resumes_with_the_same_records(settings: dict[str, Any], private: Path) -> None:
+    settings["federation.num_rounds"] = 2
+
+    def interrupt(told: fedtune.Progress) -> None:
+        if told.stage == "round":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedtune.simulate(sites=SITES, settings=settings, progress=interrupt)
+    assert list(private.iterdir()) == []
+    again = {"resume": settings["tracking.output_dir"] / "run"}
+    with pytest.raises(DataError, match=r"in-memory/sites/north\.jsonl'.*: pass the same records again \(sites="):
+        fedtune.simulate(settings=again)
+    with pytest.raises(ConfigError, match="must name the sites of the run: north, south"):
+        fedtune.simulate(settings=again, sites={"north": SITES["north"]})
+    run = fedtune.simulate(settings=again, sites=SITES)
+    assert [one.round for one in run.rounds] == [1, 2]
+
+
+def test_recipe_keeps_its_model_and_takes_records_in_memory(settings: dict[str, Any]) -> None:
+    sites: dict[str, Any] = {"a": {"text": [f"text {number}" for number in range(60)], "label": ["x", "y"] * 30}}
+    sites["b"] = pyarrow.table(sites["a"])
+    settings |= {"data.labels": ["x", "y"], "data.declared_sizes": [40, 40]}
+    run = fedtune.simulate("debug", settings, sites=sites, validation=sites["a"])
+    assert run.config.data.validation_file == "in-memory/validation.jsonl"
+    assert (run.config.data.test_fraction, run.config.data.train_fraction) == (0.2, 1.0)
+    assert run.config.data.declared_sizes == (40, 40)
+    assert run.rounds[0].metrics["accuracy"] is not None
+    with pytest.raises(ConfigError, match=r"sites = .*must be left out: the run reads data\.train_file"):
+        fedtune.simulate(settings={"resume": _run_on_files(settings)}, sites=sites)
+
+
+def _run_on_files(settings: Mapping[str, Any]) -> Path:
+    """A folder with the settings of a run on files."""
+    folder = Path(settings["tracking.output_dir"]) / "files"
+    folder.mkdir()
+    text = (folder.parent / "run" / "config.yaml").read_text()
+    text = text.replace("in-memory/sites/{site}.jsonl", "rows.csv").replace("kind: file", "kind: iid")
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def test_arrays_of_a_table_learn_with_declared_ranges(settings: dict[str, Any]) -> None:
+    draws = np.random.default_rng(1)
+    inputs = draws.normal(size=(60, 2))
+    labels = (inputs[:, 0] > 0).astype(int)
+    ranges = {"data.features": [{"columns": ["x0", "x1"], "range": [-3, 3]}]}
+    del settings["model"], settings["data.max_length"]
+    with pytest.raises(ConfigError, match=r"data\.features"):
+        fedtune.simulate(settings=settings, sites={"a": (inputs, labels)})
+    run = fedtune.simulate(settings=settings | ranges, sites={"a": (inputs, labels), "b": (inputs, labels)})
+    assert (run.config.task, run.config.data.labels) == ("classification", ("0", "1"))
+    assert run.predict_proba(inputs[:3]).shape == (3, 2)
+    assert len(run.predict(inputs[:3])) == 3
+
+
+class Frame:
+    """Looks like a data frame of polars."""
+
+    def iter_rows(self, *, named: bool) -> Iterator[dict[str, Any]]:
+        assert named
+        yield {"text": "a", "n": 1}
+
+
+class DataSet:
+    """Looks like a data set of Hugging Face."""
+
+    column_names = ("text", "n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield {"text": "a", "n": 1}
+
+
+class Stream:
+    """Looks like any table with Arrow's protocol."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return pyarrow.table({"text": ["a"], "n": [1]}).__arrow_c_stream__(requested_schema)
+
+
+ROW = [{"text": "a", "n": 1}]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ROW,
+        iter(ROW),
+        pandas.DataFrame(ROW),
+        pandas.DataFrame(ROW).convert_dtypes(),
+        pyarrow.Table.from_pylist(ROW),
+        pyarrow.RecordBatch.from_pylist(ROW),
+        {"text": np.array(["a"]), "n": pandas.Series([1])},
+        (pandas.DataFrame({"text": ["a"]}), pandas.Series([1], name="n")),
+        Frame(),
+        DataSet(),
+        Stream(),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_tables_of_each_library_have_the_same_rows(data: Any) -> None:
+    assert read(data) == ROW
+
+
+def test_arrays_become_columns_as_in_scikit_learn() -> None:
+    inputs = np.array([[1.5, 2.0]])
+    assert read((inputs, np.array([3]))) == [{"x0": 1.5, "x1": 2.0, "label": 3}]
+    assert read((inputs, np.array([3.5]))) == [{"x0": 1.5, "x1": 2.0, "target": 3.5}]
+    assert read((["a text"], ["x"])) == [{"text": "a text", "label": "x"}]
+    assert read((np.array(["a text"]), ["x"])) == [{"text": "a text", "label": "x"}]
+    with pytest.raises(DataError, match=r"data, y = '1 values': must have one for each of the 2 rows of X"):
+        read((np.eye(2), [1]))
+    with pytest.raises(DataError, match=r"data, y = 'a table': must have one value for each row"):
+        read((np.eye(2), np.eye(2)))
+
+
+def test_cells_of_any_library_become_json() -> None:
+    cells = {
+        "text": np.str_("a"),
+        "number": np.float32(0.5),
+        "whole": np.int64(2),
+        "flag": np.bool_(True),
+        "list": np.array([1, 2]),
+        "turns": ({"role": "user", "content": "a"},),
+        "none": pandas.NA,
+        "nan": float("nan"),
+        "when": pandas.Timestamp("2026-03-14"),
+        "day": datetime.date(2026, 3, 14),
+        "never": pandas.NaT,
+    }
+    (row,) = read([cells])
+    assert row["turns"] == [{"role": "user", "content": "a"}]
+    assert [row[name] for name in ("none", "nan", "never")] == [None] * 3
+    assert (row["when"], row["day"]) == ("2026-03-14T00:00:00", "2026-03-14")
+    assert [row[name] for name in ("text", "number", "whole", "flag", "list")] == ["a", 0.5, 2, True, [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "data = 'NoneType': must be a data frame"),
+        (3, "data = 'int': must be a data frame"),
+        (b"rows", "for files, set data.train_file"),
+        ([ROW], "data:1 = 'list': must be a mapping from column to value"),
+        ({"train": DataSet(), "test": DataSet()}, "data = 'the splits train, test': must be one data set"),
+        ({"text": "a"}, "must map each column to its values"),
+        ({"a": [1], "b": [1, 2]}, "columns of different lengths"),
+        ([{"a": 1}, {"a": object()}], r"data:2, column 'a' = 'object': must be text, a number"),
+        ([{"a": b"image"}], r"data:1, column 'a' = 'bytes': .*need a file"),
+        ([{"1": 1, 1: 2}], r"data:1 = 'a duplicate column': must have distinct names"),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), r"data, column 'a' = 'a duplicate column'"),
+    ],
+)
+def test_other_objects_are_refused_with_their_place(data: Any, message: str, private: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read(data)
+    assert list(private.iterdir()) == []
+
+
+def test_bad_records_are_reported_by_site_and_leave_no_file(settings: dict[str, Any], private: Path) -> None:
+    bad = [*tickets(40), {"body": " ", "team": "sales"}]
+    with pytest.raises(DataError, match=r"^south:41, column 'body' = 'blank': must not be blank"):
+        fedtune.simulate(
+            "own_data",
+            settings | {"data.labels": TEAMS, "data.columns": {"text": "body", "label": "team"}},
+            sites={"north": tickets(40), "south": bad},
+        )
+    with pytest.raises(DataError, match=r"^sites"):
+        fedtune.simulate(settings=settings, sites={"north": [{"n": None}]})
+    for sites in ({}, [tickets(3)]):
+        with pytest.raises(ConfigError, match="must map each site to its records"):
+            fedtune.simulate(settings=settings, sites=sites)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"sites = '\.\./north': must be made of"):
+        fedtune.simulate(settings=settings, sites={"../north": tickets(3)})
+    with pytest.raises(ConfigError, match=r"data\.train_file = 'rows\.csv': cannot be combined with records in memory"):
+        fedtune.simulate(settings=settings | {"data.train_file": "rows.csv"}, sites=SITES)
+    with pytest.raises(ConfigError, match=r"sites: is missing"):
+        fedtune.simulate("debug", settings, test=tickets(3))
+    with pytest.raises(ConfigError, match="cannot be combined with records in memory: write them to files"):
+        fedtune.simulate(settings=settings | {"runtime": "ray"}, sites=SITES)
+    assert list(private.iterdir()) == []
+    assert not settings["tracking.output_dir"].exists()
+    assert memory_folder.get() is None
+
+
+def test_optional_libraries_are_not_imported_for_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pandas", "pyarrow", "polars", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it would raise
+    assert read(ROW) == read(DataSet()) == read(Frame()) == ROW
+    with pytest.raises(ConfigError, match="data: needs pyarrow"):
+        read(Stream())

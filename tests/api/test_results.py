@@ -1,0 +1,235 @@
+"""What a finished run offers in Python: predictions, models, figures, tables, and errors by name."""
+
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from peft import PeftModel
+
+import fedtune
+from fedtune.api import public
+from fedtune.api.compose import compose_recipe
+
+from ..conftest import REPOSITORY
+from .test_public import tiny
+
+CARD, MONEY = "I lost my card", "Where is my money?"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
+    return fedtune.simulate("debug", tiny(tmp_path_factory.mktemp("results")))
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
+    """A run of a language model."""
+    rows = [{"prompt": f"number {number}", "completion": f"answer {number % 3} "} for number in range(60)]
+    settings = {"model": "random_llama", "lora": "all_linear", "data.max_length": 16, "federation.num_rounds": 1}
+    settings |= {"training.local_steps": 1, "training.ignore_weak_signal": True, "privacy.noise_multiplier": 4.0}
+    settings |= {"data.chat_template": "none", "lora.layers": None, "runtime.num_threads": 1, "runtime.device": "cpu"}
+    settings |= {"tracking.output_dir": tmp_path_factory.mktemp("writer"), "name": "run"}
+    settings |= {"data.columns": {"prompt": "prompt", "completion": "completion"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it has no test records
+        return fedtune.simulate("own_text", settings | {"data.test_fraction": 0.0}, sites={"one": rows, "two": rows})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [CARD, MONEY],
+        (CARD, MONEY),
+        iter([CARD, MONEY]),
+        np.array([CARD, MONEY]),
+        pandas.Series([CARD, MONEY]),
+        pandas.DataFrame({"text": [CARD, MONEY], "other": [1, 2]}),
+        [{"text": CARD}, {"text": MONEY}],
+        {"text": [CARD, MONEY]},
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_predict_takes_texts_and_rows_of_any_table(run: fedtune.Run, data: Any) -> None:
+    assert run.predict(data) == [run.predict(CARD)[0], run.predict(MONEY)[0]]
+
+
+def test_predict_proba_has_a_column_for_each_label(run: fedtune.Run) -> None:
+    found = run.predict_proba([CARD, MONEY])
+    labels = run.config.data.labels
+    assert found.shape == (2, len(labels))
+    assert found.sum(axis=1) == pytest.approx([1.0, 1.0])
+    (best, *_), *_ = run.predict(CARD)  # type: ignore[misc]
+    assert labels[found[0].argmax()] == best["label"]
+    assert run.predict_proba([]).shape == (0, len(labels))
+    with pytest.raises(fedtune.DataError, match=r"data:1, column 'text' = 'absent'"):
+        run.predict([{"body": CARD}])
+
+
+def test_evaluate_takes_records_in_memory_like_a_file(run: fedtune.Run, tmp_path: Path) -> None:
+    labels, columns = run.config.data.labels, run.config.data.columns
+    named = {f"question {number}": labels[number % 3] for number in range(12)}
+    frame = pandas.DataFrame({columns["text"]: named.keys(), columns["label"]: named.values()})
+    found = fedtune.compare({"a<b": run}, frame)
+    right = [labels[row.argmax()] for row in run.predict_proba(frame)] == frame[columns["label"]]
+    assert found.estimate("a<b", "accuracy").value == pytest.approx(right.mean())
+    assert run.evaluate(frame).estimate("tuned", "accuracy") == found.estimate("a<b", "accuracy")
+    assert "a&lt;b" in found._repr_html_()
+    assert "a&lt;b" in found.plot("accuracy").svg
+    assert_drawing(found.plot())
+
+
+def assert_drawing(figure: Any) -> None:
+    assert ElementTree.fromstring(figure._repr_svg_()).tag.endswith("svg")
+
+
+def test_figures_are_those_of_the_report_and_are_saved(run: fedtune.Run, tmp_path: Path) -> None:
+    page = (run.folder / "report.html").read_text()
+    assert run.plot().svg in page
+    assert run.plot("epsilon_spent").svg in page
+    scale = run.report().scale()
+    assert_drawing(scale)
+    assert scale.save(tmp_path / "label.svg").read_text() == scale.svg
+    with pytest.raises(ValueError, match=r"path = .*must end in \.svg"):
+        scale.save(tmp_path / "label.png")
+    with pytest.raises(ValueError, match="chart = 'nonsense': must be one of utility"):
+        run.plot("nonsense")  # type: ignore[arg-type]
+
+
+def test_notebook_tables_are_short_and_escaped(run: fedtune.Run, tmp_path: Path) -> None:
+    ledger = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db")
+    shown = (run, run.report(), ledger, fedtune.plan(run.config), fedtune.verify(run.folder))
+    for one in shown:
+        text = one._repr_html_()  # type: ignore[attr-defined]
+        assert ElementTree.fromstring(text).tag == "table"
+        assert len(text) < 3000
+    assert f"epsilon</td><td>{run.privacy.epsilon:.2f}"[:-1] in run._repr_html_()
+    (tmp_path / "config.yaml").write_text((run.folder / "config.yaml").read_text())
+    assert "not finished" in fedtune.load(tmp_path)._repr_html_()
+
+
+def test_checks_of_a_report_print_with_names_and_states(run: fedtune.Run) -> None:
+    checks = fedtune.verify(run.folder)
+    assert len(repr(checks).splitlines()) == len(checks)
+    assert re.search(r"^figures +right +Each epsilon", str(checks), re.MULTILINE)
+
+
+def test_model_of_a_language_model_generates_with_transformers(writer: fedtune.Run) -> None:
+    model, tokenizer = writer.model()
+    assert isinstance(model, PeftModel)
+    prompt = tokenizer("number 5", return_tensors="pt")
+    ids = {name: prompt[name] for name in ("input_ids", "attention_mask")}
+    written = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    text = tokenizer.decode(written[0][ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text == writer.generate("number 5", max_new_tokens=5)
+    with pytest.raises(ValueError, match="task = 'causal_lm': predicts no label or number"):
+        writer.predict("number 5")
+    with pytest.raises(ValueError, match="task = 'causal_lm': predicts no probabilities of labels"):
+        writer.predict_proba("number 5")
+
+
+def test_merged_model_works_in_a_pipeline(writer: fedtune.Run) -> None:
+    merged, tokenizer = writer.model("merged")
+    model, _ = writer.model()
+    ids = tokenizer("number 5", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
+    with pytest.raises(ValueError, match=r"form = 'sentence-transformers': must be one of peft, merged"):
+        writer.model("sentence-transformers")
+
+
+def test_classifier_is_a_sentence_transformer_with_the_same_answers(run: fedtune.Run) -> None:
+    pytest.importorskip("sentence_transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, tokenizer = run.model("sentence-transformers")
+        scores = whole.encode([CARD, MONEY])
+    assert scores.argmax(axis=1).tolist() == run.predict_proba([CARD, MONEY]).argmax(axis=1).tolist()
+    assert tokenizer(CARD)["input_ids"]
+
+
+def test_export_writes_what_the_command_writes(run: fedtune.Run, tmp_path: Path) -> None:
+    files = run.export(tmp_path / "adapter")
+    assert {"adapter_config.json", "README.md", "head.safetensors"} <= {path.name for path in files}
+    for options, message in (
+        ({"format": "merged"}, "format = 'merged': must be one of peft, sentence-transformers, onnx"),
+        ({"int8": True}, 'int8 = true: requires format="onnx"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.export(tmp_path / "other", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be outside the run's adapter folder"):
+        run.export(run.adapter / "inner")
+
+
+def test_errors_have_names_in_the_top_level() -> None:
+    with pytest.raises(fedtune.ConfigError) as caught:
+        fedtune.plan("debug", {"privacy.epsilon": -1})
+    assert isinstance(caught.value, fedtune.FedtuneError)
+    assert issubclass(fedtune.DataError, fedtune.ConfigError)
+    assert issubclass(fedtune.StuckError, fedtune.RunError)
+    assert issubclass(fedtune.RefusedError, fedtune.FedtuneError)
+    assert {"FedtuneError", "simulate"} <= set(dir(fedtune))
+    assert "sites: " in str(fedtune.simulate.__doc__)
+
+
+def test_settings_survive_pickling() -> None:
+    config = compose_recipe("debug")
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+class Shell:
+    """Stands in for IPython in the kernel of a notebook."""
+
+    kernel = object()
+
+    def __init__(self) -> None:
+        self.shown = list[str]()
+
+    def display(self, what: str, *, display_id: bool) -> SimpleNamespace:
+        return SimpleNamespace(update=self.shown.append)
+
+
+def test_progress_true_is_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch, run: fedtune.Run) -> None:
+    assert not public.is_notebook()
+    shell = Shell()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    library = SimpleNamespace(display=shell.display, HTML=str)
+    monkeypatch.setitem(sys.modules, "IPython.display", library)  # type: ignore[arg-type]
+    assert public.is_notebook()
+    move: Callable[[fedtune.Progress], None] = public.show_notebook_bar()
+    move(fedtune.Progress(stage="loading <model>"))
+    move(fedtune.Progress(stage="round", done=1, total=2, round=run.rounds[0]))
+    assert shell.shown[0] == '<progress value="0" max="1"></progress> loading &lt;model&gt;'
+    assert re.match(r'<progress value="1" max="2"></progress> round 1 of 2: accuracy 0\.\d{4}', shell.shown[1])
+
+
+SCRIPT = """\
+import fedtune
+
+rows = [{"text": "a", "label": "x"}]
+run = fedtune.simulate("debug", {"privacy.epsilon": 3}, sites={"a": rows, "b": rows}, progress=True)
+answers: list[object] = run.predict(rows)
+chances = run.predict_proba("a").shape
+model, tokenizer = run.model()
+run.plot().save("plot.svg")
+print(run.privacy.epsilon, run.evaluate(rows).plot(), fedtune.verify(run.folder), chances)
+"""
+
+
+@pytest.mark.nightly
+def test_script_of_ten_lines_passes_mypy_in_strict_mode(tmp_path: Path) -> None:
+    from mypy import api
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    settings = ["--config-file", str(REPOSITORY / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
+    out, err, code = api.run(["--strict", *settings, str(tmp_path / "script.py")])
+    assert (code, err) == (0, ""), out
