@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dp_accounting import ComposedDpEvent, DpEvent, LaplaceDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+from dp_accounting import ComposedDpEvent, DpEvent, LaplaceDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent, ZCDpEvent
 from dp_accounting import GaussianDpEvent as Gaussian
 from dp_accounting import SampledWithoutReplacementDpEvent as SampledWithoutReplacement
 from dp_accounting import SelfComposedDpEvent as SelfComposed
@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from fedtune.privacy import events
 from fedtune.spec import ConfigError
 
-simple = st.one_of(st.just(NonPrivateDpEvent()), st.floats(1e-3, 1e3).map(Gaussian))
+simple = st.one_of(
+    st.just(NonPrivateDpEvent()), st.floats(1e-3, 1e3).map(Gaussian), st.floats(1e-3, 1e3).map(LaplaceDpEvent)
+)
 every_kind: st.SearchStrategy[DpEvent] = st.recursive(
     simple,
     lambda inner: st.one_of(
@@ -81,10 +83,10 @@ def test_grouping_flattens_compositions_but_not_sampled_events() -> None:
 
 
 def test_unsupported_events_cannot_be_serialized() -> None:
-    laplace = LaplaceDpEvent(1.0)
-    parts = (SelfComposed(laplace, 2), ComposedDpEvent([Gaussian(1.0), laplace]))
-    for event in (laplace, SampledWithoutReplacement(100, 10, Gaussian(1.0)), *parts):
-        with pytest.raises(TypeError, match=r"unsupported privacy event (Laplace|SampledWithoutReplacement)DpEvent"):
+    other = ZCDpEvent(1.0)
+    parts = (SelfComposed(other, 2), ComposedDpEvent([Gaussian(1.0), other]))
+    for event in (other, SampledWithoutReplacement(100, 10, Gaussian(1.0)), *parts):
+        with pytest.raises(TypeError, match=r"unsupported privacy event (ZC|SampledWithoutReplacement)DpEvent"):
             events.to_json(event)
 
 
