@@ -58,14 +58,15 @@ NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, wor
 """By what a column is: how it may be called.  What is not of itself plain:
 
 `answers` are what nothing else is called, and `labels` answers of few values; `topics` are answers to a text and often
-a table's features; `numbers` may be answers.  `inverted` are columns of events that say of whom none is known, `stayed`
-and `came` words for those and for those to whom one came.  `names_of` stand behind the name of a column of numbers:
-what its labels are called.  `endings` are of images that no run reads.  `often_labels` are completions that are labels
-where they have few values.  `wanted` may say whether an answer is wanted, in words of `flags`; `better` which of two is
-better, of which there are several `rivals` to one prompt.  `alike` are pairs of texts beside those that a number or a
-letter tells apart; `turns` are of a conversation.  Of `people` the first counts.  `things` end the name of a column of
-names, which are no texts that somebody wrote.  `splits`, `marked` and `checks` say what a row is for, with `helpers`
-and values of `parts`, `reviews` and `passed`; `ids` and `group_numbered` are of records.
+a table's features, as `general` answers are; `numbers` may be answers. `inverted` are columns of events that say of
+whom none is known, `stayed` and `came` words for those and for those to whom one came. `names_of` stand behind the name
+of a column of numbers: what its labels are called. `endings` are of images that no run reads. `often_labels` are
+completions that are labels where they have few values. `wanted` may say whether an answer is wanted, in words of
+`flags`; `better` which of two is better, of which there are several `rivals` to one prompt. `alike` are pairs of texts
+beside those that a number or a letter tells apart; `turns` are of a conversation. Of `people` the first counts.
+`things` end the name of a column of names, which are no texts that somebody wrote. `splits`, `marked` and `checks` say
+what a row is for, with `helpers` and values of `parts`, `reviews` and `passed`; `ids` and `group_numbered` are of
+records.
 """
 _ENDINGS, _LINKED = (*SUFFIXES, *NAMES["endings"]), "linked"
 """Of paths of images, the last of which no run reads; and images at addresses on the net."""
@@ -76,7 +77,9 @@ _DATE = re.compile(
     rf"(?:{_MONTHS})[a-zä]{{0,6}}\.?[ -]?(?:\d{{1,2}},?[ ])?\d{{2,4}})(?:[T ,]+{_CLOCK})?|{_CLOCK}"
 )
 """A day, a month or a time."""
-_MEASURE = re.compile(r"[<>\u2264\u2265~]=? ?[+-]?\d[\d.,]*\S{0,9}|[+-]?\d[\d.,]* ?[^\W\d_]{1,6}(?:[/^]\S{1,9})?")
+_MEASURE = re.compile(
+    r"[<>\u2264\u2265~]=? ?[+-]?\d[\d.,]*\S{0,9}|[+-]?\d[\d.,]* ?[^\W\d_]{1,6}(?:[/^]\S{1,9})?|[+-]?inf(?:inity)?"
+)
 """A number with a limit's sign, as laboratories write it, or with a unit."""
 _OF_PEOPLE = re.compile(
     "(?:anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk)*"
@@ -148,6 +151,7 @@ class DataColumn:
         self.longest = max(self.longest, len(text))
         kind = json_type(value)
         kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(kind, kind)
+        before = self.reads["target"]
         if not text or text[0] in _BEGIN_NUMBERS:
             with suppress(DataError):
                 number = float(read.read_number(value, self.name))
@@ -159,6 +163,7 @@ class DataColumn:
         self.types[kind] += 1
         if len(self._first[kind]) < _ODD_SHOWN:
             self._first[kind].append((row, shown(value)))
+        self.reads["other number"] += kind == "number" and self.reads["target"] == before  # Infinity
         self.reads["image"] += isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
         for what in _text_kinds(text) if text else ():
             self.reads[what] += 1
@@ -300,12 +305,13 @@ class DataColumn:
         # A last word may call it an answer, or all words but such as in 90 days (`churned_in_90d`).
         rest, all_parts = [word for word in self.words if word not in NAMES["helpers"]], {*NAMES["parts"]}
         plain = "".join(word for word in rest if len(word) > 1 and word.isalpha())
-        self.is_called_answer = not {self.key, plain, *self.words[-1:]}.isdisjoint(NAMES["answers"] + NAMES["labels"])
+        self.is_called_answer = self.is_called("answers", "labels") or plain in NAMES["answers"] + NAMES["labels"]
         # A tag for a single word in each row, and a row for each word.
         is_scheme = all(tag in _BARE or split_tag(tag)[0] for tag in self.labels)
         self.is_tag = self.is_label and is_scheme and "O" in self.labels
         self.separator = self._detect_separator()
         self.is_few, self.is_list = self.is_label or self.separator is not None, self.separator == "["
+        self.has_several = self.separator is not None and self.several[self.separator] > 0
         self.unread = WORDS["never_read"].get("rejected" if self.key in NAMES["rejected"] else self.key, "")
         self.is_rank = self.is_number and len(self.labels) > 2
         self.is_answer = self.is_few or self.is_number
@@ -333,6 +339,10 @@ class DataColumn:
         is_named = self.key in NAMES["texts"]
         self.is_prose = is_words and (self.is_mostly("prose") or (is_named and self.is_mostly("word")))
         self.is_short = is_words and self.is_mostly("words") and not (self.is_label or self.is_prose)
+        # Whether the first row may have named it, as one of its values, where a header is missing.
+        read_name = {*_text_kinds(self.name)} if self.key not in NAMES["texts"] else set()
+        is_long = (3 if "prose" in read_name else 2) * len(self.name) >= self.mean_characters
+        self.could_name_text = is_words and is_long and "phrase" in read_name
         # What a row is for, as whoever wrote the file marked it: for the test, rejected, or to count more than others.
         is_part = said <= all_parts or any(one.startswith("train") for one in said)
         is_part = is_part and all(all_parts.intersection(_split_words(label)) for label in self.labels)
@@ -397,6 +407,10 @@ class DataColumn:
         pair = [one for course in ("stayed", "came") for one in said if words[one] & {*NAMES[course]}]
         pair = said if said == ["1", "2"] else pair[::-1] if self.key in NAMES["inverted"] else pair
         return tuple(pair) if len(said) == 2 and sorted(pair) == said else None
+
+    def is_called(self, *sections: str) -> bool:
+        """Whether its name, or the last word of it, is among some sections of `NAMES`."""
+        return any(name in NAMES[some] for some in sections for name in (self.key, *self.words[-1:]))
 
     def judges(self, some: Iterable[DataColumn]) -> bool:
         """Whether it says which of some numbered columns is better: by its name, or its values are their marks."""

@@ -6,10 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedtune.data.formats import detect_format, raw_rows
+from fedtune.data.images import SUFFIXES
 from fedtune.data.text_rows import Row
 from fedtune.lab.preparation.columns import (
     NAMES,
@@ -30,6 +33,7 @@ KINDS: Mapping[Kind, Sequence[str]] = {kind: said.split(" = ") for kind, said in
 """In words, and the experiment of conf/ that such records begin in."""
 SHOWN_ROWS = 5
 OPEN = "???"  # in place of a setting that a person must give
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 Form: TypeAlias = Literal["table", "texts"]
 Roles: TypeAlias = dict[str, tuple[DataColumn, str]]  # by role the column that has it, and why
 
@@ -184,6 +188,8 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
             column.classify(rows, may_be_label=False)
     if not chosen and kind_of_file in (".csv", ".tsv"):
         _require_header(columns, path)
+    if not chosen and form is None:
+        _require_endings(columns, first, path)
     for option, name in chosen.items():
         if name not in columns:
             raise ConfigError(f"--{option}", name, f"is not one of the columns {listed(columns)}")
@@ -234,15 +240,28 @@ def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
     """Refuse a table whose first row looks like a record or a comment, because its texts would become column names."""
     filled = [one for one in columns.values() if one.filled]
     unnamed = [one for one in filled if one.name.startswith("(column ")]
-    # Without a header one of them is among the column's values, and the texts' as long; a class may be called so, too.
-    longest = max(columns.values(), key=lambda one: one.mean_characters)
-    is_long = longest.key not in NAMES["texts"] and 3 * len(longest.name) >= longest.mean_characters
-    own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
     odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
     if odd or len(unnamed) > 1:
         raise refusal(path, "header", odd or unnamed)
-    if own and is_long:
+    # Without a header most names are values: one of the column's own, a number, or as long a text as the others. A
+    # flag alone may be called as one of its values is, and pixels are counted.
+    numbers = {one.name: float(one.name) for one in filled if one.is_number and _NUMBER.fullmatch(one.name)}
+    steps = {round(after - before, 6) for before, after in pairwise(numbers.values())}
+    own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
+    values = {one.name for one in filled if one in own or one.could_name_text}
+    is_counted = len(numbers) > 2 and len(steps) == 1
+    values = values - {*numbers} if is_counted else values | {*numbers}
+    if own and 2 * len(values) > len(filled):
         raise refusal(path, "no_header", own[:1])
+
+
+def _require_endings(columns: Mapping[str, DataColumn], first: Sequence[Row], path: Path) -> None:
+    """Refuse a table of images that names them without their ending, because they would be taken for codes."""
+    for one in (one for one in columns.values() if one.is_text and not one.is_prose):
+        names = [str(row[one.name]) for row in first if row.get(one.name)]
+        for end in (*SUFFIXES, *NAMES["endings"]) if names else ():
+            if all(isfile(path.parent / f"{name}{end}") for name in names):
+                raise refusal(path, "stems", [one], end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +298,7 @@ class _Guess:
                 ]
                 others += [one for one in self.every if one.is_image]
                 if len(others) > 1:
-                    raise refusal(self.path, "texts", others)
+                    raise self._several_texts_error(others)
                 return "text", {"text": (text[0], f"{text[1]}; there is no label")}
         raise self._misfit_error(layouts)
 
@@ -355,7 +374,7 @@ class _Guess:
         none.
         """
         chosen = set(self.chosen)
-        is_open = chosen <= _INPUTS and not self._find_named(NAMES["answers"], "is_answer")
+        is_open = chosen <= _INPUTS and not self._find_called_answer()
         timed = self._detect_survival() if chosen & _TIMED or is_open else None
         answer = None if timed or chosen & _TIMED else self._find_answer()
         if answer is None:
@@ -393,14 +412,25 @@ class _Guess:
                 )
             return one, "chosen"
         self._require_readable_answer(NAMES["answers"])
-        one = self._find_named(NAMES["answers"], "is_answer", but=self.chosen.values()) or self._find_only_answer()
+        one = self._find_called_answer() or self._find_only_answer()
         if one is None:
             return None
         names = self._find_named([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
         if names and names.is_label and one.is_number:
             return names, f"the names of {one.name}"
-        is_named = one.is_called_answer or one.key in (*NAMES["topics"], *NAMES["numbers"])
+        is_named = one.is_called_answer or one.is_called("topics", "numbers")
         return one, "its name" if is_named else _BY_VALUES
+
+    def _find_called_answer(self) -> DataColumn | None:
+        """Return the column that is called as only answers are."""
+        return self._find_named(NAMES["answers"], "is_answer", but=[*self.chosen.values(), *self._list_doubtful()])
+
+    def _list_doubtful(self) -> list[DataColumn]:
+        """List the columns of a table whose general name, such as `class`, may be a feature's: beside a column of two
+        values it decides nothing.
+        """
+        two = [] if self._has_texts() else [one for one in self.every if one.may_be_answer and len(one.labels) == 2]
+        return [one for one in self.every if one.is_called("general") and {*two} - {one}]
 
     def _find_only_answer(self) -> DataColumn | None:
         """Return the only column that can be the answer, by a usual name for answers or else by its values."""
@@ -409,25 +439,30 @@ class _Guess:
         if not usual:
             longest = max((one.longest for one in self.every if one.is_prose), default=0)
             marked = [one for one in self.every if one.is_lone_answer or one.is_tags or 0 < one.furthest <= longest]
+            marked += [one for one in self.every if one.is_other_number and one.is_called("numbers") and is_text]
             self._require_readable_answer(_MAY_ANSWER, others=marked)
-        few = [one for one in others if one.may_be_answer and (one.is_label or (one.is_list and one.several["["]))]
+        few = [one for one in others if one.may_be_answer and (one.is_label or one.has_several)]
         numbers = [one for one in others if one.may_be_answer and one.is_number and one not in few]
         if not few or self._has_texts():  # in a table, one column of few values among numbers is not yet the answer
-            numbers = [one for one in numbers if one.key in NAMES["numbers"]]
+            numbers = [one for one in numbers if one.is_called("numbers")]
         binary = [one for one in few if one.is_binary]
         if len(usual) == 1 < len(binary) and usual[0] in binary and is_text:
             usual = binary  # marks of several labels beside a text
         people = [one for one in others if one.may_be_one_of_few] if few or numbers else []
         found = usual or [*few, *people, *numbers] or [one for one in others if one.is_place and one.is_label]
         if len(found) > 1:
-            lists = ", or as one column of lists with the labels' names" * (len(binary) > 1 and is_text)
-            raise refusal(self.path, "answers", found, lists)
+            times = [one for one in self.every if one.may_be_time]
+            fits = {"lists": len(binary) > 1 and is_text, "plain": is_text or any(one.is_short for one in self.every)}
+            fits["timed"] = bool(times) and any(one.is_event for one in found)
+            hints = "".join(WORDS["hints"][what].format(*times[:1]) for what, holds in fits.items() if holds)
+            raise refusal(self.path, "answers", found, hints)
         return found[0] if found else None
 
     def _named_answers(self) -> list[DataColumn]:
         """Return columns of few values, or of lists of such, with a usual name for answers to such records."""
         topics = NAMES["topics"] if self._has_texts() else ()
         few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
+        few = [one for one in few if one not in self._list_doubtful()]
         return [one for one in few if one.is_called_answer or one.key in topics]
 
     def _has_texts(self) -> bool:
@@ -441,6 +476,11 @@ class _Guess:
         unread = [one for one in named if one.is_unread_answer or one.is_lone_answer]
         for one in (one for one in (*unread, *others) if one not in self.chosen.values()):
             raise refusal(self.path, "unread", [one], one.explain("no_answer"))
+
+    def _several_texts_error(self, texts: Sequence[DataColumn]) -> DataError:
+        """Build the error about several texts, with the options for which there are columns."""
+        is_answered = any(one.may_be_answer and one not in texts for one in self.every)
+        return refusal(self.path, "texts", texts, WORDS["hints"]["answered" if is_answered else "written"])
 
     def _find_image(self, text: tuple[DataColumn, str] | None) -> tuple[DataColumn, str] | None:
         """Return the image column: by name or, without a text column, the only one with images in a supported
@@ -464,7 +504,7 @@ class _Guess:
         if named := self._find_named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
             return named, "its name"
         if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._find_text_pair()}:
-            raise refusal(self.path, "texts", texts)
+            raise self._several_texts_error(texts)
         return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
     def _text_candidates(self, fits: str, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:

@@ -51,8 +51,8 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
 @pytest.mark.parametrize(
     ("columns", "name", "why"),
     [
-        ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "no run"),
-        ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "no run"),
+        ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "runs ignore it"),
+        ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "runs ignore it"),
         ({"text": own, "state": "one"}, "state", "always the same"),
         (LABELED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
         ({"text": own, "parent_id": own}, "parent_id", "ids of the records"),

@@ -3,9 +3,13 @@
 Each case is a small file of one kind with what it is taken for, or the end of the message that refuses it.
 """
 
+import csv
 import json
+import math
 import random
+import re
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.data.formats import raw_rows
+from fedtune.lab.preparation.detect import detect_columns
 from fedtune.spec import DataError
 
 from .conftest import AB, ASK, SAY, few, own, rows, seen, summary
@@ -28,6 +33,8 @@ TABLE: dict[str, Any] = {"age": AGE, "dx": WARD}
 MIXED: dict[str, Any] = {"age": AGE, "kappa": WARD}
 FEW = ("all of it was seen before", "none of it was ever seen")
 METAR = "METAR EDDF 0{0}20Z 2{0}KT CAVOK FEW0{0} 17/02 Q10{0}".format
+SEVERAL = tuple("|".join(some) for size in (1, 2) for some in permutations("wxyz", size))
+ENDLESS: Callable[[int], float] = lambda n: n / 4 if n % 9 else math.inf  # noqa: E731
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
 
 
@@ -64,8 +71,14 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "a topic of a table": (MIXED | {"category": SHAPE}, "must be one: choose with --label COLUMN"),
     "a topic of texts": ({"text": own, "kappa": WARD, "category": SHAPE}, "labeled: text label=category; not kappa"),
     "a last word": ({"text": own, "kappa": WARD, "mu_sentiment": AB}, "labeled: text label=mu_sentiment; not kappa"),
-    "two texts alone": ({"sigma": own, "rho": lambda n: own(n) * 2}, "several texts or images"),
-    "two texts with an answer": ({"sigma": own, "rho": own, "kappa": WARD}, "several texts or images"),
+    "a general name": ({"age": AGE, "class": SHAPE, "kappa": AB}, "columns class, kappa, age = 'answers that"),
+    "a general name alone": ({"age": AGE, "class": WARD}, "table: label=class"),
+    "a general name of texts": ({"text": own, "class": WARD, "kappa": AB}, "labeled: text label=class; not kappa"),
+    "labels behind marks": ({"text": own, "sigma": SEVERAL}, "tagged: text labels=sigma"),
+    "scores": ({"text": own, "sigma_score": AGE}, "rated: text target=sigma_score"),
+    "scores without an end": ({"text": own, "sigma_score": ENDLESS}, "7 of 60 values hold numbers in another form"),
+    "two texts alone": ({"sigma": own, "rho": lambda n: own(n) * 2}, "one (--text), or a prompt and what is written"),
+    "two texts with an answer": ({"sigma": own, "rho": own, "kappa": WARD}, "(--text, --text-pair, --label)"),
     "a usual name of two": ({"text": own, "rho": own, "kappa": WARD}, "labeled: text label=kappa; not rho"),
     "captions": ({"sigma": own, "rho": PNG}, "several texts or images"),
     "lists of texts": ({"query": own, "pos": [own(1)], "neg": [own(2)]}, "must be a label, a number, or a list"),
@@ -187,6 +200,58 @@ def test_detection_does_not_depend_on_order_or_arbitrary_names(tmp_path: Path, n
     for old, new in RENAMED.items():
         text, before = text.replace(f'"{old}', f'"{new}'), before.replace(old, new)
     assert sorted_parts(decided(tmp_path, json.loads(text))) == sorted_parts(before), "names that mean nothing"
+
+
+@pytest.mark.parametrize(
+    ("columns", "end"),
+    [
+        (MIXED, "or --score COLUMN"),
+        (MIXED | {"run_hours": AGE, "rho": ("yes", "no")}, "came by it: --time run_hours --event COLUMN"),
+        ({"text": own, "kappa": WARD, "rho": AB}, "or --text alone for plain texts"),
+    ],
+)
+def test_question_for_the_answer_offers_only_options_that_fit(tmp_path: Path, columns: Any, end: str) -> None:
+    with pytest.raises(DataError, match=f"answers that there may be': must be one: .*{re.escape(end)}$"):
+        seen(tmp_path, columns)
+
+
+@pytest.mark.parametrize("end", [".png", ".tif"])
+@pytest.mark.parametrize("name", ["scans/s{}", "{}"])
+def test_paths_without_their_ending_are_refused_by_the_files_beside_them(tmp_path: Path, name: str, end: str) -> None:
+    given = random.Random(1).sample(rows({"sigma": name.format, "kappa": WARD}), 60)
+    (tmp_path / "scans").mkdir()
+    assert "without their ending" not in decided(tmp_path, given)
+    for row in given:
+        (tmp_path / f"{row['sigma']}{end}").touch()
+    with pytest.raises(DataError, match=f"sigma = 'paths of {end} files without their ending': .* write {end} behind"):
+        seen(tmp_path, given)
+
+
+HEADERS: dict[str, tuple[dict[str, Any], bool]] = {
+    "a value of a flag": ({"line": ("QX", "RY"), "km": AGE, "late": ("late", "in time")}, True),
+    "beside a text": ({"what was told": own, "urgent": ("urgent", "calm")}, True),
+    "pixels": ({str(n): (0, n, 9) for n in range(9)}, True),
+    "texts": ({"text": own, "label": AB}, False),
+    "texts with numbers": ({"text": own, "label": AB, "number": AGE}, False),
+    "a table": ({"age": AGE, "stay": lambda n: n % 7, "dx": WARD}, False),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("order", range(3))
+def test_header_is_missed_only_where_most_names_are_values(tmp_path: Path, name: str, order: int) -> None:
+    columns, is_written = HEADERS[name]
+    given, names = random.Random(order).sample(rows(columns), 60), random.Random(order).sample([*columns], len(columns))
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        lines = csv.DictWriter(file, sorted(names, key=int) if name == "pixels" else names)
+        if is_written:
+            lines.writeheader()
+        lines.writerows(given)
+    try:
+        said = str(detect_columns(tmp_path / "rows.csv", {}))
+    except DataError as error:
+        said = str(error)
+    assert ("among its own values" in said) != is_written
 
 
 NOTED = {"torn": "records have parts that begin or end within a word", "damaged": "of its values have mojibake"}
