@@ -310,7 +310,7 @@ class DataColumn:
         is_scheme = all(tag in _BARE or split_tag(tag)[0] for tag in self.labels)
         self.is_tag = self.is_label and is_scheme and "O" in self.labels
         self.separator = self._detect_separator()
-        self.is_few, self.is_list = self.is_label or self.separator is not None, self.separator == "["
+        self.is_few = self.is_label or self.separator is not None
         self.has_several = self.separator is not None and self.several[self.separator] > 0
         self.unread = WORDS["never_read"].get("rejected" if self.key in NAMES["rejected"] else self.key, "")
         self.is_rank = self.is_number and len(self.labels) > 2
