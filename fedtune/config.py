@@ -229,7 +229,7 @@ class RunConfig:
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
             together=self.federation.together,
-            bound=self.bound_task.max_secure_sum(self.data.site_sizes(self.federation.num_sites)),
+            bound=self.bound_task.max_aggregated_value(self.data.site_sizes(self.federation.num_sites)),
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
@@ -339,7 +339,11 @@ class RunConfig:
         # Where an adapter lies changes nothing: its digest says which it is.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
         own = self.privacy
-        unsaid = {"records_per_user": own.unit == "record", "cohorts": own.cohorts is None, "runs": own.runs == 1}
+        unsaid = {
+            "records_per_user": own.unit == "record",
+            "cohorts": own.cohorts is None,
+            "planned_runs": own.planned_runs == 1,
+        }
         of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
         for group, key in (("evaluation", "max_tokens"), *patience, *places, *of_no_effect):
             del fields[group][key]
@@ -479,7 +483,7 @@ def with_home(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any
     return found
 
 
-def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
+def with_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
     """Convert the settings of a plain run to a run with secure aggregation; `parse` validates the result.
 
     Each step becomes a round, each sum covers all participating sites, and learning rates decay linearly to zero.  The
@@ -512,7 +516,7 @@ def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) 
     return settings
 
 
-_FASTER = 5 / 3  # how far SGD's rates grow at most in secure sums: from 3 to 5 and from 24 to 40 with four banks
+_FASTER = 5 / 3  # how far SGD's rates grow at most in secure aggregation: from 3 to 5 and from 24 to 40 with four banks
 
 
 def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def check_planned_bytes(folder: Path) -> None:
     config, rounds = saved_config(folder), result_of(folder)["rounds"]
     down, up = estimate_round_bytes(config, config.plan(), build_task_model(config.task_model()))
     down -= len(serialize_for_sites(settings_for_sites(config)).encode())
-    for entry in rounds[1:]:  # in the first one a session of secure sums begins
+    for entry in rounds[1:]:  # in the first one a session of secure aggregation begins
         sites = len(entry["sites"])
         assert (entry["bytes_down"], entry["bytes_up"]) == pytest.approx((sites * down, sites * up), rel=0.02)
 

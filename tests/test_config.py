@@ -123,7 +123,7 @@ def test_plan_uses_the_configured_values() -> None:
     # A given noise must do for all runs that share the epsilon.
     given = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
     with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: gives epsilon .* over 24 steps"):
-        parse(changed(**given, privacy__runs=6))
+        parse(changed(**given, privacy__planned_runs=6))
     settings = changed(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)
     plan = parse(settings).plan()
     assert (plan.noise_multiplier, plan.local_steps, plan.num_rounds, plan.spare_rounds) == (4.0, 3, 2, 2)

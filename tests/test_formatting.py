@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedtune.formatting import finite, jsonable, pluralize, score_words, size, unbounded
+from fedtune.formatting import finite, format_score_name, format_size, jsonable, pluralize, unbounded
 from fedtune.show.lines import duration
 
 
@@ -12,9 +12,17 @@ from fedtune.show.lines import duration
     ("found", "text"),
     [
         *((pluralize(1, "record"), "1 record"), (pluralize(0, "record"), "0 records")),
-        *((pluralize(1200, "record"), "1,200 records"), (score_words("macro_f1"), "macro F1")),
-        *((score_words("auroc"), "AUROC"), (score_words("accuracy"), "accuracy"), (size(312), "312 bytes")),
-        *((size(1023.9), "1024 bytes"), (size(1.5 * 2**20), "1.5 MiB"), (size(3 * 2**40), "3072.0 GiB")),
+        *((pluralize(1200, "record"), "1,200 records"), (format_score_name("macro_f1"), "macro F1")),
+        *(
+            (format_score_name("auroc"), "AUROC"),
+            (format_score_name("accuracy"), "accuracy"),
+            (format_size(312), "312 bytes"),
+        ),
+        *(
+            (format_size(1023.9), "1024 bytes"),
+            (format_size(1.5 * 2**20), "1.5 MiB"),
+            (format_size(3 * 2**40), "3072.0 GiB"),
+        ),
         *((duration(0.0), "0.1 s"), (duration(11.2), "12 s"), (duration(150), "3 min"), (duration(18000), "5.0 h")),
     ],
 )

@@ -31,7 +31,7 @@ from fedtune.api.experiment_file import (
     require_all_given,
     unknown_option_error,
 )
-from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
+from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_aggregation
 from fedtune.federation.run_folder import suggest_run_folders
 from fedtune.formatting import flatten
 from fedtune.runs.overrides import FREE_MAPS, set_by_key
@@ -216,11 +216,11 @@ def _complete_config(
     as_given = deepcopy(settings)
 
     def said_beside(key: str) -> set[str]:
-        # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
+        # What was said with secure aggregation or a public stage in mind, or later, stays: the rest was not.
         return values | (of_file if _overlaps_any(key, of_file) else set())
 
     if ("federation.aggregation", "secure") in flatten(settings):
-        settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
+        settings = with_secure_aggregation(settings, keep=said_beside("federation.aggregation"))
     if settings.get("name") is None:
         settings["name"] = default_run_name()
     settings = _apply_overrides(settings, [_make_override(key, value) for key, value in (changed or {}).items()])

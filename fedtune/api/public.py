@@ -521,7 +521,7 @@ class Run:
         ids = self._model.prompt_ids(self._model.fields_from_text(prompt, at="prompt"), at="prompt")
         return "".join(self._model.generate_answer(ids, spec))
 
-    def distil(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
+    def distill(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
         """Distill the tuned model into a smaller student, and write the student to a new folder.
 
         Guarantee: the run's own; if `texts` have a card of synthetic records, the epsilon of the runs behind them is
@@ -531,14 +531,14 @@ class Run:
             to: the new folder.
             texts: a file of public or synthetic texts, one line or record each.
             student: "half" of the base's layers, the number of lowest layers to keep, or another base model.
-            **options: passed to `fedtune.lab.distillation.distil`.
+            **options: passed to `fedtune.lab.distillation.distill`.
 
         Raises:
             ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
         """
-        from fedtune.lab.distillation import distil
+        from fedtune.lab.distillation import distill
 
-        return distil(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
+        return distill(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
 
     @cached_property
     def _model(self) -> SavedModel:

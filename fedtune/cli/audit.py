@@ -96,5 +96,5 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
         told, [key_value_section({**moved, "written": str(folder / sensitivity.FILE)}, title=title)], as_json=as_json
     )
     if found.exceeded or found.others_moved:
-        beyond = "one unit moved a sum by more than its own clipped contribution"
+        beyond = "one record or person moved a sum by more than its own clipped contribution"
         raise RunError(f"{beyond}: no epsilon holds on this machine")

@@ -42,14 +42,13 @@ COMMANDS: Mapping[str, str] = {
     "plan": "show what a run would cost, before any data is touched",
     "audit": "attack a run on this machine, to test its guarantee",
     "generate": "answer prompts with a finished run's model",
-    "synthesize": "write synthetic records with a finished run's model",
-    "choose": "select synthetic records by votes, or relabel them",
+    "synthesize": "generate synthetic records, or select some by votes",
     "evaluate": "score a finished run's model next to its base",
     "compare": "compare base, each site alone, federated and pooled",
     "personalize": "train a personalized adapter, which stays at the site",
     "search": "search settings, at a cost that is known beforehand",
     "export": "write a run's model for others to load",
-    "distil": "distill a run's model into a smaller one",
+    "distill": "distill a run's model into a smaller one",
     "model-hash": "print the hash of a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
     "report": "write or verify the privacy report of a run or a ledger",
@@ -60,7 +59,7 @@ COMMANDS: Mapping[str, str] = {
     "flower-app": "write a bundle to run fedtune in an existing Flower federation",
 }
 """Each is a module, imported when it is called, which holds a function of the command's name, or a group `app`."""
-_MODULES = {"choose": "synthesize", "distil": "export"}
+_MODULES = {"distill": "export"}
 """The module of each command whose name is not the module's."""
 _LOADING_S = 0.5
 

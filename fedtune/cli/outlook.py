@@ -15,12 +15,12 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Target
 from fedtune.cli.plain_words import explain_refusal, render_page
-from fedtune.config import RunConfig, parse, with_secure_sums
+from fedtune.config import RunConfig, parse, with_secure_aggregation
 from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import calendar_rows, describe_calendar
 from fedtune.federation.planner import Change, Price, signal_to_noise
 from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
-from fedtune.formatting import group_hex_start, jsonable, pluralize, size
+from fedtune.formatting import format_size, group_hex_start, jsonable, pluralize
 from fedtune.lab.studies.trial_search import check_trials, price_section
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
@@ -55,7 +55,7 @@ class Outlook:
     # of the base model's weights; None: the settings do not pin it, and no model was loaded
     model_sha256: str | None = None
     # what they would give in place of a plain run; None: they are planned, or cannot be
-    secure_sums: Plan | None = None
+    secure_aggregation: Plan | None = None
 
     @property
     def plan(self) -> Plan:
@@ -71,12 +71,17 @@ class Outlook:
 
     @property
     def relative_secure_noise(self) -> float | None:
-        """Noise in an average with secure aggregation (`secure_sums`), relative to the plan's; None if not offered.
+        """Noise in an average with secure aggregation (`secure_aggregation`), relative to the plan's; None if not
+        offered.
 
         Every site's noise has the same weight in the average, so the ratio is that of the noise multipliers.  If all
         sites are summed, it is the noise of central training on all records.
         """
-        return None if self.secure_sums is None else self.secure_sums.noise_multiplier / self.plan.noise_multiplier
+        return (
+            None
+            if self.secure_aggregation is None
+            else self.secure_aggregation.noise_multiplier / self.plan.noise_multiplier
+        )
 
     @property
     def strictest(self) -> DryRun | None:
@@ -94,7 +99,7 @@ class Outlook:
     def to_json(self) -> dict[str, Any]:
         """Return every figure as plain JSON; null means unbounded."""
         config, price, plan = self.config, self.price, self.plan
-        strictest, sums = self.strictest, self.secure_sums
+        strictest, sums = self.strictest, self.secure_aggregation
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
         common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
         figures: dict[str, Any] = jsonable(
@@ -119,7 +124,7 @@ class Outlook:
                 "signal_to_noise": self.signal_to_noise,
                 "what_if_epsilon": self.epsilon,
                 "what_if": self.changes,
-                "secure_sums": sums and {"plan": sums, "noise_in_average": self.relative_secure_noise},
+                "secure_aggregation": sums and {"plan": sums, "noise_in_average": self.relative_secure_noise},
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
                 "lead_assumed": self.lead_assumed,
                 "strictest_site": strictest.site if strictest else None,
@@ -263,7 +268,7 @@ def _resources_section(outlook: Outlook) -> Section:
     if found is None:
         return Section(title="Bytes and time", notes=("Not shown: no model was loaded. Add --time to load it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
-    ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
+    ways = f"{format_size(found.bytes_down)} down and {format_size(found.bytes_up)} up"
     at = f" at {slowest}" if num_sites > 1 else ""
     users = f" and {pluralize(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
     data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"
@@ -272,8 +277,8 @@ def _resources_section(outlook: Outlook) -> Section:
     alone = duration(found.seconds_one_after_another)
     rows = (
         (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
-        ("the model", f"{size(found.model_bytes)} of memory"),
-        ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
+        ("the model", f"{format_size(found.model_bytes)} of memory"),
+        ("whole run", f"{format_size(found.bytes_total)} both ways for {whole}"),
         ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
         ("a round", f"at most about {duration(found.round_seconds[slowest])}{at}"),
         ("all training", f"at most about {alone} if one machine simulates all sites"),
@@ -370,7 +375,7 @@ def print_outlook(
             verdicts=tuple(ask(path, config.proposal(lead=asks, plan=planned)) for path, asks in leads.items()),
             lead_assumed=lead is None,
             model_sha256=sha256,
-            secure_sums=_plan_secure_aggregation(config, planned, epsilon),
+            secure_aggregation=_plan_secure_aggregation(config, planned, epsilon),
         )
         searched = None if trials is None else compute_search_price([planned] * trials)
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
@@ -390,7 +395,7 @@ def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -
     settings["privacy"] |= {"noise_multiplier": None, "epsilon": epsilon, "sampling_rate": planned.sampling_rate}
     settings["federation"] |= {"num_rounds": planned.num_rounds}
     try:
-        return parse(with_secure_sums(settings)).plan()
+        return parse(with_secure_aggregation(settings)).plan()
     except ConfigError:
         return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
-from fedtune.formatting import group_hex_start, pluralize, spoken, unbounded
+from fedtune.formatting import group_hex, group_hex_start, pluralize, unbounded
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
@@ -201,7 +201,7 @@ def _load_templates() -> Environment:
     )
     made.globals["unbounded"] = math.inf
     made.filters |= {"g": "{:g}".format, "counted": pluralize, "cap": format_cap, "epsilon": format_epsilon}
-    made.filters |= {"printable": to_printable, "spoken": spoken}
+    made.filters |= {"printable": to_printable, "group_hex": group_hex}
     return made
 
 

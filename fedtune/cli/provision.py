@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
-from fedtune.formatting import pluralize, spoken
+from fedtune.formatting import group_hex, pluralize
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, key_fingerprint
 from fedtune.ops.kits.federation_folder import FederationFolder
@@ -236,7 +236,7 @@ def _renew_certificate(of: Literal["server", "lead"], folder: Path, days: int | 
 def _print_fingerprints(title: str, fingerprints: Mapping[str, str]) -> None:
     say("\n" + title)
     for name, fingerprint in fingerprints.items():
-        say(f"  {name:<14}  {spoken(fingerprint)}")
+        say(f"  {name:<14}  {group_hex(fingerprint)}")
 
 
 def _print_steps(*steps: str) -> None:

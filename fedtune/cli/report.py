@@ -18,9 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import click
-
-from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group, print_answer
+from fedtune.cli.command import Argument, AsJson, Language, Option, command, group, print_answer
 from fedtune.cli.ledger import find_ledger_file
 from fedtune.config import AboutSpec, saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
@@ -39,17 +37,7 @@ from fedtune.show.terminal_tables import Section, say
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
-
-class _Report(Group):
-    """The group `report`; `report PATH` is short for `report build PATH`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "-h", "--help"):
-            args.insert(0, "build")
-        return super().parse_args(ctx, args)
-
-
-app = group(__doc__, cls=_Report)
+app = group(__doc__, default="build")
 _STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_guarantee": "bold yellow"}
 _NO_ROOM = "bold yellow"
 _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")

@@ -18,7 +18,7 @@ from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.policy_dry_run import DryRun, dry_run
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import flatten, group_hex_start, pluralize, spoken
+from fedtune.formatting import flatten, group_hex, group_hex_start, pluralize
 from fedtune.lab.studies.comparison import Line, score_side_by_side
 from fedtune.lab.studies.personalized import make_personalized
 from fedtune.lab.studies.trials import SearchTrial
@@ -128,7 +128,7 @@ class AtSite:
         found |= {one.site: (one.site_key, _describe_member(one, trusted.get(one.site))) for one in roster.sites}
         found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
-        rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
+        rows = [(name, state, group_hex(key)) for name, (key, state) in found.items()]
         note = (
             "Nothing was changed. To trust another site, compare its key with that site itself, not with the lead, and "
             "add it to [trust].members in site.toml."

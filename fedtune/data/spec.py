@@ -30,7 +30,7 @@ _MOST_TEMPLATE = 4096
 _MOST_WINDOWS = 8
 AT_SITE = "at-site"  # stands in what is sent to sites for every file and folder
 SITE = "{site}"  # stands in `train_file` for a site's name
-_OF_THE_LEAD = {"partition", "unusable", "train_fraction"}
+_OF_THE_LEAD = {"partition", "on_bad_record", "train_fraction"}
 _OF_THE_LEAD |= {f"{file}_{what}" for file in ("validation", "test") for what in ("file", "rows", "fraction")}
 """Settings of the lead's own files and of simulations: sites are sent them as if nobody had said any."""
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
@@ -82,8 +82,8 @@ class DataSpec:
         test_fraction: the same instead of `test_file`.
         validation_rows: score only this many of the validation records, chosen by their hash; null: all.
         test_rows: the same for the test records.
-        unusable: what a record that cannot be used does in a simulation, and in the lead's own files: "stop" ends the
-            command and counts all such records, "leave_out" goes on without them.  A real site always leaves them out.
+        on_bad_record: what a record that cannot be used does in a simulation, and in the lead's own files: "error" ends
+            the command and counts all such records, "skip" goes on without them.  A real site always skips them.
     """
 
     dataset: str
@@ -110,7 +110,7 @@ class DataSpec:
     test_fraction: float = 0.0
     validation_rows: int | None = None
     test_rows: int | None = None
-    unusable: Literal["stop", "leave_out"] = "stop"
+    on_bad_record: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         check_name("dataset", self.dataset)
@@ -166,7 +166,7 @@ class DataSpec:
     @property
     def skips_bad_records(self) -> bool:
         """Whether unusable records in the lead's and in simulated files are skipped."""
-        return self.unusable == "leave_out"
+        return self.on_bad_record == "skip"
 
     def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
         """Check that records can be partitioned and counted by `unit`.

@@ -1,6 +1,6 @@
 """A calendar of runs over years under one privacy budget, and the epsilon that each run costs the people it admits.
 
-The rule is stateless: if `privacy.runs` is R, each run gets the noise at which R runs like it add up to
+The rule is stateless: if `privacy.planned_runs` is R, each run gets the noise at which R runs like it add up to
 `privacy.epsilon`.  A person who takes part in at most R runs stays within that epsilon, whichever runs these are.  The
 caps of the sites, which apply per cohort, ensure that nobody takes part in more than R runs.
 """
@@ -101,6 +101,7 @@ def describe_calendar(plan: Plan) -> Iterator[str]:
     if plan.cohorts and (window is None or window > plan.runs):
         who = "who have no date or came before it," if window is None else f"of {pluralize(window, 'period')}"
         yield (
-            f"CAUTION: the window admits people {who} to more runs than privacy.runs = {plan.runs}. Sites with a cap "
-            f"for {pluralize(plan.runs, 'run')} refuse the next one: give the window a start, or fewer periods."
+            f"CAUTION: the window admits people {who} to more runs than privacy.planned_runs = {plan.runs}. "
+            f"Sites with a cap for {pluralize(plan.runs, 'run')} refuse the next one: give the window a start, or "
+            "fewer periods."
         )

@@ -379,7 +379,7 @@ class Aggregation(Protocol):
     The site's half is `_protect` in `site_round.py`.
 
     Attributes:
-        session: name of the secure-sum session that the next round belongs to; empty for plain averages.
+        session: name of the secure aggregation session that the next round belongs to; empty for plain averages.
         left_out: sites that are not asked any more.
     """
 

@@ -154,7 +154,7 @@ class SecureSums:
         """
         failed: Mapping[str, str] = {}
         here, missing = self._rejoin()
-        lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
+        lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_STEP)
         if self._begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
             failed = self._begin_session()
             self._failed[lost] += bool(failed)

@@ -23,7 +23,7 @@ from fedtune.evaluation.bootstrap import Comparison, compare_by_scores
 from fedtune.export.export_formats import WRITERS, Source, card_form, new_folder
 from fedtune.export.onnx_graphs import Served, measure_graphs, measure_model
 from fedtune.federation.run_folder import CARD
-from fedtune.formatting import pluralize, score_words
+from fedtune.formatting import format_score_name, pluralize
 from fedtune.model.base_model import model_sha256
 from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
@@ -57,7 +57,7 @@ class Distilled:
     sha256: str
 
 
-def distil(
+def distill(
     config: RunConfig,
     adapter: Path,
     to: Path,
@@ -240,7 +240,9 @@ def _build_card(
     if found.scores and isinstance(report.facts, RunFacts):
         after = {name: one.tuned.value for name, one in found.scores.items()}
         report = replace(report, facts=replace(report.facts, final=after))
-        scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
+        scores = (
+            f" Its scores are below; {format_score_name(score)} of its teacher: {found.scores[score].base.value:.4f}."
+        )
     said = owed or (
         "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
         "teacher (post-processing). The texts themselves have no guarantee."

@@ -11,7 +11,7 @@ from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.formatting import pluralize, spoken
+from fedtune.formatting import group_hex, pluralize
 from fedtune.privacy.durable import hash_files
 from fedtune.report import signing
 from fedtune.report.derive import dpia_fields
@@ -96,11 +96,11 @@ def _check_signature(report: Report, key: str | None) -> Check:
     except RunError as error:
         return Check("signature", "wrong", f"{str(error)[0].upper()}{str(error)[1:]}.")
     if signer is not None and key is not None:
-        return Check("signature", "right", f"It is signed with the key {spoken(key)}, and nothing was changed.")
+        return Check("signature", "right", f"It is signed with the key {group_hex(key)}, and nothing was changed.")
     text = "It is not signed: anybody could have changed what cannot be computed again."
     if signer is not None:
         text = (
-            f"It was made with the key in the file, {spoken(signer)}: not checked. Anybody can sign with a key of "
+            f"It was made with the key in the file, {group_hex(signer)}: not checked. Anybody can sign with a key of "
             "their own; give the key that you know with --key."
         )
     return Check("signature", _unchecked_state(report.facts), text)

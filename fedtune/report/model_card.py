@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.formatting import score_words
+from fedtune.formatting import format_score_name
 from fedtune.model.source import public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
@@ -148,7 +148,7 @@ def render_card(file: str, **values: object) -> str:
     markdown: dict[str, Any] = {"finalize": _escape_markdown, "autoescape": False, "keep_trailing_newline": True}
     templates = template_environment().overlay(**markdown, lstrip_blocks=False)
     named = {
-        "score_words": score_words,
+        "format_score_name": format_score_name,
         "score_text": _score_text,
         "figure": load_catalog("en").figure,
         "owed": format_privacy_loss,

@@ -49,12 +49,12 @@ class SyntheticRecords(WritingSpec):
     """How the records were made: the request, and how they were selected and labeled."""
 
     rows: int
-    codes: int
+    prompts: int
     missing: int
     left_out: Mapping[str, int]
     shares: Literal["declared", "voted", "varied"]
-    codes_file: str | None = None
-    codes_sha256: str | None = None
+    prompts_file: str | None = None
+    prompts_sha256: str | None = None
     candidates: int | None = None
     chosen_by: str | None = None
     labels: tuple[Mapping[str, str], ...] = ()
@@ -63,7 +63,12 @@ class SyntheticRecords(WritingSpec):
 
     def __post_init__(self) -> None:
         WritingSpec.__post_init__(self)  # super() knows no class with slots
-        for key, count in {"rows": self.rows, "codes": self.codes, "missing": self.missing, **self.left_out}.items():
+        for key, count in {
+            "rows": self.rows,
+            "prompts": self.prompts,
+            "missing": self.missing,
+            **self.left_out,
+        }.items():
             check_at_least(key, count, 0)
         if any(one.keys() != {"column", "by"} for one in self.labels):
             raise ConfigError("labels", list(self.labels), "must each have a column and by whom")
@@ -144,7 +149,7 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
     """
     path, sha256 = card_path(file.resolve(), ".json"), file_sha256(file, key=option)
     of = " with this RUN" if writer else ""
-    bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card next to it ({path.name})"
+    bound = f"must be as fedtune synthesize wrote it{of}, with its card next to it ({path.name})"
     read = signing.read_bounded_file(path, key=option, name=str(file), bound=bound)
     try:
         found = parse_json(read, key=path.name, bound="must be JSON")

@@ -88,13 +88,13 @@ def _check_runs_left(before: RunConfig, after: RunConfig, last: Path) -> None:
     shared, cohorts = before.privacy, after.privacy.cohorts
     if not (shared.private and after.privacy.private) or (cohorts is not None and cohorts.first is not None):
         return
-    for name in ("epsilon", "delta", "runs"):
+    for name in ("epsilon", "delta", "planned_runs"):
         if (value := getattr(after.privacy, name)) != (was := getattr(shared, name)):
             bound = f"must be {was:g}, as in the runs before: they share one budget"
             raise ConfigError(f"privacy.{name}", value, bound)
-    if after.federation.renewal >= shared.runs:
+    if after.federation.renewal >= shared.planned_runs:
         bound = (
-            f"was the last of privacy.runs = {shared.runs}, and admitted everyone: their epsilon of "
+            f"was the last of privacy.planned_runs = {shared.planned_runs}, and admitted everyone: their epsilon of "
             f"{shared.epsilon:g} is spent. Nothing was charged. Runs with privacy.cohorts continue with people who come"
         )
         raise ConfigError("renew", str(last), bound)

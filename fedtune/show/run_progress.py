@@ -18,7 +18,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.early_stopping import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
 from fedtune.federation.lead import LeadState, charged_epsilons, compute_site_charge
 from fedtune.federation.planner import signal_to_noise
-from fedtune.formatting import pluralize, size, unbounded
+from fedtune.formatting import format_size, pluralize, unbounded
 from fedtune.model.frozen_linear import is_slow_on_cpu
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.proposal import Proposal
@@ -138,7 +138,7 @@ class Display:
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Print a real site's answer, and the epsilon that its receipt amounts to."""
-        text = f"{what}, {size(num_bytes)}" if what == "update" else what
+        text = f"{what}, {format_size(num_bytes)}" if what == "update" else what
         if charged_rounds is not None and self._plan is not None:
             text += f", epsilon {format_epsilon(charged_epsilons(self._plan, charged_rounds)[0])}"
         self._print_text(f"  {site}: {text}", style="" if what == "update" else "yellow")

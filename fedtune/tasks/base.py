@@ -410,8 +410,9 @@ class Task(ABC):
         """Return the answer for one record, as `answer` does, for tasks whose answers quote parts of the record."""
         return self.answer(logits[0], spec=spec)
 
-    def max_secure_sum(self, sizes: Iterable[int]) -> int:
-        """Return the largest value of a site's part of a secure sum, in clip norms, given the sites' declared sizes.
+    def max_aggregated_value(self, sizes: Iterable[int]) -> int:
+        """Return the largest value of a site's part of secure aggregation, in clip norms, given the sites' declared
+        sizes.
 
         For tasks that count units, all units of a site may be of one kind; twice the declared size leaves none of them
         out.

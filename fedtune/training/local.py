@@ -82,7 +82,8 @@ def train_round(
 def compute_round_share(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Return a site's share of one secure sum: its clipped gradient sum at `adapter`, plus its share of the noise.
+    """Return a site's share of one secure aggregation: its clipped gradient sum at `adapter`, plus its share of the
+    noise.
 
     The received adapter is projected onto the site's limit on absolute values, as in `train_round`.
 

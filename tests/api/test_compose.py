@@ -146,7 +146,7 @@ SECURE = "federation.aggregation=secure"
 
 
 def chosen_for_sums(*overrides: str) -> tuple[int, int, int | None, str, float, float | None]:
-    """What a run with secure sums takes of what it may choose."""
+    """What a run with secure aggregation takes of what it may choose."""
     config = compose_run(["name=x", *overrides])
     training, federation = config.training, config.federation
     assert training.learning_rate != "auto"

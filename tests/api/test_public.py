@@ -31,7 +31,7 @@ def told() -> list[fedtune.Progress]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, told: list[fedtune.Progress]) -> fedtune.Run:
-    settings = tiny(tmp_path_factory.mktemp("door"), **{"privacy.runs": 2})
+    settings = tiny(tmp_path_factory.mktemp("door"), **{"privacy.planned_runs": 2})
     return fedtune.simulate("debug", settings, progress=told.append)
 
 
@@ -141,7 +141,7 @@ def test_finished_run_is_renewed_with_the_same_ledgers(run: fedtune.Run, capfd: 
     assert "round 2/2 | 2/2 sites | validation: " in capfd.readouterr().err, "the lines of the command"
     known = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").spending.runs
     assert [one.run for one in known] == [run.config.run_id(), later.config.run_id()]
-    with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.runs = 2"):
+    with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.planned_runs = 2"):
         fedtune.simulate(settings={"renew": later.folder})
 
 

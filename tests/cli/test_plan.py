@@ -177,16 +177,16 @@ def test_plan_with_a_model_reports_signal_forecast_and_digest(plan: Run, plan_js
 
 def test_plan_compares_noise_with_secure_aggregation(plan: Run, plan_json: Run) -> None:
     four = ("federation.num_sites=4", "data.declared_sizes=80")
-    sums = plan_json(*four)["secure_sums"]
+    sums = plan_json(*four)["secure_aggregation"]
     assert sums["plan"]["local_steps"] == 1
     assert sums["noise_in_average"] == pytest.approx(0.5, abs=1e-3), "the root of four sites less"
     shown = " ".join(plan(*four).out.split())
     assert "needs 50% of this noise in the average" in shown
     assert "federation.aggregation=secure" in shown
     given = ("privacy.noise_multiplier=6", "federation.num_rounds=3")
-    assert plan_json(*four, *given)["secure_sums"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)
+    assert plan_json(*four, *given)["secure_aggregation"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)
     for none in (("privacy=none",), ("federation.num_sites=1",), ("federation.aggregation=secure", *four)):
-        assert plan_json(*none)["secure_sums"] is None, none
+        assert plan_json(*none)["secure_aggregation"] is None, none
 
 
 def test_plan_shows_the_privacy_cost_of_a_search() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.cli.report import format_verdict
 from fedtune.config import AboutSpec
-from fedtune.formatting import spoken
+from fedtune.formatting import group_hex
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -173,7 +173,7 @@ def test_missing_or_changed_signature_is_reported(signed: Path, key_file: Path) 
     key, whole = SigningKey.load(key_file).public, signing.parse_report(signed.read_bytes())
     verified = ("report", "verify", str(signed))
     assert command(*verified, "--key", key).code == 0
-    made = f"made with the key in the file, {spoken(key)}: not checked"
+    made = f"made with the key in the file, {group_hex(key)}: not checked"
     assert re.search(f"signature +not checked +It was {made}", " ".join(command(*verified).printed.split()))
     for of_the_signed in ("report.html", "adapter/README.md"):
         (signed.parent / of_the_signed).unlink()

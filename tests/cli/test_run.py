@@ -294,7 +294,7 @@ def test_simulations_and_real_runs_cannot_resume_each_other(kit: Kit, folder: Pa
     message = command("simulate", f"resume={folder}").failed()
     assert message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     simulated = tmp_path / "simulated"
-    write_config(replace(compose_run(words("privacy.runs=2")), name="simulated"), simulated)
+    write_config(replace(compose_run(words("privacy.planned_runs=2")), name="simulated"), simulated)
     message = command("run", "resume", str(simulated), "--kit", str(kit.folder)).failed()
     assert "is not a run over real sites: resume it with fedtune simulate resume=" in message
     save_task_model(build_task_model(compose_run(words()).task_model()), simulated / "adapter")
@@ -339,7 +339,9 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
 
 
 def test_renewed_run_keeps_its_sites_with_current_sizes(kit: Kit, tmp_path: Path) -> None:
-    before = compose_for_sites(words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.runs=2"), kit=kit)
+    before = compose_for_sites(
+        words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.planned_runs=2"), kit=kit
+    )
     write_config(before, tmp_path / "one")
     save_task_model(build_task_model(before.task_model()), tmp_path / "one" / "adapter")
     renew = [f"renew='{tmp_path / 'one'}'", "name=two"]

@@ -99,7 +99,7 @@ def test_report_commands_match_their_snapshots(lived: Any, monkeypatch: pytest.M
 def test_calendar_output_matches_its_snapshot(tmp_path: Path) -> None:
     words = tiny("privacy.unit=user", "+data.columns.user=u", "+data.columns.arrival=came", into=tmp_path)
     window = "privacy.cohorts={period: quarter, first: '2025-Q3', last: '2026-Q1'}"
-    out = command("plan", *words, "privacy.runs=4", "privacy.noise_multiplier=null", window).printed
+    out = command("plan", *words, "privacy.planned_runs=4", "privacy.noise_multiplier=null", window).printed
     part = out.partition("Four runs a year")
     snapshots.check_output("plan-calendar", "".join(part[1:]).partition("\nWhat if")[0])
 

@@ -104,7 +104,7 @@ def test_unusable_records_stop_loading_or_are_skipped(tmp_path: Path) -> None:
         dealt(spec(path))
 
     left_out = SkippedRows(rows=42, reasons={"must not be blank (role text)": 1, "must be a": 1})
-    found = dealt(spec(path, unusable="leave_out"), fault=undeclared)
+    found = dealt(spec(path, on_bad_record="skip"), fault=undeclared)
     assert sorted(text for side in sides(found) for text in side) == sorted(TEXTS[:40])
     assert found.left_out == left_out
     given: Any = {"columns": COLUMNS, "key": "data.test_file", "fault": undeclared}
@@ -124,15 +124,15 @@ def test_faults_are_counted_over_the_whole_file(tmp_path: Path) -> None:
         lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=undeclared)
     write_jsonl(path, [{"subject": "a", "kind": "a"}] * 3)
     with pytest.raises(DataError, match=r"column 'text' = 'absent': must be there.* \(3 rows cannot be used"):
-        dealt(spec(path, unusable="leave_out"))
+        dealt(spec(path, on_bad_record="skip"))
 
 
 def test_truncated_json_array_is_refused_except_at_real_sites(tmp_path: Path) -> None:
     path = tmp_path / "all.json"
     path.write_text(json.dumps([{"text": text, "kind": "a"} for text in TEXTS[:5]])[:-4])
-    for unusable in ("stop", "leave_out"):
+    for on_bad_record in ("error", "skip"):
         with pytest.raises(DataError, match=r"json:1 = 'the end of the file'.*lacks the rest of this record, and \]"):
-            dealt(spec(path, unusable=unusable))
+            dealt(spec(path, on_bad_record=on_bad_record))
     own = own_records(spec(path), columns=COLUMNS, fault=undeclared, key=b"k")
     assert texts(own.training) == TEXTS[:4]
     assert (own.left_out.rows, own.left_out.count, own.left_out.exceeds_threshold) == (5, 1, True)

@@ -1,4 +1,6 @@
-"""A table from its file to a model that is used: `data.input=features`, private and not, by plain and secure sums."""
+"""A table from its file to a model that is used: `data.input=features`, private and not, by plain and secure
+aggregation.
+"""
 
 import csv
 import json

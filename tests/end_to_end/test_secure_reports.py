@@ -1,4 +1,4 @@
-"""What plan, ledger and report say of a run with secure sums, and to whom its figures hold."""
+"""What plan, ledger and report say of a run with secure aggregation, and to whom its figures hold."""
 
 import json
 import math
@@ -117,9 +117,9 @@ def test_page_one_names_reliance_on_other_sites(ran: Path, report: Report) -> No
     page = (ran / "report.html").read_text()
     assert "This relies on the other sites" in page
     assert "only in the sum" in page
-    assert "In secure sums each site adds a share of the noise" in page
+    assert "In secure aggregation each site adds a share of the noise" in page
     assert "Each site adds all the noise" not in page
-    assert "hängt von den anderen Standorten ab" in render(report, language="de")
+    assert "hängt von den anderen Einrichtungen ab" in render(report, language="de")
     (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
     assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
     for number in BY_HAND:

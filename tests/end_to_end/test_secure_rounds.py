@@ -107,7 +107,7 @@ def test_secure_run_continues_without_one_site_and_ends_without_two(
     assert "canary-17" not in done.out + done.err
 
 
-def test_spare_round_replaces_a_lost_secure_sum(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
+def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._release == 2)
     more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
     folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
@@ -202,7 +202,7 @@ def test_site_dealing_wrong_shares_is_excluded(tmp_path: Path) -> None:
     lost, *later = [entry["failed_sites"] for entry in result["rounds"]]
     assert lost == {f"site-{number}": "not_summed" for number in (1, 2, 3, 4)}
     assert later == [{"site-2": "left_out"}] * 2
-    assert "asked no more, because its shares in a secure sum were wrong" in (folder / "report.html").read_text()
+    assert "asked no more, because its shares in secure aggregation were wrong" in (folder / "report.html").read_text()
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 

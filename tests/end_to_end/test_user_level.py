@@ -121,7 +121,7 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
 
 def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated: Any, tmp_path: Path) -> None:
     first = "{period:year,first:'2024',last:'2025'}"
-    rule = ("privacy.noise_multiplier=null", "privacy.epsilon=3", "privacy.runs=3")
+    rule = ("privacy.noise_multiplier=null", "privacy.epsilon=3", "privacy.planned_runs=3")
     for name, before in (("one", None), ("two", "one"), ("three", "two")):
         assert simulated(name, first, *(() if before else rule), after=before).code == 0
     start = json.loads((tmp_path / "three" / "run.json").read_text())["provenance"]["start_adapter"]

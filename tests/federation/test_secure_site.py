@@ -1,4 +1,4 @@
-"""What sites with ledgers answer in the steps of a secure sum, to leads and servers that do what they like."""
+"""What sites with ledgers answer in the steps of secure aggregation, to leads and servers that do what they like."""
 
 import contextlib
 import itertools
@@ -38,7 +38,7 @@ from .conftest import Station
 
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
-DIFFERS = (Reason.SECURE_SUM, "session_differs")
+DIFFERS = (Reason.SECURE_STEP, "session_differs")
 """What a site says of a session that it is not in."""
 
 
@@ -240,7 +240,7 @@ def test_upload_after_its_confirmation_request_is_not_charged(federation: Federa
     early = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES)).to_bytes()
     federation.told("north", CONFIRM, early)
     for _ in range(3):
-        assert wrong(federation.upload("north")) == (Reason.SECURE_SUM, "release_over")
+        assert wrong(federation.upload("north")) == (Reason.SECURE_STEP, "release_over")
     assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
 
 
@@ -262,7 +262,7 @@ def test_tampered_request_is_not_answered(federation: Federation) -> None:
     made = federation.summation(session)
     question = made.confirm_request()
     other = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES[:2])).to_bytes()
-    changed = (Reason.SECURE_SUM, "request_changed")
+    changed = (Reason.SECURE_STEP, "request_changed")
     for parts in ((other,), (), (question, b""), (question[:-1],)):
         assert federation.refused("north", CONFIRM, *parts, of=(question,)) == changed
     for parts in (announced[:2], announced[::-1], [b"".join(announced)]):

@@ -63,16 +63,16 @@ def teach(finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
     """Teach a student of the finished run."""
     pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
 
-    def distil(*words: str) -> Taught:
+    def distill(*words: str) -> Taught:
         to = tmp_path_factory.mktemp("students") / "student"
-        told = command("distil", str(finished), "--texts", str(texts), "--to", str(to), *words, "--json")
+        told = command("distill", str(finished), "--texts", str(texts), "--to", str(to), *words, "--json")
         return to, json.loads(told.printed)["distilled"]
 
     with pytest.MonkeyPatch.context() as patched:
         # A model this narrow, with weights this wide, learns little at the rates of real ones.
         patched.setattr(distillation, "_RATE", 5e-3)
         patched.setattr(distillation, "_HEAD_RATE", 5e-2)
-        yield distil
+        yield distill
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +176,19 @@ def test_run_on_a_student_inherits_the_spending_of_its_teacher(taught: Taught, f
 
 
 def test_distillation_prints_scores_and_is_reproducible_by_seed(finished: Path, texts: Path, tmp_path: Path) -> None:
-    words = ("distil", str(finished), "--texts", str(texts), "--passes", "1", "--to")
+    words = ("distill", str(finished), "--texts", str(texts), "--passes", "1", "--to")
     told = command(*words, str(tmp_path / "out"))
     lines = [line.split() for line in told.printed.splitlines()]
     assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
     assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
     assert f"Taught on {len(TEXTS)} texts." in told.out
-    assert fedtune.load(finished).distil(tmp_path / "again", texts=texts, passes=1).texts == len(TEXTS)
+    assert fedtune.load(finished).distill(tmp_path / "again", texts=texts, passes=1).texts == len(TEXTS)
     assert command(*words, str(tmp_path / "other"), "--seed", "1").code == 0
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again", "other")]
     assert written[0] == written[1] != written[2], "Python and the command line teach one student"
 
 
-@snapshots.mistakes("mistakes-distil")
+@snapshots.mistakes("mistakes-distill")
 def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Path, tmp_path: Path, typed: str) -> None:
     config = saved_config(finished)
     # Of the training file, whatever the run uses of it.
@@ -212,17 +212,17 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
         {"DEEP": "[" * 20_000}.get(word, places.get(word.lower(), word) if word.isupper() else word)
         for word in shlex.split(typed)
     ]
-    told = command("distil", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words).failed()
+    told = command("distill", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words).failed()
     for name, place in places.items():
         told = told.replace(place, name.upper())
-    snapshots.check_message("mistakes-distil", typed, told)
+    snapshots.check_message("mistakes-distill", typed, told)
     assert not (tmp_path / "new").exists()
 
 
 def test_personalized_adapter_cannot_teach_a_student(finished: Path, texts: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     edit_json(run / "adapter" / "fedtune.json", private_to="north")
-    told = command("distil", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
+    told = command("distill", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
     assert "private to 'north'" in told.failed()
     assert not (tmp_path / "new").exists()
 
@@ -231,7 +231,7 @@ def test_personalized_adapter_cannot_teach_a_student(finished: Path, texts: Path
 def test_other_base_is_distilled_to_an_int8_regression_model(texts: Path, tmp_path: Path) -> None:
     run = simulate(*prices(tmp_path), into=tmp_path)
     to, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
-    told = command("distil", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
+    told = command("distill", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
     found = json.loads(told.printed)["distilled"]
     assert (found["scores"], found["records"]) == ({}, 0), "the run keeps no test"
     assert [one["file"] for one in found["served"]] == ["teacher", "student", "model.onnx", "model.int8.onnx"]

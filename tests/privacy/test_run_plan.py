@@ -60,12 +60,14 @@ def test_every_plan_field_is_in_its_json() -> None:
 
 @pytest.mark.parametrize("metrics", ["none", "noised"])
 def test_planned_runs_compose_to_the_target_epsilon(metrics: Any) -> None:
-    privacy = PrivacySpec(epsilon=4.0, runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0)
+    privacy = PrivacySpec(
+        epsilon=4.0, planned_runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0
+    )
     made = Plan.from_privacy(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
     assert 3.98 < epsilon_pld([made.full_event] * 5, made.delta) <= 4.0 < epsilon_pld([made.full_event] * 6, made.delta)
     assert events.count_mechanisms([made.full_event] * 5) == events.count_mechanisms([made.all_runs_event])
     with pytest.raises(ConfigError, match=r"runs = 121: must be at most 120"):
-        PrivacySpec(runs=121)
+        PrivacySpec(planned_runs=121)
 
 
 def test_user_level_event_equals_the_record_level_event() -> None:

@@ -99,8 +99,8 @@ def test_every_proposal_rule_has_a_test_case() -> None:
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
-    of_secure_sums = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
-    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums
+    of_secure_aggregation = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
+    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_aggregation
 
 
 def test_cap_per_run_includes_spare_rounds() -> None:
@@ -173,7 +173,7 @@ def test_policy_digest_covers_every_key() -> None:
 
 SHARED = SharedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
 SUMS: tuple[tuple[dict[str, Any], dict[str, Any], Reason], ...] = (
-    ({"secure": False}, {}, Reason.SECURE_SUMS),
+    ({"secure": False}, {}, Reason.SECURE_AGGREGATION),
     ({"least_sites": 5}, {"num_sites": 4}, Reason.LEAST_SITES),
     ({"least_threshold": 4}, {"threshold": 3}, Reason.LEAST_THRESHOLD),
     ({"colluders": 2}, {"colluders": 1}, Reason.COLLUDERS),

@@ -33,7 +33,8 @@ def browser() -> Iterator[Any]:
 
 
 # `a_report(**changes)`: a run at two sites, one of which was charged a round less; the same without noise at one site;
-# three rounds of secure sums at five sites, of which one may collude; a ledger of two runs, one with noised scores.
+# three rounds of secure aggregation at five sites, of which one may collude; a ledger of two runs, one with noised
+# scores.
 _run = pytest.fixture(scope="session", name="a_report")(lambda: on_file("run"))
 _without = pytest.fixture(scope="session", name="a_report_without_privacy")(lambda: on_file("run_without_privacy"))
 _secure = pytest.fixture(scope="session", name="a_secure_report")(lambda: on_file("secure"))

@@ -142,7 +142,7 @@ def test_charts_without_data_or_bounds_are_omitted(code: str, run: Report, a_rep
 
 
 def test_identical_lines_are_drawn_once(run: Report, language: str) -> None:
-    said = {"en": "all 3 sites alike", "de": "alle 3 Standorte gleich"}[language]
+    said = {"en": "all 3 sites alike", "de": "alle 3 Einrichtungen gleich"}[language]
     three = [f"clinic-{n}" for n in range(3)]
     alone = drawn(of_sites(run, [0] * 3, three), "epsilon_spent", language)
     assert said in texts(alone)

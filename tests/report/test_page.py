@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.formatting import spoken
+from fedtune.formatting import group_hex
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.derive import profile
@@ -306,7 +306,7 @@ def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, la
         assert verify == "fedtune report verify report.json --key KEY"
         assert (texts["unsigned"] in words_of(html)) == (report.signature is None)
         if report.signature:
-            assert of_key == [spoken(key.public[:16])], "as kits and `report verify` write it"
+            assert of_key == [group_hex(key.public[:16])], "as kits and `report verify` write it"
 
 
 def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:

@@ -24,7 +24,9 @@ def last(tmp_path: Path) -> Any:
     """The folder of a run of three that share a budget, with these settings."""
 
     def made(**groups: Any) -> Path:
-        write_config(letters(**groups | {"privacy": {"runs": 3} | groups.get("privacy", {})}), tmp_path / "last")
+        write_config(
+            letters(**groups | {"privacy": {"planned_runs": 3} | groups.get("privacy", {})}), tmp_path / "last"
+        )
         (tmp_path / "last" / "adapter").mkdir(exist_ok=True)
         return tmp_path / "last"
 
@@ -39,7 +41,7 @@ def by_cohort(first: str | None, last: str = "2024") -> dict[str, Any]:
 
 def test_renewed_run_keeps_settings_and_starts_from_the_last_adapter(last: Any) -> None:
     groups = {
-        "privacy": {"runs": 3},
+        "privacy": {"planned_runs": 3},
         "federation": {"early_stopping_patience": 2},
         "data": {"validation_file": "v.csv"},
         "seed": 7,
@@ -90,16 +92,19 @@ def test_future_cohort_of_real_people_must_be_named_explicitly(
 @pytest.mark.parametrize("groups", [{}, by_cohort(None)], ids=["everybody", "no beginning"])
 def test_renewal_without_a_window_ends_at_the_planned_runs(last: Any, groups: dict[str, Any]) -> None:
     assert renew_config(last(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
-    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
+    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.planned_runs = 3.*Nothing was charged"):
         renew_config(last(**groups, federation={"renewal": 2}), {})
-    for key, value in {"runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
+    for key, value in {"planned_runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
         with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the runs before"):
             renew_config(last(**groups), {f"privacy.{key}": value})
     # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
     assert (
-        renew_config(last(**by_cohort("2024"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
+        renew_config(
+            last(**by_cohort("2024"), federation={"renewal": 9}), {"privacy.planned_runs": 4}
+        ).federation.renewal
+        == 10
     )
-    assert renew_config(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
+    assert renew_config(last(privacy={"mechanism": "none", "planned_runs": 1}), {}).federation.renewal == 1
 
 
 def test_ledgers_count_runs_across_parallel_renewals(last: Any) -> None:
@@ -115,7 +120,7 @@ def test_ledgers_count_runs_across_parallel_renewals(last: Any) -> None:
         ledger.end_run(name)
         if runs < 3:
             assert renew_config(folder, {}).federation.renewal == runs
-    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
+    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.planned_runs = 3.*Nothing was charged"):
         renew_config(folder, {})
 
 

@@ -157,7 +157,7 @@ def test_refused_request_leaves_no_files(summing: Any) -> None:
     site = summing
     for number in range(3):
         config = replace(site.config, seed=1000 + number)
-        assert site.refusal(config, session=f"{number:032x}") is Reason.SECURE_SUM
+        assert site.refusal(config, session=f"{number:032x}") is Reason.SECURE_STEP
     assert not list(site.folder.glob("runs/*"))
     assert site.ledger().history.runs == {}
 

@@ -71,7 +71,7 @@ def planned(proposal: Proposal, **changes: Any) -> Proposal:
 @pytest.mark.parametrize("runs", [1, 12, 120])
 def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> None:
     """Before, the cap was in tenths, and 121 of 120 runs were let in: epsilon 8.039 for 8."""
-    plan = config(f"privacy.runs={runs}", "privacy.epsilon=8").plan()
+    plan = config(f"privacy.planned_runs={runs}", "privacy.epsilon=8").plan()
     budget = budget_covering([plan] * plan.runs)
     room = filter.max_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
     assert filter.max_repeats(plan.full_event, room, order=budget.order()) == runs
@@ -118,7 +118,7 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "records_per_user": (lambda most: most + (most > 1), Reason.MAX_RECORDS_PER_USER),
     "shared": (
         lambda shared: shared,
-        Reason.SECURE_SUMS,
+        Reason.SECURE_AGGREGATION,
     ),  # see test_secure_aggregation_must_meet_the_trust_limits_of_the_site
     "cohorts": (lambda cohorts: cohorts, Reason.COHORTS),  # see tests/privacy/test_cohorts.py
     "runs": (lambda runs: runs, Reason.MAX_EPSILON),  # what a run is charged follows from its noise

@@ -52,7 +52,7 @@ def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
 
 
 def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
-    """Of a secure sum, over so many records."""
+    """Of secure aggregation, over so many records."""
     model, units = fresh(), examples_of(made_up("classification", records))
     asked = work_of(plan=plan, **changes)
     return compute_round_share(model, Adapter.from_task_model(model), units, asked, randomness=SeededRandomness(5))

@@ -1,4 +1,4 @@
-"""The step that a lead takes with a secure sum."""
+"""The step that a lead takes with secure aggregation."""
 
 import math
 from pathlib import Path
@@ -60,13 +60,13 @@ def of_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("values", [1, 50, 100_000])
 @pytest.mark.parametrize("agreeing", [0.0, 1.0])
-def test_honest_secure_sum_is_not_limited(values: int, agreeing: float) -> None:
+def test_honest_aggregate_is_not_limited(values: int, agreeing: float) -> None:
     for seed in range(50 if values < 1000 else 3):
         total = of_honest_sites(values=values, agreeing=agreeing, seed=seed)
         assert limit_sum_length(total, PLAN, sites=3, declared_size=SIZE) is total
 
 
-def test_excessive_secure_sum_is_scaled_to_the_bound() -> None:
+def test_excessive_aggregate_is_scaled_to_the_bound() -> None:
     total = of_honest_sites(values=1000, agreeing=0.5, seed=1)
     total[7] += round(1e6 / CELL)  # a million clip norms that no unit has
     held = limit_sum_length(total, PLAN, sites=3, declared_size=SIZE)

@@ -23,7 +23,7 @@ MOST_SITES_OF_SUM = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
 MOST_BITS = 64
 MOST_LENGTH = 1 << 28  # values of a vector
-KEY, CONFIRMATION, SHARES = "secure sum key", "secure sum survivors", "secure sum shares"
+KEY, CONFIRMATION, SHARES = "secure aggregation key", "secure aggregation survivors", "secure aggregation shares"
 """Purposes of a site's signatures."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -63,7 +63,7 @@ class Rejected(RefusedError):
 
     def __init__(self, wrong: Wrong, *, site: str = "") -> None:
         self.wrong, self.site = wrong, site
-        super().__init__(f"secure sum: {wrong}")
+        super().__init__(f"secure aggregation: {wrong}")
 
 
 def bits_needed(num_sites: int, largest: int) -> int:

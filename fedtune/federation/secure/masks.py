@@ -88,7 +88,7 @@ class PairSecrets:
         return ChaCha20Poly1305(self._derive_key(other, "shares", release, sender, receiver))
 
     def _derive_key(self, other: str, *about: str | int) -> bytes:
-        salt, info = bytes.fromhex(self._session), b"fedtune secure sum\0" + canonical_json(about)
+        salt, info = bytes.fromhex(self._session), b"fedtune secure aggregation\0" + canonical_json(about)
         return HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=info).derive(self._agreed[other])
 
 

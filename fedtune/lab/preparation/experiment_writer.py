@@ -335,7 +335,7 @@ def _data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Sett
         ("label_separator", found.settings.get("label_separator"), "separates the labels of a record"),
         ("prompt_template", _prompt_template(found), "the prompt; a part with blank columns is left out"),
         ("chat_template", plan.turns, turns),
-        ("unusable", "leave_out" if plan.left_out.count else None, lacking),
+        ("on_bad_record", "skip" if plan.left_out.count else None, lacking),
         ("max_length", None if found.features else plan.max_length, most),
         ("windows", plan.windows if plan.windows > 1 else None, of_a_record),
         ("stride", stride, "tokens shared by two windows"),
@@ -414,7 +414,7 @@ def list_notes(found: Found, plan: ExperimentPlan) -> Iterator[str]:
         units = pluralize(plan.units, "person" if plan.by_user else "record")
         yield f"{units}: that is little, so with noise the run will likely learn little."
     if plan.left_out.count:
-        yield f"{plan.left_out}. A run skips such rows (unusable: leave_out)."
+        yield f"{plan.left_out}. A run skips such rows (on_bad_record: skip)."
     if plan.unknown > _MOST_UNKNOWN:
         told = f"{plan.unknown:.0%} of the tokens are unknown to this model"
         yield f"{told}: choose one that knows the texts' language (--model)."

@@ -22,7 +22,7 @@ from fedtune.evaluation.bootstrap import (
     describe_against_constant,
 )
 from fedtune.evaluation.groups import OTHERS, GroupScores
-from fedtune.formatting import jsonable, pluralize, score_words, size
+from fedtune.formatting import format_score_name, format_size, jsonable, pluralize
 from fedtune.lab.studies.trials import SearchTrial
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.show.lines import duration
@@ -94,7 +94,7 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
             named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": into}
             if kind != "federated":  # which alone decides whether anything is likely to be learned
                 named["training.ignore_weak_signal"] = True
-            if kind != "federated" or changes:  # a secure sum needs several sites, and noise
+            if kind != "federated" or changes:  # secure aggregation needs several sites, and noise
                 named |= {"federation.aggregation": "plain", "federation.threshold": None, "federation.colluders": 0}
             config = compose_run(words, changed={**_participant_settings(asked, kind, site), **changes, **named})
             name = (f"{site} alone" if site else kind) + ("" if config.privacy.private else NO_PRIVACY)
@@ -141,7 +141,7 @@ class Compared:
 
     @property
     def _score(self) -> str:
-        return score_words(self.sides.primary_metric)
+        return format_score_name(self.sides.primary_metric)
 
     def sections(self) -> list[Section]:
         return [
@@ -279,7 +279,7 @@ class Compared:
         rows = [
             (model, *(_format_estimate(self.sides.estimate(model, name)) for name in names)) for model in self.models
         ]
-        headings = ("model", *map(score_words, names))
+        headings = ("model", *map(format_score_name, names))
         return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
 
     def _group_section(self, title: str, found: GroupScores) -> Section:
@@ -311,7 +311,7 @@ class Compared:
         for line, result in ((line, line.run.result) for line in self.lines):
             if result is not None:
                 took = "-" if result.final.seconds is None else duration(result.final.seconds)
-                moved = size(line.bytes_moved) if line.bytes_moved else "none"
+                moved = format_size(line.bytes_moved) if line.bytes_moved else "none"
                 rows.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
         notes = ["Time: the whole run on this machine, which simulates all sites in turn."]
         if any(line.kind == "pooled" for line in self.lines):

@@ -155,7 +155,7 @@ def run_quietly(trial: SearchTrial) -> RunResult:
 def comparability_key(config: RunConfig) -> tuple[Any, ...]:
     """Return everything that runs must share for their validation scores to be comparable."""
     data = config.data
-    read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
+    read = (tuple(sorted(data.columns.items())), data.on_bad_record, data.labels)
     # The records of a share follow from these.
     share = (data.validation_fraction, data.test_fraction, data.train_file, config.privacy.unit, config.seed)
     # A loss is one of tokens: model, template and length decide which these are.

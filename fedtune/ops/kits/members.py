@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedtune.formatting import spoken
+from fedtune.formatting import group_hex
 from fedtune.ops.files import new_folder, translate_write_errors, write_secret
 from fedtune.ops.kits.certificates import (
     UNREADABLE,
@@ -293,8 +293,8 @@ Site {request.site}: data sets {declared}.
      {folder / REQUEST}
 2. When the lead calls you, or you the lead, read these aloud, so that no other request passes for yours. Write down the
    fingerprints of lead and authority that the lead reads out:
-     connection key  {spoken(key_fingerprint(request.node_key))}
-     site key        {spoken(request.site_key)}
+     connection key  {group_hex(key_fingerprint(request.node_key))}
+     site key        {group_hex(request.site_key)}
 3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It starts with comparing what
    you wrote down:
      unzip {request.site}-kit.zip -d {folder}

@@ -28,7 +28,10 @@ _Found = tuple[str, Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_batch_invariance.py; allow.inexact_gradients=false; docs/guarantee.md"
-_UPDATES = {False: "updates", True: "masked_updates"}  # code of a site's updates, by whether a secure sum masks them
+_UPDATES = {
+    False: "updates",
+    True: "masked_updates",
+}  # code of a site's updates, by whether secure aggregation masks them
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 

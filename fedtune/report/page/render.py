@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtune.extras import require_extra
-from fedtune.formatting import score_words, spoken
+from fedtune.formatting import format_score_name, group_hex
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.dpia_fields import KINDS
@@ -70,8 +70,8 @@ def render(
             figure=words.figure,
             code=words.code,
             # By the beginning that two people compare.
-            key_begins=spoken(report.signature.key[:16]) if report.signature else "",
-            model=model and (model[0], spoken(model[1][:16])),
+            key_begins=group_hex(report.signature.key[:16]) if report.signature else "",
+            model=model and (model[0], group_hex(model[1][:16])),
             fields_of=partial(fields_of, words),
             short=lambda name, most=28: shortened(name, most),
             banner=Markup(" ").join(words.code("banner", code) for code in report.banners),
@@ -100,7 +100,7 @@ def template_environment() -> Environment:
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
     made.globals |= {"css_string": css_string, "pointer": pointer, "parts": page_layout(), "tiers_source": TIERS_SOURCE}
     made.globals |= {
-        "spoken": score_words,
+        "format_score_name": format_score_name,
         "plain": _printable_text,
         "short": _shorten_name,
         "wrapped": _wrap_label_text,

@@ -46,7 +46,7 @@ class Words:
         self.room, self.result = explain_missing_room(report), report_outcome(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
         self.band = strength_band(report.epsilon if self.promises else None)
-        # A secure sum is part of it, whose noise several sites made together.
+        # Secure aggregation is part of it, whose noise several sites made together.
         self.shared = any(one.shared for site in report.sites for one in site.mechanisms)
         # The figures of a ledger's people by when they came; none where one figure is everybody's.
         life = report.sites[0].lifetime

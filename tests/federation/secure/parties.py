@@ -1,4 +1,4 @@
-"""A run's sites and lead in one process, for tests that take any step of a secure sum in any order."""
+"""A run's sites and lead in one process, for tests that take any step of secure aggregation in any order."""
 
 import hashlib
 import json

@@ -153,7 +153,7 @@ def test_announcement_is_bound_to_its_site_and_signature_purpose() -> None:
         build_session(terms, {**messages, "a": messages["b"], "b": messages["a"]})
     assert error.value.site == "a"
     one = read_announcement(messages["b"])
-    for purpose in ("receipt", "secure sum survivors"):
+    for purpose in ("receipt", "secure aggregation survivors"):
         other = replace(one, signature=identity("b").sign(purpose, replace(one, signature="").to_bytes()))
         with rejected(Wrong.WRONG_SIGNATURE):
             KeyAgreement.from_announcements(terms, [other])

@@ -119,7 +119,7 @@ def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
     assert server.knowledge.readable() == []
     for site, survivors in told.items():  # as if enough others had confirmed the set of each
         asked = server.federation.asked(1, survivors)
-        forged = {other: identity(other).sign("secure sum survivors", asked.to_bytes()) for other in "abcde"}
+        forged = {other: identity(other).sign("secure aggregation survivors", asked.to_bytes()) for other in "abcde"}
         server.unmask(1, survivors, forged, by=site)
     assert server.knowledge.readable() == [{0: 1, 1: 1}]
 
@@ -272,7 +272,7 @@ def test_arbitrary_messages_are_accepted_or_rejected_with_a_known_reason(what: s
         deliver(federation, what, message)
     except Rejected as error:
         found = error
-    assert found is None or str(found) == f"secure sum: {Wrong(found.wrong)}"
+    assert found is None or str(found) == f"secure aggregation: {Wrong(found.wrong)}"
     assert found is not None or kind not in ("cut", "large")
 
 

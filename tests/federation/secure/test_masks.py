@@ -56,7 +56,7 @@ def test_mask_seed_matches_plain_hkdf() -> None:
         "b", "b", release=7
     )
     extracted = hmac.digest(bytes.fromhex(SESSION), other.exchange(private.public_key()), "sha256")
-    assert seed == hmac.digest(extracted, b'fedtune secure sum\0["mask",7,"b","b"]\x01', "sha256")
+    assert seed == hmac.digest(extracted, b'fedtune secure aggregation\0["mask",7,"b","b"]\x01', "sha256")
 
 
 def test_sealed_text_opens_only_for_its_receiver_release_and_session() -> None:

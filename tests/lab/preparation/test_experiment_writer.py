@@ -113,7 +113,7 @@ def test_preference_data_gets_turns_and_skips_invalid_pairs(tmp_path: Path) -> N
     made = made_for(lines(tmp_path, *rows), model="random_llama")
     plan, data = made.plan, made.composed().data
     assert (plan.usable, plan.left_out.count, plan.turns) == (59, 1, "plain")
-    assert (data.columns, data.unusable) == ({"chosen": "chosen", "rejected": "rejected"}, "leave_out")
+    assert (data.columns, data.on_bad_record) == ({"chosen": "chosen", "rejected": "rejected"}, "skip")
 
 
 @pytest.mark.parametrize(("rows", "delta"), [(400, 1e-5), (600_000, 1e-7)])
@@ -147,7 +147,7 @@ def test_unusable_rows_are_reported_and_skipped(tmp_path: Path) -> None:
     made = made_for(table(tmp_path, 60, more=" ,yes\na,b,c\n"))
     left_out = {"must not be blank (role text)": 1, "must have 2 cells, like the header": 1}
     assert (made.plan.usable, made.plan.left_out) == (60, SkippedRows(rows=62, reasons=left_out))
-    assert made.settings["data"]["unusable"] == "leave_out"
+    assert made.settings["data"]["on_bad_record"] == "skip"
 
 
 def test_run_name_and_next_command_follow_the_file_name() -> None:
@@ -277,10 +277,10 @@ def test_site_column_must_keep_persons_together_with_enough_records(tmp_path: Pa
 def test_sites_count_persons_and_skip_rows_without_an_id(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
     assert (made.plan.places, made.plan.units, made.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
-    assert (made.settings["data"]["declared_sizes"], made.settings["data"]["unusable"]) == ([17, 17], "leave_out")
+    assert (made.settings["data"]["declared_sizes"], made.settings["data"]["on_bad_record"]) == ([17, 17], "skip")
     made = visits(tmp_path, lambda number: f"p{number}" if number else "")
     assert (made.plan.units, made.plan.usable, made.plan.left_out.count) == (199, 199, 1)
-    assert (made.settings["privacy"]["unit"], made.settings["data"]["unusable"]) == ("user", "leave_out"), (
+    assert (made.settings["privacy"]["unit"], made.settings["data"]["on_bad_record"]) == ("user", "skip"), (
         "one has no id"
     )
 

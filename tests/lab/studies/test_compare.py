@@ -254,7 +254,7 @@ def test_personalized_adapters_are_compared_with_alternatives(tmp_path: Path) ->
     assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
 
 
-def test_runs_without_privacy_release_no_scores_or_secure_sums() -> None:
+def test_runs_without_privacy_release_no_scores_or_aggregates() -> None:
     noised = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
     runs = plan_runs(noised, without_privacy=True, leave_out=())
     assert {(line.private, line.run.config.privacy.metrics) for line in runs} == {(True, "noised"), (False, "none")}

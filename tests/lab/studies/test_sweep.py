@@ -197,7 +197,7 @@ def test_failed_runs_and_training_scores_give_no_best_run(row: Any) -> None:
     rows = [row(0.4, *share, test=0.9), row(0.6, *share, test=0.1)]
     assert best_of(rows) is rows[1], "no site trains on a simulation's share"
     assert best_of([row(0.4, *share), row(0.6, *share, "seed=7")]) is None, "other records"
-    assert best_of([row(0.4), row(0.6, "data.unusable=leave_out")]) is None
+    assert best_of([row(0.4), row(0.6, "data.on_bad_record=skip")]) is None
 
 
 @pytest.mark.parametrize(

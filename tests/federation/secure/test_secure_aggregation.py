@@ -36,7 +36,7 @@ def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 4), st.integers(1, 2**40), st.data())
-def test_secure_sum_is_exact_up_to_the_largest_value(num_sites: int, largest: int, data: st.DataObject) -> None:
+def test_secure_aggregation_is_exact_up_to_the_largest_value(num_sites: int, largest: int, data: st.DataObject) -> None:
     federation = Federation(terms_of(num_sites, num_sites, length=3, largest=largest))
     value = st.one_of(st.sampled_from([-largest, largest]), st.integers(-largest, largest))
     vectors = [np.array(data.draw(st.lists(value, min_size=3, max_size=3))) for _ in federation.terms.sites]
