@@ -13,12 +13,12 @@ from typing import Any
 _ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
 
 
-def finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """Convert a number for JSON, which has no infinity: None stands for an infinite or undefined value."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def unbounded(value: float | None) -> float:
+def infinite_if_none(value: float | None) -> float:
     """Undo `finite`: convert None back to infinity."""
     return math.inf if value is None else value
 

@@ -14,7 +14,7 @@ from fedtune.cli.finished_run import (
     Columns,
     Device,
     Run,
-    comparison_rows,
+    list_comparison_rows,
     load_finished_run,
     name_columns_option,
     parse_column_roles,
@@ -169,6 +169,6 @@ def distill(
     if judged:
         told = ("metric", "teacher", "student", "difference", "95 % interval", "student is")
         title = f"On {pluralize(found.records, 'test record')}"
-        sections.append(Section(title=title, headings=told, rows=comparison_rows(found.scores), words={0, 5}))
+        sections.append(Section(title=title, headings=told, rows=list_comparison_rows(found.scores), words={0, 5}))
     figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "distilled": found}
     print_answer(figures, sections, as_json=as_json)

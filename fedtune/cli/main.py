@@ -31,10 +31,10 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from fedtune.api.config_groups import config_folder
+from fedtune.api.config_groups import find_config_folder
 from fedtune.cli.command import SETTINGS, InterruptTold, is_experiment_file, make_command, pause_garbage_collection
 from fedtune.show.lines import wrap_text
-from fedtune.spec import ConfigError, FedtuneError, full_disk
+from fedtune.spec import ConfigError, FedtuneError, describe_full_disk
 
 COMMANDS: Mapping[str, str] = {
     "data": "inspect your data, and write a first experiment for it",
@@ -149,7 +149,7 @@ class _Zsh(ZshComplete):
 
 def _complete(instruction: str) -> int:
     """Print the script that lets a shell complete, or the completions of its command line."""
-    known = json.loads((config_folder() / COMPLETIONS).read_text(encoding="utf-8"))
+    known = json.loads((find_config_folder() / COMPLETIONS).read_text(encoding="utf-8"))
     types = {"file": click.Path(), "folder": click.Path(file_okay=False), "setting": _Setting(known["settings"])}
     tree = click.Group("fedtune", params=list(fedtune.params), context_settings=SETTINGS)
     for path, about in known["commands"].items():
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         pass
     except Exception as error:
-        if (full := full_disk(error)) is None:
+        if (full := describe_full_disk(error)) is None:
             raise
         _print_message(f"{full}; free some space, and run the command again")
     try:
@@ -233,7 +233,7 @@ def _run_command(words: list[str]) -> int:
         _print_message(f"{error.format_message().rstrip('.')} ({asked} --help says more)")
         return error.exit_code
     except FedtuneError as error:
-        if isinstance(error, ConfigError) and full_disk(error):  # no value of a setting is wrong
+        if isinstance(error, ConfigError) and describe_full_disk(error):  # no value of a setting is wrong
             raise
         _print_message(str(error))
         return error.exit_code

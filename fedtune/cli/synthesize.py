@@ -34,13 +34,13 @@ from fedtune.data.records import iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.formatting import pluralize
 from fedtune.lab.studies import synthetic
-from fedtune.show.new_files import new_files
-from fedtune.show.terminal_tables import Section, key_value_section
+from fedtune.show.new_files import write_new_files
+from fedtune.show.terminal_tables import Section, build_key_value_section
 from fedtune.sites.run_records import (
     LeadRecords,
     RunRecords,
-    card_path,
-    file_sha256,
+    find_card_path,
+    hash_file,
     record_generated_texts,
     require_disjoint,
 )
@@ -81,12 +81,12 @@ class SyntheticFile:
         self.to, self.rows, self.beside, self.own = to, rows, beside, RunRecords(config)
         self.voting_experiment = voting_experiment
         self.writer = public.Run(folder=adapter.absolute().parent, config=config)
-        self.columns = tuple(synthetic.synthetic_columns(self.writer).values())
+        self.columns = tuple(synthetic.map_synthetic_columns(self.writer).values())
         for option, other in others.items():
             if other.config.privacy.unit != config.privacy.unit:
                 bound = f"must be of privacy.unit={config.privacy.unit}, like RUN: other epsilons do not add up"
                 raise ConfigError(option, str(other.folder), bound)
-        self.card = {suffix: card_path(to, suffix) for suffix in (".json", ".md")}
+        self.card = {suffix: find_card_path(to, suffix) for suffix in (".json", ".md")}
         from fedtune.report.synthetic_card import describe_run  # it imports torch, which takes seconds
 
         runs = (self.writer, *others.values())
@@ -100,7 +100,7 @@ class SyntheticFile:
             records = LeadRecords.read(str(beside), config, key="--beside").records
             for own in (self.own, *(RunRecords(other.config) for other in others.values())):
                 require_disjoint(records, own, key="--beside", file=str(beside))
-            roles = synthetic.synthetic_columns(self.writer)
+            roles = synthetic.map_synthetic_columns(self.writer)
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
@@ -113,7 +113,7 @@ class SyntheticFile:
         known = read_card(place, self.behind[0], option=option)
         self.behind += known["runs"][1:]
         labels = [one["column"] for one in known["made"].get("labels", ())]
-        columns = synthetic.synthetic_columns(self.writer)
+        columns = synthetic.map_synthetic_columns(self.writer)
         columns |= {f"label {column}": column for column in labels if column not in self.columns}
         records = iter_records(place, columns)
         return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
@@ -121,7 +121,7 @@ class SyntheticFile:
     def open_files(self) -> AbstractContextManager[dict[Path, str]]:
         """Open the new files for `fill_texts`, card first: records without a card would count as public."""
         places = [("--to", path) for path in (*self.card.values(), self.to)]
-        return new_files(
+        return write_new_files(
             *places, *([("--voting-experiment", self.voting_experiment)] if self.voting_experiment else [])
         )
 
@@ -131,7 +131,7 @@ class SyntheticFile:
         """Fill the texts of the new files with records and card, including how they were `made`; return card and
         sections.
         """
-        from fedtune.evaluation.generation import shared_bigrams, text_variety
+        from fedtune.evaluation.generation import measure_shared_bigrams, measure_text_variety
         from fedtune.report import synthetic_card
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
@@ -143,10 +143,10 @@ class SyntheticFile:
         counts = {"rows": len(written), "prompts": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
         told["classified"] = synthetic.classifier_accuracy(written, self._public)
-        figures = {"these records": text_variety(said)}
+        figures = {"these records": measure_text_variety(said)}
         if self.beside is not None:
-            figures[self.beside.name] = text_variety(theirs)
-            told["beside"] = {"file": self.beside.name, "shared_pairs": shared_bigrams(said, theirs)}
+            figures[self.beside.name] = measure_text_variety(theirs)
+            told["beside"] = {"file": self.beside.name, "shared_pairs": measure_shared_bigrams(said, theirs)}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
         record_generated_texts(self.writer.folder, said)
         card = synthetic_card.build_card(self.to, lines.encode(), self.behind, made=told, figures=figures)
@@ -162,7 +162,7 @@ class SyntheticFile:
         facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
         facts |= {"missing": f"{missing:,}: the model wrote no more in the right format"} if missing else {}
         examples = Section(title="Examples", headings=tuple(some[0]), rows=rows)
-        return card, [key_value_section(facts, title=str(self.to)), examples]
+        return card, [build_key_value_section(facts, title=str(self.to)), examples]
 
 
 @command(app, "generate records (the word may be omitted)")
@@ -204,7 +204,7 @@ def generate(
     begun, known = file.read(variations_of, option="--variations-of") if variations_of is not None else ([], {})
     named, sha256 = variations_of or prompts, known.get("sha256")
     if prompts is not None:  # before hours in which it may change
-        sha256 = file_sha256(resolve_file(str(prompts), shipped_folders(), key="--prompts"), key="--prompts")
+        sha256 = hash_file(resolve_file(str(prompts), shipped_folders(), key="--prompts"), key="--prompts")
     shares = "varied" if begun else "voted" if others else "declared"
     made = {"prompts_file": named.name if named else None, "prompts_sha256": sha256, "shares": shares, **asdict(spec)}
     with file.open_files() as texts, show_progress() as progress:

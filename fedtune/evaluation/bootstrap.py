@@ -107,7 +107,7 @@ class Drawn:
         return Drawn({**self.values, name: values}, {**self.draws, name: draws}, self.num_units)
 
 
-def drawn(
+def score_draws(
     models: Mapping[str, Figures],
     *,
     scores: Scores,
@@ -157,7 +157,7 @@ def compare_by_scores(
     resamples: int = RESAMPLES,
 ) -> dict[str, Comparison]:
     """Compare two models by every score; the arguments are those of `drawn`."""
-    found = drawn({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
+    found = score_draws({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
     return {score: found.compare_scores("base", "tuned", score) for score in found.values["base"]}
 
 

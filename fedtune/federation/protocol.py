@@ -213,7 +213,7 @@ class SumRequest(_Question):
     round: ClassVar[int] = 0  # it is charged to none
     step: str  # "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum
     session: str  # 32 random hexadecimal digits, the lead's name for the session that is announced
-    # `parts_digest_of` of the messages that travel with the question.  A carrier who changes one cannot make a
+    # `hash_parts` of the messages that travel with the question.  A carrier who changes one cannot make a
     # site answer what the lead did not ask.
     parts_digest: str
 
@@ -223,7 +223,7 @@ class SumRequest(_Question):
         _require("parts_digest", _SHA256.fullmatch(self.parts_digest))
 
 
-def parts_digest_of(parts: Iterable[bytes]) -> str:
+def hash_parts(parts: Iterable[bytes]) -> str:
     """Return the SHA-256, in hex, of the messages sent with a `SumRequest`, in their order."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedtune.codec import parse_json
 from fedtune.federation.lead import AggregationResult, Arrays, Lead, LeadState, RoundResult
-from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, derive_terms, parts_digest_of
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, derive_terms, hash_parts
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, RoundReplies
 from fedtune.federation.secure.agreement import KeyAgreement, Rejected
 from fedtune.federation.secure.summation import Summation, Unreadable, build_session
@@ -274,7 +274,7 @@ class SecureSums:
                 expires=expires,
                 step=step,
                 session=session,
-                parts_digest=parts_digest_of(own),
+                parts_digest=hash_parts(own),
             )
             # A site that has a part in the session knows them; one that has lost it says so, and announces again.
             settings = run.settings if step == ANNOUNCE else ""

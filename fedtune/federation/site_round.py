@@ -29,7 +29,7 @@ from fedtune.federation.protocol import (
     SumRequest,
     answer_digest,
     derive_terms,
-    parts_digest_of,
+    hash_parts,
 )
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
@@ -162,7 +162,7 @@ def answer_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | R
 
 def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     _check_asker(site, request)
-    if request.parts_digest != parts_digest_of(parts):
+    if request.parts_digest != hash_parts(parts):
         raise Rejected(Wrong.REQUEST_CHANGED)
     sums, proposal = _require_sums(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:

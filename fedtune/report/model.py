@@ -240,7 +240,7 @@ class _Described(GenerateJsonSchema):
         return made
 
 
-def schema_text() -> str:
+def render_schema() -> str:
     """Return the JSON schema of report.json."""
     schema = _ADAPTER.json_schema(schema_generator=_Described)
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedtune report"}

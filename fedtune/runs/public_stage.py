@@ -56,7 +56,7 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
     return replace(config, public=PublicSpec(**chosen | given), training=replace(config.training, **own))
 
 
-def public_stage_config(config: RunConfig) -> RunConfig:
+def build_public_stage_config(config: RunConfig) -> RunConfig:
     """Return the warm start as a run of its own: one site, all records of the public file, and no privacy.
 
     The name of its data set includes a digest of the records, so that a warm start on another file cannot be resumed or

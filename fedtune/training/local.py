@@ -75,7 +75,9 @@ def train_round(
                     )
                 )
         else:
-            take_steps(lambda: plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling))
+            take_steps(
+                lambda: take_plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling)
+            )
     return Adapter.from_task_model(model)
 
 
@@ -133,7 +135,7 @@ def clamp_parameters(parameters: Mapping[str, torch.nn.Parameter], most: float) 
             parameter.nan_to_num_(0.0, most, -most).clamp_(-most, most)
 
 
-def plain_step(
+def take_plain_step(
     model: TaskModel,
     units: Units,
     records: Records,

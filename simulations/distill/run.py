@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fedtune.api.compose import compose_recipe
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.lab.distillation import distill
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,7 +55,7 @@ def taught(runs: Path, *, texts: str) -> study.Found:
     with tempfile.TemporaryDirectory() as scratch:
         to = Path(scratch) / "student"
         found = distill(
-            saved_config(folder), folder / "adapter", to, student=STUDENT, texts=str(runs / texts), passes=PASSES
+            read_saved_config(folder), folder / "adapter", to, student=STUDENT, texts=str(runs / texts), passes=PASSES
         )
     whole, small = found.served
     return {

@@ -38,13 +38,13 @@ from fedtune.privacy.selection import Selection, compute_search_price
 from fedtune.report.from_run import sum_start_losses
 from fedtune.report.signing import MOST_BYTES
 from fedtune.runs.environment import start_lineage
-from fedtune.runs.renewal import with_start_adapter
+from fedtune.runs.renewal import add_start_adapter
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
 from fedtune.sites.virtual_site import partition_settings
 from fedtune.spec import ConfigError
 
-from ..conftest import REPOSITORY, command, edit_json, simulate
+from ..conftest import REPOSITORY, edit_json, run_command, simulate
 from . import snapshots
 
 KINDS = [{"column": "label", "by": "kinds"}]
@@ -84,7 +84,7 @@ def vote(run: Path, *weights: float) -> None:
 def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model writes broken bytes, so texts are given: of five, one does not end and one is broken."""
 
-    def drawn(
+    def draw_texts(
         self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, begun: Any
     ) -> Iterator[tuple[int, str | None]]:
         assert all(len(prompt) for prompt in prompts)
@@ -97,12 +97,12 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
             start = self.tokenizer.decode(begun[place]) if begun else ""
             yield place, kind.get(number % 5, f"{start}seed {spec.seed} number {number}")
 
-    monkeypatch.setattr(SavedModel, "drawn", drawn)
+    monkeypatch.setattr(SavedModel, "drawn", draw_texts)
 
 
-def written(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
+def write_records(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
     named = ("--prompts", str(runs / "codes.jsonl")) if codes else ()
-    assert command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options).printed
+    assert run_command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options).printed
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
@@ -118,7 +118,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n' * 2)
-    rows = written(runs, to, "--rows", "9", "--beside", str(public))
+    rows = write_records(runs, to, "--rows", "9", "--beside", str(public))
     assert len(dealt) == 1, "the run's own records are read once"
     assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
@@ -136,7 +136,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     )
     copy = shutil.copy(to, tmp_path / "copy.jsonl")  # without its card
     asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
-    message = command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *asked).failed()
+    message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *asked).failed()
     assert "must hold public records" in message
     assert "writer wrote some of them. Put their card next to the file" in message
 
@@ -144,7 +144,9 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
 def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> None:
     voting, to, best = tmp_path / "vote.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
     voted = ("--votes", str(runs / "shares"))
-    rows = written(runs, to, "--rows", "4", "--voting-experiment", str(voting), "--seed", "7", *voted, codes=False)
+    rows = write_records(
+        runs, to, "--rows", "4", "--voting-experiment", str(voting), "--seed", "7", *voted, codes=False
+    )
     assert Counter(row["messages"] for row in rows) == {"a blue one": 3, "a red one": 1}
     assert yaml.safe_load(voting.read_text())["head"]["label_texts"] == [row["ref"] for row in rows]
     folder = simulate(f"experiment={voting}", "model=random_bert", into=tmp_path, name="liked")
@@ -152,7 +154,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     choose = ("synthesize", "select", str(runs / "writer"), "--votes", str(folder), "--candidates")
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n')
-    said = command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
+    said = run_command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
     assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
@@ -173,7 +175,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     for again, times in ((folder, 1), (tmp_path / "anew" / "liked", 2)):
         one = tmp_path / f"{times}.jsonl"
         by = ("--candidates", str(best), "--votes", str(again), "--rows", "1", "--to", str(one), "--json")
-        behind_it = json.loads(command("synthesize", "select", str(runs / "writer"), *by).printed)
+        behind_it = json.loads(run_command("synthesize", "select", str(runs / "writer"), *by).printed)
         assert [one["run"] for one in behind_it["runs"]] == ["writer", *["liked"] * times, "shares"]
         more = (times - 1) * (api.load(folder).privacy.epsilon or 0.0)
         assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + more)
@@ -186,10 +188,10 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
         (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize wrote it"),
     ):
-        assert said in command(*refused, *options).failed()
+        assert said in run_command(*refused, *options).failed()
         assert not (tmp_path / "no.jsonl").exists()
     to.write_text(to.read_text().replace("seed 7", "private text"))
-    message = command(*refused, "--rows", "2").failed()
+    message = run_command(*refused, "--rows", "2").failed()
     assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
     assert "private text" not in message
 
@@ -198,7 +200,7 @@ def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Pa
     behind, options, rounds = [api.load(runs / "writer")], ("--prompts", str(runs / "codes.jsonl")), []
     for number in range(2):
         to, best, voting = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "vote.yaml"))
-        rounds.append(written(runs, to, "--rows", "4", "--voting-experiment", str(voting), *options, codes=False))
+        rounds.append(write_records(runs, to, "--rows", "4", "--voting-experiment", str(voting), *options, codes=False))
         liked = simulate(f"experiment={voting}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
         vote(liked, 0.4, 0.1, -0.2, 0.3)
         behind.append(api.load(liked))
@@ -213,7 +215,7 @@ def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Pa
             "--rows",
             "2",
         )
-        assert "card" in command(*choose, "--to", str(best)).printed
+        assert "card" in run_command(*choose, "--to", str(best)).printed
         options = ("--variations-of", str(best))
     (red, *_, blue), second = rounds
     assert [row["messages"] for row in second] == ["a red one"] * 2 + ["a blue one"] * 2
@@ -235,17 +237,17 @@ def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Pa
     assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
     refused = ("synthesize", str(runs / "writer"), *options, "--to", str(tmp_path / "no.jsonl"))
     for more in (("--prompts", str(runs / "codes.jsonl")), ("--votes", str(runs / "shares"))):
-        assert "conflicts with --prompts and --votes" in command(*refused, *more).failed()
+        assert "conflicts with --prompts and --votes" in run_command(*refused, *more).failed()
 
 
 def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Path) -> None:
     to, best = tmp_path / "texts.jsonl", tmp_path / "labeled.jsonl"
-    rows = written(runs, to, "--rows", "6")
+    rows = write_records(runs, to, "--rows", "6")
     old = tmp_path / "texts.jsonl.card.json"  # which need not name what is empty in it
     old.write_text("".join(line for line in old.read_text().splitlines(True) if not line.endswith(" null,\n")))
     folder = simulate(into=tmp_path, name="kinds")
     choose = ("synthesize", "select", str(runs / "writer"), "--candidates", str(to), "--labels")
-    card = json.loads(command(*choose, str(folder), "--to", str(best), "--json").printed)
+    card = json.loads(run_command(*choose, str(folder), "--to", str(best), "--json").printed)
     classifier, found = api.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
     answers: Any = classifier.predict([row["ref"] for row in rows])
     assert found == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
@@ -258,15 +260,18 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
         (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
         (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only then"),
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
-        (("--labels", str(private_to_a_site(folder, tmp_path / "own"))), "is private to 'site-1', without a guarantee"),
+        (
+            ("--labels", str(make_adapter_private(folder, tmp_path / "own"))),
+            "is private to 'site-1', without a guarantee",
+        ),
     ):
-        outcome = command(*choose[:-1], "--to", str(tmp_path / "no.jsonl"), *options)
+        outcome = run_command(*choose[:-1], "--to", str(tmp_path / "no.jsonl"), *options)
         assert (outcome.code, (tmp_path / "no.jsonl").exists()) == (2, False), options
         assert said in outcome.err
 
 
 def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> None:
-    written(runs, tmp_path / "0.jsonl", "--rows", "6")
+    write_records(runs, tmp_path / "0.jsonl", "--rows", "6")
     with gzip.open(REPOSITORY / "simulations/data/banking77/train.jsonl.gz", "rt") as lines:
         (tmp_path / "sorts.jsonl").write_text("".join(line.replace('"label":', '"sort":') for line in lines))
     sort = (f"data.train_file={tmp_path}/sorts.jsonl", "data.columns={text: text, label: sort}")
@@ -275,7 +280,7 @@ def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> Non
     for place, name in enumerate(("kinds", "sorts", "sorts")):
         places = ("--candidates", str(tmp_path / f"{place}.jsonl"), "--to", str(tmp_path / f"{place + 1}.jsonl"))
         by = (*places, "--labels", str(tmp_path / name), "--json")
-        card = json.loads(command("synthesize", "select", str(runs / "writer"), *by).out)
+        card = json.loads(run_command("synthesize", "select", str(runs / "writer"), *by).out)
     assert card["made"]["labels"] == [*KINDS, {"column": "sort", "by": "sorts"}]
     rows = [json.loads(line) for line in (tmp_path / "3.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["messages", "ref", "label", "sort"]] * 6
@@ -284,7 +289,7 @@ def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> Non
 
 def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
     to, card = tmp_path / "texts.jsonl", tmp_path / "texts.jsonl.card.json"
-    written(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
+    write_records(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
     whole = json.loads(card.read_text())
     writer, shares = whole["runs"]
     choose = (
@@ -299,8 +304,8 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         "2",
     )
 
-    def refused() -> str:
-        message: str = command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
+    def select_and_fail() -> str:
+        message: str = run_command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
         assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
         return message
 
@@ -316,15 +321,15 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),
     ):
         card.write_text(json.dumps(whole | changes))
-        assert said in refused()
+        assert said in select_and_fail()
     card.write_text("[" * 100_000)
-    assert "must be JSON" in refused()
+    assert "must be JSON" in select_and_fail()
     with card.open("wb") as file:  # of holes alone
         file.truncate(MOST_BYTES + 1)
-    assert "of at most 64 MiB" in refused()
+    assert "of at most 64 MiB" in select_and_fail()
     card.unlink()
     os.mkfifo(card)
-    refused()
+    select_and_fail()
 
 
 def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path: Path) -> None:
@@ -337,7 +342,7 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
     (picked / "selection.json").write_text(json.dumps(asdict(selection)))
     assert price.epsilon > (alone.epsilon or 0.0)
     options = ("--prompts", str(runs / "codes.jsonl"), "--rows", "2", "--to", str(to))
-    assert command("synthesize", str(picked), *options).printed
+    assert run_command("synthesize", str(picked), *options).printed
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
     assert card["runs"][0]["epsilon"] == card["together"]["epsilon"] == price.epsilon
     text = (tmp_path / "texts.jsonl.card.md").read_text()
@@ -364,12 +369,12 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
         (None, "has no run.json with its adapter's digest"),
     ):
         (other / "run.json").write_text(json.dumps(named)) if named else (other / "run.json").unlink()
-        assert said in command(*votes).failed()
+        assert said in run_command(*votes).failed()
         with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{re.escape(said)}"):
-            with_start_adapter(replace(config, model=replace(config.model, adapter=str(other))))
+            add_start_adapter(replace(config, model=replace(config.model, adapter=str(other))))
     copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
-    assert "has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
-    assert command("simulate", f"resume={other}").code == 0, "as the messages say"
+    assert "has no checkpoint" in run_command(*votes, "--votes", str(copy)).failed()
+    assert run_command("simulate", f"resume={other}").code == 0, "as the messages say"
     assert api.load(other).adapter
     vote(other, 3.0, 1.0)
     assert vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
@@ -385,31 +390,31 @@ def test_votes_with_another_privacy_unit_are_refused(
 ) -> None:
     load = api.load
 
-    def of_users(folder: Path) -> api.Run:
+    def load_by_user(folder: Path) -> api.Run:
         run = load(folder)
         data = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
         return replace(run, config=replace(run.config, data=data, privacy=replace(run.config.privacy, unit="user")))
 
-    monkeypatch.setattr(api, "load", of_users)  # which only --votes calls by this name
+    monkeypatch.setattr(api, "load", load_by_user)  # which only --votes calls by this name
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
-    message = command(words[0], str(runs / "writer"), *words[1:], *named).failed()
+    message = run_command(words[0], str(runs / "writer"), *words[1:], *named).failed()
     assert "must be of privacy.unit=record, like RUN" in message
 
 
 def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path: Path) -> None:
     to = tmp_path / "texts.jsonl"
-    rows = written(runs, to, "--rows", "12", "--pattern", ".* number 1?2")
+    rows = write_records(runs, to, "--rows", "12", "--pattern", ".* number 1?2")
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())["made"]
     assert [row["ref"] for row in rows] == ["seed 0 number 2", "seed 0 number 12"]
     assert card["missing"] == 10
     assert card["left_out"]["pattern"] > 20
     none = ("--rows", "2", "--pattern", "nothing is so", "--to", str(tmp_path / "none.jsonl"))
-    message = command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *none).failed()
+    message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *none).failed()
     assert "gave no record in the right format: 6 pattern" in message
     assert not list(tmp_path.glob("*none*"))
 
 
-@snapshots.mistakes("mistakes-synthesize")
+@snapshots.parametrize_mistakes("mistakes-synthesize")
 def test_invalid_synthesize_command_fails_before_generation(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
@@ -430,12 +435,12 @@ def test_invalid_synthesize_command_fails_before_generation(
     for name, role, given in (("recoded.jsonl", "messages", "another code"), ("voted.jsonl", "ref", "another text")):
         Path(name).write_text("".join(f"{json.dumps(row | {role: given})}\n" for row in own))
     before = set(tmp_path.iterdir())
-    message = command("synthesize", "writer", "--to", "texts.jsonl", *shlex.split(typed)).failed()
+    message = run_command("synthesize", "writer", "--to", "texts.jsonl", *shlex.split(typed)).failed()
     snapshots.check_message("mistakes-synthesize", typed, message)
     assert set(tmp_path.iterdir()) == before
 
 
-def private_to_a_site(run: Path, to: Path) -> Path:
+def make_adapter_private(run: Path, to: Path) -> Path:
     """The run's adapter as an own one of a site, without run.json."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json", "checkpoints"))
     edit_json(to / "adapter" / "fedtune.json", private_to="site-1")
@@ -444,11 +449,11 @@ def private_to_a_site(run: Path, to: Path) -> Path:
 
 def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_path: Path) -> None:
     asked = ("--to", str(tmp_path / "texts.jsonl"), "--prompts", str(runs / "tables.jsonl"))
-    own = private_to_a_site(runs / "writer", tmp_path / "own")
-    assert "is private to" in command("synthesize", str(own), *asked).failed()
+    own = make_adapter_private(runs / "writer", tmp_path / "own")
+    assert "is private to" in run_command("synthesize", str(own), *asked).failed()
     lost = shutil.copytree(runs / "writer", tmp_path / "lost") / "config.yaml"
     lost.write_text(lost.read_text().replace("tables.jsonl", "gone.jsonl"))
-    message = command("synthesize", str(lost.parent), *asked).failed()
+    message = run_command("synthesize", str(lost.parent), *asked).failed()
     assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 

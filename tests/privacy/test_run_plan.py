@@ -16,13 +16,13 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
-from .builders import plan, proposal
+from .builders import make_proposal, plan
 
 
 def test_plan_and_proposal_digests_match_golden_values() -> None:
     # They travel in requests and lie in ledgers and refusals: a change of one is a change of format.
     assert plan().digest() == "a261a1fd7452c273457760a02c814571cada399f305eb9012b3eefeebabebd26"
-    assert proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
+    assert make_proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def synthesize(
     Raises:
         ValueError: a run, the prompts or a setting cannot be used; nothing was generated.
     """
-    *roles, _ = columns = synthetic_columns(run)
+    *roles, _ = columns = map_synthetic_columns(run)
     shares = _read_prompts(run, prompts, roles, own or RunRecords(run.config)) if prompts is not None else {}
     if votes is not None:
         voted: dict[Prompt, float] = {(text,): weight for text, weight in vote_shares(votes).items()}
@@ -165,7 +165,7 @@ def read_adapter(run: Run) -> SavedAdapter:
     return SavedAdapter.read(run.adapter)
 
 
-def synthetic_columns(run: Run) -> dict[str, str]:
+def map_synthetic_columns(run: Run) -> dict[str, str]:
     """Map roles to columns of a synthetic record: the prompt's roles, which define a prompt, then the completion.
 
     Raises:
@@ -234,8 +234,8 @@ def allot_rows(shares: Mapping[Prompt, float], rows: int) -> dict[Prompt, int]:
 
 
 def load_synthetic(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Synthetic:
-    """Build `Synthetic` from the rows of a file that `synthesize` wrote; `columns` are those of `synthetic_columns`, in
-    order.
+    """Build `Synthetic` from the rows of a file that `synthesize` wrote; `columns` are those of
+    `map_synthetic_columns`, in order.
     """
     prompts = Counter(tuple(row[column] for column in columns[:-1]) for row in rows)
     return Synthetic(rows=tuple(rows), wanted=prompts, left_out={})

@@ -21,7 +21,7 @@ from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.lead import Scores
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import pluralize, unbounded
+from fedtune.formatting import infinite_if_none, pluralize
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
@@ -287,7 +287,7 @@ class Trials:
             cells = dict(zip(_FIRST_COLUMNS, first, strict=True)) | dict(trial.values)
             if trial.result is not None:
                 privacy = trial.result.privacy
-                cells |= {"epsilon_spent": unbounded(privacy.epsilon), "delta": privacy.delta}
+                cells |= {"epsilon_spent": infinite_if_none(privacy.epsilon), "delta": privacy.delta}
             if trial.together is not None:
                 cells["epsilon_so_far"] = trial.together
             for kind, scores in (("validation", trial.validation), ("test", trial.test)):
@@ -347,7 +347,7 @@ class Trials:
         headings += (*(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
         headings += (*(["epsilon\nso far"] if shared else []), "state")
         title, words = "Trials" if shared else "Sweep", {0, *range(2, 2 + len(keys)), len(headings) - 1}
-        notes = list(_trial_notes(trials, best))
+        notes = list(_list_trial_notes(trials, best))
         return Section(title=title, headings=headings, rows=rows, words=words, styles=styles, notes=notes)
 
 
@@ -356,7 +356,7 @@ def _format_figure(scores: Scores, name: str) -> str:
     return f"{value:.3f}" if value is not None else "not finite" if name in scores else "-"
 
 
-def _trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Iterator[str]:
+def _list_trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for number, trial in enumerate(trials, start=1):
         if trial.reason:

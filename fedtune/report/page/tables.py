@@ -17,7 +17,7 @@ from fedtune.report.page.translations import Catalog
 from fedtune.report.page.view import Words, count_of_rows, group_by_key, page_layout, pointer, pointer_name
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
-from fedtune.show.lines import shortened
+from fedtune.show.lines import shorten_middle
 
 MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
 PAGE_ONE_SITES = 8  # sites on page 1, the least favorable first; later tables list each
@@ -30,7 +30,7 @@ _SITE = "@sites/site"
 _PLAIN, _CODE, _COMMA = Markup("{}").format, Markup("<code>{}</code>").format, Markup(", ")
 _TEXTS: Mapping[str, Callable[[Catalog, str, Any], Markup]] = {
     "text": lambda words, of, value: _PLAIN(", ".join(value) if isinstance(value, list) else value),
-    "name": lambda words, of, value: _PLAIN(shortened(value, _LONGEST_NAME)),
+    "name": lambda words, of, value: _PLAIN(shorten_middle(value, _LONGEST_NAME)),
     "hash": lambda words, of, value: _CODE(value),
     "key": lambda words, of, value: Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…"),
     "json": lambda words, of, value: _CODE(json.dumps(value, separators=(",", ":"))),
@@ -278,13 +278,13 @@ class Charts(Words):
             levels=levels,
             notes=[(x, y, f"{round_} {number}") for x, y, number in ends],
             x=self._chart_text("axis_epsilon"),
-            y=shortened(format_score_name(name), 30),
+            y=shorten_middle(format_score_name(name), 30),
             from_zero=False,
         )
         scored, seen = [row + score for row in rows if self.at(row + score) is not None], None
         if found and len(scored) > 1:
             first, last = (self.figure(place, "score") for place in (scored[0], scored[-1]))
-            seen = self.text("chart.moved", name=shortened(format_score_name(name), 30), first=first, last=last)
+            seen = self.text("chart.moved", name=shorten_middle(format_score_name(name), 30), first=first, last=last)
         return self._add_chart("utility", self.by_round(), panel, seen=seen)
 
     def reliability(self) -> Table:
